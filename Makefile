@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--custom-compile-command "make lock"
-.PHONY: help check format unit wire test cover compiled run load bench chaos soak fuzz probe heads lives lock audit
+.PHONY: help check format unit wire test cover compiled run load bench scale chaos soak fuzz probe heads lives lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,8 @@ load:    ## load test against a running gateway
 	python load_test.py
 bench:   ## CPU time, rate, latency and memory, compared with other proxies
 	python -m benchmarks.compare
+scale:   ## a thousand routes and upstreams, compared with one: start, CPU time, memory and scrape
+	python -m benchmarks.scale
 chaos:   ## one of three targets fails: the effect on clients, compared with other proxies
 	python -m benchmarks.chaos
 soak:    ## an hour of mixed load; fails if memory, descriptors or other resources grow

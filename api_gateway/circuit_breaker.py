@@ -48,6 +48,47 @@ class CircuitBreaker:
     transition and change of mode begins a new generation, which invalidates all tickets.
     """
 
+    __slots__ = (
+        "_admission_seekers",
+        "_closed_ticket",
+        "_due",
+        "_failed_prober",
+        "_failing_principals",
+        "_failures",
+        "_generation",
+        "_is_streak_shared",
+        "_last_idempotent_at",
+        "_last_probe_at",
+        "_meter",
+        "_open_time",
+        "_principals",
+        "_probe_successes",
+        "_random",
+        "_rate",
+        "_reopened_by",
+        "_streak_by",
+        "_transition_count",
+        "_vacant_since",
+        "_window",
+        "consecutive_failures",
+        "is_transparent",
+        "last_opened",
+        "mode",
+        "mode_until",
+        "opened_total",
+        "policy",
+        "probes_in_flight",
+        "ramp",
+        "records",
+        "rejected_total",
+        "since",
+        "slow_after",
+        "slow_total",
+        "state",
+        "would_open_total",
+        "would_reject_total",
+    )
+
     def __init__(self, policy: BreakerPolicy, now: float, source: random.Random | None = None) -> None:
         """`source` is for the jitter of open times; without it there is none."""
         self.policy = policy
@@ -55,7 +96,7 @@ class CircuitBreaker:
         self.mode = Mode.AUTO
         self.mode_until: float | None = None
         self.since = now
-        self.is_transparent = True  # CLOSED without ramp, and not forced open: the fast path checks only this
+        self.is_transparent = True  # CLOSED without ramp, and not forced open: `admit` checks nothing more
         self.slow_after = NO_SLOW_CALLS if policy.slow_call_duration is None else policy.slow_call_duration
         self.consecutive_failures = 0
         self.probes_in_flight = 0

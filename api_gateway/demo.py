@@ -5,6 +5,7 @@ They are the upstreams while none is configured. Their state is in memory.
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ Handler = Callable[[str, str, Mapping[str, str], bytes], Awaitable[Response]]
 DEMO_NAMES = ("users", "orders", "slow", "flaky")
 MAX_DELAY = 30.0
 _START_TIMEOUT = 10.0
+_LOGGERS = ("uvicorn.error", "uvicorn.access")
 
 USERS = [
     {"id": 1, "name": "Ada Lovelace", "email": "ada@example.com"},
@@ -115,8 +117,6 @@ class DemoUpstreams:
                 uvicorn.Config(
                     _application(handlers[name]),
                     log_config=None,
-                    log_level="error",
-                    access_log=False,
                     lifespan="off",
                     ws="none",
                     timeout_keep_alive=120,
@@ -132,6 +132,8 @@ class DemoUpstreams:
 
     async def start(self) -> None:
         """Start the servers; return when all accept connections. Raises TimeoutError."""
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(self._is_logged)
         self._thread.start()
         await asyncio.to_thread(self._wait_until_started)
 
@@ -147,6 +149,12 @@ class DemoUpstreams:
         for server in self._servers.values():
             server.should_exit = True
         await asyncio.to_thread(self._thread.join, _START_TIMEOUT)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(self._is_logged)
+
+    def _is_logged(self, record: logging.LogRecord) -> bool:
+        """Return False for what the demo's servers log, errors excepted; uvicorn may serve the gateway too."""
+        return record.levelno >= logging.ERROR or record.thread != self._thread.ident
 
     def close(self) -> None:
         """Release the ports if the servers were not started."""

@@ -27,6 +27,7 @@ from api_gateway.admin.operator_limits import OperatorLimits
 from api_gateway.assembly.access import NO_ACCESS, operator_access
 from api_gateway.assembly.gateway import Assembly, Gateway
 from api_gateway.assembly.installation import Installation
+from api_gateway.assembly.stores import REPLACED_WITHIN
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.downstream.uvicorn_server import COMMAND, Listener, UvicornServer
 from api_gateway.errors import STARTUP_FAILED, StartupError
@@ -175,7 +176,9 @@ def create_app(
         listener = app.listener = _listener_of(app.server, settings, rejections)
         changed = on_change if listener is None else partial(_apply_to_listener, listener, on_change)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
-        async with app.noting_startup_error(), assembly.live(settings) as gateway:
+        has_others = app.server is not None and app.server.has_several_workers
+        replaced_within = 0.0 if has_others else REPLACED_WITHIN
+        async with app.noting_startup_error(), assembly.live(settings, replaced_within) as gateway:
             gateway.recorder.operator_rejections = app.gate.refusals
             installation = Installation(
                 app,

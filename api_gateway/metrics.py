@@ -33,7 +33,7 @@ _COUNTERS = (
 )
 
 # The recorder's counters with several labels.
-_TABLES = ("requests", "retries", "retries_denied", "fallbacks")
+_TABLES = ("requests", "retries", "retries_denied", "fallbacks", "illegal_exchange_events")
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "_other"
@@ -104,6 +104,7 @@ class Recorder:
         self.retries: Counter[tuple[str, str]] = Counter()  # upstream, cause
         self.retries_denied: Counter[tuple[str, str]] = Counter()  # upstream, why
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, fallback, reason of the failure
+        self.illegal_exchange_events: Counter[tuple[str, str]] = Counter()  # phase of an exchange, event
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
@@ -175,9 +176,8 @@ class Recorder:
         for name in _TABLES:
             setattr(self, name, Counter({tuple(key): count for *key, count in state[name]}))
             yield
-        self.outcomes = {name: Counter(counts) for name, counts in state["outcomes"].items()}
-        yield
-        self.shed = {name: Counter(counts) for name, counts in state["shed"].items()}
+        self.outcomes = yield from each(state["outcomes"].items(), lambda _, counts: Counter(counts))
+        self.shed = yield from each(state["shed"].items(), lambda _, counts: Counter(counts))
         for name in _COUNTERS:
             setattr(self, name, Counter(state[name]))
         self.requests_by_client = HeavyHitters.from_state(state["requests_by_client"])

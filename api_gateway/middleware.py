@@ -181,6 +181,13 @@ class ExchangeMiddleware:
         note_failure(exchange, Draining("The gateway stopped before the response was complete."))
         exchange.status = exchange.status or ClientDisconnected.status
 
+    def note_illegal_event(self, exchange: Exchange, phase: str, event: str, error: Exception) -> None:
+        """Count an event that the state of the exchange does not allow; log the first of each phase and event."""
+        counts = self._recorder.illegal_exchange_events
+        if not counts[phase, event]:
+            logger.error("request %s (%s %s): %s", exchange.id, exchange.method, exchange.path, error)
+        counts[phase, event] += 1
+
     def end(self, exchange: Exchange, now: float) -> None:
         """Pass the ended exchange to the observers. `now` is monotonic seconds."""
         self._recorder.in_flight -= 1
@@ -196,13 +203,19 @@ class AdmissionMiddleware:
     """Admits the request of an exchange, and passes it to the router: the ASGI side of `proxy.admission`."""
 
     def __init__(
-        self, *, admission: Admission, headers: HeaderReader, router: Router, clock_ns: Callable[[], int]
+        self,
+        *,
+        admission: Admission,
+        headers: HeaderReader,
+        router: Router,
+        limit_headers: RateLimitHeaders,
+        clock_ns: Callable[[], int],
     ) -> None:
         self._admission = admission
         self._headers = headers
         self._router = router
         self._clock_ns = clock_ns
-        self._limit_headers = RateLimitHeaders()
+        self._limit_headers = limit_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Raises the GatewayError with which admission refuses it."""

@@ -11,16 +11,14 @@ import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 
 from api_gateway.errors import (
-    ClientDisconnected,
     GatewayError,
     Unavailable,
-    UpstreamConnectTimeout,
     UpstreamFailed,
-    UpstreamTimeout,
 )
 from api_gateway.http1.asgi import SERVER_EXTENSION, Receive, Scope, Send, ServerExtension
 from api_gateway.http1.headers import (
@@ -35,8 +33,8 @@ from api_gateway.http1.via import Via
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.attribution import ClientProgress
-from api_gateway.proxy.client_disconnect import CLIENT_LEFT, DisconnectListener, DisconnectPoller
-from api_gateway.proxy.deadline import Deadline
+from api_gateway.proxy.client_disconnect import DisconnectListener, DisconnectPoller
+from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.fallback_runner import FallbackRunner
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.request_body import SentBody, StreamedBody, body_too_large
@@ -49,10 +47,10 @@ from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 from api_gateway.resilience.retry import FailedAttempt, RetryDenied, is_repeatable, retry_after_of
-from api_gateway.transport.dispatch import HttpxBody, close_response, fields_in, parts_of, send_request
+from api_gateway.transport.dispatch import HttpxBody, close_response, fields_in, parts_of
 from api_gateway.transport.error_mapping import translate
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
-from api_gateway.transport.response import UpstreamResponse
+from api_gateway.transport.response import LeanResponse, UpstreamResponse
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
@@ -131,7 +129,7 @@ class Router:
             on_target_transition=on_target_transition,
         )
         self.on_cost = on_cost or _ignore
-        self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
+        self.on_retry, self.on_denial = on_retry or _ignore, on_denial or _ignore
         self._fallback_runner = FallbackRunner(self.upstream_clients, self._attempts, on_fallback or _ignore, clock)
         self.priorities = priorities
         self._event_loop_shedder = lag or EventLoopShedder(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
@@ -161,41 +159,75 @@ class Router:
             return attempts
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
 
-    def continue_exchange(
+    def relay_stream(
         self,
         plan: RequestPlan,
         attempt: Attempt,
-        started: UpstreamResponse | None,
+        response: UpstreamResponse,
         scope: Scope,
         receive: Receive,
         send: Send,
         *,
         kept: bytes | None = None,
     ) -> Awaitable[None]:
-        """Continue an exchange whose first attempt the fast path has begun. Raises GatewayError.
+        """Relay the event stream with which an attempt of the fast path was answered. Raises GatewayError.
 
-        `started` is the response to the request, None if it has not been sent; `kept` is the body that was sent, None
-        if it cannot be sent again.
+        `kept` is the body that was sent, None if it cannot be sent again.
         """
         exchange, route = plan.exchange, plan.route
         assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = self.upstream_clients[route.upstream]
-        extension: ServerExtension = scope[SERVER_EXTENSION]
-        if extension.is_disconnected:
-            if started is not None:
-                started.close()
-            attempt.release(self._clock())
-            raise ClientDisconnected(CLIENT_LEFT)
-        request = UpstreamRequest(plan, scope, extension, self.protected, self._via)
-        if started is None:
-            request.body = self._body(exchange, upstream_client, request, receive)
-        else:
-            started.listener = request
-            request.body = NO_BODY if request.framing is None else SentBody(kept)
-        attempts = self._attempt_targets(exchange, upstream_client, request, send, attempt, started)
+        request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
+        request.set_authorities(upstream_client, attempt.target)
+        request.body = NO_BODY if request.framing is None else SentBody(kept)
+        response.listener = request
+        work = partial(self._relay_begun, exchange, upstream_client, attempt, request, response, send)
+        relayed = work() if request.deadline is None else self._guard(exchange, request, receive, work)
         if route.fallback is None:
-            return attempts
-        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
+            return relayed
+        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, relayed)
+
+    async def _relay_begun(
+        self,
+        exchange: Exchange,
+        upstream_client: UpstreamClient,
+        attempt: Attempt,
+        request: UpstreamRequest,
+        response: UpstreamResponse,
+        send: Send,
+    ) -> None:
+        """Relay a response whose head has been recorded, and end its attempt."""
+        assert request.extension is not None  # noqa: S101 - the fast path is only offered by the gateway's own server
+        try:
+            with DisconnectListener(request.extension):
+                await self._deliver(exchange, upstream_client, attempt, request, LeanResponse(response), send)
+        finally:
+            response.close()
+            self.outcomes.release(exchange, attempt)
+
+    def fall_back(
+        self,
+        plan: RequestPlan,
+        error: GatewayError,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        is_sent: bool,
+        kept: bytes | None = None,
+    ) -> Awaitable[None]:
+        """Respond by the route's fallback after `error` of the fast path, or raise it if the fallback does not apply.
+
+        `is_sent`: the request, with its body, was sent to the upstream; `kept`: see `relay_stream`.
+        """
+        exchange, route = plan.exchange, plan.route
+        assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
+        request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
+        if is_sent:
+            request.body = NO_BODY if request.framing is None else SentBody(kept)
+        else:
+            request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
+        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, _raise(error))
 
     def _attempts(
         self,
@@ -206,30 +238,27 @@ class Router:
         send: Send,
     ) -> Awaitable[None]:
         """Return the attempts on one upstream, limited by the deadline of the request."""
+        work = partial(self._attempt_targets, exchange, upstream_client, request, send)
         if request.extension is not None and request.deadline is None:
-            return self._attempt_targets(exchange, upstream_client, request, send)
-        return self._guard(exchange, upstream_client, request, receive, send)
+            return work()
+        deadline = request.deadline
+        if deadline is not None and not deadline.remaining(self._clock()):  # passed before anything was sent
+            return _raise(deadline_error(exchange, deadline))
+        return self._guard(exchange, request, receive, work)
 
     async def _guard(
-        self,
-        exchange: Exchange,
-        upstream_client: UpstreamClient,
-        request: UpstreamRequest,
-        receive: Receive,
-        send: Send,
+        self, exchange: Exchange, request: UpstreamRequest, receive: Receive, work: Callable[[], Awaitable[None]]
     ) -> None:
-        """Apply the deadline to the attempts, and detect a disconnect if the server does not report it."""
+        """Apply the deadline to `work`, and detect a disconnect if the server does not report it."""
         deadline = request.deadline
         left = None if deadline is None else deadline.remaining(self._clock())
-        if deadline is not None and left == 0:  # passed before anything was sent
-            raise _deadline_error(exchange, deadline)
         with nullcontext() if request.extension is not None else DisconnectPoller(receive, request.body):
             try:
                 async with asyncio.timeout(left) as request.timer:
-                    await self._attempt_targets(exchange, upstream_client, request, send)
+                    await work()
             except TimeoutError as error:
                 assert deadline is not None  # noqa: S101 - only the deadline raises TimeoutError here
-                raise _deadline_error(exchange, deadline) from error
+                raise deadline_error(exchange, deadline) from error
 
     def _body(
         self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, receive: Receive
@@ -255,45 +284,32 @@ class Router:
         upstream_client: UpstreamClient,
         request: UpstreamRequest,
         send: Send,
-        attempt: Attempt | None = None,
-        started: UpstreamResponse | None = None,
     ) -> None:
         """Make an attempt, and retries as long as `_retry_delay` allows them.
 
-        `attempt` and `started` belong to a first attempt that has begun. Raises ClientDisconnected if the client
-        disconnects: the gateway's own server then cancels this task.
+        Raises ClientDisconnected if the client disconnects: the gateway's own server then cancels this task.
         """
         tried: list[Target] = []
         watch: AbstractContextManager[None] = (
             nullcontext() if request.extension is None else DisconnectListener(request.extension)
         )
         with watch:
-            if attempt is None:
-                attempt = self._acquire(exchange, upstream_client, request, tried)
-            again = await self._attempt(exchange, upstream_client, attempt, request, send, tried, started)
+            attempt = self._acquire(exchange, upstream_client, request)
+            again = await self._attempt(exchange, upstream_client, attempt, request, send, tried)
             try:
                 while again is not None:
                     again = await self._attempt_again(exchange, upstream_client, again, request, send, tried)
             finally:
                 again = None  # breaks the reference cycle of its error and this frame
 
-    def _acquire(
-        self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
-    ) -> Attempt:
-        """Acquire the next target. A retry has the lowest priority, so that it is shed before any first attempt.
-
-        Raises Unavailable.
-        """
-        key = (
-            exchange.client_key
-            if upstream_client.hash_header is None
-            else upstream_client.hash_key(request.fields, exchange)
-        )
-        is_safe = is_repeatable(exchange.method, request.fields)
-        priority = 0 if tried or exchange.client is None else self.priorities.of(exchange.client.quota.name)
-        principal = holder_of(exchange.client, exchange.peer)
+    def _acquire(self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest) -> Attempt:
+        """Acquire a target for the first attempt. Raises Unavailable."""
         return upstream_client.upstream.acquire(
-            self._clock(), key, tried, priority=priority, is_safe=is_safe, principal=principal
+            self._clock(),
+            _key(exchange, upstream_client, request),
+            priority=0 if exchange.client is None else self.priorities.of(exchange.client.quota.name),
+            is_safe=is_repeatable(exchange.method, request.fields),
+            principal=holder_of(exchange.client, exchange.peer),
         )
 
     async def _attempt_again(
@@ -311,7 +327,7 @@ class Router:
             await asyncio.sleep(again.pause)
             attempt = self._next_attempt(exchange, upstream_client, request, tried)
             if attempt is None:
-                self._on_denial(upstream_client.upstream.name, RetryDenied.UNAVAILABLE)
+                self.on_denial(upstream_client.upstream.name, RetryDenied.UNAVAILABLE)
                 if again.response is None:
                     raise again.failure()
                 await self._relay(exchange, again.attempt, request, again.response, send)
@@ -320,21 +336,45 @@ class Router:
             if again.response is not None and attempt is None:
                 await close_response(again.response)
         exchange.retried += (again.cause,)
-        self._on_retry(upstream_client.upstream.name, again.cause)
+        self.on_retry(upstream_client.upstream.name, again.cause)
         return await self._attempt(exchange, upstream_client, attempt, request, send, tried, given_up=again.response)
 
     def _next_attempt(
         self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
     ) -> Attempt | None:
-        """Acquire a target for a retry; None if there is none, or while the upstream recovers: no retry is a probe."""
-        if self._is_recovering(upstream_client):
+        """Acquire a target for a retry, see `next_attempt`."""
+        return self.next_attempt(
+            upstream_client,
+            _key(exchange, upstream_client, request),
+            tried,
+            is_safe=is_repeatable(exchange.method, request.fields),
+            principal=holder_of(exchange.client, exchange.peer),
+        )
+
+    def next_attempt(
+        self,
+        upstream_client: UpstreamClient,
+        key: str,
+        tried: Sequence[Target],
+        *,
+        is_safe: bool,
+        principal: str | None,
+    ) -> Attempt | None:
+        """Acquire a target for a retry; None if there is none, or while the upstream recovers: no retry is a probe.
+
+        A retry has the lowest priority, so that it is shed before any first attempt. For the arguments see
+        `Upstream.acquire`.
+        """
+        if self.is_recovering(upstream_client):
             return None
         try:
-            return self._acquire(exchange, upstream_client, request, tried)
+            return upstream_client.upstream.acquire(
+                self._clock(), key, tried, priority=0, is_safe=is_safe, principal=principal
+            )
         except Unavailable:
             return None
 
-    def _is_recovering(self, upstream_client: UpstreamClient) -> bool:
+    def is_recovering(self, upstream_client: UpstreamClient) -> bool:
         """Tell whether the event loop is overloaded or the upstream's breaker recovers, so that retries are denied."""
         return self._event_loop_shedder.is_over or upstream_client.upstream.is_recovering(self._clock())
 
@@ -346,7 +386,6 @@ class Router:
         request: UpstreamRequest,
         send: Send,
         tried: list[Target],
-        started: UpstreamResponse | None = None,
         given_up: httpx.Response | None = None,
     ) -> _PendingRetry | None:
         """Send the request to one target and relay the response, or return a retry if the attempt failed.
@@ -361,7 +400,7 @@ class Router:
             if given_up is not None:
                 await close_response(given_up)
             try:
-                response = await self._send(exchange, upstream_client, attempt, request, started)
+                response = await self._send(exchange, upstream_client, attempt, request)
             except UpstreamFailed as error:
                 delay = self._retry_delay(
                     exchange, upstream_client, attempt, request, tried, is_sent=not error.is_retry_safe
@@ -398,20 +437,47 @@ class Router:
         After a `response`, the request's body must have been read completely: while its rest is still sent to the
         first target, a retry could lose it.
         """
+        return self.retry_delay(
+            upstream_client,
+            attempt,
+            tried,
+            is_sent=is_sent,
+            is_repeatable=is_repeatable(exchange.method, request.fields),
+            is_replayable=request.body.is_replayable and (response is None or request.body.is_finished),
+            retry_after=None if response is None else retry_after_of(fields_in(response)),
+            deadline=request.deadline,
+        )
+
+    def retry_delay(
+        self,
+        upstream_client: UpstreamClient,
+        attempt: Attempt,
+        tried: Sequence[Target],
+        *,
+        is_sent: bool,
+        is_repeatable: bool,
+        is_replayable: bool,
+        retry_after: float | None,
+        deadline: Deadline | None,
+    ) -> float | None:
+        """Return the seconds before a retry, which is withdrawn from the budget, or None if it is denied.
+
+        `tried` are the targets of the attempts, this one included; for the other arguments see `FailedAttempt`.
+        """
         now = self._clock()
         failed = FailedAttempt(
             attempts=len(tried),
             is_sent=is_sent,
-            is_repeatable=is_repeatable(exchange.method, request.fields),
-            is_replayable=request.body.is_replayable and (response is None or request.body.is_finished),
-            is_recovering=attempt.ticket.is_probe or self._is_recovering(upstream_client),
+            is_repeatable=is_repeatable,
+            is_replayable=is_replayable,
+            is_recovering=attempt.ticket.is_probe or self.is_recovering(upstream_client),
             is_elsewhere=attempt.upstream.has_other(tried, now),
-            retry_after=None if response is None else retry_after_of(fields_in(response)),
-            left=None if request.deadline is None else request.deadline.remaining(now),
+            retry_after=retry_after,
+            left=None if deadline is None else deadline.remaining(now),
         )
         decision = upstream_client.retries.decide(failed, now)
         if isinstance(decision, RetryDenied):
-            self._on_denial(attempt.upstream.name, decision)
+            self.on_denial(attempt.upstream.name, decision)
             return None
         return decision
 
@@ -421,20 +487,17 @@ class Router:
         upstream_client: UpstreamClient,
         attempt: Attempt,
         request: UpstreamRequest,
-        started: UpstreamResponse | None,
     ) -> httpx.Response:
         """Send the request to one target and return the response with its head; settle the attempt if that fails."""
         now = self._clock()
         outgoing = request.render(exchange, upstream_client, attempt.target, now)
-        if started is None:
-            exchange.target = attempt.target.url
-            exchange.sent_at = now
+        exchange.target, exchange.sent_at = attempt.target.url, now
         try:
-            response = await send_request(upstream_client.transport, outgoing, started)
+            response = await upstream_client.transport.handle_async_request(outgoing)
         except httpx.TransportError as error:
-            raise self._failure(exchange, attempt, request, outgoing, started, error) from error
+            raise self._failure(exchange, attempt, request, outgoing, error) from error
         except asyncio.CancelledError:
-            if _note_progress(exchange, outgoing, started, is_sent=True) and request.is_overdue:
+            if _note_progress(exchange, outgoing, is_sent=True) and request.is_overdue:
                 self._settle_overdue(exchange, attempt, request, _note_client_progress(exchange, request))
             raise
         self.outcomes.on_head(
@@ -448,7 +511,6 @@ class Router:
         attempt: Attempt,
         request: UpstreamRequest,
         outgoing: httpx.Request,
-        started: UpstreamResponse | None,
         error: httpx.TransportError,
     ) -> GatewayError:
         """Settle an attempt without a response; return its error.
@@ -457,7 +519,7 @@ class Router:
         the frame: only the garbage collector would free that cycle.
         """
         failure = self.outcomes.on_failure(exchange, attempt, error, _note_client_progress(exchange, request))
-        _note_progress(exchange, outgoing, started, is_sent=not failure.is_retry_safe)
+        _note_progress(exchange, outgoing, is_sent=not failure.is_retry_safe)
         return failure
 
     def _settle_overdue(
@@ -485,10 +547,7 @@ class Router:
         """Relay a response or run a tunnel, then close the response."""
         settle_probe = None
         if attempt.is_probe:  # a long response must not prevent the breaker from closing
-            loop = asyncio.get_running_loop()
-            # A probe that is not settled within the recovery timeout counts as lost.
-            seconds = min(PROBE_SETTLES_AFTER, attempt.upstream.breaker.policy.recovery_timeout / 2)
-            settle_probe = loop.call_later(seconds, self.outcomes.settle_success, attempt)
+            settle_probe = self.settle_probe_soon(attempt, asyncio.get_running_loop())
         try:
             if response.status_code == SWITCHING_PROTOCOLS:
                 await self._tunnel(exchange, upstream_client, attempt, request, response)
@@ -498,6 +557,11 @@ class Router:
             if settle_probe is not None:
                 settle_probe.cancel()
             await close_response(response)
+
+    def settle_probe_soon(self, attempt: Attempt, loop: asyncio.AbstractEventLoop) -> asyncio.TimerHandle:
+        """Schedule the outcome of a probe whose response has begun; not settled in time, it would count as lost."""
+        seconds = min(PROBE_SETTLES_AFTER, attempt.upstream.breaker.policy.recovery_timeout / 2)
+        return loop.call_later(seconds, self.outcomes.settle_success, attempt)
 
     async def _relay(
         self, exchange: Exchange, attempt: Attempt, request: UpstreamRequest, response: httpx.Response, send: Send
@@ -610,6 +674,17 @@ class Router:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
 
+def _key(exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest) -> str:
+    """Return the key for load balancing."""
+    if upstream_client.hash_header is None:
+        return exchange.client_key
+    return upstream_client.hash_key(request.fields, exchange)
+
+
+async def _raise(error: GatewayError) -> None:
+    raise error
+
+
 def _client_progress(body: StreamedBody | NoBody, reader_waited: float) -> ClientProgress:
     """Return the client's part in the end of an attempt."""
     return ClientProgress(body.is_finished, body.is_awaited, body.waited + reader_waited)
@@ -624,28 +699,15 @@ def _note_client_progress(exchange: Exchange, request: UpstreamRequest) -> Clien
     return share
 
 
-def _note_progress(
-    exchange: Exchange, outgoing: httpx.Request, started: UpstreamResponse | None, *, is_sent: bool
-) -> bool:
+def _note_progress(exchange: Exchange, outgoing: httpx.Request, *, is_sent: bool) -> bool:
     """Record how far an attempt without a response got; return whether a part of the request was sent.
 
-    It was if `started` is given. `is_sent` is the assumption for transports that do not report it.
+    `is_sent` is the assumption for transports that do not report it.
     """
     if isinstance(outgoing, LeanRequest):
-        is_sent = started is not None or outgoing.is_sent
+        is_sent = outgoing.is_sent
         exchange.has_begun |= is_sent or outgoing.has_begun
     else:
         exchange.has_begun = True
     exchange.has_reached |= is_sent
     return is_sent
-
-
-def _deadline_error(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
-    """Return the error of a request whose deadline has passed.
-
-    Its class determines the refund: the charge is refunded if nothing was sent; with a client's own deadline, only if
-    no connection was begun.
-    """
-    has_cost = exchange.has_reached or (exchange.has_begun and deadline.is_of_client)
-    kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout
-    return kind(deadline.message(), extra={"deadline_source": deadline.source})

@@ -12,48 +12,69 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from benchmarks import load, memory
+from benchmarks.cases import NEW_PROCESS, TITLES, needs_of
 from benchmarks.peers import PEERS, Peer, Place
 from benchmarks.plot import plot
-from benchmarks.processes import cpu_seconds, free_port, running
-from benchmarks.report import CASES, Results, tables
-from benchmarks.upstream import upstream
+from benchmarks.processes import cpu_seconds, free_port, raise_file_limit, running
+from benchmarks.report import Results, tables
+from benchmarks.upstream import certificate, upstream
 
-CONNECTIONS = 64
-UPLOAD_CONNECTIONS = 8  # with 64 uploads of 10 MB, too many would be incomplete at the end
 RATE = 500.0
 TURNS = 4
 QUICK = ("small", "varied", "10k", "new", "latency")
 
 
+class _MeasureMemory(Protocol):
+    def __call__(self, pid: int, port: int, *, core: int) -> dict[str, float]: ...
+
+
+_MEMORY: Mapping[str, _MeasureMemory] = {
+    "memory": memory.measure,
+    "idle": memory.measure_idle,
+    "active": memory.measure_active,
+}
+
+
 class Comparison:
     """One run: cores, upstream, length of measurements, and results."""
 
-    def __init__(self, *, peer_core: int, load_core: int, origin: int, seconds: float) -> None:
+    def __init__(
+        self, *, peer_core: int, load_core: int, origin: int, certificate: Path | None, seconds: float
+    ) -> None:
         self._peer_core = peer_core
         self._load_core = load_core
         self._origin = origin
+        self._certificate = certificate
         self._seconds = seconds
         self.results = Results()
 
     def round(self, peers: Sequence[Peer], cases: Sequence[str], number: int) -> None:
-        """Measure every peer once, beginning with a different one in each round; memory in the first round only."""
+        """Measure every peer once, beginning with a different one in each round; memory in the first round only.
+
+        Cases that need the same configuration are measured in one process.
+        """
         shift = number % len(peers)
         for peer in (*peers[shift:], *peers[:shift]):
-            wanted = [case for case in cases if case in peer.cases]
-            if "memory" in wanted and number == 0:
-                self._measure(peer, ["memory"])  # in a new process, which has allocated nothing yet
-            self._measure(peer, [case for case in wanted if case != "memory"])
+            wanted = [case for case in cases if peer.takes(case)]
+            for case in NEW_PROCESS:
+                if case in wanted and number == 0:
+                    self._measure(peer, frozenset(), [case])
+            groups: dict[frozenset[str], list[str]] = {}
+            for case in wanted:
+                if case not in NEW_PROCESS:
+                    groups.setdefault(needs_of(case), []).append(case)
+            for needs, group in groups.items():
+                self._measure(peer, needs, group)
 
-    def _measure(self, peer: Peer, cases: Sequence[str]) -> None:
-        if not cases:
-            return
+    def _measure(self, peer: Peer, needs: frozenset[str], cases: Sequence[str]) -> None:
         try:
-            with self._started(peer) as (pid, port):
+            with self._started(peer, needs) as (pid, port):
                 for case in cases:
                     self._case(peer, case, pid, port)
         except (load.Failed, RuntimeError, OSError) as problem:
@@ -64,8 +85,8 @@ class Comparison:
     def _case(self, peer: Peer, case: str, pid: int, port: int) -> None:
         try:
             load.verify(port, case)
-            if case == "memory":
-                found = memory.measure(pid, port, core=self._load_core)
+            if case in NEW_PROCESS:
+                found = _MEMORY[case](pid, port, core=self._load_core)
             elif case == "latency":
                 found = self._added(port)
             else:
@@ -78,10 +99,9 @@ class Comparison:
             self.results.add(case, peer.name, found)
 
     def _throughput(self, case: str, pid: int, port: int) -> dict[str, float]:
-        connections = UPLOAD_CONNECTIONS if case == "upload" else CONNECTIONS
-        load.drive(port, case, core=self._load_core, seconds=1, connections=connections)
+        load.drive(port, case, core=self._load_core, seconds=1)
         before = cpu_seconds(pid)
-        driven = load.drive(port, case, core=self._load_core, seconds=self._seconds, connections=connections)
+        driven = load.drive(port, case, core=self._load_core, seconds=self._seconds)
         used = cpu_seconds(pid) - before
         return {"rate": driven.requests / driven.seconds, "cpu": used / driven.requests * 1e6}
 
@@ -102,9 +122,9 @@ class Comparison:
         return load.latencies(port, core=self._load_core, rate=RATE, seconds=self._seconds / TURNS)
 
     @contextmanager
-    def _started(self, peer: Peer) -> Iterator[tuple[int, int]]:
+    def _started(self, peer: Peer, needs: frozenset[str]) -> Iterator[tuple[int, int]]:
         with tempfile.TemporaryDirectory() as folder:
-            place = Place(Path(folder), free_port(), self._origin)
+            place = Place(Path(folder), free_port(), self._origin, needs, self._certificate)
             launch = peer.launch(place)
             with running(
                 launch.command, core=self._peer_core, port=place.port, folder=place.folder, env=launch.env
@@ -131,13 +151,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4, help="length of a measurement (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"one round of one second with {','.join(QUICK)}")
     parser.add_argument("--peers", help=f"some of {','.join(peer.name for peer in PEERS)}")
-    parser.add_argument("--only", help=f"some of {','.join(CASES)}")
+    parser.add_argument("--only", help=f"some of {','.join(TITLES)}")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a plot of CPU per request")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(arguments)
     try:
         options.peers = _chosen(options.peers, [peer.name for peer in PEERS], "peer")
-        options.only = _chosen(options.only, QUICK if options.quick else list(CASES), "case")
+        options.only = _chosen(options.only, QUICK if options.quick and not options.only else list(TITLES), "case")
     except ValueError as problem:
         parser.error(str(problem))
     if options.quick:
@@ -163,8 +183,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"not found: {', '.join(missing)} (Debian packages)" if missing else "two cores are needed")
         return 2
     peers = _installed(options.peers)
+    raise_file_limit()
     with tempfile.TemporaryDirectory() as folder, upstream(Path(folder), cores[1]) as origin:
-        run = Comparison(peer_core=cores[0], load_core=cores[1], origin=origin, seconds=options.seconds)
+        run = Comparison(
+            peer_core=cores[0],
+            load_core=cores[1],
+            origin=origin,
+            certificate=certificate(Path(folder)),
+            seconds=options.seconds,
+        )
         for number in range(options.rounds if peers else 0):
             _say(f"round {number + 1} of {options.rounds}")
             run.round(peers, options.only, number)

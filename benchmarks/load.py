@@ -6,50 +6,36 @@ select(2), whose timeouts are in microseconds; those of asyncio are in milliseco
 """
 
 import contextlib
+import gzip
 import http.client
+import json
 import math
 import re
 import select
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import httptools
 
+from benchmarks.cases import CASES, CLIENT, Case
 from benchmarks.processes import pinned
-from benchmarks.upstream import SIZES, SMALL, UPLOADED
+from benchmarks.upstream import SMALL
 
-CLIENT = "bench"
-UPLOAD_BYTES = 10_485_760
+ROOT = Path(__file__).parent.parent
 _PATIENCE = 60.0
+_MAX_ALLOWED = 50  # requests until a limit refuses
+_REFUSED_SHARE = 0.99  # of the requests of a case whose requests are refused
 _OK = range(200, 300)
 _SUMMARY = re.compile(r"(\d+) requests in ([\d.]+)(us|ms|s|m), ([\d.]+)([KMGT]?)B read")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_VARIED = {
-    "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:145.0) Gecko/20100101 Firefox/145.0",
-    "Accept": "application/json, text/plain, */*",
-    "Accept-Language": "en-GB,en;q=0.7,de;q=0.3",
-    "Accept-Encoding": "gzip, deflate, br, zstd",
-    "Referer": "https://shop.example/orders/1234",
-    "Origin": "https://shop.example",
-    "Authorization": f"Bearer {'x' * 64}",
-}
-_VARIED_LUA = """
-local number = 0
-request = function()
-  number = number + 1
-  wrk.headers["traceparent"] = string.format("00-%032x-%016x-01", number, number)
-  return wrk.format()
-end
-"""
-_UPLOAD_LUA = f'wrk.method = "POST"\nwrk.body = string.rep("x", {UPLOAD_BYTES})\n'
-_SCRIPTS = {"upload": _UPLOAD_LUA, "varied": _VARIED_LUA}
-_HEADERS = {"new": {"Connection": "close"}, "varied": _VARIED}
 
 
 @dataclass(frozen=True)
@@ -65,9 +51,13 @@ class Failed(Exception):
     """A run without valid results: wrong responses, errors, or a rate that was not reached."""
 
 
-def parse_wrk(output: str, size: int) -> Driven:
-    """Parse wrk's summary. Raises Failed if a response was not 2xx or 3xx or too short, or after errors."""
-    if problems := re.findall(r"(?:Non-2xx|Socket errors).*", output):
+def parse_wrk(output: str, size: int, *, is_refused: bool = False) -> Driven:
+    """Parse wrk's summary. Raises Failed if a response was not 2xx or 3xx or too short, or after errors.
+
+    `is_refused`: nearly all responses must be neither 2xx nor 3xx instead.
+    """
+    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
+    if problems := re.findall("Socket errors.*" if is_refused else "(?:Non-2xx|Socket errors).*", output):
         raise Failed("; ".join(problem.strip() for problem in problems))
     found = _SUMMARY.search(output)
     if found is None:
@@ -75,53 +65,81 @@ def parse_wrk(output: str, size: int) -> Driven:
     driven = Driven(int(found[1]), float(found[2]) * _SECONDS[found[3]], float(found[4]) * _BYTES[found[5]])
     if not driven.requests:
         raise Failed("no response: wrk received no response")
+    if is_refused and (refused is None or int(refused[1]) < _REFUSED_SHARE * driven.requests):
+        raise Failed(f"{refused[1] if refused else 0} of {driven.requests} requests were refused")
     if driven.read < 0.99 * size * driven.requests:  # wrk prints three digits
         raise Failed(f"{driven.requests} responses of {size} bytes in only {driven.read:.0f} bytes")
     return driven
 
 
-def drive(port: int, case: str, *, core: int, seconds: float, connections: int) -> Driven:
-    """Run wrk from a core against one case. Raises Failed."""
-    path, size = ("upload", len(UPLOADED)) if case == "upload" else (case if case in SIZES else "small", 0)
+def drive(port: int, name: str, *, core: int, seconds: float, connections: int | None = None) -> Driven:
+    """Drive one case from a core, with as many connections as it has by default. Raises Failed."""
+    case = CASES[name]
+    count = case.connections if connections is None else connections
+    if case.is_split:
+        return _drive_segments(port, core=core, seconds=seconds, connections=count)
+    return drive_case(port, case, core=core, seconds=seconds, connections=count)
+
+
+def drive_case(port: int, case: Case, *, core: int, seconds: float, connections: int) -> Driven:
+    """Run wrk from a core. Raises Failed."""
     options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", f"--timeout={_PATIENCE:.0f}s"]
-    headers = ["-H", f"X-Client-ID: {CLIENT}"]
-    for name, value in _HEADERS.get(case, {}).items():
-        headers += ["-H", f"{name}: {value}"]
+    for name, value in {"X-Client-ID": CLIENT, **case.headers}.items():
+        options += ["-H", f"{name}: {value}"]
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        if case in _SCRIPTS:
-            script.write(_SCRIPTS[case])
+        if case.script:
+            script.write(case.script)
             script.flush()
             options += ["-s", script.name]
-        with pinned(core):
-            done = subprocess.run(  # noqa: S603 - fixed arguments
-                ["wrk", *options, *headers, f"http://127.0.0.1:{port}/api/{path}"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+        output = _output(["wrk", *options, f"http://127.0.0.1:{port}/api/{case.path}"], core)
+    return parse_wrk(output, case.least, is_refused=case.status not in _OK)
+
+
+def _drive_segments(port: int, *, core: int, seconds: float, connections: int) -> Driven:
+    command = [sys.executable, "-m", "benchmarks.segments", str(port), str(seconds), str(connections)]
+    found = json.loads(_output(command, core))
+    if found["failures"]:
+        raise Failed("; ".join(found["failures"]))
+    if not found["requests"]:
+        raise Failed("no response")
+    return Driven(found["requests"], found["seconds"], found["read"])
+
+
+def _output(command: Sequence[str], core: int) -> str:
+    """Return the output of a load generator, run on a core. Raises Failed."""
+    with pinned(core):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 - fixed arguments
     if done.returncode:
-        raise Failed(f"wrk exited with {done.returncode}: {done.stderr.strip()}")
-    return parse_wrk(done.stdout, size or SIZES[path])
+        raise Failed(f"{command[0]} exited with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
 
-def verify(port: int, case: str) -> None:
-    """Send one request and check the whole response. Raises Failed."""
-    path = case if case == "upload" or case in SIZES else "small"
-    upload = b"x" * UPLOAD_BYTES if case == "upload" else None
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
-    with contextlib.closing(connection):
-        headers = {"X-Client-ID": CLIENT, **({"Connection": "close"} if case == "new" else {})}
-        connection.request("POST" if upload else "GET", f"/api/{path}", upload, headers)
+def verify(port: int, name: str) -> None:
+    """Send one request of a case and check the whole response; several if they must be refused. Raises Failed."""
+    case = CASES.get(name, CASES["small"])
+    for _ in range(_MAX_ALLOWED):
+        status, body, is_closed = _exchange(port, case)
+        if status == case.status or case.status in _OK:
+            break
+    if status != case.status or (case.body is not None and body != case.body):
+        raise Failed(f"{name}: status {status} with {len(body)} bytes, not {case.status} with {len(case.body or b'')}")
+    if is_closed != case.closes:
+        raise Failed(f"{name}: the connection is {'closed' if is_closed else 'kept'}")
+
+
+def _exchange(port: int, case: Case) -> tuple[int, bytes, bool]:
+    """Send one request; return status and decoded body of the response, and whether the connection is closed."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)) as connection:
+        headers = {"X-Client-ID": CLIENT, **case.headers}
+        connection.request(case.method, f"/api/{case.path}", b"x" * case.sent or None, headers)
         try:
             answer = connection.getresponse()
             body = answer.read()
         except http.client.HTTPException as error:
-            raise Failed(f"{path}: {error!r}") from error
-    expected = {"small": SMALL, "upload": UPLOADED}.get(path) or bytes(SIZES[path])
-    if answer.status not in _OK or body != expected:
-        raise Failed(f"{path}: status {answer.status} with {len(body)} bytes, not 200 with {len(expected)}")
-    if answer.will_close != (case == "new"):
-        raise Failed(f"{path}: the connection is {'closed' if answer.will_close else 'kept'}")
+            raise Failed(f"{case.path}: {error!r}") from error
+    if answer.headers.get("content-encoding") == "gzip":
+        body = gzip.decompress(body)
+    return answer.status, body, answer.will_close
 
 
 def await_ready(port: int, patience: float = 15.0) -> None:
@@ -129,13 +147,20 @@ def await_ready(port: int, patience: float = 15.0) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            verify(port, "small")
+            _verify_ready(port)
         except (Failed, OSError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
         else:
             return
+
+
+def _verify_ready(port: int) -> None:
+    """Raise Failed unless the server responds as to a case, or as one that limits this client."""
+    status, body, _ = _exchange(port, CASES["small"])
+    if status != CASES["refused"].status and (status not in _OK or body != SMALL):
+        raise Failed(f"small: status {status} with {len(body)} bytes, not 200 with {len(SMALL)}")
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

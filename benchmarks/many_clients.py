@@ -27,8 +27,9 @@ from functools import partial
 from pathlib import Path
 
 from api_gateway.clients.sqlite_store import CLIENTS_FILE, SqliteClientStore
+from benchmarks.cases import CLIENT
 from benchmarks.flood import Flooded, client_id
-from benchmarks.load import CLIENT, Answer, Client, Failed, OpenLoop, await_ready, percentile
+from benchmarks.load import Answer, Client, Failed, OpenLoop, await_ready, percentile
 from benchmarks.processes import cpu_seconds, free_port, pinned, reset_peak, resident_bytes, running, store_command
 from benchmarks.upstream import upstream
 

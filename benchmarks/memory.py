@@ -1,17 +1,19 @@
-"""Resident memory of a peer: new, with a thousand idle clients, and while large bodies stream both ways."""
+"""Resident memory of a peer: new, with idle and with active clients, and while large bodies stream both ways."""
 
 import contextlib
-import resource
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
 
-from benchmarks.load import CLIENT, Answer, Client, Failed
-from benchmarks.processes import pinned, reset_peak, resident_bytes
-from benchmarks.upstream import SIZES, UPLOADED
+from benchmarks.cases import CLIENT
+from benchmarks.load import Answer, Client, Failed
+from benchmarks.processes import pinned, raise_file_limit, reset_peak, resident_bytes
+from benchmarks.upstream import HOLD, SIZES, UPLOADED
 
 IDLE_CLIENTS = 1000
+MANY_IDLE, MANY_ACTIVE = 10_000, 1_000  # connections of `measure_idle` and `measure_active`
 STREAMS = 4  # each way
 _PIECE = bytes(262_144)
 _SETTLE = 1.0
@@ -20,14 +22,72 @@ _PATIENCE = 60.0
 
 def measure(pid: int, port: int, *, core: int, idle_clients: int = IDLE_CLIENTS) -> dict[str, float]:
     """Return bytes: `start`, `idle` and `streaming`. The peer must have served a request before. Raises Failed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, idle_clients + 256)), hard))
+    raise_file_limit()
     with pinned(core):
         start = resident_bytes(pid)
         idle = _with_idle_clients(pid, port, idle_clients)
         reset_peak(pid)
         _stream_both_ways(port)
         return {"start": start, "idle": idle, "streaming": resident_bytes(pid, peak=True)}
+
+
+def measure_idle(pid: int, port: int, *, core: int, count: int = MANY_IDLE) -> dict[str, float]:
+    """Return bytes: resident with clients that have had one response each, and how many each of them needs.
+
+    The peer must be a new process that has served a request. Raises Failed.
+    """
+    return _measure_clients(pid, port, core, count, _with_idle_clients)
+
+
+def measure_active(pid: int, port: int, *, core: int, count: int = MANY_ACTIVE) -> dict[str, float]:
+    """Do as `measure_idle` with clients whose requests the upstream holds, so that each has a connection there too."""
+    return _measure_clients(pid, port, core, count, _with_active_clients)
+
+
+def _measure_clients(
+    pid: int, port: int, core: int, count: int, connect: Callable[[int, int, int], int]
+) -> dict[str, float]:
+    raise_file_limit()
+    with pinned(core):
+        start = resident_bytes(pid)
+        used = connect(pid, port, count)
+    return {"used": used, "each": (used - start) / count}
+
+
+class _HeldClient(Client):
+    """A client whose request the upstream holds."""
+
+    request = f"GET /api/hold HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Client-ID: {CLIENT}\r\n\r\n".encode()
+
+    def check(self, answer: Answer) -> None:
+        """See `Client`."""
+        answer.check(len(UPLOADED))
+
+
+def _with_active_clients(pid: int, port: int, count: int) -> int:
+    """Send one request on each of some connections; measure before the first response, and read all responses."""
+    with contextlib.ExitStack() as stack:
+        clients = []
+        began = time.monotonic()
+        for _ in range(count):
+            clients.append(_HeldClient(port))
+            stack.callback(clients[-1].close)
+            clients[-1].send(0.0)
+        time.sleep(max(0.0, began + HOLD - _SETTLE - time.monotonic()))
+        used = resident_bytes(pid)
+        if _has_response(clients):
+            raise Failed(f"not all {count} requests were in flight at once")
+        for client in clients:
+            while not client.receive():
+                pass
+        return used
+
+
+def _has_response(clients: "list[_HeldClient]") -> bool:
+    poll = select.poll()
+    for client in clients:
+        poll.register(client, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _with_idle_clients(pid: int, port: int, count: int) -> int:

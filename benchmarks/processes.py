@@ -1,6 +1,7 @@
 """Measured processes: started on one core, measured by /proc, stopped by their id. Linux only."""
 
 import os
+import resource
 import socket
 import subprocess
 import time
@@ -80,6 +81,12 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 def store_command(port: int) -> list[str]:
     """Return the command of a store on `port` without persistence. Raises NoServer."""
     return [find_server(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+
+
+def raise_file_limit() -> None:
+    """Raise the limit of open files of this process and of those that it starts to what is permitted."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def free_port() -> int:

@@ -3,18 +3,9 @@
 import statistics
 from collections.abc import Callable, Sequence
 
+from benchmarks.cases import TITLES
 from benchmarks.peers import Peer
 
-CASES = {
-    "small": "GET of 190 bytes, 64 keep-alive connections",
-    "varied": "GET of 190 bytes as browsers and tracing send it: ten header lines, one of them never the same twice",
-    "10k": "GET of 10 KB, 64 keep-alive connections",
-    "1m": "GET of 1 MB, 64 keep-alive connections",
-    "upload": "POST of 10 MB, 8 keep-alive connections",
-    "new": "GET of 190 bytes, 64 clients, a new connection for each request",
-    "latency": "Added latency at 500 requests per second, in microseconds",
-    "memory": "Resident memory in MB",
-}
 OURS = "gateway"
 _MB = 2**20
 
@@ -53,16 +44,16 @@ class Results:
 
 def tables(results: Results, peers: Sequence[Peer]) -> str:
     """Return a Markdown table for each measured case, followed by the failures."""
-    shown = [_table(results, case, peers) for case in CASES if case in results.found or case in results.failures]
+    shown = [_table(results, case, peers) for case in TITLES if case in results.found or case in results.failures]
     failed = [f"{peer}, {case}: {why}" for case, whys in results.failures.items() for peer, why in whys.items()]
     return "\n".join([*shown, *(["Failed:", "", *failed, ""] if failed else [])])
 
 
 def _table(results: Results, case: str, peers: Sequence[Peer]) -> str:
     columns, row = _SHAPES.get(case, (_THROUGHPUT, _throughput_row))
-    lines = [f"{CASES[case]}:", "", f"| | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
+    lines = [f"{TITLES[case]}:", "", f"| | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
     for peer in peers:
-        if case in peer.cases:
+        if peer.takes(case):
             failed = peer.name in results.failures.get(case, {})
             cells = ["failed", *[""] * (len(columns) - 1)] if failed else row(results, case, peer.name)
             lines.append(f"| {peer.title} | {' | '.join(cells)} |")
@@ -103,7 +94,17 @@ def _memory_row(results: Results, case: str, peer: str) -> list[str]:
     ]
 
 
+_CONNECTIONS = ("MB", "bytes per connection")
+
+
+def _connections_row(results: Results, case: str, peer: str) -> list[str]:
+    used, each = (statistics.median(results.values(case, peer, figure)) for figure in ("used", "each"))
+    return [f"{used / _MB:,.0f}", f"{each:,.0f}"]
+
+
 _SHAPES: dict[str, tuple[Sequence[str], Callable[[Results, str, str], list[str]]]] = {
     "latency": (_LATENCY, _latency_row),
     "memory": (_MEMORY, _memory_row),
+    "idle": (_CONNECTIONS, _connections_row),
+    "active": (_CONNECTIONS, _connections_row),
 }

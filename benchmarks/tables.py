@@ -34,7 +34,7 @@ def sizes(gateway: Gateway, fast_path: Any) -> dict[str, int]:
         "store keys": keys,
         "cached clients": len(clients._cache),
         "look-ups": len(clients._lookups._pending) + len(clients._lookups._late),
-        "cached header sets": fast_path._headers._remembered.cache_info().currsize,
+        "cached header sets": fast_path.headers._remembered.cache_info().currsize,
         "most frequent clients": len(gateway.recorder.requests_by_client) + len(gateway.recorder.limited_by_client),
         "metric series": series_of(gateway.recorder),
     }

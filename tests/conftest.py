@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from api_gateway.downstream.states import ILLEGAL_EVENTS
+from api_gateway.proxy.exchange import ProxyExchange
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from tests import loop_watch
 from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, running_gateway
@@ -51,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts into the background so, and the gateways that the tests start would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+ProxyExchange.is_strict = True  # an event that the state of an exchange does not allow raises
 
 # Hypothesis measures time: on a busy machine a slow example is no finding.
 settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,6 +8,7 @@ from api_gateway.assembly.gateway import Gateway
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
@@ -38,7 +39,10 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     `server_headers` are header fields that the server adds to responses, so those of upstreams are omitted.
     """
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
-    settlement = CostSettlement(limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder)
+    limit_headers = RateLimitHeaders()
+    settlement = CostSettlement(
+        limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder, limit_headers=limit_headers
+    )
     headers = HeaderReader(
         id_header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
@@ -52,18 +56,15 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    admission = Admission(
-        [
-            AmbiguityStage(),
-            IdentityStage(clients=gateway.clients, priorities=gateway.priorities),
-            RouteStage(router.routes),
-            DeadlineStage({name: client.total_timeout for name, client in router.upstream_clients.items()}),
-            LoadSheddingStage(gateway.event_loop_shedder),
-            limits,
-        ]
-    )
+    admission = _admission(gateway, router, limits)
     record = ExchangeMiddleware(
-        AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=clocks.monotonic_ns),
+        AdmissionMiddleware(
+            admission=admission,
+            headers=headers,
+            router=router,
+            limit_headers=limit_headers,
+            clock_ns=clocks.monotonic_ns,
+        ),
         clock=clocks.monotonic,
         recorder=recorder,
         observers=[recorder.observe, *_access_logs(gateway)],
@@ -74,6 +75,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         admission=admission,
         headers=headers,
         router=router,
+        limit_headers=limit_headers,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
@@ -89,6 +91,22 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock_ns=clocks.monotonic_ns,
     )
     return record, fast_path, explainer
+
+
+def _admission(gateway: Gateway, router: Router, limits: RateLimitStage) -> Admission:
+    return Admission(
+        [
+            AmbiguityStage(),
+            IdentityStage(clients=gateway.clients, priorities=gateway.priorities),
+            RouteStage(router.routes),
+            DeadlineStage(
+                {name: client.total_timeout for name, client in router.upstream_clients.items()},
+                have_routes_timeouts=any(route.timeout is not None for route in gateway.routes),
+            ),
+            LoadSheddingStage(gateway.event_loop_shedder),
+            limits,
+        ]
+    )
 
 
 def _router(

@@ -18,9 +18,18 @@ import httpx
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
 from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.routes import route_of
-from api_gateway.assembly.stores import Limiter, Quotas, hold_state_folder, limiter_of, registry_of, requote
+from api_gateway.assembly.stores import (
+    REPLACED_WITHIN,
+    Limiter,
+    Quotas,
+    hold_state_folder,
+    limiter_of,
+    registry_of,
+    requote,
+)
 from api_gateway.assembly.upstreams import (
     LiveUpstream,
+    TlsByFiles,
     UpstreamPlan,
     build_upstream,
     change_upstream,
@@ -123,6 +132,7 @@ class Assembly:
         self._overrides = transports
         self._resolve = resolve
         self._clocks = clocks
+        self._source = random.Random()  # noqa: S311 - spreads load and probes, guards nothing
         self._demo: DemoUpstreams | None = None
         self._retired: dict[str, LiveUpstream] = {}  # by name, in the order of retirement
         self._closing: set[ShieldedTransport] = set()
@@ -132,12 +142,15 @@ class Assembly:
         return f"<Assembly [{len(self._monitor_tasks)} upstreams, {len(self._retired)} retired]>"
 
     @asynccontextmanager
-    async def live(self, config: GatewayConfig) -> AsyncIterator[Gateway]:
-        """Start the gateway's parts in the order of their dependencies, and stop them in reverse order."""
+    async def live(self, config: GatewayConfig, replaced_within: float = REPLACED_WITHIN) -> AsyncIterator[Gateway]:
+        """Start the gateway's parts in the order of their dependencies, and stop them in reverse order.
+
+        For `replaced_within` see `hold_state_folder`.
+        """
         async with AsyncExitStack() as stack:
             raise_descriptor_limit()
             stack.push_async_callback(self._stop_demo)
-            await hold_state_folder(config, stack)
+            await hold_state_folder(config, stack, replaced_within)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
             try:
@@ -173,9 +186,10 @@ class Assembly:
         live = {**self._retired, **(before.upstreams if before is not None else {})}
         routes = tuple(route_of(section) for section in config.routes)
         upstreams: dict[str, UpstreamPlan | None] = {}
+        created: TlsByFiles = {}
         for name, section in config.upstreams.items():
             known = live.get(name)
-            plan = plan_upstream(name, section, known, self._overrides.get(name))
+            plan = plan_upstream(name, section, known, self._overrides.get(name), created)
             is_same = known is not None and not known.is_retired and section == known.section and plan.tls is known.tls
             upstreams[name] = None if is_same else plan
         ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
@@ -211,7 +225,7 @@ class Assembly:
         config, quotas, clocks = plan.config, plan.quotas, self._clocks
         limiter = limiter_of(config, quotas.all, clocks)
         upstreams = {
-            name: build_upstream(one, self._resolve, clocks.monotonic, plan.priorities)
+            name: build_upstream(one, self._resolve, clocks.monotonic, self._source, plan.priorities)
             for name, one in plan.upstreams.items()
             if one is not None
         }
@@ -244,7 +258,7 @@ class Assembly:
             event_loop_shedder=EventLoopShedder(
                 config.server.max_event_loop_lag,
                 plan.priorities,
-                source=random.Random(),  # noqa: S311 - spreads load, guards nothing
+                source=self._source,
             ),
             clocks=clocks,
             pseudonym=pseudonym,
@@ -258,12 +272,12 @@ class Assembly:
         live = self.gateway.upstreams.get(name) or self._retired.pop(name, None)
         if plan is None:
             assert live is not None  # noqa: S101 - it does not change
-            rerank(live, priorities, clock())
+            rerank(live, priorities, self._source, clock())
             return live
         if live is None:
-            return build_upstream(plan, self._resolve, clock, priorities)
+            return build_upstream(plan, self._resolve, clock, self._source, priorities)
         before = live.transports
-        changed = change_upstream(plan, live, self._resolve, clock, priorities)
+        changed = change_upstream(plan, live, self._resolve, clock, self._source, priorities)
         self._retire_transports(one for one in before if one not in changed.transports)
         return changed
 

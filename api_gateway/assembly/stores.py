@@ -63,13 +63,15 @@ def state_folder(config: GatewayConfig) -> Iterator[None]:
             folder.close()
 
 
-async def hold_state_folder(config: GatewayConfig, stack: AsyncExitStack) -> None:
+async def hold_state_folder(
+    config: GatewayConfig, stack: AsyncExitStack, replaced_within: float = REPLACED_WITHIN
+) -> None:
     """Hold the state folder until `stack` is closed. Raises StartupError.
 
-    Another worker has REPLACED_WITHIN seconds to end: a server may start the worker that replaces it before.
+    Another worker has `replaced_within` seconds to end: a server may start the worker that replaces it before.
     """
     loop = asyncio.get_running_loop()
-    until = loop.time() + REPLACED_WITHIN
+    until = loop.time() + replaced_within
     while True:
         try:
             stack.enter_context(state_folder(config))

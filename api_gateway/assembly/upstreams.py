@@ -7,7 +7,7 @@ import hashlib
 import random
 import ssl
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,6 +44,10 @@ class Tls:
     digest: bytes = b""
 
 
+NO_TLS = Tls()
+TlsByFiles = MutableMapping[tuple[bytes, bool], Tls]  # by digest, and whether it is for HTTP/2
+
+
 @dataclass(frozen=True, slots=True)
 class LiveUpstream:
     """An upstream at run time, with its section. `is_retired`: not configured any more, and its monitor is stopped."""
@@ -74,13 +78,18 @@ class UpstreamPlan:
 
 
 def plan_upstream(
-    name: str, section: UpstreamSection, live: LiveUpstream | None, override: httpx.AsyncBaseTransport | None
+    name: str,
+    section: UpstreamSection,
+    live: LiveUpstream | None,
+    override: httpx.AsyncBaseTransport | None,
+    created: TlsByFiles,
 ) -> UpstreamPlan:
     """Do everything that can fail when applying a section; `live` is the present upstream. Blocks.
 
-    `override` replaces the gateway's own transport. Raises StartupError.
+    `override` replaces the gateway's own transport. `created` has the TLS contexts of the same plan, which upstreams
+    with the same files share, as loading the system's certificates takes milliseconds. Raises StartupError.
     """
-    tls = _tls(name, section, live)
+    tls = _tls(name, section, live, created)
     is_new = live is None or section.http2 != live.section.http2
     if live is not None and section.http2:  # httpx's transport cannot be changed
         is_new |= live.is_retired or section.pool != live.section.pool or tls is not live.tls
@@ -96,24 +105,29 @@ def plan_upstream(
     return UpstreamPlan(name, section, tls, transport, checking)
 
 
-def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, priorities: PriorityClasses) -> LiveUpstream:
-    """Build a new upstream from its plan."""
+def build_upstream(
+    plan: UpstreamPlan, resolve: Resolve, clock: Clock, source: random.Random, priorities: PriorityClasses
+) -> LiveUpstream:
+    """Build a new upstream from its plan. All upstreams share one random source, which is large."""
     section, now = plan.section, clock()
     assert plan.transport is not None  # noqa: S101 - a new upstream has no transport to keep
     names = tuple(HostName(target.url, target.weight) for target in section.targets)
     upstream = Upstream(
         plan.name,
         [target for name in names for target in name.targets],
-        _breaker(section, now),
-        _picker(section),
-        rotation=OutlierDetector(_rotation_policy(section), draw=_draw(section), make_breaker=_make_breaker(section)),
-        limit=_limit(section, None, priorities, now),
+        _breaker(section, source, now),
+        _picker(section, source),
+        rotation=OutlierDetector(
+            _rotation_policy(section), draw=_draw(section, source), make_breaker=_make_breaker(section, source)
+        ),
+        limit=_limit(section, None, priorities, source, now),
     )
     upstream_client = UpstreamClient(
         upstream,
         plan.transport,
         Timeouts(**section.timeouts.model_dump()),
         retry=_retry_policy(section.retry),
+        source=source,
         hash_header=_hash_header(section),
         host_header=section.host_header,
     )
@@ -122,12 +136,17 @@ def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, prioritie
         plan.tls,
         names,
         upstream_client,
-        _upkeep(section, upstream_client, names, resolve, plan.checking, clock),
+        _upkeep(section, upstream_client, names, resolve, plan.checking, clock, source),
     )
 
 
 def change_upstream(
-    plan: UpstreamPlan, live: LiveUpstream, resolve: Resolve, clock: Clock, priorities: PriorityClasses
+    plan: UpstreamPlan,
+    live: LiveUpstream,
+    resolve: Resolve,
+    clock: Clock,
+    source: random.Random,
+    priorities: PriorityClasses,
 ) -> LiveUpstream:
     """Change a live upstream to another section. Breakers, unchanged targets, pools, budgets and limits are kept.
 
@@ -135,16 +154,16 @@ def change_upstream(
     """
     section, upstream, now = plan.section, live.upstream_client.upstream, clock()
     upstream.breaker.change_policy(_breaker_policy(section), now)
-    upstream.rebalance(_picker(section))
+    upstream.rebalance(_picker(section, source))
     upstream.outliers.change(
         _rotation_policy(section),
-        _draw(section),
-        _make_breaker(section),
+        _draw(section, source),
+        _make_breaker(section, source),
         _breaker_policy(section, ramp=0.0),
         upstream.targets,
         now,
     )
-    upstream.limit = _limit(section, upstream.limit, priorities, now)
+    upstream.limit = _limit(section, upstream.limit, priorities, source, now)
     transport = live.upstream_client.transport if plan.transport is None else plan.transport
     upstream_client = live.upstream_client.succeeded_by(
         Timeouts(**section.timeouts.model_dump()),
@@ -161,17 +180,17 @@ def change_upstream(
     if plan.checking is None and checking is not None:
         _change_transport(checking, plan)
     if live.is_retired:
-        monitor = _upkeep(section, upstream_client, names, resolve, checking, clock)
+        monitor = _upkeep(section, upstream_client, names, resolve, checking, clock, source)
     else:
         monitor = live.monitor
         monitor.change(upstream_client, _health_policy(section), checking, *_resolved(section, names))
     return LiveUpstream(section, plan.tls, names, upstream_client, monitor)
 
 
-def rerank(live: LiveUpstream, priorities: PriorityClasses, now: float) -> None:
+def rerank(live: LiveUpstream, priorities: PriorityClasses, source: random.Random, now: float) -> None:
     """Apply other priorities of tiers to the concurrency limit."""
     limit = live.upstream_client.upstream.limit
-    live.upstream_client.upstream.limit = _limit(live.section, limit, priorities, now)
+    live.upstream_client.upstream.limit = _limit(live.section, limit, priorities, source, now)
 
 
 def _retarget(upstream_client: UpstreamClient, targets: list[Target], now: float) -> None:
@@ -217,10 +236,10 @@ def _change_transport(transport: httpx.AsyncBaseTransport, plan: UpstreamPlan) -
         transport.revive()
 
 
-def _picker(section: UpstreamSection) -> Picker:
+def _picker(section: UpstreamSection, source: random.Random) -> Picker:
     pickers: dict[str, Picker] = {
         "round_robin": round_robin,
-        "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
+        "least_requests": least_requests(source),
         "hash": rendezvous_hash,
     }
     return pickers[section.balance]
@@ -265,6 +284,7 @@ def _upkeep(
     resolve: Resolve,
     checking: Transport | None,
     clock: Clock,
+    source: random.Random,
 ) -> UpstreamMonitor:
     followed, interval = _resolved(section, names)
     return UpstreamMonitor(
@@ -275,7 +295,7 @@ def _upkeep(
         interval=interval,
         resolve=resolve,
         clock=clock,
-        source=random.Random(),  # noqa: S311 - spreads checks and look-ups, guards nothing
+        source=source,
     )
 
 
@@ -284,21 +304,21 @@ def _breaker_policy(section: UpstreamSection, **changes: float) -> BreakerPolicy
     return BreakerPolicy(**settings | changes)
 
 
-def _breaker(section: UpstreamSection, now: float, **changes: float) -> CircuitBreaker:
-    return CircuitBreaker(_breaker_policy(section, **changes), now, random.Random())  # noqa: S311 - spreads probes
+def _breaker(section: UpstreamSection, source: random.Random, now: float, **changes: float) -> CircuitBreaker:
+    return CircuitBreaker(_breaker_policy(section, **changes), now, source)
 
 
 def _rotation_policy(section: UpstreamSection) -> OutlierPolicy:
     return OutlierPolicy(section.circuit_breaker.max_ejected_ratio, section.slow_start)
 
 
-def _make_breaker(section: UpstreamSection) -> "partial[CircuitBreaker] | None":
+def _make_breaker(section: UpstreamSection, source: random.Random) -> "partial[CircuitBreaker] | None":
     # Without ramp: slow start already increases the traffic of a target that returns to service.
-    return partial(_breaker, section, ramp=0.0) if section.circuit_breaker.per_target else None
+    return partial(_breaker, section, source, ramp=0.0) if section.circuit_breaker.per_target else None
 
 
-def _draw(section: UpstreamSection) -> Draw:
-    return share_of_key if section.balance == "hash" else _by_chance(random.Random())  # noqa: S311 - spreads load
+def _draw(section: UpstreamSection, source: random.Random) -> Draw:
+    return share_of_key if section.balance == "hash" else _by_chance(source)
 
 
 def _by_chance(source: random.Random) -> Draw:
@@ -306,7 +326,11 @@ def _by_chance(source: random.Random) -> Draw:
 
 
 def _limit(
-    section: UpstreamSection, limit: ConcurrencyLimit | None, priorities: PriorityClasses, now: float
+    section: UpstreamSection,
+    limit: ConcurrencyLimit | None,
+    priorities: PriorityClasses,
+    source: random.Random,
+    now: float,
 ) -> ConcurrencyLimit | None:
     """Return the limit of the section: the existing `limit`, changed, or a new one."""
     concurrency = section.concurrency
@@ -322,13 +346,16 @@ def _limit(
         limit.change(terms, priorities, now)
         return limit
     start = GradientController(terms, now) if isinstance(terms, AdaptivePolicy) else terms
-    return ConcurrencyLimit(start, priorities, source=random.Random())  # noqa: S311 - spreads load, guards nothing
+    return ConcurrencyLimit(start, priorities, source=source)
 
 
-def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:
-    """Return the TLS context: that of `live` if neither the paths nor the contents of the files have changed."""
+def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None, created: TlsByFiles) -> Tls:
+    """Return the TLS context: that of `live` if neither the paths nor the contents of the files have changed.
+
+    A context for HTTP/2 is not shared with others, because its transport sets the protocols to negotiate.
+    """
     if not any(target.url.startswith("https:") for target in section.targets):
-        return Tls()
+        return NO_TLS
     files = (section.tls.ca_file, section.tls.cert_file, section.tls.key_file)
     try:
         digest = hashlib.blake2b(
@@ -336,7 +363,10 @@ def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:
         ).digest()
         if live is not None and live.tls.digest == digest:
             return live.tls
-        return Tls(tls_context(*files), digest)
+        key = (digest, section.http2)
+        if key not in created:
+            created[key] = Tls(tls_context(*files), digest)
+        return created[key]
     except OSError as error:
         raise StartupError(f"upstreams.{name}.tls: the files cannot be used: {error}") from error
 

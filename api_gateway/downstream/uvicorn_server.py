@@ -117,6 +117,11 @@ class UvicornServer:
         found = getattr(self.config, "http_protocol_class", None)
         return isinstance(found, type) and issubclass(found, httptools_impl.HttpToolsProtocol)
 
+    @property
+    def has_several_workers(self) -> bool:
+        """True if the server keeps several workers at the same time."""
+        return self.config.workers > 1 and not self.config.should_reload
+
     def limit_drain(self, section: ServerSection) -> None:
         """Apply `drain_timeout`, unless the command line sets a time."""
         if self.config.timeout_graceful_shutdown is None:

@@ -8,7 +8,7 @@ subset of what that parser accepts, with the same meaning. Pure functions on byt
 
 import re
 
-from api_gateway.http1.headers import BODILESS, COST, GATEWAY_HEADERS, HOP_BY_HOP, REQUEST_TIMEOUT, Fields
+from api_gateway.http1.headers import BODILESS, COST, GATEWAY_HEADERS, HOP_BY_HOP, Fields
 from api_gateway.models import HeaderList
 
 # Possessive quantifiers (`*+`) prevent backtracking: matching takes linear time for any input. A group guarded by
@@ -37,8 +37,10 @@ _STATUS_LINE = re.compile(
     rb"|(?(6)(?!)|(\r\n(?i:keep-alive): " + _VALUE + rb"))"
     rb"|(?(7)(?!)|(\r\n(?i:x-request-id): " + _VALUE + rb"))"
     rb"|(?(8)(?!)|(\r\n(?i:" + COST + rb"): " + _VALUE + rb"))"
+    rb"|(?(9)(?!)|(\r\n(?i:transfer-encoding: chunked)))"
     rb")*+\r\n\r\n"
 )  # fmt: skip
+_EVENT_STREAM = re.compile(rb"\r\n(?i:content-type: text/event-stream)")
 
 _METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 _COMPLEX_IN_REQUESTS = frozenset(
@@ -50,7 +52,6 @@ _COMPLEX_IN_REQUESTS = frozenset(
         b"trailer",
         b"max-forwards",
         b"proxy-connection",
-        REQUEST_TIMEOUT,
     }
 )
 _NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]
@@ -111,35 +112,42 @@ def parse_request_head(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes
     return _METHODS[method], path, query, received[start : end + 2], received[end + 4 :]
 
 
-def parse_response_head(
+def parse_response_head(  # noqa: C901 - each branch is one field, or one kind of body
     received: bytes, *, is_to_head: bool
-) -> tuple[int, bytes, int, int, bool, bool, bytes | None, bytes | None] | None:
+) -> tuple[int, bytes, int, int | None, bool, bool, bytes | None, bytes | None] | None:
     """Return status, head, head size, body length, persistence, presence of `Date`, cost and `Keep-Alive`.
 
-    None unless it is a plain final response whose body has a known length. Cost and `Keep-Alive` are the values of
-    fields, None if they are absent. Sizes are in bytes. The returned head lacks the
-    final line breaks and the lines that are not forwarded.
+    None unless it is a plain final response whose body has a known length, or is chunked (length None) and no event
+    stream. Cost and `Keep-Alive` are the values of fields, None if they are absent. Sizes are in bytes. The returned
+    head lacks the final line breaks and the lines that are not forwarded.
     """
     match = _STATUS_LINE.match(received)
     if match is None:
         return None
-    digits, length, date, connection, close, keep_alive, request_id, cost = match.groups()
+    digits, length, date, connection, close, keep_alive, request_id, cost, coding = match.groups()
     status, size = int(digits), match.end()
     head = received[: size - 4]
-    for line in (connection, keep_alive, request_id):
+    for line in (connection, keep_alive, request_id, coding):
         if line is not None:
             head = head.replace(line, b"", 1)
     if cost is not None:
         head, cost = head.replace(cost, b"", 1), cost[len(COST) + 4 :]
+    body_length: int | None = 0
     if is_to_head or status in BODILESS:
-        if status == 204 and length is not None:  # noqa: PLR2004 - Content-Length is forbidden (RFC 9110 section 8.6)
+        # Content-Length is forbidden in a 204 (RFC 9110 section 8.6).
+        if coding is not None or (status == 204 and length is not None):  # noqa: PLR2004
             return None
-        length = 0
+    elif coding is not None:
+        if length is not None or _EVENT_STREAM.search(head) is not None:
+            return None
+        body_length = None
     elif length is None:
         return None
+    else:
+        body_length = int(length)
     if keep_alive is not None:
         keep_alive = keep_alive[len(b"\r\nkeep-alive: ") :]
-    return status, head, size, int(length), close is None, date is not None, cost, keep_alive
+    return status, head, size, body_length, close is None, date is not None, cost, keep_alive
 
 
 def pairs_of(head: bytes) -> HeaderList:

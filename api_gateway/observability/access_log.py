@@ -22,14 +22,25 @@ class AccessLog:
     def __init__(self, wall_clock: Clock, write_line: Callable[[str], object]) -> None:
         self._wall_clock = wall_clock
         self._write_line = write_line
+        self._timestamp = ""  # of the times from `_from` until before `_until`, within one millisecond
+        self._from = self._until = 0.0
 
     def write(self, exchange: Exchange) -> None:
         """Write the line of one finished exchange."""
+        now = self._wall_clock()
+        if not self._from <= now < self._until:
+            self._set_timestamp(now)
         client, decision, reason, detail = exchange.client, exchange.decision, exchange.reason, exchange.detail
         client_id, tier = ("null", "null") if client is None else (quoted(client.id), quoted(client.quota.name))
         sent_at, head_at = exchange.sent_at, exchange.head_at
+        duration = f"{(exchange.finished - exchange.started) * 1000:.3f}"
+        if duration[-1] == "0":
+            duration = _trimmed(duration)
+        waited = "null" if sent_at is None or head_at is None else f"{(head_at - sent_at) * 1000:.3f}"
+        if waited[-1] == "0":
+            waited = _trimmed(waited)
         self._write_line(
-            f'{{"time":"{_timestamp(self._wall_clock())}","request_id":{quoted(exchange.id)}'
+            f'{{"time":"{self._timestamp}","request_id":{quoted(exchange.id)}'
             f',"client_address":{quoted(exchange.peer)},"client_id":{client_id},"tier":{tier}'
             f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)},"status":{exchange.status}'
             f',"reason":{"null" if reason is None else quoted(reason)}'
@@ -40,27 +51,25 @@ class AccessLog:
             f',"fallback":{"null" if exchange.fallback is None else quoted(exchange.fallback)}'
             f',"cost":{exchange.cost},"remaining":{"null" if decision is None else decision.remaining}'
             f',"bytes_received":{exchange.bytes_in},"bytes_sent":{exchange.bytes_out}'
-            f',"duration_ms":{_milliseconds(exchange.finished - exchange.started)},"upstream_duration_ms":'
-            f"{'null' if sent_at is None or head_at is None else _milliseconds(head_at - sent_at)}}}\n"
+            f',"duration_ms":{duration},"upstream_duration_ms":{waited}}}\n'
         )
 
+    def _set_timestamp(self, now: float) -> None:
+        """Render the time in ISO 8601 with milliseconds; `datetime` renders a new second only."""
+        second = int(now)
+        microsecond = round((now - second) * _MICROSECONDS)  # as `datetime.fromtimestamp` rounds
+        if microsecond == _MICROSECONDS:
+            second, microsecond = second + 1, 0
+        millisecond = microsecond // 1000
+        self._timestamp = f"{_second(second)}.{millisecond:03d}+00:00"
+        # Without the last microsecond, a part of which is rounded up.
+        self._from, self._until = now, second + (millisecond * 1000 + 999) / _MICROSECONDS
 
-def _milliseconds(seconds: float) -> str:
-    """Return a time in milliseconds with at most three decimals, of which at least one: as `repr` after `round`."""
-    text = f"{seconds * 1000:.3f}"
-    if text[-1] == "0":
-        text = text.rstrip("0")
-        return f"{text}0" if text[-1] == "." else text
-    return text
 
-
-def _timestamp(now: float) -> str:
-    """Return the time in ISO 8601 with milliseconds; `datetime` renders a new second only."""
-    second = int(now)
-    microsecond = round((now - second) * _MICROSECONDS)  # as `datetime.fromtimestamp` rounds
-    if microsecond == _MICROSECONDS:
-        second, microsecond = second + 1, 0
-    return f"{_second(second)}.{microsecond // 1000:03d}+00:00"
+def _trimmed(decimals: str) -> str:
+    """Return a number with three decimals without trailing zeros but one: as `repr` after `round`."""
+    text = decimals.rstrip("0")
+    return f"{text}0" if text[-1] == "." else text
 
 
 @lru_cache(maxsize=2)

@@ -104,6 +104,16 @@ class WindowedSeries:
     tally of the past when its place is reused.
     """
 
+    __slots__ = (
+        "_from",
+        "_newest",
+        "_numbers",
+        "_past",
+        "_running",
+        "_slices",
+        "_until",
+    )
+
     def __init__(self) -> None:
         self._past = Tally()  # of older slices
         self._slices: dict[int, Tally] = {}  # by number modulo _SLICES; a dict, as most series of many have none

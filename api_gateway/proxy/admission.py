@@ -101,14 +101,22 @@ class Stage(Protocol):
         """Find out what `decide` would return, without a change. Earlier stages may have refused the request."""
         ...
 
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """Return False if `decide` never has an effect on a request with these header fields."""
+        ...
+
 
 class Admission:
-    """The stages under one configuration. A request is admitted, also after a wait, by those with which it began."""
+    """The stages under one configuration. A request is admitted, also after a wait, by those with which it began.
+
+    Of header fields that are used again, it remembers which stages they concern.
+    """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = tuple(stages)
         self._decide = tuple([stage.decide for stage in stages])
         self._inspect = tuple([stage.inspect for stage in stages])
+        self._selections: dict[tuple[Decide, ...], tuple[Decide, ...]] = {}  # so that equal ones are one object
 
     def __repr__(self) -> str:
         return f"<Admission {' '.join(type(stage).__name__ for stage in self.stages)}>"
@@ -121,7 +129,27 @@ class Admission:
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Decide on a request: None if it is admitted. The reply to a `Wait` goes to `resume`."""
-        return _run(self._decide, plan)
+        facts = plan.facts
+        stages: tuple[Decide, ...]
+        if facts.admission is not self:
+            facts.admission, facts.stages = self, None
+            stages = self._decide
+        elif facts.stages is None:
+            stages = facts.stages = self._select(facts)
+        else:
+            stages = facts.stages
+        for decide in stages:
+            outcome = decide(plan)
+            if outcome is not None:
+                return _with_rest(outcome, stages, decide)
+        return None
+
+    def _select(self, facts: HeaderFacts) -> "tuple[Decide, ...]":
+        """Return the decisions that the header fields concern."""
+        chosen = tuple(
+            [decide for stage, decide in zip(self.stages, self._decide, strict=True) if stage.concerns(facts)]
+        )
+        return self._selections.setdefault(chosen, chosen)
 
     @staticmethod
     def resume(plan: RequestPlan, wait: Wait, reply: Any, now_ns: int) -> StageResult:
@@ -157,10 +185,15 @@ def _run(stages: tuple[Decide, ...], plan: RequestPlan) -> StageResult:
     for decide in stages:
         outcome = decide(plan)
         if outcome is not None:
-            if isinstance(outcome, Wait):
-                outcome.rest = stages[stages.index(decide) + 1 :]
-            return outcome
+            return _with_rest(outcome, stages, decide)
     return None
+
+
+def _with_rest(outcome: GatewayError | Wait, stages: tuple[Decide, ...], decide: Decide) -> GatewayError | Wait:
+    """Return the outcome of a stage; if it waits, with the stages that follow."""
+    if isinstance(outcome, Wait):
+        outcome.rest = stages[stages.index(decide) + 1 :]
+    return outcome
 
 
 def _resolve(future: asyncio.Future[Any], reply: Any) -> None:

@@ -27,11 +27,18 @@ class CostSettlement:
     candidate's buckets (`exchange.trial`) are settled in the same manner, so that the results remain comparable.
     """
 
-    def __init__(self, *, limiter: RateLimiter, clock_ns: Callable[[], int], recorder: Recorder) -> None:
+    def __init__(
+        self,
+        *,
+        limiter: RateLimiter,
+        clock_ns: Callable[[], int],
+        recorder: Recorder,
+        limit_headers: RateLimitHeaders,
+    ) -> None:
         self._limiter = limiter
         self._clock_ns = clock_ns
         self._recorder = recorder
-        self._fields = RateLimitHeaders()
+        self._limit_headers = limit_headers
         self._warned: set[str | None] = set()
 
     def __repr__(self) -> str:
@@ -82,7 +89,7 @@ class CostSettlement:
             self._change(*exchange.trial, cost)
         if exchange.response_headers:
             others = [pair for pair in exchange.response_headers if pair[0] not in HEADER_NAMES]
-            exchange.response_headers = others + self._fields.headers(decision)
+            exchange.response_headers = others + self._limit_headers.headers(decision)
 
     def _change(self, charges: Sequence[Charge], decision: Decision, cost: float) -> Decision:
         """Correct the buckets from their charges to `cost`; return the decision with the new remaining tokens."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from api_gateway.errors import BadRequest
+from api_gateway.errors import BadRequest, UpstreamConnectTimeout, UpstreamTimeout
+from api_gateway.models import Exchange
 from api_gateway.proxy.route_table import Route
 
 _DECIMAL = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
@@ -68,6 +69,17 @@ def deadline_of(route: Route, total: float | None, given: Sequence[bytes], start
     if route.timeout is None:
         return Deadline(started + seconds, seconds, "upstream", route.upstream, is_passed_on)
     return Deadline(started + seconds, seconds, "route", route.name, is_passed_on)
+
+
+def deadline_error(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
+    """Return the error of a request whose deadline has passed.
+
+    Its class determines the refund: the charge is refunded if nothing was sent; with a client's own deadline, only if
+    no connection was begun.
+    """
+    has_cost = exchange.has_reached or (exchange.has_begun and deadline.is_of_client)
+    kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout
+    return kind(deadline.message(), extra={"deadline_source": deadline.source})
 
 
 def _requested_seconds(given: Sequence[bytes]) -> float:

@@ -5,7 +5,7 @@ A plain head (see `http1.fast_parser`) is looked up by the bytes of its header l
 
 from collections.abc import Collection
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
@@ -35,13 +35,14 @@ MAX_REMEMBERED = 1_024  # entries of each cache
 class HeaderFacts:
     """The meaning of the header fields of requests from one address.
 
-    `length`, `keep_alive`, `dropped`, `added` and `host_field` are set for plain heads only. `client`, `principal` and
-    `priority` are set for the registry version `version`, and `charges` for `client` and `cost`; -1 means not yet
-    known.
+    `request_id`, `length`, `keep_alive`, `dropped`, `added` and `host_field` are set for plain heads only. `client`,
+    `principal` and `priority` are set for the registry version `version`, and `charges` for `client` and `cost`; -1
+    means not yet known. `stages` are what `admission`, the one that was used last, has to decide on such requests.
     """
 
     __slots__ = (
         "added",
+        "admission",
         "ambiguity",
         "charges",
         "client",
@@ -61,6 +62,7 @@ class HeaderFacts:
         "principal",
         "priority",
         "request_id",
+        "stages",
         "timeout",
         "version",
     )
@@ -82,7 +84,6 @@ class HeaderFacts:
         host: str,
         peer: str,
         is_trusted: bool,  # noqa: FBT001 - as above
-        request_id: str | None,
         ambiguity: str | None,
         timeout: tuple[bytes, ...],
     ) -> None:
@@ -90,7 +91,7 @@ class HeaderFacts:
         self.host = host
         self.peer = peer  # the client's address; behind a trusted proxy, the one that it reports
         self.is_trusted = is_trusted  # whether the connection is that of a trusted proxy
-        self.request_id = request_id
+        self.request_id: str | None = None
         self.ambiguity = ambiguity  # why the header fields alone rule the request out
         self.timeout = timeout  # the values of X-Request-Timeout
         self.name: str | None = None  # the client id
@@ -99,6 +100,8 @@ class HeaderFacts:
         self.cost = -1.0
         self.client: Client | None = None
         self.is_length_required = False
+        self.admission: object = None  # an `Admission`
+        self.stages: tuple[Any, ...] | None = None  # None: not known yet
 
     def __repr__(self) -> str:
         return f"<HeaderFacts of {self.name or self.peer!r}>"
@@ -109,9 +112,8 @@ class HeaderFacts:
 
     def copy(self) -> "HeaderFacts":
         """Return the same facts without name and client."""
-        other = HeaderFacts(
-            self.owner, self.host, self.peer, self.is_trusted, self.request_id, self.ambiguity, self.timeout
-        )
+        other = HeaderFacts(self.owner, self.host, self.peer, self.is_trusted, self.ambiguity, self.timeout)
+        other.request_id = self.request_id
         other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
         return other
@@ -162,7 +164,6 @@ class HeaderReader:
             host_name(fields),
             client_address(peer, fields, self._trusted) if is_trusted else peer,
             is_trusted,
-            given_request_id(fields),
             f"its Via contains {self.via.pseudonym}, so it has passed this gateway before" if is_loop else cause,
             tuple(fields.get(REQUEST_TIMEOUT, ())),
         )
@@ -206,6 +207,7 @@ class HeaderReader:
             return None
         facts = self.read(peer, fields, "1.1")
         facts.length, facts.keep_alive = framing
+        facts.request_id = given_request_id(fields)
         facts.host_field = fields.get(b"host", (b"",))[0]
         dropped = stripped_headers(self.protected, facts.is_trusted)
         facts.dropped = [pair for pair in found if pair[0].lower() in dropped]

@@ -16,6 +16,8 @@ from api_gateway.proxy.url_rewriting import UrlRewriter
 _UNKNOWN = b"%unknown"  # only the decoded path is known
 _READING = b"*reading"  # the path is one of the readings
 
+_FEW_SEGMENTS = 8  # segments that are cut off from the end; more are cut off by splitting the beginning
+
 
 @dataclass(frozen=True, slots=True)
 class CostRule:
@@ -126,9 +128,11 @@ class RouteTable:
             and is_unusual(path)
         ):
             return self._find_dearest(host, method, path, raw_target)
-        prefix = path
-        if path.count("/") > self._depth:
+        prefix, surplus = path, path.count("/") - self._depth
+        if surplus > _FEW_SEGMENTS:
             prefix = "/".join(path.split("/", self._depth + 1)[: self._depth + 1])
+        elif surplus > 0:  # the usual case, in one call
+            prefix = path.rsplit("/", surplus)[0]
         while prefix:
             found = self._routes.get(prefix)
             if found is not None:

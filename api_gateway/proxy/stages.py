@@ -20,6 +20,7 @@ from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
 from api_gateway.proxy.deadline import deadline_of
+from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.route_table import Route, RouteTable, upstream_target
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
@@ -41,6 +42,10 @@ class ReadOnlyStage:
         """See `Stage`."""
         return self.decide(plan)
 
+    def concerns(self, _facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return True
+
 
 class AmbiguityStage(ReadOnlyStage):
     """Refuses requests that their header fields rule out: servers may interpret them differently, or they return."""
@@ -55,6 +60,10 @@ class AmbiguityStage(ReadOnlyStage):
         if plan.facts.is_length_required:
             return LengthRequired(cause, headers={"connection": "close"})
         return BadRequest(f"The request is ambiguous: {cause}.", headers={"connection": "close"})
+
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return facts.ambiguity is not None
 
 
 class IdentityStage(ReadOnlyStage):
@@ -108,7 +117,7 @@ class RouteStage(ReadOnlyStage):
             else:
                 route, exchange.cost = self._find_for_unknown_method(plan)
             plan.route, exchange.route = route, route.name
-            plan.target = upstream_target(route, plan.raw_target)
+            plan.target = upstream_target(route, plan.raw_target) if route.strip_prefix else plan.raw_target
         except GatewayError as error:
             return error.with_traceback(None)
         return None
@@ -133,9 +142,10 @@ class RouteStage(ReadOnlyStage):
 class DeadlineStage(ReadOnlyStage):
     """Determines the deadline of a request."""
 
-    def __init__(self, totals: Mapping[str, float | None]) -> None:
+    def __init__(self, totals: Mapping[str, float | None], *, have_routes_timeouts: bool = True) -> None:
         """`totals` are the timeouts of whole exchanges by upstream, in seconds."""
         self._totals = dict(totals)
+        self._has_timeouts = have_routes_timeouts or any(total is not None for total in totals.values())
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set the deadline; refuse an invalid timeout of the client."""
@@ -150,6 +160,10 @@ class DeadlineStage(ReadOnlyStage):
         except BadRequest as error:
             return error.with_traceback(None)
         return None
+
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return self._has_timeouts or bool(facts.timeout)
 
 
 class LoadSheddingStage:
@@ -167,6 +181,10 @@ class LoadSheddingStage:
         """Predict the likelier outcome."""
         share = self._shedder.share(plan.priority)
         return self._shedder.refusal(plan.priority) if share >= LIKELY_SHED_SHARE else None
+
+    def concerns(self, _facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return True
 
 
 class RateLimitStage:
@@ -210,6 +228,10 @@ class RateLimitStage:
         if plan.exchange.client is None:  # inspected after a refusal
             return None
         return Wait.on(partial(self._limiter.inspect, self._set_charges(plan), plan.now_ns), self._on_inspected)
+
+    def concerns(self, _facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return True
 
     def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
         """Return the charges of a request of `client` from the address `peer`; all or none must be charged."""

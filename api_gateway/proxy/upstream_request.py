@@ -140,14 +140,24 @@ class UpstreamRequest:
         half = self.deadline.remaining(now) / 2
         return {**upstream_client.limits, "connect": min(upstream_client.limits["connect"], half)}
 
+    @property
+    def _client_host(self) -> bytes:
+        """The `Host` of the client, empty if there is none."""
+        return self.fields.get(b"host", (b"",))[0]
+
+    def set_authorities(self, upstream_client: UpstreamClient, target: Target) -> None:
+        """Set the hosts by which the upstream may refer to itself in a response of `target`."""
+        if self.url_rewriter is not None:
+            self.authorities = Authorities.of(upstream_client, target, self._client_host)
+
     def render(self, exchange: Exchange, upstream_client: UpstreamClient, target: Target, now: float) -> httpx.Request:
         """Return the request for one target, with its timeouts and the remaining time at `now`."""
         origin = upstream_client.origins[target]
-        scope, client_host = self._scope, self.fields.get(b"host", (b"",))[0]
+        scope = self._scope
         headers = rewrite_request(
             self.headers,
             self.fields,
-            host=upstream_client.host_of(target, client_host),
+            host=upstream_client.host_of(target, self._client_host),
             peer=scope["client"][0] if scope.get("client") else "unknown",
             scheme=scope["scheme"],
             request_id=exchange.id.encode(),
@@ -155,10 +165,9 @@ class UpstreamRequest:
             is_trusted=self._is_trusted,
             protected=self._protected,
         )
-        if self.url_rewriter is not None:
-            self.authorities = Authorities.of(upstream_client, target, client_host)
-            if self.url_rewriter.prefix:
-                headers.insert(1, (FORWARDED_PREFIX, self.url_rewriter.prefix))
+        self.set_authorities(upstream_client, target)
+        if self.url_rewriter is not None and self.url_rewriter.prefix:
+            headers.insert(1, (FORWARDED_PREFIX, self.url_rewriter.prefix))
         if b"expect" in self.fields:
             if self.extension is None:  # the server sends 100 (Continue) itself
                 headers = [pair for pair in headers if pair[0].lower() != b"expect"]

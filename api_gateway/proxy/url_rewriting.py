@@ -43,6 +43,9 @@ class Authorities(NamedTuple):
         return cls((authority,) if host == authority else (authority, host))
 
 
+NO_AUTHORITIES = Authorities(())
+
+
 @dataclass(frozen=True, slots=True)
 class UrlRewriter:
     """Rewrites the fields of responses of one route.

@@ -150,19 +150,23 @@ def metrics_view(
     latency = yield from latency_view(recorder, now)
     breakers = yield from each(upstreams.items(), _breaker_counts)
     concurrency = yield from each(upstreams.items(), partial(concurrency_view, recorder))
+    outcomes = yield from each(recorder.outcomes.items(), lambda _, counts: dict(counts))
+    shed = yield from each(recorder.shed.items(), lambda _, counts: dict(counts))
+    counts = RequestCounts(
+        total=recorder.requests.total(),
+        in_flight=recorder.in_flight,
+        by_route=_sum_by(recorder, lambda key: key[0]),
+        by_status=_sum_by(recorder, lambda key: str(key[2])),
+        by_tier=_sum_by(recorder, lambda key: key[4]),
+    )
+    yield
     return MetricsView(
         uptime_seconds=round(now - recorder.started, 3),
-        requests=RequestCounts(
-            total=recorder.requests.total(),
-            in_flight=recorder.in_flight,
-            by_route=_sum_by(recorder, lambda key: key[0]),
-            by_status=_sum_by(recorder, lambda key: str(key[2])),
-            by_tier=_sum_by(recorder, lambda key: key[4]),
-        ),
+        requests=counts,
         rates=rates,
         route_rates=route_rates,
         latency=latency,
-        upstream_outcomes={name: dict(outcomes) for name, outcomes in recorder.outcomes.items()},
+        upstream_outcomes=outcomes,
         retries=_nested(recorder.upstreams, recorder.retries),
         retries_denied=_nested(recorder.upstreams, recorder.retries_denied),
         fallbacks=_by_route(recorder.fallbacks),
@@ -185,7 +189,7 @@ def metrics_view(
         overload=OverloadView(
             event_loop_lag_seconds=round(lag, 6),
             upstreams=concurrency,
-            shed={name: dict(counts) for name, counts in recorder.shed.items()},
+            shed=shed,
         ),
     )
 

@@ -1,16 +1,19 @@
 """Metric families in pieces that are rendered one at a time, and histograms with fixed bounds."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from functools import cache
+from itertools import accumulate, islice
 from typing import Any
 
 from prometheus_client.core import HistogramMetricFamily, Metric
 
-from api_gateway.observability.latency_series import Tally, WindowedSeries, value_of
+from api_gateway.observability.latency_series import Tally, WindowedSeries, bucket_of, value_of
 
 # Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _PIECE = 50  # rows of a family that are rendered at once
+_DIGITS = 6  # decimals of a sum of seconds
 
 
 class SingleMetric:
@@ -45,13 +48,17 @@ def family_in_pieces(
 
 
 def duration_histogram(
-    name: str, words: str, label: str, series: Iterable[tuple[str, WindowedSeries]]
+    name: str,
+    words: str,
+    label: str,
+    series: Iterable[tuple[str, WindowedSeries]],
+    bounds: tuple[float, ...] = DURATION_BOUNDS,
 ) -> Iterator[Metric]:
-    """Yield a histogram in pieces: its head, and about 17 lines for each label value."""
+    """Yield a histogram in pieces: its head, and for each label value a line for each of `bounds`, and three more."""
     yield HistogramMetricFamily(name, words, labels=[label])
     for value, one in series:
         family, total = HistogramMetricFamily(name, words, labels=[label]), one.total
-        family.add_metric([value], _classic(total), sum_value=total.total_seconds)
+        family.add_metric([value], _classic(total, bounds), sum_value=round(total.total_seconds, _DIGITS))
         yield family
 
 
@@ -62,10 +69,20 @@ def without_head(piece: bytes) -> bytes:
     return piece
 
 
-def _classic(tally: Tally) -> list[tuple[str, float]]:
+def _classic(tally: Tally, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
     """Return the cumulative buckets of a classic histogram, computed from logarithmic buckets."""
-    cumulative: list[tuple[str, float]] = [
-        (str(bound), sum(count for bucket, count in tally.buckets.items() if value_of(bucket) <= bound))
-        for bound in DURATION_BOUNDS
-    ]
-    return [*cumulative, ("+Inf", sum(tally.buckets.values()))]
+    last = _last_buckets(bounds)
+    counts = [0.0] * (len(bounds) + 1)
+    for bucket, count in tally.buckets.items():
+        counts[bisect_left(last, bucket)] += count
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(counts), strict=True))
+
+
+@cache
+def _last_buckets(bounds: tuple[float, ...]) -> tuple[int, ...]:
+    """Return, for each bound, the last logarithmic bucket whose value is not above it."""
+    found = []
+    for bound in bounds:
+        bucket = bucket_of(bound)
+        found.append(bucket if value_of(bucket) <= bound else bucket - 1)
+    return tuple(found)

@@ -280,6 +280,7 @@ class WorkerSnapshot:
             self.histories.items(),
             lambda _, records: [asdict(record) for record in records if int(record.at / SLICE) >= since],
         )
+        resources = yield from each(enumerate(self.resources), lambda _, resource: asdict(resource))
         return {
             "recorder": recorder,
             "upstreams": upstreams,
@@ -293,7 +294,7 @@ class WorkerSnapshot:
             "lag": self.lag,
             "tasks": self.tasks,
             "configuration": asdict(self.configuration),
-            "resources": [asdict(resource) for resource in self.resources],
+            "resources": list(resources.values()),
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -313,7 +314,8 @@ class WorkerSnapshot:
         self.lag = state["lag"]
         self.tasks = state["tasks"]
         self.configuration = ReloadState.from_state(state["configuration"])
-        self.resources = [ResourceState(**resource) for resource in state["resources"]]
+        resources = yield from each(enumerate(state["resources"]), lambda _, resource: ResourceState(**resource))
+        self.resources = list(resources.values())
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])
 

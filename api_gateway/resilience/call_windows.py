@@ -37,6 +37,15 @@ class Window(Protocol):
 class TimeWindow:
     """The calls of the last `span` seconds, in ten slices, which expire one at a time."""
 
+    __slots__ = (
+        "_calls",
+        "_failures",
+        "_numbers",
+        "_slow",
+        "_span",
+        "_width",
+    )
+
     SLICES = 10
 
     def __init__(self, span: float) -> None:
@@ -79,6 +88,15 @@ class TimeWindow:
 
 class CountWindow:
     """The last `size` calls, however old."""
+
+    __slots__ = (
+        "_calls",
+        "_failures",
+        "_marks",
+        "_next",
+        "_size",
+        "_slow",
+    )
 
     def __init__(self, size: int) -> None:
         self._size = size

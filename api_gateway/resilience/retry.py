@@ -83,6 +83,15 @@ class RetryBudget:
     permits no retries.
     """
 
+    __slots__ = (
+        "_balance",
+        "_counted_at",
+        "_floor",
+        "_max_balance",
+        "_meter",
+        "_share",
+    )
+
     RESERVE = 10.0
     SPAN = 10.0  # seconds
 
@@ -138,6 +147,12 @@ class RetryBudget:
 
 class RetryDecider:
     """Decides on the retries of one upstream by its policy and budget."""
+
+    __slots__ = (
+        "_source",
+        "budget",
+        "policy",
+    )
 
     def __init__(self, policy: RetryPolicy, source: random.Random, budget: RetryBudget | None = None) -> None:
         self.policy = policy

@@ -77,6 +77,8 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
 
 def find_warnings(config: ConfigSections) -> Iterator[Finding]:
     """Yield settings that are valid and probably not intended."""
+    used = {route.upstream for route in config.routes}
+    used |= {route.fallback.upstream or "" for route in config.routes if route.fallback}
     for name, upstream in config.upstreams.items():
         key_path = ("upstreams", name)
         is_tls = any(target.url.startswith("https:") for target in upstream.targets)
@@ -84,8 +86,6 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
             yield Finding((*key_path, "http2"), "has no effect without an https target")
         if not is_tls and any((upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file)):
             yield Finding((*key_path, "tls"), "has no effect without an https target")
-        used = {route.upstream for route in config.routes}
-        used |= {route.fallback.upstream or "" for route in config.routes if route.fallback}
         if name not in used:
             yield Finding(key_path, "no route uses this upstream")
     for index, route in enumerate(config.routes):

@@ -32,7 +32,7 @@ EXIT_FLUSH_TIMEOUT = 2.0  # seconds to write the queue before the process ends
 _ATOMIC = (
     4096  # bytes (PIPE_BUF on Linux) that are written to a pipe without mixing with the output of other processes
 )
-_BATCH = 256 * 1024  # bytes per write to regular files
+_BATCH = 400  # entries per write to regular files, about 250 KB of the access log
 _NAMES = {"stdout": "standard output", "stderr": "standard error"}
 
 OnLoss = Callable[[int, OSError | None], None]  # number of lost lines, and the error; None: the queue was full
@@ -50,7 +50,7 @@ class LineWriter:
         self._max_entries = max_entries
         self._lock = threading.RLock()  # a signal handler may write while its own thread does
         self._written = threading.Condition(self._lock)
-        self._entries: list[bytes] = []
+        self._entries: list[str] = []
         self._pending = 0  # bytes queued or being written
         self._has_entries, self._is_urgent = threading.Event(), threading.Event()
         self._batches_written = 0
@@ -63,15 +63,14 @@ class LineWriter:
 
     def write(self, text: str) -> None:
         """Queue `text`, one or more whole lines. Never blocks; lines that do not fit are dropped and counted."""
-        entry = text.encode("utf-8", "backslashreplace")
-        size = len(entry)
+        size = len(text) if text.isascii() else len(_encoded(text))
         is_first = False
         with self._lock:
             is_full = self._pending + size > self._max_bytes or len(self._entries) >= self._max_entries
             if not is_full:
                 self._pending += size
                 is_first = not self._entries
-                self._entries.append(entry)
+                self._entries.append(text)
         if is_first:
             self._has_entries.set()
         elif is_full:
@@ -110,14 +109,17 @@ class LineWriter:
                 self._pending -= size
                 self._written.notify_all()
 
-    def _batches(self, entries: Sequence[bytes]) -> Iterator[bytes]:
+    def _batches(self, entries: Sequence[str]) -> Iterator[bytes]:
         """Yield joined whole entries, each batch no larger than one write should be, unless a single entry is."""
-        most = _ATOMIC if _is_pipe(self._descriptor) else _BATCH
+        if not _is_pipe(self._descriptor):
+            for first in range(0, len(entries), _BATCH):
+                yield _encoded("".join(entries[first : first + _BATCH]))
+            return
         batch: list[bytes] = []
         size = 0
-        for entry in entries:
+        for entry in map(_encoded, entries):
             size += len(entry)
-            if size > most and batch:
+            if size > _ATOMIC and batch:
                 yield b"".join(batch)
                 batch, size = [], len(entry)
             batch.append(entry)
@@ -309,6 +311,10 @@ def open_standard_descriptors() -> None:
 def _usable(descriptor: int, stream: object) -> int:
     """Return `descriptor`, or one of /dev/null if it was closed at the start: the number may belong to a socket."""
     return os.open(os.devnull, os.O_WRONLY) if stream is None else descriptor
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _lines(text: str) -> int:

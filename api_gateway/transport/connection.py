@@ -16,6 +16,7 @@ import httpx
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.eventloop.receive_buffer import READ_SIZE, receive_buffer
 from api_gateway.eventloop.send_queue import unacknowledged
+from api_gateway.http1.chunked import COMPLETE, INVALID, NOT_PLAIN, ChunkedBody
 from api_gateway.http1.fast_parser import parse_response_head
 from api_gateway.http1.headers import BODILESS, fields_of, framing
 from api_gateway.models import HeaderList
@@ -50,6 +51,7 @@ _CONTROL_IN_FRAMING = re.compile(
     rb"\r\n(?i:content-length|transfer-encoding|connection)[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 )
 _INTERIM_LINE = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
+_HEAD_OF_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"  # for a parser that begins within the body
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
 _KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser ignores framing fields of these statuses
@@ -74,6 +76,41 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     read of RELAY_SIZE; any other response RESPONSE_HIGH_WATER and one read of READ_SIZE here, and the same amount
     while it is written.
     """
+
+    # Slots: the interpreter does not share the keys of more than 30 attributes, which makes each access slower.
+    __slots__ = (
+        "_body_left",
+        "_buffer",
+        "_chunks",
+        "_finishing",
+        "_gathered",
+        "_head_begun",
+        "_headers",
+        "_is_reading_paused",
+        "_parser",
+        "_paused_at",
+        "_reason",
+        "_received",
+        "_relay_buffer",
+        "_remaining",
+        "_response",
+        "_rest",
+        "_resumed_at",
+        "_stall",
+        "_timeout",
+        "_transport",
+        "_unparsed",
+        "_upload",
+        "_writable",
+        "holder",
+        "idle_since",
+        "is_closed",
+        "is_reused",
+        "lifetime",
+        "loop",
+        "pool",
+        "timer",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -105,6 +142,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._received = 0  # bytes of this response so far
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._remaining = 0  # bytes of the body that have not arrived, after a plain head
+        self._chunks: ChunkedBody | None = None  # the body, after a plain head of a chunked response
 
     def __repr__(self) -> str:
         if self.is_closed:
@@ -273,20 +311,32 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             return
         if self._remaining:
             self._take_counted(response, data)
+        elif self._chunks is not None:
+            self._take_chunks(response, self._chunks, data)
         elif self._received:
             self._parse(response, data)
         elif not self._take_plain(response, data):
             response.on_complex_head()
             self._parse(response, data)
 
-    def _take_plain(self, response: UpstreamResponse, data: bytes) -> bool:
+    def _take_plain(self, response: UpstreamResponse, data: bytes) -> bool:  # noqa: C901, PLR0912 - as in the parser of the head
         """Process the beginning of a response with a plain head; return False to leave it to the parser."""
         parts = parse_response_head(data, is_to_head=response.is_to_head)
         if parts is None:
             return False
         status, passed, size, length, keeps_alive, has_date, cost, keep_alive = parts
         received = len(data) - size
-        if received > length or size > MAX_HEAD_BYTES:  # the parser raises the error
+        chunks, checked = None, b""
+        if length is None:
+            if not response.takes_chunks(status):
+                return False
+            chunks = ChunkedBody()
+            checked = chunks.feed(data[size:])
+            if chunks.is_left_to_parser:
+                return False
+        elif received > length:  # the parser raises the error
+            return False
+        if size > MAX_HEAD_BYTES:
             return False
         self._received = size + received
         response.status, response.passed, response.has_date, response.keeps_alive = (
@@ -301,16 +351,48 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if keep_alive is not None:
             self._obey_keep_alive(keep_alive)
         response.is_head_complete = True
-        if received:
-            response.pieces.append(data[size:])
-        if received == length:
+        if chunks is not None:
+            response.chunks = chunks
+            self._append_chunks(response, chunks, checked)
+        elif received == length:
+            if received:
+                response.pieces.append(data[size:])
             response.is_complete = True
         else:
-            response.buffered = received
-            self._remaining = length - received
+            if received:
+                response.append(data[size:])
+            self._remaining = length - received  # type: ignore[operator]  # a body without a length is chunked
             self.timer.clear()
         self._on_progress(response)
         return True
+
+    def _append_chunks(self, response: UpstreamResponse, chunks: ChunkedBody, checked: bytes) -> None:
+        """Append checked chunks to the response, which is complete if they are."""
+        if checked:
+            response.append(checked)
+        if chunks.state is COMPLETE:
+            self._chunks = None
+            response.is_complete = True
+        else:
+            self._chunks = chunks
+            self.timer.clear()
+
+    def _take_chunks(self, response: UpstreamResponse, chunks: ChunkedBody, data: bytes) -> None:
+        """Process more of a chunked body; the parser processes it from the first chunk on that is not plain."""
+        self._append_chunks(response, chunks, chunks.feed(data))
+        if chunks.state is NOT_PLAIN:
+            response.on_progress()
+            response.on_complex_chunk()
+            self._chunks = None
+            self._parser = httptools.HttpResponseParser(self)
+            self._parser.feed_data(_HEAD_OF_CHUNKS)
+            self._headers, self._reason, self._unparsed = [], b"", 0
+            self._parse(response, chunks.rest)
+        elif chunks.state is INVALID:
+            response.on_progress()
+            self._fail(response, "not HTTP: a chunk does not end with a line break")
+        else:
+            self._on_progress(response)
 
     def _take_counted(self, response: UpstreamResponse, data: bytes) -> None:
         """Process more of a body whose length a plain head has announced."""
@@ -329,7 +411,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             response.on_progress()
             return
         response.on_progress()
-        if response.buffered > RESPONSE_HIGH_WATER:  # never for a relayed response, which is not buffered
+        current = self._response  # may be another one now
+        if current is not None and current.buffered > RESPONSE_HIGH_WATER:  # a relayed response is not buffered
             self.pause_reading()
 
     def _parse(self, response: UpstreamResponse, data: bytes) -> None:
@@ -343,12 +426,15 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._on_malformed(response, data, str(error))
+            if self._response is response:  # otherwise it has failed within the call, and was passed on
+                self._on_malformed(response, data, str(error))
             return
         except httptools.HttpParserUpgrade as upgrade:
             response.leftover = data[upgrade.args[0] :]
             self.pause_reading()
             response.on_progress()
+            return
+        if self._response is not response or response.error is not None:  # it has failed within the call
             return
         if not response.is_head_complete:
             self._head_begun += data
@@ -415,6 +501,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         reason, self._reason = self._reason, b""
         response = self._response
         if response is None or response.is_complete or response.error is not None:
+            return
+        if response.is_head_complete:  # this one precedes chunks that are not plain, see `_take_chunks`
             return
         if self._is_too_long(headers):
             self._fail(response, _TOO_LONG)
@@ -487,6 +575,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             response.is_complete = True
             if self._headers:
                 response.trailers, self._headers = self._headers, []
+                # A trailer `Connection: close` would have this parser refuse the next response.
+                self._parser = httptools.HttpResponseParser(self)
 
     def eof_received(self) -> bool:
         """Close the connection: at once if it is idle, else by asyncio (asyncio callback)."""
@@ -512,7 +602,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                 response.fail(StaleConnection())
             else:
                 response.fail(httpx.ReadError("closed before the response was complete"))
-            self._detach(response)
+            self._detach()
         if was_open and self.pool is not None:
             self.pool.discard(self)
 
@@ -549,7 +639,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if response.is_complete and response.is_counted:
             response.is_complete, cause = False, _SURPLUS
         if response.is_complete:  # only the bytes after the response are invalid
-            response.on_progress()
+            response.keeps_alive = False
+            self._on_progress(response)
         else:
             response.fail(httpx.RemoteProtocolError(cause))
         self.close()
@@ -569,8 +660,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     def abandon(self, response: UpstreamResponse) -> None:
         """Discard the response and close the connection, unless the response is complete."""
         if self._response is response:
-            self._detach(response)
+            self._detach()
             self.close()
+
+    def pass_on(self, response: UpstreamResponse, successor: UpstreamResponse) -> None:
+        """Receive what follows of `response` into `successor`."""
+        if self._response is response:
+            self._response = successor
 
     def close(self) -> None:
         """Abort the connection, fail its response, and remove it from the pool. Idempotent."""
@@ -636,9 +732,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if listener is not None:
             listener.discard_body()
 
-    def _detach(self, response: UpstreamResponse) -> None:
-        self._response = None
-        response.connection = None
+    def _detach(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            response.connection = None
         self.timer.clear()
 
 

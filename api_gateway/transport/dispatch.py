@@ -7,8 +7,6 @@ import httpx
 
 from api_gateway.http1.headers import Fields, fields_of
 from api_gateway.models import HeaderList
-from api_gateway.transport.http1_transport import UpstreamTransport
-from api_gateway.transport.request import LeanRequest
 from api_gateway.transport.response import LeanResponse, UpstreamResponse
 
 
@@ -37,18 +35,6 @@ class HttpxBody:
             return b"", False
         finally:
             self._read_at = self._clock()
-
-
-async def send_request(
-    transport: httpx.AsyncBaseTransport, request: httpx.Request, started: UpstreamResponse | None
-) -> httpx.Response:
-    """Return the response to the request, which is sent unless `started` is the response to it.
-
-    Raises httpx.TransportError.
-    """
-    if started is not None and isinstance(transport, UpstreamTransport) and isinstance(request, LeanRequest):
-        return await transport.response_to(request, started)
-    return await transport.handle_async_request(request)
 
 
 def fields_in(response: httpx.Response) -> Fields:

@@ -52,7 +52,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         *,
         max_connections: int = 512,
         max_tunnels: int = 4096,
-        idle_timeout: float = 4.0,
+        idle_timeout: float = math.inf,
         max_requests: int | None = None,
         max_age: float | None = None,
         tls: ssl.SSLContext | None = None,
@@ -81,9 +81,9 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         if extensions.get("hooks", NO_LISTENER).upgrade:  # refuse a tunnel above the limit before the handshake
             pool.admit_tunnel(extensions.get("holder"))
         connection = pool.acquire_idle(extensions.get("holder")) or await self._wait(pool, outgoing)
-        return await self.response_to(outgoing, connection.send(outgoing))
+        return await self._response_to(outgoing, connection.send(outgoing))
 
-    async def response_to(self, request: LeanRequest, response: UpstreamResponse) -> httpx.Response:
+    async def _response_to(self, request: LeanRequest, response: UpstreamResponse) -> httpx.Response:
         """Wait for the head of the response to a request that was sent; see `handle_async_request`."""
         is_repeated = False
         while True:

@@ -59,6 +59,23 @@ class Pool(Generic[C]):
     The pool is open, retired (keeps no idle connection; `revive` returns to open), or closed.
     """
 
+    __slots__ = (
+        "_connect",
+        "_idle",
+        "_idle_timeout",
+        "_is_closed",
+        "_is_retired",
+        "_limit",
+        "_open",
+        "_slots",
+        "_sweep_due",
+        "_sweep_timer",
+        "_tunnels_open",
+        "_waiters",
+        "shares",
+        "tunnels",
+    )
+
     def __init__(
         self,
         connect: Callable[[float | None], Awaitable[C]],

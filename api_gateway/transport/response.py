@@ -8,6 +8,7 @@ from typing import Protocol
 import httpx
 
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
+from api_gateway.http1.chunked import ChunkedBody
 from api_gateway.http1.fast_parser import pairs_of, reason_phrase
 from api_gateway.http1.headers import Fields, fields_of
 from api_gateway.models import HeaderList
@@ -97,6 +98,10 @@ class ResponseSource(Protocol):
         """Discard the response and close the connection, unless the response is complete."""
         ...
 
+    def pass_on(self, response: "UpstreamResponse", successor: "UpstreamResponse") -> None:
+        """Receive what follows of `response` into `successor`."""
+        ...
+
 
 class UpstreamResponse(httpx.AsyncByteStream):
     """The response to one request while it arrives.
@@ -118,6 +123,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
     is_complete = False
     is_until_close = False  # delimited by the end of the connection
     is_counted = False  # delimited by Content-Length, and parsed by httptools
+    chunks: ChunkedBody | None = None  # of a body whose pieces are plain chunks with their framing
     keeps_alive = False
     error: Exception | None = None
     buffered = 0  # bytes in `pieces`
@@ -133,6 +139,29 @@ class UpstreamResponse(httpx.AsyncByteStream):
         self.timeouts = timeouts
         self.listener = listener
         self.pieces: list[bytes] = []
+
+    @classmethod
+    def continuing(cls, other: "UpstreamResponse", listener: ResponseListener) -> "UpstreamResponse":
+        """Return a response that has all of another one and receives what follows; the other receives nothing more."""
+        response = cls(other.connection, "HEAD" if other.is_to_head else "GET", other.timeouts, listener)
+        response.take_over(other)
+        return response
+
+    def take_over(self, other: "UpstreamResponse") -> None:
+        """Take all that another response has, and receive what follows; the other receives nothing more."""
+        assert other.chunks is None  # noqa: S101 - the pieces of such a response cannot be taken apart
+        self.pieces, self.buffered = other.pieces, sum(map(len, other.pieces))
+        self.status, self.version, self.head, self.passed = other.status, other.version, other.head, other.passed
+        self.has_date, self.cost, self.trailers = other.has_date, other.cost, other.trailers
+        self.is_head_complete, self.is_complete = other.is_head_complete, other.is_complete
+        self.is_until_close, self.is_counted = other.is_until_close, other.is_counted
+        self.keeps_alive, self.reader_waited = other.keeps_alive, other.reader_waited
+        self.error, other.error = other.error, None
+        if other.is_head_complete and not other.head:
+            self.reason, self.headers, self.fields = other.reason, other.headers, other.fields
+        self.connection, other.connection = other.connection, None
+        if self.connection is not None:
+            self.connection.pass_on(other, self)
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else self.error or "arriving"
@@ -153,8 +182,15 @@ class UpstreamResponse(httpx.AsyncByteStream):
         """The header fields by name."""
         return fields_of(self.headers)
 
+    def takes_chunks(self, status: int) -> bool:  # noqa: ARG002 - for subclasses
+        """Tell whether the pieces of a response with plain chunks may include their framing. Here, never."""
+        return False
+
     def on_complex_head(self) -> None:
         """Prepare for a head that is not plain; called before the parser parses it. Does nothing here."""
+
+    def on_complex_chunk(self) -> None:
+        """Prepare for pieces without their framing, after `chunks` were not plain. Does nothing here."""
 
     def on_progress(self) -> None:
         """Wake the reader after the state of the response has changed."""

@@ -120,7 +120,7 @@ class HealthChecker:
         async with asyncio.TaskGroup() as group:
             self._group = group
             self.follow(self._targets)
-            await group.create_task(_never())
+            await _never()
 
     def follow(self, targets: Sequence[Target]) -> None:
         """Set the targets to check."""

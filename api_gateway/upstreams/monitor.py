@@ -66,7 +66,7 @@ class UpstreamMonitor:
             self._group = group
             self._start_checks()
             self._start_resolution()
-            await group.create_task(_never())
+            await _never()
 
     def _start_checks(self) -> None:
         """Start the health checks, replacing the previous ones."""
@@ -79,7 +79,7 @@ class UpstreamMonitor:
         """Start the resolution of names, replacing the previous one."""
         if self._resolution_task is not None:
             self._resolution_task.cancel()
-        if self._group is not None:
+        if self._group is not None and not all(name.is_address for name in self.names):
             resolving = resolve_periodically(
                 self.names, self._interval, self._resolve, self._on_resolution, clock=self._clock, source=self._source
             )

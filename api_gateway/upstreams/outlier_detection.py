@@ -36,6 +36,13 @@ class OutlierDetector:
     ejected target prevents the ejection of others.
     """
 
+    __slots__ = (
+        "_draw",
+        "_make_breaker",
+        "abnormal",
+        "policy",
+    )
+
     def __init__(
         self,
         policy: OutlierPolicy = OutlierPolicy(),

@@ -56,6 +56,23 @@ class UpstreamClient:
     `host_header` is the `Host` that the upstream gets: see `HostFields`.
     """
 
+    __slots__ = (
+        "_acquire_idle",
+        "_removed",
+        "hash_header",
+        "hosts",
+        "is_native",
+        "limits",
+        "origins",
+        "retried_statuses",
+        "retries",
+        "supports_fast_path",
+        "total_timeout",
+        "transport",
+        "tunnel_timeout",
+        "upstream",
+    )
+
     def __init__(
         self,
         upstream: Upstream,
@@ -88,7 +105,7 @@ class UpstreamClient:
         self.retries = retries
         self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
         self.hash_header = hash_header
-        self.supports_fast_path = self.is_native and timeouts.total is None and hash_header is None
+        self.supports_fast_path = self.is_native and hash_header is None
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
@@ -168,6 +185,25 @@ class UpstreamClient:
             assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
             take = self._acquire_idle[target] = self.transport.pool(self.origins[target]).acquire_idle
         return take(holder)
+
+    async def connection(
+        self,
+        target: Target,
+        holder: str | None,
+        connect: float,
+        on_connect: Callable[[], None],
+        *,
+        is_fresh: bool = False,
+    ) -> UpstreamConnection:
+        """Open a connection to `target` within `connect` seconds, or await one; `on_connect` is called before opening.
+
+        If `is_fresh`, it is a new one in any case. Raises httpx.TransportError.
+        """
+        assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
+        pool = self.transport.pool(self.origins[target])
+        return await pool.acquire(
+            connect, self.limits["pool"], holder=holder, is_fresh=is_fresh, on_connect=on_connect
+        )
 
 
 def _origin(target: Target) -> Origin:

@@ -1,5 +1,7 @@
 """The comparison with other proxies: its arithmetic, its reading of processes and of wrk, and one short run of it."""
 
+import asyncio
+import gzip
 import json
 import shutil
 import subprocess
@@ -7,22 +9,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from socket import create_server, socket
 from xml.etree import ElementTree as ET
 
 import pytest
+import yaml
 
-from benchmarks import limiter, many_clients, overload
+from api_gateway.config import from_values
+from benchmarks import limiter, many_clients, memory, overload, scale, segments
+from benchmarks.cases import BALANCED, FALLBACK, LIMITED, LOG, TIMEOUT, TITLES, TLS, needs_of
 from benchmarks.compare import main
 from benchmarks.flood import flood
-from benchmarks.load import Failed, latencies, parse_wrk, percentile
-from benchmarks.peers import PEERS, Place
+from benchmarks.load import Client, Failed, drive, latencies, parse_wrk, percentile, verify
+from benchmarks.peers import PEERS, Peer, Place
 from benchmarks.plot import Row, draw
 from benchmarks.processes import cpu_seconds, free_port, reset_peak, resident_bytes, running
 from benchmarks.report import Results, tables
-from benchmarks.upstream import SIZES, SMALL
+from benchmarks.upstream import CHUNKED, SIZES, SMALL, TARGETS, TLS_ADDRESS, UPLOADED
+from tests.kit import soon
 
 ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -65,6 +71,161 @@ def test_a_run_with_a_wrong_response_has_no_figures(changes: dict[str, str], mes
     summary = {"requests": "20000", "time": "1.00s", "read": "8.00MB", "trouble": ""} | changes
     with pytest.raises(Failed, match=message):
         parse_wrk(WRK.format(**summary), 190)
+
+
+def test_a_case_that_is_refused_needs_refusals() -> None:
+    refused = WRK.format(requests=1000, time="1.00s", read="1.00MB", trouble="  Non-2xx or 3xx responses: 995\n")
+    assert parse_wrk(refused, 0, is_refused=True).requests == 1000
+    for trouble in (
+        "",
+        "  Non-2xx or 3xx responses: 900\n",
+        "  Socket errors: connect 0, read 7, write 0, timeout 0\n",
+    ):
+        with pytest.raises(Failed):
+            parse_wrk(WRK.format(requests=1000, time="1.00s", read="1.00MB", trouble=trouble), 0, is_refused=True)
+
+
+# One request of each case
+
+
+def responding(*responses: bytes) -> Callable[[socket], None]:
+    """Return a function that answers the requests of a connection by turns, beginning anew on each connection."""
+    left = iter(responses)
+
+    def serve(sock: socket) -> None:
+        with sock:
+            if sock.recv(65_536):
+                sock.sendall(next(left))
+
+    return serve
+
+
+def response(status: int, body: bytes, *lines: str) -> bytes:
+    head = "".join(f"{line}\r\n" for line in (*lines, f"Content-Length: {len(body)}"))
+    return f"HTTP/1.1 {status} OK\r\n{head}\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("case", "responses", "message"),
+    [
+        ("small", [response(200, SMALL)], None),
+        ("small", [response(200, SMALL[:-1])], "status 200 with 189 bytes, not 200 with 190"),
+        ("small", [response(429, b"{}")], "status 429 with 2 bytes"),
+        ("small", [response(200, SMALL, "Connection: close")], "the connection is closed"),
+        ("new", [response(200, SMALL, "Connection: close")], None),
+        ("new", [response(200, SMALL)], "the connection is kept"),
+        ("chunked", [response(200, gzip.compress(CHUNKED), "Content-Encoding: gzip")], None),
+        ("chunked", [response(200, gzip.compress(SMALL), "Content-Encoding: gzip")], "with 190 bytes"),
+        ("post", [response(200, SMALL)], None),
+        ("refused", [response(200, SMALL)] * 10 + [response(429, b"{}")], None),
+        ("refused", [response(200, SMALL)] * 100, "status 200"),
+    ],
+)
+def test_a_response_that_is_not_that_of_the_case_is_an_error(
+    case: str, responses: list[bytes], message: str | None
+) -> None:
+    with accepting(responding(*responses)) as port:
+        if message is None:
+            verify(port, case)
+        else:
+            with pytest.raises(Failed, match=message):
+                verify(port, case)
+
+
+class Written(asyncio.WriteTransport):
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[bytes | bytearray | memoryview] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.pieces.append(data)
+
+
+async def test_the_body_of_a_request_follows_its_head_later() -> None:
+    load, transports = segments.Load(b"head", b"body"), [Written(), Written()]
+    for transport in transports:
+        load.begin(transport)
+    assert [transport.pieces for transport in transports] == [[b"head"], [b"head"]]
+    await soon(lambda: len(transports[1].pieces) == 2, "the bodies are sent")
+    assert [transport.pieces for transport in transports] == [[b"head", b"body"]] * 2
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_a_run_in_segments_counts_responses_and_fails_at_a_wrong_status(status: int) -> None:
+    def serve(sock: socket) -> None:
+        received = b""
+        with sock, suppress(OSError):  # the client resets the connection at its end
+            while piece := sock.recv(65_536):
+                received += piece
+                while received.count(b"x") >= 1024:
+                    received = received[received.rindex(b"\r\n") + 2 + 1024 :]
+                    sock.sendall(response(status, UPLOADED))
+
+    with accepting(serve) as port:
+        if status == 200:
+            driven = drive(port, "segments", core=0, seconds=1, connections=2)
+            assert driven.requests > 0
+            assert driven.read >= driven.requests * len(UPLOADED)
+        else:
+            with pytest.raises(Failed, match="status 502"):
+                drive(port, "segments", core=0, seconds=1, connections=2)
+
+
+# Memory of connections
+
+
+@pytest.mark.heavy
+def test_the_memory_of_connections_is_that_of_the_peer_for_each(tmp_path: Path) -> None:
+    """The peer is a small program that keeps 100 KB for each connection, and proxies nothing."""
+    program = """
+import asyncio, sys
+async def serve(reader, writer):
+    kept = bytearray(100_000)
+    while head := await reader.readuntil(b"\\r\\n\\r\\n"):
+        held = b"/hold" in head
+        await asyncio.sleep(3 if held else 0)
+        body = b'{"stored": true}' if held else b"x" * 190
+        writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
+async def main():
+    await (await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))).serve_forever()
+asyncio.run(main())
+"""
+    port = free_port()
+    with (
+        running([sys.executable, "-c", program, str(port)], core=0, port=port, folder=tmp_path) as pid,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(memory, "HOLD", 2.5)
+        with closing(Client(port)) as first:
+            first.ask()
+        for measure in (memory.measure_idle, memory.measure_active):
+            found = measure(pid, port, core=0, count=200)
+            assert found["used"] > 200 * 100_000
+            if measure is memory.measure_idle:
+                assert 100_000 < found["each"] < 200_000
+
+
+# Scale
+
+
+def test_the_table_of_scale_has_the_ratio_to_one_route() -> None:
+    one = scale.Found(1, 1.0, 60 * 2**20, [40.0, 50.0, 60.0], [1e4] * 3, 20_000, 0.01, 0.002, 0.001)
+    many = scale.Found(1000, 1.5, 90 * 2**20, [48.0, 55.0, 75.0], [9e3] * 3, 900_000, 0.2, 0.009, 0.001)
+    rows = scale.table([one, many]).splitlines()
+    assert rows[2] == "| 1 | 1.00 | 60 | 10,000 | 50.0 | 1.00 | 20 | 10 | 2.0 | 1.0 |"
+    assert rows[3] == "| 1,000 | 1.50 | 90 | 9,000 | 55.0 | 1.20 | 900 | 200 | 9.0 | 1.0 |"
+    assert {row.count("|") for row in rows} == {11}
+
+
+def test_the_configuration_of_scale_is_valid_and_written_as_people_do(tmp_path: Path) -> None:
+    settings = scale.configuration(3, tmp_path, 1001, 1002, health_check={"path": "/api/small"})
+    text = scale.as_yaml(settings)
+    assert yaml.safe_load(text) == settings
+    config = from_values(settings)
+    assert [route.upstream for route in config.routes] == list(config.upstreams)
+    assert scale.as_yaml({"a": [], "b": {}, "c": None}) == "a: []\nb: {}\nc: null"
 
 
 # Latency at a fixed rate
@@ -226,19 +387,80 @@ def test_a_server_that_does_not_start_is_reported_with_its_output(tmp_path: Path
 # Peers and report
 
 
-def test_every_peer_has_a_hint_or_needs_none_and_a_command(tmp_path: Path) -> None:
-    for peer in PEERS:
-        folder = tmp_path / peer.name
-        folder.mkdir()
-        launch = peer.launch(Place(folder, 1001, 1002))
-        text = " ".join([*launch.command, *launch.env.values(), *(file.read_text() for file in folder.iterdir())])
-        assert "1001" in text, peer.name
-        assert "1002" in text, peer.name
-        assert peer.hint or peer.found(), peer.name
+def launched(peer: Peer, folder: Path, *needs: str, certificate: Path | None = None) -> tuple[list[str], str]:
+    """Return the command of a peer, and everything that it is given; its folder is named by one letter."""
+    folder.mkdir()
+    launch = peer.launch(Place(folder, 1001, 1002, frozenset(needs), certificate))
+    text = " ".join([*launch.command, *launch.env.values(), *(file.read_text() for file in folder.iterdir())])
+    return launch.command, text.replace(str(folder), "")
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=[peer.name for peer in PEERS])
+def test_every_peer_has_a_hint_or_needs_none_and_a_command(peer: Peer, tmp_path: Path) -> None:
+    _, text = launched(peer, tmp_path / "a")
+    assert "1001" in text
+    assert "1002" in text
+    assert peer.hint or peer.found()
+
+
+def test_every_case_is_taken_by_this_gateway_and_those_of_the_budgets_by_envoy() -> None:
+    ours, envoy = (next(peer for peer in PEERS if peer.name == name) for name in ("gateway", "envoy"))
+    assert [case for case in TITLES if not ours.takes(case)] == []
+    assert [case for case in TITLES if not envoy.takes(case)] == []
+    assert {case for peer in PEERS for case in peer.cases} <= TITLES.keys()
+
+
+FEATURES = (TIMEOUT, LOG, BALANCED, LIMITED, TLS, FALLBACK)
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.features], ids=lambda peer: peer.name)
+def test_every_feature_of_a_peer_changes_its_configuration_and_nothing_else_does(peer: Peer, tmp_path: Path) -> None:
+    """Where a feature is not needed, the configuration is the same to the byte, so that the cases are comparable."""
+    _, plain = launched(peer, tmp_path / "plain")
+    for feature in FEATURES:
+        _, text = launched(peer, tmp_path / feature, feature, certificate=Path("/upstream.pem"))
+        assert (text != plain) is (feature in peer.features), feature
+        if feature == BALANCED:
+            assert all(f"{address}:1002" in text or f'"{address}"' in text for address in TARGETS)
+        if feature == TLS:
+            assert "/upstream.pem" in text
+            assert TLS_ADDRESS in text
+
+
+def checked(peer: Peer, command: list[str]) -> list[str] | None:
+    """Return the command that checks the configuration of a peer, None if it has none."""
+    name, last = peer.name, command[-1]
+    return {
+        "gateway": [*command, "--check"],
+        "nginx": [*command, "-t"],
+        "haproxy": ["haproxy", "-c", "-q", "-f", last],
+        "envoy": [*command, "--mode", "validate"],
+        "caddy": ["caddy", "validate", "--adapter", "caddyfile", "--config", last],
+    }.get(name)
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.features], ids=lambda peer: peer.name)
+def test_an_installed_peer_accepts_its_configuration_for_every_case(
+    peer: Peer, tmp_path: Path, certificates: Path
+) -> None:
+    if not peer.found():
+        pytest.skip(f"{peer.name} is not installed")
+    for number, needs in enumerate(sorted({needs_of(case) for case in TITLES if peer.takes(case)}, key=sorted)):
+        place = tmp_path / str(number)
+        command, _ = launched(peer, place, *needs, certificate=certificates / "here.pem")
+        check = checked(peer, command)
+        if check is None:
+            pytest.skip(f"{peer.name} cannot check a configuration")
+        done = subprocess.run(check, cwd=place, capture_output=True, text=True, check=False)
+        if not needs and "unrecognized global option" in done.stderr:
+            pytest.skip(f"this version of {peer.name} is too old for any case")
+        assert done.returncode == 0, f"{sorted(needs)}: {done.stdout}{done.stderr}"
 
 
 def test_the_bodies_have_the_sizes_they_are_named_for() -> None:
     assert SIZES == {"small": 190, "10k": 10 * 2**10, "1m": 2**20, "100m": 100 * 2**20}
+    assert len(CHUNKED) == pytest.approx(1024, rel=0.02)
+    assert not set(b"'$;{}\\") & set(CHUNKED.replace(b"{", b"").replace(b"}", b"")), "nginx would interpret it"
 
 
 @pytest.fixture

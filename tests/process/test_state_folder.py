@@ -12,7 +12,6 @@ from types import ModuleType
 import pytest
 
 from api_gateway.admin.breaker_overrides import OverrideFile
-from api_gateway.assembly import stores
 from api_gateway.assembly.stores import hold_state_folder
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import load_config
@@ -184,9 +183,6 @@ def uvicorn(port: int) -> list[str]:
     return ["-m", "uvicorn", "api_gateway.main:app", "--port", str(port)]
 
 
-NO_DEMO = {"GATEWAY_UPSTREAMS__UP__TARGETS": '[{"url": "http://127.0.0.1:9"}]'}  # the demo silences uvicorn's log
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
@@ -196,7 +192,7 @@ def free_port() -> int:
 def test_workers_of_stock_uvicorn_share_it_and_another_server_is_refused(tmp_path: Path) -> None:
     """If the buckets are in a store; whether it is available does not matter here."""
     port, store = free_port(), {"GATEWAY_STORE__URL": "redis://127.0.0.1:9", "GATEWAY_STORE__CLIENTS": "sqlite"}
-    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path, **store, **NO_DEMO) as first:
+    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path, **store) as first:
         eventually(lambda: first.errors.count("Application startup complete") == 2, "both workers start", 30)
         eventually(lambda: is_open(port), "they listen", 30)
         (tmp_path / "second").mkdir()
@@ -223,7 +219,7 @@ def test_several_workers_of_stock_uvicorn_with_buckets_in_memory_do_not_start(tm
 
 def test_reloading_uvicorn_replaces_its_worker_with_buckets_in_memory(tmp_path: Path) -> None:
     port = free_port()
-    with process(*uvicorn(port), "--reload", cwd=tmp_path, **NO_DEMO) as running:
+    with process(*uvicorn(port), "--reload", cwd=tmp_path) as running:
         eventually(lambda: "Application startup complete" in running.errors, "it starts", 30)
         (tmp_path / "module.py").write_text("")
         eventually(lambda: running.errors.count("Application startup complete") == 2, "it starts again", 30)
@@ -237,13 +233,12 @@ async def test_the_worker_that_is_replaced_has_time_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, ends: bool
 ) -> None:
     """Some servers start the next worker before they stop the former one."""
-    monkeypatch.setattr(stores, "REPLACED_WITHIN", 60.0 if ends else 0.3)
     monkeypatch.setitem(sys.modules, "gunicorn.arbiter", ModuleType("gunicorn.arbiter"))
     config = load_config(None, {"state_dir": str(tmp_path)})
     former = StateFolder(config.state_dir)
     (former.path / "lock").write_text(f"1 {os.getppid()}\n")  # as of another process with the same parent
     async with AsyncExitStack() as stack:
-        starting = asyncio.create_task(hold_state_folder(config, stack))
+        starting = asyncio.create_task(hold_state_folder(config, stack, 60.0 if ends else 0.3))
         if ends:
             await asyncio.sleep(0.2)
             assert not starting.done()

@@ -168,6 +168,23 @@ def documented(exchange: Exchange, now: float) -> str:
     return json.dumps(members, separators=(",", ":")) + "\n"
 
 
+@given(
+    st.floats(0, 4e9),
+    st.lists(st.floats(-0.003, 0.003) | st.sampled_from([0.0, 1e-7, 4e-7, 0.0005, 0.001, 1.0, -1.0])),
+)
+@example(1_700_000_000.000999, [1e-7] * 30)
+@example(1_700_000_000.999, [1e-7] * 30)
+@example(1_700_000_000.0019985, [1e-7] * 30)
+def test_the_time_of_each_line_is_its_own_whatever_the_clock_does(first: float, steps: list[float]) -> None:
+    """The log renders a time once for each millisecond."""
+    now, written = first, list[str]()
+    log = AccessLog(lambda: now, written.append)
+    for step in (0.0, *steps):
+        now = max(0.0, now + step)
+        log.write(bare())
+        assert written[-1] == documented(bare(), now)
+
+
 @given(EXCHANGES, st.floats(0, 4e9))
 @example(bare(), 0.9999999)
 @example(bare(), 1_700_000_000.0009999)

@@ -24,7 +24,7 @@ from api_gateway.http1.headers import fields_of
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Client, HeaderList, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan, Stage, StageResult, Wait
-from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.header_facts import HeaderFacts, HeaderReader
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -473,6 +473,9 @@ class Question:
 
     inspect = decide
 
+    def concerns(self, facts: HeaderFacts) -> bool:
+        return True
+
     def _ask(self) -> StageResult:
         return Wait.on(self._reply, self._resume)
 
@@ -517,6 +520,65 @@ async def test_a_question_that_fails_fails_the_request() -> None:
     for method in (decide, Admission.inspect):
         with pytest.raises(ZeroDivisionError):
             await method(Admission([Broken()]), plan)
+
+
+class Noted(Question):
+    """A stage that notes each decision, and is concerned by requests with a timeout only."""
+
+    def __init__(self, name: str, noted: list[str]) -> None:
+        super().__init__()
+        self._name, self._noted = name, noted
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        self._noted.append(self._name)
+        return None
+
+    def concerns(self, facts: HeaderFacts) -> bool:
+        return self._name == "always" or bool(facts.timeout)
+
+
+def test_header_fields_that_are_used_again_skip_the_stages_that_they_do_not_concern() -> None:
+    """Also after another configuration has used them in between, whose stages are others."""
+    noted: list[str] = []
+    admission, other = Admission([Noted("some", noted), Noted("always", noted)]), Admission([Noted("some", noted)])
+    plain, limited = request(), request("/api", (b"x-request-timeout", b"1"))
+
+    def decisions(admission: Admission, plan: RequestPlan) -> list[str]:
+        noted.clear()
+        assert admission.decide(plan) is None
+        return list(noted)
+
+    assert [decisions(admission, plain) for _ in range(3)] == [["some", "always"], ["always"], ["always"]]
+    assert [decisions(admission, limited) for _ in range(3)] == [["some", "always"]] * 3
+    assert [decisions(other, plain) for _ in range(3)] == [["some"], [], []]
+    assert [decisions(admission, plain) for _ in range(2)] == [["some", "always"], ["always"]]
+
+
+async def test_a_wait_of_a_selected_stage_goes_on_with_the_selected_ones() -> None:
+    noted: list[str] = []
+    admission = Admission([Noted("some", noted), Question("pass", "pass", "pass"), Noted("always", noted)])
+    plan = request()
+    for expected in (["some", "always"], ["always"], ["always"]):
+        noted.clear()
+        assert await decide(admission, plan) is None
+        assert noted == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "header", "concerned"),
+    [
+        (AmbiguityStage(), (b"x-other", b"1"), False),
+        (AmbiguityStage(), HOST, True),  # the second Host
+        (DeadlineStage({"up": None}, have_routes_timeouts=False), (b"x-other", b"1"), False),
+        (DeadlineStage({"up": None}, have_routes_timeouts=False), (b"x-request-timeout", b"1"), True),
+        (DeadlineStage({"up": None}, have_routes_timeouts=True), (b"x-other", b"1"), True),
+        (DeadlineStage({"up": 1.0}, have_routes_timeouts=False), (b"x-other", b"1"), True),
+    ],
+)
+def test_a_stage_is_not_concerned_where_it_could_have_no_effect(
+    stage: Stage, header: tuple[bytes, bytes], *, concerned: bool
+) -> None:
+    assert stage.concerns(request("/api/users", header).facts) is concerned
 
 
 async def test_a_cancelled_request_does_not_cancel_its_question() -> None:

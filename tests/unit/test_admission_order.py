@@ -18,6 +18,7 @@ from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.errors import GatewayError
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import Message, Receive, Scope, Send
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, Quota
@@ -38,10 +39,9 @@ from api_gateway.resilience.event_loop_limit import LAG_SAMPLES, EventLoopShedde
 from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.router import Router
 from api_gateway.transport.http1_transport import UpstreamTransport
-from api_gateway.transport.response import UpstreamResponse
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
-from api_gateway.upstreams.upstream import Attempt, Upstream
+from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 
 FREE = Quota.per_second("FREE", 1, 10)
@@ -57,13 +57,20 @@ ROUTES = [
 ORDER = ("ambiguity", "identity", "route", "deadline", "shedding", "limits")
 
 
+def _without_connections(upstream: Upstream) -> UpstreamClient:
+    """Return a client from which the fast path hands every request over."""
+    client = UpstreamClient(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))
+    client.supports_fast_path = False
+    return client
+
+
 class RecordingRouter(Router):
     """A router that keeps the plans of the requests that it would forward."""
 
     def __init__(self, upstream: Upstream) -> None:
         super().__init__(
             RouteTable(ROUTES),
-            {"up": UpstreamClient(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))},
+            {"up": _without_connections(upstream)},
             clock=lambda: 0.0,
             max_body_bytes=100,
             observe_attempt=lambda *_: None,
@@ -73,21 +80,6 @@ class RecordingRouter(Router):
     async def forward(self, plan: RequestPlan, _scope: Scope, _receive: Receive, send: Send) -> None:
         plan.exchange.status = 200
         await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def continue_exchange(
-        self,
-        plan: RequestPlan,
-        attempt: Attempt,
-        started: UpstreamResponse | None,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        *,
-        kept: bytes | None = None,
-    ) -> None:
-        assert started is None, "there is no connection on which the request could have been sent"
-        attempt.release(0.0)
-        await self.forward(plan, scope, receive, send)
 
 
 class Paths:
@@ -112,9 +104,16 @@ class Paths:
             "limits": limits,
         }
         admission = Admission([stages[name] for name in order])
+        limit_headers = RateLimitHeaders()
         self.seen: list[Exchange] = []
         self.asgi = ExchangeMiddleware(
-            AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=lambda: self.now_ns),
+            AdmissionMiddleware(
+                admission=admission,
+                headers=headers,
+                router=router,
+                limit_headers=limit_headers,
+                clock_ns=lambda: self.now_ns,
+            ),
             clock=lambda: self.now_ns / NANOSECONDS,
             recorder=Recorder(["plain", "never", "cut"], ["up"], ["FREE", "PAID"], [50], 0.0),
             observers=[self.seen.append],
@@ -124,6 +123,7 @@ class Paths:
             admission=admission,
             headers=headers,
             router=router,
+            limit_headers=limit_headers,
             clock=lambda: self.now_ns / NANOSECONDS,
             clock_ns=lambda: self.now_ns,
         )

@@ -38,7 +38,7 @@ LIBRARIES = {
     "fastapi": {"admin", "main"},
     "hiredis": {"storage"},
     "httptools": {"downstream", "transport"},
-    "httpx": {"assembly", "main", "proxy", "router", "transport", "upstreams"},
+    "httpx": {"assembly", "fastpath", "main", "proxy", "router", "transport", "upstreams"},
     "prometheus_client": {"reporting"},
     "pydantic": {"admin", "config", "models", "reload", "reporting", "settings"},
     "pydantic_settings": {"config"},

@@ -214,7 +214,12 @@ def test_a_line_that_goes_no_further_is_taken_out_and_no_other_that_looks_like_i
         b"",
         b"Content-Length: 2\r\nContent-Length: 2\r\n",
         b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n",
-        b"Transfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: chunked, chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nTrailer: X\r\n",
+        b"Content-Type: text/Event-Stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n",
         b"Content-Length: 2\r\nConnection: close, x\r\n",
         b"Content-Length: 2\r\nConnection: close\r\nConnection: close\r\n",
         b"Content-Length: 2\r\nUpgrade: h2c\r\n",
@@ -231,6 +236,15 @@ def test_a_line_that_goes_no_further_is_taken_out_and_no_other_that_looks_like_i
 )
 def test_an_unusual_response_is_left_to_the_parser(lines: bytes) -> None:
     assert parse_response_head(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\nok", is_to_head=False) is None
+
+
+def test_a_chunked_response_has_no_length_and_its_coding_is_not_forwarded() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nX-Type: text/event-stream"
+    received = head + b"\r\nTransfer-encoding: Chunked\r\n\r\n2\r\nok"
+    parts = parse_response_head(received, is_to_head=False)
+    assert parts == (200, head, len(received) - 5, None, True, False, None, None)
+    assert parse_response_head(received, is_to_head=True) is None
+    assert parse_response_head(received.replace(b"200 OK", b"204 No"), is_to_head=False) is None
 
 
 @pytest.mark.parametrize("start", [b"HTTP/1.0 200 OK", b"HTTP/1.1 103 Early", b"HTTP/1.1 200", b"HTTP/1.1 600 Odd"])
@@ -269,12 +283,15 @@ ANSWER_NAMES = st.sampled_from(
         b"ETag",
     ]
 )
-ANSWER_LINES = st.lists(st.tuples(ANSWER_NAMES, COLONS, VALUES, BREAKS).map(b"".join), max_size=5).map(b"".join)
+ANSWER_LINE = st.tuples(ANSWER_NAMES, COLONS, VALUES, BREAKS).map(b"".join)
+CODING = st.just(b"Transfer-Encoding: chunked\r\n")
+ANSWER_LINES = st.lists(st.one_of(ANSWER_LINE, ANSWER_LINE, CODING), max_size=5).map(b"".join)
 STATUSES = st.sampled_from([b"200 OK", b"204 No Content", b"304 ", b"404 \xe4", b"599 a  b"])
 
 
 @given(STATUSES, ANSWER_LINES, st.booleans())
 @example(b"200 OK", b"Content-Length: 2\r\nConnection: close\r\nDe: x\r\n", False)
+@example(b"200 OK", b"Transfer-Encoding: chunked\r\nConnection: close\r\n", False)
 def test_a_plain_response_means_to_the_parser_what_it_means_here(
     status: bytes,
     lines: bytes,
@@ -296,7 +313,11 @@ def test_a_plain_response_means_to_the_parser_what_it_means_here(
     assert [value for name, value in parsed.pairs if name.lower() == COST] == ([] if cost is None else [cost])
     announced = [value for name, value in parsed.pairs if name.lower() == b"keep-alive"]
     assert announced == ([] if keep_alive is None else [keep_alive])
-    if length:
+    if length is None:
+        assert parser.should_keep_alive() == keeps_alive
+        parser.feed_data(b"2\r\nok\r\n0\r\n\r\n")
+        assert (parsed.messages, parsed.body) == (1, b"ok")
+    elif length:
         assert parser.should_keep_alive() == keeps_alive
         parser.feed_data(b"x" * min(length, 10))
         assert (parsed.messages, len(parsed.body)) == (length <= 10, min(length, 10))

@@ -22,7 +22,7 @@ from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome
 from api_gateway.observability.latency_series import Tally, bucket_of, percentile
 from api_gateway.reporting.metrics_schema import RateWindow
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
-from api_gateway.reporting.prometheus import PrometheusExposition
+from api_gateway.reporting.prometheus import MAX_DETAILED, PrometheusExposition
 from api_gateway.reporting.prometheus_families import DURATION_BOUNDS
 from api_gateway.reporting.snapshot import UpstreamSnapshot
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode
@@ -630,6 +630,56 @@ def test_counters_never_fall(busy: PrometheusExposition) -> None:
     counters = [name for name in before if name.partition("{")[0].endswith(("_total", "_count", "_bucket"))]
     assert counters
     assert [name for name in counters if after[name] < before[name]] == []
+
+
+def many(names: Sequence[str] = ("people",)) -> Recorder:
+    """Return a recorder with more routes than have all series from the start."""
+    return Recorder([f"route-{number}" for number in range(MAX_DETAILED)], names, TIERS, [50], START)
+
+
+def test_of_many_routes_series_at_zero_are_omitted_but_not_the_health_of_a_target() -> None:
+    recorder, upstream = many(), people(BreakerPolicy(failure_threshold=1))
+
+    def labelled() -> Samples:
+        found = samples(exposition_of(recorder, upstream))
+        return {name: value for name, value in found.items() if "people" in name or "route-" in name}
+
+    assert labelled() == {
+        "gateway_upstream_healthy{target=http://127.0.0.1:9001,upstream=people}": 1,
+        "gateway_upstream_healthy{target=http://127.0.0.1:9002,upstream=people}": 0,
+        "gateway_circuit_breaker_state{state=closed,upstream=people}": 1,
+    }
+    trip(upstream)
+    upstream.breaker.set_mode(Mode.OBSERVE, START)
+    recorder.observe(ended(route="route-1", seconds=0.2))
+    recorder.observe_attempt("people", "5xx", 0.2, START)
+    found = labelled()
+    assert {name: value for name, value in found.items() if "healthy" not in name and "_seconds" not in name} == {
+        "gateway_circuit_breaker_mode{mode=observe,upstream=people}": 1,
+        "gateway_circuit_breaker_opened_total{upstream=people}": 1,
+        "gateway_circuit_breaker_state{state=open,upstream=people}": 1,
+        "gateway_http_requests_total{code=200,method=GET,route=route-1,source=upstream,tier=FREE}": 1,
+        "gateway_upstream_requests_total{outcome=5xx,upstream=people}": 1,
+    }
+    bounds = {
+        (name.partition("_request_")[0], float(name.partition("le=")[2].partition(",")[0].rstrip("}"))): value
+        for name, value in found.items()
+        if "_seconds_bucket" in name
+    }
+    assert bounds == {
+        ("gateway_http", 0.1): 0,
+        ("gateway_http", 1.0): 1,
+        ("gateway_http", math.inf): 1,
+        ("gateway_upstream", math.inf): 1,
+    }
+
+
+def test_few_and_many_routes_have_the_same_families() -> None:
+    few, much = (
+        {family.name: family.type for family in families(exposition_of(recorder))}
+        for recorder in (recorder_of(), many())
+    )
+    assert few == much
 
 
 def test_odd_names_are_escaped() -> None:

@@ -265,13 +265,13 @@ def after(service: Service, outages: list[tuple[set[str], int, int]]) -> Service
     return service
 
 
-def ejected(service: Service, name: str) -> Target:
+def ejected(service: Service, name: str, principal: str | None = None) -> Target:
     """Return the target of this name after it has failed and works again; its probe is not due yet."""
     service.broken = {name}
     (target,) = (one for one in service.targets if one.url == name)
     while target.breaker is None or target.breaker.state is not State.OPEN:
         service.now += 0.25
-        service.ask(f"client-{round(service.now * 4)}")
+        service.ask(f"client-{round(service.now * 4)}", principal=principal)
     service.broken = set()
     return target
 
@@ -437,6 +437,20 @@ def test_slow_start_ends_without_any_request() -> None:
     assert service.upstream.outliers.share(service.targets[0], service.now) == 1
     service.ask()
     assert not service.upstream.outliers.abnormal
+
+
+@pytest.mark.parametrize("pick", PICKERS)
+def test_a_client_that_is_alone_makes_every_probe_of_a_target_at_once(pick: str) -> None:
+    """Nobody else could make it, so the client does not leave it to others after a probe that has failed."""
+    service = Service(3, POLICIES[0], PICKERS[pick]())
+    target = ejected(service, "b", principal="only")
+    assert target.breaker is not None
+    service.broken = {"b"}
+    for _ in range(3):
+        due = target.breaker.next_probe_at()
+        assert due is not None
+        service.now = due
+        assert not service.ask("only", principal="only")
 
 
 # The retry budget

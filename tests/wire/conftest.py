@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.fastpath.fast_path import FastExchange, FastPath
+from api_gateway.fastpath.fast_exchange import FastExchange
+from api_gateway.fastpath.fast_path import FastPath
 from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
 
@@ -53,21 +54,35 @@ def client(running: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
 def fast_path_spy(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each request that the fast path was offered, whether it was refused there, or given to an upstream."""
     seen: list[bool] = []
-    has_fallen_back = False
-    try_handle, fall_back = FastPath.try_handle, FastExchange._fall_back
+    is_handed_over = False
+    try_handle, hand_over = FastPath.try_handle, FastExchange._hand_over
 
     def noting(self: FastPath, downstream: Any, received: bytes) -> bool:
-        nonlocal has_fallen_back
-        has_fallen_back = False
+        nonlocal is_handed_over
+        is_handed_over = False
         is_handled = try_handle(self, downstream, received)
-        seen.append(is_handled and not has_fallen_back)
+        seen.append(is_handled and not is_handed_over)
         return is_handled
 
-    def noting_fall_back(self: FastExchange, body: bytes, *, is_sent: bool) -> None:
-        nonlocal has_fallen_back
-        has_fallen_back = self.attempt is None
-        fall_back(self, body, is_sent=is_sent)
+    def noting_hand_over(self: FastExchange, *error: Any) -> None:
+        nonlocal is_handed_over
+        is_handed_over = self.attempt is None
+        hand_over(self, *error)
 
     monkeypatch.setattr(FastPath, "try_handle", noting)
-    monkeypatch.setattr(FastExchange, "_fall_back", noting_fall_back)
+    monkeypatch.setattr(FastExchange, "_hand_over", noting_hand_over)
+    return seen
+
+
+@pytest.fixture
+def hand_overs(monkeypatch: pytest.MonkeyPatch) -> list[FastExchange]:
+    """The exchanges that the fast path has begun and handed over to the ASGI path."""
+    seen: list[FastExchange] = []
+    hand_over = FastExchange._hand_over
+
+    def noting(self: FastExchange, *error: Any) -> None:
+        seen.append(self)
+        hand_over(self, *error)
+
+    monkeypatch.setattr(FastExchange, "_hand_over", noting)
     return seen

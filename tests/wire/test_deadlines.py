@@ -30,6 +30,7 @@ from tests.kit import (
 from tests.wire.test_websocket import ASKING, accepting, echo
 
 SHORT, LONG = 0.3, 5.0
+ODD = ("X-Odd:  two blanks",)  # which the fast path leaves to the ASGI path
 ARRIVED = 1000.0
 
 
@@ -96,7 +97,9 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
         refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     def section(url: str, **options: Any) -> dict[str, Any]:
-        return {"targets": [{"url": url}], "retry": {"attempts": 2, "budget": 1}, **options}
+        breaker = {"failure_threshold": 1000, "minimum_calls": 1000}
+        retry = {"attempts": 2, "budget": 1}
+        return {"targets": [{"url": url}], "retry": retry, "circuit_breaker": breaker, **options}
 
     upstreams = {
         "free": section(shared.url),
@@ -153,6 +156,7 @@ def failures(running: RunningGateway, name: str) -> int:
         ("total", (), "timeouts.total of upstream 'total'", True),
     ],
 )
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
 @pytest.mark.parametrize("behave", [is_silent, drips])
 def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignored_by_the_breaker(
     running: RunningGateway,
@@ -161,6 +165,7 @@ def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignore
     headers: tuple[str, ...],
     words: str,
     behave: Any,
+    odd: tuple[str, ...],
     *,
     is_blamed: bool,
 ) -> None:
@@ -168,7 +173,7 @@ def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignore
     up.behave = behave
     for _ in range(20):
         before = failures(running, name)
-        answer, seconds = get(running, f"/api/{name}", *headers)
+        answer, seconds = get(running, f"/api/{name}", *headers, *odd)
         if behave is is_silent or answer.status == 200:
             break  # else the machine was too busy for the response to begin in time
     assert seconds < SHORT + PATIENCE
@@ -182,12 +187,13 @@ def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignore
     assert [target.in_flight for target in running.live.upstreams[name].targets] == [0]
 
 
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
 def test_the_remaining_time_is_forwarded_and_decreases_with_every_attempt(
-    running: RunningGateway, up: RawUpstream
+    running: RunningGateway, up: RawUpstream, odd: tuple[str, ...]
 ) -> None:
     left = [reply(b"no", b"503 No", ((b"Retry-After", b"1"),)), reply()]
     up.behave = lambda wire, request: left.pop(0)(wire, request)  # noqa: PLW0108 - another one each time
-    assert get(running, "/api/free", "X-Request-Timeout: 5")[0].status == 200
+    assert get(running, "/api/free", "X-Request-Timeout: 5", *odd)[0].status == 200
     first, second = (request.all("x-request-timeout") for request in up.requests)
     assert (len(first), len(second)) == (1, 1)
     assert 4.5 < float(first[0]) <= 5
@@ -204,6 +210,8 @@ def test_the_remaining_time_is_forwarded_and_decreases_with_every_attempt(
         ("/api/total", (), None),
         ("/api/free", (), None),
         ("/api/free", ("X-Request-Timeout: 9", "Connection: X-Request-Timeout"), 9),
+        ("/api/free", ("X-Request-Timeout: 9", "X-Odd:  two blanks"), 9),
+        ("/api/timed", ("X-Odd:  two blanks",), SHORT),
     ],
 )
 def test_the_upstream_gets_it_if_the_client_or_the_route_has_one(
@@ -248,9 +256,10 @@ def test_it_covers_the_pause_between_attempts(running: RunningGateway, up: RawUp
     assert seconds < 1.5
 
 
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
 @pytest.mark.parametrize("headers", [(), ("X-Request-Timeout: 0.2",)])
 def test_waiting_for_a_connection_is_covered_and_ignored_by_the_breaker_and_costs_nothing(
-    running: RunningGateway, up: RawUpstream, headers: tuple[str, ...]
+    running: RunningGateway, up: RawUpstream, headers: tuple[str, ...], odd: tuple[str, ...]
 ) -> None:
     gate = threading.Event()
     before, blamed = remaining(running), failures(running, "crowded")
@@ -263,7 +272,7 @@ def test_waiting_for_a_connection_is_covered_and_ignored_by_the_breaker_and_cost
     with RawClient(running.port) as holder:
         holder.request("GET", "/api/held")
         eventually(lambda: len(up.requests) == 1, "the only connection is taken")
-        answer, seconds = get(running, "/api/crowded", "X-Client-ID: counted", *headers)
+        answer, seconds = get(running, "/api/crowded", "X-Client-ID: counted", *headers, *odd)
         gate.set()
         assert holder.answer().status == 200
     assert (answer.status, json.loads(answer.body)["reason"]) == (504, "upstream_timeout")
@@ -273,8 +282,9 @@ def test_waiting_for_a_connection_is_covered_and_ignored_by_the_breaker_and_cost
     assert remaining(running) == before - 1
 
 
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
 def test_a_target_that_does_not_accept_is_detected_and_another_is_tried(
-    gateway: Any, up: RawUpstream, caplog: pytest.LogCaptureFixture
+    gateway: Any, up: RawUpstream, caplog: pytest.LogCaptureFixture, odd: tuple[str, ...]
 ) -> None:
     """Though the route's time is shorter than the time to connect."""
     up.behave = reply(b"good")
@@ -283,7 +293,7 @@ def test_a_target_that_does_not_accept_is_detected_and_another_is_tried(
     sections["routes"][0]["timeout"] = 0.8
     running = gateway(sections)
     with dead.failing(Fault("has a full backlog", listening=Listening.IS_FULL)):
-        assert [get(running, "/api/x")[0].status for _ in range(6)] == [200] * 6
+        assert [get(running, "/api/x", *odd)[0].status for _ in range(6)] == [200] * 6
     assert "is ejected: 2 consecutive failures; last: upstream_timeout" in caplog.text
     dead.close()
 
@@ -324,3 +334,44 @@ def test_without_a_deadline_a_request_has_no_time_limit_on_both_paths(gateway: A
     started = gateway(in_front_of(up.url))
     for headers in ((), ("X-Odd:  two blanks",)):
         assert get(started, "/api/x", *headers)[0].status == 200
+
+
+@pytest.mark.parametrize("when", ["before the head", "within the body"])
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("path", ["static", "elsewhere"])
+def test_a_fallback_replaces_a_response_that_comes_too_late(
+    gateway: Any, up: RawUpstream, odd: tuple[str, ...], path: str, when: str
+) -> None:
+    """A static one; another upstream would have no time left. A response that has begun is broken off."""
+    sections = in_front_of(up.url)
+    sections["upstreams"]["other"] = {"targets": [{"url": up.url}]}
+    sections["routes"] = [
+        {
+            "name": "static",
+            "path": "/api/static",
+            "upstream": "up",
+            "timeout": SHORT,
+            "fallback": {"status": 200, "body": "late"},
+        },
+        {
+            "name": "else",
+            "path": "/api/elsewhere",
+            "upstream": "up",
+            "timeout": SHORT,
+            "fallback": {"upstream": "other"},
+        },
+    ]
+    up.behave = is_silent if when == "before the head" else drips
+    running = gateway(sections)
+    for _ in range(20):
+        answer, _ = get(running, f"/api/{path}", *odd)
+        if when == "before the head" or not answer.is_complete:
+            break  # else the machine was too busy for the response to begin in time
+    if when == "within the body":
+        assert (answer.status, answer.is_complete) == (200, False)
+    elif path == "static":
+        assert (answer.status, answer.body, answer.all("x-gateway-fallback")) == (200, b"late", [b"static"])
+    else:
+        assert (answer.status, json.loads(answer.body)["reason"]) == (504, "upstream_timeout")
+    eventually(lambda: running.live.recorder.in_flight == 0, "it is over")
+    assert [target.in_flight for target in running.live.upstreams["up"].targets] == [0]

@@ -19,6 +19,7 @@ from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.http1.asgi import Message
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, Quota
@@ -97,7 +98,13 @@ class Stage:
             Route("static", "/api/static", "one", fallback=Fallback(status=203, body=b"instead")),
             Route("other", "/api/instead", "one", fallback=Fallback("pair")),
         ]
-        settlement = CostSettlement(limiter=self.limiter, clock_ns=lambda: self.now_ns, recorder=self.recorder)
+        limit_headers = RateLimitHeaders()
+        settlement = CostSettlement(
+            limiter=self.limiter,
+            clock_ns=lambda: self.now_ns,
+            recorder=self.recorder,
+            limit_headers=limit_headers,
+        )
         router = Router(
             RouteTable(routes),
             {one.name: UpstreamClient(one, self.transport, timeouts) for one in self.upstreams},
@@ -131,7 +138,13 @@ class Stage:
         headers = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=1000)
         self.seen: list[Exchange] = []
         self.record = ExchangeMiddleware(
-            AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=lambda: self.now_ns),
+            AdmissionMiddleware(
+                admission=admission,
+                headers=headers,
+                router=router,
+                limit_headers=limit_headers,
+                clock_ns=lambda: self.now_ns,
+            ),
             clock=lambda: self.now,
             recorder=self.recorder,
             observers=[self.recorder.observe, self.seen.append],

@@ -5,11 +5,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from api_gateway.models import Exchange
+from tests.faulty import Fault, FaultyUpstream, Listening
 from tests.kit import (
     PATIENCE,
     FakeClocks,
@@ -21,6 +23,7 @@ from tests.kit import (
     ask,
     eventually,
     in_front_of,
+    reason,
     reply,
 )
 
@@ -29,6 +32,7 @@ StartUpstream = Callable[..., RawUpstream]
 
 ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the fast path leaves to the ASGI path
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,7 @@ def says(*pieces: bytes, pause: float = 0.05, closes: bool = False) -> Callable[
 def normal(head: bytes) -> bytes:
     """Return a head without what differs from request to request, and without the odd header."""
     head = re.sub(rb"(?i)(x-request-id|x-ratelimit-[a-z]+|ratelimit|date): [^\r]*", rb"\1: *", head)
+    head = re.sub(rb"api-gateway-\w+", b"*", head)  # the pseudonym, of which each gateway has one
     return re.sub(rb"X-Odd: [^\r]*\r\n", b"", head)
 
 
@@ -171,6 +176,7 @@ def test_upstream_client_and_record_get_the_same_on_both_paths(
     assert done[0].decision.allowed
 
 
+IN_CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
 ANSWERS = {
     "error": (b"HTTP/1.1 500 Oops\r\nContent-Length: 2\r\n\r\nno", b"no"),
     "no content": (b"HTTP/1.1 204 None\r\nX: y\r\n\r\n", b""),
@@ -179,30 +185,171 @@ ANSWERS = {
     "with their id": (b"HTTP/1.1 200 OK\r\nX-Request-Id: theirs\r\nVia: x\r\nContent-Length: 0\r\n\r\n", b""),
     "dated": (b"HTTP/1.1 200 OK\r\nDATE: Wed, 25 Nov 2026 01:24:31 GMT\r\nContent-Length: 0\r\n\r\n", b""),
     "large": (b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000, b"x" * 300_000),
+    "gzip": (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nVary: Accept-Encoding\r\n" + IN_CHUNKS, b"ok"),
+    "chunks, dated": (b"HTTP/1.1 200 OK\r\nDate: Wed, 25 Nov 2026 01:24:31 GMT\r\n" + IN_CHUNKS, b"ok"),
+    "zeros": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: Chunked\r\n\r\n00A\r\n0123456789\r\n00\r\n\r\n", b"0123456789"),
+    "no chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b""),
+    "chunks and a cost": (b"HTTP/1.1 404 No\r\nX-Request-Id: theirs\r\nX-Gateway-Cost: 1\r\n" + IN_CHUNKS, b"ok"),
+    "an extension": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;a=b\r\nok\r\n0;c\r\n\r\n",
+        b"ok",
+    ),
+    "trailers": (
+        b"HTTP/1.1 200 OK\r\nTrailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-T: a\r\n\r\n",
+        b"ok",
+    ),
+    "unannounced trailers": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nConnection: close\r\n\r\n",
+        b"ok",
+    ),
+    "large chunks": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + b"".join(b"%x\r\n%b\r\n" % (size, b"x" * size) for size in (300_000, 1, 70_000))
+        + b"0\r\n\r\n",
+        b"x" * 370_001,
+    ),
+    "many chunks": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 5_000 + b"0\r\n\r\n",
+        b"x" * 5_000,
+    ),
+    "hop-by-hop fields": (
+        b"HTTP/1.1 200 OK\r\nConnection: X-Hop, keep-alive\r\nX-Hop: a\r\nContent-Length: 2\r\nX-Cost: 1\r\n\r\nok",
+        b"ok",
+    ),
+    "an empty field": (b"HTTP/1.1 200 OK\r\nX-Empty:\r\nContent-Length: 2\r\n\r\nok", b"ok"),
+    "an odd 304": (b"HTTP/1.1 304 Same\r\nX-Empty:\r\nContent-Length: 9\r\n\r\n", b""),
+    "an odd 204": (b"HTTP/1.1 204 None\r\nX-Empty:\r\nContent-Length: 0\r\n\r\n", b""),
+    "HTTP/1.0": (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok", b"ok"),
+    "a redirect": (
+        b"HTTP/1.1 302 Found\r\nLocation: /there\r\nX-Empty:\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"",
+    ),
+    "to the end": (b"HTTP/1.1 200 OK\r\nX-A: b\r\n\r\nall of it", b"all of it"),
 }
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("target", ["/api/x", "/api/cut/x"])
+@pytest.mark.parametrize("last", [(), ("Connection: close",)], ids=["kept", "closed"])
 @pytest.mark.parametrize(("answer", "body"), ANSWERS.values(), ids=ANSWERS)
 def test_a_response_is_the_same_on_both_paths(
-    running: RunningGateway, up: RawUpstream, fast_path_spy: list[bool], answer: bytes, body: bytes
+    running: RunningGateway,
+    up: RawUpstream,
+    fast_path_spy: list[bool],
+    hand_overs: list[Any],
+    answer: bytes,
+    body: bytes,
+    last: tuple[str, ...],
+    target: str,
+    method: str,
 ) -> None:
-    up.behave = says(answer)
-    fast_path_spy.clear()
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    behave = says(answer if method == "GET" else head + b"\r\n\r\n", closes=rest == b"all of it")
+    done = finished(running)
     seen = []
     for extra in ((), (ODD,)):
+        up.behave = reply()
+        warm(running, up)
+        up.behave = behave
+        fast_path_spy.clear()
         with RawClient(running.port) as client:
-            got = client.get("/api/x", extra)
+            client.request(method, target, (*extra, *last))
+            got = client.answer(method)
             seen.append((normal(got.head), got.body))
             assert got.is_complete
-    assert fast_path_spy == [True, False]
+            assert client.is_closed(within=0.05) == bool(last)
+        assert fast_path_spy == [not extra]
+    assert not hand_overs
     assert seen[0] == seen[1]
-    assert seen[0][1] == body
+    assert seen[0][1] == (body if method == "GET" else b"")
+    eventually(lambda: len(done) == 4 and is_calm(running, up), "all end")
+    fast, asgi = done[1], done[3]
+    for name in ("status", "source", "reason", "detail", "bytes_in", "bytes_out", "attempts", "cost", "target"):
+        assert getattr(fast, name) == getattr(asgi, name), name
+
+
+@pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
+def test_a_trailer_spoils_no_later_response(client: RawClient, up: RawUpstream, headers: tuple[str, ...]) -> None:
+    """It is no header field, so the connection is kept, and the general parser is ready for the next response."""
+    up.behave = says(ANSWERS["unannounced trailers"][0])
+    for _ in range(3):
+        client.request("POST", headers=("Content-Length: 0", *headers))
+        answer = client.answer()
+        assert (answer.status, answer.body) == (200, b"ok")
 
 
 def test_a_head_and_a_body_in_separate_segments_are_one_response(client: RawClient, up: RawUpstream) -> None:
     up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n", b"half", b"half")
     assert client.get().body == b"halfhalf"
     assert client.get().body == b"halfhalf"
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+PIECES = {
+    "each byte": [CHUNKED, *(bytes([byte]) for byte in b"2\r\nok\r\n0\r\n\r\n")],
+    "a size in two": [CHUNKED + b"1", b"0\r", b"\n0123456789abcdef\r", b"\n0\r\n", b"\r\n"],
+    "an extension later": [CHUNKED + b"2\r\nok\r\n", b"2;a=b\r\nok\r\n", b"0\r\n\r\n"],
+    "trailers later": [CHUNKED + b"2\r\nok\r\n2\r\no", b"k\r\n0\r\nX-T: a\r\n", b"X-U: b\r\n\r\n"],
+    "an end in pieces": [b"HTTP/1.1 200 OK\r\nX:\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok", b"\r\n0\r\n", b"\r\n"],
+    "a counted body": [b"HTTP/1.1 200 OK\r\nX:\r\nContent-Length: 4\r\n\r\no", b"k", b"ok"],
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+def test_a_response_in_pieces_is_the_same_on_both_paths(
+    running: RunningGateway,
+    client: RawClient,
+    up: RawUpstream,
+    fast_path_spy: list[bool],
+    hand_overs: list[Any],
+    pieces: list[bytes],
+) -> None:
+    up.behave = says(*pieces, pause=0.01)
+    done = finished(running)
+    fast_path_spy.clear()
+    seen = [client.get(headers=headers) for headers in ((), (ODD,), ())]
+    assert fast_path_spy == [True, False, True]
+    assert not hand_overs
+    assert all(answer.is_complete for answer in seen)
+    assert len({(normal(answer.head), answer.body) for answer in seen}) == 1
+    eventually(lambda: len(done) == 3 and is_calm(running, up), "all end")
+    assert len({(one.bytes_out, one.attempts) for one in done}) == 1
+    assert done[0].bytes_out == len(seen[0].body)
+
+
+BROKEN = {
+    "no line break after a chunk": [CHUNKED + b"2\r\nokXX0\r\n\r\n"],
+    "no line break after a later chunk": [CHUNKED + b"2\r\nok\r\n", b"2\r\nokXX", b"0\r\n\r\n"],
+    "no size": [CHUNKED + b"2\r\nok\r\n", b"oops\r\n"],
+    "a negative size": [CHUNKED + b"2\r\nok\r\n", b"-2\r\nok\r\n"],
+    "a size of 17 digits": [CHUNKED + b"2\r\nok\r\n", b"10000000000000002\r\nok\r\n0\r\n\r\n"],
+    "a bare line feed": [CHUNKED + b"2\r\nok\r\n", b"2\nok\r\n0\r\n\r\n"],
+    "a space before the size": [CHUNKED + b"2\r\nok\r\n", b" 2\r\nok\r\n0\r\n\r\n"],
+    "more than announced": [b"HTTP/1.1 200 OK\r\nX:\r\nContent-Length: 4\r\n\r\nok", b"okmore"],
+    "more behind the last chunk": [CHUNKED + b"2\r\nok\r\n", b"0\r\n\r\nHTTP/1.1 200 OK\r\n\r\n"],
+}
+
+
+@pytest.mark.parametrize("pieces", BROKEN.values(), ids=BROKEN)
+def test_a_response_with_broken_framing_ends_equally_on_both_paths(
+    running: RunningGateway, up: RawUpstream, fast_path_spy: list[bool], pieces: list[bytes]
+) -> None:
+    """Whether it is complete, the reason, and what the breaker counts; no byte of another response is sent."""
+    done = finished(running)
+    breaker = running.live.upstreams["up"].breaker
+    seen = []
+    for headers in ((), (ODD,)):
+        up.behave = reply()
+        warm(running, up)
+        up.behave = says(*pieces, pause=0.03)
+        failures = breaker.consecutive_failures
+        with RawClient(running.port) as client:
+            client.request("POST", headers=(*headers, "Content-Length: 0"))
+            answer = client.answer()
+        eventually(lambda: is_calm(running, up), "it has ended")
+        seen.append((answer.status, answer.is_complete, done[-1].reason, breaker.consecutive_failures > failures))
+        assert b"HTTP/1.1 200 OK" not in answer.body
+    assert seen[0] == seen[1]
 
 
 # Back to the ASGI path
@@ -242,10 +389,11 @@ def test_a_response_that_is_not_plain_is_served_all_the_same(
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
-    running: RunningGateway, client: RawClient, up: RawUpstream, method: str
+    running: RunningGateway, client: RawClient, up: RawUpstream, hand_overs: list[Any], method: str
 ) -> None:
     """The keep-alive race: nothing came, so what may be repeated is (RFC 9110 section 9.2.2)."""
     calls = []
+    done = finished(running)
 
     def behave(wire: Wire, request: RawRequest) -> bool:
         calls.append(request)
@@ -257,8 +405,31 @@ def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
     up.behave = behave
     client.request(method, headers=("Content-Length: 0",))
     assert client.answer().status == (200 if method == "GET" else 502)
+    assert not hand_overs
     eventually(lambda: is_calm(running, up), "nothing is held")
     assert len(up.requests) == (2 if method == "GET" else 1)
+    eventually(lambda: len(done) == 1, "it is recorded")
+    assert (done[0].attempts, done[0].retried) == (1, ())
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("kind", [Listening.REFUSES, Listening.IS_FULL])
+def test_a_connection_that_died_meanwhile_and_cannot_be_opened_again(
+    gateway: StartGateway, headers: tuple[str, ...], kind: Listening
+) -> None:
+    """The request was sent before, so the failure is that of a lost connection, and its charge stays."""
+    dead = FaultyUpstream()
+    options: dict[str, Any] = {"retry": {"attempts": 1}, "circuit_breaker": {"minimum_calls": 1000}}
+    running = warm(gateway(in_front_of(dead.url, timeouts={"connect": 0.3}, **options)), dead)
+    done = finished(running)
+    with dead.failing(Fault("went away", listening=kind)), RawClient(running.port) as client:
+        # The gateway may see the end of the idle connection before it sends the request, and then opens another one.
+        client.request(headers=headers)
+        answer = client.answer()
+    dead.close()
+    eventually(lambda: len(done) == 1 and is_calm(running, dead), "nothing is held")
+    assert answer.status in (502, 504)
+    assert done[0].attempts == 1
 
 
 NOT_NOW = b"HTTP/1.1 503 Not now\r\nX-From: upstream\r\nContent-Length: 2\r\n\r\nno"
@@ -380,6 +551,161 @@ def test_half_a_response_never_looks_complete(
     assert running.live.upstreams["up"].breaker.consecutive_failures == 1
 
 
+# Connecting
+
+
+RECORDED = ("status", "source", "reason", "detail", "attempts", "bytes_in", "upstream", "target", "cost", "retried")
+REQUESTS_TO_CONNECT = {
+    "no body": ("GET", (), b""),
+    "a body": ("PUT", (BODY,), b"body"),
+    "an effect": ("POST", (BODY,), b"body"),
+}
+TO_CONNECT = pytest.mark.parametrize(
+    ("method", "headers", "body"), REQUESTS_TO_CONNECT.values(), ids=REQUESTS_TO_CONNECT
+)
+
+
+@TO_CONNECT
+def test_the_first_request_opens_a_connection_on_both_paths(
+    gateway: StartGateway,
+    up: RawUpstream,
+    fast_path_spy: list[bool],
+    hand_overs: list[Any],
+    method: str,
+    headers: tuple[str, ...],
+    body: bytes,
+) -> None:
+    seen = []
+    for extra in ((), (ODD,)):
+        running = gateway(in_front_of(up.url))
+        done = finished(running)
+        with RawClient(running.port) as client:
+            client.request(method, "/api/x", (*headers, *extra), body)
+            seen.append((normal(client.answer().head), normal(up.requests[-1].head), up.requests[-1].body))
+        eventually(lambda: len(done) == 1 and is_calm(running, up), "it ends")  # noqa: B023 - called at once
+        seen[-1] += tuple(getattr(done[0], name) for name in RECORDED)
+    assert fast_path_spy == [True, False]
+    assert not hand_overs
+    assert seen[0] == seen[1]
+
+
+@TO_CONNECT
+@pytest.mark.parametrize("listening", [Listening.REFUSES, Listening.IS_FULL])
+@pytest.mark.parametrize("attempts", [1, 2])
+@pytest.mark.parametrize("limit", [None, "X-Request-Timeout: 0.15", "X-Request-Timeout: 9"])
+def test_a_connection_that_cannot_be_opened_ends_equally_on_both_paths(
+    gateway: StartGateway,
+    method: str,
+    headers: tuple[str, ...],
+    body: bytes,
+    listening: Listening,
+    attempts: int,
+    limit: str | None,
+) -> None:
+    """Response, record, refund, retries and what the breaker counts."""
+    dead = FaultyUpstream()
+    limits = () if limit is None else (limit,)
+    sections = in_front_of(
+        dead.url,
+        timeouts={"connect": 0.3},
+        retry={"attempts": attempts, "budget": 1, "min_retries_per_second": 100},
+        circuit_breaker={"minimum_calls": 1000},
+    )
+    running = gateway(sections)
+    done = finished(running)
+    seen: list[tuple[Any, ...]] = []
+    with dead.failing(Fault("cannot be reached", listening=listening)), RawClient(running.port) as client:
+        for extra in ((), (ODD,)):
+            failures = running.live.upstreams["up"].breaker.consecutive_failures
+            client.request(method, "/api/x", (*headers, *limits, *extra), body)
+            answer = client.answer()
+            eventually(lambda: is_calm(running, dead), "nothing is held")
+            blamed = running.live.upstreams["up"].breaker.consecutive_failures - failures
+            told = json.loads(answer.body)
+            seen.append((answer.status, told["reason"], told["detail"], answer.all("retry-after"), blamed))
+            eventually(lambda: len(done) == len(seen), "it is recorded")
+            seen[-1] += tuple(getattr(done[-1], name) for name in RECORDED)
+    dead.close()
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("ends", ["is released", "never becomes free", "is not awaited"])
+@TO_CONNECT
+def test_a_connection_of_the_pool_is_awaited_equally_on_both_paths(
+    gateway: StartGateway, up: RawUpstream, method: str, headers: tuple[str, ...], body: bytes, ends: str
+) -> None:
+    patience = 0.2 if ends == "never becomes free" else PATIENCE
+    sections = in_front_of(up.url, pool={"max_connections": 1}, timeouts={"connect": patience})
+    running = warm(gateway(sections), up)
+    done = finished(running)
+    seen: list[tuple[Any, ...]] = []
+    for extra in ((), (ODD,)):
+        gate = threading.Event()
+
+        def behave(wire: Wire, request: RawRequest, gate: threading.Event = gate) -> None:
+            if request.line.startswith(b"GET /api/held"):
+                gate.wait(PATIENCE)
+            wire.send(OK)
+
+        up.behave = behave
+        up.requests.clear()
+        before = len(done)
+        with RawClient(running.port) as holder, RawClient(running.port) as client:
+            holder.request("GET", "/api/held")
+            eventually(lambda: len(up.requests) == 1, "the connection is in use")
+            client.request(method, "/api/x", (*headers, *extra), body)
+            eventually(lambda: running.live.recorder.in_flight == 2, "it waits")
+            if ends == "is released":
+                gate.set()
+                seen.append((client.answer().status, up.requests[-1].body))
+            elif ends == "never becomes free":
+                answer = client.answer()
+                seen.append((answer.status, json.loads(answer.body)["reason"], answer.all("retry-after")))
+            else:
+                client.close()
+                eventually(lambda: running.live.recorder.in_flight == 1, "it is aborted")
+                seen.append(("aborted",))
+            gate.set()
+            assert holder.answer().status == 200
+        eventually(partial(_is_over, running, up, done, before + 2), "nothing is held")
+        (one,) = (exchange for exchange in done[before:] if exchange.path == "/api/x")
+        seen[-1] += tuple(getattr(one, name) for name in RECORDED)
+        with RawClient(running.port) as client:
+            assert client.get("/api/held").status == 200, "the connection is free"
+        done.pop()
+    assert seen[0] == seen[1]
+
+
+def _is_over(running: RunningGateway, up: RawUpstream, done: list[Exchange], count: int) -> bool:
+    return len(done) == count and is_calm(running, up)
+
+
+def _are_in_flight(running: RunningGateway, count: int) -> bool:
+    return bool(running.live.recorder.in_flight == count)
+
+
+def test_waiting_requests_get_connections_in_their_order(gateway: StartGateway, up: RawUpstream) -> None:
+    running = warm(gateway(in_front_of(up.url, pool={"max_connections": 1})), up)
+    gate = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        if request.line.startswith(b"GET /api/held"):
+            gate.wait(PATIENCE)
+        wire.send(OK)
+
+    up.behave = behave
+    clients = [RawClient(running.port) for _ in range(6)]
+    for number, client in enumerate(clients):
+        client.request("GET", "/api/held" if not number else f"/api/{number}", (ODD,) if number % 2 else ())
+        eventually(partial(_are_in_flight, running, number + 1), "it waits")
+    gate.set()
+    assert [client.answer().status for client in clients] == [200] * 6
+    assert [request.line.split()[1] for request in up.requests[1:]] == [b"/api/%d" % number for number in range(1, 6)]
+    for client in clients:
+        client.close()
+    assert is_calm(running, up)
+
+
 # Not taken
 
 
@@ -441,37 +767,45 @@ def test_a_client_to_be_looked_up_waits_on_the_fast_path(
     assert fast_path_spy == [True, True, True]
 
 
-def test_an_open_breaker_uses_the_asgi_path(gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]) -> None:
-    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0}
-    clocks = FakeClocks()
-    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker), clocks.clocks), up)
-    up.behave = reply(b"no", b"500 Oops")
-    with RawClient(running.port) as client:
-        fast_path_spy.clear()
-        assert [client.get().status for _ in range(2)] == [500, 503]
-        clocks.advance(0.25)
-        up.behave = reply()
-        assert [client.get().status for _ in range(2)] == [200, 200]
-    assert fast_path_spy == [True, False, False, True]
-
-
-def test_a_breaker_in_its_ramp_uses_the_asgi_path(
-    gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
+@pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("ramp", [0, 0.5])
+def test_a_breaker_refuses_probes_and_recovers_equally_on_both_paths(
+    gateway: StartGateway,
+    up: RawUpstream,
+    fast_path_spy: list[bool],
+    hand_overs: list[Any],
+    caplog: pytest.LogCaptureFixture,
+    headers: tuple[str, ...],
+    ramp: float,
 ) -> None:
-    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0.5}
+    caplog.set_level("INFO")
+    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": ramp}
     clocks = FakeClocks()
     running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker), clocks.clocks), up)
+    done = finished(running)
     up.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
-        assert client.get().status == 500
-        up.behave = reply()
-        clocks.advance(0.25)
-        assert client.get().status == 200
         fast_path_spy.clear()
-        assert client.get().status == 200
-        assert fast_path_spy == [False]
-        clocks.advance(0.5)
-        eventually(lambda: client.get().status == 200 and fast_path_spy[-1], "all traffic is back")
+        assert client.get(headers=headers).status == 500
+        refused = client.get(headers=headers)
+        assert (reason(refused), refused.all("retry-after")) == ((503, "circuit_open"), [b"1"])
+        clocks.advance(0.25)
+        up.behave = reply()
+        assert client.get(headers=headers).status == 200
+        assert running.live.upstreams["up"].breaker.state == "CLOSED"
+        clocks.advance(ramp)
+        assert client.get(headers=headers).status == 200
+    assert fast_path_spy == [not headers] * 4
+    assert not hand_overs
+    eventually(lambda: len(done) == 4 and is_calm(running, up), "nothing is held")
+    assert [(one.status, one.reason, one.attempts, one.upstream) for one in done] == [
+        (500, None, 1, "up"),
+        (503, "circuit_open", 0, "up"),
+        (200, None, 1, "up"),
+        (200, None, 1, "up"),
+    ]
+    for words in ("CLOSED -> OPEN", "HALF_OPEN -> CLOSED"):
+        assert f"circuit breaker up: {words}" in caplog.text
 
 
 @pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "ASGI path"])
@@ -524,9 +858,6 @@ def test_a_failure_is_recorded_equally_on_both_paths(
         ("r-0", "all", "status 500"),
     ]
     assert all(0 <= call["duration_seconds"] < PATIENCE for call in move["last_failures"])
-
-
-BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
 
 
 def breaks_off(wire: Wire, _request: RawRequest) -> bool:
@@ -898,7 +1229,7 @@ def test_a_request_that_leaves_the_fast_path_as_its_client_disconnects_holds_not
 
     def behave(wire: Wire, _request: RawRequest) -> None:
         gate.wait(PATIENCE)
-        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
         wire.is_closed()
 
     up.behave = behave

@@ -7,23 +7,28 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.eventloop.pacing import Steps, completed, each, paced
 from api_gateway.metrics import Recorder
-from api_gateway.models import LimiterState
+from api_gateway.models import Client, Decision, Exchange, LimiterState, Quota
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
 from api_gateway.reporting.prometheus import PrometheusExposition
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot
 from api_gateway.reporting.snapshot_parts import joined, split
 from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from tests.kit import RawUpstream, RunningGateway, ask
 
 MANY = 1000
+LIMIT = 0.01  # seconds of a step
+_kept: list[Any] = []
 NOW = 1000.0
+CLIENT = Client("acme", "client:acme", Quota.per_second("FREE", 1, 10), "default")
 
 
 def count_to(end: int) -> Steps[int]:
@@ -68,19 +73,47 @@ def test_what_is_iterated_may_change_meanwhile() -> None:
 
 def large_report(*, is_used: bool) -> WorkerSnapshot:
     names = [f"upstream-{number:04d}" for number in range(MANY)]
-    recorder = Recorder((f"route-{number:04d}" for number in range(MANY)), names, ["FREE", "PREMIUM"], (50, 99), NOW)
+    routes = [f"route-{number:04d}" for number in range(MANY)]
+    recorder = Recorder(routes, names, ["FREE", "BASIC", "PREMIUM", "ENTERPRISE"], (50, 99), NOW)
     if is_used:
-        for name, route in zip(names, list(recorder.routes), strict=False):
+        for name, route in zip(names, routes, strict=True):
             for number in range(1, 20):
                 recorder.observe_attempt(name, "2xx", number / 100, NOW)
-                recorder.routes[route].at(NOW).time(number / 100)
+                recorder.observe(finished(route, number / 100))
     upstreams = {
         name: UpstreamSnapshot.of(
             Upstream(name, [Target("http://127.0.0.1:9")], CircuitBreaker(BreakerPolicy(), NOW), round_robin), NOW
         )
         for name in names
     }
-    return WorkerSnapshot("1", recorder, upstreams)
+    resources = [
+        ResourceState(resource, name, 512, 0, 0) for name in names if is_used for resource in ("requests", "tunnels")
+    ]
+    return WorkerSnapshot("1", recorder, upstreams, resources=resources)
+
+
+def finished(route: str, seconds: float) -> Exchange:
+    """Return a proxied exchange that has ended."""
+    exchange = Exchange("id-1", "GET", f"/api/{route}", "127.0.0.1", NOW, CLIENT, route)
+    exchange.decision = Decision(CLIENT.key, CLIENT.quota, True, 9, 0, 0)
+    exchange.status, exchange.source, exchange.sent_at = 200, "upstream", NOW
+    exchange.finished = NOW + seconds
+    return exchange
+
+
+def exposition_of(report: WorkerSnapshot) -> bytes:
+    exposition = PrometheusExposition(
+        report.recorder, report.upstreams, LimiterState(), 0, "1", resources=report.resources
+    )
+    text, _ = completed(exposition.render("text/plain"))
+    return text
+
+
+def updating(report: WorkerSnapshot) -> Steps[None]:
+    """Apply a report to a snapshot; both are kept, so that no step frees them, which takes milliseconds."""
+    blank, state = WorkerSnapshot.blank(), report.state()
+    _kept[:] = [blank, state]
+    return blank.updating(state)
 
 
 def longest(steps: Steps[Any]) -> tuple[float, Any]:
@@ -98,35 +131,48 @@ def longest(steps: Steps[Any]) -> tuple[float, Any]:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda report: PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render(
-            "text/plain"
-        ),
+        lambda report: PrometheusExposition(
+            report.recorder, report.upstreams, LimiterState(), 0, "1", resources=report.resources
+        ).render("text/plain"),
         lambda report: metrics_view(
             report.recorder, NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
         ),
         lambda report: latency_view(report.recorder, NOW),
         lambda report: report.describing(0, {}),
-        lambda report: WorkerSnapshot.blank().updating(report.state()),
+        updating,
     ],
     ids=["exposition", "metrics", "latency", "describing", "updating"],
 )
 def test_no_step_is_long(make: Callable[[WorkerSnapshot], Steps[Any]], *, is_used: bool) -> None:
-    """10 ms is the budget on an idle machine; here several processes share a processor."""
+    """The loop is never blocked for more than 10 ms; on an idle machine the longest step takes 2 ms.
+
+    CPU time of the thread; it is longer where others use the same caches, so the shortest of several runs counts.
+    """
     report = large_report(is_used=is_used)
-    assert min(longest(make(report))[0] for _ in range(3)) < 0.04
+    assert min(longest(make(report))[0] for _ in range(5)) < LIMIT
 
 
-def test_a_scrape_of_many_unused_routes_is_small() -> None:
-    report = large_report(is_used=False)
-    text, _ = completed(
-        PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain")
-    )
-    assert len(text) < 1_000_000
-    report.recorder.observe_attempt("upstream-0007", "2xx", 0.1, NOW)
-    text, _ = completed(
-        PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain")
-    )
-    assert b'gateway_circuit_breaker_opened_total{upstream="upstream-0007"} 0.0' in text
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_scrape_of_many_routes_has_at_most_a_megabyte(*, is_used: bool) -> None:
+    assert len(exposition_of(large_report(is_used=is_used))) <= 1_000_000
+
+
+def test_all_counts_of_many_routes_are_in_a_scrape() -> None:
+    """Only series of zero are omitted, and bounds of histograms."""
+    report = large_report(is_used=True)
+    found = {family.name: family for family in text_string_to_metric_families(exposition_of(report).decode())}
+    for name, count in (
+        ("gateway_http_requests", 19 * MANY),
+        ("gateway_upstream_requests", 19 * MANY),
+        ("gateway_circuit_breaker_state", MANY),
+    ):
+        assert sum(sample.value for sample in found[name].samples) == count
+    for name in ("gateway_http_request_duration_seconds", "gateway_upstream_request_duration_seconds"):
+        sums = {
+            suffix: sum(sample.value for sample in found[name].samples if sample.name == f"{name}_{suffix}")
+            for suffix in ("count", "sum")
+        }
+        assert sums == {"count": 19 * MANY, "sum": pytest.approx(1.9 * MANY)}
 
 
 def test_a_report_that_was_split_is_joined_again() -> None:

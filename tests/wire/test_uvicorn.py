@@ -170,6 +170,36 @@ def test_the_gateways_protocol_forwards_trailers_as_trailers(
     assert b"X-Sum: 1" in ends[0]
 
 
+def test_the_gateways_protocol_forwards_interim_responses_and_websockets(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve
+) -> None:
+    def behave(wire: Wire, request: Any) -> bool:
+        if request.all("upgrade"):
+            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.send(wire.read_exactly(4))
+            return False
+        wire.send(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        return True
+
+    up.behave = behave
+    port = serve(build(), OWN)
+    with RawClient(port) as client:
+        client.request()
+        hints = client.read_until(b"\r\n\r\n")
+        assert hints is not None
+        assert hints.startswith(b"HTTP/1.1 103 ")
+        assert client.answer().status == 200
+        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+        client.request(
+            "GET", "/api/ws", ("Upgrade: websocket", "Connection: Upgrade", key, "Sec-WebSocket-Version: 13")
+        )
+        switch = client.read_until(b"\r\n\r\n")
+        assert switch is not None
+        assert switch.startswith(b"HTTP/1.1 101 ")
+        client.send(b"\x01\x02\x03\x04")
+        assert client.read_exactly(4) == b"\x01\x02\x03\x04"
+
+
 def test_the_gateways_protocol_has_the_fast_path_the_limits_and_the_shares(
     build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, fast_path_spy: list[bool]
 ) -> None:
@@ -179,11 +209,12 @@ def test_the_gateways_protocol_has_the_fast_path_the_limits_and_the_shares(
     with RawClient(port) as client:
         client.get()
         fast_path_spy.clear()
-        answer = client.get("/api/y", ("X-Forwarded-For: 10.0.0.1",))
-        assert answer.status == 200
-        assert fast_path_spy == [True]
-        assert answer.all("server") == [b"upstream"], "uvicorn adds none"
-        assert answer.all("date") == [b"Sun, 06 Nov 1994 08:49:37 GMT"]
+        for field in ("X-Plain: 1", "X-General:  two blanks"):
+            answer = client.get("/api/y", (field, "X-Forwarded-For: 10.0.0.1"))
+            assert answer.status == 200
+            assert answer.all("server") == [b"upstream"], "uvicorn adds none"
+            assert answer.all("date") == [b"Sun, 06 Nov 1994 08:49:37 GMT"]
+        assert fast_path_spy == [True, False]
         assert up.requests[-1].all("x-forwarded-for") == [b"127.0.0.1"], "server.trusted_proxies decides"
         with RawClient(port) as second:
             second.request()

@@ -1,0 +1,52 @@
+"""The downstream connection as the fast path uses it."""
+
+import asyncio
+from typing import Protocol
+
+from api_gateway.http1.asgi import ASGIApp, InFlight
+from api_gateway.models import HeaderList
+from api_gateway.proxy.header_facts import RewrittenHeaders
+
+
+class HeaderLimits(Protocol):
+    """Limits of a request head."""
+
+    @property
+    def header_bytes(self) -> int:
+        """Maximum size of the head in bytes, line breaks included."""
+        ...
+
+    @property
+    def header_lines(self) -> int:
+        """Maximum number of header lines."""
+        ...
+
+
+class Downstream(Protocol):
+    """A downstream connection as the fast path uses it."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    client: tuple[str, int] | None
+    scheme: str
+    limits: HeaderLimits
+    is_write_paused: bool
+    last_headers: RewrittenHeaders | None  # of the previous plain request
+
+    def begin_exchange(self, exchange: InFlight) -> None:
+        """Hold further input until the exchange ends, and report events of the connection to it."""
+        ...
+
+    def end_exchange(self, *, keep_alive: bool) -> None:
+        """Process the next request after a complete response, or close the connection."""
+        ...
+
+    def write_response(self, response: bytes, *, keep_alive: bool) -> None:
+        """Send a complete response to a request for which `begin_exchange` was not called."""
+        ...
+
+    def run_asgi(
+        self, app: ASGIApp, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
+    ) -> None:
+        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it."""
+        ...

@@ -1,0 +1,693 @@
+"""One request on the fast path, from its admission to the end of its response.
+
+The module is long because it has the actions of one state machine, whose tables are in `proxy.exchange`.
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable
+from functools import partial
+from typing import Any
+
+import httpx
+
+from api_gateway.errors import ClientDisconnected, GatewayError, InternalError, Unavailable, UpstreamFailed
+from api_gateway.fastpath.client_port import Downstream
+from api_gateway.fastpath.context import ExchangeContext
+from api_gateway.fastpath.response_head import parsed_head, plain_head
+from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
+from api_gateway.http1.fast_parser import pairs_of
+from api_gateway.http1.headers import (
+    BODILESS,
+    COST,
+    REQUEST_TIMEOUT,
+    fields_of,
+    forwardable_interim,
+)
+from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.http1.serializer import render_response_head
+from api_gateway.middleware import ExchangeMiddleware
+from api_gateway.models import NANOSECONDS, Exchange, HeaderList, Outcome
+from api_gateway.proxy.admission import RequestPlan, Wait
+from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
+from api_gateway.proxy.client_disconnect import CLIENT_LEFT
+from api_gateway.proxy.deadline import deadline_error
+from api_gateway.proxy.exchange import (
+    ASK,
+    BREAK,
+    CLIENT_GONE,
+    COMPLETE,
+    CONNECT,
+    DATA,
+    DEFECT,
+    DONE,
+    DRAIN,
+    END,
+    EXCHANGING,
+    FINAL,
+    FLOWING,
+    HAND_OVER,
+    HELD,
+    NONE,
+    PAUSED,
+    PHASES,
+    REFUSE,
+    REPLY,
+    RESUME,
+    RETRY,
+    SELECTING,
+    WRITABLE,
+    Event,
+    IllegalEvent,
+    ProxyExchange,
+)
+from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.header_facts import RewrittenHeaders
+from api_gateway.proxy.sse import is_event_stream
+from api_gateway.proxy.url_rewriting import NO_AUTHORITIES, Authorities
+from api_gateway.resilience.retry import RetryDenied, retry_after_of
+from api_gateway.transport.connection import StaleConnection, UpstreamConnection
+from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt
+from api_gateway.upstreams.upstream_client import UpstreamClient
+
+_HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
+_MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
+# The state of a response that its class has initial values for.
+_OF_A_RESPONSE = (
+    *("status", "version", "head", "passed", "has_date", "cost", "trailers", "is_head_complete", "is_complete"),
+    *("is_until_close", "is_counted", "chunks", "keeps_alive", "buffered", "reader_waited", "is_relayed", "is_framed"),
+    *("reason", "headers", "fields", "is_sent", "is_repeated"),
+)
+_MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
+
+
+class FastExchange(ProxyExchange):
+    """One request on the fast path, and the response to it: the actions that belong to the tables of `proxy.exchange`.
+
+    The exchange holds an attempt and a connection from `send` on. It gives all that it holds to the ASGI path, or
+    returns it, when it leaves the phase `exchanging`.
+    """
+
+    is_relayed = True
+    is_framed = False  # the pieces are sent to the client as chunks
+    timer: asyncio.TimerHandle | None = None  # of the deadline
+    delay: asyncio.TimerHandle | None = None  # before a retry
+    probe: asyncio.TimerHandle | None = None  # after which a probe counts as a success while its response streams
+    is_sent = True  # a part of the request was written to a connection
+    is_repeated = False  # the request is sent once more, as its connection was closed while idle
+    is_pending = False  # a question, timer, task or last response may have to be dropped
+    cause = ""  # of the retry: a reason or a status
+    failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
+    last: UpstreamResponse | None = None  # the response of the last attempt, likewise
+    tried: tuple[Target, ...] = ()  # the targets of the attempts that have failed
+    task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
+
+    def __init__(
+        self, context: ExchangeContext, client: Downstream, headers: RewrittenHeaders, plan: RequestPlan, body: bytes
+    ) -> None:
+        self.connection = self.error = None
+        self.exchange = exchange = plan.exchange
+        self.is_to_head = exchange.method == "HEAD"
+        self.listener = NO_LISTENER
+        self.pieces = []
+        self.plan = plan
+        self.attempt: Attempt | None = None
+        self._last_attempt: Attempt | None = None  # ended, but its result may be final
+        self.body = body
+        if body:
+            self.request_body = HELD
+        self._context = context
+        self._client = client
+        self._headers = headers
+        self.keep_alive = headers.facts.keep_alive
+
+    def __repr__(self) -> str:
+        return f"<FastExchange {self.exchange.method} {self.exchange.path} [{self.states}]>"
+
+    @property
+    def is_head_sent(self) -> bool:
+        """True once the head of the response has been sent, and with it the `Connection` field."""
+        return self.response != NONE
+
+    def _may(self, event: Event) -> bool:
+        """Change the states by an event of a port, and return True; abort the exchange if they do not allow it."""
+        try:
+            self.move(event)
+        except IllegalEvent as error:
+            if self.is_strict:
+                raise
+            self._context.record.note_illegal_event(self.exchange, self.phase, event, error)
+            if DEFECT in PHASES[self.phase]:
+                self.move(DEFECT)
+                note_failure(self.exchange, InternalError("The gateway failed: an event is not allowed."))
+                self._abort()
+            return False
+        return True
+
+    # Towards the upstream
+
+    def wait(self, question: Wait) -> None:
+        """Ask a question of admission, and continue when the reply arrives."""
+        self._client.begin_exchange(self)
+        self._ask(question)
+
+    def _ask(self, question: Wait) -> None:
+        self.move(ASK)
+        self.is_pending = True
+        question.ask(partial(self._on_reply, question, self.generation))
+
+    def _on_reply(self, question: Wait, generation: int, reply: Any) -> None:
+        if generation != self.generation:  # the exchange has ended meanwhile, or the question has a reply
+            return
+        self.generation += 1
+        if not self._may(REPLY):
+            return
+        context = self._context
+        try:
+            result = context.admission.resume(self.plan, question, reply, context.clock_ns())
+        except Exception as error:  # noqa: BLE001 - as in `FastPath.try_handle`
+            result = context.record.internal_error(self.exchange, error)
+        if isinstance(result, Wait):
+            self._ask(result)
+            return
+        if result is None:
+            result = self.forward()
+        if result is not None:
+            self._refuse(result)
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Respond with problem details."""
+        self.move(REFUSE)
+        context = self._context
+        response, keep_alive = context.refusal(self.exchange, error, keep_alive=self.keep_alive)
+        self._client.transport.write(response)
+        self._end(context.clock(), Outcome.IGNORED, keep_alive=keep_alive)
+
+    def forward(self) -> GatewayError | None:
+        """Send an admitted request, on an idle connection if there is one; hand over what the fast path cannot do.
+
+        Returns the error with which the gateway responds: the upstream refuses the request, or its deadline is over.
+        """
+        self.phase = SELECTING
+        plan = self.plan
+        route, router = plan.route, self._context.router
+        assert route is not None  # noqa: S101 - the request is admitted
+        upstream_client = router.upstream_clients[route.upstream]
+        exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
+        if not upstream_client.supports_fast_path:
+            self._hand_over()
+            return None
+        exchange.upstream = route.upstream
+        upstream_client.retries.budget.deposit(exchange.started)
+        if deadline is not None and not deadline.remaining(now):
+            return self._after(deadline_error(exchange, deadline))
+        is_safe = exchange.method in IDEMPOTENT or self._has_key()
+        try:
+            self.attempt = attempt = upstream_client.upstream.acquire(
+                now, exchange.client_key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
+            )
+        except Unavailable as error:
+            return self._after(error.with_traceback(None))
+        self.timeouts = upstream_client.limits
+        self._client.begin_exchange(self)
+        if deadline is not None:
+            left = deadline.remaining(now)
+            self.timer = self._client.loop.call_later(left, self._on_deadline, self.generation)
+            self.is_pending = True
+        exchange.target, exchange.sent_at = attempt.target.url, now
+        exchange.attempts += 1
+        connection = upstream_client.idle_connection(attempt.target, plan.principal)
+        if connection is None:
+            self._begin_to_connect(upstream_client, attempt, now)
+        else:
+            self._send(connection, upstream_client, attempt, now)
+        return None
+
+    def _begin_to_connect(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
+        self.move(CONNECT)
+        self.is_pending = True
+        self.task = self._client.loop.create_task(self._connect(upstream_client, attempt, now))
+
+    def _has_key(self) -> bool:
+        """Tell whether the request has an idempotency key, see `retry.is_repeatable`."""
+        return _HAS_KEY.search(self._headers.received) is not None
+
+    def _after(self, error: GatewayError) -> GatewayError | None:
+        """Hand an exchange that has failed over to the fallback of its route; return the error if there is none."""
+        route = self.plan.route
+        if route is None or route.fallback is None:
+            return error
+        self._hand_over(error)
+        return None
+
+    async def _connect(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
+        """Open or await a connection, and send the request.
+
+        Connecting may take half of the time that a deadline leaves, which allows a retry; a client's own deadline does
+        not shorten it, as it would make each target appear unreachable.
+        """
+        deadline, seconds, generation = self.plan.deadline, upstream_client.limits["connect"], self.generation
+        if deadline is not None and not deadline.is_of_client:
+            seconds = min(seconds, deadline.remaining(now) / 2)
+        try:
+            connection = await upstream_client.connection(
+                attempt.target, self.plan.principal, seconds, self._on_connect, is_fresh=self.is_repeated
+            )
+        except Exception as error:  # noqa: BLE001 - any other than these is a defect, which is recorded
+            if generation != self.generation:
+                return
+            self.task = None
+            if isinstance(error, httpx.TransportError):
+                self.is_sent = self.is_repeated
+                self._fail(_second_failure(error) if self.is_repeated else error.with_traceback(None))
+            else:
+                self._refuse(self._context.record.internal_error(self.exchange, error))
+            return
+        if generation != self.generation:  # the exchange has ended, and the cancellation came too late
+            connection.close()
+            return
+        self.task = None
+        self._send(connection, upstream_client, attempt, self._context.clock())
+
+    def _on_connect(self) -> None:
+        """Note that a connection is being opened, which matters for the refund."""
+        self.exchange.has_begun = True
+
+    def _send(
+        self, connection: UpstreamConnection, upstream_client: UpstreamClient, attempt: Attempt, now: float
+    ) -> None:
+        """Send the request on a connection."""
+        plan, exchange, body = self.plan, self.exchange, self.body
+        route, deadline = plan.route, plan.deadline
+        host, identity = upstream_client.hosts[attempt.target], exchange.id.encode()
+        if not host:
+            host = upstream_client.host_of(attempt.target, self._headers.facts.host_field)
+        if route is not None and route.url_rewriter is not None:
+            host += route.url_rewriter.request_line
+        if deadline is not None and deadline.is_forwarded:
+            identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
+        self.connection = connection
+        self.phase = EXCHANGING
+        if body:
+            self.request_body = COMPLETE
+            exchange.bytes_in = len(body)
+        connection.start(
+            self,
+            b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
+            % (exchange.method.encode(), plan.target, host, self._headers.sent, identity, body),
+        )
+
+    # From the upstream
+
+    def takes_chunks(self, status: int) -> bool:
+        """Take plain chunks with their framing, except of a response that may be followed by another attempt."""
+        return status < _MIN_RETRIED_STATUS or not self._is_retried(status)
+
+    def on_complex_head(self) -> None:
+        """Forward interim responses, and take no more than READ_SIZE at once: the parser's callbacks take time."""
+        self.listener = _Interim(self._client, self._context.via)
+        self.is_relayed = False
+
+    def on_complex_chunk(self) -> None:
+        """Send the further pieces in chunks of their own, see `on_complex_head`."""
+        self.chunks, self.is_framed, self.is_relayed = None, True, False
+
+    def on_progress(self) -> None:
+        """Forward what has arrived of the response."""
+        if self.phase != EXCHANGING:
+            self._may(DATA)
+            return
+        is_first = self.response == NONE
+        if self.error is not None:
+            if self.pieces and not is_first:
+                self._client.transport.write(self._take_piece())
+            self._on_error(self.error)
+            return
+        now = self._context.clock()
+        if not is_first:
+            self._client.transport.write(self._take_piece())
+        elif not self.is_head_complete:
+            return
+        else:
+            attempt = self.attempt
+            assert attempt is not None  # noqa: S101 - set before sending
+            self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now)
+            if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries(attempt, now):
+                return
+            if not self.head and is_event_stream(self.fields):
+                self._hand_over()
+                return
+            self._write_head(attempt)
+            if attempt.is_probe and not self.is_complete:
+                self.is_pending = True
+                self.probe = self._context.router.settle_probe_soon(attempt, self._client.loop)
+        if self.is_complete:
+            self.phase, self.response = DONE, COMPLETE
+            self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
+        else:
+            self._receive_more()
+
+    def _receive_more(self) -> None:
+        """Receive more of the response as soon as the client reads."""
+        connection = self.connection
+        assert connection is not None  # noqa: S101 - an incomplete response without a connection has failed
+        if self._client.is_write_paused:
+            self.response = PAUSED
+            connection.pause_reading()
+            connection.timer.clear()
+        else:
+            self.response = FLOWING
+            connection.resume_reading()  # a large read pauses it
+            connection.set_timer("idle")
+
+    def _write_head(self, attempt: Attempt) -> None:
+        """Send the head and what has arrived of the body."""
+        context, exchange, route = self._context, self.exchange, self.plan.route
+        exchange.status, exchange.source = self.status, "upstream"
+        rewriter, authorities = None if route is None else route.url_rewriter, NO_AUTHORITIES
+        if rewriter is not None:
+            upstream_client = context.router.upstream_clients[attempt.upstream.name]
+            authorities = Authorities.of(upstream_client, attempt.target, self._headers.facts.host_field)
+        if self.head:
+            if self.cost is not None:
+                context.router.on_cost(exchange, (self.cost,))
+            head = plain_head(self, exchange, context, rewriter, authorities, keep_alive=self.keep_alive)
+        else:
+            if COST in self.fields:
+                context.router.on_cost(exchange, self.fields[COST])
+            self.is_framed = not (self.is_to_head or self.status in BODILESS or self.is_counted)
+            head = parsed_head(
+                self, exchange, context, rewriter, authorities, is_chunked=self.is_framed, keep_alive=self.keep_alive
+            )
+        if self.is_framed or self.chunks is not None:
+            piece = self._take_piece()
+        else:
+            piece = self.take()
+            exchange.bytes_out += len(piece)
+        if len(piece) > _MAX_JOINED:
+            self._client.transport.writelines((head, piece))
+        else:
+            self._client.transport.write(head + piece)
+
+    def _take_piece(self) -> bytes:
+        """Remove and return what has arrived of the body, framed for the client."""
+        piece, exchange = self.take(), self.exchange
+        if self.chunks is not None:
+            exchange.bytes_out = self.chunks.content
+            return piece
+        exchange.bytes_out += len(piece)
+        if not self.is_framed:
+            return piece
+        if piece:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        return piece + b"0\r\n\r\n" if self.is_complete else piece
+
+    def _is_retried(self, status: int) -> bool:
+        """Tell whether the retry policy names the status, so that the ASGI path must decide on a retry."""
+        route = self.plan.route
+        assert route is not None  # noqa: S101 - the request is admitted
+        return status in self._context.router.upstream_clients[route.upstream].retried_statuses
+
+    def _on_error(self, error: Exception) -> None:
+        """Retry or respond; if the response has begun, close the connection, so that the client detects the error."""
+        if self.response == NONE:
+            self._fail(error)
+            return
+        self.move(BREAK)
+        attempt = self.attempt or self._last_attempt
+        assert attempt is not None  # noqa: S101 - set before sending
+        client = ClientProgress(waited=self.reader_waited)
+        failure = self._context.router.outcomes.on_broken_body(self.exchange, attempt, error, client)
+        note_failure(self.exchange, failure)
+        self._end(self._context.clock(), Outcome.IGNORED, keep_alive=False)  # the attempt is settled already
+
+    # Retries
+
+    def _fail(self, error: Exception) -> None:
+        """End an attempt without a response; retry, fall back, or respond with its error."""
+        exchange, attempt, router = self.exchange, self.attempt, self._context.router
+        assert attempt is not None and isinstance(error, httpx.TransportError)  # noqa: S101, PT018 - the only errors of transports
+        self.close()
+        if (
+            isinstance(error, StaleConnection)
+            and exchange.method in IDEMPOTENT
+            and not (self.body or self.is_repeated)
+        ):
+            self._forget()
+            self.is_repeated = True
+            client = router.upstream_clients[attempt.upstream.name]
+            self._begin_to_connect(client, attempt, self._context.clock())
+            return
+        self.error = None
+        failure = router.outcomes.on_failure(exchange, attempt, error)
+        failure.__cause__ = error
+        exchange.has_begun |= self.is_sent
+        exchange.has_reached |= self.is_sent
+        if isinstance(failure, UpstreamFailed):
+            delay = self._retry_delay(attempt, is_sent=not failure.is_retry_safe)
+            if delay is not None:
+                exchange.has_reached |= not failure.is_retry_safe
+                self._back_off(attempt, delay, failure.reason.value, failure)
+                return
+        final = self._after(failure)
+        if final is not None:
+            self._refuse(final)
+
+    def _retries(self, attempt: Attempt, now: float) -> bool:
+        """Prepare a retry after a response with a status that is retried; return False if it is denied."""
+        delay = self._retry_delay(attempt, is_sent=True, retry_after=retry_after_of(self.fields))
+        if delay is None:
+            return False
+        self.exchange.has_reached = True
+        self._context.router.outcomes.settle(attempt, outcome_of_abort(has_head=True), now)
+        self._back_off(attempt, delay, str(self.status), None)
+        return True
+
+    def _retry_delay(self, attempt: Attempt, *, is_sent: bool, retry_after: float | None = None) -> float | None:
+        router, exchange = self._context.router, self.exchange
+        upstream_client = router.upstream_clients[attempt.upstream.name]
+        self.tried += (attempt.target,)
+        return router.retry_delay(
+            upstream_client,
+            attempt,
+            self.tried,
+            is_sent=is_sent,
+            is_repeatable=exchange.method in IDEMPOTENT or self._has_key(),
+            is_replayable=not self.is_sent or len(self.body) <= upstream_client.retries.policy.max_body_bytes,
+            retry_after=retry_after,
+            deadline=self.plan.deadline,
+        )
+
+    def _back_off(self, attempt: Attempt, delay: float, cause: str, failure: GatewayError | None) -> None:
+        """Wait before a retry. What the last attempt came to is kept: it may be final."""
+        self.move(RETRY)
+        self.is_pending = True
+        self.attempt, self._last_attempt = None, attempt
+        attempt.release(self._context.clock())
+        self.cause, self.failure = cause, failure
+        if failure is None:
+            self.last = UpstreamResponse.continuing(self, NO_LISTENER)
+        self.delay = self._client.loop.call_later(delay, self._on_delay, self.generation)
+
+    def _on_delay(self, generation: int) -> None:
+        """Begin the retry; if no target is available for it, the result of the last attempt is final."""
+        if generation != self.generation or self._last_attempt is None:
+            return
+        self.delay = None
+        self.move(RESUME)
+        plan, exchange, router = self.plan, self.exchange, self._context.router
+        upstream_client = router.upstream_clients[self._last_attempt.upstream.name]
+        now = self._context.clock()
+        last, failure, name = self.last, self.failure, upstream_client.upstream.name
+        self.last = self.failure = None
+        is_safe = exchange.method in IDEMPOTENT or self._has_key()
+        attempt = router.next_attempt(
+            upstream_client, exchange.client_key, self.tried, is_safe=is_safe, principal=plan.principal
+        )
+        if attempt is None:
+            router.on_denial(name, RetryDenied.UNAVAILABLE)
+            self._settle_for(last, failure, now)
+            return
+        exchange.retried += (self.cause,)
+        router.on_retry(name, self.cause)
+        if last is not None:
+            last.close()
+        self._forget()
+        exchange.head_at = None
+        self.attempt = attempt
+        exchange.target, exchange.sent_at = attempt.target.url, now
+        exchange.attempts += 1
+        connection = upstream_client.idle_connection(attempt.target, plan.principal)
+        if connection is None:
+            self._begin_to_connect(upstream_client, attempt, now)
+        else:
+            self._send(connection, upstream_client, attempt, now)
+
+    def _settle_for(self, last: UpstreamResponse | None, failure: GatewayError | None, now: float) -> None:
+        """Respond with the result of the last attempt."""
+        if failure is not None:
+            final = self._after(failure)
+            if final is not None:
+                self._refuse(final)
+        elif last is not None and self._last_attempt is not None:
+            self.move(FINAL)
+            self._forget()
+            self.take_over(last)
+            self._write_head(self._last_attempt)
+            self.response = FLOWING
+            if self.error is not None:
+                self._on_error(self.error)
+            elif self.is_complete:
+                self.move(END)
+                self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
+            else:
+                self._receive_more()
+
+    def _forget(self) -> None:
+        """Return to the state of a response of which nothing has arrived."""
+        for name in _OF_A_RESPONSE:
+            self.__dict__.pop(name, None)
+        self.connection = self.error = None
+        self.pieces = []
+        self.listener = NO_LISTENER
+
+    def _on_deadline(self, generation: int) -> None:
+        """Respond with the error of the deadline, or by the fallback; once the response has begun, close instead."""
+        deadline, attempt = self.plan.deadline, self.attempt
+        if generation != self.generation or deadline is None:
+            return
+        exchange, context = self.exchange, self._context
+        is_sent = self.phase == EXCHANGING
+        if (
+            is_sent and attempt is not None and self.response != PAUSED
+        ):  # else the client is awaited, and the upstream has responded
+            assert exchange.sent_at is not None  # noqa: S101 - set before sending
+            spent = context.clock() - exchange.sent_at - self.reader_waited
+            client = ClientProgress(waited=self.reader_waited)
+            context.router.outcomes.on_overdue(exchange, attempt, deadline, spent, client)
+        if self.response != NONE:
+            self.move(BREAK)
+            context.record.note_failure(exchange, deadline_error(exchange, deadline))
+            self._abort()
+            return
+        self.close()
+        if is_sent:
+            exchange.has_begun = exchange.has_reached = True
+        error = self._after(deadline_error(exchange, deadline))
+        if error is not None:
+            self._refuse(error)
+
+    # From the client
+
+    def on_writable(self) -> None:
+        """Read from the upstream again: the client has read enough."""
+        if self._may(WRITABLE) and self.connection is not None:
+            self.connection.resume_reading()
+            self.connection.set_timer("read" if self.response == NONE else "idle")
+
+    def on_client_disconnected(self) -> None:
+        """Abort the exchange: its client has disconnected."""
+        if self._may(CLIENT_GONE):
+            note_failure(self.exchange, ClientDisconnected(CLIENT_LEFT))
+            self._abort()
+
+    def on_forced_close(self) -> None:
+        """Abort the exchange: the drain timeout has passed."""
+        if self._may(DRAIN):
+            self._context.record.note_cut_off(self.exchange)
+            self._abort()
+
+    # The end
+
+    def _abort(self) -> None:
+        """Close the upstream connection and end the exchange."""
+        self.close()
+        outcome = outcome_of_abort(has_head=self.exchange.head_at is not None)
+        self._end(self._context.clock(), outcome, keep_alive=False)
+
+    def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
+        """Return what the exchange holds, and record it. The upstream connection is returned or closed already."""
+        if self.is_pending:
+            self._invalidate()
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None:
+            if attempt.slow is not None or attempt.is_probe:  # which may open or close a breaker
+                self._context.router.outcomes.settle(attempt, outcome, now)
+            attempt.release(now, outcome)
+        self._client.end_exchange(keep_alive=keep_alive)
+        self._context.record.end(self.exchange, now)
+
+    def _invalidate(self) -> None:
+        """Cancel timers and task, discard the last response, and have replies that are still to come dropped."""
+        self.generation += 1
+        for timer in (self.delay, self.probe, self.timer):
+            if timer is not None:
+                timer.cancel()
+        self.delay = self.probe = self.timer = None
+        if self.last is not None:
+            self.last.close()
+            self.last = None
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None
+
+    def _hand_over(self, error: GatewayError | None = None) -> None:
+        """Let the ASGI path continue: with an event stream, or from the start if no attempt was made.
+
+        After an `error`, which has settled the attempt, it continues with the fallback.
+        """
+        is_sent = self.phase == EXCHANGING or self.exchange.bytes_in > 0
+        self.move(HAND_OVER)
+        self._invalidate()
+        attempt, self.attempt = self.attempt, None
+        exchange, context = self.exchange, self._context
+        exchange.response_headers = context.response_headers(exchange)
+        router = context.router
+        policy = router.upstream_clients[exchange.upstream].retries.policy if exchange.upstream else None
+        kept = self.body if policy is None or len(self.body) <= policy.max_body_bytes else None
+        if error is not None:
+            if attempt is not None:
+                attempt.release(context.clock())
+            go_on = partial(router.fall_back, self.plan, error, is_sent=is_sent, kept=kept)
+        elif attempt is None:
+            go_on = partial(router.forward, self.plan)
+        else:
+            response = UpstreamResponse.continuing(self, NO_LISTENER)
+            go_on = partial(router.relay_stream, self.plan, attempt, response, kept=kept)
+        self._client.run_asgi(
+            partial(_serve, context.record, exchange, go_on),
+            exchange.method,
+            self.plan.raw_target,
+            pairs_of(self._headers.received),
+            b"" if is_sent else self.body,
+            keep_alive=self.keep_alive,
+        )
+
+
+def _second_failure(error: httpx.TransportError) -> httpx.ReadError:
+    """Return the error of a request that could not be sent once more; it is no ConnectError, as it was sent before."""
+    failure = httpx.ReadError(f"{StaleConnection()}; second attempt: {error}")
+    failure.__cause__ = error.with_traceback(None)
+    return failure
+
+
+def _serve(
+    record: ExchangeMiddleware, exchange: Exchange, go_on: ASGIApp, scope: Scope, receive: Receive, send: Send
+) -> Awaitable[None]:
+    """Continue an exchange on the ASGI path; this is the application given to `run_asgi`."""
+    scope[FIELDS] = fields_of(scope["headers"])
+    return record.conclude(exchange, go_on, scope, receive, send)
+
+
+class _Interim(NoListener):
+    """Forwards interim responses."""
+
+    def __init__(self, client: Downstream, via: tuple[bytes, bytes]) -> None:
+        self._client = client
+        self._via = via
+
+    def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        """See `ResponseListener`."""
+        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers, self._via)))

@@ -1,0 +1,67 @@
+"""Heads of responses for the client: the upstream's fields, and those of the gateway."""
+
+import time
+
+from api_gateway.fastpath.context import ExchangeContext
+from api_gateway.http1.headers import http_date, rewrite_response
+from api_gateway.http1.serializer import COLON, status_line
+from api_gateway.models import Exchange
+from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
+from api_gateway.transport.response import UpstreamResponse
+
+_LENGTH, _NOTHING = frozenset({b"content-length"}), frozenset[bytes]()
+
+
+def plain_head(
+    response: UpstreamResponse,
+    exchange: Exchange,
+    context: ExchangeContext,
+    rewriter: UrlRewriter | None,
+    authorities: Authorities,
+    *,
+    keep_alive: bool,
+) -> bytes:
+    """Return the head for the client of a response whose head was plain. `authorities` are of the request."""
+    passed = response.passed
+    if rewriter is not None:
+        passed = rewriter.rewrite_lines(passed, authorities)
+    assert exchange.decision is not None  # noqa: S101 - the request is admitted
+    end = b"" if keep_alive else b"connection: close\r\n"
+    if response.chunks is not None:
+        end = b"transfer-encoding: chunked\r\n" + end
+    return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
+        passed,
+        context.via_line,
+        exchange.id.encode(),
+        context.limit_headers.lines(exchange.decision),
+        b"" if response.has_date else b"date: %b\r\n" % http_date(int(time.time())),
+        end,
+    )
+
+
+def parsed_head(
+    response: UpstreamResponse,
+    exchange: Exchange,
+    context: ExchangeContext,
+    rewriter: UrlRewriter | None,
+    authorities: Authorities,
+    *,
+    is_chunked: bool,
+    keep_alive: bool,
+) -> bytes:
+    """Return the head for the client of a response that the general parser has parsed, see `plain_head`."""
+    fields, headers = response.fields, response.headers
+    if rewriter is not None:
+        headers = rewriter.rewrite(headers, authorities)
+    omit = _LENGTH if response.status == 204 else _NOTHING  # noqa: PLR2004 - RFC 9110 section 8.6
+    own, via = context.response_headers(exchange), context.via_field(response.version)
+    kept = rewrite_response(headers, fields, own, omit, via)
+    lines = [status_line(response.status, response.reason), *map(COLON, kept)]
+    if b"date" not in fields:
+        lines.append(b"date: " + http_date(int(time.time())))
+    if is_chunked:
+        lines.append(b"transfer-encoding: chunked")
+    if not keep_alive:
+        lines.append(b"connection: close")
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)

@@ -1,0 +1,111 @@
+"""Chunked bodies (RFC 9112 section 7.1) that are passed on as they were received; only their framing is checked.
+
+Plain chunks have a size of at most eight hexadecimal digits, no extension, and no trailers behind the last one. What
+is not plain is left to the general parser, from the beginning of a chunk on.
+"""
+
+import re
+from enum import Enum
+
+MAX_CHUNKS = 256  # in one read; more are left to the parser, whose loop over chunks is not in Python
+
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,8}\r?)?")
+_LINE_BREAK = b"\r\n"
+_LAST_BEGUN = (b"", b"\r")  # what may follow the size of the last chunk if its end has not arrived
+
+
+class ChunkState(Enum):
+    """What follows the checked part of a chunked body."""
+
+    ARRIVING = "arriving"  # more plain chunks
+    COMPLETE = "complete"  # nothing
+    NOT_PLAIN = "not plain"  # a chunk for the general parser, or more than MAX_CHUNKS
+    INVALID = "invalid"  # bytes that are no line break at the end of a chunk
+
+
+ARRIVING, COMPLETE, NOT_PLAIN, INVALID = ChunkState
+
+
+class ChunkedBody:
+    """A chunked body while it arrives. `content` is the number of bytes in the checked chunks, without their framing.
+
+    `rest` is the input that follows the checked part; while the state is ARRIVING it is the beginning of a line, which
+    is held until the line is complete.
+    """
+
+    __slots__ = ("_left", "content", "rest", "state")
+
+    def __init__(self) -> None:
+        self.state = ARRIVING
+        self.content = 0
+        self.rest = b""
+        self._left = 0  # bytes of the present chunk that have not arrived, with the line break at its end
+
+    def __repr__(self) -> str:
+        return f"<ChunkedBody [{self.state.value}, {self.content} bytes]>"
+
+    @property
+    def is_left_to_parser(self) -> bool:
+        """True once the input cannot be taken as plain chunks."""
+        return self.state is NOT_PLAIN or self.state is INVALID
+
+    def feed(self, data: bytes) -> bytes:
+        """Check more input; return the part of it, after what was held, that has been checked."""
+        if self.rest:
+            data = self.rest + data
+        position, size, chunks = 0, len(data), 0
+        while True:
+            if self._left:
+                position = self._take_content(data, position, size)
+                if self._left or self.state is INVALID:
+                    break
+            found = _SIZE.match(data, position)
+            if found is None:
+                if _SIZE_BEGUN.fullmatch(data, position) is None:
+                    self.state = NOT_PLAIN
+                break
+            length = int(found[1], 16)
+            if not length:
+                position = self._take_last(data, position, found.end())
+                break
+            if chunks == MAX_CHUNKS:
+                self.state = NOT_PLAIN
+                break
+            chunks += 1
+            self._left = length + 2
+            position = found.end()
+        if position == size:
+            self.rest = b""
+            return data
+        self.rest = data[position:]
+        return data[:position]
+
+    def _take_content(self, data: bytes, position: int, size: int) -> int:
+        """Take what has arrived of the present chunk; return the position behind it."""
+        left, there = self._left, size - position
+        if there >= left:
+            end = position + left
+            if data[end - 2 : end] != _LINE_BREAK:
+                self.state = INVALID
+                return position
+            self.content += left - 2
+            self._left = 0
+            return end
+        if there == left - 1:  # half of the line break, which is held
+            self.content += left - 2
+            self._left = 2
+            return size - 1
+        self.content += there
+        self._left = left - there
+        return size
+
+    def _take_last(self, data: bytes, position: int, end: int) -> int:
+        """Take the last chunk, from `position` on, if only its end follows its size, which ends at `end`."""
+        behind = data[end:]
+        if behind == _LINE_BREAK:
+            self.state = COMPLETE
+            return len(data)
+        if behind not in _LAST_BEGUN:
+            self.state = NOT_PLAIN
+        return position

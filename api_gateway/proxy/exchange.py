@@ -1,0 +1,230 @@
+"""The life of a request: its phase, its request body and its response, as three tables, and their legal combinations.
+
+Each table maps a state to the events that the state allows, and each of those to the next state, in the manner of h11.
+An event that occurs in several tables must be allowed by each of them. `fastpath` performs the actions that belong to
+the events; here are the states only.
+
+Phases whose work is done within one callback (admitting, selecting) allow no event from outside, because events are
+not delivered re-entrantly. Events that may be late, such as the reply to a question of admission or an expired timer,
+carry the generation of the exchange and are dropped if it has changed since: they never reach the tables.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Final, Literal, NamedTuple
+
+from api_gateway.transport.response import UpstreamResponse
+
+Phase = Literal[
+    "admitting",
+    "waiting",
+    "selecting",
+    "connecting",
+    "exchanging",
+    "backing off",
+    "handed over",
+    "done",
+    "aborted",
+]
+RequestBody = Literal["none", "held", "complete"]
+Response = Literal["none", "flowing", "paused", "complete", "aborted"]
+Event = Literal[
+    "ask",
+    "reply",
+    "admit",
+    "refuse",
+    "connect",
+    "send",
+    "retry",
+    "resume",
+    "final",
+    "hand over",
+    "head",
+    "data",
+    "pause",
+    "writable",
+    "end",
+    "break",
+    "client gone",
+    "drain",
+    "defect",
+]
+
+# Phases
+ADMITTING: Final = "admitting"  # the stages of admission decide
+WAITING: Final = "waiting"  # for the reply to a question of admission
+SELECTING: Final = "selecting"  # an attempt is acquired, and a connection if one is idle
+CONNECTING: Final = "connecting"  # a connection is opened, or awaited from the pool
+EXCHANGING: Final = "exchanging"  # the request is sent, the response arrives
+BACKING_OFF: Final = "backing off"  # the delay before a retry
+HANDED_OVER: Final = "handed over"  # the ASGI path has the exchange and all that belongs to it
+DONE: Final = "done"  # the client has a complete response
+ABORTED: Final = "aborted"  # the connection of the client is closed without one
+
+# Request bodies: a request is here only once it has arrived completely
+NONE: Final = "none"
+HELD: Final = "held"  # not yet sent
+COMPLETE: Final = "complete"  # sent to the upstream; of a response: sent to the client
+
+# Responses, as sent to the client
+FLOWING: Final = "flowing"  # the head is sent, and part of the body
+PAUSED: Final = "paused"  # likewise, but the client reads more slowly than the upstream sends
+
+# Events: decisions of the exchange
+ASK: Final = "ask"  # admission asks a question
+ADMIT: Final = "admit"
+REFUSE: Final = "refuse"  # the gateway responds itself
+CONNECT: Final = "connect"  # also once more, if the connection was closed while it was idle
+SEND: Final = "send"
+RETRY: Final = "retry"  # the attempt failed before the head, or with a status that is retried
+FINAL: Final = "final"  # no target is available for the retry, so the response of the last attempt is final
+HAND_OVER: Final = "hand over"
+PAUSE: Final = "pause"
+# Events of the ports
+REPLY: Final = "reply"  # to a question of admission
+RESUME: Final = "resume"  # the delay before a retry has passed
+HEAD: Final = "head"
+DATA: Final = "data"
+END: Final = "end"  # of the response, whose last part arrived
+BREAK: Final = "break"  # after the head was sent to the client, the upstream fails or the deadline passes
+WRITABLE: Final = "writable"  # the client reads on
+CLIENT_GONE: Final = "client gone"
+DRAIN: Final = "drain"  # the drain timeout has passed
+DEFECT: Final = "defect"  # an event came that the state does not allow
+
+_STOPS: Final[Mapping[Event, Phase]] = {CLIENT_GONE: ABORTED, DRAIN: ABORTED, DEFECT: ABORTED}
+PHASES: Final[Mapping[Phase, Mapping[Event, Phase]]] = {
+    ADMITTING: {ASK: WAITING, ADMIT: SELECTING, REFUSE: DONE},
+    WAITING: {REPLY: ADMITTING, **_STOPS},
+    SELECTING: {CONNECT: CONNECTING, SEND: EXCHANGING, FINAL: EXCHANGING, HAND_OVER: HANDED_OVER, REFUSE: DONE},
+    CONNECTING: {SEND: EXCHANGING, RETRY: BACKING_OFF, HAND_OVER: HANDED_OVER, REFUSE: DONE, **_STOPS},
+    EXCHANGING: {
+        HEAD: EXCHANGING,
+        DATA: EXCHANGING,
+        PAUSE: EXCHANGING,
+        WRITABLE: EXCHANGING,
+        END: DONE,
+        REFUSE: DONE,
+        CONNECT: CONNECTING,
+        RETRY: BACKING_OFF,
+        HAND_OVER: HANDED_OVER,
+        BREAK: ABORTED,
+        **_STOPS,
+    },
+    BACKING_OFF: {RESUME: SELECTING, HAND_OVER: HANDED_OVER, REFUSE: DONE, **_STOPS},
+    HANDED_OVER: {},
+    DONE: {},
+    ABORTED: {},
+}
+REQUEST_BODIES: Final[Mapping[RequestBody, Mapping[Event, RequestBody]]] = {
+    NONE: {CONNECT: NONE, SEND: NONE, RETRY: NONE, FINAL: NONE},
+    HELD: {CONNECT: HELD, SEND: COMPLETE, RETRY: HELD, FINAL: COMPLETE},
+    COMPLETE: {RETRY: HELD},
+}
+RESPONSES: Final[Mapping[Response, Mapping[Event, Response]]] = {
+    NONE: {
+        HEAD: FLOWING,
+        WRITABLE: NONE,  # an interim response may have filled the write buffer
+        REFUSE: COMPLETE,
+        CONNECT: NONE,
+        RETRY: NONE,
+        HAND_OVER: NONE,
+        CLIENT_GONE: ABORTED,
+        DRAIN: ABORTED,
+        DEFECT: ABORTED,
+    },
+    FLOWING: {
+        DATA: FLOWING,
+        PAUSE: PAUSED,
+        WRITABLE: FLOWING,
+        END: COMPLETE,
+        BREAK: ABORTED,
+        CLIENT_GONE: ABORTED,
+        DRAIN: ABORTED,
+        DEFECT: ABORTED,
+    },
+    PAUSED: {
+        WRITABLE: FLOWING,
+        DATA: PAUSED,  # of one read that began before the pause
+        END: COMPLETE,
+        BREAK: ABORTED,
+        CLIENT_GONE: ABORTED,
+        DRAIN: ABORTED,
+        DEFECT: ABORTED,
+    },
+    COMPLETE: {},
+    ABORTED: {},
+}
+# The states of the other two machines that each phase may be combined with.
+COMBINATIONS: Final[Mapping[Phase, tuple[frozenset[RequestBody], frozenset[Response]]]] = {
+    ADMITTING: (frozenset({NONE, HELD}), frozenset({NONE})),
+    WAITING: (frozenset({NONE, HELD}), frozenset({NONE})),
+    SELECTING: (frozenset({NONE, HELD}), frozenset({NONE})),
+    CONNECTING: (frozenset({NONE, HELD}), frozenset({NONE})),
+    EXCHANGING: (frozenset({NONE, COMPLETE}), frozenset({NONE, FLOWING, PAUSED})),
+    BACKING_OFF: (frozenset({NONE, HELD}), frozenset({NONE})),
+    HANDED_OVER: (frozenset({NONE, HELD, COMPLETE}), frozenset({NONE})),
+    DONE: (frozenset({NONE, HELD, COMPLETE}), frozenset({COMPLETE})),
+    ABORTED: (frozenset({NONE, HELD, COMPLETE}), frozenset({ABORTED})),
+}
+# What an exchange holds in a phase, beside the client's connection, and returns when it leaves the phase. A phase that
+# is not here holds nothing beyond the callback in which it begins and ends.
+HELD_RESOURCES: Final[Mapping[Phase, frozenset[str]]] = {
+    WAITING: frozenset({"question"}),
+    CONNECTING: frozenset({"attempt", "task", "timer"}),  # the timer is that of the deadline, if there is one
+    EXCHANGING: frozenset({"attempt", "connection", "timer"}),
+    BACKING_OFF: frozenset({"delay", "last response", "timer"}),
+}
+_OF_REQUEST_BODIES: Final = frozenset(event for events in REQUEST_BODIES.values() for event in events)
+_OF_RESPONSES: Final = frozenset(event for events in RESPONSES.values() for event in events)
+
+
+class States(NamedTuple):
+    """The states of one exchange."""
+
+    phase: Phase = ADMITTING
+    request_body: RequestBody = NONE
+    response: Response = NONE
+
+    def __str__(self) -> str:
+        return f"{self.phase} (request body {self.request_body}, response {self.response})"
+
+
+class IllegalEvent(RuntimeError):
+    """An event that the states of an exchange do not allow: a defect of the gateway."""
+
+    def __init__(self, states: States, event: Event) -> None:
+        super().__init__(f"{event!r} is not allowed while {states}")
+
+
+def successor(states: States, event: Event) -> States | None:
+    """Return the states after an event, or None if one of the tables does not allow it."""
+    phase = PHASES[states.phase].get(event)
+    body = REQUEST_BODIES[states.request_body].get(event) if event in _OF_REQUEST_BODIES else states.request_body
+    response = RESPONSES[states.response].get(event) if event in _OF_RESPONSES else states.response
+    return None if phase is None or body is None or response is None else States(phase, body, response)
+
+
+class ProxyExchange(UpstreamResponse):
+    """The states of one exchange; it is also the response of its upstream while it arrives.
+
+    On the path that most requests take, the states are assigned; `move` checks them where an order other than the
+    tables' is possible. `generation` changes whenever a question or a timer becomes void.
+    """
+
+    is_strict: ClassVar[bool] = False  # illegal events raise, as in tests
+    phase: Phase = ADMITTING
+    request_body: RequestBody = NONE
+    response: Response = NONE
+    generation = 0
+
+    @property
+    def states(self) -> States:
+        """The present states."""
+        return States(self.phase, self.request_body, self.response)
+
+    def move(self, event: Event) -> None:
+        """Change the states by an event. Raises IllegalEvent, and changes nothing, if they do not allow it."""
+        states = successor(self.states, event)
+        if states is None:
+            raise IllegalEvent(self.states, event)
+        self.phase, self.request_body, self.response = states

@@ -1,0 +1,838 @@
+"""The states of an exchange: its tables, their picture in the docs, and every event of a port in every state.
+
+`python -m tests.unit.test_exchange` draws the picture in docs/architecture.md again.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, get_args
+
+import httpx
+import pytest
+
+from api_gateway.circuit_breaker import CircuitBreaker
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.fastpath.fast_exchange import FastExchange
+from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.http1.asgi import InFlight
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
+from api_gateway.metrics import Recorder
+from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
+from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange, Outcome, Quota
+from api_gateway.proxy import exchange as states
+from api_gateway.proxy.admission import Admission
+from api_gateway.proxy.cost_settlement import CostSettlement
+from api_gateway.proxy.exchange import (
+    COMBINATIONS,
+    HELD_RESOURCES,
+    PHASES,
+    REQUEST_BODIES,
+    RESPONSES,
+    Event,
+    IllegalEvent,
+    ProxyExchange,
+    States,
+    successor,
+)
+from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
+from api_gateway.proxy.route_table import Route, RouteTable
+from api_gateway.proxy.stages import DeadlineStage, IdentityStage, RateLimitStage, RouteStage
+from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
+from api_gateway.resilience.priorities import SINGLE_PRIORITY
+from api_gateway.resilience.retry import RetryPolicy
+from api_gateway.router import Router
+from api_gateway.transport.connection import UpstreamConnection
+from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
+from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
+
+PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
+BEGIN, END = "<!-- exchange: begin -->\n", "<!-- exchange: end -->"
+LIVE = [phase for phase, events in PHASES.items() if events]
+ENDED = [phase for phase, events in PHASES.items() if not events]
+
+
+# The tables
+
+
+def all_states() -> set[States]:
+    """Return the states that can be reached from the beginning of an exchange, with and without a body."""
+    reached: set[States] = set()
+    left = [States(), States(request_body=states.HELD)]
+    while left:
+        one = left.pop()
+        if one not in reached:
+            reached.add(one)
+            left += [after for event in get_args(Event) if (after := successor(one, event)) is not None]
+    return reached
+
+
+def test_the_tables_name_every_state_and_no_other_event() -> None:
+    for table, kind in ((PHASES, states.Phase), (REQUEST_BODIES, states.RequestBody), (RESPONSES, states.Response)):
+        rows: Mapping[str, Mapping[str, str]] = table  # type: ignore[assignment]  # of three types
+        assert set(rows) == set(get_args(kind))
+        assert {state for events in rows.values() for state in events.values()} <= set(rows)
+        assert {event for events in rows.values() for event in events} <= set(get_args(Event))
+    assert set(COMBINATIONS) == set(PHASES)
+
+
+def test_every_combination_that_can_be_reached_is_legal_and_every_legal_one_can_be_reached() -> None:
+    legal = {States(phase, *rest) for phase, others in COMBINATIONS.items() for rest in product(*others)}
+    assert all_states() <= legal
+    assert {one.phase for one in all_states()} == set(PHASES)
+    assert {one.response for one in all_states()} == set(RESPONSES)
+    assert {one.request_body for one in all_states()} == set(REQUEST_BODIES)
+
+
+def test_every_event_of_a_table_is_allowed_in_some_state() -> None:
+    used = {event for one in all_states() for event in get_args(Event) if successor(one, event) is not None}
+    assert used == set(get_args(Event))
+
+
+def test_an_exchange_that_waits_for_others_ends_when_its_client_leaves_or_the_drain_ends() -> None:
+    for one in all_states():
+        if one.phase in HELD_RESOURCES:
+            for event in (states.CLIENT_GONE, states.DRAIN, states.DEFECT):
+                after = successor(one, event)
+                assert after is not None
+                assert (after.phase, after.response) == (states.ABORTED, states.ABORTED), one
+
+
+def test_an_illegal_event_changes_nothing_and_names_state_and_event() -> None:
+    exchange = ProxyExchange.__new__(ProxyExchange)
+    exchange.phase = states.WAITING
+    with pytest.raises(IllegalEvent, match=r"'end' is not allowed while waiting \(request body none, response none\)"):
+        exchange.move(states.END)
+    assert exchange.states == States(states.WAITING)
+
+
+# The picture
+
+
+def machine(table: Mapping[Any, Mapping[Any, Any]]) -> str:
+    """Return one table as a Mermaid diagram, with the events that have the same effect in one line."""
+    lines = ["stateDiagram-v2", "    direction LR", f"    [*] --> {next(iter(table)).replace(' ', '_')}"]
+    for state, events in table.items():
+        if " " in state:
+            lines.append(f"    {state.replace(' ', '_')}: {state}")
+        targets: dict[str, list[str]] = {}
+        for event, after in events.items():
+            targets.setdefault(after, []).append(event)
+        lines += [
+            f"    {state.replace(' ', '_')} --> {after.replace(' ', '_')}: {', '.join(names)}"
+            for after, names in targets.items()
+        ]
+        if not events:
+            lines.append(f"    {state.replace(' ', '_')} --> [*]")
+    return "\n".join(["```mermaid", *lines, "```"])
+
+
+def picture() -> str:
+    """Return the three tables as diagrams, and a table of the legal combinations."""
+
+    def words(found: Sequence[Any], order: Mapping[Any, Any]) -> str:
+        return ", ".join(state for state in order if state in found)
+
+    rows = [
+        f"| {phase} | {words(tuple(bodies), REQUEST_BODIES)} | {words(tuple(responses), RESPONSES)} |"
+        f" {', '.join(sorted(HELD_RESOURCES.get(phase, ())))} |"
+        for phase, (bodies, responses) in COMBINATIONS.items()
+    ]
+    parts = [
+        "Phase:",
+        machine(PHASES),
+        "Request body:",
+        machine(REQUEST_BODIES),
+        "Response:",
+        machine(RESPONSES),
+        "\n".join(["| phase | request body | response | holds |", "|---|---|---|---|", *rows]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def page_with(drawn: str) -> str:
+    """Return the page with the picture between its markers."""
+    before, begin, rest = PAGE.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin, f"{PAGE} has lost its markers"
+    assert end, f"{PAGE} has lost its markers"
+    return before + BEGIN + drawn + END + after
+
+
+def test_the_picture_in_the_docs_is_this_one() -> None:
+    assert PAGE.read_text() == page_with(picture()), "run `python -m tests.unit.test_exchange`"
+
+
+# Every event of a port in every state
+
+
+HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf"
+EVENTS_OF_A_SERVER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n"
+RETRIED = b"HTTP/1.1 503 Not now\r\nContent-Length: 0\r\n\r\n"
+
+
+class FakeTransport:
+    """The transport of a connection without a socket."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.is_aborted = self.is_paused = False
+
+    def write(self, piece: bytes) -> None:
+        self.sent.append(piece)
+
+    def writelines(self, pieces: Sequence[bytes]) -> None:
+        self.sent += pieces
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+class FakeDownstream:
+    """The client's side: it notes what the exchange asks of it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.transport: Any = FakeTransport()
+        self.client: tuple[str, int] | None = ("127.0.0.1", 1)
+        self.scheme = "http"
+        self.limits: Any = SimpleNamespace(header_bytes=60_000, header_lines=100)
+        self.is_write_paused = False
+        self.last_headers: RewrittenHeaders | None = None
+        self.exchange: FastExchange | None = None
+        self.begun: list[FastExchange] = []
+        self.ends: list[bool] = []  # whether the connection is kept
+        self.apps: list[Any] = []
+
+    def begin_exchange(self, exchange: InFlight) -> None:
+        assert isinstance(exchange, FastExchange)
+        if self.exchange is not exchange:
+            self.begun.append(exchange)
+        self.exchange = exchange
+
+    def end_exchange(self, *, keep_alive: bool) -> None:
+        assert self.exchange is not None, "an exchange ends once"
+        self.exchange = None
+        self.ends.append(keep_alive)
+
+    def write_response(self, response: bytes, *, keep_alive: bool) -> None:
+        raise AssertionError("the exchange has begun")
+
+    def run_asgi(self, app: Any, *_: Any, **__: Any) -> None:
+        self.exchange = None
+        self.apps.append(app)
+
+
+class RecordingBreaker(CircuitBreaker):
+    """A breaker that keeps the outcomes of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__(BreakerPolicy(), 0.0)
+        self.outcomes: list[Outcome] = []
+
+    def settle(self, ticket: Any, outcome: Outcome, now: float, detail: str = "", **options: Any) -> Any:
+        self.outcomes.append(outcome)
+        return super().settle(ticket, outcome, now, detail, **options)
+
+
+class AskingLimiter(MemoryLimiter):
+    """A limiter whose decisions may take time, as those of a store do; it notes its settlements."""
+
+    def __init__(self, quota: Quota) -> None:
+        super().__init__([quota])
+        self.is_remote = self.replies_at_once = False
+        self.asked: list[Callable[[], None]] = []
+        self.settled: list[Sequence[Charge]] = []
+
+    def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
+        return None if self.is_remote else super().decide(charges, now_ns)  # type: ignore[return-value]  # as the protocol has it
+
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
+        decision = super().decide(charges, now_ns)  # it is charged, whoever waits for the reply
+        self.asked.append(partial(on_decision, decision))
+        if self.replies_at_once:
+            on_decision(decision)
+
+    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+        self.settled.append(charges)
+        return super().settle(charges, decision, now_ns)
+
+
+class World:
+    """A gateway without sockets: one route to one upstream with one target, and one client."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, body: bytes = b"", timeout: float | None = 2.0
+    ) -> None:
+        quota = Quota.per_second("FREE", 1, 1000)
+        self.now = 1_000.0
+        self.body = body
+        self.limiter = AskingLimiter(quota)
+        self.breaker = RecordingBreaker()
+        self.limit = ConcurrencyLimit(10, source=random.Random(1))
+        self.target = Target("http://127.0.0.1:1")
+        upstream = Upstream("up", [self.target], self.breaker, round_robin, limit=self.limit)
+        self.transport = UpstreamTransport()
+        retry = RetryPolicy(attempts=2, budget=1.0, statuses=frozenset({503}))
+        self.upstream_client = UpstreamClient(upstream, self.transport, Timeouts(1, 1, 1, None), retry=retry)
+        self.recorder = Recorder(["all"], ["up"], ["FREE"], [50], 0.0)
+        limit_headers = RateLimitHeaders()
+        settlement = CostSettlement(
+            limiter=self.limiter, clock_ns=self.clock_ns, recorder=self.recorder, limit_headers=limit_headers
+        )
+        router = Router(
+            RouteTable([Route("all", "/api", "up", timeout=timeout)]),
+            {"up": self.upstream_client},
+            clock=self.clock,
+            max_body_bytes=100,
+            observe_attempt=self.recorder.observe_attempt,
+            on_transition=lambda *_: None,
+            on_cost=settlement.on_cost,
+        )
+        headers = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=100)
+        clients = ClientRegistry({"FREE": quota}, "FREE", {}, SqliteClientStore(folder))
+        admission = Admission(
+            [
+                IdentityStage(clients=clients, priorities=SINGLE_PRIORITY),
+                RouteStage(router.routes),
+                DeadlineStage({}),
+                RateLimitStage(limiter=self.limiter, address_quota=None, exempt=()),
+            ]
+        )
+        self.ended: list[Exchange] = []
+        record = ExchangeMiddleware(
+            AdmissionMiddleware(
+                admission=admission,
+                headers=headers,
+                router=router,
+                limit_headers=limit_headers,
+                clock_ns=self.clock_ns,
+            ),
+            clock=self.clock,
+            recorder=self.recorder,
+            observers=[self.ended.append],
+            on_failure=settlement.on_failure,
+        )
+        self.fast_path = FastPath(
+            record=record,
+            admission=admission,
+            headers=headers,
+            router=router,
+            limit_headers=limit_headers,
+            clock=self.clock,
+            clock_ns=self.clock_ns,
+        )
+        self.client = FakeDownstream()
+        self.upstream: list[UpstreamConnection] = []
+        self.opened: asyncio.Future[None] | None = None  # when a connection is open; None: at once
+        monkeypatch.setattr("api_gateway.transport.http1_transport._connect", self._connect)
+
+    def clock(self) -> float:
+        return self.now
+
+    def clock_ns(self) -> int:
+        return int(self.now * NANOSECONDS)
+
+    async def _connect(self, *_: Any) -> UpstreamConnection:
+        if self.opened is not None:
+            await self.opened
+        connection = UpstreamConnection(asyncio.get_running_loop())
+        connection.connection_made(FakeTransport())  # type: ignore[arg-type]  # as far as it is used
+        self.upstream.append(connection)
+        return connection
+
+    @property
+    def pool(self) -> Any:
+        return self.transport.pool(self.upstream_client.origins[self.target])
+
+    async def connect(self) -> None:
+        """Put an idle connection into the pool."""
+        self.pool.release(await self.pool.acquire(None, None))
+
+    def request(self) -> FastExchange:
+        """Receive a request of the client."""
+        method, length = ("PUT", f"Content-Length: {len(self.body)}\r\n") if self.body else ("GET", "")
+        head = f"{method} /api/x HTTP/1.1\r\nHost: a\r\nX-Client-ID: a\r\n{length}\r\n"
+        assert self.fast_path.try_handle(self.client, head.encode() + self.body)
+        return self.client.begun[-1]
+
+    def receive(self, data: bytes) -> None:
+        """Receive bytes of the upstream."""
+        connection = self.upstream[-1]
+        connection.get_buffer(-1)[: len(data)] = data
+        connection.buffer_updated(len(data))
+
+    def held(self) -> set[str]:
+        """Return what is held by an exchange."""
+        busy = self.recorder.in_flight, self.target.in_flight, self.limit.in_flight, self.pool.shares.in_use
+        assert busy[1] == busy[2], "an attempt has a slot of the limit"
+        exchange = self.client.begun[-1]
+        held = {"exchange"} if busy[0] else set()
+        held |= {"timer"} if exchange.timer is not None else set()
+        held |= {"task"} if exchange.task is not None else set()
+        held |= {"delay"} if exchange.delay is not None else set()
+        held |= {"last response"} if exchange.last is not None or exchange.failure is not None else set()
+        held |= {"attempt"} if busy[1] else set()
+        return held | ({"connection"} if busy[3] and exchange.task is None else set())
+
+
+async def waiting(world: World) -> FastExchange:
+    world.limiter.is_remote, world.limiter.replies_at_once = True, False
+    await world.connect()
+    return world.request()
+
+
+async def sent(world: World) -> FastExchange:
+    await world.connect()
+    return world.request()
+
+
+async def connecting(world: World) -> FastExchange:
+    world.opened = asyncio.get_running_loop().create_future()
+    exchange = world.request()
+    await turns()
+    return exchange
+
+
+async def turns() -> None:
+    """Let the loop run what is ready, a few times."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def flowing(world: World) -> FastExchange:
+    exchange = await sent(world)
+    world.receive(HALF)
+    return exchange
+
+
+async def paused(world: World) -> FastExchange:
+    exchange = await sent(world)
+    world.client.is_write_paused = True
+    world.receive(HALF)
+    assert world.upstream[-1]._transport.is_paused
+    return exchange
+
+
+async def backing_off(world: World) -> FastExchange:
+    exchange = await sent(world)
+    world.receive(RETRIED)
+    return exchange
+
+
+async def handed_over(world: World) -> FastExchange:
+    exchange = await sent(world)
+    world.receive(EVENTS_OF_A_SERVER)
+    return exchange
+
+
+async def done(world: World) -> FastExchange:
+    exchange = await flowing(world)
+    world.receive(b"half")
+    return exchange
+
+
+async def aborted(world: World) -> FastExchange:
+    exchange = await flowing(world)
+    exchange.on_client_disconnected()
+    return exchange
+
+
+async def admitting(world: World) -> FastExchange:
+    """An event within a callback, which no port may deliver."""
+    exchange = await waiting(world)
+    exchange.phase = states.ADMITTING
+    return exchange
+
+
+async def selecting(world: World) -> FastExchange:
+    """As `admitting`."""
+    exchange = await waiting(world)
+    exchange.phase = states.SELECTING
+    return exchange
+
+
+SITUATIONS: dict[str, tuple[Callable[[World], Any], States]] = {
+    "admitting": (admitting, States(states.ADMITTING)),
+    "waiting": (waiting, States(states.WAITING)),
+    "selecting": (selecting, States(states.SELECTING)),
+    "connecting": (connecting, States(states.CONNECTING)),
+    "sent": (sent, States(states.EXCHANGING)),
+    "flowing": (flowing, States(states.EXCHANGING, response=states.FLOWING)),
+    "paused": (paused, States(states.EXCHANGING, response=states.PAUSED)),
+    "backing off": (backing_off, States(states.BACKING_OFF)),
+    "handed over": (handed_over, States(states.HANDED_OVER)),
+    "done": (done, States(states.DONE, response=states.COMPLETE)),
+    "aborted": (aborted, States(states.ABORTED, response=states.ABORTED)),
+}
+
+
+def receive(world: World, exchange: FastExchange, first: bytes, further: bytes) -> None:
+    """Receive the beginning of a response, or more of it; without a connection, report progress all the same."""
+    if exchange.phase == states.EXCHANGING:
+        world.receive(first if exchange.response == states.NONE else further)
+    else:
+        exchange.on_progress()
+
+
+def lose(world: World, exchange: FastExchange) -> None:
+    if world.opened is not None and exchange.phase == states.CONNECTING:
+        world.opened.set_exception(httpx.ConnectError("refused"))
+    elif exchange.phase == states.EXCHANGING:
+        world.upstream[-1].is_reused = False  # not the keep-alive race
+        world.upstream[-1].connection_lost(None)
+    else:
+        exchange.error = OSError("reset")
+        exchange.on_progress()
+
+
+def pass_deadline(world: World, exchange: FastExchange) -> None:
+    """Let the timer of the deadline fire, if there is one; an exchange without it never gets the event."""
+    timer = exchange.timer
+    if timer is not None:
+        world.now += 2.0
+        timer._run()  # as the loop does
+
+
+# The events of the ports, each with the events of the tables that it may stand for.
+EVENTS: dict[str, tuple[Callable[[World, FastExchange], object], tuple[Event, ...]]] = {
+    "a part": (partial(receive, first=HALF, further=b"ha"), (states.HEAD, states.DATA)),
+    "the end": (partial(receive, first=HALF + b"half", further=b"half"), (states.HEAD, states.END)),
+    "the loss of the upstream": (lose, (states.RETRY, states.BREAK)),
+    "the client reads on": (lambda _, exchange: exchange.on_writable(), (states.WRITABLE,)),
+    "the client leaves": (lambda _, exchange: exchange.on_client_disconnected(), (states.CLIENT_GONE,)),
+    "the drain ends": (lambda _, exchange: exchange.on_forced_close(), (states.DRAIN,)),
+    "the deadline passes": (pass_deadline, (states.REFUSE, states.BREAK)),
+}
+
+
+class Expected(NamedTuple):
+    """What a legal event leads to: states, outcomes of the breaker, and status and reason of an ended exchange."""
+
+    phase: states.Phase
+    response: states.Response
+    outcomes: tuple[Outcome, ...] = ()
+    record: tuple[int, str | None] | None = None
+
+
+SUCCESS, FAILURE, IGNORED = (Outcome.SUCCESS,), (Outcome.FAILURE,), (Outcome.IGNORED,)
+LEFT, CUT = "client_disconnected", "draining"
+EXPECTED: dict[tuple[str, str], Expected] = {
+    ("waiting", "the client leaves"): Expected("aborted", "aborted", (), (499, LEFT)),
+    ("waiting", "the drain ends"): Expected("aborted", "aborted", (), (499, CUT)),
+    ("sent", "a part"): Expected("exchanging", "flowing"),
+    ("sent", "the end"): Expected("done", "complete", SUCCESS, (200, None)),
+    ("sent", "the loss of the upstream"): Expected("backing off", "none", FAILURE),
+    ("sent", "the client reads on"): Expected("exchanging", "none"),
+    ("sent", "the client leaves"): Expected("aborted", "aborted", IGNORED, (499, LEFT)),
+    ("sent", "the drain ends"): Expected("aborted", "aborted", IGNORED, (499, CUT)),
+    ("flowing", "a part"): Expected("exchanging", "flowing"),
+    ("flowing", "the end"): Expected("done", "complete", SUCCESS, (200, None)),
+    ("flowing", "the loss of the upstream"): Expected("aborted", "aborted", FAILURE, (200, "upstream_reset")),
+    ("flowing", "the client reads on"): Expected("exchanging", "flowing"),
+    ("flowing", "the client leaves"): Expected("aborted", "aborted", SUCCESS, (499, LEFT)),
+    ("flowing", "the drain ends"): Expected("aborted", "aborted", SUCCESS, (200, CUT)),
+    ("paused", "a part"): Expected("exchanging", "paused"),
+    ("paused", "the end"): Expected("done", "complete", SUCCESS, (200, None)),
+    ("paused", "the loss of the upstream"): Expected("aborted", "aborted", FAILURE, (200, "upstream_reset")),
+    ("paused", "the client reads on"): Expected("exchanging", "flowing"),
+    ("paused", "the client leaves"): Expected("aborted", "aborted", SUCCESS, (499, LEFT)),
+    ("paused", "the drain ends"): Expected("aborted", "aborted", SUCCESS, (200, CUT)),
+}
+EXPECTED |= {
+    ("connecting", "the loss of the upstream"): Expected("backing off", "none", FAILURE),
+    ("connecting", "the client leaves"): Expected("aborted", "aborted", IGNORED, (499, LEFT)),
+    ("connecting", "the drain ends"): Expected("aborted", "aborted", IGNORED, (499, CUT)),
+    ("connecting", "the deadline passes"): Expected("done", "complete", IGNORED, (504, "upstream_timeout")),
+    ("backing off", "the client leaves"): Expected("aborted", "aborted", FAILURE, (499, LEFT)),
+    ("backing off", "the drain ends"): Expected("aborted", "aborted", FAILURE, (499, CUT)),
+    ("backing off", "the deadline passes"): Expected("done", "complete", FAILURE, (504, "upstream_timeout")),
+    ("sent", "the deadline passes"): Expected("done", "complete", FAILURE, (504, "upstream_timeout")),
+    ("flowing", "the deadline passes"): Expected("aborted", "aborted", FAILURE, (200, "upstream_timeout")),
+    ("paused", "the deadline passes"): Expected("aborted", "aborted", SUCCESS, (200, "upstream_timeout")),
+}
+BODIES = pytest.mark.parametrize("body", [b"", b"body"], ids=["without a body", "with a body"])
+PAIRS = pytest.mark.parametrize(
+    ("situation", "event"), [pytest.param(*pair, id=" - ".join(pair)) for pair in product(SITUATIONS, EVENTS)]
+)
+
+
+def is_legal(situation: str, event: str) -> bool:
+    """Tell whether the tables allow an event of a port."""
+    _, before = SITUATIONS[situation]
+    if before.phase not in HELD_RESOURCES or (event == "the deadline passes" and before.phase == states.WAITING):
+        return False
+    return any(successor(before, one) is not None for one in EVENTS[event][1])
+
+
+def test_every_pair_that_the_tables_allow_has_an_expectation() -> None:
+    assert set(EXPECTED) == {pair for pair in product(SITUATIONS, EVENTS) if is_legal(*pair)}
+    assert {before.phase for _, before in SITUATIONS.values()} == set(PHASES)
+
+
+@BODIES
+@PAIRS
+def test_an_event_in_a_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, event: str, body: bytes
+) -> None:
+    """Attribution, charge and record are as expected, and whatever is not held in the new phase has been returned."""
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch, body)
+        begin, before = SITUATIONS[situation]
+        exchange = await begin(world)
+        assert (exchange.phase, exchange.response) == (before.phase, before.response)
+        deliver, _ = EVENTS[event]
+        if event == "the deadline passes" and exchange.timer is None:
+            return
+        if not is_legal(situation, event):
+            with pytest.raises(IllegalEvent):
+                deliver(world, exchange)
+            return
+        deliver(world, exchange)
+        await turns()
+        expected = EXPECTED[situation, event]
+        assert (exchange.phase, exchange.response) == expected[:2]
+        assert tuple(world.breaker.outcomes) == expected.outcomes
+        assert [(one.status, one.reason) for one in world.ended] == ([expected.record] if expected.record else [])
+        is_refunded = (situation, event) == ("connecting", "the deadline passes")
+        assert bool(world.limiter.settled) == is_refunded, "the charge stays if anything was sent"
+        check_resources(world, exchange)
+
+    asyncio.run(run())
+
+
+def check_resources(world: World, exchange: FastExchange) -> None:
+    """Check that an exchange holds what its phase may hold, and that an ended one has ended everything."""
+    held = world.held()
+    if exchange.phase == states.HANDED_OVER:
+        assert held - {"connection"} == {"exchange", "attempt"}, "the ASGI path has them"
+        assert len(world.client.apps) == 1
+        assert exchange.attempt is None
+        return
+    if exchange.phase in ENDED:
+        assert held == set()
+        assert len(world.ended) == len(world.client.ends) == 1
+        assert exchange.attempt is None
+        assert exchange.connection is None
+        assert world.client.exchange is None
+        return
+    assert held - {"exchange"} == set(HELD_RESOURCES[exchange.phase]) - {"question"}
+    assert not world.ended
+
+
+@BODIES
+@PAIRS
+def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    situation: str,
+    event: str,
+    body: bytes,
+) -> None:
+    if is_legal(situation, event) or event == "the deadline passes":
+        return
+    monkeypatch.setattr(ProxyExchange, "is_strict", False)
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch, body)
+        other = World(tmp_path / "other", monkeypatch)
+        undisturbed = await flowing(other)
+        begin, before = SITUATIONS[situation]
+        monkeypatch.setattr("api_gateway.transport.http1_transport._connect", world._connect)
+        exchange = await begin(world)
+        for _ in range(2):
+            EVENTS[event][0](world, exchange)
+        await turns()
+        assert sum(world.recorder.illegal_exchange_events.values()) == 2
+        assert {phase for phase, _ in world.recorder.illegal_exchange_events} <= {before.phase, states.ABORTED}
+        if before.phase in HELD_RESOURCES:
+            assert exchange.phase == states.ABORTED
+            assert world.ended[0].reason == "internal_error"
+        if exchange.phase in ENDED:
+            check_resources(world, exchange)
+        assert undisturbed.phase == states.EXCHANGING
+
+    (tmp_path / "other").mkdir()
+    asyncio.run(run())
+    assert caplog.text.count("is not allowed while") in (1, 2), "each state and event once"
+
+
+@BODIES
+@pytest.mark.parametrize("is_open", [True, False])
+def test_the_end_of_connecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes, *, is_open: bool) -> None:
+    """The request is sent, or there is another attempt after a delay."""
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch, body)
+        exchange = await connecting(world)
+        assert world.opened is not None
+        if is_open:
+            world.opened.set_result(None)
+        else:
+            world.opened.set_exception(httpx.ConnectError("refused"))
+        await turns()
+        check_resources(world, exchange)
+        if is_open:
+            world.receive(HALF + b"half")
+            check_resources(world, exchange)
+        assert exchange.phase == (states.DONE if is_open else states.BACKING_OFF)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_connection_that_was_closed_while_idle_is_replaced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_open: bool
+) -> None:
+    """It is the same attempt (RFC 9110 section 9.2.2); a second failure is that of a request that was sent."""
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch)
+        exchange = await sent(world)
+        world.opened = asyncio.get_running_loop().create_future()
+        world.upstream[-1].connection_lost(None)
+        await turns()
+        check_resources(world, exchange)
+        assert exchange.task is not None
+        assert not world.breaker.outcomes
+        if is_open:
+            world.opened.set_result(None)
+            await turns()
+            check_resources(world, exchange)
+            assert world.upstream[-1]._transport.sent == world.upstream[0]._transport.sent
+            world.upstream[-1].connection_lost(None)
+        else:
+            world.opened.set_exception(httpx.ConnectError("refused"))
+        await turns()
+        assert exchange.states.phase == states.BACKING_OFF
+        assert exchange.cause == "upstream_reset"
+        assert exchange.exchange.has_reached
+        assert tuple(world.breaker.outcomes) == FAILURE
+        check_resources(world, exchange)
+
+    asyncio.run(run())
+
+
+@BODIES
+@pytest.mark.parametrize("has_failed", [True, False])
+@pytest.mark.parametrize("is_available", [True, False])
+def test_the_end_of_a_delay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes, *, has_failed: bool, is_available: bool
+) -> None:
+    """The next attempt begins; without a target for it, what the last one came to is final."""
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch, body)
+        exchange = await sent(world)
+        if has_failed:
+            lose(world, exchange)
+        else:
+            world.receive(RETRIED)
+        world.target.is_healthy = is_available
+        delay = exchange.delay
+        assert delay is not None
+        delay._run()
+        await turns()
+        check_resources(world, exchange)
+        assert exchange.exchange.attempts == 1 + is_available
+        if is_available:
+            assert exchange.phase == states.EXCHANGING
+            assert exchange.exchange.retried == ("upstream_reset" if has_failed else "503",)
+            world.receive(HALF + b"half")
+            assert world.upstream[-1]._transport.sent[-1].endswith(body)
+        assert exchange.states.phase == states.DONE
+        status = 200 if is_available else 502 if has_failed else 503
+        assert [one.status for one in world.ended] == [status]
+        assert tuple(world.breaker.outcomes) == (FAILURE + SUCCESS if is_available else FAILURE)
+        check_resources(world, exchange)
+
+    asyncio.run(run())
+
+
+@BODIES
+def test_a_connection_that_opens_as_the_client_leaves_is_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch, body)
+        exchange = await connecting(world)
+        assert world.opened is not None
+        world.opened.set_result(None)  # the task runs at the next turn
+        exchange.on_client_disconnected()
+        await turns()
+        check_resources(world, exchange)
+        assert all(connection.is_closed for connection in world.upstream)
+        assert world.pool.is_empty
+
+    asyncio.run(run())
+
+
+@BODIES
+@pytest.mark.parametrize("situation", sorted(SITUATIONS.keys() - {"admitting", "selecting"}))
+def test_a_late_reply_of_the_store_is_dropped_in_every_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, body: bytes
+) -> None:
+    """A reply after the end of its exchange, or a second one to the same question. The charge stays."""
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch, body)
+        world.limiter.is_remote = world.limiter.replies_at_once = True
+        begin, _ = SITUATIONS[situation]
+        exchange = await begin(world)
+        (reply,) = world.limiter.asked
+        if situation == "waiting":
+            reply()
+            assert exchange.phase == states.EXCHANGING
+            assert exchange.request_body == (states.COMPLETE if body else states.NONE)
+        before = exchange.states
+        for _ in range(2):
+            reply()
+        await turns()
+        assert exchange.states == before
+        assert not world.limiter.settled
+        assert not world.recorder.illegal_exchange_events
+        check_resources(world, exchange)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("event", ["the client leaves", "the drain ends"])
+def test_a_reply_to_an_exchange_that_was_aborted_meanwhile_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    """A client that leaves before the decision of the store is charged."""
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch)
+        exchange = await waiting(world)
+        (reply,) = world.limiter.asked
+        EVENTS[event][0](world, exchange)
+        reply()
+        assert exchange.phase == states.ABORTED
+        check_resources(world, exchange)
+        assert not world.limiter.settled
+        assert not world.recorder.illegal_exchange_events
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with(picture()))
