@@ -6,7 +6,7 @@ llhttp knows only some methods. It gets POST in place of others, so that their b
 import logging
 import re
 from enum import IntEnum, auto
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import httptools
 
@@ -60,6 +60,31 @@ class RequestSink(Protocol):
         ...
 
 
+class _NoSink:
+    """The sink of a closed reader, which reports nothing."""
+
+    def on_head_begun(self) -> None:
+        """Do nothing."""
+
+    def on_request(self, head: RequestHead, trailers: HeaderList) -> None:
+        """Do nothing."""
+
+    def on_body_piece(self, piece: bytes) -> None:
+        """Do nothing."""
+
+    def on_body_complete(self) -> None:
+        """Do nothing."""
+
+    def on_handshake(self) -> None:
+        """Do nothing."""
+
+    def refuse(self, error: GatewayError) -> None:
+        """Do nothing."""
+
+
+_NO_SINK: Final = _NoSink()
+
+
 class Part(IntEnum):
     """The part of a request that the parser expects."""
 
@@ -92,7 +117,7 @@ class RequestReader:
 
     def __init__(self, limits: ConnectionLimits, sink: RequestSink) -> None:
         self._limits = limits
-        self._sink = sink
+        self._sink: RequestSink = sink
         self._parser: Any = None  # created for the first piece: plain requests do not need it
         self._part = Part.START
         self._is_stopped = False
@@ -152,7 +177,7 @@ class RequestReader:
         """Release the parser and the sink, which breaks the reference cycles with them."""
         self._is_stopped = True
         self._parser = None
-        del self._sink
+        self._sink = _NO_SINK
 
     def renew(self) -> None:
         """Continue to read requests after a handshake that was refused."""

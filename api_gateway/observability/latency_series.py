@@ -6,6 +6,7 @@ percentiles are, too.
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from api_gateway.models import Exchange
@@ -41,6 +42,12 @@ def percentile(buckets: Mapping[int, int], percent: float) -> float | None:
 
 
 _FLOOR_BUCKET = bucket_of(_FLOOR)
+
+
+@lru_cache(maxsize=4)
+def _bounds(number: int) -> tuple[float, float]:
+    """Return the bounds of a slice: the same objects for all series, so that they stay in the processor's caches."""
+    return number * SLICE, (number + 1) * SLICE
 
 
 class Tally:
@@ -137,7 +144,7 @@ class WindowedSeries:
             self._numbers[slot], self._slices[slot] = number, Tally()
             self._newest = max(self._newest, number)
         self._running = self._slices[slot]
-        self._from, self._until = number * SLICE, (number + 1) * SLICE
+        self._from, self._until = _bounds(number)
         return self._running
 
     @property

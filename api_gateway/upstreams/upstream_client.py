@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 
 import httpx
 
@@ -107,13 +108,7 @@ class UpstreamClient:
         self.hash_header = hash_header
         self.supports_fast_path = self.is_native and hash_header is None
         self.tunnel_timeout = timeouts.tunnel
-        self.limits = {
-            "connect": timeouts.connect,
-            "pool": timeouts.connect,
-            "read": timeouts.response,
-            "write": timeouts.idle,
-            "idle": timeouts.idle,
-        }
+        self.limits = _limits(timeouts)
 
     def __repr__(self) -> str:
         return f"<UpstreamClient {self.upstream!r}>"
@@ -204,6 +199,18 @@ class UpstreamClient:
         return await pool.acquire(
             connect, self.limits["pool"], holder=holder, is_fresh=is_fresh, on_connect=on_connect
         )
+
+
+@lru_cache(maxsize=256)
+def _limits(timeouts: Timeouts) -> dict[str, float]:
+    """Return the timeouts as an extension of requests: one object for all upstreams with the same, never changed."""
+    return {
+        "connect": timeouts.connect,
+        "pool": timeouts.connect,
+        "read": timeouts.response,
+        "write": timeouts.idle,
+        "idle": timeouts.idle,
+    }
 
 
 def _origin(target: Target) -> Origin:

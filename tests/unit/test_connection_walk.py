@@ -258,8 +258,9 @@ class Life:
                 self.client.transport.abort()
             harness.wait(1000.0)
         assert self.is_lost, f"the connection does not end: {self.client.connection!r}"
-        harness.open_gates()
-        harness.turn(10)
+        for _ in range(5):  # an application may wait again
+            harness.open_gates()
+            harness.turn(5)
         self.check_responses()
         connection = self.client.connection
         assert connection.state.is_lost
