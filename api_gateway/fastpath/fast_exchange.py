@@ -201,7 +201,7 @@ class FastExchange(ProxyExchange):
             return None
         exchange.upstream = route.upstream
         upstream_client.retries.budget.deposit(exchange.started)
-        if deadline is not None and not deadline.remaining(now):
+        if deadline is not None and deadline.at <= now:
             return self._after(deadline_error(exchange, deadline))
         is_safe = exchange.method in IDEMPOTENT or self._has_key()
         try:
@@ -213,8 +213,7 @@ class FastExchange(ProxyExchange):
         self.timeouts = upstream_client.limits
         self._client.begin_exchange(self)
         if deadline is not None:
-            left = deadline.remaining(now)
-            self.timer = self._client.loop.call_later(left, self._on_deadline, self.generation)
+            self.timer = self._client.loop.call_later(deadline.at - now, self._on_deadline, self.generation)
             self.is_pending = True
         exchange.target, exchange.sent_at = attempt.target.url, now
         exchange.attempts += 1

@@ -17,7 +17,7 @@ _DECIMAL = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _SHOWN = 40  # bytes of an invalid value that are quoted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Deadline:
     """A deadline: `at` in monotonic seconds, `seconds` from the request's arrival, `source` of the timeout.
 

@@ -19,6 +19,7 @@ from api_gateway.http1.headers import (
     fields_of,
     host_name,
     inspected_headers,
+    is_visible_ascii,
     is_within,
     rewrite_request,
     stripped_headers,
@@ -197,7 +198,11 @@ class HeaderReader:
         if anonymous is None:
             return None
         facts = anonymous.copy()
-        self._set_name(facts, fields_of(names))
+        given = names[0][1]
+        if is_visible_ascii(given):  # `_set_name` for the usual case
+            facts.name = given.decode("ascii")
+        else:
+            self._set_name(facts, fields_of(names))
         return facts
 
     def _read_plain(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:

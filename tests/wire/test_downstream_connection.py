@@ -1,6 +1,7 @@
 """The limits of a request's head, in time and in size, with a raw client."""
 
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from tests.kit import (
     RawUpstream,
     RunningGateway,
     Wire,
+    ask,
     eventually,
     in_front_of,
     reply,
@@ -532,3 +534,18 @@ def test_chunk_extensions_are_bounded(client: RawClient, up: RawUpstream) -> Non
             client.send(b"1;" + b"a" * 500 + b"\r\nx\r\n")
     assert is_problem(client.answer(), 400, b"bad_request")
     assert client.is_closed()
+
+
+def parsed_heads(running: RunningGateway) -> float:
+    """Return how many heads the general parser has read."""
+    text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
+    found = re.search(r'^gateway_http_parsed_heads_total{parser="general"} ([0-9.]+)$', text, re.MULTILINE)
+    return 0.0 if found is None else float(found[1])
+
+
+def test_which_parser_read_a_head_is_a_metric(running: RunningGateway, client: RawClient) -> None:
+    """It is all that differs: the response is the same."""
+    before = parsed_heads(running)
+    plain, unusual = client.get(headers=("X: 1",)), client.get(headers=("X:1",))
+    assert (plain.status, plain.body) == (unusual.status, unusual.body)
+    assert parsed_heads(running) - before == 2  # the unusual one, and that for the metrics
