@@ -12,7 +12,7 @@ import httptools
 
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.request_target import origin_form
-from api_gateway.downstream.states import IllegalEvent
+from api_gateway.downstream.states import IllegalConnectionEvent
 from api_gateway.errors import BadRequest, GatewayError, HeadersTooLarge, InternalError
 from api_gateway.http1.headers import fields_of, framing
 from api_gateway.http1.methods import KNOWN_METHODS, REFUSED_METHODS
@@ -234,7 +234,7 @@ class RequestReader:
         if self._is_stopped:
             return
         cause = error.__context__
-        if isinstance(cause, IllegalEvent):
+        if isinstance(cause, IllegalConnectionEvent):
             raise cause
         if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, httptools.HttpParserError):
             logger.error("failed to parse a request", exc_info=cause)

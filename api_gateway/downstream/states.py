@@ -170,7 +170,7 @@ PERSISTENCE: Final[dict[Persistence, dict[ConnectionEvent, Persistence]]] = {
 
 # The readings with which each service may be combined. BODY is combined with IDLE after an early response, HELD until
 # the held input is parsed in the next turn of the event loop.
-COMBINATIONS: Final[dict[Service, tuple[Reading, ...]]] = {
+READINGS_BY_SERVICE: Final[dict[Service, tuple[Reading, ...]]] = {
     Service.IDLE: (Reading.NEW, Reading.IDLE, Reading.HEAD, Reading.BODY, Reading.HELD),
     Service.FORWARDING: (Reading.HELD,),
     Service.SERVING: (Reading.IDLE, Reading.HEAD, Reading.BODY, Reading.HELD),
@@ -259,7 +259,7 @@ def _start() -> ConnectionState:
             persistence = _next(PERSISTENCE, state.persistence, event)
             if reading is None or service is None or persistence is None:
                 continue
-            if reading in COMBINATIONS[service]:
+            if reading in READINGS_BY_SERVICE[service]:
                 key = (reading, service, persistence)
                 if key not in known:
                     known[key] = ConnectionState(*key)
@@ -271,7 +271,7 @@ def _start() -> ConnectionState:
 START: Final = _start()
 
 
-class IllegalEvent(Exception):
+class IllegalConnectionEvent(Exception):
     """An event that the table does not allow in the present state: a defect of the gateway."""
 
 
@@ -288,11 +288,11 @@ class IllegalEvents:
         return f"<IllegalEvents [{self.counts.total()}]>"
 
     def report(self, what: object, state: ConnectionState, event: ConnectionEvent) -> None:
-        """Report the event. Raises IllegalEvent if `raises`."""
+        """Report the event. Raises IllegalConnectionEvent if `raises`."""
         self.counts[event.name.lower()] += 1
         message = f"illegal event {event.name.lower()} in state {state} of {what!r}"
         if self.raises:
-            raise IllegalEvent(message)
+            raise IllegalConnectionEvent(message)
         logger.error("%s; the connection is closed", message)
 
 

@@ -11,15 +11,15 @@ import pytest
 
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.states import (
-    COMBINATIONS,
     ILLEGAL_EVENTS,
     PERSISTENCE,
     READING,
+    READINGS_BY_SERVICE,
     SERVICE,
     START,
     ConnectionEvent,
     ConnectionState,
-    IllegalEvent,
+    IllegalConnectionEvent,
     Persistence,
     Reading,
     Service,
@@ -51,7 +51,7 @@ STATES = reachable()
 
 def test_every_state_of_each_table_can_be_reached_in_every_combination() -> None:
     assert {(state.reading, state.service) for state in STATES} == {
-        (reading, service) for service, readings in COMBINATIONS.items() for reading in readings
+        (reading, service) for service, readings in READINGS_BY_SERVICE.items() for reading in readings
     }
     assert {state.persistence for state in STATES} == set(Persistence)
 
@@ -103,7 +103,9 @@ def harness() -> Iterator[Harness]:
 
 def test_an_illegal_event_raises_in_tests(harness: Harness) -> None:
     try:
-        with pytest.raises(IllegalEvent, match="body_complete in state reading new, service idle, persistence pers"):
+        with pytest.raises(
+            IllegalConnectionEvent, match="body_complete in state reading new, service idle, persistence pers"
+        ):
             harness.connection.move(ConnectionEvent.BODY_COMPLETE)
     finally:
         ILLEGAL_EVENTS.counts.clear()
@@ -133,7 +135,7 @@ def test_an_illegal_event_within_a_callback_of_the_parser_is_not_taken_for_an_er
 ) -> None:
     monkeypatch.setattr(DownstreamConnection, "cycle_of", lambda self, _head: self.move(ConnectionEvent.SWITCH))
     try:
-        with pytest.raises(IllegalEvent):
+        with pytest.raises(IllegalConnectionEvent):
             harness.client.receive(b"GET /l1 HTTP/1.1\r\nHost:a\r\n\r\n")
     finally:
         ILLEGAL_EVENTS.counts.clear()
@@ -175,7 +177,7 @@ def combinations() -> str:
     """Return the legal combinations as a table."""
     rows = [
         f"| {service.name.lower()} | {', '.join(reading.name.lower() for reading in readings)} |"
-        for service, readings in COMBINATIONS.items()
+        for service, readings in READINGS_BY_SERVICE.items()
     ]
     return "\n".join(["| service | combined with reading |", "|---|---|", *rows, ""])
 
