@@ -57,7 +57,7 @@ from api_gateway.proxy.exchange import (
     RETRY,
     SELECTING,
     WRITABLE,
-    Event,
+    ExchangeEvent,
     IllegalEvent,
     ProxyExchange,
 )
@@ -131,7 +131,7 @@ class FastExchange(ProxyExchange):
         """True once the head of the response has been sent, and with it the `Connection` field."""
         return self.response != NONE
 
-    def _may(self, event: Event) -> bool:
+    def _may(self, event: ExchangeEvent) -> bool:
         """Change the states by an event of a port, and return True; abort the exchange if they do not allow it."""
         try:
             self.move(event)

@@ -19,12 +19,12 @@ class ChunkState(Enum):
     """What follows the checked part of a chunked body."""
 
     ARRIVING = "arriving"  # more plain chunks
-    COMPLETE = "complete"  # nothing
+    ENDED = "ended"  # nothing
     NOT_PLAIN = "not plain"  # a chunk for the general parser, or more than MAX_CHUNKS
     INVALID = "invalid"  # bytes that are no line break at the end of a chunk
 
 
-ARRIVING, COMPLETE, NOT_PLAIN, INVALID = ChunkState
+ARRIVING, ENDED, NOT_PLAIN, INVALID = ChunkState
 
 
 class ChunkedBody:
@@ -104,7 +104,7 @@ class ChunkedBody:
         """Take the last chunk, from `position` on, if only its end follows its size, which ends at `end`."""
         behind = data[end:]
         if behind == _LINE_BREAK:
-            self.state = COMPLETE
+            self.state = ENDED
             return len(data)
         if behind not in _LAST_BEGUN:
             self.state = NOT_PLAIN

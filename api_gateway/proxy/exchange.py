@@ -14,7 +14,7 @@ from typing import ClassVar, Final, Literal, NamedTuple
 
 from api_gateway.transport.response import UpstreamResponse
 
-Phase = Literal[
+ExchangePhase = Literal[
     "admitting",
     "waiting",
     "selecting",
@@ -25,9 +25,9 @@ Phase = Literal[
     "done",
     "aborted",
 ]
-RequestBody = Literal["none", "held", "complete"]
-Response = Literal["none", "flowing", "paused", "complete", "aborted"]
-Event = Literal[
+RequestBodyState = Literal["none", "held", "complete"]
+ResponseState = Literal["none", "flowing", "paused", "complete", "aborted"]
+ExchangeEvent = Literal[
     "ask",
     "reply",
     "admit",
@@ -91,8 +91,8 @@ CLIENT_GONE: Final = "client gone"
 DRAIN: Final = "drain"  # the drain timeout has passed
 DEFECT: Final = "defect"  # an event came that the state does not allow
 
-_STOPS: Final[Mapping[Event, Phase]] = {CLIENT_GONE: ABORTED, DRAIN: ABORTED, DEFECT: ABORTED}
-PHASES: Final[Mapping[Phase, Mapping[Event, Phase]]] = {
+_STOPS: Final[Mapping[ExchangeEvent, ExchangePhase]] = {CLIENT_GONE: ABORTED, DRAIN: ABORTED, DEFECT: ABORTED}
+PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
     ADMITTING: {ASK: WAITING, ADMIT: SELECTING, REFUSE: DONE},
     WAITING: {REPLY: ADMITTING, **_STOPS},
     SELECTING: {CONNECT: CONNECTING, SEND: EXCHANGING, FINAL: EXCHANGING, HAND_OVER: HANDED_OVER, REFUSE: DONE},
@@ -115,12 +115,12 @@ PHASES: Final[Mapping[Phase, Mapping[Event, Phase]]] = {
     DONE: {},
     ABORTED: {},
 }
-REQUEST_BODIES: Final[Mapping[RequestBody, Mapping[Event, RequestBody]]] = {
+REQUEST_BODIES: Final[Mapping[RequestBodyState, Mapping[ExchangeEvent, RequestBodyState]]] = {
     NONE: {CONNECT: NONE, SEND: NONE, RETRY: NONE, FINAL: NONE},
     HELD: {CONNECT: HELD, SEND: COMPLETE, RETRY: HELD, FINAL: COMPLETE},
     COMPLETE: {RETRY: HELD},
 }
-RESPONSES: Final[Mapping[Response, Mapping[Event, Response]]] = {
+RESPONSES: Final[Mapping[ResponseState, Mapping[ExchangeEvent, ResponseState]]] = {
     NONE: {
         HEAD: FLOWING,
         WRITABLE: NONE,  # an interim response may have filled the write buffer
@@ -155,7 +155,7 @@ RESPONSES: Final[Mapping[Response, Mapping[Event, Response]]] = {
     ABORTED: {},
 }
 # The states of the other two machines that each phase may be combined with.
-COMBINATIONS: Final[Mapping[Phase, tuple[frozenset[RequestBody], frozenset[Response]]]] = {
+COMBINATIONS: Final[Mapping[ExchangePhase, tuple[frozenset[RequestBodyState], frozenset[ResponseState]]]] = {
     ADMITTING: (frozenset({NONE, HELD}), frozenset({NONE})),
     WAITING: (frozenset({NONE, HELD}), frozenset({NONE})),
     SELECTING: (frozenset({NONE, HELD}), frozenset({NONE})),
@@ -168,7 +168,7 @@ COMBINATIONS: Final[Mapping[Phase, tuple[frozenset[RequestBody], frozenset[Respo
 }
 # What an exchange holds in a phase, beside the client's connection, and returns when it leaves the phase. A phase that
 # is not here holds nothing beyond the callback in which it begins and ends.
-HELD_RESOURCES: Final[Mapping[Phase, frozenset[str]]] = {
+HELD_RESOURCES: Final[Mapping[ExchangePhase, frozenset[str]]] = {
     WAITING: frozenset({"question"}),
     CONNECTING: frozenset({"attempt", "task", "timer"}),  # the timer is that of the deadline, if there is one
     EXCHANGING: frozenset({"attempt", "connection", "timer"}),
@@ -181,9 +181,9 @@ _OF_RESPONSES: Final = frozenset(event for events in RESPONSES.values() for even
 class States(NamedTuple):
     """The states of one exchange."""
 
-    phase: Phase = ADMITTING
-    request_body: RequestBody = NONE
-    response: Response = NONE
+    phase: ExchangePhase = ADMITTING
+    request_body: RequestBodyState = NONE
+    response: ResponseState = NONE
 
     def __str__(self) -> str:
         return f"{self.phase} (request body {self.request_body}, response {self.response})"
@@ -192,11 +192,11 @@ class States(NamedTuple):
 class IllegalEvent(RuntimeError):
     """An event that the states of an exchange do not allow: a defect of the gateway."""
 
-    def __init__(self, states: States, event: Event) -> None:
+    def __init__(self, states: States, event: ExchangeEvent) -> None:
         super().__init__(f"{event!r} is not allowed while {states}")
 
 
-def successor(states: States, event: Event) -> States | None:
+def successor(states: States, event: ExchangeEvent) -> States | None:
     """Return the states after an event, or None if one of the tables does not allow it."""
     phase = PHASES[states.phase].get(event)
     body = REQUEST_BODIES[states.request_body].get(event) if event in _OF_REQUEST_BODIES else states.request_body
@@ -212,9 +212,9 @@ class ProxyExchange(UpstreamResponse):
     """
 
     is_strict: ClassVar[bool] = False  # illegal events raise, as in tests
-    phase: Phase = ADMITTING
-    request_body: RequestBody = NONE
-    response: Response = NONE
+    phase: ExchangePhase = ADMITTING
+    request_body: RequestBodyState = NONE
+    response: ResponseState = NONE
     generation = 0
 
     @property
@@ -222,7 +222,7 @@ class ProxyExchange(UpstreamResponse):
         """The present states."""
         return States(self.phase, self.request_body, self.response)
 
-    def move(self, event: Event) -> None:
+    def move(self, event: ExchangeEvent) -> None:
         """Change the states by an event. Raises IllegalEvent, and changes nothing, if they do not allow it."""
         states = successor(self.states, event)
         if states is None:

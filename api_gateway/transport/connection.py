@@ -16,7 +16,7 @@ import httpx
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.eventloop.receive_buffer import READ_SIZE, receive_buffer
 from api_gateway.eventloop.send_queue import unacknowledged
-from api_gateway.http1.chunked import COMPLETE, INVALID, NOT_PLAIN, ChunkedBody
+from api_gateway.http1.chunked import ENDED, INVALID, NOT_PLAIN, ChunkedBody
 from api_gateway.http1.fast_parser import parse_response_head
 from api_gateway.http1.headers import BODILESS, fields_of, framing
 from api_gateway.models import HeaderList
@@ -370,7 +370,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         """Append checked chunks to the response, which is complete if they are."""
         if checked:
             response.append(checked)
-        if chunks.state is COMPLETE:
+        if chunks.state is ENDED:
             self._chunks = None
             response.is_complete = True
         else:

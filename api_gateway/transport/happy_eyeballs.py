@@ -21,7 +21,7 @@ from api_gateway.transport.local_resources import exhaustion_behind
 
 ATTEMPT_DELAY = 0.25  # seconds, as RFC 8305 section 8 recommends
 REMEMBERED_FOR = 600.0  # seconds for which a failed attempt determines the order (RFC 6555 section 4.2)
-MAX_REMEMBERED = 1_024  # addresses of one transport
+MAX_FAILED_ADDRESSES = 1_024  # addresses of one transport
 
 AddressInfo = tuple[int, int, int, str, Any]  # an item of `getaddrinfo`'s result
 ConnectionAttempt = Callable[[], Coroutine[Any, Any, socket.socket]]
@@ -47,7 +47,7 @@ class FailedAddresses:
         if has_connected:
             return
         self._failed_at[info] = now
-        if len(self._failed_at) > MAX_REMEMBERED:
+        if len(self._failed_at) > MAX_FAILED_ADDRESSES:
             del self._failed_at[next(iter(self._failed_at))]
 
     def in_order(self, found: Sequence[AddressInfo], now: float) -> list[AddressInfo]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.http1.chunked import ARRIVING, COMPLETE, INVALID, MAX_CHUNKS, NOT_PLAIN, ChunkedBody
+from api_gateway.http1.chunked import ARRIVING, ENDED, INVALID, MAX_CHUNKS, NOT_PLAIN, ChunkedBody
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -42,10 +42,10 @@ def cuts(draw: Any, data: bytes) -> list[bytes]:
 def test_a_body_is_passed_on_unchanged_however_it_is_cut(data: st.DataObject, pieces: list[bytes]) -> None:
     body, sent = ChunkedBody(), b""
     for piece in cuts(data.draw, chunked(pieces)):
-        assert body.state in (ARRIVING, COMPLETE)
+        assert body.state in (ARRIVING, ENDED)
         sent += body.feed(piece)
         assert len(body.rest) <= 12, "no more than the beginning of a line is held"
-    assert (body.state, sent, body.content) == (COMPLETE, chunked(pieces), sum(map(len, pieces)))
+    assert (body.state, sent, body.content) == (ENDED, chunked(pieces), sum(map(len, pieces)))
 
 
 WORDS = st.sampled_from(
@@ -66,7 +66,7 @@ def test_no_other_bytes_are_taken_than_those_that_the_parser_takes(
             break
     reader = Reader()
     reader.parser.feed_data(sent)  # raises for what is invalid
-    assert (len(reader.content), reader.is_complete) == (body.content, body.state is COMPLETE)
+    assert (len(reader.content), reader.is_complete) == (body.content, body.state is ENDED)
     if body.state is INVALID:
         with pytest.raises(httptools.HttpParserError):
             reader.parser.feed_data(body.rest)

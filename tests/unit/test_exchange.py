@@ -34,7 +34,7 @@ from api_gateway.proxy.exchange import (
     PHASES,
     REQUEST_BODIES,
     RESPONSES,
-    Event,
+    ExchangeEvent,
     IllegalEvent,
     ProxyExchange,
     States,
@@ -73,16 +73,20 @@ def all_states() -> set[States]:
         one = left.pop()
         if one not in reached:
             reached.add(one)
-            left += [after for event in get_args(Event) if (after := successor(one, event)) is not None]
+            left += [after for event in get_args(ExchangeEvent) if (after := successor(one, event)) is not None]
     return reached
 
 
 def test_the_tables_name_every_state_and_no_other_event() -> None:
-    for table, kind in ((PHASES, states.Phase), (REQUEST_BODIES, states.RequestBody), (RESPONSES, states.Response)):
+    for table, kind in (
+        (PHASES, states.ExchangePhase),
+        (REQUEST_BODIES, states.RequestBodyState),
+        (RESPONSES, states.ResponseState),
+    ):
         rows: Mapping[str, Mapping[str, str]] = table  # type: ignore[assignment]  # of three types
         assert set(rows) == set(get_args(kind))
         assert {state for events in rows.values() for state in events.values()} <= set(rows)
-        assert {event for events in rows.values() for event in events} <= set(get_args(Event))
+        assert {event for events in rows.values() for event in events} <= set(get_args(ExchangeEvent))
     assert set(COMBINATIONS) == set(PHASES)
 
 
@@ -95,8 +99,8 @@ def test_every_combination_that_can_be_reached_is_legal_and_every_legal_one_can_
 
 
 def test_every_event_of_a_table_is_allowed_in_some_state() -> None:
-    used = {event for one in all_states() for event in get_args(Event) if successor(one, event) is not None}
-    assert used == set(get_args(Event))
+    used = {event for one in all_states() for event in get_args(ExchangeEvent) if successor(one, event) is not None}
+    assert used == set(get_args(ExchangeEvent))
 
 
 def test_an_exchange_that_waits_for_others_ends_when_its_client_leaves_or_the_drain_ends() -> None:
@@ -511,7 +515,7 @@ def pass_deadline(world: World, exchange: FastExchange) -> None:
 
 
 # The events of the ports, each with the events of the tables that it may stand for.
-EVENTS: dict[str, tuple[Callable[[World, FastExchange], object], tuple[Event, ...]]] = {
+EVENTS: dict[str, tuple[Callable[[World, FastExchange], object], tuple[ExchangeEvent, ...]]] = {
     "a part": (partial(receive, first=HALF, further=b"ha"), (states.HEAD, states.DATA)),
     "the end": (partial(receive, first=HALF + b"half", further=b"half"), (states.HEAD, states.END)),
     "the loss of the upstream": (lose, (states.RETRY, states.BREAK)),
@@ -525,8 +529,8 @@ EVENTS: dict[str, tuple[Callable[[World, FastExchange], object], tuple[Event, ..
 class Expected(NamedTuple):
     """What a legal event leads to: states, outcomes of the breaker, and status and reason of an ended exchange."""
 
-    phase: states.Phase
-    response: states.Response
+    phase: states.ExchangePhase
+    response: states.ResponseState
     outcomes: tuple[Outcome, ...] = ()
     record: tuple[int, str | None] | None = None
 

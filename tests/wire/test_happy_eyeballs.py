@@ -15,7 +15,7 @@ import uvloop
 
 from api_gateway.transport import happy_eyeballs
 from api_gateway.transport.happy_eyeballs import (
-    MAX_REMEMBERED,
+    MAX_FAILED_ADDRESSES,
     REMEMBERED_FOR,
     AddressInfo,
     FailedAddresses,
@@ -190,10 +190,10 @@ def test_a_failed_address_is_tried_last_until_it_connects_or_its_time_is_over() 
 
 def test_few_addresses_are_remembered() -> None:
     failed = FailedAddresses()
-    for port in range(2 * MAX_REMEMBERED):
+    for port in range(2 * MAX_FAILED_ADDRESSES):
         failed.note(at(port), port, has_connected=False)
-    assert str(MAX_REMEMBERED) in repr(failed)
-    assert failed.in_order([at(2 * MAX_REMEMBERED - 1), at(0)], 0)[0] == at(0), "the longest ago is forgotten"
+    assert str(MAX_FAILED_ADDRESSES) in repr(failed)
+    assert failed.in_order([at(2 * MAX_FAILED_ADDRESSES - 1), at(0)], 0)[0] == at(0), "the longest ago is forgotten"
 
 
 def test_the_error_names_all_attempts(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
