@@ -8,7 +8,7 @@ import asyncio
 from weakref import WeakKeyDictionary
 
 READ_SIZE = 64 * 1024  # bytes read at once
-RELAY_SIZE = 192 * 1024  # bytes read at once if they are written immediately: fewer system calls for large bodies
+RELAY_SIZE = 128 * 1024  # bytes read at once if they are written immediately: fewer system calls for large bodies
 
 _buffers: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 

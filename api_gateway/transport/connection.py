@@ -72,8 +72,9 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     still be sent (`_upload`) and reading may be paused. Head and body are gathered (`_gathered`) until the body has to
     wait for the client, so that a body at hand leaves with its head in one write.
 
-    A slow client occupies at most 256 KiB: its transport buffers 64 KiB. In addition, a relayed response occupies one
-    read of RELAY_SIZE; any other response RESPONSE_HIGH_WATER and one read of READ_SIZE here, and the same amount
+    A slow client occupies at most 256 KiB. A relayed response occupies two reads of RELAY_SIZE: one of which the
+    client's transport has sent a part, because it keeps the whole and reports no pause below 64 KiB, and the next one.
+    Any other response occupies these 64 KiB, RESPONSE_HIGH_WATER and one read of READ_SIZE here, and the same amount
     while it is written.
     """
 
