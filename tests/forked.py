@@ -5,6 +5,7 @@ show, such as how a fresh interpreter starts, is for `processes.fresh_process`.
 """
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.process
 import os
@@ -26,6 +27,7 @@ def _run(
     module: str, arguments: Sequence[str], cwd: str, variables: Mapping[str, str], outputs: Sequence[str]
 ) -> None:
     """Become `python -m MODULE` with these arguments, in the forked process."""
+    gc.freeze()  # else a collection visits, and so copies, all that was imported before the fork, in one callback
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -429,6 +430,18 @@ class RawClient(Wire):
         """Send a GET and read its response."""
         self.request("GET", target, headers)
         return self.answer()
+
+
+@cache
+def refusing_url() -> str:
+    """Return the URL of a port on which nobody listens. It is bound, so that no other test's server gets it."""
+    holder = socket.socket()
+    holder.bind(("127.0.0.1", 0))
+    _HOLDERS.append(holder)
+    return f"http://127.0.0.1:{holder.getsockname()[1]}"
+
+
+_HOLDERS: list[socket.socket] = []
 
 
 def attributes_of(thing: object) -> dict[str, Any]:

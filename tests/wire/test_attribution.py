@@ -52,6 +52,7 @@ from tests.kit import (
     ask,
     eventually,
     in_front_of,
+    refusing_url,
     reply,
     running_gateway,
 )
@@ -364,10 +365,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         stack.callback(up.close)
         stack.callback(plain.close)
         mute = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        with socket.create_server(("127.0.0.1", 0)) as gone:
-            absent = f"http://127.0.0.1:{gone.getsockname()[1]}"
         others = {
-            "absent": absent,
+            "absent": refusing_url(),
             "plain": plain.url.replace("http", "https"),
             "mute": f"https://127.0.0.1:{mute.getsockname()[1]}",
         }

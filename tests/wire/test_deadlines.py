@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import threading
 import time
 from typing import Any
@@ -25,6 +24,7 @@ from tests.kit import (
     Wire,
     eventually,
     in_front_of,
+    refusing_url,
     reply,
 )
 from tests.wire.test_websocket import ASKING, accepting, echo
@@ -93,8 +93,7 @@ def test_the_forwarded_timeout_is_never_more_than_what_is_left_nor_zero(seconds:
 @pytest.fixture(scope="module")
 def sections(shared: RawUpstream) -> dict[str, Any]:
     """One upstream for each kind of deadline, so that each has its own breaker."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    refused = refusing_url()
 
     def section(url: str, **options: Any) -> dict[str, Any]:
         breaker = {"failure_threshold": 1000, "minimum_calls": 1000}

@@ -1,24 +1,29 @@
 """Outlier detection on the wire and in the operator's view: ejection of a target, and its return."""
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, ask, eventually, in_front_of, reply
+from tests.kit import (
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    ask,
+    eventually,
+    in_front_of,
+    refusing_url,
+    reply,
+)
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
 BREAKER = {"jitter": 0, "failure_threshold": 2, "minimum_calls": 1000, "recovery_timeout": 60}
-
-
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def sections(*urls: str, **options: Any) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def test_what_fails_is_ejected_and_the_view_says_why(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     good = upstream(reply(b"good"))
-    bad = f"http://127.0.0.1:{closed_port()}" if behave is None else upstream(behave).url
+    bad = refusing_url() if behave is None else upstream(behave).url
     running = gateway(sections(good.url, bad, timeouts={"response": 0.2, "connect": 1}))
     statuses(running, 4)
     assert statuses(running, 6) == [200] * 6

@@ -1,7 +1,6 @@
 """The fallback of a route: for which failures it responds, what it reports, and what it costs."""
 
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +33,7 @@ from tests.kit import (
     Wire,
     ask,
     eventually,
+    refusing_url,
     reply,
 )
 
@@ -123,8 +123,7 @@ INSTEAD = {"status": 203, "headers": {"Content-Type": "application/json", "X-Why
 
 @pytest.fixture(scope="module")
 def sections(shared: RawUpstream, spare: RawUpstream) -> dict[str, Any]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    refused = refusing_url()
     calm = {"failure_threshold": 100_000, "minimum_calls": 100_000}
 
     def section(url: str, breaker: dict[str, Any] = calm, **options: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,18 +10,23 @@ from typing import Any
 
 import pytest
 
-from tests.kit import RawAnswer, RawClient, RawRequest, RawUpstream, RunningGateway, Wire, reply, running_gateway
+from tests.kit import (
+    RawAnswer,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    refusing_url,
+    reply,
+    running_gateway,
+)
 
 StartGateway = Callable[..., RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 MAX_BODY = 64 * 1024
 VIA = re.compile(rb"1\.1 api-gateway-[0-9a-f]{12}")
 NEVER_OPENS = {"failure_threshold": 100_000, "minimum_calls": 100_000}
-
-
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def to(*urls: str, **options: Any) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def servers() -> Iterator[dict[str, RawUpstream]]:
 def sections(servers: dict[str, RawUpstream]) -> dict[str, Any]:
     upstreams = {name: to(server.url) for name, server in servers.items() if name not in ("one", "two")}
     upstreams["several"] = to(servers["one"].url, servers["two"].url, balance="round_robin")
-    upstreams["refused"] = to(f"http://127.0.0.1:{closed_port()}")
+    upstreams["refused"] = to(refusing_url())
     routes: list[dict[str, Any]] = [
         {"name": "all", "path": "/api", "upstream": "up"},
         {"name": "users", "path": "/api/users", "upstream": "users"},

@@ -23,6 +23,7 @@ from tests.kit import (
     eventually,
     in_front_of,
     reason,
+    refusing_url,
     reply,
 )
 
@@ -119,11 +120,6 @@ def is_flood(wire: Wire) -> bool:
     return all(wire.read_exactly(len(PIECE)) == PIECE for _ in range(SIZE // len(PIECE)))
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def sections(shared: RawUpstream) -> dict[str, Any]:
     """A gateway with further upstreams for what tunnels may not exceed: time, connections, tokens, failures."""
@@ -133,7 +129,7 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
         "brief": {"targets": target, "timeouts": {"tunnel": SILENCE}},
         "narrow": {"targets": target, "pool": {"max_connections": 1, "max_tunnels": 1}, "timeouts": {"connect": 0.2}},
         "fragile": {"targets": target, "circuit_breaker": {"failure_threshold": 1}},
-        "down": {"targets": [{"url": f"http://127.0.0.1:{closed_port()}"}]},
+        "down": {"targets": [{"url": refusing_url()}]},
     }
     sections["routes"] += [
         {"name": name, "path": f"/api/{name}", "upstream": name} for name in ("brief", "narrow", "fragile", "down")
