@@ -203,7 +203,7 @@ class FastExchange(ProxyExchange):
         upstream_client.retries.budget.deposit(exchange.started)
         if deadline is not None and deadline.at <= now:
             return self._after(deadline_error(exchange, deadline))
-        is_safe = exchange.method in IDEMPOTENT or self._has_key()
+        is_safe = self._is_repeatable
         try:
             self.attempt = attempt = upstream_client.upstream.acquire(
                 now, exchange.client_key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
@@ -215,23 +215,29 @@ class FastExchange(ProxyExchange):
         if deadline is not None:
             self.timer = self._client.loop.call_later(deadline.at - now, self._on_deadline, self.generation)
             self.is_pending = True
+        self._start(upstream_client, attempt, now)
+        return None
+
+    def _start(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
+        """Begin an attempt: send the request on an idle connection, or open one."""
+        exchange = self.exchange
         exchange.target, exchange.sent_at = attempt.target.url, now
         exchange.attempts += 1
-        connection = upstream_client.idle_connection(attempt.target, plan.principal)
+        connection = upstream_client.idle_connection(attempt.target, self.plan.principal)
         if connection is None:
             self._begin_to_connect(upstream_client, attempt, now)
         else:
             self._send(connection, upstream_client, attempt, now)
-        return None
 
     def _begin_to_connect(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         self.move(CONNECT)
         self.is_pending = True
         self.task = self._client.loop.create_task(self._connect(upstream_client, attempt, now))
 
-    def _has_key(self) -> bool:
-        """Tell whether the request has an idempotency key, see `retry.is_repeatable`."""
-        return _HAS_KEY.search(self._headers.received) is not None
+    @property
+    def _is_repeatable(self) -> bool:
+        """True if the method or an idempotency key makes the request repeatable, see `retry.is_repeatable`."""
+        return self.exchange.method in IDEMPOTENT or _HAS_KEY.search(self._headers.received) is not None
 
     def _after(self, error: GatewayError) -> GatewayError | None:
         """Hand an exchange that has failed over to the fallback of its route; return the error if there is none."""
@@ -404,7 +410,7 @@ class FastExchange(ProxyExchange):
         return piece + b"0\r\n\r\n" if self.is_complete else piece
 
     def _is_retried(self, status: int) -> bool:
-        """Tell whether the retry policy names the status, so that the ASGI path must decide on a retry."""
+        """Tell whether the retry policy names the status."""
         route = self.plan.route
         assert route is not None  # noqa: S101 - the request is admitted
         return status in self._context.router.upstream_clients[route.upstream].retried_statuses
@@ -465,7 +471,7 @@ class FastExchange(ProxyExchange):
         return True
 
     def _retry_delay(self, attempt: Attempt, *, is_sent: bool, retry_after: float | None = None) -> float | None:
-        router, exchange = self._context.router, self.exchange
+        router = self._context.router
         upstream_client = router.upstream_clients[attempt.upstream.name]
         self.tried += (attempt.target,)
         return router.retry_delay(
@@ -473,7 +479,7 @@ class FastExchange(ProxyExchange):
             attempt,
             self.tried,
             is_sent=is_sent,
-            is_repeatable=exchange.method in IDEMPOTENT or self._has_key(),
+            is_repeatable=self._is_repeatable,
             is_replayable=not self.is_sent or len(self.body) <= upstream_client.retries.policy.max_body_bytes,
             retry_after=retry_after,
             deadline=self.plan.deadline,
@@ -501,7 +507,7 @@ class FastExchange(ProxyExchange):
         now = self._context.clock()
         last, failure, name = self.last, self.failure, upstream_client.upstream.name
         self.last = self.failure = None
-        is_safe = exchange.method in IDEMPOTENT or self._has_key()
+        is_safe = self._is_repeatable
         attempt = router.next_attempt(
             upstream_client, exchange.client_key, self.tried, is_safe=is_safe, principal=plan.principal
         )
@@ -516,13 +522,7 @@ class FastExchange(ProxyExchange):
         self._forget()
         exchange.head_at = None
         self.attempt = attempt
-        exchange.target, exchange.sent_at = attempt.target.url, now
-        exchange.attempts += 1
-        connection = upstream_client.idle_connection(attempt.target, plan.principal)
-        if connection is None:
-            self._begin_to_connect(upstream_client, attempt, now)
-        else:
-            self._send(connection, upstream_client, attempt, now)
+        self._start(upstream_client, attempt, now)
 
     def _settle_for(self, last: UpstreamResponse | None, failure: GatewayError | None, now: float) -> None:
         """Respond with the result of the last attempt."""

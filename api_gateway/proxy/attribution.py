@@ -44,8 +44,8 @@ class Party(StrEnum):
     """To whom an outcome is attributed.
 
     TARGET: no connection could be made, which no client can cause. UPSTREAM: the upstream and its target; a failure
-    is also attributed to the client, because its request may have caused it. NOBODY: the cause is not certain, or is
-    in the gateway.
+    is also attributed to the client, because its request may have caused it. NOBODY: the cause is unknown, or the
+    gateway is the cause.
     """
 
     TARGET = "target"
@@ -81,7 +81,7 @@ class Cause(StrEnum):
     CONNECT_TIMEOUT = "connecting, or the TLS handshake, takes longer than `timeouts.connect`"
     UNSENDABLE = "the request cannot be sent as it is: its body contradicts `Content-Length`"
     LOST = "the connection is closed or reset"
-    INVALID = "what arrives is not valid HTTP, or a switch of protocols that nobody requested"
+    INVALID = "invalid HTTP, or a switch of protocols that was not requested"
     TIMEOUT = "nothing arrives, or the upstream reads nothing, for `timeouts.response` or `timeouts.idle`"
     INTERIM = "an interim response (100, 102, 103)"
     SERVER_ERROR = "a status of 500 or above, with or without `Retry-After`"
