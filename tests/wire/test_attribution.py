@@ -972,7 +972,8 @@ def serves(url: str) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="limits are read in /proc")
 def test_the_limit_of_open_files_is_raised_and_its_end_is_503(upstream: StartUpstream, tmp_path: Path) -> None:
     """With a hard limit of 200: what is held open by clients leaves nothing for the upstream."""
-    up = upstream(sends(OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nok", then="closes"))  # keeps no descriptor
+    # No descriptor of the gateway is a kept connection to the upstream.
+    up = upstream(sends(OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nok", then="closes"))
     check = {"path": "/health", "interval": 0.1, "timeout": 1, "unhealthy_threshold": 1}
     config = sections(up.url, health_check=check) | {
         "state_dir": str(tmp_path / "state"),
