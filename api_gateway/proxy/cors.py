@@ -24,7 +24,7 @@ EXPOSE_HEADERS = b"access-control-expose-headers"
 VARY = b"vary"
 # What pages need to respect their limits and to report an error.
 EXPOSED = (
-    *("Retry-After", "RateLimit", "RateLimit-Policy"),
+    *("Retry-After", "RateLimit", "RateLimit-Policy", "WWW-Authenticate"),
     *("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset", "X-Request-ID"),
 )
 ANY_ORIGIN = "*"
