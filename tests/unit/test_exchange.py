@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import httpx
 import pytest
@@ -275,7 +275,8 @@ class World:
         quota = Quota.per_second("FREE", 1, 1000)
         self.now = 1_000.0
         self.body = body
-        self.limiter: Any = AskingLimiter(quota)
+        self.limiter = AskingLimiter(quota)
+        limiter = cast("Any", self.limiter)  # as far as it is used
         self.breaker = CircuitBreaker(BreakerPolicy(), 0.0)
         self.limit = ConcurrencyLimit(10, source=random.Random(1))
         self.target = Target("http://127.0.0.1:1")
@@ -286,7 +287,7 @@ class World:
         self.recorder = Recorder(["all"], ["up"], ["FREE"], [50], 0.0)
         limit_headers = RateLimitHeaders()
         settlement = CostSettlement(
-            limiter=self.limiter, clock_ns=self.clock_ns, recorder=self.recorder, limit_headers=limit_headers
+            limiter=limiter, clock_ns=self.clock_ns, recorder=self.recorder, limit_headers=limit_headers
         )
         router = Router(
             RouteTable([Route("all", "/api", "up", timeout=timeout)]),
@@ -304,7 +305,7 @@ class World:
                 IdentityStage(clients=clients, priorities=SINGLE_PRIORITY),
                 RouteStage(router.routes),
                 DeadlineStage({}),
-                RateLimitStage(limiter=self.limiter, address_quota=None, exempt=()),
+                RateLimitStage(limiter=limiter, address_quota=None, exempt=()),
             ]
         )
         self.ended: list[Exchange] = []
