@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from api_gateway.settings.admin import AdminSection
-from api_gateway.settings.clients import AddressLimitSection, ClientSection, IdentitySection, TierSection
+from api_gateway.settings.clients import AddressLimitSection, ClientSection, TierSection
 from api_gateway.settings.diagnostics import (
     NO_FILE,
     ConfigError,
@@ -32,6 +32,7 @@ from api_gateway.settings.environment import (
     read_env_file,
     read_environment,
 )
+from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.repair import errors_of_repaired
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.rules import Finding, find_errors

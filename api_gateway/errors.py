@@ -4,6 +4,7 @@
     ├── RequestRefused      the request cannot be served: 4xx
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
+    │   ├── CredentialsRequired, CredentialsInvalid, CredentialsInsufficient
     │   ├── NoRoute, MethodNotAllowed
     │   ├── BodyTooLarge, HeadersTooLarge, LengthRequired, RequestTimeout
     │   └── RateLimited, CostExceedsCapacity
@@ -32,6 +33,8 @@ QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded
 REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
+CHALLENGE = 'Bearer realm="api-gateway"'  # of WWW-Authenticate (RFC 6750 section 3)
+
 # Exit codes
 STARTUP_FAILED = 3  # the same as uvicorn's
 DRAIN_INCOMPLETE = 4  # exchanges were aborted at the end of the drain
@@ -57,6 +60,9 @@ class Reason(StrEnum):
     CLIENT_ID_INVALID = "client_id_invalid"
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
+    CREDENTIALS_REQUIRED = "credentials_required"
+    CREDENTIALS_INVALID = "credentials_invalid"
+    CREDENTIALS_INSUFFICIENT = "credentials_insufficient"
     BODY_TOO_LARGE = "body_too_large"
     HEADERS_TOO_LARGE = "headers_too_large"
     LENGTH_REQUIRED = "length_required"
@@ -135,6 +141,33 @@ class Forbidden(RequestRefused):
 
     status = 403
     reason = Reason.FORBIDDEN
+
+
+class CredentialsRequired(RequestRefused):
+    """The request has no credential, and its client id alone does not identify it."""
+
+    status = 401
+    reason = Reason.CREDENTIALS_REQUIRED
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"www-authenticate": CHALLENGE})
+
+
+class CredentialsInvalid(RequestRefused):
+    """The request has a credential that is not valid, or not any more."""
+
+    status = 401
+    reason = Reason.CREDENTIALS_INVALID
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"www-authenticate": f'{CHALLENGE}, error="invalid_token"'})
+
+
+class CredentialsInsufficient(RequestRefused):
+    """The credential of the request is valid, but not for its route."""
+
+    status = 403
+    reason = Reason.CREDENTIALS_INSUFFICIENT
 
 
 class NoRoute(RequestRefused):

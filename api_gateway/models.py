@@ -105,17 +105,22 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """The client of a request. `key` is the key of its bucket, `source` the source of its tier."""
+    """The client of a request. `key` is the key of its bucket, `source` the source of its tier.
+
+    `has_keys`: API keys were created for the client. `is_verified_only`: a credential must prove its id.
+    """
 
     id: str
     key: str
     quota: Quota
     source: ClientSource
+    has_keys: bool = False
+    is_verified_only: bool = False
 
     @property
     def is_registered(self) -> bool:
-        """True if the id has a grant, or is registered by the API or the configuration."""
-        return self.source in ("granted", "registered", "configured")
+        """True if the id has a grant or keys, or is registered by the API or the configuration."""
+        return self.source in ("granted", "registered", "configured") or self.has_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,7 @@ class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.
 
     Times are monotonic seconds. Fields are set phase by phase: client, route, decision, attempts, response.
+    `credential` is what proved the client's id, if anything (`proxy.identity_sources.Proof`).
     `status` is that of the response, 499 if the client disconnected before it; `source` is the origin of the response.
     `response_headers` are the gateway's own fields, for any response. `charges` are those of `decision`; `trial` has
     charges and decision of the candidate limits. `has_begun`: a connection to an upstream was opened or attempted;
@@ -193,6 +199,7 @@ class Exchange:
     retried: tuple[str, ...] = ()
     fallback: str | None = None
     shed_by: tuple[str | None, ...] = ()
+    credential: object | None = None
 
     @property
     def client_key(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.gateway import Gateway
+from api_gateway.assembly.identity import identity_sources
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
@@ -12,8 +13,9 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
-from api_gateway.proxy.admission import Admission
+from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cost_settlement import CostSettlement
+from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
@@ -48,6 +50,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         trusted_proxies=config.server.trusted_proxies,
         max_body_bytes=config.server.max_body_bytes,
         via=Via(config.server.via or gateway.pseudonym),
+        sources=identity_sources(config),
     )
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
@@ -94,11 +97,31 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
 
 
 def _admission(gateway: Gateway, router: Router, limits: RateLimitStage) -> Admission:
+    config = gateway.config
+    is_enforced = config.identity.mode == "enforce"
+    sources = identity_sources(config)
+    identity: list[Stage] = []
+    access: list[Stage] = []
+    if sources.credentials:
+        identity.append(
+            CredentialStage(
+                clients=gateway.clients,
+                priorities=gateway.priorities,
+                limiter=gateway.limiter,
+                charges_of_address=limits.charges_of_address,
+                is_enforced=is_enforced,
+            )
+        )
+        access.append(CredentialRouteStage())
     return Admission(
         [
             AmbiguityStage(),
-            IdentityStage(clients=gateway.clients, priorities=gateway.priorities),
+            *identity,
+            IdentityStage(
+                clients=gateway.clients, priorities=gateway.priorities, sources=sources, is_enforced=is_enforced
+            ),
             RouteStage(router.routes),
+            *access,
             DeadlineStage(
                 {name: client.total_timeout for name, client in router.upstream_clients.items()},
                 have_routes_timeouts=any(route.timeout is not None for route in gateway.routes),

@@ -135,7 +135,7 @@ def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
         if seconds > MAX_FILL:
             yield Finding(key_path, f"the bucket must fill within {MAX_FILL:g} s (ten years), got {seconds:g}")
     for client_id, client in config.clients.items():
-        if client.tier not in config.tiers:
+        if client.tier is not None and client.tier not in config.tiers:
             message = f"no such tier, got {client.tier!r}; the tiers are {known}"
             depends_on: tuple[KeyPath, ...] = (("tiers",), ("tiers", client.tier))
             yield Finding(("clients", client_id, "tier"), message, depends_on=depends_on)
