@@ -2,16 +2,14 @@
 
 import json
 import math
-from functools import lru_cache
 from json.encoder import encode_basestring as quoted
-from typing import Any
+from typing import Any, Final
 
 from api_gateway.errors import CostExceedsCapacity, GatewayError, RateLimited, StoreUnavailable, problem
 from api_gateway.http1.headers import address_key
-from api_gateway.models import Decision, Exchange
+from api_gateway.models import Client, Decision, Exchange, Quota
 from api_gateway.rate_limiter import NEVER_NS
 
-IS_BY_QUOTA = "policy"  # only the errors of `refusal` have this member
 # Members of the problem details that differ between two refusals by the same quota, in their order.
 _VARYING = (
     "detail",
@@ -33,62 +31,90 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
             "The store of the rate limits is unavailable; no request is admitted without it.", retry_after=1
         )
     assert client is not None  # noqa: S101 - the client is identified before the limiter runs
-    is_peer = decision.key != client.key
-    holder = f"Address '{address_key(exchange.peer)}'" if is_peer else f"Client '{client.id}' (tier {quota.name})"
-    extra = _members(
-        quota.name.lower(), quota.capacity, quota.rate, client.id, client.quota.name, exchange.cost, decision.remaining
-    )
+    cost, remaining = exchange.cost, decision.remaining
+    if decision.key == client.key:
+        holder = f"Client '{client.id}' (tier {quota.name})"
+    else:
+        holder = f"Address '{address_key(exchange.peer)}'"
     if decision.wait_ns == NEVER_NS:
         return CostExceedsCapacity(
-            f"{holder} has a bucket of {quota.capacity} tokens; this request costs {exchange.cost:g} tokens"
+            f"{holder} has a bucket of {quota.capacity} tokens; this request costs {cost:g} tokens"
             " and can never be allowed.",
-            extra=extra,
+            extra=_members(quota, client, cost, remaining),
         )
+    template = _TEMPLATES.get(quota.name)
+    if template is None or template.quota is not quota:
+        template = _TEMPLATES[quota.name] = _Template(quota)
     wait = decision.retry_after or 0.0
-    return RateLimited(
-        f"{holder} is limited to {quota.capacity} tokens at once and {quota.rate:g} per second; this request costs"
-        f" {exchange.cost:g}, {decision.remaining} remain. Retry in {wait:.3f} s.",
-        retry_after=wait,
-        extra=extra,
-    )
+    detail = f"{holder}{template.limits}{cost:g}, {remaining} remain. Retry in {wait:.3f} s."
+    return LimitReached(detail, wait, template, client, cost, remaining)
 
 
-def refusal_body(error: RateLimited, *, instance: str, request_id: str) -> str:
-    """Return the problem details of an error of `refusal` in JSON, equal to `errors.problem`.
+class LimitReached(RateLimited):
+    """The error of a request that a quota refuses.
 
-    What two refusals by the same quota have in common is rendered once: a client that does not wait must cost the
-    gateway less than one whose requests are forwarded.
+    What two refusals by the same quota have in common is rendered once, and members are made when they are read: a
+    client that does not wait must cost the gateway less than one whose requests are forwarded.
     """
-    extra = error.extra
-    a, b, c, d, e, f, g, h, end = _parts(extra["policy"], extra["limit"], extra["refill_per_second"])
-    seconds = math.ceil((error.retry_after or 0.0) * 1000) / 1000
-    return (
-        f"{a}{quoted(error.detail)}{b}{quoted(instance)}{c}{quoted(request_id)}{d}{seconds}{e}{quoted(extra['client_id'])}"
-        f"{f}{quoted(extra['tier'])}{g}{extra['cost']}{h}{extra['remaining']}{end}"
-    )
+
+    def __init__(
+        self, detail: str, retry_after: float, template: "_Template", client: Client, cost: float, remaining: int
+    ) -> None:
+        super().__init__(detail, retry_after=retry_after)
+        self._template = template
+        self._client = client
+        self._cost = cost
+        self._remaining = remaining
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The extension members, see `GatewayError`."""
+        return _members(self._template.quota, self._client, self._cost, self._remaining)
+
+    def body(self, instance: str, request_id: str) -> bytes:
+        """Return the problem details in JSON, equal to those of `errors.problem`."""
+        a, b, c, d, e, f, g, h, end = self._template.parts
+        client = self._client
+        seconds = math.ceil((self.retry_after or 0.0) * 1000) / 1000
+        return (
+            f"{a}{quoted(self.detail)}{b}{quoted(instance)}{c}{quoted(request_id)}{d}{seconds}{e}{quoted(client.id)}"
+            f"{f}{quoted(client.quota.name)}{g}{self._cost}{h}{self._remaining}{end}"
+        ).encode()
 
 
-@lru_cache(maxsize=1024, typed=True)  # typed: 1 and 1.0 differ in JSON
-def _parts(policy: str, limit: int, rate: float) -> list[str]:
-    """Return the problem details of refusals by a quota: what surrounds the values of `_VARYING`."""
-    sample = RateLimited("", retry_after=0.0, extra=_members(policy, limit, rate, "", "", 0.0, 0))
-    members = problem(sample, instance="", request_id="")
-    assert tuple(name for name in members if name in _VARYING) == _VARYING  # noqa: S101 - `refusal_body` has this order
-    values = {name: "\0" if name in _VARYING else json.dumps(value) for name, value in members.items()}
-    return ("{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}").split("\0")
+class _Template:
+    """What all refusals by one quota have in common: part of the detail, and what surrounds the `_VARYING` values."""
+
+    __slots__ = ("limits", "parts", "quota")
+
+    def __init__(self, quota: Quota) -> None:
+        self.quota = quota
+        self.limits = (
+            f" is limited to {quota.capacity} tokens at once and {quota.rate:g} per second; this request costs "
+        )
+        sample = RateLimited("", retry_after=0.0, extra=_members(quota, Client("", "", quota, "default"), 0.0, 0))
+        members = problem(sample, instance="", request_id="")
+        assert tuple(name for name in members if name in _VARYING) == _VARYING  # noqa: S101 - `body` has this order
+        values = {name: "\0" if name in _VARYING else json.dumps(value) for name, value in members.items()}
+        self.parts = ("{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}").split("\0")
+
+    def __repr__(self) -> str:
+        return f"<_Template of {self.quota.name}>"
 
 
-def _members(
-    policy: str, limit: int, rate: float, client_id: str, tier: str, cost: float, remaining: int
-) -> dict[str, Any]:
+_TEMPLATES: Final[dict[str, _Template]] = {}  # used last, by name of the quota; names are those of the configuration
+
+
+def _members(quota: Quota, client: Client, cost: float, remaining: int) -> dict[str, Any]:
+    policy = quota.name.lower()
     extra: dict[str, Any] = {
         "violated-policies": [policy],
-        "client_id": client_id,
-        "tier": tier,
+        "client_id": client.id,
+        "tier": client.quota.name,
         "policy": policy,
         "cost": cost,
-        "limit": limit,
-        "refill_per_second": rate,
+        "limit": quota.capacity,
+        "refill_per_second": quota.rate,
         "remaining": remaining,
     }
     return extra

@@ -1,15 +1,17 @@
 """Records in an exchange the error that ended it, or the error for which a fallback responded."""
 
-from api_gateway.errors import ClientDisconnected, GatewayError, LoadShed
+from api_gateway.errors import ClientDisconnected, GatewayError, LoadShed, RequestRefused
 from api_gateway.models import Exchange
 
 
 def note_failure(exchange: Exchange, error: GatewayError) -> None:
     """Record reason and detail of a failure; for a client's disconnect also the status of the exchange."""
     exchange.reason = error.reason.value
-    note_shed(exchange, error)
     cause = "" if error.__cause__ is None else str(error.__cause__)
     exchange.detail = f"{error.detail} ({cause})" if cause else error.detail
+    if isinstance(error, RequestRefused):  # which leaves nothing else to record
+        return
+    note_shed(exchange, error)
     if isinstance(error, ClientDisconnected):
         exchange.status, exchange.source = error.status, "gateway"
 

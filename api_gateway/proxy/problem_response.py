@@ -2,10 +2,10 @@
 
 import json
 
-from api_gateway.errors import GatewayError, RateLimited, problem
+from api_gateway.errors import GatewayError, problem
 from api_gateway.http1.asgi import Send
 from api_gateway.http1.serializer import render_fields, status_line
-from api_gateway.limits.refusal import IS_BY_QUOTA, refusal_body
+from api_gateway.limits.refusal import LimitReached
 from api_gateway.models import HeaderList
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -13,8 +13,8 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 def problem_body(error: GatewayError, *, instance: str, request_id: str | None) -> bytes:
     """Return the problem details of `error` in JSON."""
-    if isinstance(error, RateLimited) and IS_BY_QUOTA in error.extra and request_id is not None:
-        return refusal_body(error, instance=instance, request_id=request_id).encode()
+    if isinstance(error, LimitReached) and request_id is not None:
+        return error.body(instance, request_id)
     return _encode(problem(error, instance=instance, request_id=request_id)).encode()
 
 
@@ -26,15 +26,15 @@ def problem_message(error: GatewayError, *, instance: str, request_id: str, line
     """
     body = problem_body(error, instance=instance, request_id=request_id)
     head = (
-        status_line(error.status, None),
-        b"\r\ncontent-type: application/problem+json\r\ncontent-length: ",
-        str(len(body)).encode(),
-        b"\r\ncache-control: no-store\r\n",
-        render_fields(error.headers),
-        lines,
-        b"\r\n",
+        b"%b\r\ncontent-type: application/problem+json\r\ncontent-length: %d\r\ncache-control: no-store\r\n%b%b\r\n"
+        % (
+            status_line(error.status, None),
+            len(body),
+            render_fields(error.headers),
+            lines,
+        )
     )
-    return b"".join(head), body
+    return head, body
 
 
 async def send_problem(

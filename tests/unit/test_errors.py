@@ -21,6 +21,7 @@ from api_gateway.errors import (
     UpstreamFailed,
     problem,
 )
+from api_gateway.limits.refusal import LimitReached
 
 
 def below(cls: type[GatewayError]) -> Iterator[type[GatewayError]]:
@@ -32,7 +33,7 @@ def below(cls: type[GatewayError]) -> Iterator[type[GatewayError]]:
 
 EVERY = [cls for cls in below(GatewayError) if cls.__module__.startswith(f"{api_gateway.__name__}.")]
 BASES = {RequestRefused, Unavailable, UpstreamFailed}
-CONCRETE = [cls for cls in EVERY if cls not in BASES]
+CONCRETE = [cls for cls in EVERY if cls not in BASES and cls is not LimitReached]  # a RateLimited, see test_refusal
 SENT = [cls for cls in CONCRETE if cls is not errors.ClientDisconnected]
 
 DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
