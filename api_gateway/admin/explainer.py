@@ -99,6 +99,11 @@ class Explainer:
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"
 
+    @property
+    def route_names(self) -> list[str]:
+        """The names of all routes."""
+        return [route.name for route in self._router.routes]
+
     async def explain(self, request: ExplainRequest) -> Explanation:
         """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
         path = unquote(request.path.partition("?")[0])

@@ -17,6 +17,7 @@ from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -45,12 +46,13 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     settlement = CostSettlement(
         limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder, limit_headers=limit_headers
     )
+    sources = identity_sources(config, gateway.clients.keys)
     headers = HeaderReader(
         id_header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
         max_body_bytes=config.server.max_body_bytes,
         via=Via(config.server.via or gateway.pseudonym),
-        sources=identity_sources(config),
+        sources=sources,
     )
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
@@ -59,7 +61,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    admission = _admission(gateway, router, limits)
+    admission = _admission(gateway, router, limits, sources)
     record = ExchangeMiddleware(
         AdmissionMiddleware(
             admission=admission,
@@ -96,10 +98,9 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return record, fast_path, explainer
 
 
-def _admission(gateway: Gateway, router: Router, limits: RateLimitStage) -> Admission:
+def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, sources: IdentitySources) -> Admission:
     config = gateway.config
     is_enforced = config.identity.mode == "enforce"
-    sources = identity_sources(config)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:

@@ -26,6 +26,7 @@ def route_of(section: RouteSection) -> Route:
         min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
         url_rewriter=_url_rewriter(section, prefix),
+        forward_credentials=section.forward_credentials,
     )
 
 
