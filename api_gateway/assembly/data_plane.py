@@ -17,6 +17,7 @@ from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -50,7 +51,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         trusted_proxies=config.server.trusted_proxies,
         max_body_bytes=config.server.max_body_bytes,
         via=Via(config.server.via or gateway.pseudonym),
-        sources=identity_sources(config),
+        sources=identity_sources(config, gateway.tokens),
     )
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
@@ -99,7 +100,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
 def _admission(gateway: Gateway, router: Router, limits: RateLimitStage) -> Admission:
     config = gateway.config
     is_enforced = config.identity.mode == "enforce"
-    sources = identity_sources(config)
+    sources = identity_sources(config, gateway.tokens)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:
@@ -113,6 +114,8 @@ def _admission(gateway: Gateway, router: Router, limits: RateLimitStage) -> Admi
             )
         )
         access.append(CredentialRouteStage())
+    if any(route.requirement is not None for route in gateway.routes):
+        access.append(RequirementStage())
     return Admission(
         [
             AmbiguityStage(),

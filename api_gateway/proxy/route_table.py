@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.url_rewriting import UrlRewriter
 
 # In place of a request target, compared by identity:
@@ -46,7 +47,7 @@ class Route:
 
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
-    if they pass unread.
+    if they pass unread. `requirement` is what a request's token must have, None if it needs none.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Route:
     min_body_rate: float | None = None
     fallback: Fallback | None = None
     url_rewriter: UrlRewriter | None = None
+    requirement: Requirement | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""
