@@ -18,7 +18,7 @@ import httpx
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
 from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
-from api_gateway.assembly.routes import route_of
+from api_gateway.assembly.routes import cors_of, route_of
 from api_gateway.assembly.stores import (
     REPLACED_WITHIN,
     Limiter,
@@ -191,7 +191,8 @@ class Assembly:
     def _plan(self, config: GatewayConfig) -> Plan:
         before = getattr(self, "gateway", None)
         live = {**self._retired, **(before.upstreams if before is not None else {})}
-        routes = tuple(route_of(section) for section in config.routes)
+        cors = cors_of(config.cors)
+        routes = tuple(route_of(section, cors) for section in config.routes)
         upstreams: dict[str, UpstreamPlan | None] = {}
         created: TlsByFiles = {}
         for name, section in config.upstreams.items():

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from api_gateway.http1.headers import BODILESS
+from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.setting_types import (
     CookieDomains,
@@ -85,3 +86,4 @@ class RouteSection(Section):
     require: RequireSection | None = Field(
         default=None, description="Scopes and claims that a request's token must have."
     )
+    cors: CorsSection | None = Field(default=None, description="Instead of the setting for all routes.")

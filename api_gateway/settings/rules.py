@@ -10,6 +10,7 @@ from api_gateway.http1.methods import REFUSED_METHODS
 from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
+from api_gateway.settings.cors import CorsSection, cors_findings
 from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
@@ -61,6 +62,8 @@ class ConfigSections(Protocol):
     def upstreams(self) -> Mapping[str, UpstreamSection]: ...  # noqa: D102
     @property
     def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
+    @property
+    def cors(self) -> CorsSection | None: ...  # noqa: D102
 
 
 def find_errors(config: ConfigSections) -> Iterator[Finding]:
@@ -69,6 +72,9 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _token_findings(config)
     yield from _tier_findings(config)
     yield from _jwt_findings(config)
+    if config.cors is not None:
+        for key, message in cors_findings(config.cors):
+            yield Finding(("cors", *key), message)
     for name, upstream in config.upstreams.items():
         key_path = ("upstreams", name)
         yield from _concurrency_findings(key_path, upstream)
@@ -240,6 +246,7 @@ def _route_findings(config: ConfigSections) -> Iterator[Finding]:
             *_reference_findings(config, route),
             *_match_findings(route),
             *_cost_findings(config, route),
+            *_route_cors_findings(route),
         ):
             yield _of_route(route, (*key_path, *key), message, depends_on)
         if route.name in names:
@@ -266,6 +273,12 @@ def _reference_findings(config: ConfigSections, route: RouteSection) -> Iterator
     elif other is not None and other == route.upstream:
         message = f"must be another upstream than the route's own, got {other!r}"
         yield ("fallback", "upstream"), message, ()
+
+
+def _route_cors_findings(route: RouteSection) -> Iterator[_Wrong]:
+    if route.cors is not None:
+        for key, message in cors_findings(route.cors):
+            yield ("cors", *key), message, ()
 
 
 def _match_findings(route: RouteSection) -> Iterator[_Wrong]:
