@@ -7,7 +7,7 @@ from pydantic import AwareDatetime, Field
 from api_gateway.models import Body, RequestBody
 
 _TEN_YEARS = 315_576_000
-Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS)]
+_Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS)]
 
 
 class KeyTerms(RequestBody):
@@ -16,7 +16,7 @@ class KeyTerms(RequestBody):
     expires_at: AwareDatetime | None = Field(
         default=None, description="ISO 8601 with UTC offset.", examples=["2027-12-01T00:00:00Z"]
     )
-    expires_in_seconds: Seconds | None = None
+    expires_in_seconds: _Seconds | None = None
 
 
 class KeyRequest(KeyTerms):

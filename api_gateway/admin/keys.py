@@ -29,7 +29,7 @@ from api_gateway.errors import InvalidValue, NoRoute
 
 logger = logging.getLogger(__name__)
 
-MAX_KEYS = 32  # valid keys of one client
+MAX_VALID_KEYS = 32  # valid keys of one client
 _UNKNOWN_KEY: dict[int | str, dict[str, Any]] = {
     404: {"description": "The client has no key with this id.", **PROBLEM}
 }
@@ -52,8 +52,10 @@ async def create_key(
     now = context.clocks.wall()
     _check_routes(context, body.routes)
     record, _ = await context.clients.record_of(client_id)
-    if sum(key.is_valid_at(now) for key in record.keys) >= MAX_KEYS:
-        raise InvalidValue(f"Client '{client_id}' has {MAX_KEYS} valid keys, which is the limit; revoke one first.")
+    if sum(key.is_valid_at(now) for key in record.keys) >= MAX_VALID_KEYS:
+        raise InvalidValue(
+            f"Client '{client_id}' has {MAX_VALID_KEYS} valid keys, which is the limit; revoke one first."
+        )
     routes = None if body.routes is None else tuple(dict.fromkeys(body.routes))
     secret, key = _new(body.label, now, _expiry(body, now), routes)
     verified_only = UNCHANGED if body.verified_only is None else body.verified_only

@@ -92,7 +92,7 @@ def as_members(key: ApiKey) -> dict[str, Any]:
     return members
 
 
-def keys_of(members: Mapping[str, Any]) -> tuple[ApiKey, ...]:
+def api_keys_of(members: Mapping[str, Any]) -> tuple[ApiKey, ...]:
     """Return the keys in a JSON object by digest, oldest first. Raises ValueError if it has another form."""
     keys = []
     for digest, one in members.items():

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from api_gateway.clients.api_keys import as_members, keys_of
+from api_gateway.clients.api_keys import api_keys_of, as_members
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
     MAX_KEPT_CHANGES,
@@ -276,7 +276,7 @@ def _record(client_id: bytes, text: bytes) -> ClientRecord | None:
         fields = json.loads(text)
         tier, granted = fields.get("tier"), fields.get("grant")
         grant = Grant(granted, fields["grant_until"]) if granted else None
-        keys = keys_of(fields["keys"]) if "keys" in fields else ()
+        keys = api_keys_of(fields["keys"]) if "keys" in fields else ()
         verified_only = fields.get("verified_only")
         return ClientRecord(
             client_id.decode(), tier, grant, fields["version"], fields["changed_at"], keys, verified_only

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from api_gateway.clients.api_keys import keys_as_json, keys_of
+from api_gateway.clients.api_keys import api_keys_of, keys_as_json
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
     MAX_KEPT_CHANGES,
@@ -356,6 +356,6 @@ def _record(row: Sequence[Any]) -> ClientRecord:
         grant,
         version,
         changed_at,
-        () if keys is None else keys_of(json.loads(keys)),
+        () if keys is None else api_keys_of(json.loads(keys)),
         None if verified_only is None else bool(verified_only),
     )

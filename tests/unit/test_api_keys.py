@@ -13,11 +13,11 @@ from api_gateway.clients.api_keys import (
     RANDOM_BYTES,
     ApiKey,
     KnownKey,
+    api_keys_of,
     as_members,
     digest_of,
     fault_of,
     keys_as_json,
-    keys_of,
     new_key,
 )
 from api_gateway.clients.identity_rules import IdentityRules
@@ -77,10 +77,10 @@ def test_a_key_needs_all_its_random_bytes() -> None:
 
 def test_keys_are_stored_and_read_again() -> None:
     keys = (ApiKey("a" * 64, "one", 5.0, None, None), ApiKey("b" * 64, "two", 6.125, 7.5, ("r", "s")))
-    assert keys_of({key.digest: as_members(key) for key in keys}) == keys
+    assert api_keys_of({key.digest: as_members(key) for key in keys}) == keys
     assert keys_as_json(()) == "{}"
     with pytest.raises(ValueError, match="key 'aaaaaaaaaaaaaaaa'"):
-        keys_of({"a" * 64: {"label": "one"}})
+        api_keys_of({"a" * 64: {"label": "one"}})
 
 
 # Where keys are recognised

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.admin.keys import MAX_KEYS
+from api_gateway.admin.keys import MAX_VALID_KEYS
 from api_gateway.clients.api_keys import new_key
 from tests.kit import Answer, RawUpstream, RunningGateway, ask, in_front_of, running_gateway
 
@@ -170,7 +170,7 @@ def test_a_wrong_value_is_refused_with_its_place(
 
 
 def test_the_number_of_keys_of_a_client_is_limited(keyed: RunningGateway) -> None:
-    for _ in range(MAX_KEYS):
+    for _ in range(MAX_VALID_KEYS):
         call(keyed, "POST", "/clients/acme/keys", {})
     answer = ask(
         f"{keyed.url}/clients/acme/keys", method="POST", body=b"{}", headers={"Content-Type": "application/json"}
