@@ -48,8 +48,9 @@ class Route:
 
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
-    if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the token of a request must have, None if it needs none. `cors` is the
-    CORS policy, None if the gateway has none for the route.
+    if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the
+    token of a request must have, None if it needs none. `cors` is the CORS policy, None if the gateway has none for
+    the route.
     """
 
     name: str
