@@ -147,7 +147,7 @@ async def test_nothing_is_kept_of_completed_operations(store: StoreServer) -> No
     async with dispatching(store.url, deadline=0.2) as dispatcher:
         for _ in range(20):
             await answered(ask(dispatcher, 50))
-        await soon(lambda: not dispatcher._open and not dispatcher._waiting, "all is forgotten", within=1)
+        await soon(lambda: not dispatcher._open and not dispatcher._waiting, "all is forgotten")
         assert dispatcher._timer is None
 
 
@@ -321,7 +321,7 @@ async def test_a_connection_that_breaks_while_idle_fails_no_operation(store: Sto
     async with dispatching(store.url) as dispatcher:
         await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
         store.admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-        await soon(lambda: dispatcher.failures >= CONNECTIONS, "they are found broken", within=3)
+        await soon(lambda: dispatcher.failures >= CONNECTIONS, "they are found broken")
         await soon(lambda: dispatcher.connections == CONNECTIONS, "both serve again")
         asked = ask(dispatcher, 3)
         await answered(asked)
