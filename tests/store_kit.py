@@ -332,7 +332,11 @@ class Lateness:
 
     def longest(self, seen: list[tuple[float, float, Decision]]) -> float:
         """Return the longest time of a decision, less the lag of the loop meanwhile."""
-        return max(came - begun - self._between(begun, came) for begun, came, _ in seen)
+        return max(self.without(begun, came - begun) for begun, came, _ in seen)
+
+    def without(self, begun: float, took: float) -> float:
+        """Return a duration that began at a time, less the lag of the loop meanwhile."""
+        return took - self._between(begun, begun + took)
 
     @property
     def total(self) -> float:
