@@ -14,10 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.grant_expiry import Expiry, ExpiryQueue
+from api_gateway.clients.identity_rules import NO_RULES, IdentityRules
 from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
 from api_gateway.clients.records import (
     NO_CURSOR,
@@ -31,7 +33,7 @@ from api_gateway.clients.records import (
 )
 from api_gateway.errors import StoreUnavailable
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.models import Client, Clock, Quota
+from api_gateway.models import Client, ClientSource, Clock, Quota
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +97,19 @@ class ClientRegistry:
         deadline: float = 0.02,
         wall_clock: Clock = time.time,
         random_source: random.Random | None = None,
+        rules: IdentityRules = NO_RULES,
         on_change: Callable[[Client, Client], None] = _ignore,
     ) -> None:
         """`tiers` maps upper-case names to quotas, `configured` client ids to names of tiers.
 
-        At most `limit` clients are held in memory; a request waits `deadline` seconds for the look-up of another.
+        `rules` are about ids that must be proved. At most `limit` clients are held in memory; a request waits
+        `deadline` seconds for the look-up of another.
         `on_change` is called when a client changes for another reason than a call of `set_tier`, `grant`, `revoke` or
         `delete` in this process; the caller then converts the client's bucket.
         """
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
+        self._rules = rules
         self._configured = self._as_configured(configured)
         self.version = 0  # increased by every change; a client that was resolved before must be resolved again
         self.store_error: str | None = None  # why the store is unavailable
@@ -247,15 +252,20 @@ class ClientRegistry:
         self.version += 1
 
     def change_tiers(
-        self, tiers: Mapping[str, Quota], default_tier: str, configured: Mapping[str, str]
+        self,
+        tiers: Mapping[str, Quota],
+        default_tier: str,
+        configured: Mapping[str, str],
+        rules: IdentityRules = NO_RULES,
     ) -> "PreviousClients":
-        """Apply other tiers and configured clients; return the previous ones.
+        """Apply other tiers, configured clients and rules on ids; return the previous tiers and clients.
 
         A client that is registered for a removed tier counts as not registered until the tier exists again.
         """
         before = PreviousClients(self.tiers, self.default, dict(self._known), self._configured)
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
+        self._rules = rules
         self._configured = self._as_configured(configured)
         for cache in {id(cache): cache for cache in (self._cache, self._loading)}.values():
             cache.refresh_all()
@@ -270,8 +280,12 @@ class ClientRegistry:
 
     def by_id(self, client_id: str) -> Client:
         """Return the client with this id, as far as it is known in memory."""
-        known = self._known.get(client_id) or self._configured.get(client_id)
-        return known or Client(client_id, bucket_key(client_id), self.default, "default")
+        return self._known.get(client_id) or self._fallback(client_id)
+
+    def in_tier(self, client: Client, tier: str) -> Client:
+        """Return a client with another tier, which a credential states; unchanged if the tier is not configured."""
+        quota = self.tiers.get(tier)
+        return client if quota is None else replace(client, quota=quota)
 
     def by_address(self, address: str) -> Client:
         """Return the client of a request without a client id: the address."""
@@ -452,24 +466,27 @@ class ClientRegistry:
 
     def _as_configured(self, configured: Mapping[str, str]) -> dict[str, Client]:
         return {
-            client_id: Client(client_id, bucket_key(client_id), self.tiers[tier], "configured")
+            client_id: self._client(client_id, self.tiers[tier], "configured")
             for client_id, tier in configured.items()
         }
 
     def _resolve(self, record: ClientRecord) -> Client | None:
         grant = record.grant
         if grant is not None and grant.tier in self.tiers and grant.until > self._wall_clock():
-            return Client(record.id, bucket_key(record.id), self.tiers[grant.tier], "granted")
+            return self._client(record.id, self.tiers[grant.tier], "granted")
         return self._registered(record)
 
     def _registered(self, record: ClientRecord) -> Client | None:
         quota = None if record.tier is None else self.tiers.get(record.tier)
-        return None if quota is None else Client(record.id, bucket_key(record.id), quota, "registered")
+        return None if quota is None else self._client(record.id, quota, "registered")
 
     def _fallback(self, client_id: str) -> Client:
         """Return a client that the store has no record of."""
-        known = self._configured.get(client_id)
-        return known or Client(client_id, bucket_key(client_id), self.default, "default")
+        return self._configured.get(client_id) or self._client(client_id, self.default, "default")
+
+    def _client(self, client_id: str, quota: Quota, source: ClientSource) -> Client:
+        is_verified_only = self._rules.is_verified_only(client_id, quota.name, stored=None, has_keys=False)
+        return Client(client_id, bucket_key(client_id), quota, source, is_verified_only=is_verified_only)
 
 
 def bucket_key(client_id: str) -> str:

@@ -1,18 +1,10 @@
-"""Sections of clients: identification, tiers, and the address limit."""
+"""Sections of clients: tiers, registered clients, and the address limit."""
 
 from ipaddress import IPv4Network, IPv6Network
-from typing import Literal
 
 from pydantic import Field
 
-from api_gateway.settings.setting_types import OWN_HEADER, NetworkSetting, Section, TierName
-
-
-class IdentitySection(Section):
-    """How clients are identified: by the value of a header field."""
-
-    mode: Literal["header"] = "header"
-    header: str = Field(default="X-Client-ID", pattern=OWN_HEADER)
+from api_gateway.settings.setting_types import NetworkSetting, Section, TierName
 
 
 class AddressLimitSection(Section):
@@ -42,9 +34,15 @@ class TierSection(Section):
         description="The lowest is shed first under overload. None for all: the order of the rates.",
     )
     candidate: CandidateSection | None = None
+    verified_only: bool = Field(
+        default=False, description="Whether a credential must prove the ids of clients with this tier."
+    )
 
 
 class ClientSection(Section):
     """A client that is registered by the configuration."""
 
-    tier: TierName
+    tier: TierName | None = Field(default=None, description="None: the default tier.")
+    verified_only: bool | None = Field(
+        default=None, description="Whether a credential must prove the id. None: if the client has keys."
+    )

@@ -1,0 +1,38 @@
+"""The section `identity`: how clients are identified."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from api_gateway.settings.jwt import JwtSection
+from api_gateway.settings.setting_types import OWN_HEADER, Section
+
+SourceName = Literal["jwt", "header", "address"]
+
+
+def _in_order(sources: Sequence[str]) -> Sequence[str]:
+    if len(set(sources)) < len(sources):
+        raise ValueError("must not name a source twice")
+    if "address" in sources[:-1]:
+        raise ValueError("must end with address, because every request has one")
+    return sources
+
+
+def _mode(value: Any) -> Any:
+    """Accept `header`, the only value of earlier versions, which meant the default sources."""
+    return "enforce" if value == "header" else value
+
+
+class IdentitySection(Section):
+    """How clients are identified: by the first source that applies to a request."""
+
+    sources: Annotated[list[SourceName], Field(min_length=1), AfterValidator(_in_order)] = Field(
+        default=["header", "address"], description="Tried in this order."
+    )
+    header: str = Field(default="X-Client-ID", pattern=OWN_HEADER)
+    mode: Annotated[Literal["enforce", "observe"], BeforeValidator(_mode)] = Field(
+        default="enforce",
+        description="observe: count and log requests that credentials_required and its like would refuse.",
+    )
+    jwt: JwtSection = JwtSection()
