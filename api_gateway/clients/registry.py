@@ -317,10 +317,14 @@ class ClientRegistry:
         """Return the client with this id, as far as it is known in memory."""
         return self._known.get(client_id) or self._fallback(client_id)
 
-    def in_tier(self, client: Client, tier: str) -> Client:
-        """Return a client with another tier, which a credential states; unchanged if the tier is not configured."""
-        quota = self.tiers.get(tier)
-        return client if quota is None else replace(client, quota=quota)
+    def proved(self, client: Client, tier: str | None) -> Client:
+        """Return a client whose id was proved. One that is not registered gets the tier that the credential states.
+
+        Its id was not invented, so the address limit does not apply to it.
+        """
+        if client.is_registered:
+            return client
+        return replace(client, quota=self.tiers.get(tier or "", client.quota), source="token")
 
     def by_address(self, address: str) -> Client:
         """Return the client of a request without a client id: the address."""
