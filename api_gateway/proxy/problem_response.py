@@ -1,6 +1,7 @@
 """Problem details (RFC 9457) as a response in HTTP/1.1 format, and as ASGI messages."""
 
 import json
+from functools import lru_cache
 
 from api_gateway.errors import GatewayError, problem
 from api_gateway.http1.asgi import Send
@@ -25,16 +26,19 @@ def problem_message(error: GatewayError, *, instance: str, request_id: str, line
     of the error contains a line break or NUL.
     """
     body = problem_body(error, instance=instance, request_id=request_id)
-    head = (
-        b"%b\r\ncontent-type: application/problem+json\r\ncontent-length: %d\r\ncache-control: no-store\r\n%b%b\r\n"
-        % (
-            status_line(error.status, None),
-            len(body),
-            render_fields(error.headers),
-            lines,
-        )
+    head = b"%b%d\r\ncache-control: no-store\r\n%b%b\r\n" % (
+        _start(error.status),
+        len(body),
+        render_fields(error.headers),
+        lines,
     )
     return head, body
+
+
+@lru_cache(maxsize=64)
+def _start(status: int) -> bytes:
+    """Return the beginning of a head, up to the length of the body."""
+    return status_line(status, None) + b"\r\ncontent-type: application/problem+json\r\ncontent-length: "
 
 
 async def send_problem(

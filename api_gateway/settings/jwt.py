@@ -170,6 +170,9 @@ class JwtSection(Section):
 
     issuers: dict[Identifier, IssuerSection] = Field(default={})
     max_token_bytes: int = Field(default=8192, ge=256, le=65_536, description="A larger token is refused unread.")
+    forward: bool = Field(
+        default=True, description="Whether upstreams receive tokens; if not, routes with forward_credentials."
+    )
     max_remembered: int = Field(
         default=10_000,
         ge=1,
@@ -185,3 +188,9 @@ class RequireSection(Section):
     claims: dict[
         ClaimPathSetting, Annotated[list[Text | int | bool], BeforeValidator(_listed), Field(min_length=1)]
     ] = Field(default={}, description="Values by path; a claim that is a list must contain one of them.")
+
+    @model_validator(mode="after")
+    def _requires_something(self) -> "RequireSection":
+        if not self.scopes and not self.claims:
+            raise ValueError("must have scopes or claims")
+        return self
