@@ -6,6 +6,7 @@ from collections.abc import Callable
 from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
+from api_gateway.assembly.identity_observer import IdentityObserver
 from api_gateway.assembly.routes import cors_of
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
@@ -51,14 +52,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     )
     sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
     cors = _cors(gateway)
-    headers = HeaderReader(
-        id_header=config.identity.header,
-        trusted_proxies=config.server.trusted_proxies,
-        max_body_bytes=config.server.max_body_bytes,
-        via=Via(config.server.via or gateway.pseudonym),
-        reads_origin=cors is not None,
-        sources=sources,
-    )
+    headers = _headers(gateway, sources, reads_origin=cors is not None)
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
         limiter=gateway.limiter,
@@ -99,10 +93,23 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         limiter=gateway.limiter,
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
+        claim_of_key=sources.claim_of_key,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
     return record, fast_path, explainer
+
+
+def _headers(gateway: Gateway, sources: IdentitySources, *, reads_origin: bool) -> HeaderReader:
+    config = gateway.config
+    return HeaderReader(
+        id_header=config.identity.header,
+        trusted_proxies=config.server.trusted_proxies,
+        max_body_bytes=config.server.max_body_bytes,
+        via=Via(config.server.via or gateway.pseudonym),
+        reads_origin=reads_origin,
+        sources=sources,
+    )
 
 
 def _cors(gateway: Gateway) -> CorsPolicies | None:
@@ -123,6 +130,7 @@ def _admission(
 ) -> Admission:
     config = gateway.config
     is_enforced = config.identity.mode == "enforce"
+    observer = IdentityObserver(gateway.recorder, gateway.clocks.monotonic_ns, is_enforced=is_enforced)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:
@@ -133,9 +141,10 @@ def _admission(
                 limiter=gateway.limiter,
                 charges_of_address=limits.charges_of_address,
                 is_enforced=is_enforced,
+                on_observed=observer.on_observed,
             )
         )
-        access.append(CredentialRouteStage())
+        access.append(CredentialRouteStage(is_enforced=is_enforced, on_observed=observer.on_observed))
     if any(route.requirement is not None for route in gateway.routes):
         access.append(RequirementStage())
     return Admission(
@@ -144,7 +153,12 @@ def _admission(
             *([] if cors is None else [_preflights(gateway, cors)]),
             *identity,
             IdentityStage(
-                clients=gateway.clients, priorities=gateway.priorities, sources=sources, is_enforced=is_enforced
+                clients=gateway.clients,
+                priorities=gateway.priorities,
+                sources=sources,
+                is_enforced=is_enforced,
+                on_bare=observer.on_bare,
+                on_observed=observer.on_observed,
             ),
             RouteStage(router.routes),
             *([] if cors is None else [CorsStage()]),
