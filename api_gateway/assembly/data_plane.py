@@ -18,7 +18,8 @@ from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
-from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
+from api_gateway.proxy.identified_headers import IdentifiedHeaders
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
@@ -50,6 +51,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder, limit_headers=limit_headers
     )
     sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
+    identity_fields = frozenset[bytes]() if gateway.tokens is None else gateway.tokens.identity_fields
     cors = _cors(gateway)
     headers = HeaderReader(
         id_header=config.identity.header,
@@ -58,6 +60,8 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         via=Via(config.server.via or gateway.pseudonym),
         reads_origin=cors is not None,
         sources=sources,
+        identity_fields=identity_fields,
+        rewritten=IdentifiedHeaders if identity_fields else RewrittenHeaders,
     )
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
