@@ -6,7 +6,7 @@ from collections.abc import Callable
 from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
-from api_gateway.assembly.routes import cors_of
+from api_gateway.assembly.routes import address_rules, cors_of
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
@@ -14,6 +14,7 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
@@ -116,7 +117,7 @@ def _preflights(gateway: Gateway, cors: CorsPolicies) -> PreflightStage:
 
 
 def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, cors: CorsPolicies | None) -> Admission:
-    config = gateway.config
+    config, rules = gateway.config, address_rules(gateway.config.addresses)
     is_enforced = config.identity.mode == "enforce"
     sources = identity_sources(config)
     identity: list[Stage] = []
@@ -140,8 +141,10 @@ def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, cors: C
             IdentityStage(
                 clients=gateway.clients, priorities=gateway.priorities, sources=sources, is_enforced=is_enforced
             ),
+            *([] if rules is None else [AddressStage(rules)]),
             RouteStage(router.routes),
             *([] if cors is None else [CorsStage()]),
+            *([RouteAddressStage()] if any(route.addresses is not None for route in gateway.routes) else []),
             *access,
             DeadlineStage(
                 {name: client.total_timeout for name, client in router.upstream_clients.items()},

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
+from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.url_rewriting import UrlRewriter
@@ -48,6 +49,7 @@ class Route:
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
     if they pass unread. `cors` is the CORS policy, None if the gateway has none for the route.
+    `addresses` are address rules besides those for all routes.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Route:
     fallback: Fallback | None = None
     url_rewriter: UrlRewriter | None = None
     cors: CorsPolicy | None = None
+    addresses: AddressRules | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from api_gateway.http1.headers import BODILESS
+from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.setting_types import (
     CookieDomains,
@@ -82,4 +83,5 @@ class RouteSection(Section):
         default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
     )
     fallback: FallbackSection | None = None
+    addresses: AddressesSection = Field(default=AddressesSection(), description="Besides those for all routes.")
     cors: CorsSection | None = Field(default=None, description="Instead of the setting for all routes.")
