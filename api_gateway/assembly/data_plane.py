@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 from api_gateway.admin.explainer import Explainer
+from api_gateway.assembly.forwarding import forwarding_of
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
 from api_gateway.assembly.routes import address_rules, cors_of
@@ -55,6 +56,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         max_body_bytes=config.server.max_body_bytes,
         via=Via(config.server.via or gateway.pseudonym),
         reads_origin=cors is not None,
+        forwarding=forwarding_of(config.server.forwarded),
         sources=identity_sources(config),
     )
     router = _router(gateway, settlement, headers, server_headers)

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from api_gateway.settings.addresses import ForwardedSection
 from api_gateway.settings.setting_types import PSEUDONYM, FileMode, Host, Seconds, Section, TrustedProxy
 
 
@@ -59,6 +60,7 @@ class ServerSection(Section):
         pattern=PSEUDONYM,
         description="The gateway's name in Via. A request that returns with it is refused. None: a random name.",
     )
+    forwarded: ForwardedSection = ForwardedSection()
     trusted_proxies: list[TrustedProxy] = Field(default=[], description="Networks, and `unix` for Unix sockets.")
 
 

@@ -1,11 +1,14 @@
 """Addresses on the wire, on both paths: rules for all routes and by route, and which hop decides."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, in_front_of
+from tests.kit import Answer, RawAnswer, RawClient, RawUpstream, RunningGateway, in_front_of, running_gateway
+from tests.kit import ask as ask_url
 from tests.kit import reason as reason_of
 from tests.wire.test_fast_path import ODD
 
@@ -70,3 +73,113 @@ def test_a_refusal_is_counted_by_its_reason(running: RunningGateway, client: Raw
     before = running.live.recorder.rejections["address_denied"]
     assert ask(client, "192.0.2.9", *odd).status == 403
     assert running.live.recorder.rejections["address_denied"] == before + 1
+
+
+# Forwarded
+
+
+FORWARDING = ["x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "forwarded"]
+
+
+@pytest.mark.parametrize(
+    ("section", "headers", "address", "expected"),
+    [
+        (
+            {"read": "forwarded", "send": "forwarded"},
+            ('Forwarded: for="[2001:db8:bad::1]:4711"',),
+            403,
+            {},
+        ),
+        (
+            {"read": "forwarded", "send": "forwarded"},
+            ('Forwarded: for="[2001:db8::1]:4711";proto=https', "X-Forwarded-For: 192.0.2.1"),
+            200,
+            {"forwarded": 'for="[2001:db8::1]:4711";proto=https, for=127.0.0.1;host=gateway.test;proto=http'},
+        ),
+        (
+            {"read": "forwarded", "send": "both"},
+            ("Forwarded: for=198.51.100.7;proto=https;host=shop.test",),
+            200,
+            {
+                "x-forwarded-for": "198.51.100.7, 127.0.0.1",
+                "x-forwarded-proto": "https",
+                "x-forwarded-host": "shop.test",
+                "forwarded": "for=198.51.100.7;proto=https;host=shop.test, for=127.0.0.1;host=gateway.test;proto=http",
+            },
+        ),
+        (
+            {"send": "forwarded"},
+            ("X-Forwarded-For: 198.51.100.7", "Forwarded: for=192.0.2.1"),
+            200,
+            {"forwarded": "for=198.51.100.7, for=127.0.0.1;host=gateway.test;proto=http"},
+        ),
+        (
+            {},
+            ("X-Forwarded-For: 198.51.100.7",),
+            200,
+            {
+                "x-forwarded-for": "198.51.100.7, 127.0.0.1",
+                "x-forwarded-proto": "http",
+                "x-forwarded-host": "gateway.test",
+            },
+        ),
+    ],
+)
+def test_the_client_is_read_and_sent_on_in_the_configured_form(
+    sections: dict[str, Any],
+    up: RawUpstream,
+    tmp_path: Path,
+    section: dict[str, str],
+    headers: tuple[str, ...],
+    address: int,
+    expected: dict[str, str],
+) -> None:
+    server = {"trusted_proxies": ["127.0.0.1"], "forwarded": section}
+    with running_gateway(sections | {"server": server}, tmp_path) as running, RawClient(running.port) as client:
+        for odd in ((), (ODD,)):
+            client.request("GET", "/api/x", (*headers, *odd))
+            assert client.answer().status == address
+        for request in up.requests:
+            found = {name: request.all(name) for name in FORWARDING}
+            assert found == {name: [expected[name].encode()] if name in expected else [] for name in FORWARDING}
+        assert len(up.requests) == (2 if address == 200 else 0)
+
+
+def test_explain_names_the_hop_that_the_address_came_from(running: RunningGateway) -> None:
+    body: dict[str, Any] = {"client_id": None, "path": "/api/x", "address": "127.0.0.1"}
+
+    def explained(**more: str) -> Any:
+        answer = post(f"{running.url}/explain", json.dumps(body | more).encode())
+        assert answer.status == 200
+        return answer.json()
+
+    found = explained(forwarded="198.51.100.9, 198.51.100.7, 127.0.0.1")
+    assert found["address"] == {
+        "address": "198.51.100.7",
+        "field": "x-forwarded-for",
+        "position": 2,
+        "reported_by": "127.0.0.1",
+        "detail": "element 2 from the right of x-forwarded-for, by the trusted proxy 127.0.0.1",
+    }
+    assert found["client"]["id"] == "198.51.100.7"
+    own = explained()["address"]
+    assert (own["address"], own["field"], own["position"], own["reported_by"]) == ("127.0.0.1", None, None, None)
+    stranger = explained(address="203.0.113.9", forwarded="198.51.100.7")["address"]
+    assert stranger["address"] == "203.0.113.9"
+    assert "not in server.trusted_proxies" in stranger["detail"]
+    denied = explained(forwarded="192.0.2.1")
+    assert (denied["result"]["status"], denied["result"]["reason"]) == (403, "address_denied")
+
+
+def post(url: str, body: bytes) -> Answer:
+    """Send a body of JSON."""
+    return ask_url(url, method="POST", headers={"Content-Type": "application/json"}, body=body)
+
+
+def test_the_page_shows_the_hop_as_explain_does(shared: RawUpstream, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "addresses.md").read_text()
+    (request,) = re.findall(r"curl -d '(.*?)'", page)
+    (shown,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    sections = in_front_of(shared.url) | {"server": {"trusted_proxies": ["10.0.0.0/8"]}}
+    with running_gateway(sections, tmp_path) as running:
+        assert post(f"{running.url}/explain", request.encode()).json()["address"] == json.loads(shown)
