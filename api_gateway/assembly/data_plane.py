@@ -21,6 +21,7 @@ from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStag
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -57,7 +58,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         via=Via(config.server.via or gateway.pseudonym),
         reads_origin=cors is not None,
         forwarding=forwarding_of(config.server.forwarded),
-        sources=identity_sources(config),
+        sources=identity_sources(config, gateway.tokens),
     )
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
@@ -121,7 +122,7 @@ def _preflights(gateway: Gateway, cors: CorsPolicies) -> PreflightStage:
 def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, cors: CorsPolicies | None) -> Admission:
     config, rules = gateway.config, address_rules(gateway.config.addresses)
     is_enforced = config.identity.mode == "enforce"
-    sources = identity_sources(config)
+    sources = identity_sources(config, gateway.tokens)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:
@@ -135,6 +136,8 @@ def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, cors: C
             )
         )
         access.append(CredentialRouteStage())
+    if any(route.requirement is not None for route in gateway.routes):
+        access.append(RequirementStage())
     return Admission(
         [
             AmbiguityStage(),

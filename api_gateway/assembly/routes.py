@@ -3,10 +3,12 @@
 from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.route_table import CostRule, Route
 from api_gateway.proxy.url_rewriting import UrlRewriter
 from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
+from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.routes import FallbackSection, RouteSection
 
 
@@ -50,6 +52,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         fallback=None if section.fallback is None else _fallback(section.fallback),
         url_rewriter=_url_rewriter(section, prefix),
         addresses=address_rules(section.addresses),
+        requirement=None if section.require is None else _requirement(section.require),
         cors=cors if section.cors is None else cors_of(section.cors),
     )
 
@@ -62,6 +65,10 @@ def _url_rewriter(section: RouteSection, prefix: str) -> UrlRewriter | None:
         (domain.lstrip(".").lower().encode(), new.encode()) for domain, new in section.cookie_domains.items()
     )
     return UrlRewriter(prefix.encode() if rewrites else b"", rewrites and section.rewrite_cookies, domains)
+
+
+def _requirement(section: RequireSection) -> Requirement:
+    return Requirement(tuple(section.scopes), tuple((path, tuple(values)) for path, values in section.claims.items()))
 
 
 def _fallback(section: FallbackSection) -> Fallback:

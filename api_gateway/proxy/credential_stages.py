@@ -86,9 +86,10 @@ class CredentialStage:
 
     def _refuse_or_ask(self, plan: RequestPlan, found: GatewayError | Question) -> StageResult:
         plan.exchange.decision = None
-        return found if isinstance(found, GatewayError) else Wait.on(found.ask, self._on_verified)
+        return found if isinstance(found, GatewayError) else Wait.on(partial(_answer, found), self._on_verified)
 
-    def _on_verified(self, plan: RequestPlan, found: Proof | GatewayError) -> StageResult:
+    def _on_verified(self, plan: RequestPlan, answer: tuple[Proof | GatewayError]) -> StageResult:
+        (found,) = answer
         if isinstance(found, Proof):
             return self._admit(plan, found)
         return found if self._is_enforced else self._observe(plan, found)
@@ -144,6 +145,11 @@ class CredentialStage:
 
     def _ask(self, charges: list[Charge], now_ns: int, on_reply: OnReply) -> None:
         self._limiter.decide_async(charges, now_ns, on_reply)
+
+
+async def _answer(question: Question) -> tuple[Proof | GatewayError]:
+    """Return the answer in a tuple: as a reply, an error would be a failure of the question (`Admission.resume`)."""
+    return (await question.ask(),)
 
 
 def _on_decision(plan: RequestPlan, decision: Decision, *, proceed: Callable[[], StageResult]) -> StageResult:

@@ -12,6 +12,7 @@ from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusua
 from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.url_rewriting import UrlRewriter
 
 # In place of a request target, compared by identity:
@@ -48,8 +49,8 @@ class Route:
 
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
-    if they pass unread. `cors` is the CORS policy, None if the gateway has none for the route.
-    `addresses` are address rules besides those for all routes.
+    if they pass unread. `requirement` is what the token of a request must have, None if it needs none. `cors` is the
+    CORS policy, None if the gateway has none for the route. `addresses` are rules besides those for all routes.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Route:
     min_body_rate: float | None = None
     fallback: Fallback | None = None
     url_rewriter: UrlRewriter | None = None
+    requirement: Requirement | None = None
     cors: CorsPolicy | None = None
     addresses: AddressRules | None = None
 

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from api_gateway.http1.headers import BODILESS
 from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
+from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.setting_types import (
     CookieDomains,
     Cost,
@@ -84,4 +85,7 @@ class RouteSection(Section):
     )
     fallback: FallbackSection | None = None
     addresses: AddressesSection = Field(default=AddressesSection(), description="Besides those for all routes.")
+    require: RequireSection | None = Field(
+        default=None, description="Scopes and claims that a request's token must have."
+    )
     cors: CorsSection | None = Field(default=None, description="Instead of the setting for all routes.")

@@ -12,6 +12,7 @@ from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
 from api_gateway.settings.cors import CorsSection, cors_findings
 from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
+from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.store import StoreSection
@@ -50,6 +51,8 @@ class ConfigSections(Protocol):
     @property
     def address_limit(self) -> AddressLimitSection: ...  # noqa: D102
     @property
+    def identity(self) -> IdentitySection: ...  # noqa: D102
+    @property
     def tiers(self) -> Mapping[str, TierSection]: ...  # noqa: D102
     @property
     def default_tier(self) -> str: ...  # noqa: D102
@@ -68,6 +71,7 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _store_findings(config)
     yield from _token_findings(config)
     yield from _tier_findings(config)
+    yield from _jwt_findings(config)
     if config.cors is not None:
         for key, message in cors_findings(config.cors):
             yield Finding(("cors", *key), message)
@@ -94,6 +98,8 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
             yield Finding((*key_path, "tls"), "has no effect without an https target")
         if name not in used:
             yield Finding(key_path, "no route uses this upstream")
+    if config.identity.jwt.issuers and "jwt" not in config.identity.sources:
+        yield Finding(("identity", "jwt", "issuers"), "has no effect, as identity.sources does not name jwt")
     for index, route in enumerate(config.routes):
         for number, other in unused_cost_rules(route.costs):
             rule: KeyPath = ("routes", str(index), "costs", str(number))
@@ -149,6 +155,29 @@ def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
     if unranked and len(unranked) < len(config.tiers):
         message = "every tier needs a priority if one tier has one, got None"
         yield Finding(("tiers", unranked[0], "priority"), message, depends_on=(("tiers",),))
+
+
+def _jwt_findings(config: ConfigSections) -> Iterator[Finding]:
+    identity, key_path = config.identity, ("identity", "jwt", "issuers")
+    is_used = "jwt" in identity.sources
+    if is_used and not identity.jwt.issuers:
+        yield Finding(
+            key_path, "needs an issuer, as identity.sources names jwt", depends_on=(("identity", "sources"),)
+        )
+    first: dict[str, str] = {}
+    for name, issuer in identity.jwt.issuers.items():
+        other = first.setdefault(issuer.issuer, name)
+        if other != name:
+            yield Finding((*key_path, name, "issuer"), f"is also that of {other!r}, got {issuer.issuer!r}")
+        for value, tier in issuer.tiers.items():
+            if tier not in config.tiers:
+                message = f"no such tier, got {tier!r}; the tiers are {', '.join(config.tiers)}"
+                yield Finding((*key_path, name, "tiers", value), message, depends_on=(("tiers",),))
+    for index, route in enumerate(config.routes):
+        if route.require is not None and not is_used:
+            message = "needs jwt in identity.sources, or no request is admitted"
+            place: KeyPath = ("routes", str(index), "require")
+            yield _of_route(route, place, message, (("identity", "sources"),))
 
 
 def _all_terms(

@@ -61,6 +61,10 @@ class ServerSection(Section):
         description="The gateway's name in Via. A request that returns with it is refused. None: a random name.",
     )
     forwarded: ForwardedSection = ForwardedSection()
+    proxy_protocol: list[TrustedProxy] = Field(
+        default=[],
+        description="Load balancers whose connections begin with a PROXY protocol header: networks, and `unix`.",
+    )
     trusted_proxies: list[TrustedProxy] = Field(default=[], description="Networks, and `unix` for Unix sockets.")
 
 
