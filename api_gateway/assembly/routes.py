@@ -52,6 +52,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         fallback=None if section.fallback is None else _fallback(section.fallback),
         url_rewriter=_url_rewriter(section, prefix),
         addresses=address_rules(section.addresses),
+        forward_credentials=section.forward_credentials,
         requirement=None if section.require is None else _requirement(section.require),
         cors=cors if section.cors is None else cors_of(section.cors),
     )

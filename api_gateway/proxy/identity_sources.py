@@ -32,7 +32,8 @@ class Claim:
 class Proof:
     """What a verified credential proves: the client, until a time on the monotonic clock.
 
-    `tier` replaces the client's tier; None keeps it. `is_restricted`: `refusal` may return an error.
+    `tier` is that of a client that is not registered; None is the default. `is_restricted`: `refusal` may return an
+    error.
     """
 
     __slots__ = ("claim", "client_id", "expires_ns", "is_restricted", "tier")
@@ -70,7 +71,17 @@ class Question:
     ask: Callable[[], Awaitable[Proof | GatewayError]]
 
 
-Verification = Proof | GatewayError | Question
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A credential whose verification takes much CPU time but waits for nothing, such as that of a signature.
+
+    `do` verifies it, or returns a question.
+    """
+
+    do: Callable[[], "Verification"]
+
+
+Verification = Proof | GatewayError | Question | Work
 
 
 class CredentialSource(Protocol):

@@ -1,7 +1,7 @@
 """JSON Web Tokens as a source of identities, and the stage for routes that require something of a token.
 
-A token is read once with the header set. Its first sight is a question, so that the address is charged before its
-signature is verified; the verifier remembers it until it expires.
+A token is read once with the header set. The address is charged before its signature is verified, at its first sight;
+the verifier remembers it until it expires.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from api_gateway.http1.headers import Fields
 from api_gateway.models import Clock
 from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.proxy.header_facts import HeaderFacts
-from api_gateway.proxy.identity_sources import Claim, Proof, Question, Verification
+from api_gateway.proxy.identity_sources import Claim, Proof, Question, Verification, Work
 from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.stages import ReadOnlyStage
 
@@ -56,14 +56,17 @@ class JwtSource:
         *,
         wall_clock: Clock,
         clock_ns: Callable[[], int],
+        is_forwarded: bool = True,
         basis: object = None,
     ) -> None:
         """`keys` are by the name of the issuer. Both clocks show the same moment.
 
-        `basis` are the settings that the source was built from; equal ones need no other source.
+        `is_forwarded`: upstreams receive the tokens. `basis` are the settings that the source was built from; equal
+        ones need no other source.
         """
         self.keys = dict(keys)
         self.basis = basis
+        self._withheld = frozenset[bytes]() if is_forwarded else self.fields
         self._reader = reader
         self._verifier = verifier
         self._wall_clock = wall_clock
@@ -73,7 +76,7 @@ class JwtSource:
         return f"<JwtSource [{', '.join(self.keys)}; {self._verifier!r}]>"
 
     def claim(self, fields: Fields) -> Claim | None:
-        """Return the token in header fields if one of the issuers is configured. It is forwarded to the upstream."""
+        """Return the token in header fields if its issuer is configured."""
         values = fields.get(AUTHORIZATION, ())
         for value in values:
             scheme, _, credentials = value.partition(b" ")
@@ -82,11 +85,11 @@ class JwtSource:
             token = self._reader.read(credentials.strip(b" "))
             if token is not None:
                 fault = _SENT_TWICE if len(values) > 1 else token.fault
-                return Claim(self, token, frozenset(), None if fault is None else str(fault))
+                return Claim(self, token, self._withheld, None if fault is None else str(fault))
         return None
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:
-        """Return what a token that was verified before proves; a question if its signature must be verified."""
+        """Return what a token that was verified before proves; of another, what is to be done to verify it."""
         token: ReadToken = claim.value
         if claim.fault is not None:
             return CredentialsInvalid(claim.fault)
@@ -94,26 +97,41 @@ class JwtSource:
         if known is not None:
             return JwtProof(claim, known)
         fault = fault_of_time(token, self._verifier.issuer_of(token).terms.leeway, self._wall_clock())
-        return Question(partial(self._verify_signature, claim)) if fault is None else CredentialsInvalid(fault)
+        return Work(partial(self._verify_signature, claim)) if fault is None else CredentialsInvalid(fault)
 
-    async def _verify_signature(self, claim: Claim) -> Proof | GatewayError:
-        """Verify a token; wait for the keys of its issuer if they may be other ones than those known."""
-        token: ReadToken = claim.value
-        keys = self.keys[self._verifier.issuer_of(token).terms.name]
-        found = self._verifier.verify(token, self._wall_clock(), self._clock_ns())
-        if isinstance(found, KeyNeeded) and keys.may_find():
-            await keys.fetched()
-            found = self._verifier.verify(token, self._wall_clock(), self._clock_ns())
+    def _verify_signature(self, claim: Claim) -> Verification:
+        """Verify a token; a question if its key is unknown and may be among those that its issuer publishes now."""
+        found = self._result(claim)
+        if isinstance(found, KeyNeeded):
+            if self._keys_of(claim).may_find():
+                return Question(partial(self._verify_with_new_keys, claim))
+            return self._unknown_key(claim, found)
+        return found
+
+    async def _verify_with_new_keys(self, claim: Claim) -> Proof | GatewayError:
+        """Wait for the keys of the token's issuer, and verify it with them."""
+        await self._keys_of(claim).fetched()
+        found = self._result(claim)
+        return self._unknown_key(claim, found) if isinstance(found, KeyNeeded) else found
+
+    def _result(self, claim: Claim) -> Proof | GatewayError | KeyNeeded:
+        found = self._verifier.verify(claim.value, self._wall_clock(), self._clock_ns())
         if isinstance(found, VerifiedToken):
             return JwtProof(claim, found)
-        if isinstance(found, TokenFault):
-            return CredentialsInvalid(found)
-        if keys.is_empty or keys.error is not None:
-            return IssuerUnavailable(
-                f"The keys of issuer '{keys.name}' cannot be obtained, so the token cannot be verified.",
-                retry_after=keys.retry_after,
-            )
-        return CredentialsInvalid(found.fault)
+        return CredentialsInvalid(found) if isinstance(found, TokenFault) else found
+
+    def _keys_of(self, claim: Claim) -> IssuerKeys:
+        return self.keys[self._verifier.issuer_of(claim.value).terms.name]
+
+    def _unknown_key(self, claim: Claim, found: KeyNeeded) -> GatewayError:
+        """Return the error for a token whose key is unknown: that of the issuer if its keys could not be fetched."""
+        keys = self._keys_of(claim)
+        if not keys.is_empty and keys.error is None:
+            return CredentialsInvalid(found.fault)
+        return IssuerUnavailable(
+            f"The keys of issuer '{keys.name}' cannot be obtained, so the token cannot be verified.",
+            retry_after=keys.retry_after,
+        )
 
 
 class RequirementStage(ReadOnlyStage):
