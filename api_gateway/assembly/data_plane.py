@@ -53,15 +53,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     )
     sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
     cors = _cors(gateway)
-    headers = HeaderReader(
-        id_header=config.identity.header,
-        trusted_proxies=config.server.trusted_proxies,
-        max_body_bytes=config.server.max_body_bytes,
-        via=Via(config.server.via or gateway.pseudonym),
-        reads_origin=cors is not None,
-        forwarding=forwarding_of(config.server.forwarded),
-        sources=sources,
-    )
+    headers = _headers(gateway, sources, cors)
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
         limiter=gateway.limiter,
@@ -106,6 +98,19 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock_ns=clocks.monotonic_ns,
     )
     return record, fast_path, explainer
+
+
+def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | None) -> HeaderReader:
+    config = gateway.config
+    return HeaderReader(
+        id_header=config.identity.header,
+        trusted_proxies=config.server.trusted_proxies,
+        max_body_bytes=config.server.max_body_bytes,
+        via=Via(config.server.via or gateway.pseudonym),
+        reads_origin=cors is not None,
+        forwarding=forwarding_of(config.server.forwarded),
+        sources=sources,
+    )
 
 
 def _cors(gateway: Gateway) -> CorsPolicies | None:
