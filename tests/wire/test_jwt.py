@@ -225,12 +225,13 @@ def test_upstreams_receive_claims_as_header_fields_that_clients_cannot_send(
         for fields in variants:
             for _ in range(2):  # the second time it is remembered
                 up.requests.clear()
-                lines = (*fields, f"Authorization: Bearer {token.decode()}") if token else fields
+                given: tuple[str, ...] = (f"Authorization: Bearer {token.decode()}",) if token else ()
                 with RawClient(running.port) as client:
-                    client.request(method, headers=lines)
+                    client.request(method, headers=fields + given)
                     assert client.answer().status == 200
                 (request,) = up.requests
-                assert [request.all("x-user"), request.all("x-roles"), request.all("x_user")] == [*expected, []]
+                assert [request.all(name) for name in ("x-user", "x-roles")] == expected
+                assert not request.all("x_user")
 
 
 @pytest.mark.parametrize("method", METHODS)
