@@ -40,6 +40,7 @@ _IDENTIFICATION = {
     "granted": "identified by {header}; its tier is a grant, by POST /clients/{{id}}/grants",
     "registered": "identified by {header}; its tier was set by POST /clients/{{id}}/tier",
     "configured": "identified by {header}; its tier is set in the configuration",
+    "token": "identified by a token, which may state its tier",
     "default": "identified by {header}; not registered, so it has the default tier, {address}",
     "address": "no {header}, so it is identified by its address and has the default tier",
 }
@@ -98,6 +99,11 @@ class Explainer:
 
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"
+
+    @property
+    def route_names(self) -> list[str]:
+        """The names of all routes."""
+        return [route.name for route in self._router.routes]
 
     async def explain(self, request: ExplainRequest) -> Explanation:
         """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""

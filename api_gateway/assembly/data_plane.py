@@ -19,6 +19,7 @@ from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStag
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
@@ -48,6 +49,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     settlement = CostSettlement(
         limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder, limit_headers=limit_headers
     )
+    sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
     cors = _cors(gateway)
     headers = HeaderReader(
         id_header=config.identity.header,
@@ -55,7 +57,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         max_body_bytes=config.server.max_body_bytes,
         via=Via(config.server.via or gateway.pseudonym),
         reads_origin=cors is not None,
-        sources=identity_sources(config, gateway.tokens),
+        sources=sources,
     )
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
@@ -64,7 +66,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    admission = _admission(gateway, router, limits, cors)
+    admission = _admission(gateway, router, limits, sources, cors)
     record = ExchangeMiddleware(
         AdmissionMiddleware(
             admission=admission,
@@ -116,10 +118,11 @@ def _preflights(gateway: Gateway, cors: CorsPolicies) -> PreflightStage:
     return PreflightStage(cors, shedder=gateway.event_loop_shedder, priority=priority)
 
 
-def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, cors: CorsPolicies | None) -> Admission:
+def _admission(
+    gateway: Gateway, router: Router, limits: RateLimitStage, sources: IdentitySources, cors: CorsPolicies | None
+) -> Admission:
     config = gateway.config
     is_enforced = config.identity.mode == "enforce"
-    sources = identity_sources(config, gateway.tokens)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:

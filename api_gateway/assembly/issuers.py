@@ -81,6 +81,7 @@ class Issuers:
             keys,
             wall_clock=self._clocks.wall,
             clock_ns=self._clocks.monotonic_ns,
+            is_forwarded=basis.section.forward,
             basis=basis,
         )
 

@@ -44,6 +44,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
         url_rewriter=_url_rewriter(section, prefix),
+        forward_credentials=section.forward_credentials,
         requirement=None if section.require is None else _requirement(section.require),
         cors=cors if section.cors is None else cors_of(section.cors),
     )

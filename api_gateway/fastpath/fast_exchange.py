@@ -291,6 +291,8 @@ class FastExchange(ProxyExchange):
             host = upstream_client.host_of(attempt.target, self._headers.facts.host_field)
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
+        if plan.facts.credentials and route is not None and route.forward_credentials:
+            host += b"\r\n%b" % plan.facts.credential_lines
         if deadline is not None and deadline.is_forwarded:
             identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
         self.connection = connection

@@ -124,8 +124,7 @@ class CredentialStage:
         return None
 
     def _set_client(self, plan: RequestPlan, proof: Proof, client: Client) -> Client:
-        if proof.tier is not None:
-            client = self._clients.in_tier(client, proof.tier)
+        client = self._clients.proved(client, proof.tier)
         plan.exchange.client, plan.exchange.credential = client, proof
         plan.principal = holder_of(client, plan.facts.peer)
         plan.priority = self._priorities.of(client.quota.name)

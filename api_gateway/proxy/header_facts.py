@@ -121,6 +121,11 @@ class HeaderFacts:
     def __repr__(self) -> str:
         return f"<HeaderFacts of {self.name or self.peer!r}>"
 
+    @property
+    def credential_lines(self) -> bytes:
+        """The header lines of `credentials`, without the last line break."""
+        return b"\r\n".join(b"%b: %b" % pair for pair in self.credentials)
+
     def require_length(self, cause: str) -> None:
         """Rule the request out, because its fields may contain trailers; `cause` says so in words."""
         self.is_length_required, self.ambiguity = True, cause

@@ -32,7 +32,8 @@ class Claim:
 class Proof:
     """What a verified credential proves: the client, until a time on the monotonic clock.
 
-    `tier` replaces the client's tier; None keeps it. `is_restricted`: `refusal` may return an error.
+    `tier` is that of a client that is not registered; None is the default. `is_restricted`: `refusal` may return an
+    error.
     """
 
     __slots__ = ("claim", "client_id", "expires_ns", "is_restricted", "tier")

@@ -56,14 +56,17 @@ class JwtSource:
         *,
         wall_clock: Clock,
         clock_ns: Callable[[], int],
+        is_forwarded: bool = True,
         basis: object = None,
     ) -> None:
         """`keys` are by the name of the issuer. Both clocks show the same moment.
 
-        `basis` are the settings that the source was built from; equal ones need no other source.
+        `is_forwarded`: upstreams receive the tokens. `basis` are the settings that the source was built from; equal
+        ones need no other source.
         """
         self.keys = dict(keys)
         self.basis = basis
+        self._withheld = frozenset[bytes]() if is_forwarded else self.fields
         self._reader = reader
         self._verifier = verifier
         self._wall_clock = wall_clock
@@ -73,7 +76,7 @@ class JwtSource:
         return f"<JwtSource [{', '.join(self.keys)}; {self._verifier!r}]>"
 
     def claim(self, fields: Fields) -> Claim | None:
-        """Return the token in header fields if one of the issuers is configured. It is forwarded to the upstream."""
+        """Return the token in header fields if its issuer is configured."""
         values = fields.get(AUTHORIZATION, ())
         for value in values:
             scheme, _, credentials = value.partition(b" ")
@@ -82,7 +85,7 @@ class JwtSource:
             token = self._reader.read(credentials.strip(b" "))
             if token is not None:
                 fault = _SENT_TWICE if len(values) > 1 else token.fault
-                return Claim(self, token, frozenset(), None if fault is None else str(fault))
+                return Claim(self, token, self._withheld, None if fault is None else str(fault))
         return None
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:

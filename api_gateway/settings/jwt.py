@@ -170,6 +170,9 @@ class JwtSection(Section):
 
     issuers: dict[Identifier, IssuerSection] = Field(default={})
     max_token_bytes: int = Field(default=8192, ge=256, le=65_536, description="A larger token is refused unread.")
+    forward: bool = Field(
+        default=True, description="Whether upstreams receive tokens; if not, routes with forward_credentials."
+    )
     max_remembered: int = Field(
         default=10_000,
         ge=1,

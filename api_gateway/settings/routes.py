@@ -82,6 +82,9 @@ class RouteSection(Section):
     min_body_rate: float | None = Field(
         default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
     )
+    forward_credentials: bool = Field(
+        default=False, description="Whether the upstream receives the credential of the gateway in a request."
+    )
     fallback: FallbackSection | None = None
     require: RequireSection | None = Field(
         default=None, description="Scopes and claims that a request's token must have."
