@@ -72,6 +72,12 @@ class KeyDirectory:
         state = "current" if self._is_current else "outdated"
         return f"<KeyDirectory [{len(self._cache().keys)} keys held, {len(self._configured())} configured, {state}]>"
 
+    @property
+    def is_empty(self) -> bool:
+        """True if there certainly are no keys."""
+        cache = self._cache()
+        return cache.is_complete and not cache.keys and not self._configured()
+
     # For requests
 
     def find(self, digest: str) -> KnownKey | KeyState:

@@ -26,7 +26,7 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.http1.serializer import render_response_head
-from api_gateway.middleware import ExchangeMiddleware
+from api_gateway.middleware import EXCHANGE, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
@@ -678,7 +678,7 @@ def _serve(
     record: ExchangeMiddleware, exchange: Exchange, go_on: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> Awaitable[None]:
     """Continue an exchange on the ASGI path; this is the application given to `run_asgi`."""
-    scope[FIELDS] = fields_of(scope["headers"])
+    scope[FIELDS], scope[EXCHANGE] = fields_of(scope["headers"]), exchange
     return record.conclude(exchange, go_on, scope, receive, send)
 
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,19 @@ import pytest
 
 from api_gateway.admin.keys import MAX_VALID_KEYS
 from api_gateway.clients.api_keys import new_key
-from tests.kit import Answer, RawUpstream, RunningGateway, ask, in_front_of, running_gateway
+from tests.kit import (
+    PATIENCE,
+    Answer,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    ask,
+    eventually,
+    in_front_of,
+    running_gateway,
+)
 
 Gateway = Callable[[dict[str, Any]], RunningGateway]
 VERIFIED = {"clients": {"acme": {"tier": "PREMIUM", "verified_only": True}, "open": {"tier": "PREMIUM"}}}
@@ -204,3 +217,61 @@ def test_keys_survive_a_restart(up: RawUpstream, tmp_path: Path) -> None:
         assert ask(f"{running.url}/api/x", headers={"X-API-Key": made["key"]}).status == 200
         (shown,) = call(running, "GET", "/clients/acme/keys")["keys"]
         assert shown["last_used_at"] is not None
+
+
+# Streams and tunnels
+
+HEAD = b"HTTP/1.1 200 OK\r\n%b\r\n\r\n"
+STREAMS = {
+    "a download": (HEAD % b"Content-Length: 1000" + b"begun", ("GET", ())),
+    "a chunked download": (HEAD % b"Transfer-Encoding: chunked" + b"5\r\nbegun\r\n", ("GET", ())),
+    "an event stream": (
+        HEAD % b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked" + b"5\r\nbegun\r\n",
+        ("GET", ()),
+    ),
+    "a download on the ASGI path": (HEAD % b"Content-Length: 1000" + b"begun", ("TRACK", ())),
+    "an event stream on the ASGI path": (
+        HEAD % b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked" + b"5\r\nbegun\r\n",
+        ("TRACK", ()),
+    ),
+    "a tunnel": (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nbegun",
+        ("GET", ("Upgrade: websocket", "Connection: Upgrade")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("ending", ["revoked", "expired"])
+def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str, ending: str) -> None:
+    """Within two seconds; that of another key goes on, and so does a request that has no response yet."""
+    response, (method, fields) = STREAMS[name]
+    running = gateway(in_front_of(up.url))
+    released = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        if b"/slow" in request.line:
+            released.wait(PATIENCE)
+            wire.send(HEAD % b"Content-Length: 2" + b"ok")
+        else:
+            wire.send(response)
+            released.wait(PATIENCE)
+
+    up.behave = behave
+    terms = {"expires_in_seconds": 3} if ending == "expired" else {}
+    made, other = (call(running, "POST", "/clients/acme/keys", one) for one in (terms, {}))
+    with RawClient(running.port) as ended, RawClient(running.port) as going, RawClient(running.port) as slow:
+        for client, key in ((ended, made), (going, other)):
+            client.request(method, "/api/x", (f"X-API-Key: {key['key']}", *fields))
+            assert client.read_until(b"begun") is not None
+        slow.request("GET", "/api/slow", (f"X-API-Key: {made['key']}",))
+        if ending == "revoked":
+            call(running, "DELETE", f"/clients/acme/keys/{made['id']}")
+        ended.read_exactly(10_000)  # to the end of the connection
+        going.sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            going.fill()
+        released.set()
+        assert slow.answer().status == 200
+    live = running.live.recorder
+    eventually(lambda: live.rejections["credentials_invalid"] == 1, "the end has its reason")
