@@ -85,7 +85,9 @@ def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> Downstrea
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
     factory = ConnectionFactory(LIMITS, Counter())
-    protocol = factory(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
+    protocol = factory.connection(
+        config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop()
+    )
     protocol.connection_made(transport)
     return protocol
 
