@@ -128,6 +128,7 @@ class CredentialStage:
 
     def _set(self, plan: RequestPlan, client: Client, *, proof: Proof) -> StageResult:
         self._set_client(plan, proof, client)
+        plan.facts.proof = proof  # for the header fields that upstreams receive
         return None
 
     def _set_client(self, plan: RequestPlan, proof: Proof, client: Client) -> Client:
@@ -142,7 +143,7 @@ class CredentialStage:
         """Leave the request to the next source."""
         if self.on_observed is not None:
             self.on_observed(plan, error)
-        plan.exchange.client = None
+        plan.exchange.client, plan.facts.proof = None, None
         return None
 
     # The charge of a failed attempt
