@@ -9,8 +9,9 @@ import time
 from collections import Counter
 
 from api_gateway.downstream.owner import ConnectionOwner
+from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.states import ConnectionEvent
-from api_gateway.errors import GatewayError, problem
+from api_gateway.errors import GatewayError, InternalError, problem
 from api_gateway.http1.headers import http_date
 from api_gateway.http1.serializer import render_response_head
 
@@ -42,19 +43,34 @@ class Closing:
         if owner.transport.is_closing():  # the client cannot receive a refusal
             self.close(owner)
             return
-        due = owner.pipeline.due
+        due, exchange = owner.pipeline.due, owner.exchange
         self._refused[error.reason] += 1
-        if due is not None and (due is not owner.receiving or due.is_started):
+        if exchange is not None:
+            is_begun = owner.receiving is None or exchange.is_head_sent
+        else:
+            is_begun = due is not None and (due is not owner.receiving or due.is_started)
+        if is_begun:
             self.close(owner)
         else:
             self.respond(owner, error)
-        if due is not None:
+        if exchange is not None:
+            exchange.on_client_disconnected()
+        elif due is not None:
             due.disconnect()
 
     def respond(self, owner: ConnectionOwner, error: GatewayError) -> None:
         """Send problem details as the last response."""
         owner.transport.write(last_response(error))
         self.linger(owner)
+
+    def break_off(self, owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
+        """Terminate a response that an application has left incomplete."""
+        if not cycle.is_started:
+            self.respond(owner, InternalError("The gateway failed to generate a response."))
+        elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
+            owner.transport.abort()
+        else:
+            self.close(owner)
 
     def end(self, owner: ConnectionOwner, *, has_input: bool) -> None:
         """End the connection after its last response; linger if the client may still be sending."""
