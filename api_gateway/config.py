@@ -16,7 +16,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from api_gateway.settings.admin import AdminSection
-from api_gateway.settings.clients import AddressLimitSection, ClientSection, IdentitySection, TierSection
+from api_gateway.settings.clients import AddressLimitSection, ClientSection, TierSection
+from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.diagnostics import (
     NO_FILE,
     ConfigError,
@@ -32,6 +33,7 @@ from api_gateway.settings.environment import (
     read_env_file,
     read_environment,
 )
+from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.repair import errors_of_repaired
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.rules import Finding, find_errors
@@ -108,6 +110,7 @@ class GatewayConfig(BaseSettings):
     clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
     upstreams: dict[Identifier, UpstreamSection] = {}
     routes: list[RouteSection] = []
+    cors: CorsSection | None = Field(default=None, description="For all routes that have no setting of their own.")
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
 

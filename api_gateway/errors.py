@@ -4,11 +4,12 @@
     ├── RequestRefused      the request cannot be served: 4xx
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
+    │   ├── CredentialsRequired, CredentialsInvalid, CredentialsInsufficient
     │   ├── NoRoute, MethodNotAllowed
     │   ├── BodyTooLarge, HeadersTooLarge, LengthRequired, RequestTimeout
     │   └── RateLimited, CostExceedsCapacity
     ├── Unavailable         no attempt was made: 503
-    │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable
+    │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable, IssuerUnavailable
     │   └── Overloaded
     │       └── LoadShed    refused to protect the upstream or the gateway
     ├── UpstreamFailed      an attempt failed: 502, 504
@@ -32,6 +33,8 @@ QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded
 REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
+CHALLENGE = 'Bearer realm="api-gateway"'  # of WWW-Authenticate (RFC 6750 section 3)
+
 # Exit codes
 STARTUP_FAILED = 3  # the same as uvicorn's
 DRAIN_INCOMPLETE = 4  # exchanges were aborted at the end of the drain
@@ -48,6 +51,7 @@ class Reason(StrEnum):
     OVERLOADED = "overloaded"
     DRAINING = "draining"
     STORE_UNAVAILABLE = "store_unavailable"
+    ISSUER_UNAVAILABLE = "issuer_unavailable"
     UPSTREAM_CONNECT_ERROR = "upstream_connect_error"
     UPSTREAM_RESET = "upstream_reset"
     UPSTREAM_PROTOCOL_ERROR = "upstream_protocol_error"
@@ -57,6 +61,9 @@ class Reason(StrEnum):
     CLIENT_ID_INVALID = "client_id_invalid"
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
+    CREDENTIALS_REQUIRED = "credentials_required"
+    CREDENTIALS_INVALID = "credentials_invalid"
+    CREDENTIALS_INSUFFICIENT = "credentials_insufficient"
     BODY_TOO_LARGE = "body_too_large"
     HEADERS_TOO_LARGE = "headers_too_large"
     LENGTH_REQUIRED = "length_required"
@@ -135,6 +142,33 @@ class Forbidden(RequestRefused):
 
     status = 403
     reason = Reason.FORBIDDEN
+
+
+class CredentialsRequired(RequestRefused):
+    """The request has no credential, and its client id alone does not identify it."""
+
+    status = 401
+    reason = Reason.CREDENTIALS_REQUIRED
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"www-authenticate": CHALLENGE})
+
+
+class CredentialsInvalid(RequestRefused):
+    """The request has a credential that is not valid, or not any more."""
+
+    status = 401
+    reason = Reason.CREDENTIALS_INVALID
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"www-authenticate": f'{CHALLENGE}, error="invalid_token"'})
+
+
+class CredentialsInsufficient(RequestRefused):
+    """The credential of the request is valid, but not for its route."""
+
+    status = 403
+    reason = Reason.CREDENTIALS_INSUFFICIENT
 
 
 class NoRoute(RequestRefused):
@@ -234,6 +268,12 @@ class StoreUnavailable(Unavailable):
     """The store is unavailable: a change was not confirmed, or the policy `deny` refuses all requests."""
 
     reason = Reason.STORE_UNAVAILABLE
+
+
+class IssuerUnavailable(Unavailable):
+    """The keys of the issuer of the request's token cannot be obtained."""
+
+    reason = Reason.ISSUER_UNAVAILABLE
 
 
 class UpstreamFailed(GatewayError):

@@ -21,8 +21,9 @@ DecisionSource = Literal["memory", "store", "deny_cache", "local_share", "deny",
 
 BreakerMode = Literal["auto", "observe", "forced_closed", "forced_open"]
 
-# Source of a client's tier: a grant, a registration by the API, the configuration, or the default (id or address).
-ClientSource = Literal["granted", "registered", "configured", "default", "address"]
+# Source of a client's tier: a grant, a registration by the API, the configuration, the token that proves a client
+# without any of these, or the default (id or address).
+ClientSource = Literal["granted", "registered", "configured", "token", "default", "address"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +106,22 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """The client of a request. `key` is the key of its bucket, `source` the source of its tier."""
+    """The client of a request. `key` is the key of its bucket, `source` the source of its tier.
+
+    `has_keys`: API keys were created for the client. `is_verified_only`: a credential must prove its id.
+    """
 
     id: str
     key: str
     quota: Quota
     source: ClientSource
+    has_keys: bool = False
+    is_verified_only: bool = False
 
     @property
     def is_registered(self) -> bool:
-        """True if the id has a grant, or is registered by the API or the configuration."""
-        return self.source in ("granted", "registered", "configured")
+        """True if the id has a grant or keys, is registered by the API or the configuration, or proved by a token."""
+        return self.source in ("granted", "registered", "configured", "token") or self.has_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +157,35 @@ class Outcome(Enum):
     IGNORED = "ignored"  # the client disconnected, or caused the error
 
 
+@dataclass(frozen=True, slots=True)
+class CorsFields:
+    """The CORS fields of a response, see `proxy.cors`.
+
+    `pairs` are all of them, and `lines` the same in HTTP/1.1 format, each with its line break. `allowed` are those
+    that decide about the origin, `exposed` the names that pages may read (None: none); `varies` tells whether the
+    response depends on the origin.
+    """
+
+    lines: bytes
+    pairs: tuple[tuple[bytes, bytes], ...]
+    allowed: tuple[tuple[bytes, bytes], ...]
+    exposed: bytes | None
+    varies: bool
+
+
 @dataclass(slots=True)
 class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.
 
     Times are monotonic seconds. Fields are set phase by phase: client, route, decision, attempts, response.
+    `credential` is what proved the client's id, if anything (`proxy.identity_sources.Proof`).
     `status` is that of the response, 499 if the client disconnected before it; `source` is the origin of the response.
     `response_headers` are the gateway's own fields, for any response. `charges` are those of `decision`; `trial` has
     charges and decision of the candidate limits. `has_begun`: a connection to an upstream was opened or attempted;
     `has_reached`: a part of the request may have reached an upstream that then failed. `shed_by` has the upstreams
     that refused because of load (None: the gateway). `retried` has the causes of retries. `fallback` is the fallback
     that responded instead of the route's upstream; `reason` and `detail` are then those of the upstream's failure.
+    `cors` has the CORS fields of any response, None if the route has no policy.
     """
 
     id: str
@@ -193,6 +217,8 @@ class Exchange:
     retried: tuple[str, ...] = ()
     fallback: str | None = None
     shed_by: tuple[str | None, ...] = ()
+    cors: CorsFields | None = None
+    credential: object | None = None
 
     @property
     def client_key(self) -> str:

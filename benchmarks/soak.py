@@ -139,7 +139,7 @@ def gateway(folder: Path, upstream: int, away: int) -> Iterator[tuple[int, int]]
 
 
 @dataclass
-class Verdict:
+class SoakResult:
     """Results of a soak."""
 
     notes: Notes
@@ -178,7 +178,7 @@ class Verdict:
         return "\n".join(rows) + "\n"
 
 
-async def soak(seconds: float, folder: Path) -> Verdict:
+async def soak(seconds: float, folder: Path) -> SoakResult:
     """Run gateway, upstreams and clients for `seconds`."""
     loop = asyncio.get_running_loop()
     upstream = await asyncio.start_server(serve, "127.0.0.1", 0, limit=LIMIT, backlog=1024)
@@ -205,7 +205,7 @@ async def soak(seconds: float, folder: Path) -> Verdict:
         upstream.close()
         await loop.run_in_executor(None, started.__exit__, None, None, None)
     warm = max(seconds * WARM_UP, min(LEAST_WARM_UP, seconds / 2))
-    return Verdict(notes.since(began + warm), before, after, clients)
+    return SoakResult(notes.since(began + warm), before, after, clients)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

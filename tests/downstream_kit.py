@@ -12,9 +12,11 @@ from typing import Any, Self, cast
 import uvicorn
 from uvicorn.server import ServerState
 
+from api_gateway.downstream.closing import last_response
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.downstream.connection_limits import ConnectionLimits
+from api_gateway.errors import GatewayError
 from api_gateway.http1.asgi import SERVER_EXTENSION, FastPathHandler, InFlight
 from api_gateway.http1.fast_parser import pairs_of, parse_request_head
 from tests.kit import LIMITS
@@ -223,6 +225,11 @@ class FakeExchange:
     def on_drain(self) -> None:
         assert self in self._fast_path.exchanges
 
+    def on_refused(self, error: GatewayError) -> None:
+        """Respond with an error, in a form that the walk knows."""
+        self._client.transport.write(last_response(error, []))
+        self.on_client_disconnected()
+
 
 class FakeBody:
     """The body of a request on the fast path, which is dropped. Each piece pauses reading for a while."""
@@ -260,6 +267,9 @@ class FakeFastPath:
     def __init__(self, app: Any) -> None:
         self.app = app
         self.exchanges: list[FakeExchange] = []
+
+    def refusal_fields(self, _headers: Any, _target: bytes) -> list[tuple[bytes, bytes]]:
+        return []
 
     def try_handle(self, client: Any, received: bytes) -> bool:
         """Respond at once (/w), begin an exchange (/e), or leave the request to the ASGI path (/r) or parser."""

@@ -100,7 +100,7 @@ class FallbackExplained(Body):
     used: bool = Field(description="True if the fallback would be used now, because the upstream is not available.")
 
 
-class Verdict(Body):
+class ExplainedResult(Body):
     """The decision. `status` and `reason` are those of the response that the gateway would generate.
 
     With outcome `fallback`, `reason` is why the fallback is used, and `status` that of a static fallback.
@@ -116,7 +116,7 @@ class Verdict(Body):
 class Explanation(Body):
     """The response of `POST /explain`."""
 
-    result: Verdict
+    result: ExplainedResult
     client: ClientExplained
     route: RouteExplained | None
     buckets: list[BucketExplained]

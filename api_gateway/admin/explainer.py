@@ -12,13 +12,13 @@ from api_gateway.admin.explain_schema import (
     BucketExplained,
     ClientExplained,
     ConcurrencyExplained,
+    ExplainedResult,
     ExplainRequest,
     Explanation,
     FallbackExplained,
     LagExplained,
     RouteExplained,
     UpstreamExplained,
-    Verdict,
 )
 from api_gateway.errors import GatewayError, InvalidValue, Reason
 from api_gateway.http1.headers import Fields
@@ -40,6 +40,7 @@ _IDENTIFICATION = {
     "granted": "identified by {header}; its tier is a grant, by POST /clients/{{id}}/grants",
     "registered": "identified by {header}; its tier was set by POST /clients/{{id}}/tier",
     "configured": "identified by {header}; its tier is set in the configuration",
+    "token": "identified by a token, which may state its tier",
     "default": "identified by {header}; not registered, so it has the default tier, {address}",
     "address": "no {header}, so it is identified by its address and has the default tier",
 }
@@ -99,6 +100,11 @@ class Explainer:
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"
 
+    @property
+    def route_names(self) -> list[str]:
+        """The names of all routes."""
+        return [route.name for route in self._router.routes]
+
     async def explain(self, request: ExplainRequest) -> Explanation:
         """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
         path = unquote(request.path.partition("?")[0])
@@ -117,7 +123,7 @@ class Explainer:
             error = self._refused(route, plan)
         fallback = self._fallback(route, error)
         return Explanation(
-            result=_verdict(error, fallback),
+            result=_result_of(error, fallback),
             client=self._client_view(client, exchange.peer),
             route=None if route is None else self._route_view(route, exchange),
             buckets=[_bucket_view(bucket) for bucket in buckets],
@@ -217,17 +223,17 @@ _OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
 }
 
 
-def _verdict(error: GatewayError | None, fallback: FallbackExplained | None) -> Verdict:
+def _result_of(error: GatewayError | None, fallback: FallbackExplained | None) -> ExplainedResult:
     if error is None:
         detail = "Every bucket has enough tokens, and the upstream accepts requests."
-        return Verdict(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=detail)
+        return ExplainedResult(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=detail)
     if fallback is not None and fallback.used:
         detail = f"{error.detail} The fallback '{fallback.name}' responds."
         reason = error.reason.value
-        return Verdict(
+        return ExplainedResult(
             outcome="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=detail
         )
-    return Verdict(
+    return ExplainedResult(
         outcome=_OUTCOMES.get(error.reason, "refused"),
         status=error.status,
         reason=error.reason.value,

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.gateway import Gateway
+from api_gateway.assembly.identity import identity_sources
+from api_gateway.assembly.routes import cors_of
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
@@ -12,9 +14,13 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
-from api_gateway.proxy.admission import Admission
+from api_gateway.proxy.admission import Admission, Stage
+from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
+from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.identity_sources import IdentitySources
+from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -43,11 +49,15 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     settlement = CostSettlement(
         limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder, limit_headers=limit_headers
     )
+    sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
+    cors = _cors(gateway)
     headers = HeaderReader(
         id_header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
         max_body_bytes=config.server.max_body_bytes,
         via=Via(config.server.via or gateway.pseudonym),
+        reads_origin=cors is not None,
+        sources=sources,
     )
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
@@ -56,7 +66,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    admission = _admission(gateway, router, limits)
+    admission = _admission(gateway, router, limits, sources, cors)
     record = ExchangeMiddleware(
         AdmissionMiddleware(
             admission=admission,
@@ -69,6 +79,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         recorder=recorder,
         observers=[recorder.observe, *_access_logs(gateway)],
         on_failure=settlement.on_failure,
+        cors=cors,
     )
     fast_path = FastPath(
         record=record,
@@ -78,6 +89,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         limit_headers=limit_headers,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
+        cors=cors,
     )
     explainer = Explainer(
         admission=admission,
@@ -93,12 +105,50 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return record, fast_path, explainer
 
 
-def _admission(gateway: Gateway, router: Router, limits: RateLimitStage) -> Admission:
+def _cors(gateway: Gateway) -> CorsPolicies | None:
+    """Return the CORS policies, None if there are none."""
+    default = cors_of(gateway.config.cors)
+    if default is None and all(route.cors is None for route in gateway.routes):
+        return None
+    return CorsPolicies(gateway.table, default)
+
+
+def _preflights(gateway: Gateway, cors: CorsPolicies) -> PreflightStage:
+    priority = gateway.priorities.of(gateway.config.default_tier)
+    return PreflightStage(cors, shedder=gateway.event_loop_shedder, priority=priority)
+
+
+def _admission(
+    gateway: Gateway, router: Router, limits: RateLimitStage, sources: IdentitySources, cors: CorsPolicies | None
+) -> Admission:
+    config = gateway.config
+    is_enforced = config.identity.mode == "enforce"
+    identity: list[Stage] = []
+    access: list[Stage] = []
+    if sources.credentials:
+        identity.append(
+            CredentialStage(
+                clients=gateway.clients,
+                priorities=gateway.priorities,
+                limiter=gateway.limiter,
+                charges_of_address=limits.charges_of_address,
+                is_enforced=is_enforced,
+            )
+        )
+        access.append(CredentialRouteStage())
+    if any(route.requirement is not None for route in gateway.routes):
+        access.append(RequirementStage())
     return Admission(
         [
             AmbiguityStage(),
-            IdentityStage(clients=gateway.clients, priorities=gateway.priorities),
+            *([] if cors is None else [_preflights(gateway, cors)]),
+            *identity,
+            IdentityStage(
+                clients=gateway.clients, priorities=gateway.priorities, sources=sources, is_enforced=is_enforced
+            ),
             RouteStage(router.routes),
+            *([] if cors is None else [CorsStage()]),
+            *access,
             DeadlineStage(
                 {name: client.total_timeout for name, client in router.upstream_clients.items()},
                 have_routes_timeouts=any(route.timeout is not None for route in gateway.routes),

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from api_gateway.assembly.identity import identity_rules
 from api_gateway.clients.records import ClientStore
 from api_gateway.clients.redis_store import RedisClientStore
 from api_gateway.clients.registry import ClientRegistry, PreviousClients
@@ -139,13 +140,15 @@ def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks:
         limit=config.store.max_cached_clients,
         deadline=config.store.decision_timeout,
         wall_clock=clocks.wall,
+        rules=identity_rules(config),
+        outage_tolerance=config.identity.api_key.outage_tolerance,
         on_change=partial(move_buckets, limiter, clocks.monotonic_ns),
     )
 
 
 def configured_clients(config: GatewayConfig) -> dict[str, str]:
     """Return the tiers of configured clients by client id."""
-    return {client_id: section.tier for client_id, section in config.clients.items()}
+    return {client_id: section.tier or config.default_tier for client_id, section in config.clients.items()}
 
 
 def requote(
@@ -158,6 +161,7 @@ def requote(
     """Change the limiter, buckets and clients to another configuration. Both pairs are (before, after)."""
     before, after = configs
     clients.bump_version()
+    clients.keys.outage_tolerance = after.identity.api_key.outage_tolerance
     store = after.store
     if isinstance(limiter, RedisLimiter):
         limiter.reconfigure(
@@ -166,10 +170,11 @@ def requote(
     else:
         limiter.bucket_limit = store.max_buckets
     old, new = quotas
+    rules = identity_rules(after)
     terms = (before.default_tier, before.clients), (after.default_tier, after.clients)
-    if old == new and terms[0] == terms[1]:
+    if old == new and terms[0] == terms[1] and rules == identity_rules(before):
         return
-    earlier = clients.change_tiers(new.tiers, after.default_tier, configured_clients(after))
+    earlier = clients.change_tiers(new.tiers, after.default_tier, configured_clients(after), rules)
     limiter.change_quotas(new.all, PreviousQuotas(old, earlier).of, now_ns)
 
 

@@ -12,8 +12,11 @@ from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.states import ConnectionEvent
 from api_gateway.errors import GatewayError, InternalError, problem
+from api_gateway.http1.asgi import FastPathProvider
 from api_gateway.http1.headers import http_date
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.serializer import render_response_head
+from api_gateway.models import HeaderList
 
 MAX_DISCARDED = 1_048_576  # bytes of a body discarded after an early response before the connection is closed
 MAX_LINGERED = 8_388_608  # bytes discarded after a refusal
@@ -33,40 +36,44 @@ class Closing:
     def __repr__(self) -> str:
         return f"<Closing [{self._discarded} bytes discarded]>"
 
-    def refuse(self, owner: ConnectionOwner, error: GatewayError) -> None:
+    def refuse(self, owner: ConnectionOwner, error: GatewayError, head: RequestHead | None = None) -> None:
         """Send problem details without the application and end the connection.
 
-        Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request.
+        Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request. An
+        exchange of the fast path responds itself.
         """
         if owner.state.is_ending:
             return
         if owner.transport.is_closing():  # the client cannot receive a refusal
             self.close(owner)
             return
-        due, exchange = owner.pipeline.due, owner.exchange
+        if owner.exchange is not None:
+            owner.exchange.on_refused(error)
+            return
+        due = owner.pipeline.due
         self._refused[error.reason] += 1
-        if exchange is not None:
-            is_begun = owner.receiving is None or exchange.is_head_sent
-        else:
-            is_begun = due is not None and (due is not owner.receiving or due.is_started)
-        if is_begun:
+        if due is not None and (due is not owner.receiving or due.is_started):
             self.close(owner)
         else:
-            self.respond(owner, error)
-        if exchange is not None:
-            exchange.on_client_disconnected()
-        elif due is not None:
+            self.respond(owner, error, due or head)
+        if due is not None:
             due.disconnect()
 
-    def respond(self, owner: ConnectionOwner, error: GatewayError) -> None:
-        """Send problem details as the last response."""
-        owner.transport.write(last_response(error))
+    def respond(
+        self, owner: ConnectionOwner, error: GatewayError, request: RequestResponseCycle | RequestHead | None
+    ) -> None:
+        """Send problem details as the last response, to a request whose head is known or not."""
+        provider: FastPathProvider | None = getattr(owner.app, "fast_path", None)
+        more: HeaderList = []
+        if request is not None and provider is not None:
+            more = provider.current.refusal_fields(request.headers, request.target)
+        owner.transport.write(last_response(error, more))
         self.linger(owner)
 
     def break_off(self, owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
         """Terminate a response that an application has left incomplete."""
         if not cycle.is_started:
-            self.respond(owner, InternalError("The gateway failed to generate a response."))
+            self.respond(owner, InternalError("The gateway failed to generate a response."), cycle)
         elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
             owner.transport.abort()
         else:
@@ -120,14 +127,15 @@ class Closing:
             self.linger(owner)
 
 
-def last_response(error: GatewayError) -> bytes:
-    """Return problem details as a complete response that closes the connection."""
+def last_response(error: GatewayError, more: HeaderList) -> bytes:
+    """Return problem details as a complete response that closes the connection, with `more` header fields."""
     body = json.dumps(problem(error, instance="")).encode()
     headers = [
         (b"content-type", b"application/problem+json"),
         (b"content-length", b"%d" % len(body)),
         (b"cache-control", b"no-store"),
         *((name.encode(), value.encode()) for name, value in error.headers.items()),
+        *more,
         (b"date", http_date(int(time.time()))),
         (b"connection", b"close"),
     ]

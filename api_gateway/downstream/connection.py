@@ -197,9 +197,9 @@ class DownstreamConnection:
         if exchange is not None:
             exchange.on_forced_close()
 
-    def refuse(self, error: GatewayError) -> None:
+    def refuse(self, error: GatewayError, head: RequestHead | None = None) -> None:
         """Refuse the request that is being read, and end the connection; see `Closing`."""
-        self.closing.refuse(self, error)
+        self.closing.refuse(self, error, head)
 
     def close(self) -> None:
         """Close the connection after its write buffer is flushed; see `Closing`."""

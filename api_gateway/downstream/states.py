@@ -150,7 +150,6 @@ SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
         ConnectionEvent.EXCHANGE_ENDED: Service.IDLE,
         ConnectionEvent.LAST_RESPONSE: Service.IDLE,
         ConnectionEvent.FALL_BACK: Service.SERVING,
-        ConnectionEvent.LINGER: Service.LINGERING,
         ConnectionEvent.CLOSE: Service.CLOSING,
         ConnectionEvent.LOST: Service.LOST,
     },
@@ -164,11 +163,7 @@ SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
         ConnectionEvent.LOST: Service.LOST,
     },
     Service.TUNNELLING: {ConnectionEvent.LOST: Service.LOST},
-    Service.LINGERING: {
-        ConnectionEvent.LAST_RESPONSE: Service.LINGERING,  # of an exchange whose request was refused
-        ConnectionEvent.CLOSE: Service.CLOSING,
-        ConnectionEvent.LOST: Service.LOST,
-    },
+    Service.LINGERING: {ConnectionEvent.CLOSE: Service.CLOSING, ConnectionEvent.LOST: Service.LOST},
     Service.CLOSING: {
         **dict.fromkeys(_LATE, Service.CLOSING),
         ConnectionEvent.CLOSE: Service.CLOSING,

@@ -41,6 +41,7 @@ class Listener:
     def __init__(self, section: ServerSection, refused: Counter[str]) -> None:
         """`refused` counts the requests that the protocol refuses, by reason."""
         self.shares = FairShares(_max_connections(section))
+        self.connections: set[Any] = set()  # replaced by the server's own set when the first one arrives
         self.protocol = protocol_of(section, refused, self.shares)
 
     def __repr__(self) -> str:
@@ -71,6 +72,7 @@ def protocol(
     if app is None:
         return _default_listener(config).protocol(config, server_state, app_state, _loop)
     listener: Listener = app.listener
+    listener.connections = server_state.connections
     connection = listener.protocol(config, server_state, app_state, _loop)
     connection.app = app
     return connection

@@ -27,9 +27,9 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.http1.serializer import render_response_head
-from api_gateway.middleware import ExchangeMiddleware
+from api_gateway.middleware import EXCHANGE, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, HeaderList, Outcome
-from api_gateway.proxy.admission import RequestPlan, Wait
+from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.deadline import deadline_error
@@ -158,7 +158,7 @@ class FastExchange(ProxyExchange):
         self._begin()
         self._ask(question)
 
-    def refuse(self, error: GatewayError) -> None:
+    def refuse(self, error: GatewayError | DirectResponse) -> None:
         """Refuse the request, whose body is incomplete."""
         self._begin()
         self._refuse(error)
@@ -193,13 +193,13 @@ class FastExchange(ProxyExchange):
         if result is not None:
             self._refuse(result)
 
-    def _refuse(self, error: GatewayError) -> None:
+    def _refuse(self, error: GatewayError | DirectResponse) -> None:
         """Respond with problem details."""
         self.move(REFUSE)
         context = self._context
         if self.upload is not None and self.upload.awaits_continue:
             self.keep_alive = False  # the client may send the body or not
-        response, keep_alive = context.refusal(self.exchange, error, keep_alive=self.keep_alive)
+        response, keep_alive = context.refusal(self.plan, error, keep_alive=self.keep_alive)
         self._client.transport.write(response)
         self._end(context.clock(), Outcome.IGNORED, keep_alive=keep_alive)
 
@@ -325,6 +325,8 @@ class FastExchange(ProxyExchange):
             host = upstream_client.host_of(attempt.target, self._request_headers.facts.host_field)
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
+        if plan.facts.credentials and route is not None and route.forward_credentials:
+            host += b"\r\n%b" % plan.facts.credential_lines
         if deadline is not None and deadline.is_forwarded:
             identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
         self.connection = connection
@@ -737,6 +739,19 @@ class FastExchange(ProxyExchange):
             note_failure(self.exchange, ClientDisconnected(CLIENT_LEFT))
             self._abort()
 
+    def on_refused(self, error: GatewayError) -> None:
+        """Respond with an error of the client's connection, or abort the exchange if the response has begun."""
+        self.keep_alive = False
+        if self.response != NONE:
+            self.move(BREAK)
+            note_failure(self.exchange, error)
+            self._abort()
+            return
+        if self.phase == EXCHANGING:
+            self.exchange.has_begun = self.exchange.has_reached = True
+        self.close()
+        self._refuse(error)
+
     def on_forced_close(self) -> None:
         """Abort the exchange: the drain timeout has passed."""
         if self._may(DRAIN):
@@ -827,7 +842,7 @@ def _serve(
     record: ExchangeMiddleware, exchange: Exchange, go_on: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> Awaitable[None]:
     """Continue an exchange on the ASGI path; this is the application given to `run_asgi`."""
-    scope[FIELDS] = fields_of(scope["headers"])
+    scope[FIELDS], scope[EXCHANGE] = fields_of(scope["headers"]), exchange
     return record.conclude(exchange, go_on, scope, receive, send)
 
 

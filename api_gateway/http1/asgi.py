@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
+from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import UNIX
 from api_gateway.models import HeaderList
 
@@ -41,6 +42,10 @@ class InFlight(Protocol):
 
     def on_forced_close(self) -> None:
         """Abort the exchange: the drain timeout has passed."""
+        ...
+
+    def on_refused(self, error: GatewayError) -> None:
+        """Respond with an error of the connection, which ends after it: the body is malformed or overdue."""
         ...
 
     def on_drain(self) -> None:
@@ -96,6 +101,10 @@ class FastPathHandler(Protocol):
 
         `client` is the connection, see `fastpath.client_port.Downstream`.
         """
+        ...
+
+    def refusal_fields(self, headers: HeaderList, target: bytes) -> HeaderList:
+        """Return the CORS fields of a response with which the connection itself refuses a request."""
         ...
 
 

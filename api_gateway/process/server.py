@@ -88,6 +88,7 @@ class GatewayServer(uvicorn.Server):
             refused=refused,
             aggregator=self._aggregator,
             connections=self.connections,
+            open_connections=lambda: self.server_state.connections,
             read=read,
             on_change=self._apply_configuration,
             locality=locality,

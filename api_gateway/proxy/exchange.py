@@ -112,7 +112,7 @@ def _body_events(phase: ExchangePhase) -> Mapping[ExchangeEvent, ExchangePhase]:
 
 PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
     ADMITTING: {ASK: WAITING, ADMIT: SELECTING, REFUSE: DONE},
-    WAITING: {REPLY: ADMITTING, **_body_events(WAITING), **_STOPS},
+    WAITING: {REPLY: ADMITTING, REFUSE: DONE, **_body_events(WAITING), **_STOPS},
     SELECTING: {
         BODY_PAUSE: SELECTING,
         BODY_RESUME: SELECTING,

@@ -26,6 +26,8 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.via import Via
 from api_gateway.models import Charge, Client, HeaderList
+from api_gateway.proxy.cors import INSPECTED, Preflight, origin_of, preflight_of
+from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, Claim, IdentitySources, Proof
 from api_gateway.proxy.request_id import given_request_id
 
 MAX_INSPECTED = 32  # inspected header fields of a plain head
@@ -39,6 +41,8 @@ class HeaderFacts:
     `request_id`, `length`, `keep_alive`, `dropped`, `added` and `host_field` are set for plain heads only. `client`,
     `principal` and `priority` are set for the registry version `version`, and `charges` for `client` and `cost`; -1
     means not yet known. `stages` are what `admission`, the one that was used last, has to decide on such requests.
+    `claim` is the credential that decides who the client is, None without one; `credentials` are the header fields
+    that have a credential of this gateway. `proof` is what the claim proved, for the registry version `version`.
     """
 
     __slots__ = (
@@ -46,8 +50,10 @@ class HeaderFacts:
         "admission",
         "ambiguity",
         "charges",
+        "claim",
         "client",
         "cost",
+        "credentials",
         "dropped",
         "host",
         "host_field",
@@ -58,10 +64,13 @@ class HeaderFacts:
         "length",
         "name",
         "name_error",
+        "origin",
         "owner",
         "peer",
+        "preflight",
         "principal",
         "priority",
+        "proof",
         "request_id",
         "stages",
         "timeout",
@@ -101,22 +110,33 @@ class HeaderFacts:
         self.cost = -1.0
         self.client: Client | None = None
         self.is_length_required = False
+        self.origin: bytes | None = None  # None also if no CORS policy is configured
+        self.preflight: Preflight | None = None
+        self.claim: Claim | None = None
+        self.credentials: HeaderList = []
+        self.proof: Proof | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
 
     def __repr__(self) -> str:
         return f"<HeaderFacts of {self.name or self.peer!r}>"
 
+    @property
+    def credential_lines(self) -> bytes:
+        """The header lines of `credentials`, without the last line break."""
+        return b"\r\n".join(b"%b: %b" % pair for pair in self.credentials)
+
     def require_length(self, cause: str) -> None:
         """Rule the request out, because its fields may contain trailers; `cause` says so in words."""
         self.is_length_required, self.ambiguity = True, cause
 
     def copy(self) -> "HeaderFacts":
-        """Return the same facts without name and client."""
+        """Return the same facts without name, credential and client."""
         other = HeaderFacts(self.owner, self.host, self.peer, self.is_trusted, self.ambiguity, self.timeout)
         other.request_id = self.request_id
         other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
+        other.origin, other.preflight = self.origin, self.preflight
         return other
 
 
@@ -138,19 +158,31 @@ class HeaderReader:
         trusted_proxies: Collection[Network],
         max_body_bytes: int,
         via: Via | None = None,
+        sources: IdentitySources = HEADER_AND_ADDRESS,
+        reads_origin: bool = False,
     ) -> None:
-        """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway."""
+        """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
+
+        Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
+        policies, for which the origin of requests and their preflights matter.
+        """
         self.via = via or Via()
+        self._sources = sources
+        self._markers = sources.markers
+        self._credential_lines = InspectedHeaders(sources.fields)
         self.id_header = id_header.lower().encode()
         self.protected = frozenset({self.id_header})
         self._max_body_bytes = max_body_bytes
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
-        self._inspected = InspectedHeaders(inspected_headers(self.protected))
+        self._reads_origin = reads_origin
+        inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset())
+        self._inspected = InspectedHeaders(inspected)
         # False if the client id is in a header field that has another meaning too.
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset())
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
         self._anonymous = lru_cache(maxsize=MAX_REMEMBERED)(self._read_plain)
+        self._claimed = lru_cache(maxsize=MAX_REMEMBERED)(self._read_claimed)
 
     def __repr__(self) -> str:
         return f"<HeaderReader [{self._remembered.cache_info().currsize} header sets remembered]>"
@@ -169,7 +201,11 @@ class HeaderReader:
             tuple(fields.get(REQUEST_TIMEOUT, ())),
         )
         facts.is_loop = is_loop
+        if self._reads_origin:
+            facts.origin, facts.preflight = origin_of(fields), preflight_of(fields)
         self._set_name(facts, fields)
+        if self._markers:
+            self._set_claim(facts, fields)
         return facts
 
     def read_lines(self, peer: str, scheme: str, lines: bytes, max_lines: int) -> RewrittenHeaders | None:
@@ -180,8 +216,15 @@ class HeaderReader:
         found = self._inspected.find(lines)
         if found is None or len(found) > MAX_INSPECTED or lines.count(b"\n") - 1 > max_lines:
             return None
-        read = self._remembered if len(lines) <= MAX_REMEMBERED_BYTES else self._read_plain
-        facts = read(peer, scheme, tuple(found))
+        is_short = len(lines) <= MAX_REMEMBERED_BYTES
+        for marker in self._markers:
+            if marker in lines:
+                given = tuple(self._credential_lines.find(lines) or ())
+                claimed = self._claimed if is_short else self._read_claimed
+                facts = claimed(peer, scheme, tuple(found), given)
+                break
+        else:
+            facts = (self._remembered if is_short else self._read_plain)(peer, scheme, tuple(found))
         return (
             None if facts is None else RewrittenHeaders(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
         )
@@ -204,6 +247,31 @@ class HeaderReader:
         else:
             self._set_name(facts, fields_of(names))
         return facts
+
+    def _read_claimed(
+        self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...], given: tuple[tuple[bytes, bytes], ...]
+    ) -> HeaderFacts | None:
+        """Return the facts of header fields, some of which (`given`) may have a credential.
+
+        Header sets that differ only in the credential share the rest, which an invented one does not repeat.
+        """
+        anonymous = self._remembered(peer, scheme, found)
+        if anonymous is None:
+            return None
+        facts = anonymous.copy()
+        facts.name, facts.name_error = anonymous.name, anonymous.name_error
+        self._set_claim(facts, fields_of(given))
+        names = {name.lower() for name, _ in facts.credentials}
+        facts.credentials = [pair for pair in given if pair[0].lower() in names]
+        facts.dropped = facts.dropped + facts.credentials
+        return facts
+
+    def _set_claim(self, facts: HeaderFacts, fields: Fields) -> None:
+        facts.claim, names = self._sources.claims(fields, has_name=facts.name is not None)
+        if self.id_header in names:  # its value is a credential, and no id
+            facts.name = facts.name_error = None
+        if names:
+            facts.credentials = [(name, value) for name in sorted(names) for value in fields.get(name, ())]
 
     def _read_plain(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
         fields = fields_of(found)

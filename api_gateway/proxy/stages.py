@@ -1,7 +1,7 @@
 """The stages of admission, each of which decides one thing. `assembly.data_plane` puts them in order."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -9,6 +9,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import (
     BadRequest,
     ClientIdInvalid,
+    CredentialsRequired,
     GatewayError,
     LengthRequired,
     LoopDetected,
@@ -21,6 +22,7 @@ from api_gateway.models import Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
 from api_gateway.proxy.deadline import deadline_of
 from api_gateway.proxy.header_facts import HeaderFacts
+from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, IdentitySources
 from api_gateway.proxy.route_table import Route, RouteTable, upstream_target
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
@@ -67,21 +69,46 @@ class AmbiguityStage(ReadOnlyStage):
 
 
 class IdentityStage(ReadOnlyStage):
-    """Determines the client of a request: the registered client with the given id, or else the address."""
+    """Determines the client of a request without a valid credential: that with the given id, or else the address.
 
-    def __init__(self, *, clients: ClientRegistry, priorities: PriorityClasses) -> None:
+    An id that anyone can send does not identify a client that is verified only.
+    """
+
+    def __init__(
+        self,
+        *,
+        clients: ClientRegistry,
+        priorities: PriorityClasses,
+        sources: IdentitySources = HEADER_AND_ADDRESS,
+        is_enforced: bool = True,
+        on_bare: Callable[[Client], None] | None = None,
+        on_observed: Callable[[RequestPlan, GatewayError], None] | None = None,
+    ) -> None:
+        """`on_bare` is called for each request that claims the id of a client with keys without one of them.
+
+        Unless `is_enforced`, requests without a necessary credential are admitted, and `on_observed` is called with
+        the error that would have refused them.
+        """
         self._clients = clients
         self._priorities = priorities
+        self._sources = sources
+        self._is_enforced = is_enforced
+        self._on_bare, self._on_observed = on_bare, on_observed
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set client, priority and principal; the store is asked for a client that is not in memory."""
         facts = plan.facts
         if facts.version != self._clients.version:
-            if facts.name_error is not None:
+            if plan.exchange.credential is not None:  # `CredentialStage` has determined the client
+                return None
+            name = facts.name if self._sources.accepts_header else None
+            if facts.name_error is not None and self._sources.accepts_header:
                 return ClientIdInvalid(facts.name_error)
-            client = self._find(facts.name, facts.peer)
+            client = self._find(name, facts.peer)
             if client is None:
-                return Wait.on(partial(self._clients.look_up, facts.name or ""), self._resume)
+                return Wait.on(partial(self._clients.look_up, name or ""), self._resume)
+            if facts.claim is not None or self._is_bare(client) or not (name or self._sources.accepts_address):
+                return self._resume(plan, client)  # decided anew for each request
             facts.client, facts.cost = client, -1.0
             facts.principal = holder_of(client, facts.peer)
             facts.priority = self._priorities.of(client.quota.name)
@@ -93,7 +120,27 @@ class IdentityStage(ReadOnlyStage):
     def _find(self, name: str | None, address: str) -> Client | None:
         return self._clients.by_address(address_key(address)) if name is None else self._clients.try_get(name)
 
+    @staticmethod
+    def _is_bare(client: Client) -> bool:
+        """Tell whether the id of a client should have been proved."""
+        return (client.is_verified_only or client.has_keys) and client.source != "address"
+
     def _resume(self, plan: RequestPlan, client: Client) -> StageResult:
+        error = None
+        if client.source == "address":
+            if not self._sources.accepts_address:
+                error = CredentialsRequired("The request has no credential that identifies a client.")
+        elif self._is_bare(client):
+            if self._on_bare is not None:
+                self._on_bare(client)
+            if client.is_verified_only:
+                error = CredentialsRequired(f"The client id '{client.id}' needs a credential that proves it.")
+        if error is not None:
+            if self._is_enforced:
+                plan.exchange.client = self._clients.by_address(address_key(plan.facts.peer))
+                return error
+            if self._on_observed is not None:
+                self._on_observed(plan, error)
         plan.exchange.client = client
         plan.principal = holder_of(client, plan.facts.peer)
         plan.priority = self._priorities.of(client.quota.name)
@@ -240,6 +287,13 @@ class RateLimitStage:
         if quota is not None and self.limits_address_of(client, peer):
             charges.append(Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(cost)))
         return charges
+
+    def charges_of_address(self, peer: str) -> list[Charge]:
+        """Return the charge of a failed attempt to prove an id; empty if the address has no limit."""
+        quota = self._address_quota
+        if quota is None or self._is_exempt(peer):
+            return []
+        return [Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(1))]
 
     def limits_address_of(self, client: Client, peer: str) -> bool:
         """Tell whether a request of `client` from the address `peer` is also charged to that address."""

@@ -76,6 +76,12 @@ class UpstreamRequest:
         self.waited_before_head = 0.0  # seconds for which the attempt has waited for the client to send
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
         self.headers: HeaderList = scope["headers"] if extension is None else extension.headers
+        credentials = plan.facts.credentials
+        if credentials and (plan.route is None or not plan.route.forward_credentials):
+            withheld = {(name.lower(), value) for name, value in credentials}
+            self.headers = [
+                (name, value) for name, value in self.headers if (name.lower(), value.strip(b" \t")) not in withheld
+            ]
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
         self.upgrade = extension is not None and extension.upgrade == b"websocket" and self.framing is None
 

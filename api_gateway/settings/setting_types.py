@@ -18,7 +18,7 @@ _FRAMING = frozenset(
 )
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 METHOD = r"^[A-Za-z][A-Za-z-]*$"
-_HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
+HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
 _HEADER_VALUE = r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$"
 PREFIX = r"^[A-Za-z0-9_.:-]{1,64}$"
 OWN_HEADER = r"^[A-Za-z0-9-]{1,64}$"
@@ -27,11 +27,14 @@ HASH_ON = r"^(client|header:[A-Za-z0-9-]{1,64})$"
 _COOKIE_DOMAIN = r"^(\*|\.?[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252})$"
 _NEW_COOKIE_DOMAIN = r"^(|\.?[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252})$"
 CLIENT_ID = r"^[\x21-\x7e]{1,128}$"
+CLAIM_PATH = r"^[\x21-\x7e]{1,256}$"
+CLAIM_PREFIX = r"^[\x21-\x7e]{0,64}$"
+SCOPE = r"^[\x21\x23-\x5b\x5d-\x7e]{1,256}$"  # RFC 6749 section 3.3
 # Descriptions of the texts that match each pattern, for messages.
 PATTERNS = {
     _NAME: "must be 1 to 64 letters, digits, '_', '.' and '-', and begin with a letter or a digit",
     METHOD: "must be a method such as GET",
-    _HEADER_NAME: "must be the name of a header field, as in X-Source",
+    HEADER_NAME: "must be the name of a header field, as in X-Source",
     _HEADER_VALUE: "must be visible ASCII characters, with spaces only between them",
     PREFIX: "must be 1 to 64 letters, digits, '_', '.', ':' and '-'",
     OWN_HEADER: "must be the name of a header field, 1 to 64 letters, digits and '-'",
@@ -39,6 +42,9 @@ PATTERNS = {
     HASH_ON: "must be client, or header: with the name of a header field, as in header:X-Tenant",
     _COOKIE_DOMAIN: "must be a domain as in users.internal, or * for any other domain",
     _NEW_COOKIE_DOMAIN: "must be a domain as in example.com, or empty to remove it",
+    CLAIM_PATH: "must be the path of a claim, as in realm_access.roles or /https:~1~1example.com~1tier",
+    CLAIM_PREFIX: "must be at most 64 visible ASCII characters",
+    SCOPE: "must be one scope, without spaces, quotes and backslashes",
     CLIENT_ID: "must be a client's identifier of 1 to 128 visible ASCII characters",
 }
 
@@ -154,7 +160,7 @@ def _own_header(name: str) -> str:
 
 
 RetriedStatus = Annotated[int, AfterValidator(_retried_status)]
-HeaderName = Annotated[str, Field(pattern=_HEADER_NAME), AfterValidator(_own_header)]
+HeaderName = Annotated[str, Field(pattern=HEADER_NAME), AfterValidator(_own_header)]
 HeaderValue = Annotated[str, Field(pattern=_HEADER_VALUE, max_length=4096)]
 HostHeader = Annotated[str, AfterValidator(_host_header)]
 CookieDomains = dict[Annotated[str, Field(pattern=_COOKIE_DOMAIN)], Annotated[str, Field(pattern=_NEW_COOKIE_DOMAIN)]]

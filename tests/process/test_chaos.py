@@ -11,7 +11,7 @@ from api_gateway.config import GatewayConfig
 from benchmarks.chaos import FAILURES, Figures, Run, figures, summary, table
 from benchmarks.chaos import main as chaos
 from benchmarks.fallible import PROXIES, RESILIENCE, Place, known, this_gateway
-from benchmarks.soak import ALLOWED, Notes, Verdict, rise
+from benchmarks.soak import ALLOWED, Notes, SoakResult, rise
 from benchmarks.steady import Call
 from benchmarks.target import targets
 from benchmarks.visitors import Clients
@@ -157,23 +157,23 @@ def test_a_line_rises_by_what_most_notes_say() -> None:
     assert rise([1.0], [5.0]) == 0
 
 
-def verdict(rising: float = 0.0, **after: float) -> Verdict:
+def soak_result(rising: float = 0.0, **after: float) -> SoakResult:
     """Return what a soak came to in which memory rose by so much."""
     rest = dict.fromkeys(ALLOWED, 10.0) | {"in flight": 0.0}
     values = {name: [10.0, 10.0, 10.0] for name in ALLOWED} | {"memory, MB": [10, 10 + rising / 2, 10 + rising]}
-    return Verdict(Notes([0, 1, 2], values), rest, rest | after, Clients(1))
+    return SoakResult(Notes([0, 1, 2], values), rest, rest | after, Clients(1))
 
 
 def test_what_stays_as_it_was_is_flat() -> None:
-    assert verdict().problems() == []
-    assert verdict(2.9).problems() == []
+    assert soak_result().problems() == []
+    assert soak_result(2.9).problems() == []
 
 
 def test_what_rises_or_is_left_over_is_not() -> None:
-    assert verdict(3.1).problems() == ["memory, MB rises by 3.10, 3 are allowed"]
-    assert verdict(**{"in flight": 2.0}).problems() == ["2 requests are in flight after the last client"]
-    assert verdict(descriptors=11.0).problems() == ["1 descriptors are left open"]
-    unlike = verdict()
+    assert soak_result(3.1).problems() == ["memory, MB rises by 3.10, 3 are allowed"]
+    assert soak_result(**{"in flight": 2.0}).problems() == ["2 requests are in flight after the last client"]
+    assert soak_result(descriptors=11.0).problems() == ["1 descriptors are left open"]
+    unlike = soak_result()
     unlike.clients.unexpected["plain: status 500"] = 3
     assert unlike.problems() == ["3 times plain: status 500"]
 

@@ -21,7 +21,7 @@ server:    {host: 0.0.0.0, port: 8001, workers: 4, max_body_bytes: 1048576, max_
 store:     {url: "memory://", on_failure: deny, decision_timeout: 0.03}
 state_dir: state
 admin:     {token: a-long-enough-token}
-identity:  {mode: header, header: X-Key}
+identity:  {mode: observe, header: X-Key, sources: [address]}
 tiers:     {FREE: {rate: 2, capacity: 11}, BASIC: {rate: 6, capacity: 51},
             PREMIUM: {rate: 21, capacity: 201}, ENTERPRISE: {rate: 101, capacity: 1001}}
 default_tier: BASIC
@@ -128,7 +128,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert config.store.url.get_secret_value() == "memory://"
     assert config.state_dir == Path(os.environ["XDG_STATE_HOME"], "api-gateway", "default")
     assert config.admin.token is None
-    assert (config.identity.mode, config.identity.header) == ("header", "X-Client-ID")
+    assert (config.identity.mode, config.identity.header) == ("enforce", "X-Client-ID")
     assert config.metrics.percentiles == [50, 90, 95, 99]
     assert config.upstreams["users"].timeouts.model_dump() == {
         "connect": 2,
@@ -305,7 +305,7 @@ def test_the_whole_example_loads_and_every_value_arrives(file: Callable[[Any], P
 
 def test_the_whole_example_says_nothing_by_way_of_a_default(file: Callable[[Any], Path]) -> None:
     """Every value of the example differs from its default, or the test above could not see it arrive."""
-    same = {"store.url", "identity.mode"}
+    same = {"store.url"}
     upstreams = {"users": {"targets": [{"url": "http://127.0.0.1:9001"}], "health_check": {}}}
     routes = [{"name": "users", "path": "/api/users", "upstream": "users"}]
     default = dict(leaves(load_config(None, {"upstreams": upstreams, "routes": routes}).model_dump()))
@@ -440,7 +440,12 @@ def test_precedence_holds_for_tiers_however_they_are_spelt(
         "capacity": 22,
         "priority": None,
         "candidate": None,
+        "verified_only": False,
     }
+
+
+def test_the_mode_of_earlier_versions_means_the_default() -> None:
+    assert load_config(None, {"identity": {"mode": "header"}}).identity == load_config().identity
 
 
 def test_what_is_passed_to_the_class_itself_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,6 +583,10 @@ def test_an_unknown_key_like_no_other_names_them_all() -> None:
         (limited({"adaptive": {"min_limit": 0}}), "upstreams.users.concurrency.adaptive.min_limit", "0"),
         (limited({"adaptive": {"tolerance": 1}}), "upstreams.users.concurrency.adaptive.tolerance", "1"),
         ({"identity": {"mode": "jwt"}}, "identity.mode", "'jwt'"),
+        ({"identity": {"sources": ["header", "header"]}}, "identity.sources", "['header', 'header']"),
+        ({"identity": {"sources": ["address", "header"]}}, "identity.sources", "['address', 'header']"),
+        ({"identity": {"sources": []}}, "identity.sources", "[]"),
+        ({"identity": {"sources": ["password"]}}, "identity.sources[0]", "'password'"),
         ({"identity": {"header": "X Client"}}, "identity.header", "'X Client'"),
         ({"tiers": {"FREE": {"rate": 0}}}, "tiers.FREE.rate", "0"),
         ({"tiers": {"a b": {"rate": 1, "capacity": 1}}}, "tiers.A B", "'A B'"),

@@ -200,6 +200,11 @@ class Scene:
         found: int = answer.json()["requests"]["in_flight"]
         return found
 
+    def connections_in_use(self) -> int:
+        """Return the connections to its upstream that are in use; a rest of a body may still be sent on one."""
+        resources = self.running.ask("/health").json()["resources"]
+        return sum(one["in_use"] for one in resources if one["resource"] == "requests")
+
     def open_descriptors(self) -> int:
         """Count what the process holds open."""
         return sum(1 for _ in Path(f"/proc/{self.running.popen.pid}/fd").iterdir())
@@ -246,7 +251,7 @@ def test_a_fault_reaches_all_it_concerns_and_leaves_nothing_behind(
     tries, (calls, failures) = scene.tries(), scene.breaker()
     with scene.upstream.failing(row.fault):
         if row.fault.listening is not Listening.ACCEPTS:
-            eventually(lambda: scene.open_descriptors() < scene.descriptors, "the connection it had is gone", within=3)
+            eventually(lambda: scene.open_descriptors() < scene.descriptors, "the connection it had is gone")
         begun = time.monotonic()
         answer = scene.send(way, request_id)
         lasted = time.monotonic() - begun
@@ -260,7 +265,8 @@ def test_a_fault_reaches_all_it_concerns_and_leaves_nothing_behind(
     assert scene.tries() - tries == Counter({row.outcome: 1})
     more_calls, more_failures = {"failure": (1, 1), "success": (1, 0), "ignored": (0, 0)}[row.breaker]
     assert scene.breaker() == (calls + more_calls, failures + more_failures)
+    eventually(lambda: scene.connections_in_use() == 0, "the connection is returned or closed")
     answers = [scene.send(good) for good in WAYS]
     assert [answer.status for answer in answers] == [200, 200], [answer.body for answer in answers]
     assert scene.in_flight() == 0
-    eventually(lambda: scene.open_descriptors() == scene.descriptors, "as many descriptors as before", within=3)
+    eventually(lambda: scene.open_descriptors() == scene.descriptors, "as many descriptors as before")

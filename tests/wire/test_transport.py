@@ -256,7 +256,7 @@ async def serves_at_once(transport: UpstreamTransport, up: RawUpstream, count: i
     up.behave = held_until(gate)
     tasks = [asyncio.create_task(fetch(transport, request_to(up, "/held", pool=2))) for _ in range(count)]
     try:
-        await soon(lambda: sum(b"/held" in request.line for request in up.requests) == count, "all arrive", within=2)
+        await soon(lambda: sum(b"/held" in request.line for request in up.requests) == count, "all arrive")
     finally:
         gate.set()
     assert await asyncio.gather(*tasks) == [b"ok"] * count
@@ -284,7 +284,7 @@ async def test_requests_cancelled_anywhere_leak_no_slot(upstream: StartUpstream,
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(result == b"half" or isinstance(result, asyncio.CancelledError) for result in results)
-        await soon(lambda: state(transport).startswith("0 busy"), "no slot is taken", within=2)
+        await soon(lambda: state(transport).startswith("0 busy"), "no slot is taken")
         assert state(transport).endswith("0 waiting")
         await serves_at_once(transport, up, 4)
 
@@ -341,7 +341,7 @@ async def test_a_cancelled_request_closes_its_connection_at_once(
     task = asyncio.create_task(fetch(transport, request_to(up)))
     await soon(lambda: len(up.requests) == 1, "the request arrives")
     task.cancel()
-    await soon(lambda: left == [True], "the upstream sees the connection closed", within=1)
+    await soon(lambda: left == [True], "the upstream sees the connection closed")
 
 
 async def test_an_unread_response_closes_its_connection(transport: UpstreamTransport, upstream: StartUpstream) -> None:
@@ -1109,7 +1109,7 @@ async def test_a_connection_that_is_lost_ends_the_sending(
         await fetch(
             transport, request_to(upstream(behave, reads_body=False), method="PUT", headers=CHUNKED, body=body)
         )
-    await soon(lambda: body.is_ended, "nobody waits for the rest of the body", 2)
+    await soon(lambda: body.is_ended, "nobody waits for the rest of the body")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,185 @@
+"""The stages of admission for requests with a credential. They do not concern other requests."""
+
+from collections.abc import Callable
+from functools import partial
+
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.errors import ClientIdInvalid, GatewayError
+from api_gateway.http1.headers import address_key
+from api_gateway.limits.refusal import refusal
+from api_gateway.models import Charge, Client, Decision
+from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
+from api_gateway.proxy.header_facts import HeaderFacts
+from api_gateway.proxy.identity_sources import Proof, Question, Verification, Work
+from api_gateway.rate_limiter import RateLimiter
+from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.resilience.priorities import PriorityClasses
+
+ChargesOf = Callable[[str], list[Charge]]
+
+
+class CredentialStage:
+    """Determines the client of a request with a credential. `IdentityStage` determines that of all others.
+
+    A verified credential is remembered with the header set until the registry changes or the credential expires. An
+    invalid one, and one that memory does not suffice to verify, is charged to the address first, so that guessing
+    neither floods a store nor is faster for one value than for another.
+    """
+
+    def __init__(
+        self,
+        *,
+        clients: ClientRegistry,
+        priorities: PriorityClasses,
+        limiter: RateLimiter,
+        charges_of_address: ChargesOf,
+        is_enforced: bool = True,
+        on_observed: Callable[[RequestPlan, GatewayError], None] | None = None,
+    ) -> None:
+        """`charges_of_address` returns the charges of a failed attempt from an address, none if it is exempt.
+
+        Unless `is_enforced`, a request with an invalid credential is identified as if it had none, and `on_observed`
+        is called with the error that would have refused it.
+        """
+        self._clients = clients
+        self._priorities = priorities
+        self._limiter = limiter
+        self._charges_of_address = charges_of_address
+        self._is_enforced = is_enforced
+        self._on_observed = on_observed
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Set client, priority and principal, and the credential of the exchange."""
+        facts = plan.facts
+        proof = facts.proof
+        if proof is not None and facts.version == self._clients.version and plan.now_ns < proof.expires_ns:
+            exchange = plan.exchange
+            exchange.client, exchange.credential = facts.client, proof
+            plan.principal, plan.priority = facts.principal, facts.priority
+            proof.note_use(plan.now_ns)
+            return None
+        claim = facts.claim
+        if claim is None:
+            return None
+        return self._conclude(plan, claim.source.verify(claim, plan.now_ns), is_charged=True)
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """Find out what `decide` would return. Nothing is charged."""
+        claim = plan.facts.claim
+        if claim is None:
+            return None
+        return self._conclude(plan, claim.source.verify(claim, plan.now_ns), is_charged=False)
+
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return facts.claim is not None
+
+    def _conclude(self, plan: RequestPlan, found: Verification, *, is_charged: bool) -> StageResult:
+        if isinstance(found, Proof):
+            return self._admit(plan, found)
+        if isinstance(found, GatewayError) and not self._is_enforced:
+            return self._observe(plan, found)
+        plan.exchange.client = self._clients.by_address(address_key(plan.facts.peer))
+        if is_charged:
+            return self._charge(plan, partial(self._proceed, plan, found))
+        return self._proceed(plan, found)
+
+    def _proceed(self, plan: RequestPlan, found: GatewayError | Question | Work) -> StageResult:
+        """Refuse, verify or ask, once the attempt has been charged to the address."""
+        plan.exchange.decision = None
+        result: Verification = found
+        while isinstance(result, Work):
+            result = result.do()
+        if isinstance(result, Question):
+            return Wait.on(partial(_answer, result), self._on_verified)
+        return self._settle(plan, result)
+
+    def _on_verified(self, plan: RequestPlan, answer: tuple[Proof | GatewayError]) -> StageResult:
+        return self._settle(plan, answer[0])
+
+    def _settle(self, plan: RequestPlan, found: Proof | GatewayError) -> StageResult:
+        if isinstance(found, Proof):
+            return self._admit(plan, found)
+        return found if self._is_enforced else self._observe(plan, found)
+
+    # The client
+
+    def _admit(self, plan: RequestPlan, proof: Proof) -> StageResult:
+        facts = plan.facts
+        if facts.name_error is not None:
+            return ClientIdInvalid(facts.name_error)
+        if facts.name is not None and facts.name != proof.client_id:
+            return ClientIdInvalid("The client id of the request is not that of the client whose credential it has.")
+        version = self._clients.version
+        client = self._clients.try_get(proof.client_id)
+        if client is None:
+            return Wait.on(partial(self._clients.look_up, proof.client_id), partial(self._set, proof=proof))
+        facts.client = self._set_client(plan, proof, client)
+        facts.proof, facts.cost, facts.version = proof, -1.0, version
+        facts.principal, facts.priority = plan.principal, plan.priority
+        return None
+
+    def _set(self, plan: RequestPlan, client: Client, *, proof: Proof) -> StageResult:
+        self._set_client(plan, proof, client)
+        return None
+
+    def _set_client(self, plan: RequestPlan, proof: Proof, client: Client) -> Client:
+        client = self._clients.proved(client, proof.tier)
+        plan.exchange.client, plan.exchange.credential = client, proof
+        plan.principal = holder_of(client, plan.facts.peer)
+        plan.priority = self._priorities.of(client.quota.name)
+        proof.note_use(plan.now_ns)
+        return client
+
+    def _observe(self, plan: RequestPlan, error: GatewayError) -> StageResult:
+        """Leave the request to the next source."""
+        if self._on_observed is not None:
+            self._on_observed(plan, error)
+        plan.exchange.client = None
+        return None
+
+    # The charge of a failed attempt
+
+    def _charge(self, plan: RequestPlan, proceed: Callable[[], StageResult]) -> StageResult:
+        charges = self._charges_of_address(plan.facts.peer)
+        if not charges:
+            return proceed()
+        plan.exchange.cost = 1.0
+        decision = self._limiter.decide(charges, plan.now_ns)
+        if decision is None:
+            return Wait(partial(self._ask, charges, plan.now_ns), partial(_on_decision, proceed=proceed))
+        return _on_decision(plan, decision, proceed=proceed)
+
+    def _ask(self, charges: list[Charge], now_ns: int, on_reply: OnReply) -> None:
+        self._limiter.decide_async(charges, now_ns, on_reply)
+
+
+async def _answer(question: Question) -> tuple[Proof | GatewayError]:
+    """Return the answer in a tuple: as a reply, an error would be a failure of the question (`Admission.resume`)."""
+    return (await question.ask(),)
+
+
+def _on_decision(plan: RequestPlan, decision: Decision, *, proceed: Callable[[], StageResult]) -> StageResult:
+    if decision.allowed:
+        return proceed()
+    plan.exchange.decision = decision
+    return refusal(plan.exchange, decision)
+
+
+class CredentialRouteStage:
+    """Refuses a request whose credential does not permit its route."""
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Refuse the request, or go on."""
+        proof = plan.exchange.credential
+        if not isinstance(proof, Proof) or not proof.is_restricted:
+            return None
+        return None if plan.route is None else proof.refusal(plan.route)
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """See `Stage`."""
+        return self.decide(plan)
+
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return facts.claim is not None

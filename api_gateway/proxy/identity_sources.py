@@ -1,0 +1,155 @@
+"""The sources by which clients are identified: credentials that prove an id, the header field that only claims one.
+
+Reading is pure: what header fields claim is found once and remembered with the header set (`header_facts`). Verifying
+is decided in `credential_stages`: from memory if possible, else by a question to a store or an issuer.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from api_gateway.errors import GatewayError
+from api_gateway.http1.headers import Fields
+from api_gateway.proxy.route_table import Route
+
+NO_EXPIRY = 1 << 63  # of a proof that does not expire, in nanoseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A credential of one of the sources in header fields; what it proves is not known yet.
+
+    `value` belongs to the source and is no secret that could be shown, such as a digest. `names` are the header fields
+    (lower case) that have the credential. `fault` is why the credential is invalid whatever is stored, in words.
+    """
+
+    source: "CredentialSource"
+    value: Any = field(repr=False)
+    names: frozenset[bytes]
+    fault: str | None = None
+
+
+class Proof:
+    """What a verified credential proves: the client, until a time on the monotonic clock.
+
+    `tier` is that of a client that is not registered; None is the default. `is_restricted`: `refusal` may return an
+    error.
+    """
+
+    __slots__ = ("claim", "client_id", "expires_ns", "is_restricted", "tier")
+
+    def __init__(
+        self,
+        claim: Claim,
+        client_id: str,
+        *,
+        expires_ns: int = NO_EXPIRY,
+        tier: str | None = None,
+        is_restricted: bool = False,
+    ) -> None:
+        self.claim = claim
+        self.client_id = client_id
+        self.expires_ns = expires_ns
+        self.tier = tier
+        self.is_restricted = is_restricted
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.client_id!r} by {self.claim.source.name}>"
+
+    def refusal(self, route: Route) -> GatewayError | None:  # noqa: ARG002 - for subclasses
+        """Return the error if the credential does not permit this route."""
+        return None
+
+    def note_use(self, now_ns: int) -> None:
+        """Note that a request with the credential was admitted; called for every such request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A credential that memory does not suffice to verify: `ask` returns the proof or the error."""
+
+    ask: Callable[[], Awaitable[Proof | GatewayError]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A credential whose verification takes much CPU time but waits for nothing, such as that of a signature.
+
+    `do` verifies it, or returns a question.
+    """
+
+    do: Callable[[], "Verification"]
+
+
+Verification = Proof | GatewayError | Question | Work
+
+
+class CredentialSource(Protocol):
+    """A source that proves an id by a credential."""
+
+    @property
+    def name(self) -> str:
+        """The name in `identity.sources`."""
+        ...
+
+    @property
+    def fields(self) -> frozenset[bytes]:
+        """Names (lower case) of the header fields that may have a credential."""
+        ...
+
+    @property
+    def markers(self) -> tuple[bytes, ...]:
+        """Byte strings one of which is in the header section whenever `claim` returns a claim."""
+        ...
+
+    def claim(self, fields: Fields) -> Claim | None:
+        """Return the credential in header fields; None if there is none that this source issued or accepts. Pure."""
+        ...
+
+    def verify(self, claim: Claim, now_ns: int) -> Verification:
+        """Return what a claim of this source proves. Neither waits nor changes anything."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class IdentitySources:
+    """The sources in their order. Credentials are before or behind the header field; the address is last.
+
+    `accepts_header`: an id in the header field identifies a client. `accepts_address`: a request that no other source
+    applies to is that of its address.
+    """
+
+    first: tuple[CredentialSource, ...] = ()  # before the header field
+    behind: tuple[CredentialSource, ...] = ()  # behind it: they apply only to requests without an id
+    accepts_header: bool = True
+    accepts_address: bool = True
+
+    @property
+    def credentials(self) -> tuple[CredentialSource, ...]:
+        """The sources that prove an id."""
+        return self.first + self.behind
+
+    @property
+    def fields(self) -> frozenset[bytes]:
+        """Names (lower case) of all header fields that may have a credential."""
+        return frozenset[bytes]().union(*(source.fields for source in self.credentials))
+
+    @property
+    def markers(self) -> tuple[bytes, ...]:
+        """The markers of all sources; header sections without any of them have no credential."""
+        return tuple(dict.fromkeys(marker for source in self.credentials for marker in source.markers))
+
+    def claims(self, fields: Fields, *, has_name: bool) -> tuple[Claim | None, frozenset[bytes]]:
+        """Return the claim that decides, and the names of all header fields with a credential of these sources."""
+        decisive, names = None, frozenset[bytes]()
+        for source in self.credentials:
+            claim = source.claim(fields)
+            if claim is None:
+                continue
+            names |= claim.names
+            if decisive is None and not (has_name and self.accepts_header and source in self.behind):
+                decisive = claim
+        return decisive, names
+
+
+HEADER_AND_ADDRESS = IdentitySources()
