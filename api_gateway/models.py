@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -124,6 +124,12 @@ class Client:
         return self.source in ("granted", "registered", "configured", "token") or self.has_keys
 
 
+class Credential(Protocol):
+    """What proved the id of a client, as the record of an exchange needs it."""
+
+    organisation: str | None  # the client's organisation, if the credential states one
+
+
 @dataclass(frozen=True, slots=True)
 class LimiterState:
     """The current source of decisions, and the figures of the store if there is one.
@@ -218,7 +224,7 @@ class Exchange:
     fallback: str | None = None
     shed_by: tuple[str | None, ...] = ()
     cors: CorsFields | None = None
-    credential: object | None = None
+    credential: Credential | None = None
 
     @property
     def client_key(self) -> str:

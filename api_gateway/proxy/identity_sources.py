@@ -32,11 +32,11 @@ class Claim:
 class Proof:
     """What a verified credential proves: the client, until a time on the monotonic clock.
 
-    `tier` is that of a client that is not registered; None is the default. `is_restricted`: `refusal` may return an
-    error.
+    `tier` is that of a client that is not registered; None is the default. `organisation` is written to the access
+    log. `is_restricted`: `refusal` may return an error.
     """
 
-    __slots__ = ("claim", "client_id", "expires_ns", "is_restricted", "tier")
+    __slots__ = ("claim", "client_id", "expires_ns", "is_restricted", "organisation", "tier")
 
     def __init__(
         self,
@@ -45,12 +45,14 @@ class Proof:
         *,
         expires_ns: int = NO_EXPIRY,
         tier: str | None = None,
+        organisation: str | None = None,
         is_restricted: bool = False,
     ) -> None:
         self.claim = claim
         self.client_id = client_id
         self.expires_ns = expires_ns
         self.tier = tier
+        self.organisation = organisation
         self.is_restricted = is_restricted
 
     def __repr__(self) -> str:

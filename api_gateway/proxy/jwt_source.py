@@ -37,7 +37,9 @@ class JwtProof(Proof):
     __slots__ = ("token",)
 
     def __init__(self, claim: Claim, token: VerifiedToken) -> None:
-        super().__init__(claim, token.client_id, expires_ns=token.expires_ns, tier=token.tier)
+        super().__init__(
+            claim, token.client_id, expires_ns=token.expires_ns, tier=token.tier, organisation=token.organisation
+        )
         self.token = token
 
 

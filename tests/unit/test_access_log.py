@@ -30,6 +30,21 @@ def bare(client: str = "acme", path: str = "/api/x") -> Exchange:
     return Exchange("id-1", "GET", path, "192.0.2.7", 100.0, Client(client, f"client:{client}", FREE, "default"))
 
 
+class OfAnOrganisation:
+    """A credential of a client of an organisation."""
+
+    organisation: str | None = 'a "quoted" one'
+
+
+def test_a_line_has_the_organisation_that_a_credential_states() -> None:
+    exchange = bare()
+    exchange.credential = OfAnOrganisation()
+    (line,) = logged(exchange)
+    assert line["organisation"] == OfAnOrganisation.organisation
+    exchange.credential.organisation = None
+    assert "organisation" not in logged(exchange)[0]
+
+
 def test_a_line_has_every_field_of_a_proxied_request() -> None:
     exchange = Exchange(
         id="id-1",
