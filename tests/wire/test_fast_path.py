@@ -67,6 +67,7 @@ def running(running: RunningGateway, up: RawUpstream) -> Iterator[RunningGateway
 
 def warm(running: RunningGateway, up: RawUpstream) -> RunningGateway:
     assert ask(f"{running.url}/api/warm").status == 200
+    eventually(lambda: is_calm(running, up), "it is recorded")
     up.requests.clear()
     return running
 
