@@ -50,7 +50,6 @@ class DownstreamConnection:
         "_connections",
         "_fast_path",
         "_listener",
-        "_scopes",
         "_server_state",
         "_writable",
         "accepts_plain",
@@ -72,6 +71,7 @@ class DownstreamConnection:
         "reader",
         "receiving",
         "scheme",
+        "scopes",
         "slot",
         "state",
         "tasks",
@@ -109,7 +109,7 @@ class DownstreamConnection:
         self._listener = listener
         self._server_state = server_state
         self._connections: set[Any] = server_state.connections  # uvicorn names its own protocols as members
-        self._scopes = ScopeBuilder(root_path, app_state)
+        self.scopes = ScopeBuilder(root_path, app_state)
         self._fast_path: FastPathProvider | None = None  # of `app`, set by `connection_made`
         self.intake = RequestIntake(self)
         self.reader = RequestReader(self.limits, self.intake)
@@ -139,7 +139,7 @@ class DownstreamConnection:
         """Take a slot and start the timeout of the first head (asyncio callback)."""
         self.transport = transport
         self._connections.add(self)
-        self.client = client = peer_of(transport)
+        self.client = client = self.client or peer_of(transport)
         self.scheme = "https" if is_ssl(transport) else "http"
         peer = client[0] if client and client is not UNIX_PEER else ""
         self.slot = self._listener.slots.acquire(peer, self.limits.connections_per_peer)
@@ -233,7 +233,7 @@ class DownstreamConnection:
     def cycle_of(self, head: RequestHead) -> RequestResponseCycle:
         """Return the request cycle of a head."""
         self.raw_headers, self.expects_continue = head.headers, head.expects_continue
-        scope = self._scopes.scope(head, self.transport, self.client, self.scheme)
+        scope = self.scopes.scope(head, self.transport, self.client, self.scheme)
         scope[SERVER_EXTENSION] = cycle = RequestResponseCycle(self, scope, head.target)
         cycle.is_http10 = head.version == "1.0"
         cycle.keep_alive = head.keep_alive
