@@ -128,6 +128,7 @@ class Credential(Protocol):
     """What proved the id of a client, as the record of an exchange needs it."""
 
     organisation: str | None  # the client's organisation, if the credential states one
+    fields: HeaderList  # that upstreams receive
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
-from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
+from api_gateway.proxy.identified_headers import IdentifiedHeaders
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
@@ -102,6 +103,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
 
 def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | None) -> HeaderReader:
     config = gateway.config
+    identity_fields = frozenset[bytes]() if gateway.tokens is None else gateway.tokens.identity_fields
     return HeaderReader(
         id_header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
@@ -110,6 +112,8 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
         reads_origin=cors is not None,
         forwarding=forwarding_of(config.server.forwarded),
         sources=sources,
+        identity_fields=identity_fields,
+        rewritten=IdentifiedHeaders if identity_fields else RewrittenHeaders,
     )
 
 

@@ -121,6 +121,7 @@ class CredentialStage:
 
     def _set(self, plan: RequestPlan, client: Client, *, proof: Proof) -> StageResult:
         self._set_client(plan, proof, client)
+        plan.facts.proof = proof  # for the header fields that upstreams receive
         return None
 
     def _set_client(self, plan: RequestPlan, proof: Proof, client: Client) -> Client:
@@ -135,7 +136,7 @@ class CredentialStage:
         """Leave the request to the next source."""
         if self._on_observed is not None:
             self._on_observed(plan, error)
-        plan.exchange.client = None
+        plan.exchange.client, plan.facts.proof = None, None
         return None
 
     # The charge of a failed attempt

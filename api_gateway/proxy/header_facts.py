@@ -3,7 +3,7 @@
 A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Other requests are read anew.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ class HeaderFacts:
     means not yet known. `stages` are what `admission`, the one that was used last, has to decide on such requests.
     `claim` is the credential that decides who the client is, None without one; `credentials` are the header fields
     that have a credential of this gateway. `proof` is what the claim proved, for the registry version `version`.
+    `forged` are the header fields that only the gateway may send to upstreams.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class HeaderFacts:
         "cost",
         "credentials",
         "dropped",
+        "forged",
         "forwarding",
         "host",
         "host_field",
@@ -125,6 +127,7 @@ class HeaderFacts:
         self.preflight: Preflight | None = None
         self.claim: Claim | None = None
         self.credentials: HeaderList = []
+        self.forged: HeaderList = []
         self.proof: Proof | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
@@ -147,7 +150,7 @@ class HeaderFacts:
         other.request_id = self.request_id
         other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
-        other.origin, other.preflight = self.origin, self.preflight
+        other.origin, other.preflight, other.forged = self.origin, self.preflight, self.forged
         other.forwarding, other.reported = self.forwarding, self.reported
         return other
 
@@ -172,19 +175,24 @@ class HeaderReader:
         via: Via | None = None,
         sources: IdentitySources = HEADER_AND_ADDRESS,
         reads_origin: bool = False,
+        identity_fields: frozenset[bytes] = frozenset(),
+        rewritten: Callable[[bytes, HeaderFacts, bytes], RewrittenHeaders] = RewrittenHeaders,
         forwarding: Forwarding = BY_X_FORWARDED,
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
         Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
-        policies, for which the origin of requests and their preflights matter.
+        policies, for which the origin of requests and their preflights matter. `identity_fields` (lower case) are set
+        by the gateway for upstreams and removed from requests; `rewritten` creates the result of `read_lines`.
         """
         self.via = via or Via()
         self._sources = sources
         self._markers = sources.markers
         self._credential_lines = InspectedHeaders(sources.fields)
         self.id_header = id_header.lower().encode()
-        self.protected = frozenset({self.id_header})
+        self.protected = frozenset({self.id_header}) | identity_fields
+        self._identity_fields = identity_fields
+        self._rewritten = rewritten
         self._max_body_bytes = max_body_bytes
         self.forwarding = forwarding
         self._trusted = tuple(trusted_proxies)
@@ -223,6 +231,8 @@ class HeaderReader:
         self._set_name(facts, fields)
         if self._markers:
             self._set_claim(facts, fields)
+        if self._identity_fields:
+            facts.forged = [(name, value) for name in self._identity_fields for value in fields.get(name, ())]
         return facts
 
     def address_of(self, peer: str, fields: Fields) -> ClientAddress:
@@ -251,7 +261,7 @@ class HeaderReader:
         else:
             facts = (self._remembered if is_short else self._read_plain)(peer, scheme, tuple(found))
         return (
-            None if facts is None else RewrittenHeaders(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
+            None if facts is None else self._rewritten(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
         )
 
     def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
@@ -308,7 +318,7 @@ class HeaderReader:
         facts.request_id = given_request_id(fields)
         facts.host_field = fields.get(b"host", (b"",))[0]
         replaced = replaced_fields(self.forwarding, facts.is_trusted)
-        dropped = stripped_headers(self.protected, replaced)
+        dropped = stripped_headers(self.protected, replaced) | self._identity_fields
         facts.dropped = [pair for pair in found if pair[0].lower() in dropped]
         forwarding = forwarding_fields(
             fields,

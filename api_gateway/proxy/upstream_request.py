@@ -77,12 +77,13 @@ class UpstreamRequest:
         self.waited_before_head = 0.0  # seconds for which the attempt has waited for the client to send
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
         self.headers: HeaderList = scope["headers"] if extension is None else extension.headers
-        credentials = plan.facts.credentials
-        if credentials and (plan.route is None or not plan.route.forward_credentials):
-            withheld = {(name.lower(), value) for name, value in credentials}
-            self.headers = [
-                (name, value) for name, value in self.headers if (name.lower(), value.strip(b" \t")) not in withheld
-            ]
+        withheld = plan.facts.forged
+        if plan.facts.credentials and (plan.route is None or not plan.route.forward_credentials):
+            withheld = withheld + plan.facts.credentials
+        if withheld:
+            self.headers = _without(self.headers, withheld)
+        if plan.exchange.credential is not None and plan.exchange.credential.fields:
+            self.headers = [*self.headers, *plan.exchange.credential.fields]
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
         self.upgrade = extension is not None and extension.upgrade == b"websocket" and self.framing is None
 
@@ -136,6 +137,9 @@ class UpstreamRequest:
         """Let the server discard the rest of the body."""
         if self.extension is not None:
             self.extension.discard_body()
+
+    def on_writable(self) -> None:
+        """Do nothing: the task that sends the body waits by itself."""
 
     def _limits(self, upstream_client: UpstreamClient, now: float) -> Mapping[str, float]:
         """Return the timeouts of an attempt; connecting may take half of the remaining time, which allows a retry.
@@ -206,3 +210,9 @@ def raw_target(scope: Scope) -> bytes:
     query: bytes = scope["query_string"]
     path: bytes = scope["raw_path"]
     return path + b"?" + query if query else path
+
+
+def _without(headers: HeaderList, withheld: HeaderList) -> HeaderList:
+    """Return header fields without those of `withheld`, whose values have no surrounding white space."""
+    removed = {(name.lower(), value) for name, value in withheld}
+    return [(name, value) for name, value in headers if (name.lower(), value.strip(b" \t")) not in removed]
