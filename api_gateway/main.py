@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.routing import iter_route_contexts
 
 from api_gateway._version import __version__
 from api_gateway.admin.context import AdminContext, Lifecycle
@@ -174,8 +173,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
-        # In the framework's thread pool, which this also creates, so that the first request is not delayed.
-        await run_in_threadpool(_build_routes, app)
+        await run_in_threadpool(_nothing)  # creates the framework's thread pool, so that no request waits for that
         listener = app.listener = _listener_of(app.server, settings, rejections)
         changed = on_change if listener is None else partial(_apply_to_listener, listener, on_change)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
@@ -268,10 +266,8 @@ def _apply_to_listener(
         on_change(config)
 
 
-def _build_routes(app: FastAPI) -> None:
-    """Build the models of all endpoints' parameters and responses, which the framework does at the first request."""
-    for _ in iter_route_contexts(app.routes):
-        pass
+def _nothing() -> None:
+    """Do nothing, in a thread."""
 
 
 def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregator) -> AdminContext:

@@ -89,6 +89,21 @@ async def soon(condition: Callable[[], bool], what: str, within: float = PATIENC
     return time.monotonic() - began
 
 
+async def turns(count: int = 5) -> None:
+    """Let the event loop turn so many times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def stalled(measure: Callable[[], int], pause: float = 0.2) -> int:
+    """Return what `measure` gives once it has not grown for `pause` seconds."""
+    before = -1
+    while (found := measure()) != before:
+        before = found
+        time.sleep(pause)
+    return found
+
+
 # The gateway
 
 

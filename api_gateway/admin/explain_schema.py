@@ -11,6 +11,9 @@ class ExplainRequest(RequestBody):
     """The described request."""
 
     client_id: str | None = Field(description="Value of the header that names clients; null if it is absent.")
+    key_id: str | None = Field(
+        default=None, description="Id of an API key, as if the request had that key; null: it has none."
+    )
     method: str = Field(default="GET", pattern=r"^[A-Z][A-Z-]{0,31}$")
     path: str = Field(
         max_length=65_536,
@@ -20,6 +23,25 @@ class ExplainRequest(RequestBody):
     )
     host: str = Field(default="", max_length=255, description="Value of Host, for routes that require one.")
     address: str = Field(default="127.0.0.1", max_length=64, description="Address of the peer.")
+    forwarded: str | None = Field(
+        default=None,
+        max_length=8_192,
+        pattern=r"^[\x20-\x7e]*$",
+        description="Value of the field in which trusted proxies report clients: `server.forwarded.read`.",
+        examples=["203.0.113.9, 10.0.0.2"],
+    )
+
+
+class AddressExplained(Body):
+    """The client's address, and the hop that it came from."""
+
+    address: str
+    field: Literal["x-forwarded-for", "forwarded"] | None = Field(
+        description="The field that reports it; null if it is the peer of the connection."
+    )
+    position: int | None = Field(description="Number of the element in that field, from the right, beginning with 1.")
+    reported_by: str | None = Field(description="Address of the trusted proxy that wrote the element.")
+    detail: str
 
 
 class ClientExplained(Body):
@@ -29,6 +51,8 @@ class ClientExplained(Body):
     tier_source: ClientSource
     detail: str = Field(description="How the client was identified, and the source of its tier.")
     registered: bool = Field(description="True if the client is registered, configured or has a grant.")
+    proved_by: str | None = Field(description="Source that proves the id, such as `api_key`; null: nothing does.")
+    verified_only: bool = Field(description="True if a credential must prove the id; else anyone can claim it.")
     address_limited: bool = Field(
         description="True if the address limit applies too: not for registered clients and exempt addresses."
     )
@@ -117,6 +141,7 @@ class Explanation(Body):
     """The response of `POST /explain`."""
 
     result: ExplainedResult
+    address: AddressExplained
     client: ClientExplained
     route: RouteExplained | None
     buckets: list[BucketExplained]

@@ -6,10 +6,11 @@ is decided in `credential_stages`: from memory if possible, else by a question t
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import Fields
+from api_gateway.models import HeaderList
 from api_gateway.proxy.route_table import Route
 
 NO_EXPIRY = 1 << 63  # of a proof that does not expire, in nanoseconds
@@ -33,10 +34,11 @@ class Proof:
     """What a verified credential proves: the client, until a time on the monotonic clock.
 
     `tier` is that of a client that is not registered; None is the default. `organisation` is written to the access
-    log. `is_restricted`: `refusal` may return an error.
+    log. `fields` are header fields for upstreams, `lines` the same as bytes. `is_restricted`: `refusal` may return an
+    error.
     """
 
-    __slots__ = ("claim", "client_id", "expires_ns", "is_restricted", "organisation", "tier")
+    __slots__ = ("claim", "client_id", "expires_ns", "fields", "is_restricted", "lines", "organisation", "tier")
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Proof:
         expires_ns: int = NO_EXPIRY,
         tier: str | None = None,
         organisation: str | None = None,
+        fields: HeaderList | None = None,
         is_restricted: bool = False,
     ) -> None:
         self.claim = claim
@@ -53,6 +56,8 @@ class Proof:
         self.expires_ns = expires_ns
         self.tier = tier
         self.organisation = organisation
+        self.fields = fields or []
+        self.lines = b"".join([b"%b: %b\r\n" % pair for pair in self.fields])
         self.is_restricted = is_restricted
 
     def __repr__(self) -> str:
@@ -113,6 +118,15 @@ class CredentialSource(Protocol):
         ...
 
 
+@runtime_checkable
+class KeySource(Protocol):
+    """A source whose credentials operators know by an id."""
+
+    def claim_of_id(self, credential_id: str) -> Claim | None:
+        """Return the claim of the credential with this id; None if there is none."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class IdentitySources:
     """The sources in their order. Credentials are before or behind the header field; the address is last.
@@ -130,6 +144,11 @@ class IdentitySources:
     def credentials(self) -> tuple[CredentialSource, ...]:
         """The sources that prove an id."""
         return self.first + self.behind
+
+    def claim_of_key(self, key_id: str) -> Claim | None:
+        """Return the claim of the credential that operators know by this id; None if there is none."""
+        found = (source.claim_of_id(key_id) for source in self.credentials if isinstance(source, KeySource))
+        return next((claim for claim in found if claim is not None), None)
 
     @property
     def fields(self) -> frozenset[bytes]:

@@ -38,7 +38,12 @@ class JwtProof(Proof):
 
     def __init__(self, claim: Claim, token: VerifiedToken) -> None:
         super().__init__(
-            claim, token.client_id, expires_ns=token.expires_ns, tier=token.tier, organisation=token.organisation
+            claim,
+            token.client_id,
+            expires_ns=token.expires_ns,
+            tier=token.tier,
+            organisation=token.organisation,
+            fields=token.fields,
         )
         self.token = token
 
@@ -59,14 +64,17 @@ class JwtSource:
         wall_clock: Clock,
         clock_ns: Callable[[], int],
         is_forwarded: bool = True,
+        identity_fields: frozenset[bytes] = frozenset(),
         basis: object = None,
     ) -> None:
         """`keys` are by the name of the issuer. Both clocks show the same moment.
 
-        `is_forwarded`: upstreams receive the tokens. `basis` are the settings that the source was built from; equal
-        ones need no other source.
+        `is_forwarded`: upstreams receive the tokens. `identity_fields` are the names (lower case) of all header fields
+        that upstreams receive of tokens. `basis` are the settings that the source was built from; equal ones need no
+        other source.
         """
         self.keys = dict(keys)
+        self.identity_fields = identity_fields
         self.basis = basis
         self._withheld = frozenset[bytes]() if is_forwarded else self.fields
         self._reader = reader

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
+from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.requirements import Requirement
@@ -50,7 +51,7 @@ class Route:
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
     if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the
     token of a request must have, None if it needs none. `cors` is the CORS policy, None if the gateway has none for
-    the route.
+    the route. `addresses` are rules besides those for all routes.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Route:
     forward_credentials: bool = False
     requirement: Requirement | None = None
     cors: CorsPolicy | None = None
+    addresses: AddressRules | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from api_gateway.http1.headers import BODILESS
+from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.setting_types import (
@@ -86,6 +87,7 @@ class RouteSection(Section):
         default=False, description="Whether the upstream receives the credential of the gateway in a request."
     )
     fallback: FallbackSection | None = None
+    addresses: AddressesSection = Field(default=AddressesSection(), description="Besides those for all routes.")
     require: RequireSection | None = Field(
         default=None, description="Scopes and claims that a request's token must have."
     )

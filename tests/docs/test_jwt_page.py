@@ -97,7 +97,7 @@ def test_its_program_and_configuration_work_together(tmp_path: Path) -> None:
 
 
 def test_its_example_of_a_route_requires_what_it_says() -> None:
-    _, example = re.findall(r"```yaml\n(.*?)```", PAGE.partition("## Recipes")[0], flags=re.DOTALL)
+    _, example, _ = re.findall(r"```yaml\n(.*?)```", PAGE.partition("## Recipes")[0], flags=re.DOTALL)
     require = GatewayConfig.model_validate(yaml.safe_load(example)).routes[0].require
     assert require is not None
     assert (require.scopes, require.claims) == (["orders:refund"], {"realm_access.roles": ["clerk", "manager"]})

@@ -106,10 +106,7 @@ def state(transport: UpstreamTransport) -> str:
 
 
 async def settles(transport: UpstreamTransport, expected: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while state(transport) != expected and time.monotonic() < end:  # noqa: ASYNC110 - the pool tells nobody
-        await asyncio.sleep(0.005)
-    assert state(transport) == expected
+    await soon(lambda: state(transport) == expected, f"the pool is {expected}")
 
 
 def raw(*pieces: bytes, closes: bool = False) -> Behaviour:
@@ -301,8 +298,8 @@ async def test_a_request_cancelled_after_any_turn_of_the_loop_gives_its_slot_bac
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await asyncio.sleep(0.05)  # time for a connection that was being made to be dropped
-        assert state(transport) in ("", "0 busy, 0 idle, 0 waiting", "0 busy, 1 idle, 0 waiting")
+        calm = ("", "0 busy, 0 idle, 0 waiting", "0 busy, 1 idle, 0 waiting")
+        await soon(lambda: state(transport) in calm, "a connection that was being made is dropped")
         await serves_at_once(transport, up, 2)
 
 
