@@ -284,6 +284,13 @@ class PrometheusExposition:
             ["phase", "event"],
             recorder.illegal_exchange_events.items(),
         )
+        yield from family_in_pieces(
+            CounterMetricFamily,
+            "gateway_issuer_key_fetches",
+            "Fetches of the keys of issuers of tokens.",
+            ["issuer", "result"],
+            recorder.key_fetches.items(),
+        )
 
     def _breakers(self) -> Iterator[Metric]:
         breakers = [(name, upstream.breaker) for name, upstream in self._upstreams.items()]
