@@ -1,4 +1,7 @@
-"""Rendering of the metrics in the Prometheus text format and in OpenMetrics, at scrape time."""
+"""Rendering of the metrics in the Prometheus text format and in OpenMetrics, at scrape time.
+
+Long because it has the names, labels and descriptions of all metrics, each once.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
