@@ -327,8 +327,8 @@ class HeaderReader:
         facts = self._named(rest, (name, given))
         if facts is None:
             return None
-        sent = before.sent.replace(line, b"\r\n%b: %b\r\n" % (name, given), 1)
-        return RewrittenHeaders(lines, facts, sent)
+        sent = before[2].replace(line, b"\r\n%b: %b\r\n" % (name, given), 1)  # what `rewritten` was given
+        return self._rewritten(lines, facts, sent)
 
     def _read_claimed(
         self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...], given: tuple[tuple[bytes, bytes], ...]
