@@ -49,8 +49,9 @@ from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 from api_gateway.resilience.retry import FailedAttempt, RetryDenied, is_repeatable, retry_after_of
 from api_gateway.transport.dispatch import HttpxBody, close_response, fields_in, parts_of
 from api_gateway.transport.error_mapping import translate
+from api_gateway.transport.lean_response import LeanResponse
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
-from api_gateway.transport.response import LeanResponse, UpstreamResponse
+from api_gateway.transport.response import UpstreamResponse
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient

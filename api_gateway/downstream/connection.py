@@ -45,7 +45,6 @@ class DownstreamConnection:
     """
 
     __slots__ = (
-        "__weakref__",
         "_connections",
         "_fast_path",
         "_listener",

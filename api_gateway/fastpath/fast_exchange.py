@@ -74,12 +74,6 @@ from api_gateway.upstreams.upstream_client import UpstreamClient
 
 _HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
 _MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
-# The state of a response that its class has initial values for.
-_OF_A_RESPONSE = (
-    *("status", "version", "head", "passed", "has_date", "cost", "trailers", "is_head_complete", "is_complete"),
-    *("is_until_close", "is_counted", "chunks", "keeps_alive", "buffered", "reader_waited", "is_relayed", "is_framed"),
-    *("reason", "headers", "fields", "is_sent", "is_repeated"),
-)
 _MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
 
 
@@ -546,11 +540,10 @@ class FastExchange(ProxyExchange):
 
     def _forget(self) -> None:
         """Return to the state of a response of which nothing has arrived."""
-        for name in _OF_A_RESPONSE:
-            self.__dict__.pop(name, None)
-        self.connection = self.error = None
-        self.pieces = []
+        self.reset()
         self.listener = NO_LISTENER
+        self.is_relayed = self.is_sent = True
+        self.is_framed = self.is_repeated = False
 
     def _on_deadline(self, generation: int) -> None:
         """Respond with the error of the deadline, or by the fallback; once the response has begun, close instead."""

@@ -1,8 +1,7 @@
-"""The response of an upstream while it arrives, and its form as an httpx object."""
+"""The response of an upstream while it arrives."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Protocol
 
 import httpx
@@ -48,7 +47,8 @@ class ResponseListener(Protocol):
 class NoListener:
     """A `ResponseListener` that ignores interim responses, sends no trailers and has no part in a body's rest."""
 
-    expects_continue = upgrade = False
+    expects_continue = False
+    upgrade = False
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ResponseListener`."""
@@ -103,7 +103,7 @@ class ResponseSource(Protocol):
         ...
 
 
-class UpstreamResponse(httpx.AsyncByteStream):
+class UpstreamResponse:
     """The response to one request while it arrives.
 
     States: awaited, head received (`is_head_complete`), then complete (`is_complete`) or failed (`error`); it may also
@@ -129,12 +129,17 @@ class UpstreamResponse(httpx.AsyncByteStream):
     buffered = 0  # bytes in `pieces`
     is_relayed = False  # pieces are written to the client at once instead of being buffered
     reader_waited = 0.0  # seconds for which reading from the upstream was paused for a slow reader
+    timeouts: TimeoutExtension = NO_LIMITS
     _waiter: "asyncio.Future[None] | None" = None
+    # Of a head that the parser has parsed; of a plain head they are computed when they are asked for.
+    _parsed_reason: bytes | None = None
+    _parsed_headers: HeaderList | None = None
+    _parsed_fields: Fields | None = None
 
     def __init__(
         self, connection: ResponseSource | None, method: str, timeouts: TimeoutExtension, listener: ResponseListener
     ) -> None:
-        self.connection = connection
+        self.connection: ResponseSource | None = connection
         self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
         self.listener = listener
@@ -163,24 +168,52 @@ class UpstreamResponse(httpx.AsyncByteStream):
         if self.connection is not None:
             self.connection.pass_on(other, self)
 
+    def reset(self) -> None:
+        """Return to the state of a response of which nothing has arrived."""
+        self.pieces, self.buffered = [], 0
+        self.status, self.version, self.head, self.passed = 0, "1.1", b"", b""
+        self.has_date, self.cost, self.trailers, self.chunks = False, None, [], None
+        self._parsed_reason = self._parsed_headers = self._parsed_fields = None
+        self.is_head_complete = self.is_complete = self.is_until_close = self.is_counted = self.keeps_alive = False
+        self.reader_waited = 0.0
+        self.connection = self.error = None
+
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else self.error or "arriving"
         return f"<{type(self).__name__} {self.status or 'awaited'} [{state}]>"
 
-    @cached_property
+    @property
     def reason(self) -> bytes:
         """The reason phrase."""
-        return reason_phrase(self.head)
+        if self._parsed_reason is None:
+            self._parsed_reason = reason_phrase(self.head)
+        return self._parsed_reason
 
-    @cached_property
+    @reason.setter
+    def reason(self, phrase: bytes) -> None:
+        self._parsed_reason = phrase
+
+    @property
     def headers(self) -> HeaderList:
         """The header fields as received, without white space around values."""
-        return pairs_of(self.head)
+        if self._parsed_headers is None:
+            self._parsed_headers = pairs_of(self.head)
+        return self._parsed_headers
 
-    @cached_property
+    @headers.setter
+    def headers(self, headers: HeaderList) -> None:
+        self._parsed_headers = headers
+
+    @property
     def fields(self) -> Fields:
         """The header fields by name."""
-        return fields_of(self.headers)
+        if self._parsed_fields is None:
+            self._parsed_fields = fields_of(self.headers)
+        return self._parsed_fields
+
+    @fields.setter
+    def fields(self, fields: Fields) -> None:
+        self._parsed_fields = fields
 
     def takes_chunks(self, status: int) -> bool:  # noqa: ARG002 - for subclasses
         """Tell whether the pieces of a response with plain chunks may include their framing. Here, never."""
@@ -259,14 +292,6 @@ class UpstreamResponse(httpx.AsyncByteStream):
             self.connection.resume_reading()
         return body, not self.is_complete
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield the body in the pieces that `read` returns."""
-        more = True
-        while more:
-            body, more = await self.read()
-            if body:
-                yield body
-
     def _open_connection(self) -> ResponseSource:
         if self.connection is None:
             raise httpx.ReadError("closed before the response was complete")
@@ -293,38 +318,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
             raise httpx.ReadError("closed before the protocol was switched")
         return self.connection.detach_transport(), self.leftover
 
-    async def aclose(self) -> None:
-        """See `close`."""
-        self.close()
-
     def close(self) -> None:
         """Discard the response, and close its connection if it is incomplete. Idempotent."""
         if self.connection is not None:
             self.connection.abandon(self)
-
-
-class LeanResponse(httpx.Response):
-    """A response whose header fields remain byte pairs; `headers` converts them to httpx's mapping on first use."""
-
-    is_closed = False
-    is_stream_consumed = False
-    next_request = None
-    default_encoding = "utf-8"
-    _request = None
-    _num_bytes_downloaded = 0
-
-    stream: UpstreamResponse
-
-    def __init__(self, response: UpstreamResponse) -> None:  # does not call httpx's constructor, see `LeanRequest`
-        self.status_code = response.status
-        self.pairs = response.headers
-        self.stream = response
-        self.extensions = {"reason_phrase": response.reason, "http_version": b"HTTP/1.1"}
-        if response.status == SWITCHING:
-            self.extensions["switched"] = response
-        self.history: list[httpx.Response] = []
-
-    @cached_property
-    def headers(self) -> httpx.Headers:  # type: ignore[override]  # httpx has an attribute here
-        """The header fields as httpx's mapping."""
-        return httpx.Headers(self.pairs)
