@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, ClientSection, TierSection
+from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.diagnostics import (
     NO_FILE,
     ConfigError,
@@ -109,6 +110,7 @@ class GatewayConfig(BaseSettings):
     clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
     upstreams: dict[Identifier, UpstreamSection] = {}
     routes: list[RouteSection] = []
+    cors: CorsSection | None = Field(default=None, description="For all routes that have no setting of their own.")
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
 

@@ -9,7 +9,7 @@
     │   ├── BodyTooLarge, HeadersTooLarge, LengthRequired, RequestTimeout
     │   └── RateLimited, CostExceedsCapacity
     ├── Unavailable         no attempt was made: 503
-    │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable
+    │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable, IssuerUnavailable
     │   └── Overloaded
     │       └── LoadShed    refused to protect the upstream or the gateway
     ├── UpstreamFailed      an attempt failed: 502, 504
@@ -51,6 +51,7 @@ class Reason(StrEnum):
     OVERLOADED = "overloaded"
     DRAINING = "draining"
     STORE_UNAVAILABLE = "store_unavailable"
+    ISSUER_UNAVAILABLE = "issuer_unavailable"
     UPSTREAM_CONNECT_ERROR = "upstream_connect_error"
     UPSTREAM_RESET = "upstream_reset"
     UPSTREAM_PROTOCOL_ERROR = "upstream_protocol_error"
@@ -267,6 +268,12 @@ class StoreUnavailable(Unavailable):
     """The store is unavailable: a change was not confirmed, or the policy `deny` refuses all requests."""
 
     reason = Reason.STORE_UNAVAILABLE
+
+
+class IssuerUnavailable(Unavailable):
+    """The keys of the issuer of the request's token cannot be obtained."""
+
+    reason = Reason.ISSUER_UNAVAILABLE
 
 
 class UpstreamFailed(GatewayError):

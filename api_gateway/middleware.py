@@ -21,12 +21,14 @@ from api_gateway.http1.asgi import (
     Send,
     ServerExtension,
 )
-from api_gateway.http1.headers import fields_of
+from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
-from api_gateway.models import Clock, Exchange
-from api_gateway.proxy.admission import Admission, RequestPlan, Wait
+from api_gateway.models import Clock, Exchange, HeaderList
+from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan, Wait
+from api_gateway.proxy.cors import origin_of
+from api_gateway.proxy.cors_stages import CorsPolicies
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.problem_response import send_problem
@@ -100,6 +102,10 @@ class _Closed:
         """Return False."""
         return False
 
+    def refusal_fields(self, _headers: HeaderList, _target: bytes) -> HeaderList:
+        """Return no fields."""
+        return []
+
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
     await send_problem(not_started(), send, instance=scope["path"], request_id=None, headers=[])
@@ -116,13 +122,18 @@ class ExchangeMiddleware:
         recorder: Recorder,
         observers: Sequence[Observer],
         on_failure: Callable[[Exchange, GatewayError], None] | None = None,
+        cors: CorsPolicies | None = None,
     ) -> None:
-        """`on_failure` is called before an error is sent, so that a refund shows in the rate limit fields."""
+        """`on_failure` is called before an error is sent, so that a refund shows in the rate limit fields.
+
+        `cors` are the CORS policies, None if there are none.
+        """
         self.app = app
         self._clock = clock
         self._recorder = recorder
         self._observers = tuple(observers)
         self._on_failure = on_failure
+        self._cors = cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -144,23 +155,29 @@ class ExchangeMiddleware:
         try:
             await app(scope, receive, send)
         except GatewayError as error:
-            await self._refuse(exchange, error, send)
+            await self._refuse(exchange, error, scope, send)
         except asyncio.CancelledError:
             self.note_cut_off(exchange)
             raise
         except Exception as error:  # noqa: BLE001 - a defect, which is logged
-            await self._refuse(exchange, self.internal_error(exchange, error), send)
+            await self._refuse(exchange, self.internal_error(exchange, error), scope, send)
         finally:
             self.end(exchange, self._clock())
 
-    async def _refuse(self, exchange: Exchange, error: GatewayError, send: Send) -> None:
+    async def _refuse(self, exchange: Exchange, error: GatewayError, scope: Scope, send: Send) -> None:
         has_begun = exchange.status != 0  # the server closes the connection after an incomplete response
         self.note_failure(exchange, error)
         if has_begun or isinstance(error, ClientDisconnected):
             return
         exchange.status, exchange.source = error.status, "gateway"
+        headers = exchange.response_headers
+        if self._cors is not None:
+            fields = scope[FIELDS]
+            cors = self._cors.of_refusal(exchange, host_name(fields), origin_of(fields))
+            if cors is not None:
+                headers = [*headers, *cors.pairs]
         exchange.bytes_out = await send_problem(
-            error, send, instance=exchange.path, request_id=exchange.id, headers=exchange.response_headers
+            error, send, instance=exchange.path, request_id=exchange.id, headers=headers
         )
 
     @staticmethod
@@ -233,6 +250,12 @@ class AdmissionMiddleware:
             result = self._admission.resume(plan, result, reply, self._clock_ns())
         if exchange.decision is not None:
             exchange.response_headers += self._limit_headers.headers(exchange.decision)
+        if isinstance(result, DirectResponse):
+            exchange.status = result.status
+            headers = [*result.headers, *exchange.response_headers]
+            await send({"type": "http.response.start", "status": result.status, "headers": headers})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
         if result is not None:
             raise result
         await self._router.forward(plan, scope, receive, send)

@@ -156,6 +156,22 @@ class Outcome(Enum):
     IGNORED = "ignored"  # the client disconnected, or caused the error
 
 
+@dataclass(frozen=True, slots=True)
+class CorsFields:
+    """The CORS fields of a response, see `proxy.cors`.
+
+    `pairs` are all of them, and `lines` the same in HTTP/1.1 format, each with its line break. `allowed` are those
+    that decide about the origin, `exposed` the names that pages may read (None: none); `varies` tells whether the
+    response depends on the origin.
+    """
+
+    lines: bytes
+    pairs: tuple[tuple[bytes, bytes], ...]
+    allowed: tuple[tuple[bytes, bytes], ...]
+    exposed: bytes | None
+    varies: bool
+
+
 @dataclass(slots=True)
 class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.
@@ -168,6 +184,7 @@ class Exchange:
     `has_reached`: a part of the request may have reached an upstream that then failed. `shed_by` has the upstreams
     that refused because of load (None: the gateway). `retried` has the causes of retries. `fallback` is the fallback
     that responded instead of the route's upstream; `reason` and `detail` are then those of the upstream's failure.
+    `cors` has the CORS fields of any response, None if the route has no policy.
     """
 
     id: str
@@ -199,6 +216,7 @@ class Exchange:
     retried: tuple[str, ...] = ()
     fallback: str | None = None
     shed_by: tuple[str | None, ...] = ()
+    cors: CorsFields | None = None
     credential: object | None = None
 
     @property

@@ -34,6 +34,7 @@ from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.attribution import ClientProgress
 from api_gateway.proxy.client_disconnect import DisconnectListener, DisconnectPoller
+from api_gateway.proxy.cors import complete
 from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.fallback_runner import FallbackRunner
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
@@ -276,6 +277,8 @@ class Router:
         """Respond to OPTIONS with `Max-Forwards: 0` as the final recipient (RFC 9110 section 7.6.2)."""
         exchange.status = 204
         headers = [(b"allow", PROXIED_METHODS.encode()), *exchange.response_headers]
+        if exchange.cors is not None:
+            headers += exchange.cors.pairs
         await send({"type": "http.response.start", "status": 204, "headers": headers})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -626,7 +629,11 @@ class Router:
             headers = request.url_rewriter.rewrite(headers, request.authorities)
         if COST in fields:
             self.on_cost(exchange, fields[COST])
-        return rewrite_response(headers, fields, exchange.response_headers, omit, self._via.field(version))
+        own = exchange.response_headers
+        if exchange.cors is not None:
+            headers, added = complete(exchange.cors, headers)
+            own = own + added
+        return rewrite_response(headers, fields, own, omit, self._via.field(version))
 
     def _begin_stream(self, exchange: Exchange, attempt: Attempt, stream: UpstreamResponse | HttpxBody) -> None:
         """Settle an attempt with a tunnel or an event stream, because its end shows nothing about the upstream.

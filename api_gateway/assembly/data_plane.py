@@ -6,6 +6,7 @@ from collections.abc import Callable
 from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
+from api_gateway.assembly.routes import cors_of
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
@@ -14,9 +15,11 @@ from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.proxy.admission import Admission, Stage
+from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -45,12 +48,14 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     settlement = CostSettlement(
         limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder, limit_headers=limit_headers
     )
+    cors = _cors(gateway)
     headers = HeaderReader(
         id_header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
         max_body_bytes=config.server.max_body_bytes,
         via=Via(config.server.via or gateway.pseudonym),
-        sources=identity_sources(config),
+        reads_origin=cors is not None,
+        sources=identity_sources(config, gateway.tokens),
     )
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
@@ -59,7 +64,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    admission = _admission(gateway, router, limits)
+    admission = _admission(gateway, router, limits, cors)
     record = ExchangeMiddleware(
         AdmissionMiddleware(
             admission=admission,
@@ -72,6 +77,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         recorder=recorder,
         observers=[recorder.observe, *_access_logs(gateway)],
         on_failure=settlement.on_failure,
+        cors=cors,
     )
     fast_path = FastPath(
         record=record,
@@ -81,6 +87,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         limit_headers=limit_headers,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
+        cors=cors,
     )
     explainer = Explainer(
         admission=admission,
@@ -96,10 +103,23 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return record, fast_path, explainer
 
 
-def _admission(gateway: Gateway, router: Router, limits: RateLimitStage) -> Admission:
+def _cors(gateway: Gateway) -> CorsPolicies | None:
+    """Return the CORS policies, None if there are none."""
+    default = cors_of(gateway.config.cors)
+    if default is None and all(route.cors is None for route in gateway.routes):
+        return None
+    return CorsPolicies(gateway.table, default)
+
+
+def _preflights(gateway: Gateway, cors: CorsPolicies) -> PreflightStage:
+    priority = gateway.priorities.of(gateway.config.default_tier)
+    return PreflightStage(cors, shedder=gateway.event_loop_shedder, priority=priority)
+
+
+def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, cors: CorsPolicies | None) -> Admission:
     config = gateway.config
     is_enforced = config.identity.mode == "enforce"
-    sources = identity_sources(config)
+    sources = identity_sources(config, gateway.tokens)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:
@@ -113,14 +133,18 @@ def _admission(gateway: Gateway, router: Router, limits: RateLimitStage) -> Admi
             )
         )
         access.append(CredentialRouteStage())
+    if any(route.requirement is not None for route in gateway.routes):
+        access.append(RequirementStage())
     return Admission(
         [
             AmbiguityStage(),
+            *([] if cors is None else [_preflights(gateway, cors)]),
             *identity,
             IdentityStage(
                 clients=gateway.clients, priorities=gateway.priorities, sources=sources, is_enforced=is_enforced
             ),
             RouteStage(router.routes),
+            *([] if cors is None else [CorsStage()]),
             *access,
             DeadlineStage(
                 {name: client.total_timeout for name, client in router.upstream_clients.items()},

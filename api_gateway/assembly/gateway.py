@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import httpx
 
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
+from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
-from api_gateway.assembly.routes import route_of
+from api_gateway.assembly.routes import cors_of, route_of
 from api_gateway.assembly.stores import (
     REPLACED_WITHIN,
     Limiter,
@@ -47,6 +48,7 @@ from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
+from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.priorities import PriorityClasses
@@ -83,6 +85,7 @@ class Gateway:
     event_loop_shedder: EventLoopShedder
     clocks: Clocks
     pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
+    tokens: JwtSource | None  # None unless tokens are a source of identities
 
     @property
     def address_quota(self) -> Quota | None:
@@ -110,6 +113,7 @@ class Plan:
     table: RouteTable
     priorities: PriorityClasses
     upstreams: Mapping[str, UpstreamPlan | None]
+    tokens: JwtSource | None
 
 
 class Assembly:
@@ -137,6 +141,7 @@ class Assembly:
         self._retired: dict[str, LiveUpstream] = {}  # by name, in the order of retirement
         self._closing: set[ShieldedTransport] = set()
         self._monitor_tasks: dict[str, asyncio.Task[None]] = {}
+        self._issuers = Issuers(clocks, self._on_withdrawal)
 
     def __repr__(self) -> str:
         return f"<Assembly [{len(self._monitor_tasks)} upstreams, {len(self._retired)} retired]>"
@@ -153,6 +158,8 @@ class Assembly:
             await hold_state_folder(config, stack, replaced_within)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
+            stack.push_async_callback(self._issuers.close)
+            self._issuers.follow(gateway.tokens)
             try:
                 await gateway.clients.load()
             except OSError as error:
@@ -184,7 +191,8 @@ class Assembly:
     def _plan(self, config: GatewayConfig) -> Plan:
         before = getattr(self, "gateway", None)
         live = {**self._retired, **(before.upstreams if before is not None else {})}
-        routes = tuple(route_of(section) for section in config.routes)
+        cors = cors_of(config.cors)
+        routes = tuple(route_of(section, cors) for section in config.routes)
         upstreams: dict[str, UpstreamPlan | None] = {}
         created: TlsByFiles = {}
         for name, section in config.upstreams.items():
@@ -193,7 +201,8 @@ class Assembly:
             is_same = known is not None and not known.is_retired and section == known.section and plan.tls is known.tls
             upstreams[name] = None if is_same else plan
         ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
-        return Plan(config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams)
+        tokens = self._issuers.plan(config, None if before is None else before.tokens)
+        return Plan(config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams, tokens)
 
     def commit(self, plan: Plan) -> Gateway:
         """Put a planned configuration into force. Requests in progress end under the one that they began with."""
@@ -210,6 +219,7 @@ class Assembly:
         before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
+        self._issuers.follow(plan.tokens)
         self.gateway = replace(
             before,
             config=config,
@@ -218,8 +228,13 @@ class Assembly:
             table=plan.table,
             priorities=plan.priorities,
             upstreams=upstreams,
+            tokens=plan.tokens,
         )
         return self.gateway
+
+    def _on_withdrawal(self) -> None:
+        """Have clients resolved anew, as a token that proved one may not be valid any more."""
+        self.gateway.clients.bump_version()
 
     def _build(self, plan: Plan, pseudonym: str) -> Gateway:
         config, quotas, clocks = plan.config, plan.quotas, self._clocks
@@ -262,6 +277,7 @@ class Assembly:
             ),
             clocks=clocks,
             pseudonym=pseudonym,
+            tokens=plan.tokens,
         )
 
     # Upstreams

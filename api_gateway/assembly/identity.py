@@ -3,6 +3,7 @@
 from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.config import GatewayConfig
 from api_gateway.proxy.identity_sources import CredentialSource, IdentitySources
+from api_gateway.proxy.jwt_source import JwtSource
 
 
 def identity_rules(config: GatewayConfig) -> IdentityRules:
@@ -17,10 +18,12 @@ def identity_rules(config: GatewayConfig) -> IdentityRules:
     )
 
 
-def identity_sources(config: GatewayConfig) -> IdentitySources:
-    """Return the sources of a configuration, in their order."""
+def identity_sources(config: GatewayConfig, tokens: JwtSource | None) -> IdentitySources:
+    """Return the sources of a configuration, in their order; `tokens` is that of JSON Web Tokens."""
     names = config.identity.sources
     credentials: dict[str, CredentialSource] = {}
+    if tokens is not None:
+        credentials["jwt"] = tokens
     place = names.index("header") if "header" in names else len(names)
     return IdentitySources(
         first=tuple(credentials[name] for name in names[:place] if name in credentials),

@@ -1,26 +1,112 @@
-"""Builds the issuers of tokens: where their keys come from, and what their claims mean."""
+"""Builds the issuers of tokens: where their keys come from, what their claims mean, and the tasks that fetch keys."""
 
 import asyncio
 import importlib
 import json
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from api_gateway.clients.claim_paths import ClaimPath
 from api_gateway.clients.issuer_keys import IssuerKeys, KeysUnavailable, VerificationKey
-from api_gateway.clients.jwt_reader import IssuerTerms
-from api_gateway.clients.jwt_verifier import ClaimMeanings
+from api_gateway.clients.jwt_reader import IssuerTerms, TokenReader
+from api_gateway.clients.jwt_verifier import ClaimMeanings, Issuer, JwtVerifier
+from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
+from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Clock
-from api_gateway.settings.jwt import IssuerSection
+from api_gateway.proxy.jwt_source import JwtSource
+from api_gateway.settings.jwt import IssuerSection, JwtSection
+from api_gateway.system.clocks import Clocks
 from api_gateway.transport.document_fetch import MAX_DOCUMENT_BYTES, DocumentUnavailable, fetch_document
 
 MISSING_EXTRA = (
     "identity.sources: jwt needs the package joserfc; install it with pip install 'api-gateway[jwt]', or remove jwt"
 )
 Fetch = Callable[[str, ssl.SSLContext], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Basis:
+    """The settings that a source of tokens is built from."""
+
+    section: JwtSection
+    tiers: tuple[str, ...]
+    kept: tuple[str, ...]  # the paths of claims that routes require
+
+    @classmethod
+    def of(cls, config: GatewayConfig) -> "_Basis":
+        required = [path for route in config.routes if route.require is not None for path in route.require.claims]
+        return cls(config.identity.jwt, tuple(config.tiers), tuple(dict.fromkeys(required)))
+
+
+class Issuers:
+    """Builds sources of tokens, and runs the tasks that fetch the keys of the issuers in use."""
+
+    def __init__(self, clocks: Clocks, on_withdrawal: Callable[[], None]) -> None:
+        """`on_withdrawal` is called when a key is not valid any more."""
+        self._clocks = clocks
+        self._on_withdrawal = on_withdrawal
+        self._tasks: dict[IssuerKeys, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Issuers [{len(self._tasks)} in use]>"
+
+    def plan(self, config: GatewayConfig, before: JwtSource | None) -> JwtSource | None:
+        """Return the source of tokens of a configuration, None if tokens are no source. Blocks.
+
+        It is `before` if nothing has changed; otherwise issuers that have not changed keep their keys. Raises
+        StartupError.
+        """
+        if "jwt" not in config.identity.sources:
+            return None
+        basis = _Basis.of(config)
+        if before is not None and before.basis == basis:
+            return before
+        issuers, keys = {}, {}
+        for name, section in basis.section.issuers.items():
+            keys[name] = _unchanged(before, name, section) or keys_of(
+                name, section, clock=self._clocks.monotonic, on_withdrawal=self._on_withdrawal
+            )
+            issuers[name] = Issuer(terms_of(name, section), meanings_of(section, basis.tiers), keys[name])
+        by_claim = {section.issuer: issuers[name].terms for name, section in basis.section.issuers.items()}
+        return JwtSource(
+            TokenReader(by_claim, max_bytes=basis.section.max_token_bytes),
+            JwtVerifier(
+                issuers, max_remembered=basis.section.max_remembered, kept=[ClaimPath.of(path) for path in basis.kept]
+            ),
+            keys,
+            wall_clock=self._clocks.wall,
+            clock_ns=self._clocks.monotonic_ns,
+            basis=basis,
+        )
+
+    def follow(self, source: JwtSource | None) -> None:
+        """Fetch the keys of a source from now on, and no others."""
+        used = [] if source is None else list(source.keys.values())
+        for keys in [keys for keys in self._tasks if keys not in used]:
+            task = self._tasks.pop(keys)
+            task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+        for keys in used:
+            if keys not in self._tasks:
+                self._tasks[keys] = asyncio.create_task(keys.run(), name=f"issuer {keys.name}")
+
+    async def close(self) -> None:
+        """End all tasks."""
+        await cancel_and_wait(*self._tasks.values(), *self._ending)
+
+
+def _unchanged(before: JwtSource | None, name: str, section: IssuerSection) -> IssuerKeys | None:
+    """Return the keys of an issuer before a reload if its section is the same."""
+    basis = None if before is None else before.basis
+    if before is None or not isinstance(basis, _Basis) or basis.section.issuers.get(name) != section:
+        return None
+    return before.keys[name]
 
 
 def jose() -> Any:
@@ -43,7 +129,7 @@ def terms_of(name: str, section: IssuerSection) -> IssuerTerms:
     )
 
 
-def meanings_of(section: IssuerSection, tiers: Mapping[str, Any]) -> ClaimMeanings:
+def meanings_of(section: IssuerSection, tiers: Iterable[str]) -> ClaimMeanings:
     """Return what the claims of an issuer mean. `tiers` are the configured ones."""
     return ClaimMeanings(
         ClaimPath.of(section.client_claim),

@@ -1,13 +1,31 @@
 """Builds routes from their sections: costs, timeouts and fallbacks."""
 
+from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.route_table import CostRule, Route
 from api_gateway.proxy.url_rewriting import UrlRewriter
+from api_gateway.settings.cors import CorsSection
+from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.routes import FallbackSection, RouteSection
 
 
-def route_of(section: RouteSection) -> Route:
-    """Return the route that a section describes."""
+def cors_of(section: CorsSection | None) -> CorsPolicy | None:
+    """Return the CORS policy that a section describes; None if the gateway leaves CORS to the upstream."""
+    if section is None or not section.enabled:
+        return None
+    return CorsPolicy(
+        origins=section.origins,
+        methods=section.methods,
+        headers=section.headers,
+        exposed=section.exposed_headers,
+        credentials=section.credentials,
+        max_age=section.max_age,
+    )
+
+
+def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
+    """Return the route that a section describes; `cors` is its policy unless it has one of its own."""
     prefix = (section.strip_prefix or "").rstrip("/")
     return Route(
         name=section.name,
@@ -26,6 +44,8 @@ def route_of(section: RouteSection) -> Route:
         min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
         url_rewriter=_url_rewriter(section, prefix),
+        requirement=None if section.require is None else _requirement(section.require),
+        cors=cors if section.cors is None else cors_of(section.cors),
     )
 
 
@@ -37,6 +57,10 @@ def _url_rewriter(section: RouteSection, prefix: str) -> UrlRewriter | None:
         (domain.lstrip(".").lower().encode(), new.encode()) for domain, new in section.cookie_domains.items()
     )
     return UrlRewriter(prefix.encode() if rewrites else b"", rewrites and section.rewrite_cookies, domains)
+
+
+def _requirement(section: RequireSection) -> Requirement:
+    return Requirement(tuple(section.scopes), tuple((path, tuple(values)) for path, values in section.claims.items()))
 
 
 def _fallback(section: FallbackSection) -> Fallback:

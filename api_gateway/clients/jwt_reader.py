@@ -12,11 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from api_gateway.clients.claim_paths import ClaimPath
 
 MAX_HEADER_BYTES = 8_192  # of the encoded header; it may contain a chain of certificates
+MAX_HEADERS = 256  # whose meaning is remembered
 _MAX_KID = 512  # characters
 _TOKEN = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _APPLICATION = "application/"
@@ -55,7 +57,7 @@ class IssuerTerms:
     audience: ClaimPath = field(default_factory=lambda: ClaimPath.of("aud"))
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False)
 class ReadToken:
     """A recognised token. Times are seconds since the epoch; `fault` is why no key can make it valid.
 
@@ -90,6 +92,7 @@ class TokenReader:
         """`issuers` are the terms by the claim `iss`. A token of more than `max_bytes` is refused unread."""
         self._issuers = dict(issuers)
         self._max_bytes = max_bytes
+        self._read_header = lru_cache(maxsize=MAX_HEADERS)(_object)  # tokens of one key have equal headers
 
     def __repr__(self) -> str:
         return f"<TokenReader of {len(self._issuers)} issuers>"
@@ -104,7 +107,8 @@ class TokenReader:
         segments = token.split(b".")
         if len(token) > self._max_bytes or len(segments[0]) > MAX_HEADER_BYTES:
             return ReadToken(None, b"", TokenFault.TOO_LARGE)
-        (header, has_unique_header), (claims, has_unique_claims) = _object(segments[0]), _object(segments[1])
+        header, has_unique_header = self._read_header(segments[0])
+        claims, has_unique_claims = _object(segments[1])
         if header is None or claims is None or "alg" not in header:
             return None
         issuer = claims.get("iss")

@@ -9,10 +9,14 @@ import time
 from collections import Counter
 
 from api_gateway.downstream.owner import ConnectionOwner
+from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.states import ConnectionEvent
 from api_gateway.errors import GatewayError, problem
+from api_gateway.http1.asgi import FastPathProvider
 from api_gateway.http1.headers import http_date
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.serializer import render_response_head
+from api_gateway.models import HeaderList
 
 MAX_DISCARDED = 1_048_576  # bytes of a body discarded after an early response before the connection is closed
 MAX_LINGERED = 8_388_608  # bytes discarded after a refusal
@@ -32,7 +36,7 @@ class Closing:
     def __repr__(self) -> str:
         return f"<Closing [{self._discarded} bytes discarded]>"
 
-    def refuse(self, owner: ConnectionOwner, error: GatewayError) -> None:
+    def refuse(self, owner: ConnectionOwner, error: GatewayError, head: RequestHead | None = None) -> None:
         """Send problem details without the application and end the connection.
 
         Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request.
@@ -47,13 +51,19 @@ class Closing:
         if due is not None and (due is not owner.receiving or due.is_started):
             self.close(owner)
         else:
-            self.respond(owner, error)
+            self.respond(owner, error, due or head)
         if due is not None:
             due.disconnect()
 
-    def respond(self, owner: ConnectionOwner, error: GatewayError) -> None:
-        """Send problem details as the last response."""
-        owner.transport.write(last_response(error))
+    def respond(
+        self, owner: ConnectionOwner, error: GatewayError, request: RequestResponseCycle | RequestHead | None
+    ) -> None:
+        """Send problem details as the last response, to a request whose head is known or not."""
+        provider: FastPathProvider | None = getattr(owner.app, "fast_path", None)
+        more: HeaderList = []
+        if request is not None and provider is not None:
+            more = provider.current.refusal_fields(request.headers, request.target)
+        owner.transport.write(last_response(error, more))
         self.linger(owner)
 
     def end(self, owner: ConnectionOwner, *, has_input: bool) -> None:
@@ -104,14 +114,15 @@ class Closing:
             self.linger(owner)
 
 
-def last_response(error: GatewayError) -> bytes:
-    """Return problem details as a complete response that closes the connection."""
+def last_response(error: GatewayError, more: HeaderList) -> bytes:
+    """Return problem details as a complete response that closes the connection, with `more` header fields."""
     body = json.dumps(problem(error, instance="")).encode()
     headers = [
         (b"content-type", b"application/problem+json"),
         (b"content-length", b"%d" % len(body)),
         (b"cache-control", b"no-store"),
         *((name.encode(), value.encode()) for name, value in error.headers.items()),
+        *more,
         (b"date", http_date(int(time.time()))),
         (b"connection", b"close"),
     ]

@@ -188,9 +188,9 @@ class DownstreamConnection:
         if exchange is not None:
             exchange.on_forced_close()
 
-    def refuse(self, error: GatewayError) -> None:
+    def refuse(self, error: GatewayError, head: RequestHead | None = None) -> None:
         """Refuse the request that is being read, and end the connection; see `Closing`."""
-        self.closing.refuse(self, error)
+        self.closing.refuse(self, error, head)
 
     def close(self) -> None:
         """Close the connection after its write buffer is flushed; see `Closing`."""
@@ -339,7 +339,7 @@ class DownstreamConnection:
         if self.state.is_ending:
             return
         if not cycle.is_started:
-            self.closing.respond(self, InternalError("The gateway failed to generate a response."))
+            self.closing.respond(self, InternalError("The gateway failed to generate a response."), cycle)
         elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
             self.transport.abort()
         else:

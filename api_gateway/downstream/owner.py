@@ -115,8 +115,8 @@ class ConnectionOwner(Protocol):
         """Release what refers to the last request."""
         ...
 
-    def refuse(self, error: GatewayError) -> None:
-        """Refuse the request that is being read."""
+    def refuse(self, error: GatewayError, head: RequestHead | None = None) -> None:
+        """Refuse the request that is being read; `head` is its head, if that is complete and was not queued."""
         ...
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ class RequestIntake:
         PARSED_HEADS["general"] += 1
         surplus = owner.slot.surplus
         if surplus and head.target not in PROBES:
-            owner.refuse(Overloaded(surplus, retry_after=1))
+            owner.refuse(Overloaded(surplus, retry_after=1), head)
             return
         owner.receiving = cycle = owner.cycle_of(head)
         cycle.trailers = trailers

@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import http_date
+from api_gateway.http1.serializer import COLON, status_line
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeMiddleware
 from api_gateway.models import Clock, Exchange, HeaderList
-from api_gateway.proxy.admission import Admission
+from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
+from api_gateway.proxy.cors_stages import CorsPolicies
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.problem_response import problem_message
 from api_gateway.router import Router
@@ -27,8 +29,9 @@ class ExchangeContext:
         limit_headers: RateLimitHeaders,
         clock: Clock,
         clock_ns: Callable[[], int],
+        cors: CorsPolicies | None = None,
     ) -> None:
-        """`clock` (seconds) and `clock_ns` read the same monotonic clock."""
+        """`clock` (seconds) and `clock_ns` read the same monotonic clock. `cors` None: there are no CORS policies."""
         self.record = record
         self.admission = admission
         self.headers = headers
@@ -36,6 +39,7 @@ class ExchangeContext:
         self.clock = clock
         self.clock_ns = clock_ns
         self.limit_headers = limit_headers
+        self.cors = cors
         self.via_field = headers.via.field
         self.via = headers.via.field("1.1")
         self.via_line = b"\r\n%b: %b\r\n" % self.via
@@ -43,8 +47,14 @@ class ExchangeContext:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} [{self.headers!r}]>"
 
-    def refusal(self, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> tuple[bytes, bool]:
+    def refusal(
+        self, plan: RequestPlan, error: GatewayError | DirectResponse, *, keep_alive: bool
+    ) -> tuple[bytes, bool]:
         """Record the failure; return the problem details as a response, and whether to keep the connection."""
+        exchange = plan.exchange
+        if isinstance(error, DirectResponse):
+            return self._direct(exchange, error, keep_alive=keep_alive), keep_alive
+        cors = None if self.cors is None else self.cors.of_refusal(exchange, plan.facts.host, plan.facts.origin)
         self.record.note_failure(exchange, error)
         exchange.status = error.status
         decision, closes = exchange.decision, "connection" in error.headers
@@ -52,6 +62,7 @@ class ExchangeContext:
             b"x-request-id: ",
             exchange.id.encode(),
             b"\r\n" if decision is None else b"\r\n" + self.limit_headers.lines(decision),
+            b"" if cors is None else cors.lines,
             b"date: ",
             http_date(int(time.time())),
             b"\r\n" if keep_alive or closes else b"\r\nconnection: close\r\n",
@@ -59,6 +70,16 @@ class ExchangeContext:
         head, body = problem_message(error, instance=exchange.path, request_id=exchange.id, lines=b"".join(lines))
         exchange.bytes_out = len(body)
         return head if exchange.method == "HEAD" else head + body, keep_alive and not closes
+
+    @staticmethod
+    def _direct(exchange: Exchange, response: DirectResponse, *, keep_alive: bool) -> bytes:
+        """Record the status; return a response without a body."""
+        exchange.status = response.status
+        lines = [status_line(response.status, None), *map(COLON, response.headers)]
+        lines += [b"x-request-id: " + exchange.id.encode(), b"date: " + http_date(int(time.time()))]
+        if not keep_alive:
+            lines.append(b"connection: close")
+        return b"\r\n".join([*lines, b"\r\n"])
 
     def response_headers(self, exchange: Exchange) -> HeaderList:
         """Return the header fields of every response: request id and, if there is a decision, the limits."""

@@ -28,7 +28,7 @@ from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.middleware import ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, HeaderList, Outcome
-from api_gateway.proxy.admission import RequestPlan, Wait
+from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.deadline import deadline_error
@@ -171,11 +171,11 @@ class FastExchange(ProxyExchange):
         if result is not None:
             self._refuse(result)
 
-    def _refuse(self, error: GatewayError) -> None:
+    def _refuse(self, error: GatewayError | DirectResponse) -> None:
         """Respond with problem details."""
         self.move(REFUSE)
         context = self._context
-        response, keep_alive = context.refusal(self.exchange, error, keep_alive=self.keep_alive)
+        response, keep_alive = context.refusal(self.plan, error, keep_alive=self.keep_alive)
         self._client.transport.write(response)
         self._end(context.clock(), Outcome.IGNORED, keep_alive=keep_alive)
 

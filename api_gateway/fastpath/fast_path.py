@@ -13,8 +13,11 @@ from api_gateway.fastpath.client_port import Downstream
 from api_gateway.fastpath.context import ExchangeContext
 from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.http1.fast_parser import parse_request_head
+from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.middleware import is_proxied
-from api_gateway.proxy.admission import RequestPlan, Wait
+from api_gateway.models import HeaderList
+from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
+from api_gateway.proxy.cors import origin_of
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeaders
 
 
@@ -58,6 +61,15 @@ class FastPath(ExchangeContext):
             self._refuse(client, plan, result)
         return True
 
+    def refusal_fields(self, headers: HeaderList, target: bytes) -> HeaderList:
+        """Return the CORS fields of a response with which the connection itself refuses a request."""
+        path = unquote(target.partition(b"?")[0].decode("latin-1"))
+        if self.cors is None or not is_proxied(path):
+            return []
+        fields = fields_of(headers)
+        cors = self.cors.at(host_name(fields), path, origin_of(fields))
+        return [] if cors is None else [*cors.pairs]
+
     def _read(self, client: Downstream, lines: bytes) -> RewrittenHeaders | None:
         """Return the meaning of header lines, which the connection keeps for its next request; None if not plain."""
         peer = client.client[0] if client.client else "unknown"
@@ -65,9 +77,9 @@ class FastPath(ExchangeContext):
         client.last_headers = headers if len(lines) <= MAX_REMEMBERED_BYTES else None
         return headers
 
-    def _refuse(self, client: Downstream, plan: RequestPlan, error: GatewayError) -> None:
+    def _refuse(self, client: Downstream, plan: RequestPlan, error: GatewayError | DirectResponse) -> None:
         """Refuse a request for which `begin_exchange` was not called."""
         exchange = plan.exchange
-        response, keep_alive = self.refusal(exchange, error, keep_alive=plan.facts.keep_alive)
+        response, keep_alive = self.refusal(plan, error, keep_alive=plan.facts.keep_alive)
         client.write_response(response, keep_alive=keep_alive)
         self.record.end(exchange, self.clock())

@@ -6,6 +6,7 @@ from api_gateway.fastpath.context import ExchangeContext
 from api_gateway.http1.headers import http_date, rewrite_response
 from api_gateway.http1.serializer import COLON, status_line
 from api_gateway.models import Exchange
+from api_gateway.proxy.cors import complete, complete_lines
 from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
 from api_gateway.transport.response import UpstreamResponse
 
@@ -29,6 +30,9 @@ def plain_head(
     end = b"" if keep_alive else b"connection: close\r\n"
     if response.chunks is not None:
         end = b"transfer-encoding: chunked\r\n" + end
+    if exchange.cors is not None:
+        passed, lines = complete_lines(exchange.cors, passed)
+        end = lines + end
     return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
         passed,
         context.via_line,
@@ -55,6 +59,9 @@ def parsed_head(
         headers = rewriter.rewrite(headers, authorities)
     omit = _LENGTH if response.status == 204 else _NOTHING  # noqa: PLR2004 - RFC 9110 section 8.6
     own, via = context.response_headers(exchange), context.via_field(response.version)
+    if exchange.cors is not None:
+        headers, added = complete(exchange.cors, headers)
+        own += added
     kept = rewrite_response(headers, fields, own, omit, via)
     lines = [status_line(response.status, response.reason), *map(COLON, kept)]
     if b"date" not in fields:

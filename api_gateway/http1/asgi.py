@@ -54,6 +54,10 @@ class FastPathHandler(Protocol):
         """
         ...
 
+    def refusal_fields(self, headers: HeaderList, target: bytes) -> HeaderList:
+        """Return the CORS fields of a response with which the connection itself refuses a request."""
+        ...
+
 
 class FastPathProvider(Protocol):
     """Holds the current fast path, which a reload replaces; an application offers it as `fast_path`."""

@@ -10,11 +10,14 @@ import os
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
+from api_gateway.assembly.issuers import keys_of
 from api_gateway.config import GatewayConfig
+from api_gateway.errors import StartupError
 from api_gateway.settings.bind_address import BindAddress
 from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.rules import Finding
@@ -38,6 +41,7 @@ def file_errors(config: GatewayConfig) -> Iterator[Finding]:
             given = {key: path for key, path in files.items() if path is not None}
             for key, message in _pem_problems(given):
                 yield Finding((*key_path, "tls", key), message)
+    yield from _issuer_errors(config)
     store = config.store
     if store.is_shared:
         options = StoreUrl.parse(store.url.get_secret_value()).options
@@ -49,6 +53,21 @@ def file_errors(config: GatewayConfig) -> Iterator[Finding]:
             find_server()
         except NoServer as error:
             yield Finding(("server", "workers"), f"{error}, got {config.server.workers}")
+
+
+def _issuer_errors(config: GatewayConfig) -> Iterator[Finding]:
+    if "jwt" not in config.identity.sources:
+        return
+    for name, section in config.identity.jwt.issuers.items():
+        key_path: KeyPath = ("identity", "jwt", "issuers", name)
+        try:
+            keys_of(name, section, clock=time.monotonic)
+        except StartupError as error:
+            place, _, cause = str(error).partition(": ")
+            if place == "identity.sources":  # a package is missing, for all of them
+                yield Finding(("identity", "sources"), cause)
+                return
+            yield Finding((*key_path, place.rpartition(".")[2]), cause)
 
 
 def startup_errors(config: GatewayConfig) -> Iterator[Finding]:

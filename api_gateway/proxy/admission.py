@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from api_gateway.errors import GatewayError
-from api_gateway.models import NANOSECONDS, Decision, Exchange
+from api_gateway.models import NANOSECONDS, Decision, Exchange, HeaderList
 from api_gateway.proxy.deadline import Deadline
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.request_id import new_request_id
@@ -58,14 +58,25 @@ class RequestPlan:
         return f"<RequestPlan of {self.exchange.method} {self.exchange.path}>"
 
 
+class DirectResponse:
+    """A response of a stage that is no refusal, without a body; `headers` come before those of every response."""
+
+    __slots__ = ("headers", "status")
+
+    def __init__(self, status: int, headers: HeaderList) -> None:
+        self.status = status
+        self.headers = headers
+
+    def __repr__(self) -> str:
+        return f"<DirectResponse {self.status}>"
+
+
 class Wait:
     """A question whose reply a stage needs: `ask` calls back once with the reply, and `resume` continues the stage."""
 
     __slots__ = ("ask", "rest", "resume")
 
-    def __init__(
-        self, ask: Callable[[OnReply], None], resume: Callable[[RequestPlan, Any], "GatewayError | Wait | None"]
-    ) -> None:
+    def __init__(self, ask: Callable[[OnReply], None], resume: Callable[[RequestPlan, Any], "StageResult"]) -> None:
         self.ask = ask
         self.resume = resume
         self.rest: tuple[Decide, ...] = ()  # the stages that follow, set by `Admission`
@@ -74,7 +85,7 @@ class Wait:
     def on(
         cls,
         question: Callable[[], Awaitable[Any]],
-        resume: Callable[[RequestPlan, Any], "GatewayError | Wait | None"],
+        resume: Callable[[RequestPlan, Any], "StageResult"],
     ) -> "Wait":
         """Return a wait for the result of a coroutine; if it fails, the reply is the exception."""
         return cls(partial(_ask_in_task, question), resume)
@@ -86,12 +97,12 @@ class Wait:
         return await future
 
 
-StageResult = GatewayError | Wait | None
+StageResult = GatewayError | DirectResponse | Wait | None
 Decide = Callable[[RequestPlan], StageResult]
 
 
 class Stage(Protocol):
-    """One decision. Both methods return the error that refuses the request, a wait, or None to go on."""
+    """One decision. Both methods return the error that refuses the request, a response, a wait, or None to go on."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Decide, and charge what the decision costs."""
@@ -177,7 +188,8 @@ class Admission:
                 if isinstance(reply, Exception):
                     raise reply
                 outcome = outcome.resume(plan, reply)
-            first = first or outcome
+            if isinstance(outcome, GatewayError):
+                first = first or outcome
         return first
 
 
@@ -189,7 +201,9 @@ def _run(stages: tuple[Decide, ...], plan: RequestPlan) -> StageResult:
     return None
 
 
-def _with_rest(outcome: GatewayError | Wait, stages: tuple[Decide, ...], decide: Decide) -> GatewayError | Wait:
+def _with_rest(
+    outcome: GatewayError | DirectResponse | Wait, stages: tuple[Decide, ...], decide: Decide
+) -> GatewayError | DirectResponse | Wait:
     """Return the outcome of a stage; if it waits, with the stages that follow."""
     if isinstance(outcome, Wait):
         outcome.rest = stages[stages.index(decide) + 1 :]

@@ -10,7 +10,7 @@ from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, Client, Decision
 from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
 from api_gateway.proxy.header_facts import HeaderFacts
-from api_gateway.proxy.identity_sources import Proof, Question, Verification
+from api_gateway.proxy.identity_sources import Proof, Question, Verification, Work
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import PriorityClasses
@@ -81,14 +81,23 @@ class CredentialStage:
             return self._observe(plan, found)
         plan.exchange.client = self._clients.by_address(address_key(plan.facts.peer))
         if is_charged:
-            return self._charge(plan, partial(self._refuse_or_ask, plan, found))
-        return self._refuse_or_ask(plan, found)
+            return self._charge(plan, partial(self._proceed, plan, found))
+        return self._proceed(plan, found)
 
-    def _refuse_or_ask(self, plan: RequestPlan, found: GatewayError | Question) -> StageResult:
+    def _proceed(self, plan: RequestPlan, found: GatewayError | Question | Work) -> StageResult:
+        """Refuse, verify or ask, once the attempt has been charged to the address."""
         plan.exchange.decision = None
-        return found if isinstance(found, GatewayError) else Wait.on(found.ask, self._on_verified)
+        result: Verification = found
+        while isinstance(result, Work):
+            result = result.do()
+        if isinstance(result, Question):
+            return Wait.on(partial(_answer, result), self._on_verified)
+        return self._settle(plan, result)
 
-    def _on_verified(self, plan: RequestPlan, found: Proof | GatewayError) -> StageResult:
+    def _on_verified(self, plan: RequestPlan, answer: tuple[Proof | GatewayError]) -> StageResult:
+        return self._settle(plan, answer[0])
+
+    def _settle(self, plan: RequestPlan, found: Proof | GatewayError) -> StageResult:
         if isinstance(found, Proof):
             return self._admit(plan, found)
         return found if self._is_enforced else self._observe(plan, found)
@@ -144,6 +153,11 @@ class CredentialStage:
 
     def _ask(self, charges: list[Charge], now_ns: int, on_reply: OnReply) -> None:
         self._limiter.decide_async(charges, now_ns, on_reply)
+
+
+async def _answer(question: Question) -> tuple[Proof | GatewayError]:
+    """Return the answer in a tuple: as a reply, an error would be a failure of the question (`Admission.resume`)."""
+    return (await question.ask(),)
 
 
 def _on_decision(plan: RequestPlan, decision: Decision, *, proceed: Callable[[], StageResult]) -> StageResult:

@@ -26,6 +26,7 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.via import Via
 from api_gateway.models import Charge, Client, HeaderList
+from api_gateway.proxy.cors import INSPECTED, Preflight, origin_of, preflight_of
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, Claim, IdentitySources, Proof
 from api_gateway.proxy.request_id import given_request_id
 
@@ -63,8 +64,10 @@ class HeaderFacts:
         "length",
         "name",
         "name_error",
+        "origin",
         "owner",
         "peer",
+        "preflight",
         "principal",
         "priority",
         "proof",
@@ -107,6 +110,8 @@ class HeaderFacts:
         self.cost = -1.0
         self.client: Client | None = None
         self.is_length_required = False
+        self.origin: bytes | None = None  # None also if no CORS policy is configured
+        self.preflight: Preflight | None = None
         self.claim: Claim | None = None
         self.credentials: HeaderList = []
         self.proof: Proof | None = None
@@ -126,6 +131,7 @@ class HeaderFacts:
         other.request_id = self.request_id
         other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
+        other.origin, other.preflight = self.origin, self.preflight
         return other
 
 
@@ -148,10 +154,12 @@ class HeaderReader:
         max_body_bytes: int,
         via: Via | None = None,
         sources: IdentitySources = HEADER_AND_ADDRESS,
+        reads_origin: bool = False,
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
-        Credentials of `sources` are recognised, and not forwarded on the fast path.
+        Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
+        policies, for which the origin of requests and their preflights matter.
         """
         self.via = via or Via()
         self._sources = sources
@@ -162,7 +170,9 @@ class HeaderReader:
         self._max_body_bytes = max_body_bytes
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
-        self._inspected = InspectedHeaders(inspected_headers(self.protected))
+        self._reads_origin = reads_origin
+        inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset())
+        self._inspected = InspectedHeaders(inspected)
         # False if the client id is in a header field that has another meaning too.
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset())
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
@@ -186,6 +196,8 @@ class HeaderReader:
             tuple(fields.get(REQUEST_TIMEOUT, ())),
         )
         facts.is_loop = is_loop
+        if self._reads_origin:
+            facts.origin, facts.preflight = origin_of(fields), preflight_of(fields)
         self._set_name(facts, fields)
         if self._markers:
             self._set_claim(facts, fields)

@@ -70,7 +70,17 @@ class Question:
     ask: Callable[[], Awaitable[Proof | GatewayError]]
 
 
-Verification = Proof | GatewayError | Question
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A credential whose verification takes much CPU time but waits for nothing, such as that of a signature.
+
+    `do` verifies it, or returns a question.
+    """
+
+    do: Callable[[], "Verification"]
+
+
+Verification = Proof | GatewayError | Question | Work
 
 
 class CredentialSource(Protocol):

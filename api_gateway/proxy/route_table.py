@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
+from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.url_rewriting import UrlRewriter
 
 # In place of a request target, compared by identity:
@@ -46,7 +48,8 @@ class Route:
 
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
-    if they pass unread.
+    if they pass unread. `requirement` is what the token of a request must have, None if it needs none. `cors` is the
+    CORS policy, None if the gateway has none for the route.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Route:
     min_body_rate: float | None = None
     fallback: Fallback | None = None
     url_rewriter: UrlRewriter | None = None
+    requirement: Requirement | None = None
+    cors: CorsPolicy | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""
@@ -147,6 +152,16 @@ class RouteTable:
                     raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
             prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
+
+    def at(self, host: str, path: str) -> Route | None:
+        """Return the first route of the longest prefix of a path (percent-decoded), whichever its methods."""
+        prefix = "/".join(matching_path(path).split("/", self._depth + 1)[: self._depth + 1])
+        while prefix:
+            for route in self._routes.get(prefix, ()):
+                if route.host is None or route.host == host:
+                    return route
+            prefix = prefix.rpartition("/")[0]
+        return None
 
     def _find_dearest(self, host: str, method: str, path: str, raw_target: bytes) -> tuple[Route, float]:
         """Return the route of a path with several readings, and the cost of the dearest one.

@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from api_gateway.settings.jwt import JwtSection
 from api_gateway.settings.setting_types import OWN_HEADER, Section
 
-SourceName = Literal["header", "address"]
+SourceName = Literal["jwt", "header", "address"]
 
 
 def _in_order(sources: Sequence[str]) -> Sequence[str]:
@@ -34,3 +35,4 @@ class IdentitySection(Section):
         default="enforce",
         description="observe: count and log requests that credentials_required and its like would refuse.",
     )
+    jwt: JwtSection = JwtSection()

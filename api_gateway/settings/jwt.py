@@ -185,3 +185,9 @@ class RequireSection(Section):
     claims: dict[
         ClaimPathSetting, Annotated[list[Text | int | bool], BeforeValidator(_listed), Field(min_length=1)]
     ] = Field(default={}, description="Values by path; a claim that is a list must contain one of them.")
+
+    @model_validator(mode="after")
+    def _requires_something(self) -> "RequireSection":
+        if not self.scopes and not self.claims:
+            raise ValueError("must have scopes or claims")
+        return self

@@ -5,6 +5,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from api_gateway.http1.headers import BODILESS
+from api_gateway.settings.cors import CorsSection
+from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.setting_types import (
     CookieDomains,
     Cost,
@@ -81,3 +83,7 @@ class RouteSection(Section):
         default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
     )
     fallback: FallbackSection | None = None
+    require: RequireSection | None = Field(
+        default=None, description="Scopes and claims that a request's token must have."
+    )
+    cors: CorsSection | None = Field(default=None, description="Instead of the setting for all routes.")

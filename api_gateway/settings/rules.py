@@ -10,7 +10,9 @@ from api_gateway.http1.methods import REFUSED_METHODS
 from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
+from api_gateway.settings.cors import CorsSection, cors_findings
 from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
+from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.store import StoreSection
@@ -49,6 +51,8 @@ class ConfigSections(Protocol):
     @property
     def address_limit(self) -> AddressLimitSection: ...  # noqa: D102
     @property
+    def identity(self) -> IdentitySection: ...  # noqa: D102
+    @property
     def tiers(self) -> Mapping[str, TierSection]: ...  # noqa: D102
     @property
     def default_tier(self) -> str: ...  # noqa: D102
@@ -58,6 +62,8 @@ class ConfigSections(Protocol):
     def upstreams(self) -> Mapping[str, UpstreamSection]: ...  # noqa: D102
     @property
     def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
+    @property
+    def cors(self) -> CorsSection | None: ...  # noqa: D102
 
 
 def find_errors(config: ConfigSections) -> Iterator[Finding]:
@@ -65,6 +71,10 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _store_findings(config)
     yield from _token_findings(config)
     yield from _tier_findings(config)
+    yield from _jwt_findings(config)
+    if config.cors is not None:
+        for key, message in cors_findings(config.cors):
+            yield Finding(("cors", *key), message)
     for name, upstream in config.upstreams.items():
         key_path = ("upstreams", name)
         yield from _concurrency_findings(key_path, upstream)
@@ -88,6 +98,8 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
             yield Finding((*key_path, "tls"), "has no effect without an https target")
         if name not in used:
             yield Finding(key_path, "no route uses this upstream")
+    if config.identity.jwt.issuers and "jwt" not in config.identity.sources:
+        yield Finding(("identity", "jwt", "issuers"), "has no effect, as identity.sources does not name jwt")
     for index, route in enumerate(config.routes):
         for number, other in unused_cost_rules(route.costs):
             rule: KeyPath = ("routes", str(index), "costs", str(number))
@@ -143,6 +155,29 @@ def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
     if unranked and len(unranked) < len(config.tiers):
         message = "every tier needs a priority if one tier has one, got None"
         yield Finding(("tiers", unranked[0], "priority"), message, depends_on=(("tiers",),))
+
+
+def _jwt_findings(config: ConfigSections) -> Iterator[Finding]:
+    identity, key_path = config.identity, ("identity", "jwt", "issuers")
+    is_used = "jwt" in identity.sources
+    if is_used and not identity.jwt.issuers:
+        yield Finding(
+            key_path, "needs an issuer, as identity.sources names jwt", depends_on=(("identity", "sources"),)
+        )
+    first: dict[str, str] = {}
+    for name, issuer in identity.jwt.issuers.items():
+        other = first.setdefault(issuer.issuer, name)
+        if other != name:
+            yield Finding((*key_path, name, "issuer"), f"is also that of {other!r}, got {issuer.issuer!r}")
+        for value, tier in issuer.tiers.items():
+            if tier not in config.tiers:
+                message = f"no such tier, got {tier!r}; the tiers are {', '.join(config.tiers)}"
+                yield Finding((*key_path, name, "tiers", value), message, depends_on=(("tiers",),))
+    for index, route in enumerate(config.routes):
+        if route.require is not None and not is_used:
+            message = "needs jwt in identity.sources, or no request is admitted"
+            place: KeyPath = ("routes", str(index), "require")
+            yield _of_route(route, place, message, (("identity", "sources"),))
 
 
 def _all_terms(
@@ -211,6 +246,7 @@ def _route_findings(config: ConfigSections) -> Iterator[Finding]:
             *_reference_findings(config, route),
             *_match_findings(route),
             *_cost_findings(config, route),
+            *_route_cors_findings(route),
         ):
             yield _of_route(route, (*key_path, *key), message, depends_on)
         if route.name in names:
@@ -237,6 +273,12 @@ def _reference_findings(config: ConfigSections, route: RouteSection) -> Iterator
     elif other is not None and other == route.upstream:
         message = f"must be another upstream than the route's own, got {other!r}"
         yield ("fallback", "upstream"), message, ()
+
+
+def _route_cors_findings(route: RouteSection) -> Iterator[_Wrong]:
+    if route.cors is not None:
+        for key, message in cors_findings(route.cors):
+            yield ("cors", *key), message, ()
 
 
 def _match_findings(route: RouteSection) -> Iterator[_Wrong]:

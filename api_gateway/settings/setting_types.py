@@ -18,7 +18,7 @@ _FRAMING = frozenset(
 )
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 METHOD = r"^[A-Za-z][A-Za-z-]*$"
-_HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
+HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
 _HEADER_VALUE = r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$"
 PREFIX = r"^[A-Za-z0-9_.:-]{1,64}$"
 OWN_HEADER = r"^[A-Za-z0-9-]{1,64}$"
@@ -34,7 +34,7 @@ SCOPE = r"^[\x21\x23-\x5b\x5d-\x7e]{1,256}$"  # RFC 6749 section 3.3
 PATTERNS = {
     _NAME: "must be 1 to 64 letters, digits, '_', '.' and '-', and begin with a letter or a digit",
     METHOD: "must be a method such as GET",
-    _HEADER_NAME: "must be the name of a header field, as in X-Source",
+    HEADER_NAME: "must be the name of a header field, as in X-Source",
     _HEADER_VALUE: "must be visible ASCII characters, with spaces only between them",
     PREFIX: "must be 1 to 64 letters, digits, '_', '.', ':' and '-'",
     OWN_HEADER: "must be the name of a header field, 1 to 64 letters, digits and '-'",
@@ -160,7 +160,7 @@ def _own_header(name: str) -> str:
 
 
 RetriedStatus = Annotated[int, AfterValidator(_retried_status)]
-HeaderName = Annotated[str, Field(pattern=_HEADER_NAME), AfterValidator(_own_header)]
+HeaderName = Annotated[str, Field(pattern=HEADER_NAME), AfterValidator(_own_header)]
 HeaderValue = Annotated[str, Field(pattern=_HEADER_VALUE, max_length=4096)]
 HostHeader = Annotated[str, AfterValidator(_host_header)]
 CookieDomains = dict[Annotated[str, Field(pattern=_COOKIE_DOMAIN)], Annotated[str, Field(pattern=_NEW_COOKIE_DOMAIN)]]

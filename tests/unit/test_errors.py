@@ -44,6 +44,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     errors.LoadShed: (503, "overloaded"),
     errors.Draining: (503, "draining"),
     errors.StoreUnavailable: (503, "store_unavailable"),
+    errors.IssuerUnavailable: (503, "issuer_unavailable"),
     errors.UpstreamConnectError: (502, "upstream_connect_error"),
     errors.UpstreamReset: (502, "upstream_reset"),
     errors.UpstreamProtocolError: (502, "upstream_protocol_error"),

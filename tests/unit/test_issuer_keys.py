@@ -1,9 +1,8 @@
 """The keys of an issuer: fetched once for all, at a bounded rate, used while it is down, and replaced by rotation."""
 
 import asyncio
-import json
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from api_gateway.clients.jose import keys_of_set
 from api_gateway.errors import StartupError
 from api_gateway.settings.jwt import ASYMMETRIC, IssuerSection
 from api_gateway.transport.document_fetch import MAX_DOCUMENT_BYTES, DocumentUnavailable, fetch_document
-from tests.jwt_kit import AUDIENCE, ISSUER, key_for, key_set
-from tests.kit import FakeClock, RawRequest, RawUpstream, Wire, refusing_url, reply, soon
+from tests.jwt_kit import AUDIENCE, DISCOVERY, ISSUER, Published, key_for, key_set
+from tests.kit import FakeClock, refusing_url, soon
 
 REFRESH, UNKNOWN, STALE = 300.0, 10.0, 3600.0
-DISCOVERY = "/.well-known/openid-configuration"
 
 
 class Issuer:
@@ -192,33 +190,19 @@ def built(clock: FakeClock, **settings: Any) -> IssuerKeys:
     return keys_of("one", section(**settings), clock=clock)
 
 
-class Published:
-    """An issuer's server: its OpenID configuration and its keys."""
-
-    def __init__(self, start: Callable[..., RawUpstream], slash: str = "") -> None:
-        self.server = start(self.behave)
-        self.issuer = f"{self.server.url}{slash}"
-        self.configuration: dict[str, Any] = {"issuer": self.issuer, "jwks_uri": f"{self.server.url}/keys"}
-        self.documents: dict[str, bytes] = {"/keys": key_set(key_for("ES256"))}
-        self.status = b"200 OK"
-
-    def behave(self, wire: Wire, request: RawRequest) -> None:
-        path = request.line.split(b" ")[1].decode()
-        documents = {DISCOVERY: json.dumps(self.configuration).encode(), **self.documents}
-        status = self.status if path in documents else b"404 Not Found"
-        reply(documents.get(path, b""), status)(wire, request)
-
-
 @pytest.fixture
-def published(upstream: Callable[..., RawUpstream]) -> Published:
-    return Published(upstream)
+def published() -> Iterator[Published]:
+    issuer = Published()
+    yield issuer
+    issuer.server.close()
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-async def test_keys_are_discovered(upstream: Callable[..., RawUpstream], clock: FakeClock, slash: str) -> None:
-    published = Published(upstream, slash)
+async def test_keys_are_discovered(clock: FakeClock, slash: str) -> None:
+    published = Published(slash)
     keys = built(clock, issuer=published.issuer)
     await keys.fetched()
+    published.server.close()
     assert found(keys), keys.error
 
 

@@ -1,0 +1,164 @@
+"""JSON Web Tokens as a source of identities, and the stage for routes that require something of a token.
+
+A token is read once with the header set. The address is charged before its signature is verified, at its first sight;
+the verifier remembers it until it expires.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from api_gateway.clients.issuer_keys import IssuerKeys
+from api_gateway.clients.jwt_reader import ReadToken, TokenFault, TokenReader, fault_of_time
+from api_gateway.clients.jwt_verifier import JwtVerifier, KeyNeeded, VerifiedToken
+from api_gateway.errors import (
+    CHALLENGE,
+    CredentialsInsufficient,
+    CredentialsInvalid,
+    CredentialsRequired,
+    GatewayError,
+    IssuerUnavailable,
+)
+from api_gateway.http1.headers import Fields
+from api_gateway.models import Clock
+from api_gateway.proxy.admission import RequestPlan, StageResult
+from api_gateway.proxy.header_facts import HeaderFacts
+from api_gateway.proxy.identity_sources import Claim, Proof, Question, Verification, Work
+from api_gateway.proxy.requirements import Requirement
+from api_gateway.proxy.stages import ReadOnlyStage
+
+AUTHORIZATION = b"authorization"
+_BEARER = b"bearer"
+_SENT_TWICE = "Authorization was sent several times; send it once."
+
+
+class JwtProof(Proof):
+    """What a verified token proves."""
+
+    __slots__ = ("token",)
+
+    def __init__(self, claim: Claim, token: VerifiedToken) -> None:
+        super().__init__(claim, token.client_id, expires_ns=token.expires_ns, tier=token.tier)
+        self.token = token
+
+
+class JwtSource:
+    """Tokens of the configured issuers in `Authorization: Bearer`; see `identity_sources.CredentialSource`."""
+
+    name = "jwt"
+    fields = frozenset({AUTHORIZATION})
+    markers = (b" eyJ",)  # a space, and the beginning of every JSON object that begins with {"
+
+    def __init__(
+        self,
+        reader: TokenReader,
+        verifier: JwtVerifier,
+        keys: Mapping[str, IssuerKeys],
+        *,
+        wall_clock: Clock,
+        clock_ns: Callable[[], int],
+        basis: object = None,
+    ) -> None:
+        """`keys` are by the name of the issuer. Both clocks show the same moment.
+
+        `basis` are the settings that the source was built from; equal ones need no other source.
+        """
+        self.keys = dict(keys)
+        self.basis = basis
+        self._reader = reader
+        self._verifier = verifier
+        self._wall_clock = wall_clock
+        self._clock_ns = clock_ns
+
+    def __repr__(self) -> str:
+        return f"<JwtSource [{', '.join(self.keys)}; {self._verifier!r}]>"
+
+    def claim(self, fields: Fields) -> Claim | None:
+        """Return the token in header fields if one of the issuers is configured. It is forwarded to the upstream."""
+        values = fields.get(AUTHORIZATION, ())
+        for value in values:
+            scheme, _, credentials = value.partition(b" ")
+            if scheme.lower() != _BEARER:
+                continue
+            token = self._reader.read(credentials.strip(b" "))
+            if token is not None:
+                fault = _SENT_TWICE if len(values) > 1 else token.fault
+                return Claim(self, token, frozenset(), None if fault is None else str(fault))
+        return None
+
+    def verify(self, claim: Claim, now_ns: int) -> Verification:
+        """Return what a token that was verified before proves; of another, what is to be done to verify it."""
+        token: ReadToken = claim.value
+        if claim.fault is not None:
+            return CredentialsInvalid(claim.fault)
+        known = self._verifier.recall(token, now_ns)
+        if known is not None:
+            return JwtProof(claim, known)
+        fault = fault_of_time(token, self._verifier.issuer_of(token).terms.leeway, self._wall_clock())
+        return Work(partial(self._verify_signature, claim)) if fault is None else CredentialsInvalid(fault)
+
+    def _verify_signature(self, claim: Claim) -> Verification:
+        """Verify a token; a question if its key is unknown and may be among those that its issuer publishes now."""
+        found = self._result(claim)
+        if isinstance(found, KeyNeeded):
+            if self._keys_of(claim).may_find():
+                return Question(partial(self._verify_with_new_keys, claim))
+            return self._unknown_key(claim, found)
+        return found
+
+    async def _verify_with_new_keys(self, claim: Claim) -> Proof | GatewayError:
+        """Wait for the keys of the token's issuer, and verify it with them."""
+        await self._keys_of(claim).fetched()
+        found = self._result(claim)
+        return self._unknown_key(claim, found) if isinstance(found, KeyNeeded) else found
+
+    def _result(self, claim: Claim) -> Proof | GatewayError | KeyNeeded:
+        found = self._verifier.verify(claim.value, self._wall_clock(), self._clock_ns())
+        if isinstance(found, VerifiedToken):
+            return JwtProof(claim, found)
+        return CredentialsInvalid(found) if isinstance(found, TokenFault) else found
+
+    def _keys_of(self, claim: Claim) -> IssuerKeys:
+        return self.keys[self._verifier.issuer_of(claim.value).terms.name]
+
+    def _unknown_key(self, claim: Claim, found: KeyNeeded) -> GatewayError:
+        """Return the error for a token whose key is unknown: that of the issuer if its keys could not be fetched."""
+        keys = self._keys_of(claim)
+        if not keys.is_empty and keys.error is None:
+            return CredentialsInvalid(found.fault)
+        return IssuerUnavailable(
+            f"The keys of issuer '{keys.name}' cannot be obtained, so the token cannot be verified.",
+            retry_after=keys.retry_after,
+        )
+
+
+class RequirementStage(ReadOnlyStage):
+    """Refuses a request whose route requires scopes or claims that its token does not have.
+
+    An API key has neither, so it does not suffice for such a route.
+    """
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Refuse the request, or go on."""
+        route = plan.route
+        if route is None or route.requirement is None:
+            return None
+        requirement, proof = route.requirement, plan.exchange.credential
+        if proof is None:
+            return CredentialsRequired(f"The route '{route.name}' requires a token.")
+        if isinstance(proof, JwtProof):
+            lacking = requirement.lacking(proof.token.scopes, proof.token.claims)
+        else:
+            lacking = "a token instead of a key"
+        return None if lacking is None else _insufficient(route.name, requirement, lacking)
+
+    def concerns(self, _facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return True
+
+
+def _insufficient(route: str, requirement: Requirement, lacking: str) -> CredentialsInsufficient:
+    scopes = f', scope="{" ".join(requirement.scopes)}"' if requirement.scopes else ""
+    return CredentialsInsufficient(
+        f"The route '{route}' requires {lacking}.",
+        headers={"www-authenticate": f'{CHALLENGE}, error="insufficient_scope"{scopes}'},
+    )

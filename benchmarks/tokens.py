@@ -1,0 +1,150 @@
+"""What a token costs: its first sight by algorithm, and a request with one that is remembered.
+
+`python -m benchmarks.tokens` runs gateways on one core; upstream (nginx) and load use the other. All gateways run at
+the same time and are driven in turns, so that ratios hold on a machine that is not idle. `--before` is a checkout of
+another commit, whose gateway is measured too; it receives the same header fields. Needs the extra jwt.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from joserfc import jwt
+from joserfc.jwk import ECKey, OKPKey, RSAKey
+
+from benchmarks.cases import CLIENT, Case
+from benchmarks.load import Failed, await_ready, drive_case
+from benchmarks.processes import cpu_seconds, free_port, running
+from benchmarks.upstream import upstream
+
+ROOT = Path(__file__).parent.parent
+GATEWAY_CORE, LOAD_CORE = 0, 1
+ISSUER, AUDIENCE = "https://issuer.test", "https://api.test"
+ALGORITHMS = ("RS256", "ES256", "EdDSA")
+TOKENS = 3_000  # more than the header sets that a gateway remembers
+_LUA = """
+local tokens, number = {}, 0
+for line in io.lines("%s") do tokens[#tokens + 1] = line end
+request = function()
+  number = number %% #tokens + 1
+  wrk.headers["Authorization"] = "Bearer " .. tokens[number]
+  return wrk.format()
+end
+"""
+
+
+def signed(algorithm: str, key: Any, number: int) -> str:
+    """Return a token of the client, which differs from others in its id."""
+    now = int(time.time())
+    claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": CLIENT, "iat": now, "exp": now + 86_400, "jti": f"{number:032}"}
+    claims |= {"azp": "web", "scope": "openid read write", "realm_access": {"roles": ["reader", "writer"]}}
+    return str(jwt.encode({"alg": algorithm, "kid": key.kid}, claims, key, algorithms=[algorithm]))
+
+
+def keys() -> dict[str, Any]:
+    """Return a private key for each algorithm."""
+    return {
+        "RS256": RSAKey.generate_key(2048, {"kid": "RS256"}),
+        "ES256": ECKey.generate_key("P-256", {"kid": "ES256"}),
+        "EdDSA": OKPKey.generate_key("Ed25519", {"kid": "EdDSA"}),
+    }
+
+
+def configuration(folder: Path, port: int, origin: int, jwt: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the configuration of a gateway; `jwt` are its settings of tokens."""
+    sections: dict[str, Any] = {
+        "server": {"port": port},
+        "state_dir": str(folder / "state"),
+        "log": {"access": False},
+        "tiers": {"FREE": {"rate": 1_000_000, "capacity": 1_000_000}},
+        "upstreams": {"up": {"targets": [{"url": f"http://127.0.0.1:{origin}"}]}},
+        "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
+    }
+    if jwt is not None:
+        issuer = {"issuer": ISSUER, "audiences": [AUDIENCE], "jwks_file": str(folder.parent / "keys.json")}
+        sections["identity"] = {"sources": ["jwt", "header", "address"], "jwt": {"issuers": {"one": issuer}, **jwt}}
+    return sections
+
+
+@contextmanager
+def gateway(checkout: Path, folder: Path, origin: int, jwt: Mapping[str, Any] | None) -> Iterator[tuple[int, int]]:
+    """Run the gateway of a checkout; yield its process id and port."""
+    folder.mkdir()
+    port, path = free_port(), folder / "gateway.json"
+    path.write_text(json.dumps(configuration(folder, port, origin, jwt)))  # JSON is YAML
+    command = [sys.executable, str(checkout / "run_gateway.py"), "--config", str(path)]
+    env = {"PYTHONPATH": str(checkout)}
+    with running(command, core=GATEWAY_CORE, port=port, folder=folder, env=env) as pid:
+        await_ready(port)
+        yield pid, port
+
+
+def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[float]]:
+    """Return the CPU time of a request in microseconds, by what was measured, in each round. Raises Failed."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        private = keys()
+        (folder / "keys.json").write_text(
+            json.dumps({"keys": [key.as_dict(private=False) for key in private.values()]})
+        )
+        cases = {}
+        for name in ALGORITHMS:
+            tokens = [signed(name, private[name], number) for number in range(TOKENS)]
+            (folder / name).write_text("\n".join(tokens))
+            cases[name] = Case(name, headers={"Authorization": f"Bearer {tokens[0]}"})
+            cases[f"{name}, new"] = Case(name, lua=_LUA % (folder / name))
+        (folder / "origin").mkdir()
+        origin = stack.enter_context(upstream(folder / "origin", LOAD_CORE))
+        checkouts: dict[str, tuple[Path, Mapping[str, Any] | None]] = {
+            "no tokens": (ROOT, None),
+            "tokens": (ROOT, {}),
+            "tokens, none remembered": (ROOT, {"max_remembered": 1}),
+        }
+        if before is not None:
+            checkouts["before"] = (before, None)
+        gateways = {
+            name: stack.enter_context(gateway(checkout, folder / name.replace(" ", "-"), origin, jwt))
+            for name, (checkout, jwt) in checkouts.items()
+        }
+        runs = [(name, "ES256") for name in gateways if name != "tokens, none remembered"]
+        runs += [(name, f"{one}, new") for one in ALGORITHMS for name in ("no tokens", "tokens, none remembered")]
+        found: dict[str, list[float]] = {}
+        for number in range(rounds + 1):
+            for name, case in runs:
+                pid, port = gateways[name]
+                began = cpu_seconds(pid)
+                driven = drive_case(port, cases[case], core=LOAD_CORE, seconds=seconds, connections=16)
+                if number:  # the first round is for warming up
+                    spent = (cpu_seconds(pid) - began) / driven.requests * 1e6
+                    found.setdefault(f"{case}: {name}", []).append(spent)
+        return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokens", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="a checkout of another commit")
+    chosen = parser.parse_args(arguments)
+    try:
+        found = measure(chosen.seconds, chosen.rounds, chosen.before)
+    except Failed as error:
+        print(error, file=sys.stderr)  # noqa: T201 - a program
+        return 1
+    print(f"CPU time of a request in us, median and range of {chosen.rounds} rounds; load {os.getloadavg()[0]:.1f}")  # noqa: T201
+    for name, values in found.items():
+        print(f"{name:45} {median(values):7.1f}  {min(values):7.1f} to {max(values):.1f}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
