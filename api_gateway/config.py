@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, ClientSection, TierSection
 from api_gateway.settings.cors import CorsSection
@@ -110,6 +111,7 @@ class GatewayConfig(BaseSettings):
     clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
     upstreams: dict[Identifier, UpstreamSection] = {}
     routes: list[RouteSection] = []
+    addresses: AddressesSection = AddressesSection()
     cors: CorsSection | None = Field(default=None, description="For all routes that have no setting of their own.")
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()

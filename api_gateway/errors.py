@@ -7,7 +7,7 @@
     │   ├── CredentialsRequired, CredentialsInvalid, CredentialsInsufficient
     │   ├── NoRoute, MethodNotAllowed
     │   ├── BodyTooLarge, HeadersTooLarge, LengthRequired, RequestTimeout
-    │   └── RateLimited, CostExceedsCapacity
+    │   └── RateLimited, CostExceedsCapacity, AddressDenied
     ├── Unavailable         no attempt was made: 503
     │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable, IssuerUnavailable
     │   └── Overloaded
@@ -46,6 +46,7 @@ class Reason(StrEnum):
 
     RATE_LIMITED = "rate_limited"
     COST_EXCEEDS_CAPACITY = "cost_exceeds_capacity"
+    ADDRESS_DENIED = "address_denied"
     CIRCUIT_OPEN = "circuit_open"
     NO_HEALTHY_UPSTREAM = "no_healthy_upstream"
     OVERLOADED = "overloaded"
@@ -226,6 +227,13 @@ class CostExceedsCapacity(RequestRefused):
 
     status = 403
     reason = Reason.COST_EXCEEDS_CAPACITY
+
+
+class AddressDenied(RequestRefused):
+    """The address rules refuse the client's address."""
+
+    status = 403
+    reason = Reason.ADDRESS_DENIED
 
 
 class Unavailable(GatewayError):

@@ -6,7 +6,7 @@
 import logging
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.routing import iter_route_contexts
 
 from api_gateway._version import __version__
 from api_gateway.admin.context import AdminContext, Lifecycle
@@ -25,6 +24,7 @@ from api_gateway.admin.health_cache import HealthCache
 from api_gateway.admin.locality import Locality
 from api_gateway.admin.operator_limits import OperatorLimits
 from api_gateway.assembly.access import NO_ACCESS, operator_access
+from api_gateway.assembly.credential_watch import CredentialWatch
 from api_gateway.assembly.gateway import Assembly, Gateway
 from api_gateway.assembly.installation import Installation
 from api_gateway.assembly.stores import REPLACED_WITHIN
@@ -141,6 +141,7 @@ def create_app(
     read: Callable[[], GatewayConfig] | None = None,
     on_change: Callable[[GatewayConfig], None] | None = None,
     connections: FairShares | None = None,
+    open_connections: Callable[[], Iterable[Any]] | None = None,
     locality: Locality | None = None,
     clocks: Clocks = SYSTEM_CLOCKS,
 ) -> GatewayApp:
@@ -158,6 +159,7 @@ def create_app(
       fails.
     - `on_change`: called with each configuration that a reload has applied.
     - `connections`: the shares of the server's connections, for views.
+    - `open_connections`: returns the server's connections, so that streams end with their credential.
     - `locality`: decides which requests are local and need no token; by default those of the operator's programs.
     - `clocks`: read by the limiter, breakers, health checks, metrics and operator endpoints.
 
@@ -171,8 +173,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
-        # In the framework's thread pool, which this also creates, so that the first request is not delayed.
-        await run_in_threadpool(_build_routes, app)
+        await run_in_threadpool(_nothing)  # creates the framework's thread pool, so that no request waits for that
         listener = app.listener = _listener_of(app.server, settings, rejections)
         changed = on_change if listener is None else partial(_apply_to_listener, listener, on_change)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
@@ -192,7 +193,8 @@ def create_app(
             )
             await installation.start(settings, _admin_context, aggregator or SingleProcess())
             app.state.admin_context.lifecycle = Lifecycle.SERVING
-            yield
+            async with _credential_watch(assembly, listener, open_connections).running():
+                yield
             app.state.admin_context.lifecycle = Lifecycle.DRAINING
 
     return GatewayApp(
@@ -244,6 +246,18 @@ def _listener_of(server: UvicornServer | None, settings: GatewayConfig, refused:
     return None
 
 
+def _credential_watch(
+    assembly: Assembly, listener: Listener | None, open_connections: Callable[[], Iterable[Any]] | None
+) -> CredentialWatch:
+    gateway = assembly.gateway
+    return CredentialWatch(
+        gateway.clients,
+        connections=open_connections or (lambda: () if listener is None else listener.connections),
+        has_credentials=lambda: assembly.has_credentials,
+        clock_ns=gateway.clocks.monotonic_ns,
+    )
+
+
 def _apply_to_listener(
     listener: Listener, on_change: Callable[[GatewayConfig], None] | None, config: GatewayConfig
 ) -> None:
@@ -252,10 +266,8 @@ def _apply_to_listener(
         on_change(config)
 
 
-def _build_routes(app: FastAPI) -> None:
-    """Build the models of all endpoints' parameters and responses, which the framework does at the first request."""
-    for _ in iter_route_contexts(app.routes):
-        pass
+def _nothing() -> None:
+    """Do nothing, in a thread."""
 
 
 def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregator) -> AdminContext:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -21,8 +21,9 @@ DecisionSource = Literal["memory", "store", "deny_cache", "local_share", "deny",
 
 BreakerMode = Literal["auto", "observe", "forced_closed", "forced_open"]
 
-# Source of a client's tier: a grant, a registration by the API, the configuration, or the default (id or address).
-ClientSource = Literal["granted", "registered", "configured", "default", "address"]
+# Source of a client's tier: a grant, a registration by the API, the configuration, the token that proves a client
+# without any of these, or the default (id or address).
+ClientSource = Literal["granted", "registered", "configured", "token", "default", "address"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +120,15 @@ class Client:
 
     @property
     def is_registered(self) -> bool:
-        """True if the id has a grant or keys, or is registered by the API or the configuration."""
-        return self.source in ("granted", "registered", "configured") or self.has_keys
+        """True if the id has a grant or keys, is registered by the API or the configuration, or proved by a token."""
+        return self.source in ("granted", "registered", "configured", "token") or self.has_keys
+
+
+class Credential(Protocol):
+    """What proved the id of a client, as the record of an exchange needs it."""
+
+    organisation: str | None  # the client's organisation, if the credential states one
+    fields: HeaderList  # that upstreams receive
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +225,7 @@ class Exchange:
     fallback: str | None = None
     shed_by: tuple[str | None, ...] = ()
     cors: CorsFields | None = None
-    credential: object | None = None
+    credential: Credential | None = None
 
     @property
     def client_key(self) -> str:

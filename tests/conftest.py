@@ -31,7 +31,7 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(MOST_PROCESSES, PROCESSES_PER_CORE * cores)
 
 
-MEASURED_CASES = 2
+MEASURED_CASES = 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

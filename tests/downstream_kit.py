@@ -327,7 +327,7 @@ class Harness:
 
     def connect(self) -> Client:
         """Connect one more client from the same address."""
-        connection = self.factory(self._config, self.state, {}, self.loop)
+        connection = self.factory.connection(self._config, self.state, {}, self.loop)
         transport = FakeTransport(self.loop)
         transport.set_protocol(connection)
         connection.connection_made(transport)

@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from tests import spare_workers
 from tests.loop_watch import watch_for
 from tests.measured import VARIABLE, measure_into
 
-PRELOADED = ["api_gateway.cli", "tests.forked", "uvloop", "uvicorn.loops.uvloop"]
+PRELOADED = ["api_gateway.cli", "api_gateway.process.worker", "tests.forked", "uvloop", "uvicorn.loops.uvloop"]
 MODULES = ("api_gateway", "uvicorn")
+HOOK = "TESTS_HOOK"  # in the environment: a file that is run first, as a `sitecustomize` of a new process would be
 
 
 def _run(
@@ -39,12 +41,19 @@ def _run(
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing's has a descriptor that is not inherited
     sys.argv = [module, *arguments]
     multiprocessing.process._parent_process = None  # type: ignore[attr-defined]  # the gateway is nobody's worker
-    measure_into(os.environ.get(VARIABLE))
-    watch_for(os.environ.get("LOOP_WATCH_REPORTS"))
+    if HOOK in os.environ:
+        runpy.run_path(os.environ[HOOK])
+    spare_workers.install(arguments, _observe)
+    _observe()
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends its processes without them
+
+
+def _observe() -> None:
+    measure_into(os.environ.get(VARIABLE))
+    watch_for(os.environ.get("LOOP_WATCH_REPORTS"))
 
 
 class Fork:

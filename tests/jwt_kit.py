@@ -9,6 +9,7 @@ from typing import Any
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry
 
+from api_gateway.clients.issuer_keys import VerificationKey
 from api_gateway.clients.jwt_reader import TokenFault
 from tests.kit import RawRequest, RawUpstream, Wire, reply
 
@@ -66,6 +67,17 @@ def signed(
         whole = {name: value for name, value in whole.items() if value is not None}
     text = encoded(whole) + b"." + encoded(claims_of() if claims is None else claims)
     return text + b"." + encoded(JWSRegistry.algorithms[algorithm].sign(text, key))
+
+
+class Keys:
+    """The keys of an issuer, as `IssuerKeys` has them after a fetch."""
+
+    def __init__(self, *keys: VerificationKey) -> None:
+        self.keys = keys
+
+    def candidates(self, kid: str | None, algorithm: str) -> list[VerificationKey]:
+        """Return the keys for a token."""
+        return [key for key in self.keys if algorithm in key.algorithms and (None in (kid, key.kid) or key.kid == kid)]
 
 
 class Published:

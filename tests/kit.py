@@ -5,7 +5,9 @@ Everything runs on loopback. Upstreams and clients are plain sockets, so that as
 
 import asyncio
 import copy
+import itertools
 import json
+import random
 import socket
 import struct
 import threading
@@ -85,6 +87,21 @@ async def soon(condition: Callable[[], bool], what: str, within: float = PATIENC
         assert time.monotonic() < began + within, f"did not happen within {within:g} s: {what}"
         await asyncio.sleep(0.002)
     return time.monotonic() - began
+
+
+async def turns(count: int = 5) -> None:
+    """Let the event loop turn so many times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def stalled(measure: Callable[[], int], pause: float = 0.2) -> int:
+    """Return what `measure` gives once it has not grown for `pause` seconds."""
+    before = -1
+    while (found := measure()) != before:
+        before = found
+        time.sleep(pause)
+    return found
 
 
 # The gateway
@@ -442,6 +459,36 @@ def refusing_url() -> str:
 
 
 _HOLDERS: list[socket.socket] = []
+_BLOCK = 100  # ports
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens, and which nobody else gets until a server of this test opens it."""
+    for port in _own_ports():
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the ports of a test process are endless")
+
+
+@cache
+def _own_ports() -> Iterator[int]:
+    """Return the ports of this process: a block whose first port it holds.
+
+    They are below those that systems choose for a socket without a port of its own (32768 and higher on Linux).
+    """
+    blocks = list(range(10_000, 16_000, _BLOCK))
+    random.Random().shuffle(blocks)
+    for first in blocks:
+        holder = socket.socket()
+        try:
+            holder.bind(("127.0.0.1", first))
+        except OSError:
+            holder.close()
+            continue
+        _HOLDERS.append(holder)
+        return itertools.cycle(range(first + 1, first + _BLOCK))
+    raise AssertionError("there is no block of free ports")
 
 
 def attributes_of(thing: object) -> dict[str, Any]:

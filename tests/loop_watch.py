@@ -208,7 +208,7 @@ def install(report: Report) -> LoopWatch:
 
 def watch_for(folder: str | None) -> None:
     """Watch the loops of this process, if there is a folder to put a file for each report into."""
-    if folder is None or not Path(folder).is_dir():
+    if not folder or not Path(folder).is_dir():
         return
 
     def report(text: str) -> None:

@@ -24,6 +24,7 @@ from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_history import FailedCall, Transition, TransitionRecord
 from api_gateway.resilience.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State, diagram
 from api_gateway.resilience.call_windows import Counts
+from tests.examples import examples
 
 NOW = 1000.0
 CLOSED, OPEN, HALF_OPEN = State.CLOSED, State.OPEN, State.HALF_OPEN
@@ -897,4 +898,4 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
-TestWalk.settings = settings(max_examples=150, stateful_step_count=40)
+TestWalk.settings = settings(max_examples=examples(150), stateful_step_count=40)

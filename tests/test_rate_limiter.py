@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import NEVER_NS, OVERFLOW_SLOTS, MemoryLimiter, rescale, take
 from tests.exact_buckets import ExactBuckets, assert_conforms
+from tests.examples import examples
 
 SECOND = NANOSECONDS
 MILLISECOND = SECOND // 1000
@@ -36,8 +37,8 @@ quotas: Drawn[Quota] = st.builds(
 costs: Drawn[float] = st.sampled_from((0, 0.1, 0.5, 1, 1, 1, 2.5)) | st.integers(0, 1200)
 TOLD_WAIT = None  # instead of a gap: as long as the last refusal said
 gaps: Drawn[int | None] = st.sampled_from((TOLD_WAIT, 0, 1)) | st.integers(0, 2 * SECOND) | st.integers(0, 30 * SECOND)
-thorough = settings(max_examples=150)
-quick = settings(max_examples=50)
+thorough = settings(max_examples=examples(150))
+quick = settings(max_examples=examples(50))
 
 
 class Unforgetting:

@@ -1,7 +1,6 @@
 """Installation of the operator endpoints in an application, with their schema and error responses."""
 
 import asyncio
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from api_gateway.admin import breakers, clients, configuration, explain, health, metrics
+from api_gateway.admin import breakers, clients, configuration, explain, health, keys, metrics
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
@@ -32,6 +31,7 @@ _ROUTERS = (
     explain.router,
     clients.overview_router,
     clients.router,
+    keys.router,
 )
 
 
@@ -43,7 +43,7 @@ def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
     app.state.refused = refused
     app.state.rendered_schemas = {}
     for router in _ROUTERS:
-        app.include_router(router)
+        app.router.routes.extend(router.routes)  # `include_router` would build their models anew for each application
     app.add_exception_handler(GatewayError, _error_response)
     app.add_exception_handler(RequestValidationError, _error_response)
     app.add_exception_handler(HTTPException, _error_response)
@@ -88,9 +88,8 @@ def _allow(request: Request) -> str:
 
 
 def _routes(app: FastAPI) -> Iterator[Route]:
-    """Return the routes of the operator endpoints; `app.routes` does not contain those of included routers."""
-    routes = itertools.chain(app.routes, *(router.routes for router in _ROUTERS))
-    return (route for route in routes if isinstance(route, Route))
+    """Return the routes of the operator endpoints."""
+    return (route for route in app.routes if isinstance(route, Route))
 
 
 def _gateway_error(raised: Exception) -> GatewayError:

@@ -20,6 +20,25 @@ class ExplainRequest(RequestBody):
     )
     host: str = Field(default="", max_length=255, description="Value of Host, for routes that require one.")
     address: str = Field(default="127.0.0.1", max_length=64, description="Address of the peer.")
+    forwarded: str | None = Field(
+        default=None,
+        max_length=8_192,
+        pattern=r"^[\x20-\x7e]*$",
+        description="Value of the field in which trusted proxies report clients: `server.forwarded.read`.",
+        examples=["203.0.113.9, 10.0.0.2"],
+    )
+
+
+class AddressExplained(Body):
+    """The client's address, and the hop that it came from."""
+
+    address: str
+    field: Literal["x-forwarded-for", "forwarded"] | None = Field(
+        description="The field that reports it; null if it is the peer of the connection."
+    )
+    position: int | None = Field(description="Number of the element in that field, from the right, beginning with 1.")
+    reported_by: str | None = Field(description="Address of the trusted proxy that wrote the element.")
+    detail: str
 
 
 class ClientExplained(Body):
@@ -117,6 +136,7 @@ class Explanation(Body):
     """The response of `POST /explain`."""
 
     result: ExplainedResult
+    address: AddressExplained
     client: ClientExplained
     route: RouteExplained | None
     buckets: list[BucketExplained]

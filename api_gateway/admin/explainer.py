@@ -9,6 +9,7 @@ from typing import Literal
 from urllib.parse import unquote
 
 from api_gateway.admin.explain_schema import (
+    AddressExplained,
     BucketExplained,
     ClientExplained,
     ConcurrencyExplained,
@@ -40,6 +41,7 @@ _IDENTIFICATION = {
     "granted": "identified by {header}; its tier is a grant, by POST /clients/{{id}}/grants",
     "registered": "identified by {header}; its tier was set by POST /clients/{{id}}/tier",
     "configured": "identified by {header}; its tier is set in the configuration",
+    "token": "identified by a token, which may state its tier",
     "default": "identified by {header}; not registered, so it has the default tier, {address}",
     "address": "no {header}, so it is identified by its address and has the default tier",
 }
@@ -99,6 +101,11 @@ class Explainer:
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"
 
+    @property
+    def route_names(self) -> list[str]:
+        """The names of all routes."""
+        return [route.name for route in self._router.routes]
+
     async def explain(self, request: ExplainRequest) -> Explanation:
         """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
         path = unquote(request.path.partition("?")[0])
@@ -118,6 +125,7 @@ class Explainer:
         fallback = self._fallback(route, error)
         return Explanation(
             result=_result_of(error, fallback),
+            address=self._address_view(request),
             client=self._client_view(client, exchange.peer),
             route=None if route is None else self._route_view(route, exchange),
             buckets=[_bucket_view(bucket) for bucket in buckets],
@@ -136,7 +144,29 @@ class Explainer:
         fields = {b"host": [request.host.encode()]}
         if request.client_id is not None:
             fields[self._headers.id_header] = [request.client_id.encode()]
+        if request.forwarded is not None:
+            fields[self._headers.forwarding.read] = [request.forwarded.encode()]
         return fields
+
+    def _address_view(self, request: ExplainRequest) -> AddressExplained:
+        """Return the client's address as `HeaderReader` decides it, and the hop that it came from."""
+        found = self._headers.address_of(request.address, self._fields(request))
+        field = self._headers.forwarding.read.decode()
+        if found.reporter is None:
+            is_trusted = self._headers.is_trusted(request.address)
+            detail = "the peer of the connection"
+            if is_trusted:
+                detail += f", a trusted proxy, whose {field} has no usable address"
+            elif request.forwarded is not None:
+                detail += f", which is not in server.trusted_proxies, so its {field} is not read"
+            return AddressExplained(address=found.address, field=None, position=None, reported_by=None, detail=detail)
+        return AddressExplained(
+            address=found.address,
+            field="forwarded" if field == "forwarded" else "x-forwarded-for",
+            position=found.position,
+            reported_by=found.reporter,
+            detail=f"element {found.position} from the right of {field}, by the trusted proxy {found.reporter}",
+        )
 
     def _refused(self, route: Route, plan: RequestPlan) -> GatewayError | None:
         """Return the error with which the upstream would refuse an admitted request; None if it accepts it."""

@@ -29,7 +29,8 @@ from api_gateway.errors import (
     not_started,
 )
 from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, ASGIApp, Receive, Scope, Send
-from api_gateway.http1.headers import Fields, Network, ambiguity, client_address, fields_of, framing
+from api_gateway.http1.forwarded import X_FORWARDED_FOR, client_address
+from api_gateway.http1.headers import Fields, Network, ambiguity, fields_of, framing
 from api_gateway.http1.request_paths import first_segment, path_as_sent, target_of
 from api_gateway.proxy.problem_response import send_problem
 
@@ -57,6 +58,7 @@ class Access:
     tokens: Tokens
     locality: Locality
     trusted_proxies: Collection[Network] = ()
+    forwarded_by: bytes = X_FORWARDED_FOR  # the field in which trusted proxies report clients
 
 
 class OperatorGate:
@@ -200,7 +202,8 @@ class OperatorGate:
 
     def _address(self, scope: Scope, fields: Fields) -> str:
         peer = scope["client"][0] if scope.get("client") else "unknown"
-        return client_address(peer, fields, self.access.trusted_proxies)
+        access = self.access
+        return client_address(peer, fields, access.trusted_proxies, access.forwarded_by).address
 
     def _refusal(self, reason: str, scope: Scope, error: GatewayError) -> GatewayError:
         """Count a refusal, log it within the limit on log lines, and return the error."""

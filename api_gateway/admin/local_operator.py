@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from api_gateway.admin.locality import LOOPBACK, is_direct
-from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, UNIX_PEER
+from api_gateway.http1.asgi import ADMIN, RELAYED, SERVER_EXTENSION, UNIX_PEER
 from api_gateway.http1.headers import Network, fields_of, is_within
 from api_gateway.models import Clock
 from api_gateway.system.peer_process import EstablishedConnection, NotEstablished, PeerProcesses
@@ -53,7 +53,7 @@ class LocalProcesses:
 
     async def is_local(self, scope: Mapping[str, Any]) -> bool:
         """Return whether the request of this ASGI scope is local; false if the peer cannot be examined."""
-        if not is_direct(fields_of(scope["headers"])) or not self._may_be_local(scope):
+        if RELAYED in scope or not is_direct(fields_of(scope["headers"])) or not self._may_be_local(scope):
             return False
         extension = scope.get(SERVER_EXTENSION)
         if extension is None:  # another ASGI server: nothing identifies the connection, so the result is not kept

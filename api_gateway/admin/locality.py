@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Protocol
 
+from api_gateway.http1.asgi import RELAYED
 from api_gateway.http1.headers import FORWARDING, Fields, fields_of, host_name, is_within
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
@@ -33,7 +34,12 @@ class LoopbackRule:
     async def is_local(self, scope: Mapping[str, Any]) -> bool:
         """Return whether the request of this ASGI scope is local."""
         client = scope.get("client")
-        return client is not None and is_within(client[0], LOOPBACK) and is_direct(fields_of(scope["headers"]))
+        return (
+            client is not None
+            and RELAYED not in scope
+            and is_within(client[0], LOOPBACK)
+            and is_direct(fields_of(scope["headers"]))
+        )
 
 
 def is_direct(fields: Fields) -> bool:

@@ -8,6 +8,7 @@ from api_gateway.admin.local_operator import LocalProcesses
 from api_gateway.admin.locality import Locality, LoopbackRule, NothingIsLocal
 from api_gateway.admin.operator_token import operator_token
 from api_gateway.admin.operators import Operator, Role, Tokens
+from api_gateway.assembly.forwarding import forwarding_of
 from api_gateway.config import GatewayConfig
 from api_gateway.settings.admin import AdminSection
 from api_gateway.system.peer_process import PeerProcesses
@@ -29,6 +30,7 @@ def operator_access(config: GatewayConfig, locality: Locality | None = None) -> 
         Tokens([*configured, *([(GENERATED_TOKEN_OPERATOR, generated.encode())] if generated is not None else [])]),
         locality or _local_programs(config),
         config.server.trusted_proxies,
+        forwarding_of(config.server.forwarded).read,
     )
 
 

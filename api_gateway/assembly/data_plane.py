@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable
 
 from api_gateway.admin.explainer import Explainer
+from api_gateway.assembly.forwarding import forwarding_of
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
-from api_gateway.assembly.routes import cors_of
+from api_gateway.assembly.routes import address_rules, cors_of
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
@@ -14,11 +15,14 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
-from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
+from api_gateway.proxy.identified_headers import IdentifiedHeaders
+from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
@@ -48,15 +52,9 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     settlement = CostSettlement(
         limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder, limit_headers=limit_headers
     )
+    sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
     cors = _cors(gateway)
-    headers = HeaderReader(
-        id_header=config.identity.header,
-        trusted_proxies=config.server.trusted_proxies,
-        max_body_bytes=config.server.max_body_bytes,
-        via=Via(config.server.via or gateway.pseudonym),
-        reads_origin=cors is not None,
-        sources=identity_sources(config, gateway.tokens),
-    )
+    headers = _headers(gateway, sources, cors)
     router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
         limiter=gateway.limiter,
@@ -64,7 +62,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    admission = _admission(gateway, router, limits, cors)
+    admission = _admission(gateway, router, limits, sources, cors)
     record = ExchangeMiddleware(
         AdmissionMiddleware(
             admission=admission,
@@ -103,6 +101,22 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return record, fast_path, explainer
 
 
+def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | None) -> HeaderReader:
+    config = gateway.config
+    identity_fields = frozenset[bytes]() if gateway.tokens is None else gateway.tokens.identity_fields
+    return HeaderReader(
+        id_header=config.identity.header,
+        trusted_proxies=config.server.trusted_proxies,
+        max_body_bytes=config.server.max_body_bytes,
+        via=Via(config.server.via or gateway.pseudonym),
+        reads_origin=cors is not None,
+        forwarding=forwarding_of(config.server.forwarded),
+        sources=sources,
+        identity_fields=identity_fields,
+        rewritten=IdentifiedHeaders if identity_fields else RewrittenHeaders,
+    )
+
+
 def _cors(gateway: Gateway) -> CorsPolicies | None:
     """Return the CORS policies, None if there are none."""
     default = cors_of(gateway.config.cors)
@@ -116,10 +130,11 @@ def _preflights(gateway: Gateway, cors: CorsPolicies) -> PreflightStage:
     return PreflightStage(cors, shedder=gateway.event_loop_shedder, priority=priority)
 
 
-def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, cors: CorsPolicies | None) -> Admission:
-    config = gateway.config
+def _admission(
+    gateway: Gateway, router: Router, limits: RateLimitStage, sources: IdentitySources, cors: CorsPolicies | None
+) -> Admission:
+    config, rules = gateway.config, address_rules(gateway.config.addresses)
     is_enforced = config.identity.mode == "enforce"
-    sources = identity_sources(config, gateway.tokens)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:
@@ -143,8 +158,10 @@ def _admission(gateway: Gateway, router: Router, limits: RateLimitStage, cors: C
             IdentityStage(
                 clients=gateway.clients, priorities=gateway.priorities, sources=sources, is_enforced=is_enforced
             ),
+            *([] if rules is None else [AddressStage(rules)]),
             RouteStage(router.routes),
             *([] if cors is None else [CorsStage()]),
+            *([RouteAddressStage()] if any(route.addresses is not None for route in gateway.routes) else []),
             *access,
             DeadlineStage(
                 {name: client.total_timeout for name, client in router.upstream_clients.items()},

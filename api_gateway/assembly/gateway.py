@@ -146,6 +146,11 @@ class Assembly:
     def __repr__(self) -> str:
         return f"<Assembly [{len(self._monitor_tasks)} upstreams, {len(self._retired)} retired]>"
 
+    @property
+    def has_credentials(self) -> bool:
+        """True if a request may have a valid credential."""
+        return self.gateway.tokens is not None or not self.gateway.clients.keys.is_empty
+
     @asynccontextmanager
     async def live(self, config: GatewayConfig, replaced_within: float = REPLACED_WITHIN) -> AsyncIterator[Gateway]:
         """Start the gateway's parts in the order of their dependencies, and stop them in reverse order.

@@ -1,7 +1,10 @@
 """Builds the identity sources and rules of a configuration."""
 
+from api_gateway.clients.api_keys import ApiKey, KnownKey
 from api_gateway.clients.identity_rules import IdentityRules
+from api_gateway.clients.key_directory import KeyDirectory
 from api_gateway.config import GatewayConfig
+from api_gateway.proxy.api_key_source import ApiKeySource
 from api_gateway.proxy.identity_sources import CredentialSource, IdentitySources
 from api_gateway.proxy.jwt_source import JwtSource
 
@@ -15,13 +18,26 @@ def identity_rules(config: GatewayConfig) -> IdentityRules:
             for client_id, section in config.clients.items()
             if section.verified_only is not None
         },
+        keys={
+            key.digest: KnownKey(
+                client_id,
+                ApiKey(
+                    key.digest,
+                    label,
+                    expires_at=None if key.expires_at is None else key.expires_at.timestamp(),
+                    routes=None if key.routes is None else tuple(key.routes),
+                ),
+            )
+            for client_id, section in config.clients.items()
+            for label, key in section.keys.items()
+        },
     )
 
 
-def identity_sources(config: GatewayConfig, tokens: JwtSource | None) -> IdentitySources:
+def identity_sources(config: GatewayConfig, keys: KeyDirectory, tokens: JwtSource | None) -> IdentitySources:
     """Return the sources of a configuration, in their order; `tokens` is that of JSON Web Tokens."""
     names = config.identity.sources
-    credentials: dict[str, CredentialSource] = {}
+    credentials: dict[str, CredentialSource] = {"api_key": ApiKeySource(keys, config.identity.api_key.header)}
     if tokens is not None:
         credentials["jwt"] = tokens
     place = names.index("header") if "header" in names else len(names)

@@ -81,6 +81,8 @@ class Issuers:
             keys,
             wall_clock=self._clocks.wall,
             clock_ns=self._clocks.monotonic_ns,
+            is_forwarded=basis.section.forward,
+            identity_fields=frozenset(name for issuer in issuers.values() for name, _ in issuer.meanings.fields),
             basis=basis,
         )
 
@@ -138,6 +140,7 @@ def meanings_of(section: IssuerSection, tiers: Iterable[str]) -> ClaimMeanings:
         dict(section.tiers) or {name: name for name in tiers},
         None if section.organisation_claim is None else ClaimPath.of(section.organisation_claim),
         tuple(map(ClaimPath.of, section.scope_claims)),
+        tuple((name.lower().encode(), ClaimPath.of(path)) for name, path in section.headers.items()),
     )
 
 

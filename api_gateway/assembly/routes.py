@@ -1,10 +1,12 @@
 """Builds routes from their sections: costs, timeouts and fallbacks."""
 
+from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.route_table import CostRule, Route
 from api_gateway.proxy.url_rewriting import UrlRewriter
+from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.routes import FallbackSection, RouteSection
@@ -22,6 +24,11 @@ def cors_of(section: CorsSection | None) -> CorsPolicy | None:
         credentials=section.credentials,
         max_age=section.max_age,
     )
+
+
+def address_rules(section: AddressesSection) -> AddressRules | None:
+    """Return the rules that a section describes, None if there are none."""
+    return AddressRules(section.allow, section.deny) if section.allow or section.deny else None
 
 
 def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
@@ -44,6 +51,8 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
         url_rewriter=_url_rewriter(section, prefix),
+        addresses=address_rules(section.addresses),
+        forward_credentials=section.forward_credentials,
         requirement=None if section.require is None else _requirement(section.require),
         cors=cors if section.cors is None else cors_of(section.cors),
     )

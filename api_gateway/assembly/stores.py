@@ -141,6 +141,7 @@ def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks:
         deadline=config.store.decision_timeout,
         wall_clock=clocks.wall,
         rules=identity_rules(config),
+        outage_tolerance=config.identity.api_key.outage_tolerance,
         on_change=partial(move_buckets, limiter, clocks.monotonic_ns),
     )
 
@@ -160,6 +161,7 @@ def requote(
     """Change the limiter, buckets and clients to another configuration. Both pairs are (before, after)."""
     before, after = configs
     clients.bump_version()
+    clients.keys.outage_tolerance = after.identity.api_key.outage_tolerance
     store = after.store
     if isinstance(limiter, RedisLimiter):
         limiter.reconfigure(

@@ -3,15 +3,16 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from api_gateway.clients.api_keys import KnownKey
 from api_gateway.clients.bloom_filter import BloomFilter
-from api_gateway.clients.records import ClientRecord, ClientSnapshot
+from api_gateway.clients.records import ClientRecord, ClientSnapshot, key_entry
 from api_gateway.models import Client
 
 _ABSENT_SHARE = 10  # ids without a record may use one in this many places
 
 
 class ClientCache:
-    """Records by id, the clients that they resolve to, and ids known to have no record.
+    """Records by id, the clients that they resolve to, keys by digest, and ids and keys known to have no record.
 
     Two states: complete (all records of the store are held, so an id without one has none), and partial (`knows` and
     `surely_absent` return whether a look-up can be avoided). A complete cache becomes partial when it exceeds `limit`;
@@ -23,6 +24,7 @@ class ClientCache:
         self.limit = limit
         self.is_complete = False
         self.clients: dict[str, Client] = {}
+        self.keys: dict[str, KnownKey] = {}
         self._records: OrderedDict[str, ClientRecord] = OrderedDict()
         self._absent: OrderedDict[str, None] = OrderedDict()
         self._empty: set[str] = set()
@@ -70,9 +72,16 @@ class ClientCache:
             self._ids.update(snapshot.ids)
 
     def note_id(self, client_id: str) -> None:
-        """Record that the store may have a record of a client."""
+        """Record that the store may have a record of a client, or the key of an entry."""
         if self._ids is not None:
             self._ids.add(client_id)
+        self._absent.pop(client_id, None)
+
+    def note_record(self, record: ClientRecord) -> None:
+        """Record that the store has a record of a client, and its keys, without holding them."""
+        self.note_id(record.id)
+        for key in record.keys:
+            self.note_id(key_entry(key.digest))
 
     def put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:
         """Store a record unless the held one has the same or a higher version; return whether it was stored.
@@ -82,10 +91,13 @@ class ClientCache:
         held = self._records.get(record.id)
         if held is not None and held.version >= record.version and not is_new_epoch:
             return False
-        self.note_id(record.id)
+        self.note_record(record)
+        if held is not None:
+            self._drop_keys(held)
+        for key in record.keys:
+            self.keys[key.digest] = KnownKey(record.id, key)
         self._records[record.id] = record
         self._records.move_to_end(record.id)
-        self._absent.pop(record.id, None)
         self._empty.discard(record.id)
         if record.is_empty:
             self._empty.add(record.id)
@@ -107,7 +119,7 @@ class ClientCache:
             self.refresh(record)
 
     def put_negative(self, client_id: str) -> None:
-        """Record that the store has no record of a client."""
+        """Record that the store has no record of a client, or no client with the key of an entry."""
         if client_id not in self._records and not self.is_complete:
             self._absent[client_id] = None
             self._make_room()
@@ -131,7 +143,11 @@ class ClientCache:
                 self.is_complete = False
                 self._drop(next(iter(self._records)))
 
+    def _drop_keys(self, record: ClientRecord) -> None:
+        for key in record.keys:
+            self.keys.pop(key.digest, None)
+
     def _drop(self, client_id: str) -> None:
-        del self._records[client_id]
+        self._drop_keys(self._records.pop(client_id))
         self._empty.discard(client_id)
         self.clients.pop(client_id, None)

@@ -1,15 +1,17 @@
 -- Makes one change of a client with the next version, and publishes it. Atomic; executed at most once.
 --
 -- KEYS  meta: hash of epoch and version; records: hash, id to JSON; changes: sorted set, id by version;
---       outcome: the outcome of this change, for a caller that has not received the reply
+--       outcome: the outcome of this change, for a caller that has not received the reply; index: hash, digest of an
+--       API key to id; uses: hash, digest of an API key to the time of its last use
 -- ARGV  id, epoch (if the store has none yet), number of changes to keep, channel,
 --       whether the tier is changed ('1' or ''), tier, whether the grant is changed ('1' or ''), granted tier, its end,
---       version that the record of an expired grant must have ('': no condition)
+--       version that the record of an expired grant must have ('': no condition), the change of keys as JSON (''
+--       for none; see `KeyChange` in records.py), verified_only ('': not changed, 'true', 'false', or 'null')
 -- Reply {'made', record before or '', record after, epoch}; {'kept'} if the condition does not hold; or {'void'} if the
 --       change has been cancelled.
-local meta, records, changes, outcome = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local meta, records, changes, outcome, index, uses = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local id, spare_epoch, keep, channel = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local sets_tier, tier, sets_grant, grant, ends, ended_version = unpack(ARGV, 5, 10)
+local sets_tier, tier, sets_grant, grant, ends, ended_version, key_change, verified_only = unpack(ARGV, 5, 12)
 
 if redis.call('EXISTS', outcome) == 1 then
   return {'void'}
@@ -31,6 +33,43 @@ if sets_grant == '1' then
   record.grant = grant ~= '' and grant or nil
   record.grant_until = tonumber(ends)
 end
+if verified_only ~= '' then
+  record.verified_only = nil
+  if verified_only ~= 'null' then
+    record.verified_only = verified_only == 'true'
+  end
+end
+if key_change ~= '' then
+  local keys, asked = record.keys or {}, cjson.decode(key_change)
+  if not asked.requires or keys[asked.requires] then
+    local removed = asked.remove or {}
+    if asked.clear then
+      removed = {}
+      for digest in pairs(keys) do
+        removed[#removed + 1] = digest
+      end
+    end
+    for _, digest in ipairs(removed) do
+      keys[digest] = nil
+      redis.call('HDEL', index, digest)
+      redis.call('HDEL', uses, digest)
+    end
+    for digest, at in pairs(asked.expire or {}) do
+      local key = keys[digest]
+      if key and not (key.expires_at and key.expires_at <= at) then
+        key.expires_at = at
+      end
+    end
+    for digest, key in pairs(asked.add or {}) do
+      keys[digest] = key
+      redis.call('HSET', index, digest, id)
+      if verified_only == '' and record.verified_only == nil then
+        record.verified_only = true
+      end
+    end
+    record.keys = next(keys) and keys or nil
+  end
+end
 local epoch = redis.call('HGET', meta, 'epoch')
 if not epoch then
   epoch = spare_epoch
@@ -46,7 +85,8 @@ redis.call('ZADD', changes, record.version, id)
 for _, other in ipairs(redis.call('ZRANGEBYSCORE', changes, '-inf', record.version - keep)) do
   local text = redis.call('HGET', records, other)
   local old = text and cjson.decode(text)
-  if old and not old.tier and (not old.grant or old.grant_until <= now) then
+  local is_bare = old and not old.tier and not old.keys and old.verified_only == nil
+  if is_bare and (not old.grant or old.grant_until <= now) then
     redis.call('HDEL', records, other)
   end
   redis.call('ZREM', changes, other)

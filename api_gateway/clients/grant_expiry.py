@@ -1,4 +1,4 @@
-"""The queue of the times at which grants end. Reads no clock and sets no timer."""
+"""The queue of the times at which grants and keys end. Reads no clock and sets no timer."""
 
 import heapq
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ from api_gateway.clients.records import ClientRecord
 
 
 class Expiry(NamedTuple):
-    """When the grant in one version of a client's record ends, in seconds since the epoch."""
+    """When the grant or a key in one version of a client's record ends, in seconds since the epoch."""
 
     until: float
     client_id: str
@@ -37,23 +37,19 @@ class ExpiryQueue:
 
     def replace(self, records: Iterable[ClientRecord]) -> None:
         """Replace the queue with the expiries of these records."""
-        self._heap = [_expiry(record) for record in records if record.grant is not None]
+        self._heap = [Expiry(until, record.id, record.version) for record in records for until in record.ends]
         heapq.heapify(self._heap)
 
     def expect(self, record: ClientRecord, is_current: Callable[[Expiry], bool]) -> None:
-        """Add the expiry of a record with a grant. `is_current` selects the expiries to keep if the queue is full."""
+        """Add the expiries of a record. `is_current` selects the expiries to keep if the queue is full."""
         if len(self._heap) >= self._limit:
             self._heap = [expiry for expiry in self._heap if is_current(expiry)]
             heapq.heapify(self._heap)
             self._limit = max(self._limit, 2 * len(self._heap))
-        heapq.heappush(self._heap, _expiry(record))
+        for until in record.ends:
+            heapq.heappush(self._heap, Expiry(until, record.id, record.version))
 
     def due(self, now: float) -> Iterable[Expiry]:
         """Remove and yield the expiries up to `now`, earliest first."""
         while self._heap and self._heap[0].until <= now:
             yield heapq.heappop(self._heap)
-
-
-def _expiry(record: ClientRecord) -> Expiry:
-    assert record.grant is not None  # noqa: S101 - callers select records with a grant
-    return Expiry(record.grant.until, record.id, record.version)

@@ -3,16 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from api_gateway.clients.api_keys import KnownKey
+
 
 @dataclass(frozen=True, slots=True)
 class IdentityRules:
     """The rules of one configuration.
 
-    `tiers` are the names of tiers, and `clients` the settings by client id, that require a credential.
+    `tiers` are the names of tiers, and `clients` the settings by client id, that require a credential. `keys` are the
+    configured API keys by digest.
     """
 
     tiers: frozenset[str] = frozenset()
     clients: Mapping[str, bool] = field(default_factory=dict)
+    keys: Mapping[str, KnownKey] = field(default_factory=dict)
+
+    @property
+    def keyed_clients(self) -> frozenset[str]:
+        """The ids of clients with configured keys."""
+        return frozenset(known.client_id for known in self.keys.values())
 
     def is_verified_only(self, client_id: str, tier: str, *, stored: bool | None, has_keys: bool) -> bool:
         """Return whether a credential must prove the id.

@@ -1,5 +1,6 @@
 """Verifies JSON Web Tokens, and remembers the valid ones until they expire. Reads no clock and fetches nothing."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -8,7 +9,10 @@ from api_gateway.clients.claim_paths import ClaimPath, scopes_of
 from api_gateway.clients.issuer_keys import VerificationKey
 from api_gateway.clients.jwt_reader import IssuerTerms, ReadToken, TokenFault, fault_of_time
 from api_gateway.http1.headers import is_visible_ascii
-from api_gateway.models import NANOSECONDS
+from api_gateway.models import NANOSECONDS, HeaderList
+
+MAX_FIELD_VALUE = 4_096  # bytes of a claim that upstreams receive as a header field
+_FIELD_VALUE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 
 class Keys(Protocol):
@@ -32,6 +36,7 @@ class ClaimMeanings:
     tiers: Mapping[str, str] = field(default_factory=dict)
     organisation: ClaimPath | None = None
     scopes: tuple[ClaimPath, ...] = (ClaimPath.of("scope"), ClaimPath.of("scp"))
+    fields: tuple[tuple[bytes, ClaimPath], ...] = ()  # header fields for upstreams, by name in lower case
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,7 @@ class VerifiedToken:
     claims: Mapping[str, tuple[str | int | bool, ...]]
     expires_ns: int
     key: VerificationKey
+    fields: HeaderList
 
     def __repr__(self) -> str:
         return f"<VerifiedToken of {self.client_id!r} by issuer {self.issuer!r}>"
@@ -139,6 +145,7 @@ class JwtVerifier:
             {path.text: path.values(claims) for path in self._kept},
             now_ns + int((token.expires + issuer.terms.leeway - now) * NANOSECONDS),
             key,
+            [(name, value) for name, path in meanings.fields if (value := _field_value(path, claims))],
         )
         self._remember(token.digest, verified)
         return verified
@@ -147,6 +154,15 @@ class JwtVerifier:
         while len(self._remembered) >= self._limit:
             del self._remembered[next(iter(self._remembered))]
         self._remembered[digest] = verified
+
+
+def _field_value(path: ClaimPath, claims: Mapping[str, Any]) -> bytes:
+    """Return a claim as the value of a header field, a list with commas; empty if it is none, or cannot be one."""
+    values = [str(value).lower() if isinstance(value, bool) else str(value) for value in path.values(claims)]
+    text = ",".join(values)
+    if len(text) > MAX_FIELD_VALUE or not _FIELD_VALUE.fullmatch(text) or (len(values) > 1 and "," in "".join(values)):
+        return b""
+    return text.encode("ascii")
 
 
 def _tier_of(meanings: ClaimMeanings, claims: Mapping[str, Any]) -> str | None:

@@ -1,13 +1,18 @@
-"""Look-ups of clients in the store: concurrent ones share one query, and each request waits up to a deadline."""
+"""Look-ups of clients in the store, by id or by key.
+
+Concurrent look-ups share one query, and each request waits up to a deadline.
+"""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
+from typing import Generic, TypeVar
 
 from api_gateway.clients.records import ClientRecord
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.models import Client
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +20,7 @@ LOOKUP_BATCH = 500  # clients in one query
 LATE_RETRY_DELAY = 1.0  # seconds after which clients whose look-up was late or failed are looked up again
 
 
-class LookupBatcher:
+class LookupBatcher(Generic[T]):
     """Look-ups in progress, and the clients whose look-up was late.
 
     A client may be pending (in a query) and late: its look-up exceeded the deadline or failed, so requests do not wait
@@ -26,7 +31,7 @@ class LookupBatcher:
         self,
         fetch: Callable[[Sequence[str]], Awaitable[Sequence[ClientRecord | None]]],
         on_result: Callable[[str, ClientRecord | None, bool], None],
-        by_id: Callable[[str], Client],
+        by_id: Callable[[str], T],
         on_retry_due: Callable[[], None],
         *,
         limit: int,
@@ -40,7 +45,7 @@ class LookupBatcher:
         """
         self._fetch, self._on_result, self._by_id, self._on_retry_due = fetch, on_result, by_id, on_retry_due
         self._limit, self._deadline = limit, deadline
-        self._pending: dict[str, asyncio.Future[Client]] = {}
+        self._pending: dict[str, asyncio.Future[T]] = {}
         self._task: asyncio.Task[None] | None = None
         self._late: set[str] = set()
 
@@ -62,7 +67,7 @@ class LookupBatcher:
         else:
             self._late.discard(client_id)
 
-    async def look_up(self, client_id: str) -> Client:
+    async def look_up(self, client_id: str) -> T:
         """Return a client as in the store or, after the deadline, as far as it is known without the store."""
         pending = self._pending.get(client_id)
         if pending is None:

@@ -1,10 +1,12 @@
 """The records of clients, and the protocol of the stores that keep them. No I/O."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from api_gateway.clients.api_keys import ApiKey
 from api_gateway.clients.bloom_filter import BloomFilter
 
 MAX_KEPT_CHANGES = 10_000  # changes that can be read by `changes`; a reader further behind loads all records
@@ -29,11 +31,12 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class ClientRecord:
-    """One stored client: the registered tier and the last grant, each None if there is none.
+    """One stored client: the registered tier, the last grant, and API keys, oldest first.
 
-    Without either the record is empty: it marks a removal, so that other processes learn of it. `version` counts the
-    changes of the whole store; of two records of a client, the one with the higher version is valid. `changed_at` is
-    seconds since the epoch.
+    `verified_only` is whether a credential must prove the id, None if that is not set. Tier and grant are None if
+    there is none. Without any of these the record is empty: it marks a removal, so that other processes learn of it.
+    `version` counts the changes of the whole store; of two records of a client, the one with the higher version is
+    valid. `changed_at` is seconds since the epoch.
     """
 
     id: str
@@ -41,19 +44,79 @@ class ClientRecord:
     grant: Grant | None = None
     version: int = 0
     changed_at: float = 0.0
+    keys: tuple[ApiKey, ...] = ()
+    verified_only: bool | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if the record marks a removal."""
-        return self.tier is None and self.grant is None
+        return self.tier is None and self.grant is None and not self.keys and self.verified_only is None
+
+    @property
+    def ends(self) -> Iterator[float]:
+        """The times at which the grant and the keys end, in seconds since the epoch."""
+        if self.grant is not None:
+            yield self.grant.until
+        for key in self.keys:
+            if key.expires_at is not None:
+                yield key.expires_at
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """A change of keys, by digest, made as a whole: `clear` all, `remove`, let `expire` at a time, then `add`.
+
+    A key never expires later than before. `requires`: without a key of this digest nothing is changed.
+    """
+
+    add: ApiKey | None = None
+    remove: tuple[str, ...] = ()
+    expire: tuple[tuple[str, float], ...] = ()
+    clear: bool = False
+    requires: str | None = None
+
+    def applied_to(self, keys: Sequence[ApiKey]) -> tuple[ApiKey, ...]:
+        """Return the keys after the change."""
+        if self.requires is not None and all(key.digest != self.requires for key in keys):
+            return tuple(keys)
+        ends = dict(self.expire)
+        kept = [
+            replace(key, expires_at=min(ends.get(key.digest, math.inf), key.expires_at or math.inf))
+            if key.digest in ends
+            else key
+            for key in keys
+            if not self.clear and key.digest not in self.remove
+        ]
+        return (*kept, *(() if self.add is None else (self.add,)))
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change to be written. Fields are changed independently, so concurrent changes of both fields are kept."""
+    """A change to be written. Fields are changed independently, so concurrent changes of several fields are kept.
+
+    With the first key that is added, `verified_only` becomes true unless it is or was set.
+    """
 
     tier: str | Unchanged | None = UNCHANGED
     grant: Grant | Unchanged | None = UNCHANGED
+    keys: KeyChange | None = None
+    verified_only: bool | Unchanged | None = UNCHANGED
+
+    def applied_to(self, before: ClientRecord, version: int, now: float) -> ClientRecord:
+        """Return the record after the change."""
+        keys = before.keys if self.keys is None else self.keys.applied_to(before.keys)
+        verified_only = before.verified_only if self.verified_only is UNCHANGED else self.verified_only
+        if self.verified_only is UNCHANGED and verified_only is None and self.keys is not None:
+            verified_only = True if self.keys.add is not None and self.keys.add in keys else None
+        return ClientRecord(
+            before.id,
+            before.tier if self.tier is UNCHANGED else self.tier,
+            before.grant if self.grant is UNCHANGED else self.grant,
+            version,
+            now,
+            keys,
+            verified_only,
+        )
 
 
 class Cursor(NamedTuple):
@@ -73,7 +136,8 @@ NO_CURSOR = Cursor("", 0)
 class ClientSnapshot:
     """Records of a store at `cursor` or later; `is_complete` is false if there were more than requested.
 
-    In that case `ids`, sized for the requested number, has the ids of all records; None if they are unknown.
+    In that case `ids`, sized for the requested number, has the ids of all records, and `key_entry` of all keys; None
+    if they are unknown.
     """
 
     records: Sequence[ClientRecord]
@@ -97,6 +161,11 @@ class WriteResult:
     before: ClientRecord
     after: ClientRecord
     epoch: str
+
+
+def key_entry(digest: str) -> str:
+    """Return the entry of a key among client ids, none of which begins with such a character."""
+    return f"\0{digest}"
 
 
 class OutcomeUnknown(OSError):
@@ -141,6 +210,18 @@ class ClientStore(Protocol):
 
     async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
         """Return the records of these clients in order, None for those without a record."""
+        ...
+
+    async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
+        """Return the records of the clients that have these keys in order, None for a key that no client has."""
+        ...
+
+    async def note_key_uses(self, uses: Mapping[str, int]) -> None:
+        """Store when keys were last used, in seconds since the epoch by digest."""
+        ...
+
+    async def key_uses(self, digests: Sequence[str]) -> dict[str, int]:
+        """Return when these keys were last used, of those that were."""
         ...
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:

@@ -10,11 +10,12 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from api_gateway.clients.api_keys import api_keys_of, as_members
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
     MAX_KEPT_CHANGES,
@@ -25,8 +26,10 @@ from api_gateway.clients.records import (
     ClientSnapshot,
     Cursor,
     Grant,
+    KeyChange,
     OutcomeUnknown,
     WriteResult,
+    key_entry,
 )
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.storage.redis_session import WRITE_REFUSALS, StoreError, StoreSession
@@ -78,6 +81,7 @@ class RedisClientStore:
         start = f"{{{prefix}:clients}}:"
         self._meta, self._records, self._changes = f"{start}meta", f"{start}records", f"{start}changes"
         self._outcomes, self._channel = f"{start}outcome:", f"{start}changed"
+        self._keys, self._key_uses = f"{start}keys", f"{start}key-uses"
         self._news = asyncio.Event()
         self._writers = asyncio.Semaphore(_WRITERS)
         self._is_listening = False
@@ -99,6 +103,8 @@ class RedisClientStore:
             cursor, page = await self._call(self._client.hscan(self._records, cursor, count=_PAGE))
             for client_id in page:
                 ids.add(client_id.decode("ascii", "replace"))
+            for digest in _digests_in(page.values()):
+                ids.add(key_entry(digest))
             if len(records) <= limit:
                 records |= {record.id: record for record in _records(page.items()) if not record.is_empty}
             if not cursor:
@@ -130,6 +136,22 @@ class RedisClientStore:
         """Return the records of these clients in order, None for those without a readable record."""
         texts = await self._call(self._client.hmget(self._records, *client_ids))
         return [text and _record(each.encode(), text) for each, text in zip(client_ids, texts, strict=True)]
+
+    async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
+        """Return the records of the clients that have these keys in order, None for a key that no client has."""
+        ids = [found and found.decode() for found in await self._call(self._client.hmget(self._keys, *digests))]
+        known = list(dict.fromkeys(client_id for client_id in ids if client_id))
+        records = dict(zip(known, await self.look_up(known), strict=True)) if known else {}
+        return [records.get(client_id) for client_id in ids]
+
+    async def note_key_uses(self, uses: Mapping[str, int]) -> None:
+        """Store when keys were last used, in seconds since the epoch by digest."""
+        await self._call(self._client.hset(self._key_uses, mapping=dict(uses)))
+
+    async def key_uses(self, digests: Sequence[str]) -> dict[str, int]:
+        """Return when these keys were last used, of those that were."""
+        found = await self._call(self._client.hmget(self._key_uses, *digests)) if digests else []
+        return {digest: int(at) for digest, at in zip(digests, found, strict=True) if at is not None}
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
         """Await `on_news` at once, after each message and every `REDIS_POLL_INTERVAL` seconds, until cancelled."""
@@ -165,7 +187,7 @@ class RedisClientStore:
     async def _write_now(self, client_id: str, change: Change, ended_version: str) -> WriteResult | None:
         await self._call(self._client.hget(self._meta, "epoch"))  # a failure here has certainly changed nothing
         outcome = f"{self._outcomes}{secrets.token_hex(12)}"
-        keys = self._meta, self._records, self._changes, outcome
+        keys = self._meta, self._records, self._changes, outcome, self._keys, self._key_uses
         arguments = (
             client_id,
             secrets.token_hex(8),
@@ -173,6 +195,8 @@ class RedisClientStore:
             self._channel,
             *_arguments(change),
             ended_version,
+            "" if change.keys is None else _key_change(change.keys),
+            "" if change.verified_only is UNCHANGED else json.dumps(change.verified_only),
         )
         try:
             reply = await self._client.eval(_WRITE, len(keys), *keys, *arguments)
@@ -216,6 +240,30 @@ def _arguments(change: Change) -> list[str]:
     ]
 
 
+def _key_change(change: KeyChange) -> str:
+    """Return a change of keys as the script reads it. An empty list would be an empty object in Lua."""
+    members: dict[str, Any] = {}
+    if change.add is not None:
+        members["add"] = {change.add.digest: as_members(change.add)}
+    if change.remove:
+        members["remove"] = list(change.remove)
+    if change.expire:
+        members["expire"] = {digest: round(at, 3) for digest, at in change.expire}
+    if change.clear:
+        members["clear"] = True
+    if change.requires is not None:
+        members["requires"] = change.requires
+    return json.dumps(members)
+
+
+def _digests_in(texts: Iterable[bytes]) -> Iterator[str]:
+    """Yield the digests of the keys in records. A record that cannot be read is reported elsewhere."""
+    for text in texts:
+        if b'"keys"' in text:
+            with suppress(ValueError, AttributeError):
+                yield from json.loads(text).get("keys") or ()
+
+
 def _records(pairs: Iterable[tuple[bytes, bytes]]) -> list[ClientRecord]:
     return [record for pair in pairs if (record := _record(*pair)) is not None]
 
@@ -228,7 +276,11 @@ def _record(client_id: bytes, text: bytes) -> ClientRecord | None:
         fields = json.loads(text)
         tier, granted = fields.get("tier"), fields.get("grant")
         grant = Grant(granted, fields["grant_until"]) if granted else None
-        return ClientRecord(client_id.decode(), tier, grant, fields["version"], fields["changed_at"])
+        keys = api_keys_of(fields["keys"]) if "keys" in fields else ()
+        verified_only = fields.get("verified_only")
+        return ClientRecord(
+            client_id.decode(), tier, grant, fields["version"], fields["changed_at"], keys, verified_only
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.error("client %r: unreadable record ignored: %r", client_id, error)  # noqa: TRY400 - invalid content, no defect
         return None

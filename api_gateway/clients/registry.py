@@ -20,6 +20,7 @@ from typing import NamedTuple
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.grant_expiry import Expiry, ExpiryQueue
 from api_gateway.clients.identity_rules import NO_RULES, IdentityRules
+from api_gateway.clients.key_directory import KeyDirectory
 from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
 from api_gateway.clients.records import (
     NO_CURSOR,
@@ -28,8 +29,10 @@ from api_gateway.clients.records import (
     ClientSnapshot,
     ClientStore,
     Grant,
+    KeyChange,
     OutcomeUnknown,
     WriteResult,
+    key_entry,
 )
 from api_gateway.errors import StoreUnavailable
 from api_gateway.eventloop.tasks import cancel_and_wait
@@ -38,6 +41,7 @@ from api_gateway.models import Client, ClientSource, Clock, Quota
 logger = logging.getLogger(__name__)
 
 CLIENT_LIMIT = 100_000
+OUTAGE_TOLERANCE = 3600.0  # seconds
 _CLIENT, _ADDRESS = "client:", "address:"  # prefixes of bucket keys
 _RELOAD_BATCH = 500  # records processed before the event loop runs other tasks
 _CLEAR_RETRY_DELAY = 1.0  # seconds between two attempts to remove an expired grant
@@ -98,18 +102,20 @@ class ClientRegistry:
         wall_clock: Clock = time.time,
         random_source: random.Random | None = None,
         rules: IdentityRules = NO_RULES,
+        outage_tolerance: float = OUTAGE_TOLERANCE,
         on_change: Callable[[Client, Client], None] = _ignore,
     ) -> None:
         """`tiers` maps upper-case names to quotas, `configured` client ids to names of tiers.
 
         `rules` are about ids that must be proved. At most `limit` clients are held in memory; a request waits
-        `deadline` seconds for the look-up of another.
+        `deadline` seconds for the look-up of another. `outage_tolerance` is for how many seconds of a store outage
+        known API keys are accepted.
         `on_change` is called when a client changes for another reason than a call of `set_tier`, `grant`, `revoke` or
         `delete` in this process; the caller then converts the client's bucket.
         """
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
-        self._rules = rules
+        self._set_rules(rules)
         self._configured = self._as_configured(configured)
         self.version = 0  # increased by every change; a client that was resolved before must be resolved again
         self.store_error: str | None = None  # why the store is unavailable
@@ -131,6 +137,19 @@ class ClientRegistry:
             self.bump_version,
             limit=limit + LOOKUP_BATCH,
             deadline=deadline,
+        )
+        self.keys = KeyDirectory(
+            store,
+            cache=lambda: self._cache,
+            configured=lambda: self._rules.keys,
+            is_store_available=lambda: self.store_error is None,
+            write=self._write_record,
+            on_lookup=self._on_key_lookup,
+            bump_version=self.bump_version,
+            wall_clock=wall_clock,
+            limit=limit,
+            deadline=deadline,
+            outage_tolerance=outage_tolerance,
         )
         self._writing: Counter[str] = Counter()  # changes in progress, by client
         self._deferred: dict[str, list[ClientRecord]] = {}  # records that arrived for these clients during the change
@@ -154,6 +173,13 @@ class ClientRegistry:
 
     async def follow(self) -> None:
         """Apply changes by other processes until cancelled. After an outage of the store all records are loaded."""
+        storing = asyncio.create_task(self.keys.store_uses_periodically(), name="last uses of keys")
+        try:
+            await self._follow()
+        finally:
+            await cancel_and_wait(storing)
+
+    async def _follow(self) -> None:
         clock = asyncio.get_running_loop().time
         pause, longest = _RECONNECT_DELAYS
         while True:
@@ -178,6 +204,7 @@ class ClientRegistry:
             self._timer.cancel()
         await cancel_and_wait(*self._tasks)
         await self._lookups.close()
+        await self.keys.close()
         await self._store.close()
 
     def _note_store_error(self, error: OSError) -> None:
@@ -188,6 +215,7 @@ class ClientRegistry:
                 error,
             )
         self.store_error = str(error)
+        self.keys.on_outage()
 
     async def _reload(self) -> None:
         """Replace the records held by those of the store. Changes meanwhile are applied to both copies."""
@@ -218,6 +246,7 @@ class ClientRegistry:
         self._cache, self._cursor, self.store_error = fresh, snapshot.cursor, None
         self._known = fresh.clients
         self._lookups.retry_now()
+        self.keys.on_recovery()
         self.version += 1
         for client_id in changed_ids:
             self._notify(known.get(client_id) or self._fallback(client_id), self.by_id(client_id))
@@ -238,11 +267,17 @@ class ClientRegistry:
         for record in changes.records:
             if record.id in self._writing:
                 self._deferred.setdefault(record.id, []).append(record)
-            elif self._cache.is_complete or self._cache.knows(record.id) or self._lookups.is_pending(record.id):
+            elif (
+                self._cache.is_complete
+                or self._cache.knows(record.id)
+                or self._lookups.is_pending(record.id)
+                or self.keys.is_pending(record)
+            ):
                 self._apply(record)
             else:
-                self._cache.note_id(record.id)
+                self._cache.note_record(record)
                 self._lookups.retry_now(record.id)
+                self.keys.retry_now(record)
                 self.version += 1  # the client may have been resolved before
         self._cursor = changes.cursor
         self._cache.forget_empty(changes.cursor.version)
@@ -265,7 +300,7 @@ class ClientRegistry:
         before = PreviousClients(self.tiers, self.default, dict(self._known), self._configured)
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
-        self._rules = rules
+        self._set_rules(rules)
         self._configured = self._as_configured(configured)
         for cache in {id(cache): cache for cache in (self._cache, self._loading)}.values():
             cache.refresh_all()
@@ -282,10 +317,14 @@ class ClientRegistry:
         """Return the client with this id, as far as it is known in memory."""
         return self._known.get(client_id) or self._fallback(client_id)
 
-    def in_tier(self, client: Client, tier: str) -> Client:
-        """Return a client with another tier, which a credential states; unchanged if the tier is not configured."""
-        quota = self.tiers.get(tier)
-        return client if quota is None else replace(client, quota=quota)
+    def proved(self, client: Client, tier: str | None) -> Client:
+        """Return a client whose id was proved. One that is not registered gets the tier that the credential states.
+
+        Its id was not invented, so the address limit does not apply to it.
+        """
+        if client.is_registered:
+            return client
+        return replace(client, quota=self.tiers.get(tier or "", client.quota), source="token")
 
     def by_address(self, address: str) -> Client:
         """Return the client of a request without a client id: the address."""
@@ -317,6 +356,13 @@ class ClientRegistry:
         else:
             self._put(record)
 
+    def _on_key_lookup(self, digest: str, record: ClientRecord | None, was_late: bool) -> None:  # noqa: FBT001 - a callback
+        """Store the result of a look-up by key."""
+        if record is None:
+            self._cache.put_negative(key_entry(digest))
+        else:
+            self._on_lookup(record.id, record, was_late)
+
     # Changes
 
     async def set_tier(self, client_id: str, tier: str) -> tuple[Client, Client]:
@@ -339,30 +385,43 @@ class ClientRegistry:
         return await self._write(client_id, Change(grant=None))
 
     async def delete(self, client_id: str) -> tuple[Client, Client]:
-        """Remove registration and grant of a client. Returns and raises as `set_tier` does."""
-        return await self._write(client_id, Change(tier=None, grant=None))
+        """Remove registration, grant and keys of a client. Returns and raises as `set_tier` does."""
+        change = Change(tier=None, grant=None, keys=KeyChange(clear=True), verified_only=None)
+        return await self._write(client_id, change)
 
-    async def inspect(self, client_id: str) -> ClientStatus:
-        """Return a client as in the store, or as in memory if the store is unavailable (`is_confirmed` false)."""
+    async def record_of(self, client_id: str) -> tuple[ClientRecord, bool]:
+        """Return the record of a client, and whether it is that of the store, or as in memory because of an outage."""
         is_confirmed = True
         try:
             (record,) = await self._store.look_up([client_id])
         except OSError:
             record, is_confirmed = self._cache.get(client_id), False
-        if record is None:
-            record = ClientRecord(client_id)
-        elif is_confirmed:
+        if record is not None and is_confirmed:
             self._apply(record)
-        otherwise = self._registered(record) or self._fallback(client_id)
+        return record or ClientRecord(client_id), is_confirmed
+
+    async def inspect(self, client_id: str) -> ClientStatus:
+        """Return a client as in the store, or as in memory if the store is unavailable (`is_confirmed` false)."""
+        record, is_confirmed = await self.record_of(client_id)
+        otherwise = self._registered(record) or self._unregistered(record)
         client = self._resolve(record) or otherwise
         grant = record.grant if client.source == "granted" else None
         return ClientStatus(client, grant, otherwise, is_confirmed)
 
     async def _write(self, client_id: str, change: Change) -> tuple[Client, Client]:
+        """Make a change; return the client before and after it."""
+        return (await self._write_changes(client_id, change))[:2]
+
+    async def _write_record(self, client_id: str, change: Change) -> ClientRecord:
+        """Make a change; return the record after it."""
+        return (await self._write_changes(client_id, change))[2]
+
+    async def _write_changes(self, client_id: str, change: Change) -> tuple[Client, Client, ClientRecord]:
         """Make a change. Records of the client that arrive meanwhile are applied after it: one may be this change."""
         self._writing[client_id] += 1
         try:
-            return self._apply_own_write(await self._store_change(client_id, change))
+            written = await self._store_change(client_id, change)
+            return *self._apply_own_write(written), written.after
         finally:
             self._writing[client_id] -= 1
             if not self._writing[client_id]:
@@ -408,7 +467,7 @@ class ClientRegistry:
             return False
         if was_complete and not self._cache.is_complete:
             logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
-        if record.grant is not None:
+        if any(record.ends):
             self._expiries.expect(record, self._is_current)
             self._set_timer()
         return True
@@ -425,16 +484,19 @@ class ClientRegistry:
         return record is not None and record.version == expiry.version
 
     def end_grants(self) -> None:
-        """End every grant that has expired, and set the timer for the next."""
-        for expiry in self._expiries.due(self._wall_clock()):
+        """End every grant and key that has expired, and set the timer for the next."""
+        now = self._wall_clock()
+        for expiry in self._expiries.due(now):
             record = self._cache.get(expiry.client_id)
-            if record is None:
-                self.version += 1  # the client may have been resolved before
-            elif record.version == expiry.version:
-                self._end_grant(record)
+            if record is None or record.version == expiry.version:
+                self.version += 1  # the client may have been resolved, or the key verified, before
+            if record is not None and record.version == expiry.version:
+                self._end_grant(record, now)
         self._set_timer()
 
-    def _end_grant(self, record: ClientRecord) -> None:
+    def _end_grant(self, record: ClientRecord, now: float) -> None:
+        if record.grant is None or record.grant.until > now:
+            return
         before = self.by_id(record.id)
         self._cache.refresh(record)
         self._notify(before, self.by_id(record.id))
@@ -466,27 +528,42 @@ class ClientRegistry:
 
     def _as_configured(self, configured: Mapping[str, str]) -> dict[str, Client]:
         return {
-            client_id: self._client(client_id, self.tiers[tier], "configured")
+            client_id: self._client(ClientRecord(client_id), self.tiers[tier], "configured")
             for client_id, tier in configured.items()
         }
 
     def _resolve(self, record: ClientRecord) -> Client | None:
         grant = record.grant
         if grant is not None and grant.tier in self.tiers and grant.until > self._wall_clock():
-            return self._client(record.id, self.tiers[grant.tier], "granted")
-        return self._registered(record)
+            return self._client(record, self.tiers[grant.tier], "granted")
+        registered = self._registered(record)
+        if registered is None and (record.keys or record.verified_only is not None):
+            return self._unregistered(record)
+        return registered
 
     def _registered(self, record: ClientRecord) -> Client | None:
         quota = None if record.tier is None else self.tiers.get(record.tier)
-        return None if quota is None else self._client(record.id, quota, "registered")
+        return None if quota is None else self._client(record, quota, "registered")
 
     def _fallback(self, client_id: str) -> Client:
         """Return a client that the store has no record of."""
-        return self._configured.get(client_id) or self._client(client_id, self.default, "default")
+        return self._configured.get(client_id) or self._client(ClientRecord(client_id), self.default, "default")
 
-    def _client(self, client_id: str, quota: Quota, source: ClientSource) -> Client:
-        is_verified_only = self._rules.is_verified_only(client_id, quota.name, stored=None, has_keys=False)
-        return Client(client_id, bucket_key(client_id), quota, source, is_verified_only=is_verified_only)
+    def _unregistered(self, record: ClientRecord) -> Client:
+        """Return the client of a record without a tier of its own."""
+        other = self._fallback(record.id)
+        return self._client(record, other.quota, other.source)
+
+    def _client(self, record: ClientRecord, quota: Quota, source: ClientSource) -> Client:
+        has_keys = bool(record.keys) or record.id in self._keyed
+        is_verified_only = self._rules.is_verified_only(
+            record.id, quota.name, stored=record.verified_only, has_keys=has_keys
+        )
+        return Client(record.id, bucket_key(record.id), quota, source, has_keys, is_verified_only)
+
+    def _set_rules(self, rules: IdentityRules) -> None:
+        self._rules = rules
+        self._keyed = rules.keyed_clients
 
 
 def bucket_key(client_id: str) -> str:

@@ -5,18 +5,19 @@ Changes by other processes are detected by `PRAGMA data_version`, which only rea
 """
 
 import asyncio
+import json
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from api_gateway.clients.api_keys import api_keys_of, keys_as_json
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
     MAX_KEPT_CHANGES,
-    UNCHANGED,
     Change,
     Changes,
     ClientRecord,
@@ -24,23 +25,38 @@ from api_gateway.clients.records import (
     Cursor,
     Grant,
     WriteResult,
+    key_entry,
 )
 from api_gateway.system.state_folder import create_private, make_private
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_WITHOUT_KEYS = 2  # the schema before
 CLIENTS_FILE = "clients.sqlite3"
 SQLITE_POLL_INTERVAL = 0.25  # seconds between two checks for changes by other processes
 EPOCH = "file"  # constant, because the gateway must be restarted when the file is replaced
 
 _TABLE = (
     "CREATE TABLE clients (id TEXT PRIMARY KEY, tier TEXT, grant_tier TEXT, grant_until REAL,"
-    " version INTEGER NOT NULL, changed_at REAL NOT NULL) WITHOUT ROWID"
+    " version INTEGER NOT NULL, changed_at REAL NOT NULL, keys TEXT, verified_only INTEGER) WITHOUT ROWID"
 )
+_KEY_TABLES = (
+    "CREATE TABLE client_keys (digest TEXT PRIMARY KEY, client_id TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE key_uses (digest TEXT PRIMARY KEY, used_at INTEGER NOT NULL) WITHOUT ROWID",
+)
+_IS_BARE = "tier IS NULL AND keys IS NULL AND verified_only IS NULL"
 _INDEXES = (
     "CREATE UNIQUE INDEX clients_by_version ON clients (version)",
-    "CREATE INDEX clients_without_tier ON clients (version) WHERE tier IS NULL",
+    f"CREATE INDEX clients_without_terms ON clients (version) WHERE {_IS_BARE}",
+)
+# Schema 2 had neither keys nor verified_only.
+_FROM_SCHEMA_2 = (
+    "ALTER TABLE clients ADD COLUMN keys TEXT",
+    "ALTER TABLE clients ADD COLUMN verified_only INTEGER",
+    "DROP INDEX clients_without_tier",
+    _INDEXES[1],
+    *_KEY_TABLES,
 )
 # Schema 1 was (id TEXT PRIMARY KEY, tier TEXT NOT NULL, changed_at REAL NOT NULL).
 _FROM_SCHEMA_1 = (
@@ -52,8 +68,8 @@ _REMEDY = (
     " with its -wal and -shm files away to start without them"
 )
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at"
-_KINDS = (str, str | None, str | None, float | None, int, float)  # types of the columns
+_COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at, keys, verified_only"
+_KINDS = (str, str | None, str | None, float | None, int, float, str | None, int | None)  # types of the columns
 
 
 class SqliteClientStore:
@@ -95,6 +111,18 @@ class SqliteClientStore:
         """Return the records of these clients in order, None for those without a record."""
         return await self._run(self._look_up, client_ids)
 
+    async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
+        """Return the records of the clients that have these keys in order, None for a key that no client has."""
+        return await self._run(self._look_up_keys, digests)
+
+    async def note_key_uses(self, uses: Mapping[str, int]) -> None:
+        """Store when keys were last used, in seconds since the epoch by digest."""
+        await self._run(self._note_key_uses, uses)
+
+    async def key_uses(self, digests: Sequence[str]) -> dict[str, int]:
+        """Return when these keys were last used, of those that were."""
+        return await self._run(self._key_uses, digests)
+
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
         """Await `on_news` at once, and within `SQLITE_POLL_INTERVAL` seconds of a change, until cancelled."""
         seen = None  # the first call of `on_news` is unconditional: the file may have changed since it was loaded
@@ -134,7 +162,7 @@ class SqliteClientStore:
         with _transaction(self._connection, "BEGIN"):
             version = _latest(self._connection)
             rows = self._connection.execute(
-                f"SELECT {_COLUMNS} FROM clients WHERE tier IS NOT NULL OR grant_tier IS NOT NULL"  # noqa: S608 - constant names
+                f"SELECT {_COLUMNS} FROM clients WHERE grant_tier IS NOT NULL OR NOT ({_IS_BARE})"  # noqa: S608 - constant names
                 " ORDER BY version DESC LIMIT ?",
                 (limit + 1,),
             ).fetchall()
@@ -149,6 +177,8 @@ class SqliteClientStore:
             if not isinstance(client_id, str):
                 raise ValueError(f"client {client_id!r:.200}: the id must be text")  # noqa: TRY004 - as in `_latest`
             ids.add(client_id)
+        for (digest,) in connection.execute("SELECT digest FROM client_keys"):
+            ids.add(key_entry(digest))
         return ids
 
     def _open(self) -> sqlite3.Connection:
@@ -174,10 +204,15 @@ class SqliteClientStore:
                 )
             if version == SCHEMA_VERSION:
                 return
+            if version == _WITHOUT_KEYS:
+                for statement in _FROM_SCHEMA_2:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                return
             has_former = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'clients'").fetchone()
             if has_former:
                 connection.execute("ALTER TABLE clients RENAME TO former")
-            for statement in (_TABLE, *_INDEXES):
+            for statement in (_TABLE, *_INDEXES, *_KEY_TABLES):
                 connection.execute(statement)
             if has_former:
                 connection.execute(_FROM_SCHEMA_1)
@@ -193,25 +228,50 @@ class SqliteClientStore:
                 before.version == of_version and before.grant is not None and before.grant.until <= now
             ):
                 return None
-            tier = before.tier if change.tier is UNCHANGED else change.tier
-            grant = before.grant if change.grant is UNCHANGED else change.grant
-            after = ClientRecord(client_id, tier, grant, _latest(connection) + 1, now)
+            after = change.applied_to(before, _latest(connection) + 1, now)
+            grant = after.grant
             connection.execute(
-                f"INSERT OR REPLACE INTO clients ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 - constant names
+                f"INSERT OR REPLACE INTO clients ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constant names
                 (
                     client_id,
-                    tier,
+                    after.tier,
                     grant.tier if grant else None,
                     grant.until if grant else None,
                     after.version,
                     now,
+                    keys_as_json(after.keys) if after.keys else None,
+                    after.verified_only,
                 ),
             )
+            _index_keys(connection, before, after)
             connection.execute(
-                "DELETE FROM clients WHERE version <= ? AND tier IS NULL AND coalesce(grant_until, 0) <= ?",
+                f"DELETE FROM clients WHERE version <= ? AND {_IS_BARE} AND coalesce(grant_until, 0) <= ?",  # noqa: S608 - constant
                 (after.version - MAX_KEPT_CHANGES, now),
             )
         return WriteResult(before, after, EPOCH)
+
+    def _look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
+        connection, found = self._open_connection, []
+        for digest in digests:
+            row = connection.execute("SELECT client_id FROM client_keys WHERE digest = ?", (digest,)).fetchone()
+            found.append(None if row is None else self._find(row[0]))
+        return found
+
+    def _note_key_uses(self, uses: Mapping[str, int]) -> None:
+        with _transaction(self._open_connection, "BEGIN IMMEDIATE"):
+            self._open_connection.executemany(
+                "INSERT INTO key_uses (digest, used_at) VALUES (?, ?)"
+                " ON CONFLICT (digest) DO UPDATE SET used_at = max(used_at, excluded.used_at)",
+                list(uses.items()),
+            )
+
+    def _key_uses(self, digests: Sequence[str]) -> dict[str, int]:
+        connection, found = self._open_connection, {}
+        for digest in digests:
+            row = connection.execute("SELECT used_at FROM key_uses WHERE digest = ?", (digest,)).fetchone()
+            if row is not None:
+                found[digest] = int(row[0])
+        return found
 
     def _changes(self, since: Cursor) -> Changes | None:
         connection = self._open_connection
@@ -236,6 +296,18 @@ class SqliteClientStore:
     def _data_version(self) -> int:
         (version,) = self._open_connection.execute("PRAGMA data_version").fetchone()
         return int(version)
+
+
+def _index_keys(connection: sqlite3.Connection, before: ClientRecord, after: ClientRecord) -> None:
+    """Let the index of keys have those of a changed record."""
+    if before.keys == after.keys:
+        return
+    held = {key.digest for key in after.keys}
+    gone = [(key.digest,) for key in before.keys if key.digest not in held]
+    connection.executemany("DELETE FROM client_keys WHERE digest = ?", gone)
+    connection.executemany("DELETE FROM key_uses WHERE digest = ?", gone)
+    rows = [(digest, after.id) for digest in held]
+    connection.executemany("INSERT OR REPLACE INTO client_keys (digest, client_id) VALUES (?, ?)", rows)
 
 
 @contextmanager
@@ -272,10 +344,18 @@ def _latest(connection: sqlite3.Connection) -> int:
 
 
 def _record(row: Sequence[Any]) -> ClientRecord:
-    client_id, tier, grant_tier, until, version, changed_at = row
+    client_id, tier, grant_tier, until, version, changed_at, keys, verified_only = row
     if not all(isinstance(value, kinds) for value, kinds in zip(row, _KINDS, strict=True)):
         raise ValueError(f"client {client_id!r:.200}: a column has a value of another type than the table's")
     if (grant_tier is None) is not (until is None):
         raise ValueError(f"client {client_id!r:.200}: a grant needs both tier and end")
     grant = None if grant_tier is None else Grant(grant_tier, until)
-    return ClientRecord(client_id, tier, grant, version, changed_at)
+    return ClientRecord(
+        client_id,
+        tier,
+        grant,
+        version,
+        changed_at,
+        () if keys is None else api_keys_of(json.loads(keys)),
+        None if verified_only is None else bool(verified_only),
+    )

@@ -30,11 +30,12 @@ def _plain(end: tuple[str, Any] | None) -> tuple[str, Any] | None:
 class ScopeBuilder:
     """Builds the scopes of one connection's requests."""
 
-    __slots__ = ("_app_state", "_root_path", "_template")
+    __slots__ = ("_app_state", "_root_path", "_template", "marks")
 
     def __init__(self, root_path: str, app_state: dict[str, Any]) -> None:
         self._root_path = root_path
         self._app_state = app_state
+        self.marks: dict[str, Any] = {}  # further keys, to be set before the first request
         self._template: dict[str, Any] | None = None  # what all requests have in common; None before the first one
 
     def __repr__(self) -> str:
@@ -53,6 +54,7 @@ class ScopeBuilder:
                 "scheme": scheme,
                 "root_path": self._root_path,
                 "extensions": _EXTENSIONS,
+                **self.marks,
             }
         raw_path, _, query = head.target.partition(b"?")
         path = raw_path.decode("ascii")

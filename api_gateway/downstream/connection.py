@@ -48,7 +48,6 @@ class DownstreamConnection:
         "_connections",
         "_fast_path",
         "_listener",
-        "_scopes",
         "_server_state",
         "_writable",
         "accepts_plain",
@@ -68,6 +67,7 @@ class DownstreamConnection:
         "reader",
         "receiving",
         "scheme",
+        "scopes",
         "slot",
         "state",
         "tasks",
@@ -104,7 +104,7 @@ class DownstreamConnection:
         self._listener = listener
         self._server_state = server_state
         self._connections: set[Any] = server_state.connections  # uvicorn names its own protocols as members
-        self._scopes = ScopeBuilder(root_path, app_state)
+        self.scopes = ScopeBuilder(root_path, app_state)
         self._fast_path: FastPathProvider | None = None  # of `app`, set by `connection_made`
         self.reader = RequestReader(self.limits, RequestIntake(self))
         self.closing = Closing(listener.refused)
@@ -133,7 +133,7 @@ class DownstreamConnection:
         """Take a slot and start the timeout of the first head (asyncio callback)."""
         self.transport = transport
         self._connections.add(self)
-        self.client = client = peer_of(transport)
+        self.client = client = self.client or peer_of(transport)
         self.scheme = "https" if is_ssl(transport) else "http"
         peer = client[0] if client and client is not UNIX_PEER else ""
         self.slot = self._listener.slots.acquire(peer, self.limits.connections_per_peer)
@@ -224,7 +224,7 @@ class DownstreamConnection:
     def cycle_of(self, head: RequestHead) -> RequestResponseCycle:
         """Return the request cycle of a head."""
         self.raw_headers, self.expects_continue = head.headers, head.expects_continue
-        scope = self._scopes.scope(head, self.transport, self.client, self.scheme)
+        scope = self.scopes.scope(head, self.transport, self.client, self.scheme)
         scope[SERVER_EXTENSION] = cycle = RequestResponseCycle(self, scope, head.target)
         cycle.is_http10 = head.version == "1.0"
         cycle.keep_alive = head.keep_alive

@@ -11,7 +11,9 @@ from uvicorn.server import ServerState
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.listener_state import ListenerState
+from api_gateway.downstream.proxied_connection import ProxiedConnection
 from api_gateway.downstream.slots import ConnectionSlots, no_holder
+from api_gateway.http1.network_set import NetworkSet
 from api_gateway.resilience.fair_shares import FairShares
 
 
@@ -27,6 +29,10 @@ class ConnectionFactory(ListenerState):
     ) -> None:
         """`refused` counts refusals by reason. `shares` limits the connections, divided by `share_holder`."""
         super().__init__(limits, refused, ConnectionSlots(shares, share_holder))
+        self.knows_proxy_protocol = True  # False on listeners that clients use directly
+        self.header_senders: NetworkSet = NetworkSet(
+            ()
+        )  # the addresses whose connections begin with a PROXY protocol header
 
     def __call__(
         self,
@@ -34,8 +40,26 @@ class ConnectionFactory(ListenerState):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> DownstreamConnection:
+    ) -> DownstreamConnection | ProxiedConnection:
         """Return a connection; the arguments are those of uvicorn's protocols."""
+        return self.begin(self.connection(config, server_state, app_state, _loop), server_state)
+
+    def begin(
+        self, connection: DownstreamConnection, server_state: ServerState
+    ) -> DownstreamConnection | ProxiedConnection:
+        """Return what reads the first bytes of a connection."""
+        if not self.header_senders:
+            return connection
+        return ProxiedConnection(connection, self, server_state, self.header_senders)
+
+    def connection(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> DownstreamConnection:
+        """Return the connection of a client; the arguments are those of uvicorn's protocols."""
         if not config.loaded:
             config.load()
         loop = _loop or asyncio.get_event_loop()

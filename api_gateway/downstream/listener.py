@@ -7,24 +7,31 @@ from functools import lru_cache
 from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.http1.headers import Network, address_key, is_within
+from api_gateway.http1.network_set import NetworkSet
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.server import ServerSection
 
 DRAIN_LINGER = 2.0  # seconds; see `ConnectionLimits.drain_linger`
 
 
-def protocol_of(section: ServerSection, refused: Counter[str], shares: FairShares) -> ConnectionFactory:
+def protocol_of(
+    section: ServerSection, refused: Counter[str], shares: FairShares, *, knows_proxy_protocol: bool = True
+) -> ConnectionFactory:
     """Return what creates the connections of one listener, limited by `shares`.
 
     `refused` counts the requests that it refuses, by reason.
     """
-    return ConnectionFactory(connection_limits(section), refused, shares, _share_holder(section.trusted_proxies))
+    factory = ConnectionFactory(connection_limits(section), refused, shares)
+    factory.knows_proxy_protocol = knows_proxy_protocol
+    change_protocol(factory, section)
+    return factory
 
 
 def change_protocol(factory: ConnectionFactory, section: ServerSection) -> None:
     """Apply other settings to new connections. Open ones keep their limits."""
     factory.limits = connection_limits(section)
     factory.slots.share_holder = _share_holder(section.trusted_proxies)
+    factory.header_senders = NetworkSet(section.proxy_protocol if factory.knows_proxy_protocol else ())
 
 
 def connection_limits(section: ServerSection) -> ConnectionLimits:

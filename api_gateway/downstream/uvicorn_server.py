@@ -21,6 +21,7 @@ from uvicorn.server import ServerState
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.downstream.listener import change_protocol, protocol_of
+from api_gateway.downstream.proxied_connection import ProxiedConnection
 from api_gateway.http1.asgi import Receive
 from api_gateway.http1.headers import Fields
 from api_gateway.resilience.fair_shares import FairShares, default_connections
@@ -41,6 +42,7 @@ class Listener:
     def __init__(self, section: ServerSection, refused: Counter[str]) -> None:
         """`refused` counts the requests that the protocol refuses, by reason."""
         self.shares = FairShares(_max_connections(section))
+        self.connections: set[Any] = set()  # replaced by the server's own set when the first one arrives
         self.protocol = protocol_of(section, refused, self.shares)
 
     def __repr__(self) -> str:
@@ -61,7 +63,7 @@ def protocol(
     server_state: ServerState,
     app_state: dict[str, Any],
     _loop: asyncio.AbstractEventLoop | None = None,
-) -> DownstreamConnection:
+) -> DownstreamConnection | ProxiedConnection:
     """Return a connection with the gateway's own protocol: for uvicorn's `Config(http=...)` and `--http`.
 
     The gateway gets its connections without uvicorn's middleware for proxies, because `server.trusted_proxies` decides
@@ -71,9 +73,10 @@ def protocol(
     if app is None:
         return _default_listener(config).protocol(config, server_state, app_state, _loop)
     listener: Listener = app.listener
-    connection = listener.protocol(config, server_state, app_state, _loop)
+    listener.connections = server_state.connections
+    connection = listener.protocol.connection(config, server_state, app_state, _loop)
     connection.app = app
-    return connection
+    return listener.protocol.begin(connection, server_state)
 
 
 def _gateway_behind(app: Any) -> Any:

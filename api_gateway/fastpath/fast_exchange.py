@@ -26,7 +26,7 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.http1.serializer import render_response_head
-from api_gateway.middleware import ExchangeMiddleware
+from api_gateway.middleware import EXCHANGE, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
@@ -285,6 +285,8 @@ class FastExchange(ProxyExchange):
             host = upstream_client.host_of(attempt.target, self._headers.facts.host_field)
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
+        if plan.facts.credentials and route is not None and route.forward_credentials:
+            host += b"\r\n%b" % plan.facts.credential_lines
         if deadline is not None and deadline.is_forwarded:
             identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
         self.connection = connection
@@ -669,7 +671,7 @@ def _serve(
     record: ExchangeMiddleware, exchange: Exchange, go_on: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> Awaitable[None]:
     """Continue an exchange on the ASGI path; this is the application given to `run_asgi`."""
-    scope[FIELDS] = fields_of(scope["headers"])
+    scope[FIELDS], scope[EXCHANGE] = fields_of(scope["headers"]), exchange
     return record.conclude(exchange, go_on, scope, receive, send)
 
 

@@ -17,6 +17,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 FIELDS = "gateway.fields"  # the request's header fields by name
 SERVER_EXTENSION = "gateway.link"  # the request's `ServerExtension`
 ADMIN = "gateway.admin"  # present if the request arrived through the operators' listener
+RELAYED = "gateway.relayed"  # present if a load balancer has begun the connection with a PROXY protocol header
 
 UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket
 

@@ -78,11 +78,6 @@ _AUTHORITY = re.compile(
     rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[(?P<six>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{0,5}))?"
 )
 _MAX_PORT = 65_535
-# A node of RFC 7239 section 6 with an address: optionally quoted, in brackets, or with a port (possibly obfuscated).
-_NODE = re.compile(
-    r"""(?P<quote>"?)(?:\[(?P<six>[0-9A-Fa-f:.]+(?:%[\w.~-]+)?)\]|(?P<four>[0-9.]+))(?::(?:[0-9]{1,5}|_[\w.-]+))?(?P=quote)""",
-    re.ASCII,
-)
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -162,20 +157,20 @@ def framing(fields: Fields) -> bytes | None:
 
 
 @lru_cache(maxsize=64)
-def stripped_headers(protected: frozenset[bytes], is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
-    """Return the names of request fields that are not forwarded.
+def stripped_headers(protected: frozenset[bytes], replaced: frozenset[bytes]) -> frozenset[bytes]:
+    """Return the names of request fields that are not forwarded; `replaced` are those that the gateway replaces.
 
     They include spellings with underscores of protected and forwarding names, which CGI does not distinguish.
     """
     forgeable = FORWARDING | protected
     aliases = {alias for name in forgeable for alias in _spellings(name)} - forgeable
-    return _NOT_FORWARDED | aliases | (frozenset({b"x-forwarded-for"}) if is_trusted else FORWARDING)
+    return _NOT_FORWARDED | aliases | replaced
 
 
 def inspected_headers(protected: frozenset[bytes]) -> frozenset[bytes]:
     """Return the names that the gateway reads or does not forward; other fields are forwarded unread."""
     read = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding", b"via"}
-    return stripped_headers(protected, False) | protected | read
+    return stripped_headers(protected, FORWARDING) | protected | read
 
 
 def _spellings(name: bytes) -> set[bytes]:
@@ -187,42 +182,30 @@ def _spellings(name: bytes) -> set[bytes]:
     return found
 
 
-@lru_cache(maxsize=4096)
-def _forwarded_for(peer: str) -> tuple[bytes, bytes]:
-    return b"x-forwarded-for", peer.encode("ascii", "replace")
-
-
 def rewrite_request(
     headers: HeaderList,
     fields: Fields,
     *,
     host: bytes,
-    peer: str,
-    scheme: str,
     request_id: bytes,
     via: tuple[bytes, bytes],
-    is_trusted: bool,
+    forwarding: HeaderList,
+    replaced: frozenset[bytes],
     protected: frozenset[bytes] = frozenset(),
 ) -> HeaderList:
     """Return the request's header fields for the upstream; `fields` are the same ones by name.
 
-    `peer` is the address of the connection. If it `is_trusted`, its `X-Forwarded-*` fields are extended, otherwise
-    replaced. `protected` names (lower case) are kept even if `Connection` lists them. Spellings of protected and
-    forwarding names with underscores are removed, because CGI variables do not distinguish them from hyphens. `via` is
-    the gateway's own entry.
+    `forwarding` are the fields about the client's address, instead of those with `replaced` names, see `forwarded`.
+    `protected` names (lower case) are kept even if `Connection` lists them. Spellings of protected and forwarding
+    names with underscores are removed, because CGI variables do not distinguish them from hyphens. `via` is the
+    gateway's own entry.
     """
-    dropped = stripped_headers(protected, is_trusted)
+    dropped = stripped_headers(protected, replaced)
     if b"connection" in fields:
         dropped |= connection_options(fields[b"connection"]) - protected - {b"transfer-encoding"}
     kept: HeaderList = [(b"host", host)]
     kept += [pair for pair in headers if pair[0].lower() not in dropped]
-    hops = fields.get(b"x-forwarded-for", ()) if is_trusted else ()
-    added = _forwarded_for(peer)
-    kept.append((added[0], b", ".join((*hops, added[1]))) if hops else added)
-    if not is_trusted or b"x-forwarded-proto" not in fields:
-        kept.append((b"x-forwarded-proto", scheme.encode()))
-    if b"host" in fields and (not is_trusted or b"x-forwarded-host" not in fields):
-        kept.append((b"x-forwarded-host", fields[b"host"][0]))
+    kept += forwarding
     kept.append(via)
     kept.append((b"x-request-id", request_id))
     return kept
@@ -258,7 +241,7 @@ def forwardable_interim(headers: HeaderList, via: tuple[bytes, bytes]) -> Header
 
 def forwardable_trailers(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
     """Return the trailer fields that are forwarded: none for framing, routing, authentication or caching."""
-    dropped = _NEVER_TRAILING | stripped_headers(protected, False) | protected
+    dropped = _NEVER_TRAILING | stripped_headers(protected, FORWARDING) | protected
     return [pair for pair in trailers if pair[0].lower() not in dropped]
 
 
@@ -295,40 +278,3 @@ def is_within(address: str, networks: Collection[Network]) -> bool:
     if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
         parsed = parsed.ipv4_mapped
     return any(parsed in network for network in networks if not isinstance(network, str))
-
-
-@lru_cache(maxsize=4096)
-def hop_address(hop: bytes) -> str | None:
-    """Return the address in an element of `X-Forwarded-For`, or None if it contains none.
-
-    Quotes, brackets, port and zone are removed; a zone has a meaning on another machine only. A port may follow an
-    IPv4 address, or an IPv6 address in brackets (RFC 7239 section 6).
-    """
-    text = hop.decode("latin-1")
-    found = _NODE.fullmatch(text)
-    address = text if found is None else found["six"] or found["four"]
-    try:
-        ip_address(address)
-    except ValueError:
-        return None
-    return address.partition("%")[0]
-
-
-def client_address(peer: str, fields: Fields, trusted: Collection[Network]) -> str:
-    """Return the client's address: `peer`, or if that is a trusted proxy, the address that trusted proxies report.
-
-    `X-Forwarded-For` is read from the right up to the first hop that is not a trusted proxy, because a client can
-    forge everything to the left of it. A hop without an address (`unknown` and `_hidden` of RFC 7239 section 6, or any
-    other text) ends the search at the proxy that added it.
-    """
-    if not trusted or not is_within(peer, trusted):
-        return peer
-    hops = [hop.strip() for value in fields.get(b"x-forwarded-for", ()) for hop in value.split(b",")]
-    for hop in reversed(hops):
-        address = hop_address(hop)
-        if address is None:
-            return peer
-        if not is_within(address, trusted):
-            return address
-        peer = address
-    return peer

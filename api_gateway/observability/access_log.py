@@ -9,6 +9,7 @@ from json.encoder import encode_basestring_ascii as quoted
 from api_gateway.models import Clock, Exchange
 
 _MICROSECONDS = 1_000_000
+_ORGANISATION = '"organisation":'
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -31,6 +32,8 @@ class AccessLog:
         if not self._from <= now < self._until:
             self._set_timestamp(now)
         client, decision, reason, detail = exchange.client, exchange.decision, exchange.reason, exchange.detail
+        credential = exchange.credential
+        organisation = None if credential is None else credential.organisation
         client_id, tier = ("null", "null") if client is None else (quoted(client.id), quoted(client.quota.name))
         sent_at, head_at = exchange.sent_at, exchange.head_at
         duration = f"{(exchange.finished - exchange.started) * 1000:.3f}"
@@ -42,6 +45,7 @@ class AccessLog:
         self._write_line(
             f'{{"time":"{self._timestamp}","request_id":{quoted(exchange.id)}'
             f',"client_address":{quoted(exchange.peer)},"client_id":{client_id},"tier":{tier}'
+            f"{'' if organisation is None else f',{_ORGANISATION}{quoted(organisation)}'}"
             f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)},"status":{exchange.status}'
             f',"reason":{"null" if reason is None else quoted(reason)}'
             f',"detail":{"null" if detail is None else quoted(detail)}'

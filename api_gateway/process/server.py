@@ -88,6 +88,7 @@ class GatewayServer(uvicorn.Server):
             refused=refused,
             aggregator=self._aggregator,
             connections=self.connections,
+            open_connections=lambda: self.server_state.connections,
             read=read,
             on_change=self._apply_configuration,
             locality=locality,
@@ -96,7 +97,9 @@ class GatewayServer(uvicorn.Server):
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
         admin = AdminListener(self._app)
-        self._admin_config = _uvicorn_config(admin, section, refused, FairShares(ADMIN_CONNECTIONS))
+        self._admin_config = _uvicorn_config(
+            admin, section, refused, FairShares(ADMIN_CONNECTIONS), knows_proxy_protocol=False
+        )
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve on these sockets, by default on those of the configuration. Raises StartupError."""
@@ -255,9 +258,18 @@ def watchdog_of(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> 
     return Watchdog(section.worker_timeout, stop_within(section, margin), blocked=BLOCKED, overdue=DRAIN_INCOMPLETE)
 
 
-def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: FairShares) -> uvicorn.Config:
+def _uvicorn_config(
+    app: Any,
+    section: ServerSection,
+    refused: Counter[str],
+    shares: FairShares,
+    *,
+    knows_proxy_protocol: bool = True,
+) -> uvicorn.Config:
     """Return the uvicorn configuration of one listener, whose connections are limited by `shares`."""
-    factory: Any = protocol_of(section, refused, shares)  # called as uvicorn calls a class
+    factory: Any = protocol_of(
+        section, refused, shares, knows_proxy_protocol=knows_proxy_protocol
+    )  # called as uvicorn calls a class
     return uvicorn.Config(
         app,
         http=factory,

@@ -121,11 +121,11 @@ class CredentialStage:
 
     def _set(self, plan: RequestPlan, client: Client, *, proof: Proof) -> StageResult:
         self._set_client(plan, proof, client)
+        plan.facts.proof = proof  # for the header fields that upstreams receive
         return None
 
     def _set_client(self, plan: RequestPlan, proof: Proof, client: Client) -> Client:
-        if proof.tier is not None:
-            client = self._clients.in_tier(client, proof.tier)
+        client = self._clients.proved(client, proof.tier)
         plan.exchange.client, plan.exchange.credential = client, proof
         plan.principal = holder_of(client, plan.facts.peer)
         plan.priority = self._priorities.of(client.quota.name)
@@ -136,7 +136,7 @@ class CredentialStage:
         """Leave the request to the next source."""
         if self._on_observed is not None:
             self._on_observed(plan, error)
-        plan.exchange.client = None
+        plan.exchange.client, plan.facts.proof = None, None
         return None
 
     # The charge of a failed attempt

@@ -1,11 +1,16 @@
 """Records in an exchange the error that ended it, or the error for which a fallback responded."""
 
-from api_gateway.errors import ClientDisconnected, GatewayError, LoadShed
+from api_gateway.errors import ClientDisconnected, GatewayError, LoadShed, Reason
 from api_gateway.models import Exchange
 
 
 def note_failure(exchange: Exchange, error: GatewayError) -> None:
-    """Record reason and detail of a failure; for a client's disconnect also the status of the exchange."""
+    """Record reason and detail of a failure; for a client's disconnect also the status of the exchange.
+
+    A stream that was ended because of its credential keeps that reason.
+    """
+    if isinstance(error, ClientDisconnected) and exchange.reason == Reason.CREDENTIALS_INVALID and exchange.credential:
+        return
     exchange.reason = error.reason.value
     note_shed(exchange, error)
     cause = "" if error.__cause__ is None else str(error.__cause__)

@@ -3,25 +3,32 @@
 A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Other requests are read anew.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, remove_lines
+from api_gateway.http1.forwarded import (
+    BY_X_FORWARDED,
+    ClientAddress,
+    Forwarding,
+    Hop,
+    client_address,
+    forwarding_fields,
+    replaced_fields,
+)
 from api_gateway.http1.headers import (
     REQUEST_TIMEOUT,
     Fields,
     Network,
     ambiguity,
-    client_address,
     fields_of,
     host_name,
     inspected_headers,
     is_visible_ascii,
     is_within,
-    rewrite_request,
     stripped_headers,
 )
 from api_gateway.http1.via import Via
@@ -43,6 +50,7 @@ class HeaderFacts:
     means not yet known. `stages` are what `admission`, the one that was used last, has to decide on such requests.
     `claim` is the credential that decides who the client is, None without one; `credentials` are the header fields
     that have a credential of this gateway. `proof` is what the claim proved, for the registry version `version`.
+    `forged` are the header fields that only the gateway may send to upstreams.
     """
 
     __slots__ = (
@@ -55,6 +63,8 @@ class HeaderFacts:
         "cost",
         "credentials",
         "dropped",
+        "forged",
+        "forwarding",
         "host",
         "host_field",
         "is_length_required",
@@ -71,6 +81,7 @@ class HeaderFacts:
         "principal",
         "priority",
         "proof",
+        "reported",
         "request_id",
         "stages",
         "timeout",
@@ -101,6 +112,8 @@ class HeaderFacts:
         self.host = host
         self.peer = peer  # the client's address; behind a trusted proxy, the one that it reports
         self.is_trusted = is_trusted  # whether the connection is that of a trusted proxy
+        self.forwarding = BY_X_FORWARDED
+        self.reported: Hop | None = None  # the element of a forwarding field with the client's address
         self.request_id: str | None = None
         self.ambiguity = ambiguity  # why the header fields alone rule the request out
         self.timeout = timeout  # the values of X-Request-Timeout
@@ -114,12 +127,18 @@ class HeaderFacts:
         self.preflight: Preflight | None = None
         self.claim: Claim | None = None
         self.credentials: HeaderList = []
+        self.forged: HeaderList = []
         self.proof: Proof | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
 
     def __repr__(self) -> str:
         return f"<HeaderFacts of {self.name or self.peer!r}>"
+
+    @property
+    def credential_lines(self) -> bytes:
+        """The header lines of `credentials`, without the last line break."""
+        return b"\r\n".join(b"%b: %b" % pair for pair in self.credentials)
 
     def require_length(self, cause: str) -> None:
         """Rule the request out, because its fields may contain trailers; `cause` says so in words."""
@@ -131,7 +150,8 @@ class HeaderFacts:
         other.request_id = self.request_id
         other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
-        other.origin, other.preflight = self.origin, self.preflight
+        other.origin, other.preflight, other.forged = self.origin, self.preflight, self.forged
+        other.forwarding, other.reported = self.forwarding, self.reported
         return other
 
 
@@ -155,19 +175,26 @@ class HeaderReader:
         via: Via | None = None,
         sources: IdentitySources = HEADER_AND_ADDRESS,
         reads_origin: bool = False,
+        identity_fields: frozenset[bytes] = frozenset(),
+        rewritten: Callable[[bytes, HeaderFacts, bytes], RewrittenHeaders] = RewrittenHeaders,
+        forwarding: Forwarding = BY_X_FORWARDED,
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
         Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
-        policies, for which the origin of requests and their preflights matter.
+        policies, for which the origin of requests and their preflights matter. `identity_fields` (lower case) are set
+        by the gateway for upstreams and removed from requests; `rewritten` creates the result of `read_lines`.
         """
         self.via = via or Via()
         self._sources = sources
         self._markers = sources.markers
         self._credential_lines = InspectedHeaders(sources.fields)
         self.id_header = id_header.lower().encode()
-        self.protected = frozenset({self.id_header})
+        self.protected = frozenset({self.id_header}) | identity_fields
+        self._identity_fields = identity_fields
+        self._rewritten = rewritten
         self._max_body_bytes = max_body_bytes
+        self.forwarding = forwarding
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
         self._reads_origin = reads_origin
@@ -184,24 +211,37 @@ class HeaderReader:
 
     def read(self, peer: str, fields: Fields, version: str) -> HeaderFacts:
         """Return what the fields of a request mean. `peer` is the address of the connection."""
-        is_trusted = bool(self._trusted) and self._is_trusted(peer)
+        is_trusted = self.is_trusted(peer)
+        client = self.address_of(peer, fields) if is_trusted else None
         cause = ambiguity(fields, version)
         is_loop = cause is None and b"via" in fields and self.via.is_in(fields[b"via"])
         facts = HeaderFacts(
             self,
             host_name(fields),
-            client_address(peer, fields, self._trusted) if is_trusted else peer,
+            peer if client is None else client.address,
             is_trusted,
             f"its Via contains {self.via.pseudonym}, so it has passed this gateway before" if is_loop else cause,
             tuple(fields.get(REQUEST_TIMEOUT, ())),
         )
-        facts.is_loop = is_loop
+        facts.is_loop, facts.forwarding = is_loop, self.forwarding
+        if client is not None:
+            facts.reported = client.hop
         if self._reads_origin:
             facts.origin, facts.preflight = origin_of(fields), preflight_of(fields)
         self._set_name(facts, fields)
         if self._markers:
             self._set_claim(facts, fields)
+        if self._identity_fields:
+            facts.forged = [(name, value) for name in self._identity_fields for value in fields.get(name, ())]
         return facts
+
+    def address_of(self, peer: str, fields: Fields) -> ClientAddress:
+        """Return the client's address, and which hop it came from; `peer` is the address of the connection."""
+        return client_address(peer, fields, self._trusted, self.forwarding.read)
+
+    def is_trusted(self, peer: str) -> bool:
+        """Tell whether the peer of a connection is a trusted proxy."""
+        return bool(self._trusted) and self._is_trusted(peer)
 
     def read_lines(self, peer: str, scheme: str, lines: bytes, max_lines: int) -> RewrittenHeaders | None:
         """Return the meaning of the header lines of a plain head, and the lines for the upstream.
@@ -221,7 +261,7 @@ class HeaderReader:
         else:
             facts = (self._remembered if is_short else self._read_plain)(peer, scheme, tuple(found))
         return (
-            None if facts is None else RewrittenHeaders(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
+            None if facts is None else self._rewritten(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
         )
 
     def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
@@ -277,9 +317,18 @@ class HeaderReader:
         facts.length, facts.keep_alive = framing
         facts.request_id = given_request_id(fields)
         facts.host_field = fields.get(b"host", (b"",))[0]
-        dropped = stripped_headers(self.protected, facts.is_trusted)
+        replaced = replaced_fields(self.forwarding, facts.is_trusted)
+        dropped = stripped_headers(self.protected, replaced) | self._identity_fields
         facts.dropped = [pair for pair in found if pair[0].lower() in dropped]
-        facts.added = self._added_lines(peer, scheme, fields, is_trusted=facts.is_trusted)
+        forwarding = forwarding_fields(
+            fields,
+            peer=peer,
+            scheme=scheme,
+            is_trusted=facts.is_trusted,
+            forwarding=self.forwarding,
+            reported=facts.reported,
+        )
+        facts.added = b"".join([b"%b: %b\r\n" % pair for pair in (*forwarding, self.via.field("1.1"))])
         return facts
 
     def _set_name(self, facts: HeaderFacts, fields: Fields) -> None:
@@ -287,18 +336,3 @@ class HeaderReader:
             facts.name = client_id(fields, self.id_header)
         except ClientIdInvalid as error:
             facts.name_error = error.detail
-
-    def _added_lines(self, peer: str, scheme: str, fields: Fields, *, is_trusted: bool) -> bytes:
-        """Return the header lines that are added to the request upstream, without `Host` and `X-Request-ID`."""
-        pairs = rewrite_request(
-            [],
-            fields,
-            host=b"",
-            peer=peer,
-            scheme=scheme,
-            request_id=b"",
-            via=self.via.field("1.1"),
-            is_trusted=is_trusted,
-            protected=self.protected,
-        )
-        return b"".join([b"%b: %b\r\n" % pair for pair in pairs[1:-1]])

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import Fields
+from api_gateway.models import HeaderList
 from api_gateway.proxy.route_table import Route
 
 NO_EXPIRY = 1 << 63  # of a proof that does not expire, in nanoseconds
@@ -32,10 +33,12 @@ class Claim:
 class Proof:
     """What a verified credential proves: the client, until a time on the monotonic clock.
 
-    `tier` replaces the client's tier; None keeps it. `is_restricted`: `refusal` may return an error.
+    `tier` is that of a client that is not registered; None is the default. `organisation` is written to the access
+    log. `fields` are header fields for upstreams, `lines` the same as bytes. `is_restricted`: `refusal` may return an
+    error.
     """
 
-    __slots__ = ("claim", "client_id", "expires_ns", "is_restricted", "tier")
+    __slots__ = ("claim", "client_id", "expires_ns", "fields", "is_restricted", "lines", "organisation", "tier")
 
     def __init__(
         self,
@@ -44,12 +47,17 @@ class Proof:
         *,
         expires_ns: int = NO_EXPIRY,
         tier: str | None = None,
+        organisation: str | None = None,
+        fields: HeaderList | None = None,
         is_restricted: bool = False,
     ) -> None:
         self.claim = claim
         self.client_id = client_id
         self.expires_ns = expires_ns
         self.tier = tier
+        self.organisation = organisation
+        self.fields = fields or []
+        self.lines = b"".join([b"%b: %b\r\n" % pair for pair in self.fields])
         self.is_restricted = is_restricted
 
     def __repr__(self) -> str:

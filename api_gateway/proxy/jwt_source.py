@@ -37,7 +37,14 @@ class JwtProof(Proof):
     __slots__ = ("token",)
 
     def __init__(self, claim: Claim, token: VerifiedToken) -> None:
-        super().__init__(claim, token.client_id, expires_ns=token.expires_ns, tier=token.tier)
+        super().__init__(
+            claim,
+            token.client_id,
+            expires_ns=token.expires_ns,
+            tier=token.tier,
+            organisation=token.organisation,
+            fields=token.fields,
+        )
         self.token = token
 
 
@@ -56,14 +63,20 @@ class JwtSource:
         *,
         wall_clock: Clock,
         clock_ns: Callable[[], int],
+        is_forwarded: bool = True,
+        identity_fields: frozenset[bytes] = frozenset(),
         basis: object = None,
     ) -> None:
         """`keys` are by the name of the issuer. Both clocks show the same moment.
 
-        `basis` are the settings that the source was built from; equal ones need no other source.
+        `is_forwarded`: upstreams receive the tokens. `identity_fields` are the names (lower case) of all header fields
+        that upstreams receive of tokens. `basis` are the settings that the source was built from; equal ones need no
+        other source.
         """
         self.keys = dict(keys)
+        self.identity_fields = identity_fields
         self.basis = basis
+        self._withheld = frozenset[bytes]() if is_forwarded else self.fields
         self._reader = reader
         self._verifier = verifier
         self._wall_clock = wall_clock
@@ -73,7 +86,7 @@ class JwtSource:
         return f"<JwtSource [{', '.join(self.keys)}; {self._verifier!r}]>"
 
     def claim(self, fields: Fields) -> Claim | None:
-        """Return the token in header fields if one of the issuers is configured. It is forwarded to the upstream."""
+        """Return the token in header fields if its issuer is configured."""
         values = fields.get(AUTHORIZATION, ())
         for value in values:
             scheme, _, credentials = value.partition(b" ")
@@ -82,7 +95,7 @@ class JwtSource:
             token = self._reader.read(credentials.strip(b" "))
             if token is not None:
                 fault = _SENT_TWICE if len(values) > 1 else token.fault
-                return Claim(self, token, frozenset(), None if fault is None else str(fault))
+                return Claim(self, token, self._withheld, None if fault is None else str(fault))
         return None
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:

@@ -4,11 +4,12 @@ Pure. Paths are compared percent-decoded and by whole segments, and forwarded as
 may read differently (see `http1.request_paths`) costs as much as its dearest reading.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
+from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.requirements import Requirement
@@ -48,8 +49,9 @@ class Route:
 
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
-    if they pass unread. `requirement` is what the token of a request must have, None if it needs none. `cors` is the
-    CORS policy, None if the gateway has none for the route.
+    if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the
+    token of a request must have, None if it needs none. `cors` is the CORS policy, None if the gateway has none for
+    the route. `addresses` are rules besides those for all routes.
     """
 
     name: str
@@ -65,8 +67,10 @@ class Route:
     min_body_rate: float | None = None
     fallback: Fallback | None = None
     url_rewriter: UrlRewriter | None = None
+    forward_credentials: bool = False
     requirement: Requirement | None = None
     cors: CorsPolicy | None = None
+    addresses: AddressRules | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""
@@ -118,6 +122,10 @@ class RouteTable:
 
     def __repr__(self) -> str:
         return f"<RouteTable {sorted(self._routes)}>"
+
+    def __iter__(self) -> Iterator[Route]:
+        """Return all routes."""
+        return (route for routes in self._routes.values() for route in routes)
 
     def find(self, host: str, method: str, path: str, raw_target: bytes = _UNKNOWN) -> tuple[Route, float]:
         """Return the route of a request and its cost in tokens.

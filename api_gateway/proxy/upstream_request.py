@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 
 from api_gateway.http1.asgi import FIELDS, Scope, ServerExtension
+from api_gateway.http1.forwarded import forwarding_fields, replaced_fields
 from api_gateway.http1.headers import (
     BODILESS,
     REQUEST_TIMEOUT,
@@ -34,7 +35,7 @@ class UpstreamRequest:
     """The request to the upstream, which `render` adapts to the target of an attempt; also a `ResponseListener`."""
 
     __slots__ = (
-        "_is_trusted",
+        "_facts",
         "_protected",
         "_scope",
         "_via",
@@ -62,7 +63,7 @@ class UpstreamRequest:
         via: Via,
     ) -> None:
         self._scope = scope
-        self._is_trusted = plan.facts.is_trusted
+        self._facts = plan.facts
         self._protected = protected
         self._via = via
         self.extension = extension
@@ -76,6 +77,13 @@ class UpstreamRequest:
         self.waited_before_head = 0.0  # seconds for which the attempt has waited for the client to send
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
         self.headers: HeaderList = scope["headers"] if extension is None else extension.headers
+        withheld = plan.facts.forged
+        if plan.facts.credentials and (plan.route is None or not plan.route.forward_credentials):
+            withheld = withheld + plan.facts.credentials
+        if withheld:
+            self.headers = _without(self.headers, withheld)
+        if plan.exchange.credential is not None and plan.exchange.credential.fields:
+            self.headers = [*self.headers, *plan.exchange.credential.fields]
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
         self.upgrade = extension is not None and extension.upgrade == b"websocket" and self.framing is None
 
@@ -153,16 +161,22 @@ class UpstreamRequest:
     def render(self, exchange: Exchange, upstream_client: UpstreamClient, target: Target, now: float) -> httpx.Request:
         """Return the request for one target, with its timeouts and the remaining time at `now`."""
         origin = upstream_client.origins[target]
-        scope = self._scope
+        scope, facts = self._scope, self._facts
         headers = rewrite_request(
             self.headers,
             self.fields,
             host=upstream_client.host_of(target, self._client_host),
-            peer=scope["client"][0] if scope.get("client") else "unknown",
-            scheme=scope["scheme"],
+            forwarding=forwarding_fields(
+                self.fields,
+                peer=scope["client"][0] if scope.get("client") else "unknown",
+                scheme=scope["scheme"],
+                is_trusted=facts.is_trusted,
+                forwarding=facts.forwarding,
+                reported=facts.reported,
+            ),
+            replaced=replaced_fields(facts.forwarding, facts.is_trusted),
             request_id=exchange.id.encode(),
             via=self._via.field(scope["http_version"]),
-            is_trusted=self._is_trusted,
             protected=self._protected,
         )
         self.set_authorities(upstream_client, target)
@@ -193,3 +207,9 @@ def raw_target(scope: Scope) -> bytes:
     query: bytes = scope["query_string"]
     path: bytes = scope["raw_path"]
     return path + b"?" + query if query else path
+
+
+def _without(headers: HeaderList, withheld: HeaderList) -> HeaderList:
+    """Return header fields without those of `withheld`, whose values have no surrounding white space."""
+    removed = {(name.lower(), value) for name, value in withheld}
+    return [(name, value) for name, value in headers if (name.lower(), value.strip(b" \t")) not in removed]

@@ -1,10 +1,14 @@
 """Sections of clients: tiers, registered clients, and the address limit."""
 
+import re
 from ipaddress import IPv4Network, IPv6Network
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, AwareDatetime, Field
 
-from api_gateway.settings.setting_types import NetworkSetting, Section, TierName
+from api_gateway.settings.setting_types import Identifier, NetworkSetting, Section, TierName
+
+_DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 
 
 class AddressLimitSection(Section):
@@ -39,6 +43,21 @@ class TierSection(Section):
     )
 
 
+def _digest(value: str) -> str:
+    digest = value.removeprefix("sha256:")
+    if _DIGEST.fullmatch(digest) is None:
+        raise ValueError("must be the SHA-256 digest of a key, 64 hexadecimal digits")
+    return digest.lower()
+
+
+class KeySection(Section):
+    """An API key that is registered by the configuration: its digest, which is no secret."""
+
+    digest: Annotated[str, AfterValidator(_digest)] = Field(description="SHA-256 of the key, in hexadecimal digits.")
+    expires_at: AwareDatetime | None = Field(default=None, description="ISO 8601 with UTC offset. None: never.")
+    routes: list[str] | None = Field(default=None, min_length=1, description="Names of routes. None: all.")
+
+
 class ClientSection(Section):
     """A client that is registered by the configuration."""
 
@@ -46,3 +65,4 @@ class ClientSection(Section):
     verified_only: bool | None = Field(
         default=None, description="Whether a credential must prove the id. None: if the client has keys."
     )
+    keys: dict[Identifier, KeySection] = Field(default={}, description="API keys by label.")

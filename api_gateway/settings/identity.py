@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from api_gateway.settings.jwt import JwtSection
 from api_gateway.settings.setting_types import OWN_HEADER, Section
 
-SourceName = Literal["jwt", "header", "address"]
+SourceName = Literal["api_key", "jwt", "header", "address"]
 
 
 def _in_order(sources: Sequence[str]) -> Sequence[str]:
@@ -24,13 +24,26 @@ def _mode(value: Any) -> Any:
     return "enforce" if value == "header" else value
 
 
+class ApiKeySection(Section):
+    """How API keys are accepted."""
+
+    header: str = Field(default="X-API-Key", pattern=OWN_HEADER)
+    outage_tolerance: float = Field(
+        default=3600,
+        ge=0,
+        le=31_536_000,
+        description="Seconds of an outage of the client store for which the keys that it had before are accepted.",
+    )
+
+
 class IdentitySection(Section):
     """How clients are identified: by the first source that applies to a request."""
 
     sources: Annotated[list[SourceName], Field(min_length=1), AfterValidator(_in_order)] = Field(
-        default=["header", "address"], description="Tried in this order."
+        default=["api_key", "header", "address"], description="Tried in this order."
     )
     header: str = Field(default="X-Client-ID", pattern=OWN_HEADER)
+    api_key: ApiKeySection = ApiKeySection()
     mode: Annotated[Literal["enforce", "observe"], BeforeValidator(_mode)] = Field(
         default="enforce",
         description="observe: count and log requests that credentials_required and its like would refuse.",

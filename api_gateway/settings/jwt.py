@@ -6,8 +6,17 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
+from api_gateway.http1.headers import inspected_headers
 from api_gateway.settings.secret import Secret, SecretFile
-from api_gateway.settings.setting_types import CLAIM_PATH, CLAIM_PREFIX, SCOPE, Identifier, Section, TierName
+from api_gateway.settings.setting_types import (
+    CLAIM_PATH,
+    CLAIM_PREFIX,
+    OWN_HEADER,
+    SCOPE,
+    Identifier,
+    Section,
+    TierName,
+)
 
 ASYMMETRIC = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"),
@@ -15,6 +24,19 @@ ASYMMETRIC = (
 )
 HMAC = {"HS256": 32, "HS384": 48, "HS512": 64}  # the shortest secret in bytes (RFC 7518 section 3.2)
 MAX_ISSUER = 512
+_OF_HTTP = frozenset(
+    {
+        b"accept",
+        b"accept-encoding",
+        b"authorization",
+        b"content-encoding",
+        b"content-type",
+        b"cookie",
+        b"date",
+        b"range",
+    }
+    | {b"origin", b"idempotency-key", b"if-match", b"if-none-match", b"sec-websocket-key", b"sec-websocket-protocol"}
+)
 
 Algorithm = Literal[
     "RS256",
@@ -58,6 +80,13 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str | int | bool) else value
 
 
+def _identity_header(name: str) -> str:
+    if name.lower().encode() in inspected_headers(frozenset()) | _OF_HTTP:
+        raise ValueError("has a meaning of its own, so it cannot have a claim")
+    return name
+
+
+IdentityHeader = Annotated[str, Field(pattern=OWN_HEADER), AfterValidator(_identity_header)]
 IssuerName = Annotated[str, Field(min_length=1), AfterValidator(_issuer)]
 DocumentUrl = Annotated[str, AfterValidator(_document_url)]
 
@@ -96,6 +125,9 @@ class IssuerSection(Section):
     )
     tiers: dict[Text, TierName] = Field(default={}, description="The tier by value of tier_claim; {}: its own name.")
     organisation_claim: ClaimPathSetting | None = None
+    headers: dict[IdentityHeader, ClaimPathSetting] = Field(
+        default={}, description="Header fields that upstreams receive, by name: the claim. Clients cannot send them."
+    )
     scope_claims: list[ClaimPathSetting] = Field(default=["scope", "scp"], description="Claims that list scopes.")
     refresh_interval: float = Field(default=300, ge=10, le=86_400, description="Seconds between two fetches of keys.")
     unknown_key_interval: float = Field(
@@ -170,6 +202,9 @@ class JwtSection(Section):
 
     issuers: dict[Identifier, IssuerSection] = Field(default={})
     max_token_bytes: int = Field(default=8192, ge=256, le=65_536, description="A larger token is refused unread.")
+    forward: bool = Field(
+        default=True, description="Whether upstreams receive tokens; if not, routes with forward_credentials."
+    )
     max_remembered: int = Field(
         default=10_000,
         ge=1,

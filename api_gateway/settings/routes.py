@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from api_gateway.http1.headers import BODILESS
+from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.setting_types import (
@@ -82,7 +83,11 @@ class RouteSection(Section):
     min_body_rate: float | None = Field(
         default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
     )
+    forward_credentials: bool = Field(
+        default=False, description="Whether the upstream receives the credential of the gateway in a request."
+    )
     fallback: FallbackSection | None = None
+    addresses: AddressesSection = Field(default=AddressesSection(), description="Besides those for all routes.")
     require: RequireSection | None = Field(
         default=None, description="Scopes and claims that a request's token must have."
     )

@@ -169,6 +169,10 @@ def _jwt_findings(config: ConfigSections) -> Iterator[Finding]:
         other = first.setdefault(issuer.issuer, name)
         if other != name:
             yield Finding((*key_path, name, "issuer"), f"is also that of {other!r}, got {issuer.issuer!r}")
+        for header in issuer.headers:
+            if header.lower() in (identity.header.lower(), identity.api_key.header.lower()):
+                message = "clients send it, so it cannot have a claim"
+                yield Finding((*key_path, name, "headers", header), message, depends_on=(("identity", "header"),))
         for value, tier in issuer.tiers.items():
             if tier not in config.tiers:
                 message = f"no such tier, got {tier!r}; the tiers are {', '.join(config.tiers)}"

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from api_gateway.settings.addresses import ForwardedSection
 from api_gateway.settings.setting_types import PSEUDONYM, FileMode, Host, Seconds, Section, TrustedProxy
 
 
@@ -58,6 +59,11 @@ class ServerSection(Section):
         default=None,
         pattern=PSEUDONYM,
         description="The gateway's name in Via. A request that returns with it is refused. None: a random name.",
+    )
+    forwarded: ForwardedSection = ForwardedSection()
+    proxy_protocol: list[TrustedProxy] = Field(
+        default=[],
+        description="Load balancers whose connections begin with a PROXY protocol header: networks, and `unix`.",
     )
     trusted_proxies: list[TrustedProxy] = Field(default=[], description="Networks, and `unix` for Unix sockets.")
 

@@ -13,7 +13,7 @@ import pytest
 
 from api_gateway.admin.operator_token import token_file
 from api_gateway.process.listeners import Sockets
-from tests.kit import PATIENCE, RawUpstream, RunningGateway, ask, eventually, in_front_of, running_gateway
+from tests.kit import PATIENCE, RawUpstream, RunningGateway, ask, eventually, free_port, in_front_of, running_gateway
 from tests.processes import START, config_file, process
 
 GUARDED = ["/metrics", "/metrics/latency", "/circuit-breakers", "/clients", "/clients/x", "/docs", "/openapi.json"]
@@ -113,8 +113,7 @@ def test_a_unix_socket_for_operators(tmp_path: Path, workers: int) -> None:
 
 @curl_only
 def test_several_workers_serve_operators_on_a_port(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     extra = f"admin: {{listen: '127.0.0.1:{port}'}}\nserver: {{port: 0, workers: 2}}\n"
     with process(
         *("-m", "api_gateway", "--config", config_file(tmp_path, "http://127.0.0.1:9", extra)), cwd=tmp_path
@@ -135,8 +134,7 @@ def is_open(port: int) -> bool:
 
 
 def test_another_server_serves_no_operators_and_says_so(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = ["-m", "uvicorn", "api_gateway.main:app", "--host", "127.0.0.1", "--port", str(port)]
     with process(*arguments, cwd=tmp_path, GATEWAY_ADMIN__LISTEN="127.0.0.1:9901") as running:
         eventually(lambda: is_open(port) or running.popen.poll() is not None, "it listens", START)

@@ -26,10 +26,10 @@ from benchmarks.flood import flood
 from benchmarks.load import Client, Failed, drive, latencies, parse_wrk, percentile, verify
 from benchmarks.peers import PEERS, Peer, Place, compiled_wheel
 from benchmarks.plot import Row, draw
-from benchmarks.processes import cpu_seconds, free_port, reset_peak, resident_bytes, running
+from benchmarks.processes import cpu_seconds, reset_peak, resident_bytes, running
 from benchmarks.report import Results, tables
 from benchmarks.upstream import CHUNKED, SIZES, SMALL, TARGETS, TLS_ADDRESS, UPLOADED
-from tests.kit import soon
+from tests.kit import free_port, soon
 
 ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"

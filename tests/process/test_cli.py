@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from api_gateway import __version__, rate_limiter
-from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, reply
+from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, free_port, reply
 from tests.kit import RawRequest as Request
 from tests.processes import ROOT, WAYS, config_file, fresh_process, process
 
@@ -35,8 +35,7 @@ def test_the_version_names_the_variant_that_runs(word: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("http", ["auto", "api_gateway.server:protocol"])
 def test_uvicorn_serves_it_too_and_no_header_comes_twice(tmp_path: Path, http: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = ["-m", "uvicorn", "api_gateway.main:app", "--host", "127.0.0.1", "--port", str(port), "--http", http]
     with process(*arguments, cwd=tmp_path) as running:
         eventually(lambda: is_open(port) or running.popen.poll() is not None, "uvicorn listens")

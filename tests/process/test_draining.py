@@ -109,12 +109,13 @@ def test_a_response_due_during_a_drain_has_connection_close_if_its_head_is_not_s
         may_go_on.wait(PATIENCE)
         wire.send(b"ow" if has_begun else head + b"slow")
 
-    running = gateway(in_front_of(upstream(behave).url) | DRAIN)
+    up = upstream(behave)
+    running = gateway(in_front_of(up.url) | DRAIN)
     with RawClient(running.port) as client:
         assert client.get().status == 200
         client.request("GET", "/api/slow", () if is_plain else ("Expect: nothing",))
         head = client.read_until(b"\r\n\r\n") if has_begun else b""
-        time.sleep(0.05)
+        eventually(lambda: len(up.requests) == 2, "it is with the upstream")
         stop(running)
         may_go_on.set()
         if not has_begun:
@@ -136,10 +137,11 @@ def test_requests_that_wait_behind_a_response_get_theirs_too(gateway: Start, ups
         may_go_on.wait(PATIENCE)
         reply(request.line)(wire, request)
 
-    running = gateway(in_front_of(upstream(behave).url) | DRAIN)
+    up = upstream(behave)
+    running = gateway(in_front_of(up.url) | DRAIN)
     with RawClient(running.port) as client:
         client.request("GET", "/api/1")
-        time.sleep(0.05)
+        eventually(lambda: len(up.requests) == 1, "the first is with the upstream")
         client.request("GET", "/api/2")
         client.request("GET", "/api/3")
         time.sleep(0.05)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit import PATIENCE, Answer, RawUpstream, ask, eventually
+from tests.kit import PATIENCE, Answer, RawUpstream, ask, eventually, free_port
 from tests.processes import START, Running, children, config_file, process
 
 linux = pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="processes are looked up in /proc")
@@ -132,11 +132,6 @@ REFUSED = (401, 429)  # an address that was refused often is limited; who is loc
 Command = Callable[[int, int, Path], list[str]]
 PROXIES: list[Command] = [nginx, nginx_as_us, haproxy, haproxy_with_master, caddy, socat, forwarder]
 ONCE: list[Command] = [socat_once, forwarder_once]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 # A shell between this process, which listens, and the proxy: its parent must not be what gives it away.

@@ -20,7 +20,7 @@ import pytest
 
 from api_gateway.system import output
 from api_gateway.system.output import LineHandler, LineWriter, Output, TextStream
-from tests.kit import PATIENCE, RawUpstream, ask, eventually
+from tests.kit import PATIENCE, RawClient, RawUpstream, ask, eventually, free_port
 from tests.processes import ROOT, START, WATCHED, config_file, is_alive
 
 TOKEN = "for-the-tests-of-output"
@@ -233,11 +233,6 @@ def test_warnings_and_tracebacks_of_threads_pass_through_the_queue(
 # The whole gateway
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
 def is_listening(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), PATIENCE):
         return True
@@ -267,8 +262,8 @@ def gateway(folder: Path, upstream: str, redirection: str, **streams: Any) -> It
 
 def serve(url: str, requests: int = FILL) -> None:
     """Make requests, and see that all are answered and that the gateway is alive."""
-    for _ in range(requests):
-        assert ask(f"{url}/api/up/x").status == 200
+    with RawClient(int(url.rpartition(":")[2])) as client:
+        assert {client.get("/api/up/x").status for _ in range(requests)} == {200}
     assert ask(f"{url}/healthz").status == 200
 
 

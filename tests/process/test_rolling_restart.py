@@ -14,9 +14,8 @@ from typing import Self
 import pytest
 
 from api_gateway.settings.server import ServerSection
-from benchmarks.processes import free_port
 from benchmarks.target import steady_port
-from tests.kit import RawClient, RawUpstream, eventually
+from tests.kit import RawClient, RawUpstream, eventually, free_port
 from tests.processes import Running, process
 
 CLIENTS = 8

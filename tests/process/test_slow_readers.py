@@ -36,6 +36,7 @@ class EndlessUpstream:
 
     def _behave(self, wire: Wire, request: RawRequest) -> bool:
         is_chunked = b"/chunked" in request.line
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)  # else the kernel takes megabytes
         if b"/tunnel" in request.line:
             status, framing = b"101 Switching Protocols", b"Connection: Upgrade\r\nUpgrade: websocket"
         else:
@@ -60,7 +61,7 @@ def endless() -> Iterator[EndlessUpstream]:
 def gateway(endless: EndlessUpstream, tmp_path: Path) -> Iterator[Running]:
     settings = "log: {access: false}\nserver: {max_event_loop_lag: null}"
     with process(
-        *WAYS["run_gateway.py"], "--config", config_file(tmp_path, endless.raw.url, settings), cwd=tmp_path
+        *WAYS["python -m"], "--config", config_file(tmp_path, endless.raw.url, settings), cwd=tmp_path
     ) as running:
         yield running
 

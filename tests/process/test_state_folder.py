@@ -18,7 +18,7 @@ from api_gateway.config import load_config
 from api_gateway.errors import StartupError
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder, default_state_dir, own_folder
-from tests.kit import ask, eventually
+from tests.kit import ask, eventually, free_port
 from tests.processes import WAYS, config_file, process
 
 JSON = {"Content-Type": "application/json"}
@@ -181,12 +181,6 @@ def is_open(port: int) -> bool:
 
 def uvicorn(port: int) -> list[str]:
     return ["-m", "uvicorn", "api_gateway.main:app", "--port", str(port)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_workers_of_stock_uvicorn_share_it_and_another_server_is_refused(tmp_path: Path) -> None:

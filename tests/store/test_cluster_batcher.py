@@ -10,8 +10,8 @@ from redis.crc import key_slot
 
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Decision, Quota
-from tests.kit import eventually, soon
-from tests.store_kit import CALM, SERVERS, StoreServer, asking, charge, free_port, gateways
+from tests.kit import eventually, free_port, soon
+from tests.store_kit import CALM, SERVERS, StoreServer, asking, charge, gateways
 
 SLOW = Quota.per_second("slow", 0.001, 100)
 SLOTS = ((0, 5460), (5461, 10922), (10923, 16383))

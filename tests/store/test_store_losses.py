@@ -15,8 +15,8 @@ import pytest
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.limits.script_batcher import CONNECTIONS
 from api_gateway.models import NANOSECONDS, Decision, Quota
-from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of, soon
-from tests.store_kit import SERVERS, StoreServer, asking, burst_of, charge, free_port, gateways, hammer
+from tests.kit import RawUpstream, RunningGateway, ask, eventually, free_port, in_front_of, soon
+from tests.store_kit import SERVERS, StoreServer, asking, burst_of, charge, gateways, hammer
 
 SLOW = Quota.per_second("slow", 0.001, 10)  # nothing worth mentioning is refilled during a test
 FAST = Quota.per_second("fast", 80, 40)  # half a second's budget

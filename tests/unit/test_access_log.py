@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.models import Client, Decision, Exchange, Quota
+from api_gateway.models import Client, Decision, Exchange, HeaderList, Quota
 from api_gateway.observability.access_log import AccessLog
 
 FREE = Quota.per_second("FREE", 1, 10)
@@ -28,6 +28,22 @@ def logged(*exchanges: Exchange) -> list[dict[str, Any]]:
 
 def bare(client: str = "acme", path: str = "/api/x") -> Exchange:
     return Exchange("id-1", "GET", path, "192.0.2.7", 100.0, Client(client, f"client:{client}", FREE, "default"))
+
+
+class OfAnOrganisation:
+    """A credential of a client of an organisation."""
+
+    organisation: str | None = 'a "quoted" one'
+    fields: HeaderList = []  # noqa: RUF012 - empty
+
+
+def test_a_line_has_the_organisation_that_a_credential_states() -> None:
+    exchange, credential = bare(), OfAnOrganisation()
+    exchange.credential = credential
+    (line,) = logged(exchange)
+    assert line["organisation"] == OfAnOrganisation.organisation
+    credential.organisation = None
+    assert "organisation" not in logged(exchange)[0]
 
 
 def test_a_line_has_every_field_of_a_proxied_request() -> None:

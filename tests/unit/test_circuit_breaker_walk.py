@@ -22,6 +22,7 @@ from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_history import TransitionRecord
 from api_gateway.resilience.breaker_policy import TRANSITIONS, BreakerPolicy, Mode, State
 from api_gateway.resilience.ramp_up import RampUp
+from tests.examples import examples
 
 NOW = 1000.0
 CLOSED, OPEN, HALF_OPEN = State.CLOSED, State.OPEN, State.HALF_OPEN
@@ -259,4 +260,4 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
-TestWalk.settings = settings(max_examples=min(60, settings().max_examples))
+TestWalk.settings = settings(max_examples=examples(60))

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,6 @@ import pytest
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
     MAX_KEPT_CHANGES,
-    UNCHANGED,
     Change,
     Changes,
     ClientRecord,
@@ -22,6 +21,7 @@ from api_gateway.clients.records import (
     Grant,
     OutcomeUnknown,
     WriteResult,
+    key_entry,
 )
 from api_gateway.clients.registry import ClientRegistry, bucket_key
 from api_gateway.errors import StoreUnavailable
@@ -52,6 +52,7 @@ class HeldStore:
         self.answers.set()
         self.watchers: list[asyncio.Event] = []
         self.ended = 0
+        self.uses: dict[str, int] = {}
         self.tells_ids = False
         self._wall_clock = wall_clock or FakeClock()
 
@@ -74,15 +75,15 @@ class HeldStore:
         ids = BloomFilter(limit)
         for record in live:
             ids.add(record.id)
+            for key in record.keys:
+                ids.add(key_entry(key.digest))
         return ClientSnapshot(live[:limit], self.mark, len(live) <= limit, ids if self.tells_ids else None)
 
     async def write(self, client_id: str, change: Change) -> WriteResult:
         await self._reach()
         before = self.records.get(client_id, ClientRecord(client_id))
         self.mark = self.mark._replace(version=self.mark.version + 1)
-        tier = before.tier if change.tier is UNCHANGED else change.tier
-        grant = before.grant if change.grant is UNCHANGED else change.grant
-        after = self.records[client_id] = ClientRecord(client_id, tier, grant, self.mark.version)
+        after = self.records[client_id] = change.applied_to(before, self.mark.version, 0.0)
         self.tell()
         return WriteResult(before, after, self.mark.epoch)
 
@@ -108,6 +109,23 @@ class HeldStore:
             raise self.look_up_failure
         await self._reach()
         return [self.records.get(each) for each in client_ids]
+
+    async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
+        self.questions.append(list(digests))
+        await self.answers.wait()
+        if self.look_up_failure is not None:
+            raise self.look_up_failure
+        await self._reach()
+        owners = {key.digest: record for record in self.records.values() for key in record.keys}
+        return [owners.get(digest) for digest in digests]
+
+    async def note_key_uses(self, uses: Mapping[str, int]) -> None:
+        await self._reach()
+        self.uses |= uses
+
+    async def key_uses(self, digests: Sequence[str]) -> dict[str, int]:
+        await self._reach()
+        return {digest: self.uses[digest] for digest in digests if digest in self.uses}
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
         news = asyncio.Event()

@@ -123,6 +123,8 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "worker_timeout": 30,
         "max_event_loop_lag": 0.25,
         "via": None,
+        "forwarded": {"read": "x-forwarded-for", "send": "x-forwarded"},
+        "proxy_protocol": [],
         "trusted_proxies": [],
     }
     assert config.store.url.get_secret_value() == "memory://"

@@ -183,7 +183,6 @@ async def test_it_fires_on_a_real_loop() -> None:
     alarm = DeadlineTimer(loop, rung.set)
     begun = loop.time()
     alarm.set(0.02)
-    await asyncio.sleep(0.01)
     alarm.set(0.05)
-    await asyncio.wait_for(rung.wait(), 5)
-    assert loop.time() - begun >= 0.059
+    await asyncio.wait_for(rung.wait(), 30)
+    assert loop.time() - begun >= 0.049

@@ -283,8 +283,11 @@ class World:
         self.target = Target("http://127.0.0.1:1")
         upstream = Upstream("up", [self.target], self.breaker, round_robin, limit=self.limit)
         self.transport = UpstreamTransport()
-        retry = RetryPolicy(attempts=2, budget=1.0, statuses=frozenset({503}))
-        self.upstream_client = UpstreamClient(upstream, self.transport, Timeouts(1, 1, 1, None), retry=retry)
+        retry = RetryPolicy(attempts=2, budget=1.0, statuses=frozenset({503}), base=1.5, cap=1.5)
+        longest: Any = SimpleNamespace(uniform=lambda _, high: high)  # a delay that does not end by itself
+        self.upstream_client = UpstreamClient(
+            upstream, self.transport, Timeouts(1, 1, 1, None), retry=retry, source=longest
+        )
         self.recorder = Recorder(["all"], ["up"], ["FREE"], [50], 0.0)
         limit_headers = RateLimitHeaders()
         settlement = CostSettlement(

@@ -16,7 +16,15 @@ from api_gateway.http1.fast_parser import (
     reason_phrase,
     remove_lines,
 )
-from api_gateway.http1.headers import COST, GATEWAY_HEADERS, HOP_BY_HOP, fields_of, inspected_headers, stripped_headers
+from api_gateway.http1.headers import (
+    COST,
+    FORWARDING,
+    GATEWAY_HEADERS,
+    HOP_BY_HOP,
+    fields_of,
+    inspected_headers,
+    stripped_headers,
+)
 
 REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nAccept: b\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
 ANSWER = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\nETag: x\r\n\r\nok"
@@ -170,7 +178,7 @@ def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, li
     assert (parser.get_method().decode(), parsed.url) == (method, path + query)
     assert parsed.pairs == pairs_of(split_lines)
     assert found == [pair for pair in parsed.pairs if pair[0].lower() in NOTED]
-    dropped = stripped_headers(frozenset({b"x-client-id"}), False)
+    dropped = stripped_headers(frozenset({b"x-client-id"}), FORWARDING)
     kept = [pair for pair in parsed.pairs if pair[0].lower() not in dropped]
     assert pairs_of(remove_lines(split_lines, [pair for pair in found if pair[0].lower() in dropped])) == kept
     assert (parsed.messages, parsed.body) == (1, behind)

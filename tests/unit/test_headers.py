@@ -6,6 +6,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from api_gateway.http1.forwarded import (
+    BY_X_FORWARDED,
+    client_address,
+    forwarding_fields,
+    hop_address,
+    replaced_fields,
+)
 from api_gateway.http1.headers import (
     FORWARDING,
     GATEWAY_HEADERS,
@@ -13,11 +20,9 @@ from api_gateway.http1.headers import (
     PROTECTED,
     address_key,
     ambiguity,
-    client_address,
     connection_options,
     fields_of,
     framing,
-    hop_address,
     host_name,
     http_date,
     is_visible_ascii,
@@ -48,11 +53,10 @@ def upstreams_view(
         headers,
         fields_of(headers),
         host=b"target:9001",
-        peer="192.0.2.7",
-        scheme="http",
         request_id=b"id-1",
         via=Via().field(version),
-        is_trusted=is_trusted,
+        forwarding=forwarding_fields(fields_of(headers), peer="192.0.2.7", scheme="http", is_trusted=is_trusted),
+        replaced=replaced_fields(BY_X_FORWARDED, is_trusted),
         protected=protected,
     )
 
@@ -400,7 +404,7 @@ def test_nothing_is_within_no_network() -> None:
 )
 def test_the_client_is_the_last_hop_that_is_no_trusted_proxy(peer: str, hops: list[bytes], address: str) -> None:
     headers = [(b"X-Forwarded-For", hop) for hop in hops]
-    assert client_address(peer, fields_of(headers), TRUSTED) == address
+    assert client_address(peer, fields_of(headers), TRUSTED).address == address
 
 
 @pytest.mark.parametrize(
@@ -414,8 +418,9 @@ def test_the_client_is_the_last_hop_that_is_no_trusted_proxy(peer: str, hops: li
         (b"[::1]", "::1"),
         (b"[::1]:99", "::1"),
         (b'"[2001:db8::1]:99"', "2001:db8::1"),
-        (b"::ffff:203.0.113.9", "::ffff:203.0.113.9"),
-        (b"[::ffff:203.0.113.9]:1", "::ffff:203.0.113.9"),
+        (b"::ffff:203.0.113.9", "203.0.113.9"),
+        (b"[::ffff:203.0.113.9]:1", "203.0.113.9"),
+        (b"2001:DB8:0::1", "2001:db8::1"),
         (b"fe80::1%eth0", "fe80::1"),
         (b"[fe80::1%eth0]:80", "fe80::1"),
         *((hop, None) for hop in (b"", b"unknown", b"_hidden", b"unix:", b"example.com", b"203.0.113.9:", b"[::1")),
@@ -436,4 +441,4 @@ def test_what_a_hop_names_is_an_address_whatever_it_says(hop: bytes) -> None:
 
 
 def test_no_peer_is_trusted_unless_configured() -> None:
-    assert client_address("10.0.0.1", {b"x-forwarded-for": [b"203.0.113.9"]}, []) == "10.0.0.1"
+    assert client_address("10.0.0.1", {b"x-forwarded-for": [b"203.0.113.9"]}, []).address == "10.0.0.1"

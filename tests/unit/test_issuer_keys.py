@@ -357,6 +357,9 @@ def test_sections_become_terms_and_meanings() -> None:
         ({"secret": "x" * 32, "algorithms": ["HS512"]}, "at least 64 bytes"),
         ({"client_prefix": "a b"}, "match pattern"),
         ({"leeway": -1}, "greater than"),
+        ({"headers": {"Authorization": "sub"}}, "has a meaning of its own"),
+        ({"headers": {"X-Forwarded-For": "sub"}}, "has a meaning of its own"),
+        ({"headers": {"X_User": "sub"}}, "match pattern"),
     ],
 )
 def test_a_wrong_setting_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -8,7 +8,6 @@ import pytest
 from joserfc.jwk import OctKey, RSAKey
 
 from api_gateway.clients.claim_paths import ClaimPath, scopes_of
-from api_gateway.clients.issuer_keys import VerificationKey
 from api_gateway.clients.jose import JoseKey, key_of_secret, keys_of_set
 from api_gateway.clients.jwt_reader import IssuerTerms, ReadToken, TokenFault, TokenReader
 from api_gateway.clients.jwt_verifier import ClaimMeanings, Issuer, JwtVerifier, KeyNeeded, VerifiedToken
@@ -21,6 +20,7 @@ from tests.jwt_kit import (
     LEEWAY,
     MAX_BYTES,
     NOW,
+    Keys,
     claims_of,
     encoded,
     key_for,
@@ -29,16 +29,6 @@ from tests.jwt_kit import (
 )
 
 NOW_NS = 5_000 * NANOSECONDS
-
-
-class Keys:
-    """The keys of an issuer, as `IssuerKeys` has them after a fetch."""
-
-    def __init__(self, *keys: VerificationKey) -> None:
-        self.keys = keys
-
-    def candidates(self, kid: str | None, algorithm: str) -> list[VerificationKey]:
-        return [key for key in self.keys if algorithm in key.algorithms and (None in (kid, key.kid) or key.kid == kid)]
 
 
 class Checked:

@@ -25,6 +25,7 @@ from api_gateway.upstreams.load_balancing import (
 from api_gateway.upstreams.outlier_detection import OutlierDetector, OutlierPolicy
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
+from tests.examples import examples
 
 NOW = 1000.0
 POLICY = BreakerPolicy(failure_threshold=3, recovery_timeout=30)
@@ -354,7 +355,7 @@ def test_a_target_that_returns_gets_its_share_gradually(pick: Picker) -> None:
 
 
 @given(seconds=st.lists(st.floats(0, 12), min_size=2, max_size=6), seed=st.integers(0, 99))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_with_the_same_draws_it_never_gets_less_later(seconds: list[float], seed: int) -> None:
     """By key this holds for every single key: each moves over once and stays."""
     upstream = upstream_of(3, rendezvous_hash, slow_start=10)
@@ -581,7 +582,7 @@ class Balancing(RuleBasedStateMachine):
 
 
 TestBalancing = Balancing.TestCase
-TestBalancing.settings = settings(max_examples=60, stateful_step_count=40)
+TestBalancing.settings = settings(max_examples=examples(60), stateful_step_count=40)
 
 
 # Bounded load and disruption
@@ -594,7 +595,7 @@ def held(targets: Sequence[Target], keys: int, most: int) -> None:
 
 
 @given(weights=st.lists(st.integers(1, 5), min_size=1, max_size=6), keys=st.integers(1, 10))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_one_frequent_key_loads_no_target_beyond_its_limit(weights: list[int], keys: int) -> None:
     targets = [Target(str(number), weight) for number, weight in enumerate(weights)]
     held(targets, keys, 200)
@@ -615,7 +616,7 @@ def test_a_key_returns_to_its_target_when_there_is_capacity() -> None:
 
 
 @given(count=st.integers(2, 8), lost=st.integers(0, 7))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_losing_any_target_moves_its_keys_only(count: int, lost: int) -> None:
     targets = [Target(f"http://10.0.0.{number}", 1 + number % 3) for number in range(count)]
     gone = targets[lost % count]

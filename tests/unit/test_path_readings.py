@@ -16,6 +16,7 @@ from api_gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NoRou
 from api_gateway.http1.request_paths import MAX_READINGS, is_below, is_unusual, matching_path, readings
 from api_gateway.middleware import is_proxied
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
+from tests.examples import examples
 
 COSTLY = "/api/orders/export"
 TABLE = RouteTable(
@@ -170,7 +171,7 @@ NAMED = [
 ]
 
 
-@settings(max_examples=1_000)
+@settings(max_examples=examples(1_000))
 @given(ANY | NEAR)
 def test_a_path_that_some_server_takes_for_the_costly_one_costs_as_much_or_is_refused(raw: str) -> None:
     assume(is_proxied(unquote(raw)))
@@ -180,7 +181,7 @@ def test_a_path_that_some_server_takes_for_the_costly_one_costs_as_much_or_is_re
             assert not isinstance(found, float | int) or found >= 5, f"{name} serves {server(raw)!r}"
 
 
-@settings(max_examples=1_000)
+@settings(max_examples=examples(1_000))
 @given(ANY | NEAR, st.sampled_from(list(SERVERS)), st.sampled_from(list(SERVERS)))
 def test_nor_is_it_cheaper_behind_a_chain_of_servers(raw: str, first: str, second: str) -> None:
     """The second server gets what the first has made of the path."""

@@ -25,6 +25,7 @@ from api_gateway.upstreams.load_balancing import Picker, least_requests, rendezv
 from api_gateway.upstreams.outlier_detection import OutlierDetector, OutlierPolicy
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
+from tests.examples import examples
 
 NOW = 1000.0
 RECOVERY, LONGEST, RAMP, SLOW_START = 5.0, 40.0, 10.0, 10.0
@@ -93,7 +94,7 @@ def is_whole(breaker: CircuitBreaker, now: float) -> bool:
 
 
 @given(steps=STEPS, policy=st.sampled_from(POLICIES), kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4))
-@settings(max_examples=200, derandomize=True)
+@settings(max_examples=examples(200), derandomize=True)
 def test_a_breaker_closes_once_calls_succeed_whatever_was_before_and_whatever_calls_come(
     steps: list[Any], policy: BreakerPolicy, kinds: list[tuple[bool, str | None]]
 ) -> None:
@@ -243,7 +244,7 @@ LONG_ENOUGH = 3 * LONGEST + 2 * RAMP + SLOW_START
 # Targets on which requests never end, and which load balancing therefore does not select
 @example(policy=POLICIES[0], outages=[({"a"}, 6, 1), ({"b"}, 8, 0)], safe=[False])
 @example(policy=POLICIES[1], outages=[({"a"}, 18, 1), (set(), 12, 2)], safe=[False])
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=examples(60), derandomize=True)
 def test_once_every_target_works_all_are_in_service_with_their_full_share(
     pick: str, policy: BreakerPolicy, outages: list[tuple[set[str], int, int]], safe: list[bool]
 ) -> None:

@@ -28,6 +28,7 @@ from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
+from tests.kit import soon
 
 
 def route(path: str, **options: Any) -> Route:
@@ -463,12 +464,13 @@ async def test_without_a_total_limit_a_stream_goes_on() -> None:
 
 @pytest.mark.parametrize("kind", ["silent", "dripping"])
 async def test_a_client_that_disconnects_ends_the_exchange_without_a_fault(kind: str) -> None:
+    stub, sent = Stub(kind), list[Message]()
+
     async def leaves() -> Message:
-        await asyncio.sleep(0.05)
+        await soon(lambda: bool(stub.tries and (sent or kind == "silent")), "the upstream has responded, if it does")
         return {"type": "http.disconnect"}
 
-    stub = Stub(kind)
-    coroutine, upstream = forwarding(stub, None, [], leaves)
+    coroutine, upstream = forwarding(stub, None, sent, leaves)
     with pytest.raises(ClientDisconnected):
         await asyncio.wait_for(coroutine, 2)
     calls = 1 if kind == "dripping" else 0  # the head of the response counts
@@ -479,9 +481,10 @@ async def test_a_client_that_disconnects_ends_the_exchange_without_a_fault(kind:
 
 async def test_a_cancellation_from_outside_stays_one() -> None:
     """The server ends exchanges by cancelling them; that is not a client that left."""
-    coroutine, upstream = forwarding(Stub("silent"), None, [])
+    stub = Stub("silent")
+    coroutine, upstream = forwarding(stub, None, [])
     task = asyncio.ensure_future(coroutine)
-    await asyncio.sleep(0.1)
+    await soon(lambda: stub.tries == 1, "the upstream is asked")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -6,6 +6,7 @@ from contextlib import suppress
 import pytest
 
 from api_gateway.eventloop.tasks import cancel_and_wait
+from tests.kit import turns
 
 
 async def deaf(times: int) -> None:
@@ -20,7 +21,7 @@ async def test_several_tasks_are_ended_and_those_that_have_ended_are_left(monkey
     monkeypatch.setattr("api_gateway.eventloop.tasks._AGAIN_AFTER", 0.01)
     tasks = [asyncio.create_task(deaf(times)) for times in (0, 1, 2)]
     done = asyncio.create_task(asyncio.sleep(0))
-    await asyncio.sleep(0.001)
+    await turns()
     await cancel_and_wait(*tasks, done)
     assert all(task.cancelled() for task in tasks)
     assert not done.cancelled()

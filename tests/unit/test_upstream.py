@@ -15,6 +15,7 @@ from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.upstreams.load_balancing import Picker, least_requests, rendezvous_hash, round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
+from tests.examples import examples
 
 NOW = 1000.0
 KEYS = [f"client-{number}" for number in range(2000)]
@@ -51,7 +52,7 @@ def test_round_robin_interleaves_by_weight(weights: dict[str, int], turns: str) 
 
 
 @given(weights=st.lists(st.integers(1, 20), min_size=1, max_size=6))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_round_robin_gives_each_its_weight_in_every_cycle(weights: list[int]) -> None:
     pool = [Target(str(number), weight) for number, weight in enumerate(weights)]
     for _ in range(2):
@@ -288,7 +289,7 @@ def test_a_released_probe_without_an_outcome_makes_room_for_the_next() -> None:
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.sampled_from(Outcome)), max_size=60))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_what_is_in_flight_is_what_is_leased(steps: list[tuple[bool, int, Outcome]]) -> None:
     pool, leases = targets(a=1, b=2), list[Attempt]()
     upstream = upstream_of(pool, least_requests(random.Random(1)), failure_threshold=1000)

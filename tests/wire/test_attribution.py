@@ -660,18 +660,18 @@ def test_an_upstream_that_gives_up_on_a_client_that_stops_sending_is_not_at_faul
 
 def test_the_time_a_client_takes_to_send_is_not_the_upstreams(gateway: StartGateway, upstream: StartUpstream) -> None:
     """Neither for the response timeout, nor for slow calls, nor for what is told of the upstream's latency."""
-    breaker = {"failure_threshold": 1, "slow_call_duration": 0.3, "slow_call_rate": 0.01, "minimum_calls": 1}
+    breaker = {"failure_threshold": 1, "slow_call_duration": 1.0, "slow_call_rate": 0.01, "minimum_calls": 1}
     up = upstream()
-    running = gateway(sections(up.url, circuit_breaker=breaker, timeouts={"response": 0.3}))
+    running = gateway(sections(up.url, circuit_breaker=breaker, timeouts={"response": 1.0}))
     with RawClient(running.port) as client:
         client.request("POST", "/api/x", CHUNKED, b"4\r\nhalf\r\n")
-        time.sleep(0.7)
+        time.sleep(2.0)
         client.send(b"4\r\nrest\r\n0\r\n\r\n")
         assert client.answer().status == 200
     assert counted(running) == 0
     assert running.live.upstreams["up"].breaker.slow_total == 0
     latency = ask(f"{running.url}/metrics/latency").json()["upstreams"]["up"]["since_start"]
-    assert latency["percentiles_ms"]["p99"] < 300, latency
+    assert latency["percentiles_ms"]["p99"] < 1000, latency
 
 
 def test_the_response_timeout_begins_once_all_is_sent(gateway: StartGateway, upstream: StartUpstream) -> None:
@@ -767,11 +767,11 @@ def test_an_upstream_that_stops_reading_because_the_client_does_not_read_is_not_
         return False
 
     up = upstream(echoes, reads_body=False)
-    running = gateway(sections(up.url, timeouts={"idle": 0.3, "response": 9}))
+    running = gateway(sections(up.url, timeouts={"idle": 1.0, "response": 9}))
     with RawClient(running.port) as client:
         sender = threading.Thread(target=send_all, args=(client, LARGE))
         sender.start()
-        time.sleep(1.0)  # thrice the idle timeout
+        time.sleep(2.5)  # more than twice the idle timeout
         answer = client.answer()
         sender.join()
     assert (answer.status, answer.is_complete, len(answer.body)) == (200, True, LARGE)
@@ -821,11 +821,11 @@ def test_a_client_that_pauses_for_longer_than_the_upstream_may_be_idle_is_ignore
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
     up = upstream(sends_much(None))
-    running = gateway(sections(up.url, timeouts={"idle": 0.3, "response": 0.3}))
+    running = gateway(sections(up.url, timeouts={"idle": 1.0, "response": 1.0}))
     warm(running)
     with RawClient(running.port) as client:
         client.request("GET", "/api/x", WAYS[way])
-        time.sleep(1.0)
+        time.sleep(2.5)
         answer = client.answer()
     assert (answer.status, answer.is_complete) == (200, True)
     assert counted(running) == 0
@@ -995,8 +995,13 @@ def test_the_limit_of_open_files_is_raised_and_its_end_is_503(upstream: StartUps
             stack.enter_context(RawClient(port))
         folder = Path(f"/proc/{running.popen.pid}/fd")
         eventually(lambda: sum(1 for _ in folder.iterdir()) >= 199, "all descriptors are taken")
-        # A health check that began before may still free one, until the gateway accepts the next client.
-        eventually(lambda: (found := first.get()).status == 503 and reason(found.body) == "overloaded", "it refuses")
+
+        def refuses() -> bool:
+            stack.enter_context(RawClient(port))  # takes a descriptor that a health check has returned
+            found = first.get()
+            return found.status == 503 and reason(found.body) == "overloaded"
+
+        eventually(refuses, "it refuses")
         time.sleep(0.5)  # some health checks
         stack.close()
         eventually(lambda: serves(f"{running.url}/api/x"), "it serves again")

@@ -210,7 +210,7 @@ def test_disconnecting_while_waiting_for_a_connection_leaves_the_queue(
         eventually(lambda: len(up.requests) == POOL, "the pool is full", within=SOON)
         with RawClient(running.port) as waiting:
             waiting.request("GET", "/api/never")
-            time.sleep(0.1)
+            eventually(lambda: running.live.recorder.in_flight == POOL + 1, "the last one waits")
         ledger.comes_to_show(1)
     assert slow.left.wait(SOON)
     ledger.comes_to_show(1 + POOL)

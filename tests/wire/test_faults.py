@@ -200,6 +200,17 @@ class Scene:
         found: int = answer.json()["requests"]["in_flight"]
         return found
 
+    def in_use(self, resource: str) -> int:
+        """Return how much is in use of a resource that `/health` shows."""
+        found: list[dict[str, Any]] = self.running.ask("/health").json()["resources"]
+        return sum(one["in_use"] for one in found if one["resource"] == resource)
+
+    def connections(self) -> int:
+        """Count its open connections to clients: those established, and those that only the client has closed."""
+        lines = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+        port = f":{self.running.port:04X}"
+        return sum(1 for _, local, _, state, *_ in lines if local.endswith(port) and state in ("01", "08"))
+
     def open_descriptors(self) -> int:
         """Count what the process holds open."""
         return sum(1 for _ in Path(f"/proc/{self.running.popen.pid}/fd").iterdir())
@@ -230,7 +241,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         for way in WAYS:
             assert found.send(way).status == 200
         assert found.in_flight() == 0
-        time.sleep(0.1)
+        eventually(lambda: found.connections() == 0, "it has closed all connections of clients")
         found.descriptors = found.open_descriptors()
         yield found
         assert running.terminate() == 0
@@ -246,7 +257,7 @@ def test_a_fault_reaches_all_it_concerns_and_leaves_nothing_behind(
     tries, (calls, failures) = scene.tries(), scene.breaker()
     with scene.upstream.failing(row.fault):
         if row.fault.listening is not Listening.ACCEPTS:
-            eventually(lambda: scene.open_descriptors() < scene.descriptors, "the connection it had is gone", within=3)
+            eventually(lambda: scene.open_descriptors() < scene.descriptors, "the connection it had is gone")
         begun = time.monotonic()
         answer = scene.send(way, request_id)
         lasted = time.monotonic() - begun
@@ -260,7 +271,8 @@ def test_a_fault_reaches_all_it_concerns_and_leaves_nothing_behind(
     assert scene.tries() - tries == Counter({row.outcome: 1})
     more_calls, more_failures = {"failure": (1, 1), "success": (1, 0), "ignored": (0, 0)}[row.breaker]
     assert scene.breaker() == (calls + more_calls, failures + more_failures)
+    eventually(lambda: scene.in_use("requests") == 0, "no rest of a body is being sent")
     answers = [scene.send(good) for good in WAYS]
     assert [answer.status for answer in answers] == [200, 200], [answer.body for answer in answers]
     assert scene.in_flight() == 0
-    eventually(lambda: scene.open_descriptors() == scene.descriptors, "as many descriptors as before", within=3)
+    eventually(lambda: scene.open_descriptors() == scene.descriptors, "as many descriptors as before")

@@ -1,15 +1,33 @@
 """Who a client is, on the wire: ids that need a proof, on the fast path and on the ASGI path."""
 
+import base64
+import hashlib
+import json
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kit import Answer, RawUpstream, RunningGateway, ask, in_front_of
+from api_gateway.admin.keys import MAX_VALID_KEYS
+from api_gateway.clients.api_keys import new_key
+from tests.kit import (
+    PATIENCE,
+    Answer,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    ask,
+    eventually,
+    in_front_of,
+    running_gateway,
+)
 
 Gateway = Callable[[dict[str, Any]], RunningGateway]
 VERIFIED = {"clients": {"acme": {"tier": "PREMIUM", "verified_only": True}, "open": {"tier": "PREMIUM"}}}
-GET, POST = {"method": "GET"}, {"method": "POST", "body": b"x"}  # the second is streamed, on the ASGI path
 
 
 def told(answer: Answer) -> tuple[int, str | None]:
@@ -33,3 +51,227 @@ def test_observing_refuses_nothing(gateway: Gateway, up: RawUpstream) -> None:
     running = gateway(in_front_of(up.url) | VERIFIED | {"identity": {"mode": "observe"}})
     for _ in range(3):
         assert ask(f"{running.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
+
+
+# API keys
+
+ROUTES = [
+    {"name": "all", "path": "/api", "upstream": "up"},
+    {"name": "kept", "path": "/api/kept", "upstream": "up", "forward_credentials": True},
+]
+
+
+@pytest.fixture
+def keyed(gateway: Gateway, up: RawUpstream) -> RunningGateway:
+    """A gateway without configured clients."""
+    return gateway(in_front_of(up.url) | {"routes": ROUTES})
+
+
+def call(running: RunningGateway, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Call an operator endpoint, which must succeed."""
+    given = None if body is None else json.dumps(body).encode()
+    answer = ask(f"{running.url}{path}", method=method, body=given, headers={"Content-Type": "application/json"})
+    assert answer.status < 300, answer.body
+    return answer.json()
+
+
+def basic(user: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:".encode()).decode()
+
+
+def test_a_key_identifies_its_client_wherever_it_is_sent(keyed: RunningGateway, up: RawUpstream) -> None:
+    call(keyed, "POST", "/clients/acme/tier", {"tier": "PREMIUM"})
+    made = call(keyed, "POST", "/clients/acme/keys", {"label": "laptop"})
+    key = made["key"]
+    assert (made["client_id"], made["label"], made["verified_only"]) == ("acme", "laptop", True)
+    for method in ("GET", "TRACK"):
+        for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}, {"Authorization": basic(key)}):
+            for path in ("/api/x", "/api/kept/x"):
+                for _ in range(2):
+                    answer = ask(f"{keyed.url}{path}", method=method, headers=headers)
+                    assert answer.status == 200
+                    assert answer.headers["X-RateLimit-Limit"] == "200", "the tier of the client"
+                    name, value = next(iter(headers.items()))
+                    assert up.requests[-1].all(name) == ([value.encode()] if "kept" in path else [])
+                    assert "kept" in path or key.encode() not in up.requests[-1].head
+    told_now = ask(f"{keyed.url}/api/x", headers={"X-Client-ID": "acme"})
+    assert told(told_now) == (401, "credentials_required")
+
+
+def test_a_list_shows_everything_but_the_key(keyed: RunningGateway) -> None:
+    made = call(keyed, "POST", "/clients/acme/keys", {"label": "ci", "expires_in_seconds": 3600, "routes": ["all"]})
+    assert ask(f"{keyed.url}/api/x", headers={"X-API-Key": made["key"]}).status == 200
+    answer = ask(f"{keyed.url}/clients/acme/keys")
+    assert made["key"][4:] not in answer.body.decode()
+    (shown,) = answer.json()["keys"]
+    assert shown["id"] == made["id"] == hashlib.sha256(made["key"].encode()).hexdigest()[:16]
+    assert (shown["label"], shown["expires_at"], shown["routes"]) == ("ci", made["expires_at"], ["all"])
+    assert shown["last_used_at"].endswith(":00Z") or ":00.000" in shown["last_used_at"]
+    assert answer.json()["verified_only"] is True
+
+
+def test_a_key_for_other_routes_is_refused_with_403(keyed: RunningGateway) -> None:
+    made = call(keyed, "POST", "/clients/acme/keys", {"routes": ["kept"]})
+    for _ in range(2):
+        assert ask(f"{keyed.url}/api/kept", headers={"X-API-Key": made["key"]}).status == 200
+        answer = ask(f"{keyed.url}/api/x", headers={"X-API-Key": made["key"]})
+        assert told(answer) == (403, "credentials_insufficient")
+
+
+def test_a_rotated_key_and_its_successor_are_both_valid_for_the_overlap(keyed: RunningGateway) -> None:
+    old = call(keyed, "POST", "/clients/acme/keys", {"label": "ci"})
+    new = call(keyed, "POST", f"/clients/acme/keys/{old['id']}/rotate", {"overlap_seconds": 600})
+    for one in (old, new):
+        assert ask(f"{keyed.url}/api/x", headers={"X-API-Key": one["key"]}).status == 200
+    assert (new["label"], new["previous_id"]) == ("ci", old["id"])
+    at_once = call(keyed, "POST", f"/clients/acme/keys/{new['id']}/rotate", {"overlap_seconds": 0})
+    assert told(ask(f"{keyed.url}/api/x", headers={"X-API-Key": new["key"]})) == (401, "credentials_invalid")
+    assert ask(f"{keyed.url}/api/x", headers={"X-API-Key": at_once["key"]}).status == 200
+
+
+def test_a_revoked_key_is_refused_at_once_and_the_id_stays_closed(keyed: RunningGateway) -> None:
+    made = call(keyed, "POST", "/clients/acme/keys", {})
+    headers = {"Authorization": f"Bearer {made['key']}"}
+    for _ in range(3):
+        assert ask(f"{keyed.url}/api/x", headers=headers).status == 200
+    assert call(keyed, "DELETE", f"/clients/acme/keys/{made['id']}")["keys_left"] == 0
+    for method in ("GET", "TRACK"):
+        answer = ask(f"{keyed.url}/api/x", method=method, headers=headers)
+        assert told(answer) == (401, "credentials_invalid")
+        assert answer.headers["WWW-Authenticate"] == 'Bearer realm="api-gateway", error="invalid_token"'
+        assert made["key"] not in answer.body.decode()
+    assert told(ask(f"{keyed.url}/api/x", headers={"X-Client-ID": "acme"})) == (401, "credentials_required")
+    call(keyed, "POST", "/clients/acme/verified-only", {"verified_only": False})
+    assert ask(f"{keyed.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
+
+
+def test_a_client_may_have_keys_and_an_open_id(keyed: RunningGateway) -> None:
+    made = call(keyed, "POST", "/clients/acme/keys", {"verified_only": False})
+    assert made["verified_only"] is False
+    assert ask(f"{keyed.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
+    assert ask(f"{keyed.url}/api/x", headers={"X-API-Key": made["key"]}).status == 200
+    both = {"X-API-Key": made["key"], "X-Client-ID": "initech"}
+    assert told(ask(f"{keyed.url}/api/x", headers=both)) == (400, "client_id_invalid")
+
+
+def test_forgetting_a_client_revokes_its_keys(keyed: RunningGateway) -> None:
+    made = call(keyed, "POST", "/clients/acme/keys", {})
+    call(keyed, "DELETE", "/clients/acme")
+    assert told(ask(f"{keyed.url}/api/x", headers={"X-API-Key": made["key"]})) == (401, "credentials_invalid")
+    assert ask(f"{keyed.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "part"),
+    [
+        ("/clients/acme/keys", {"routes": ["none"]}, 422, "there is no route 'none'"),
+        ("/clients/acme/keys", {"routes": []}, 422, "routes"),
+        ("/clients/acme/keys", {"expires_at": "2001-01-01T00:00:00Z"}, 422, "in the future"),
+        ("/clients/acme/keys", {"expires_at": "2101-01-01T00:00:00Z", "expires_in_seconds": 5}, 422, "got both"),
+        ("/clients/acme/keys", {"expires_in_seconds": 0}, 422, "expires_in_seconds"),
+        ("/clients/acme/keys/0123456789abcdef/rotate", {}, 404, "has no key '0123456789abcdef'"),
+        ("/clients/a%20b/keys", {}, 400, "visible ASCII"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place(
+    keyed: RunningGateway, path: str, body: dict[str, Any], status: int, part: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = ask(f"{keyed.url}{path}", method="POST", body=json.dumps(body).encode(), headers=headers)
+    assert answer.status == status
+    assert part in answer.json()["detail"]
+
+
+def test_the_number_of_keys_of_a_client_is_limited(keyed: RunningGateway) -> None:
+    for _ in range(MAX_VALID_KEYS):
+        call(keyed, "POST", "/clients/acme/keys", {})
+    answer = ask(
+        f"{keyed.url}/clients/acme/keys", method="POST", body=b"{}", headers={"Content-Type": "application/json"}
+    )
+    assert answer.status == 422
+    assert "32 valid keys" in answer.json()["detail"]
+
+
+def test_a_key_of_the_configuration_is_valid_and_cannot_be_changed_here(gateway: Gateway, up: RawUpstream) -> None:
+    key = new_key(b"\1" * 32)
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    clients = {"acme": {"tier": "PREMIUM", "keys": {"laptop": {"digest": f"sha256:{digest}"}}}}
+    running = gateway(in_front_of(up.url) | {"clients": clients})
+    answer = ask(f"{running.url}/api/x", headers={"X-API-Key": key})
+    assert (answer.status, answer.headers["X-RateLimit-Limit"]) == (200, "200")
+    assert told(ask(f"{running.url}/api/x", headers={"X-Client-ID": "acme"})) == (401, "credentials_required")
+    (shown,) = call(running, "GET", "/clients/acme/keys")["keys"]
+    assert (shown["label"], shown["configured"], shown["id"]) == ("laptop", True, digest[:16])
+    refused = ask(f"{running.url}/clients/acme/keys/{digest[:16]}", method="DELETE")
+    assert (refused.status, "configuration" in refused.json()["detail"]) == (422, True)
+
+
+def test_keys_survive_a_restart(up: RawUpstream, tmp_path: Path) -> None:
+    with running_gateway(in_front_of(up.url), tmp_path) as running:
+        made = call(running, "POST", "/clients/acme/keys", {"label": "ci"})
+        assert ask(f"{running.url}/api/x", headers={"X-API-Key": made["key"]}).status == 200
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if path.name == "clients.sqlite3"]
+    assert not [path for path in files if made["key"][4:].encode() in path.read_bytes()]
+    with running_gateway(in_front_of(up.url), tmp_path) as running:
+        assert ask(f"{running.url}/api/x", headers={"X-API-Key": made["key"]}).status == 200
+        (shown,) = call(running, "GET", "/clients/acme/keys")["keys"]
+        assert shown["last_used_at"] is not None
+
+
+# Streams and tunnels
+
+HEAD = b"HTTP/1.1 200 OK\r\n%b\r\n\r\n"
+STREAMS = {
+    "a download": (HEAD % b"Content-Length: 1000" + b"begun", ("GET", ())),
+    "a chunked download": (HEAD % b"Transfer-Encoding: chunked" + b"5\r\nbegun\r\n", ("GET", ())),
+    "an event stream": (
+        HEAD % b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked" + b"5\r\nbegun\r\n",
+        ("GET", ()),
+    ),
+    "a download on the ASGI path": (HEAD % b"Content-Length: 1000" + b"begun", ("TRACK", ())),
+    "an event stream on the ASGI path": (
+        HEAD % b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked" + b"5\r\nbegun\r\n",
+        ("TRACK", ()),
+    ),
+    "a tunnel": (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nbegun",
+        ("GET", ("Upgrade: websocket", "Connection: Upgrade")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("ending", ["revoked", "expired"])
+def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str, ending: str) -> None:
+    """Within two seconds; that of another key goes on, and so does a request that has no response yet."""
+    response, (method, fields) = STREAMS[name]
+    running = gateway(in_front_of(up.url))
+    released = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        if b"/slow" in request.line:
+            released.wait(PATIENCE)
+            wire.send(HEAD % b"Content-Length: 2" + b"ok")
+        else:
+            wire.send(response)
+            released.wait(PATIENCE)
+
+    up.behave = behave
+    terms = {"expires_in_seconds": 3} if ending == "expired" else {}
+    made, other = (call(running, "POST", "/clients/acme/keys", one) for one in (terms, {}))
+    with RawClient(running.port) as ended, RawClient(running.port) as going, RawClient(running.port) as slow:
+        for client, key in ((ended, made), (going, other)):
+            client.request(method, "/api/x", (f"X-API-Key: {key['key']}", *fields))
+            assert client.read_until(b"begun") is not None
+        slow.request("GET", "/api/slow", (f"X-API-Key: {made['key']}",))
+        if ending == "revoked":
+            call(running, "DELETE", f"/clients/acme/keys/{made['id']}")
+        ended.read_exactly(10_000)  # to the end of the connection
+        going.sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            going.fill()
+        released.set()
+        assert slow.answer().status == 200
+    live = running.live.recorder
+    eventually(lambda: live.rejections["credentials_invalid"] == 1, "the end has its reason")

@@ -153,6 +153,103 @@ def test_a_claim_can_name_the_tier(gateway: Gateway, sections: dict[str, Any], c
     assert "client:one:acme" in clients_of(running)
 
 
+def test_the_own_tier_of_a_client_takes_precedence_over_a_claim(
+    gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks
+) -> None:
+    one = {**sections["identity"]["jwt"]["issuers"]["one"], "tier_claim": "plan"}
+    identity = {"sources": ["jwt", "address"], "jwt": {"issuers": {"one": one}}}
+    running = gateway(sections | {"identity": identity, "clients": {"acme": {"tier": "FREE"}}}, clocks.clocks)
+    assert get(running, signed(claims_of(plan="GOLD"))).headers["X-RateLimit-Limit"] == "100000"
+    assert get(running, signed(claims_of(plan="gold", sub="new"))).headers["X-RateLimit-Limit"] == "77777"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clients_with_tokens_share_no_limit_of_their_address(
+    gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks, method: str
+) -> None:
+    limit = {"address_limit": {"rate": 1, "capacity": 5, "exempt": []}}
+    running = gateway(sections | limit, clocks.clocks)
+    for number in range(4):
+        token = signed(claims_of(sub=f"client-{number}"))
+        for _ in range(5):
+            assert get(running, token, method=method).status == 200
+    assert told(get(running, signed(claims_of(sub="client-5")), method=method)) == (200, None)
+    assert told(get(running, signed(claims_of(sub="client-6")), method=method)) == (
+        429,
+        "rate_limited",
+    )  # first sights
+    assert get(running, signed(claims_of(sub="client-0"), algorithm="RS256"), method=method).status == 429
+    clocks.advance(1)
+    assert get(running, signed(claims_of(sub="client-6")), method=method).status == 200
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_can_be_withheld_from_upstreams(
+    gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks, up: RawUpstream, method: str
+) -> None:
+    routes = [
+        {"name": "all", "path": "/api", "upstream": "up"},
+        {"name": "kept", "path": "/api/kept", "upstream": "up", "forward_credentials": True},
+    ]
+    jwt = {**sections["identity"]["jwt"], "forward": False}
+    identity = {**sections["identity"], "jwt": jwt}
+    running = gateway(sections | {"routes": routes, "identity": identity}, clocks.clocks)
+    token = signed()
+    for _ in range(2):
+        assert get(running, token, method=method).status == 200
+        assert get(running, token, method=method, path="/api/kept").status == 200
+        assert get(running, "opaque", method=method).status == 200
+    found = [request.all("authorization") for request in up.requests]
+    assert found == [[], [b"Bearer " + token], [b"Bearer opaque"]] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_upstreams_receive_claims_as_header_fields_that_clients_cannot_send(
+    gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks, up: RawUpstream, method: str
+) -> None:
+    one = {**sections["identity"]["jwt"]["issuers"]["one"], "headers": {"X-User": "sub", "X-Roles": "roles"}}
+    running = gateway(
+        sections | {"identity": {**sections["identity"], "jwt": {"issuers": {"one": one}}}}, clocks.clocks
+    )
+    forged = ("X-User: admin", "x_user: admin", "X-Roles: admin", "Connection: close, X-User")
+    tokens = {
+        signed(claims_of(roles=["reader", "writer"])): [[b"acme"], [b"reader,writer"]],
+        signed(claims_of(roles=["a,b", "c"])): [[b"acme"], []],
+        signed(claims_of(roles="admin\r\nX-User: root")): [[b"acme"], []],
+        signed(claims_of(iss="https://elsewhere.test")): [[], []],
+        b"opaque": [[], []],
+        b"": [[], []],
+    }
+    variants: list[tuple[str, ...]] = [(), forged[:1], forged[:3], forged]
+    for token, expected in tokens.items():
+        for fields in variants:
+            for _ in range(2):  # the second time it is remembered
+                up.requests.clear()
+                given: tuple[str, ...] = (f"Authorization: Bearer {token.decode()}",) if token else ()
+                with RawClient(running.port) as client:
+                    client.request(method, headers=fields + given)
+                    assert client.answer().status == 200
+                (request,) = up.requests
+                assert [request.all(name) for name in ("x-user", "x-roles")] == expected
+                assert not request.all("x_user")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_expired_token_states_no_claims_where_it_is_only_observed(
+    gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks, up: RawUpstream, method: str
+) -> None:
+    one = {**sections["identity"]["jwt"]["issuers"]["one"], "headers": {"X-User": "sub"}}
+    identity = {**sections["identity"], "mode": "observe", "jwt": {"issuers": {"one": one}}}
+    running = gateway(sections | {"identity": identity}, clocks.clocks)
+    token = signed(claims_of(exp=claims_of()["iat"] + 110))
+    for expected in ([b"acme"], []):
+        up.requests.clear()
+        for _ in range(2):
+            assert get(running, token, method=method).status == 200
+        assert [request.all("x-user") for request in up.requests] == [expected] * 2
+        clocks.advance(200)
+
+
 # Broken tokens
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit import RunningGateway, Wire, ask, in_front_of, running_gateway
+from tests.kit import FakeClocks, RunningGateway, Wire, ask, in_front_of, running_gateway
 
 TOKEN = "correct-horse-battery"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -32,7 +32,7 @@ def tokened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
         yield gateway
 
 
-StartGateway = Callable[[dict[str, Any]], RunningGateway]
+StartGateway = Callable[..., RunningGateway]
 Connect = Callable[[RunningGateway], Wire]
 
 
@@ -479,7 +479,7 @@ def statuses(running: RunningGateway, path: str, count: int, headers: dict[str, 
 
 
 def test_an_address_that_fails_too_often_is_limited_and_nobody_else_is(gateway: StartGateway) -> None:
-    running = gateway(in_front_of("http://127.0.0.1:9") | {"admin": {"token": TOKEN}})
+    running = gateway(in_front_of("http://127.0.0.1:9") | {"admin": {"token": TOKEN}}, FakeClocks().clocks)
     failed = statuses(running, "/metrics", 60, bearer("wrong-token"))
     assert failed[:50] == [401] * 50
     refused = ask(f"{running.url}/metrics", headers=bearer("wrong-token"))
@@ -494,7 +494,7 @@ def test_an_address_that_fails_too_often_is_limited_and_nobody_else_is(gateway: 
 def test_without_a_token_configured_what_is_not_local_is_limited_and_local_requests_are_not(
     gateway: StartGateway,
 ) -> None:
-    running = gateway(in_front_of("http://127.0.0.1:9"))
+    running = gateway(in_front_of("http://127.0.0.1:9"), FakeClocks().clocks)
     forwarded = statuses(running, "/metrics", 60, {"X-Forwarded-For": "203.0.113.9"})
     assert (forwarded[0], forwarded[-1]) == (401, 429)
     assert statuses(running, "/metrics", 20) == [200] * 20

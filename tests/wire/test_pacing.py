@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -92,6 +93,9 @@ def large_report(*, is_used: bool) -> WorkerSnapshot:
     return WorkerSnapshot("1", recorder, upstreams, resources=resources)
 
 
+kept_report = cache(large_report)  # for what only reads it: it takes a third of a second to make
+
+
 def finished(route: str, seconds: float) -> Exchange:
     """Return a proxied exchange that has ended."""
     exchange = Exchange("id-1", "GET", f"/api/{route}", "127.0.0.1", NOW, CLIENT, route)
@@ -146,20 +150,20 @@ def longest(steps: Steps[Any]) -> tuple[float, Any]:
 def test_no_step_is_long(make: Callable[[WorkerSnapshot], Steps[Any]], *, is_used: bool) -> None:
     """The loop is never blocked for more than 10 ms; on an idle machine the longest step takes 2 ms.
 
-    CPU time of the thread; it is longer where others use the same caches, so the shortest of several runs counts.
+    CPU time of the thread; it is longer where others use the same caches, so one of several runs has to be short.
     """
-    report = large_report(is_used=is_used)
-    assert min(longest(make(report))[0] for _ in range(5)) < LIMIT
+    report = kept_report(is_used=is_used)
+    assert any(longest(make(report))[0] < LIMIT for _ in range(5))
 
 
 @pytest.mark.parametrize("is_used", [False, True])
 def test_a_scrape_of_many_routes_has_at_most_a_megabyte(*, is_used: bool) -> None:
-    assert len(exposition_of(large_report(is_used=is_used))) <= 1_000_000
+    assert len(exposition_of(kept_report(is_used=is_used))) <= 1_000_000
 
 
 def test_all_counts_of_many_routes_are_in_a_scrape() -> None:
     """Only series of zero are omitted, and bounds of histograms."""
-    report = large_report(is_used=True)
+    report = kept_report(is_used=True)
     found = {family.name: family for family in text_string_to_metric_families(exposition_of(report).decode())}
     for name, count in (
         ("gateway_http_requests", 19 * MANY),
@@ -176,7 +180,7 @@ def test_all_counts_of_many_routes_are_in_a_scrape() -> None:
 
 
 def test_a_report_that_was_split_is_joined_again() -> None:
-    state = large_report(is_used=True).state()
+    state = kept_report(is_used=True).state()
     parts = list(split(state))
     assert len(parts) > 10
     assert joined(parts) == state

@@ -85,7 +85,9 @@ def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> Downstrea
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
     factory = ConnectionFactory(LIMITS, Counter())
-    protocol = factory(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
+    protocol = factory.connection(
+        config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop()
+    )
     protocol.connection_made(transport)
     return protocol
 
@@ -280,7 +282,7 @@ async def test_a_cancelled_wait_for_a_slow_reader_does_not_end_the_wait_of_other
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(protocol.wait_until_writable(), 0.01)
     waiting = asyncio.create_task(protocol.wait_until_writable())
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     assert not waiting.done()
     protocol.resume_writing()
     await waiting

@@ -12,7 +12,7 @@ import pytest
 from api_gateway import GatewayConfig, create_app
 from api_gateway.errors import StartupError
 from api_gateway.transport.shielded import ShieldedTransport
-from tests.kit import RawRequest, RawUpstream, Wire, in_front_of, reply
+from tests.kit import RawRequest, RawUpstream, Wire, in_front_of, reply, turns
 
 
 class Body(httpx.AsyncByteStream):
@@ -81,12 +81,12 @@ async def test_reading_that_is_cancelled_does_not_reach_the_body() -> None:
     pieces = aiter(response.stream)
     assert await anext(pieces) == b"first"
     reading = asyncio.ensure_future(anext(pieces))
-    await asyncio.sleep(0.01)
+    await turns()
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
     closing = asyncio.ensure_future(response.stream.aclose())
-    await asyncio.sleep(0.01)
+    await turns()
     inner.body.gate.set()
     await closing
     assert (inner.body.was_cancelled, inner.body.is_closed) == (False, True)

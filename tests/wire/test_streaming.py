@@ -2,12 +2,10 @@
 
 import socket
 import threading
-import time
-from collections.abc import Callable
 
 import pytest
 
-from tests.kit import PATIENCE, RawClient, RawRequest, RawUpstream, Wire
+from tests.kit import PATIENCE, RawClient, RawRequest, RawUpstream, Wire, stalled
 
 MIB = 1024 * 1024
 SIZE = 64 * MIB
@@ -27,15 +25,6 @@ def up(up: RawUpstream) -> RawUpstream:
 def small_buffers(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
-
-
-def stalled(measure: Callable[[], int]) -> int:
-    """Return what `measure` gives once it no longer grows."""
-    before = -1
-    while measure() != before:
-        before = measure()
-        time.sleep(0.2)
-    return before
 
 
 def swallow(wire: Wire, size: int) -> int:

@@ -26,6 +26,7 @@ from api_gateway.process.worker_handle import Objection, WorkerHandle
 from api_gateway.reload.changes import keep_restart_settings
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.reporting.worker_channel import encode
+from tests.kit import soon, turns
 
 
 def test_a_worker_is_restarted_soon_after_its_first_failure_and_later_after_further_ones() -> None:
@@ -62,11 +63,6 @@ def ledger_of(*puppets: Puppet) -> CounterLedger:
 def allowed(state: dict[str, Any]) -> int:
     found: int = state["recorder"]["allowed"]["FREE"]
     return found
-
-
-async def turns(count: int = 5) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def test_a_worker_that_is_slow_to_start_is_not_taken_to_hang() -> None:
@@ -225,9 +221,7 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(
     post = WorkerSlot(1, Sockets([]))
     first = post.worker = await boss._spawn(post)
     keeping = asyncio.create_task(boss._respawn(post))
-    async with asyncio.timeout(20):
-        while post.worker is first:  # noqa: ASYNC110 - no event tells it
-            await asyncio.sleep(0.01)
+    await soon(lambda: post.worker is not first, "another worker follows")
     assert not keeping.done()
     keeping.cancel()
     found = [one for one in caplog.records if "could not be started" in one.getMessage()]

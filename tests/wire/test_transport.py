@@ -106,10 +106,7 @@ def state(transport: UpstreamTransport) -> str:
 
 
 async def settles(transport: UpstreamTransport, expected: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while state(transport) != expected and time.monotonic() < end:  # noqa: ASYNC110 - the pool tells nobody
-        await asyncio.sleep(0.005)
-    assert state(transport) == expected
+    await soon(lambda: state(transport) == expected, f"the pool is {expected}")
 
 
 def raw(*pieces: bytes, closes: bool = False) -> Behaviour:
@@ -256,7 +253,7 @@ async def serves_at_once(transport: UpstreamTransport, up: RawUpstream, count: i
     up.behave = held_until(gate)
     tasks = [asyncio.create_task(fetch(transport, request_to(up, "/held", pool=2))) for _ in range(count)]
     try:
-        await soon(lambda: sum(b"/held" in request.line for request in up.requests) == count, "all arrive", within=2)
+        await soon(lambda: sum(b"/held" in request.line for request in up.requests) == count, "all arrive")
     finally:
         gate.set()
     assert await asyncio.gather(*tasks) == [b"ok"] * count
@@ -284,7 +281,7 @@ async def test_requests_cancelled_anywhere_leak_no_slot(upstream: StartUpstream,
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(result == b"half" or isinstance(result, asyncio.CancelledError) for result in results)
-        await soon(lambda: state(transport).startswith("0 busy"), "no slot is taken", within=2)
+        await soon(lambda: state(transport).startswith("0 busy"), "no slot is taken")
         assert state(transport).endswith("0 waiting")
         await serves_at_once(transport, up, 4)
 
@@ -301,8 +298,8 @@ async def test_a_request_cancelled_after_any_turn_of_the_loop_gives_its_slot_bac
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await asyncio.sleep(0.05)  # time for a connection that was being made to be dropped
-        assert state(transport) in ("", "0 busy, 0 idle, 0 waiting", "0 busy, 1 idle, 0 waiting")
+        calm = ("", "0 busy, 0 idle, 0 waiting", "0 busy, 1 idle, 0 waiting")
+        await soon(lambda: state(transport) in calm, "a connection that was being made is dropped")
         await serves_at_once(transport, up, 2)
 
 
@@ -341,7 +338,7 @@ async def test_a_cancelled_request_closes_its_connection_at_once(
     task = asyncio.create_task(fetch(transport, request_to(up)))
     await soon(lambda: len(up.requests) == 1, "the request arrives")
     task.cancel()
-    await soon(lambda: left == [True], "the upstream sees the connection closed", within=1)
+    await soon(lambda: left == [True], "the upstream sees the connection closed")
 
 
 async def test_an_unread_response_closes_its_connection(transport: UpstreamTransport, upstream: StartUpstream) -> None:
@@ -1106,7 +1103,7 @@ async def test_a_connection_that_is_lost_ends_the_sending(
         await fetch(
             transport, request_to(upstream(behave, reads_body=False), method="PUT", headers=CHUNKED, body=body)
         )
-    await soon(lambda: body.is_ended, "nobody waits for the rest of the body", 2)
+    await soon(lambda: body.is_ended, "nobody waits for the rest of the body")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from tests.kit import (
     reason,
     refusing_url,
     reply,
+    stalled,
 )
 
 SOON = 2.0
@@ -96,15 +97,6 @@ class Ending:
 def small_buffers(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
-
-
-def stalled(measure: Callable[[], int]) -> int:
-    """Return what `measure` gives once it no longer grows."""
-    before = -1
-    while measure() != before:
-        before = measure()
-        time.sleep(0.2)
-    return before
 
 
 def flood(wire: Wire, sent: list[int]) -> None:

@@ -15,6 +15,7 @@ from api_gateway.metrics import Recorder
 from api_gateway.reporting import worker_channel
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.reporting.worker_channel import SingleProcess, SupervisorChannel, encode
+from tests.kit import soon
 
 
 def look() -> WorkerSnapshot:
@@ -123,11 +124,7 @@ async def test_the_end_of_a_supervisor_is_reported_to_its_worker_once() -> None:
     await peer.open()
     peer.member.announce_ready()
     peer.writer.close()
-    for _ in range(100):
-        await asyncio.sleep(0.01)
-        if told:
-            break
-    assert told == [1]
+    await soon(lambda: told == [1], "it is reported")
     assert (await asyncio.wait_for(peer.member.gather(), 5)).buckets == 7
     await peer.member.close()
     assert told == [1]

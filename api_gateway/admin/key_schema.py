@@ -1,0 +1,111 @@
+"""The bodies of the endpoints at `/clients/{id}/keys`."""
+
+from typing import Annotated
+
+from pydantic import AwareDatetime, Field
+
+from api_gateway.models import Body, RequestBody
+
+_TEN_YEARS = 315_576_000
+_Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS)]
+
+
+class KeyTerms(RequestBody):
+    """When a new key expires: at a time, after a time, or never."""
+
+    expires_at: AwareDatetime | None = Field(
+        default=None, description="ISO 8601 with UTC offset.", examples=["2027-12-01T00:00:00Z"]
+    )
+    expires_in_seconds: _Seconds | None = None
+
+
+class KeyRequest(KeyTerms):
+    """The body of POST /clients/{id}/keys."""
+
+    label: str = Field(default="", max_length=200, description="For whom or what the key is.", examples=["laptop"])
+    routes: Annotated[list[str], Field(min_length=1, max_length=100)] | None = Field(
+        default=None, description="Names of the routes that the key is valid for; null: all."
+    )
+    verified_only: bool | None = Field(
+        default=None,
+        description="Whether a credential must prove the client's id from now on. null: true with the first key, and"
+        " else as it was.",
+    )
+
+
+class RotationRequest(KeyTerms):
+    """The body of POST /clients/{id}/keys/{key}/rotate.
+
+    Without an expiry, the new key lives as long as the old one.
+    """
+
+    overlap_seconds: float = Field(
+        default=86_400, ge=0, le=_TEN_YEARS, description="How long the old key stays valid; not beyond its expiry."
+    )
+
+
+class ProofRequest(RequestBody):
+    """The body of POST /clients/{id}/verified-only."""
+
+    verified_only: bool | None = Field(
+        description="Whether a credential must prove the client's id; null: as configured, else if it has keys."
+    )
+
+
+class KeyView(Body):
+    """A key, without the key itself."""
+
+    id: str = Field(description="Name of the key in lists, logs and requests: the beginning of its SHA-256.")
+    label: str
+    created_at: str | None = Field(description="UTC, ISO 8601; null for a key of the configuration.")
+    expires_at: str | None = Field(description="UTC, ISO 8601; null: never.")
+    expired: bool
+    last_used_at: str | None = Field(
+        description="UTC, ISO 8601, to the minute, up to a minute late; null: not used, or not known."
+    )
+    routes: list[str] | None
+    configured: bool = Field(description="True for a key of the configuration, which this API cannot change.")
+
+
+class ClientKeys(Body):
+    """The keys of a client, oldest first."""
+
+    client_id: str
+    verified_only: bool = Field(description="Whether a credential must prove the client's id.")
+    confirmed: bool = Field(description="False if the client store is unavailable, see `GET /clients/{id}`.")
+    keys: list[KeyView]
+
+
+class KeyCreated(Body):
+    """A new key. This is the only response that contains it."""
+
+    client_id: str
+    key: str = Field(description="The key. It cannot be shown again.")
+    id: str
+    label: str
+    expires_at: str | None
+    routes: list[str] | None
+    verified_only: bool
+
+
+class KeyRotated(KeyCreated):
+    """A new key, and the one that it replaces."""
+
+    previous_id: str
+    previous_expires_at: str = Field(description="UTC, ISO 8601: until then both keys are valid.")
+
+
+class KeyRevoked(Body):
+    """A revoked key."""
+
+    client_id: str
+    id: str
+    label: str
+    keys_left: int = Field(description="Number of valid keys that the client still has.")
+
+
+class ProofChanged(Body):
+    """Whether a credential must prove a client's id, from now on."""
+
+    client_id: str
+    verified_only: bool

@@ -1,0 +1,219 @@
+"""The endpoints at `/clients/{id}/keys`: API keys are created, listed, rotated and revoked."""
+
+import logging
+import secrets
+from collections.abc import Sequence
+from datetime import UTC
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from api_gateway.admin.context import AdminContext, ClientId, Guarded, who
+from api_gateway.admin.key_schema import (
+    ClientKeys,
+    KeyCreated,
+    KeyRequest,
+    KeyRevoked,
+    KeyRotated,
+    KeyTerms,
+    KeyView,
+    ProofChanged,
+    ProofRequest,
+    RotationRequest,
+)
+from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, STORE_REFUSAL, TOKEN
+from api_gateway.admin.views import wall_time
+from api_gateway.clients.api_keys import RANDOM_BYTES, ApiKey, digest_of, new_key
+from api_gateway.clients.records import UNCHANGED, ClientRecord
+from api_gateway.errors import InvalidValue, NoRoute
+
+logger = logging.getLogger(__name__)
+
+MAX_VALID_KEYS = 32  # valid keys of one client
+_UNKNOWN_KEY: dict[int | str, dict[str, Any]] = {
+    404: {"description": "The client has no key with this id.", **PROBLEM}
+}
+_VALUES: dict[int | str, dict[str, Any]] = {
+    422: {"description": "An error in the body, or too many keys.", **PROBLEM},
+    **STORE_REFUSAL,
+}
+
+router = APIRouter(tags=["keys"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])
+
+
+@router.post("/clients/{client_id}/keys", summary="Create an API key", status_code=201, responses=_VALUES)
+async def create_key(
+    client_id: ClientId, body: KeyRequest, request: Request, response: Response, context: Guarded
+) -> KeyCreated:
+    """Create a key, and show it once. It is stored before the response, as its SHA-256.
+
+    It is valid at once, and within a second on all gateways that share the store.
+    """
+    now = context.clocks.wall()
+    _check_routes(context, body.routes)
+    record, _ = await context.clients.record_of(client_id)
+    if sum(key.is_valid_at(now) for key in record.keys) >= MAX_VALID_KEYS:
+        raise InvalidValue(
+            f"Client '{client_id}' has {MAX_VALID_KEYS} valid keys, which is the limit; revoke one first."
+        )
+    routes = None if body.routes is None else tuple(dict.fromkeys(body.routes))
+    secret, key = _new(body.label, now, _expiry(body, now), routes)
+    verified_only = UNCHANGED if body.verified_only is None else body.verified_only
+    await context.clients.keys.create(client_id, key, verified_only=verified_only)
+    logger.info("client '%s': API key %s created by %s", client_id, key.id, who(request))
+    response.headers["cache-control"] = "no-store"
+    return KeyCreated(**_created(context, client_id, secret, key))
+
+
+@router.get("/clients/{client_id}/keys", summary="A client's API keys")
+async def client_keys(client_id: ClientId, context: Guarded) -> ClientKeys:
+    """Return the client's keys, without the keys themselves: those that expired are listed for 30 days."""
+    record, is_confirmed = await context.clients.record_of(client_id)
+    configured = context.clients.keys.configured_of(client_id)
+    uses = await context.clients.keys.last_uses([*configured, *record.keys])
+    now = context.clocks.wall()
+    views = [
+        KeyView(
+            id=key.id,
+            label=key.label,
+            created_at=None if is_configured else wall_time(key.created_at),
+            expires_at=_time(key.expires_at),
+            expired=not key.is_valid_at(now),
+            last_used_at=_time(uses.get(key.digest)),
+            routes=None if key.routes is None else list(key.routes),
+            configured=is_configured,
+        )
+        for keys, is_configured in ((configured, True), (record.keys, False))
+        for key in keys
+    ]
+    return ClientKeys(
+        client_id=client_id,
+        verified_only=context.clients.by_id(client_id).is_verified_only,
+        confirmed=is_confirmed,
+        keys=views,
+    )
+
+
+@router.post(
+    "/clients/{client_id}/keys/{key_id}/rotate",
+    summary="Replace an API key",
+    status_code=201,
+    responses={**_UNKNOWN_KEY, **_VALUES},
+)
+async def rotate_key(
+    client_id: ClientId, key_id: str, body: RotationRequest, request: Request, response: Response, context: Guarded
+) -> KeyRotated:
+    """Create a key with the label and routes of another one, which stays valid for the overlap.
+
+    Both happen in one change: at no time is neither valid.
+    """
+    now = context.clocks.wall()
+    record, _ = await context.clients.record_of(client_id)
+    old = _stored(context, record, key_id, now)
+    expires_at = _expiry(body, now)
+    if expires_at is None and old.expires_at is not None:
+        expires_at = now + (old.expires_at - old.created_at)
+    until = min(now + body.overlap_seconds, old.expires_at or now + body.overlap_seconds)
+    secret, key = _new(old.label, now, expires_at, old.routes)
+    after = await context.clients.keys.rotate(client_id, old.digest, key, until)
+    if key not in after.keys:
+        raise _no_key(client_id, key_id)
+    logger.info("client '%s': API key %s replaced by %s by %s", client_id, old.id, key.id, who(request))
+    response.headers["cache-control"] = "no-store"
+    return KeyRotated(
+        **_created(context, client_id, secret, key), previous_id=old.id, previous_expires_at=wall_time(until)
+    )
+
+
+@router.delete(
+    "/clients/{client_id}/keys/{key_id}", summary="Revoke an API key", responses={**_UNKNOWN_KEY, **STORE_REFUSAL}
+)
+async def revoke_key(client_id: ClientId, key_id: str, request: Request, context: Guarded) -> KeyRevoked:
+    """Revoke a key at once, and within a second on all gateways that share the store.
+
+    Its open streams and tunnels are ended within two seconds.
+    """
+    record, _ = await context.clients.record_of(client_id)
+    key = _stored(context, record, key_id, None)
+    after = await context.clients.keys.revoke(client_id, key.digest)
+    logger.info("client '%s': API key %s revoked by %s", client_id, key.id, who(request))
+    now = context.clocks.wall()
+    left = sum(one.is_valid_at(now) for one in (*after.keys, *context.clients.keys.configured_of(client_id)))
+    return KeyRevoked(client_id=client_id, id=key.id, label=key.label, keys_left=left)
+
+
+@router.post(
+    "/clients/{client_id}/verified-only", summary="Set whether a credential must prove an id", responses=_VALUES
+)
+async def require_proof(client_id: ClientId, body: ProofRequest, request: Request, context: Guarded) -> ProofChanged:
+    """Set whether anyone can claim the client's id by sending it, or only who has a credential that proves it."""
+    await context.clients.keys.require_proof(client_id, verified_only=body.verified_only)
+    is_verified_only = context.clients.by_id(client_id).is_verified_only
+    logger.info(
+        "client '%s': a credential %s prove the id, set by %s",
+        client_id,
+        "must" if is_verified_only else "need not",
+        who(request),
+    )
+    return ProofChanged(client_id=client_id, verified_only=is_verified_only)
+
+
+def _new(label: str, now: float, expires_at: float | None, routes: tuple[str, ...] | None) -> tuple[str, ApiKey]:
+    secret = new_key(secrets.token_bytes(RANDOM_BYTES))
+    ends = None if expires_at is None else round(expires_at, 3)
+    return secret, ApiKey(digest_of(secret.encode()), label, round(now, 3), ends, routes)
+
+
+def _created(context: AdminContext, client_id: str, secret: str, key: ApiKey) -> dict[str, object]:
+    return {
+        "client_id": client_id,
+        "key": secret,
+        "id": key.id,
+        "label": key.label,
+        "expires_at": _time(key.expires_at),
+        "routes": None if key.routes is None else list(key.routes),
+        "verified_only": context.clients.by_id(client_id).is_verified_only,
+    }
+
+
+def _stored(context: AdminContext, record: ClientRecord, key_id: str, now: float | None) -> ApiKey:
+    """Return the key with this id; with `now` only if it has not expired. Raises NoRoute and InvalidValue."""
+    for key in record.keys:
+        if key.id == key_id:
+            if now is not None and not key.is_valid_at(now):
+                raise InvalidValue(f"Key '{key_id}' has expired; create a new one.")
+            return key
+    if any(key.id == key_id for key in context.clients.keys.configured_of(record.id)):
+        raise InvalidValue(f"Key '{key_id}' is set in the configuration; change it there.")
+    raise _no_key(record.id, key_id)
+
+
+def _no_key(client_id: str, key_id: str) -> NoRoute:
+    return NoRoute(f"Client '{client_id}' has no key '{key_id[:64]}'; GET /clients/{client_id}/keys lists them.")
+
+
+def _expiry(body: KeyTerms, now: float) -> float | None:
+    """Return when a new key expires, in seconds since the epoch. Raises InvalidValue."""
+    if body.expires_at is not None and body.expires_in_seconds is not None:
+        raise InvalidValue("body: must have expires_at or expires_in_seconds, got both.")
+    if body.expires_in_seconds is not None:
+        return now + body.expires_in_seconds
+    if body.expires_at is None:
+        return None
+    at = body.expires_at.astimezone(UTC).timestamp()
+    if at <= now:
+        given = body.expires_at.isoformat()
+        raise InvalidValue(f"body.expires_at: must be in the future, got '{given}'; the time is {wall_time(now)}.")
+    return at
+
+
+def _check_routes(context: AdminContext, routes: Sequence[str] | None) -> None:
+    """Raise InvalidValue if a route does not exist."""
+    known = context.explainer.route_names
+    for name in routes or ():
+        if name not in known:
+            raise InvalidValue(f"body.routes: there is no route '{name}'; the routes are {', '.join(known)}.")
+
+
+def _time(at: float | None) -> str | None:
+    return None if at is None else wall_time(at)

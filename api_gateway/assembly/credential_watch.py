@@ -1,0 +1,103 @@
+"""Ends open streams and tunnels whose credential has been revoked or has expired."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.downstream.connection import DownstreamConnection
+from api_gateway.errors import CredentialsInvalid
+from api_gateway.eventloop.tasks import cancel_and_wait
+from api_gateway.middleware import EXCHANGE
+from api_gateway.models import Exchange
+from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.identity_sources import Proof, Question
+
+logger = logging.getLogger(__name__)
+
+INTERVAL = 1.0  # seconds between two looks at the open exchanges
+_BATCH = 500  # connections looked at before the event loop runs other tasks
+
+
+class CredentialWatch:
+    """Looks at the open connections once a second while there are credentials.
+
+    An exchange counts as a stream or tunnel once the head of its response has been sent. A request that has no
+    response yet is completed: it was admitted while its credential was valid.
+    """
+
+    def __init__(
+        self,
+        clients: ClientRegistry,
+        *,
+        connections: Callable[[], Iterable[Any]],
+        has_credentials: Callable[[], bool],
+        clock_ns: Callable[[], int],
+    ) -> None:
+        """`connections` returns those of the server; only connections with the gateway's own protocol are ended."""
+        self._clients = clients
+        self._connections = connections
+        self._has_credentials = has_credentials
+        self._clock_ns = clock_ns
+        self._version = -1  # of the registry at the last look: what was valid then has only to be looked at for expiry
+
+    def __repr__(self) -> str:
+        return f"<CredentialWatch [{'idle' if not self._has_credentials() else 'watching'}]>"
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Watch within this block."""
+        task = asyncio.create_task(self.run(), name="streams with credentials")
+        try:
+            yield
+        finally:
+            await cancel_and_wait(task)
+
+    async def run(self) -> None:
+        """Look at the open exchanges every `INTERVAL` seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(INTERVAL)
+            if self._has_credentials():
+                await self.look()
+
+    async def look(self) -> None:
+        """End the streams and tunnels whose credential is not valid any more."""
+        version, is_changed = self._clients.version, self._clients.version != self._version
+        for count, connection in enumerate(list(self._connections()), 1):
+            for exchange, proof in _streams_of(connection):
+                if is_changed or self._clock_ns() >= proof.expires_ns:
+                    error = await self._error_of(proof)
+                    if error is not None and not exchange.finished:
+                        _end(connection, exchange, error)
+            if count % _BATCH == 0:
+                await asyncio.sleep(0)
+        self._version = version
+
+    async def _error_of(self, proof: Proof) -> CredentialsInvalid | None:
+        claim = proof.claim
+        found: object = claim.source.verify(claim, self._clock_ns())
+        if isinstance(found, Question):
+            found = await found.ask()
+        return found if isinstance(found, CredentialsInvalid) else None
+
+
+def _streams_of(connection: Any) -> Iterator[tuple[Exchange, Proof]]:
+    """Yield the exchange of a connection if it streams and has a credential."""
+    if not isinstance(connection, DownstreamConnection):
+        return
+    in_flight: Any = connection.exchange
+    if in_flight is not None:
+        exchange = in_flight.exchange
+    else:
+        cycle = connection.pipeline.current
+        exchange = None if cycle is None else cycle.scope.get(EXCHANGE)
+    if exchange is not None and exchange.status and not exchange.finished and isinstance(exchange.credential, Proof):
+        yield exchange, exchange.credential
+
+
+def _end(connection: DownstreamConnection, exchange: Exchange, error: CredentialsInvalid) -> None:
+    note_failure(exchange, error)
+    logger.info("request %s: aborted, as its credential is not valid any more", exchange.id)
+    connection.transport.abort()

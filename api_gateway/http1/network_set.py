@@ -1,0 +1,39 @@
+"""Sets of networks, for look-ups whose time does not grow with the number of networks."""
+
+from collections.abc import Collection
+from ipaddress import IPv6Address, ip_address
+
+from api_gateway.http1.headers import UNIX, Network
+
+
+class NetworkSet:
+    """A set of networks of addresses; immutable. A look-up takes one step for each length of a prefix."""
+
+    def __init__(self, networks: Collection[Network]) -> None:
+        self._has_unix = UNIX in networks
+        self._prefixes: dict[tuple[int, int], set[int]] = {}  # by version and bits to cut off
+        for network in networks:
+            if not isinstance(network, str):
+                cut = network.max_prefixlen - network.prefixlen
+                prefixes = self._prefixes.setdefault((network.version, cut), set())
+                prefixes.add(int(network.network_address) >> cut)
+
+    def __repr__(self) -> str:
+        return f"<NetworkSet of {len(self)}>"
+
+    def __len__(self) -> int:
+        return sum(map(len, self._prefixes.values())) + self._has_unix
+
+    def __contains__(self, address: str) -> bool:
+        """Tell whether an address is in one of the networks; the only string that is no address and may be is `unix`.
+
+        An IPv4-mapped IPv6 address is compared as the IPv4 address; a zone is ignored.
+        """
+        try:
+            parsed = ip_address(address.partition("%")[0])
+        except ValueError:
+            return self._has_unix and address == UNIX
+        if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+            parsed = parsed.ipv4_mapped
+        version, number = parsed.version, int(parsed)
+        return any(version == known and number >> cut in prefixes for (known, cut), prefixes in self._prefixes.items())

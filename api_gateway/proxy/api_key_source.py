@@ -1,0 +1,129 @@
+"""API keys as an identity source: in `X-API-Key`, as a bearer token, or as the user name of Basic."""
+
+import base64
+import binascii
+from functools import partial
+
+from api_gateway.clients.api_keys import KEY_PREFIX, KnownKey, digest_of, fault_of
+from api_gateway.clients.key_directory import USE_PRECISION, KeyDirectory, KeyState
+from api_gateway.errors import CredentialsInsufficient, CredentialsInvalid, GatewayError, StoreUnavailable
+from api_gateway.http1.headers import Fields
+from api_gateway.models import NANOSECONDS
+from api_gateway.proxy.identity_sources import NO_EXPIRY, Claim, Proof, Question, Verification
+from api_gateway.proxy.route_table import Route
+
+_PREFIX = KEY_PREFIX.encode()
+_PREFIX_IN_BASE64 = base64.b64encode(_PREFIX)[:5]  # the characters that the following ones do not change
+_AUTHORIZATION = b"authorization"
+_RETRY_AFTER = 1.0  # seconds
+
+
+class KeyProof(Proof):
+    """What an API key proves. Its use is noted once a minute."""
+
+    __slots__ = ("_directory", "_note_after_ns", "_routes")
+
+    def __init__(self, claim: Claim, known: KnownKey, directory: KeyDirectory, expires_ns: int) -> None:
+        super().__init__(claim, known.client_id, expires_ns=expires_ns, is_restricted=known.key.routes is not None)
+        self._directory = directory
+        self._routes = known.key.routes or ()
+        self._note_after_ns = -1
+
+    def refusal(self, route: Route) -> GatewayError | None:
+        """Return the error if the key is not for this route."""
+        if route.name in self._routes:
+            return None
+        return CredentialsInsufficient(f"The API key is not valid for route '{route.name}'.")
+
+    def note_use(self, now_ns: int) -> None:
+        """Note the use of the key, unless it was noted in the last minute."""
+        if now_ns >= self._note_after_ns:
+            self._note_after_ns = now_ns + USE_PRECISION * NANOSECONDS
+            self._directory.note_use(self.claim.value)
+
+
+class ApiKeySource:
+    """Identifies clients by API keys. Other values of the same header fields belong to the upstream."""
+
+    name = "api_key"
+    markers = (_PREFIX, _PREFIX_IN_BASE64)
+
+    def __init__(self, directory: KeyDirectory, header: str) -> None:
+        """`header` is the name of the header field for keys alone."""
+        self._directory = directory
+        self._header = header.lower().encode()
+        self.fields = frozenset({self._header, _AUTHORIZATION})
+
+    def __repr__(self) -> str:
+        return f"<ApiKeySource of {self._directory!r}>"
+
+    def claim(self, fields: Fields) -> Claim | None:
+        """Return the key in header fields; a fault if there are several, or if it is malformed."""
+        found: dict[bytes, list[bytes]] = {}
+        for value in fields.get(self._header, ()):
+            if value.startswith(_PREFIX):
+                found.setdefault(self._header, []).append(value)
+        for value in fields.get(_AUTHORIZATION, ()):
+            key = _key_in_authorization(value)
+            if key is not None:
+                found.setdefault(_AUTHORIZATION, []).append(key)
+        if not found:
+            return None
+        names = frozenset(found)
+        keys = {key for values in found.values() for key in values}
+        if len(keys) > 1 or any(len(fields[name]) > 1 for name in names):
+            return Claim(self, None, names, "The request has several API keys; send one.")
+        (key,) = keys
+        fault = fault_of(key)
+        if fault is not None:
+            return Claim(self, None, names, f"The API key is malformed: {fault}.")
+        return Claim(self, digest_of(key), names)
+
+    def verify(self, claim: Claim, now_ns: int) -> Verification:
+        """Return what a key proves, from memory; a question if the store must be asked."""
+        if claim.fault is not None:
+            return CredentialsInvalid(claim.fault)
+        found = self._directory.find(claim.value)
+        if found is KeyState.UNKNOWN:
+            return Question(partial(self._ask, claim, now_ns))
+        return self._verdict(claim, found, now_ns)
+
+    async def _ask(self, claim: Claim, now_ns: int) -> Proof | GatewayError:
+        return self._verdict(claim, await self._directory.look_up(claim.value), now_ns)
+
+    def _verdict(self, claim: Claim, found: KnownKey | KeyState, now_ns: int) -> Proof | GatewayError:
+        if found is KeyState.UNAVAILABLE:
+            return StoreUnavailable(
+                "The API key cannot be verified now, because the client store is unavailable.",
+                retry_after=_RETRY_AFTER,
+            )
+        if isinstance(found, KeyState):
+            return CredentialsInvalid("The API key is not valid.")
+        if found.key.expires_at is None:
+            return KeyProof(claim, found, self._directory, NO_EXPIRY)
+        left = found.key.expires_at - self._directory.wall_clock()
+        if left <= 0:
+            return CredentialsInvalid("The API key has expired.")
+        return KeyProof(claim, found, self._directory, now_ns + int(left * NANOSECONDS))
+
+
+def _key_in_authorization(value: bytes) -> bytes | None:
+    """Return the key in the value of `Authorization`, whatever its scheme; None if it has none of ours."""
+    scheme, _, rest = value.partition(b" ")
+    rest = rest.strip(b" ")
+    if scheme.lower() == b"bearer":
+        return rest if rest.startswith(_PREFIX) else None
+    if scheme.lower() == b"basic":
+        return _user_of_basic(rest)
+    return b"" if value.startswith(_PREFIX) else None  # without a scheme: recognised, and malformed
+
+
+def _user_of_basic(credentials: bytes) -> bytes | None:
+    """Return the user name of Basic credentials (RFC 7617 section 2) if it is one of our keys."""
+    if not credentials.startswith(_PREFIX_IN_BASE64):
+        return None
+    try:
+        user = base64.b64decode(credentials, validate=True).partition(b":")[0]
+    except binascii.Error:
+        return b""  # recognised, and malformed
+    return user if user.startswith(_PREFIX) else None

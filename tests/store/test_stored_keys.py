@@ -1,0 +1,221 @@
+"""API keys in both stores: durable, found by digest, changed as a whole, and followed by other gateways."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api_gateway.clients.api_keys import ApiKey, KnownKey, digest_of, new_key
+from api_gateway.clients.key_directory import KeyState
+from api_gateway.clients.records import UNCHANGED, Change, ClientStore, KeyChange, key_entry
+from api_gateway.clients.redis_store import RedisClientStore
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.storage.redis_session import StoreSession
+from tests.kit import FakeClock, soon
+from tests.store_kit import StoreServer
+from tests.unit.test_client_registry import TIERS, following
+
+Open = Callable[[], ClientStore]
+
+
+@pytest.fixture(params=["sqlite", "shared"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path, store_server: StoreServer) -> Open:
+    """Return what opens a store; all are the same one."""
+    if request.param == "sqlite":
+        return lambda: SqliteClientStore(tmp_path)
+    return lambda: RedisClientStore(StoreSession(store_server.url, timeout=1.0))
+
+
+@asynccontextmanager
+async def store_of(opened: Open) -> AsyncIterator[ClientStore]:
+    store = opened()
+    try:
+        await store.load(100)
+        yield store
+    finally:
+        await store.close()
+
+
+def made(number: int, **terms: Any) -> ApiKey:
+    """Return a key."""
+    return ApiKey(digest_of(new_key(number.to_bytes(32)).encode()), f"key {number}", 1.8e9 + number, **terms)
+
+
+ONE, TWO, THREE = made(1), made(2, expires_at=2e9 + 0.125, routes=("users", "orders")), made(3)
+
+
+async def test_a_key_is_stored_with_all_its_terms(opened: Open) -> None:
+    async with store_of(opened) as store:
+        written = await store.write("acme", Change(keys=KeyChange(add=ONE)))
+        assert (written.after.keys, written.after.verified_only) == ((ONE,), True)
+        await store.write("acme", Change(keys=KeyChange(add=TWO)))
+        await store.write("open", Change(keys=KeyChange(add=THREE), verified_only=False))
+    async with store_of(opened) as store:
+        snapshot = await store.load(10)
+        found = {record.id: record for record in snapshot.records}
+        assert found["acme"].keys == (ONE, TWO)
+        assert (found["open"].keys, found["open"].verified_only) == ((THREE,), False)
+        acme, nobody, other = await store.look_up_keys([TWO.digest, made(9).digest, THREE.digest])
+        assert acme == found["acme"]
+        assert nobody is None
+        assert other == found["open"]
+
+
+async def test_a_change_of_the_tier_keeps_the_keys_and_the_other_way_round(opened: Open) -> None:
+    async with store_of(opened) as store:
+        await store.write("acme", Change(tier="PREMIUM"))
+        await store.write("acme", Change(keys=KeyChange(add=ONE)))
+        await store.write("acme", Change(tier="BASIC"))
+        (record,) = await store.look_up(["acme"])
+        assert record is not None
+        assert (record.tier, record.keys) == ("BASIC", (ONE,))
+        await store.write("acme", Change(tier=None))
+        (record,) = await store.look_up(["acme"])
+        assert record is not None
+        assert (record.tier, record.keys, record.is_empty) == (None, (ONE,), False)
+
+
+async def test_a_rotation_is_made_as_a_whole_or_not_at_all(opened: Open) -> None:
+    async with store_of(opened) as store:
+        await store.write("acme", Change(keys=KeyChange(add=ONE)))
+        rotation = KeyChange(add=THREE, expire=((ONE.digest, 1.9e9),), requires=ONE.digest)
+        after = (await store.write("acme", Change(keys=rotation))).after
+        assert [(key.digest, key.expires_at) for key in after.keys] == [(ONE.digest, 1.9e9), (THREE.digest, None)]
+        again = KeyChange(add=TWO, expire=((ONE.digest, 1.95e9),), requires=ONE.digest)
+        after = (await store.write("acme", Change(keys=again))).after
+        assert after.keys[0].expires_at == 1.9e9, "a key never expires later than before"
+        await store.write("acme", Change(keys=KeyChange(remove=(ONE.digest,))))
+        late = KeyChange(add=made(5), expire=((ONE.digest, 1.9e9),), requires=ONE.digest)
+        after = (await store.write("acme", Change(keys=late))).after
+        assert {key.digest for key in after.keys} == {TWO.digest, THREE.digest}
+
+
+async def test_revoked_keys_are_found_no_more_and_the_id_stays_closed(opened: Open) -> None:
+    async with store_of(opened) as store:
+        for key in (ONE, TWO):
+            await store.write("acme", Change(keys=KeyChange(add=key)))
+        after = (await store.write("acme", Change(keys=KeyChange(remove=(ONE.digest,))))).after
+        assert after.keys == (TWO,)
+        after = (await store.write("acme", Change(keys=KeyChange(clear=True)))).after
+        assert (after.keys, after.verified_only, after.is_empty) == ((), True, False)
+        assert await store.look_up_keys([ONE.digest, TWO.digest]) == [None, None]
+        after = (await store.write("acme", Change(verified_only=None))).after
+        assert after.is_empty
+
+
+async def test_concurrent_changes_of_keys_are_all_kept(opened: Open) -> None:
+    async with store_of(opened) as one, store_of(opened) as other:
+        keys = [made(number) for number in range(8)]
+        await asyncio.gather(
+            *(
+                store.write("acme", Change(keys=KeyChange(add=key)))
+                for key, store in zip(keys, [one, other] * 4, strict=True)
+            )
+        )
+        (record,) = await one.look_up(["acme"])
+        assert record is not None
+        assert {key.digest for key in record.keys} == {key.digest for key in keys}
+
+
+async def test_of_more_clients_than_asked_for_all_keys_are_in_the_filter(opened: Open) -> None:
+    async with store_of(opened) as store:
+        keys = [made(number) for number in range(5)]
+        for number, key in enumerate(keys):
+            await store.write(f"client-{number}", Change(keys=KeyChange(add=key)))
+        snapshot = await store.load(2)
+        assert not snapshot.is_complete
+        assert snapshot.ids is not None
+        assert all(key_entry(key.digest) in snapshot.ids for key in keys)
+        assert sum(key_entry(made(number).digest) in snapshot.ids for number in range(100, 1100)) < 50
+
+
+async def test_last_uses_are_kept_until_a_key_is_revoked(opened: Open) -> None:
+    async with store_of(opened) as store:
+        await store.write("acme", Change(keys=KeyChange(add=ONE)))
+        await store.note_key_uses({ONE.digest: 600})
+        assert await store.key_uses([ONE.digest, TWO.digest]) == {ONE.digest: 600}
+        await store.write("acme", Change(keys=KeyChange(remove=(ONE.digest,))))
+        assert await store.key_uses([ONE.digest]) == {}
+        assert await store.key_uses([]) == {}
+
+
+async def test_another_gateway_accepts_and_refuses_a_key_within_a_second(opened: Open) -> None:
+    async with following(opened()) as one, following(opened()) as other:
+        await one.keys.create("acme", ONE, verified_only=UNCHANGED)
+        assert one.keys.find(ONE.digest) == KnownKey("acme", ONE)
+        took = await soon(lambda: other.keys.find(ONE.digest) == KnownKey("acme", ONE), "the key is known")
+        assert took < 1
+        assert other.by_id("acme").is_verified_only
+        version = other.version
+        await one.keys.revoke("acme", ONE.digest)
+        assert one.keys.find(ONE.digest) is KeyState.ABSENT
+        assert await soon(lambda: other.keys.find(ONE.digest) is KeyState.ABSENT, "the key is revoked") < 1
+        assert other.version > version, "proofs that were remembered are verified again"
+
+
+async def test_keys_that_do_not_fit_into_memory_are_looked_up(opened: Open) -> None:
+    async with store_of(opened) as store:
+        for number in range(20):
+            await store.write(f"client-{number}", Change(keys=KeyChange(add=made(number))))
+    async with following(opened(), limit=5, deadline=5.0) as registry:
+        for number in range(20):
+            found = registry.keys.find(made(number).digest)
+            if found is KeyState.UNKNOWN:
+                found = await registry.keys.look_up(made(number).digest)
+            assert found == KnownKey(f"client-{number}", made(number))
+        assert len(registry._cache.keys) <= 5
+        strangers = [registry.keys.find(made(number).digest) for number in range(100, 400)]
+        assert strangers.count(KeyState.ABSENT) > 280, "the filter excludes them"
+        for number in range(100, 400):
+            if registry.keys.find(made(number).digest) is KeyState.UNKNOWN:
+                assert await registry.keys.look_up(made(number).digest) is KeyState.ABSENT
+        async with store_of(opened) as store:
+            await store.write("client-3", Change(keys=KeyChange(remove=(made(3).digest,))))
+            await store.write("newcomer", Change(keys=KeyChange(add=made(100))))
+        await soon(lambda: registry.keys.find(made(100).digest) is not KeyState.ABSENT, "the new key is followed")
+        for number, expected in ((3, KeyState.ABSENT), (100, KnownKey("newcomer", made(100)))):
+            digest = made(number).digest
+            found = registry.keys.find(digest)
+            assert (await registry.keys.look_up(digest) if found is KeyState.UNKNOWN else found) == expected
+
+
+async def test_a_key_expires_without_a_change_of_the_store(opened: Open) -> None:
+    wall = FakeClock(time.time())
+    async with following(opened(), wall_clock=wall) as registry:
+        key = made(1, expires_at=wall() + 100)
+        await registry.keys.create("acme", key, verified_only=UNCHANGED)
+        version = registry.version
+        registry.end_grants()
+        assert registry.version == version
+        wall.advance(100.001)  # stores keep milliseconds
+        registry.end_grants()
+        assert registry.version > version, "proofs that were remembered are verified again"
+        assert registry.by_id("acme").is_verified_only
+
+
+async def test_without_the_store_known_keys_are_accepted_for_a_stated_time(store_server: StoreServer) -> None:
+    store = RedisClientStore(StoreSession(store_server.url, timeout=0.3))
+    async with following(store, outage_tolerance=0.5) as registry:
+        await registry.keys.create("acme", ONE, verified_only=UNCHANGED)
+        store_server.pause()
+        await soon(lambda: registry.store_error is not None, "the outage is noticed")
+        if registry.keys.find(ONE.digest) is not KeyState.UNAVAILABLE:  # the time is not over yet
+            assert registry.keys.find(ONE.digest) == KnownKey("acme", ONE)
+        assert registry.keys.find(TWO.digest) is KeyState.UNAVAILABLE, "it may have been created elsewhere"
+        version = registry.version
+        await soon(lambda: registry.keys.find(ONE.digest) is KeyState.UNAVAILABLE, "the time is over")
+        assert registry.version >= version
+        assert "outdated" in repr(registry.keys)
+        store_server.resume()
+        await soon(lambda: registry.keys.find(ONE.digest) == KnownKey("acme", ONE), "the store has returned")
+        assert registry.keys.find(TWO.digest) is KeyState.ABSENT
+
+
+def test_the_registry_shows_its_keys(tmp_path: Path) -> None:
+    registry = ClientRegistry(TIERS, "FREE", {}, SqliteClientStore(tmp_path))
+    assert "0 keys held, 0 configured, current" in repr(registry.keys)

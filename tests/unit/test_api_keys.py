@@ -1,0 +1,247 @@
+"""API keys: their form, where they are recognised, and what is not a key of the gateway's or not a valid one."""
+
+import base64
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api_gateway.clients.api_keys import (
+    PATTERN,
+    RANDOM_BYTES,
+    ApiKey,
+    KnownKey,
+    api_keys_of,
+    as_members,
+    digest_of,
+    fault_of,
+    keys_as_json,
+    new_key,
+)
+from api_gateway.clients.identity_rules import IdentityRules
+from api_gateway.clients.records import Change, ClientRecord, KeyChange
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.errors import CredentialsInsufficient, CredentialsInvalid
+from api_gateway.http1.headers import fields_of
+from api_gateway.models import NANOSECONDS, HeaderList, Quota
+from api_gateway.proxy.api_key_source import ApiKeySource, KeyProof
+from api_gateway.proxy.identity_sources import NO_EXPIRY
+from api_gateway.proxy.route_table import Route
+from tests.kit import FakeClock
+
+KEY = new_key(bytes(range(RANDOM_BYTES))).encode()
+OTHER = new_key(bytes(RANDOM_BYTES)).encode()
+DIGEST = digest_of(KEY)
+NOW = 1_800_000_000.0
+
+
+def basic(user: bytes, password: bytes = b"") -> bytes:
+    return b"Basic " + base64.b64encode(user + b":" + password)
+
+
+# The form
+
+
+@given(st.binary(min_size=RANDOM_BYTES, max_size=RANDOM_BYTES))
+def test_a_key_is_well_formed_and_scanners_find_it(random_bytes: bytes) -> None:
+    key = new_key(random_bytes)
+    assert fault_of(key.encode()) is None
+    assert re.fullmatch(PATTERN, key)
+    assert re.search(rf"\b{PATTERN}\b", f"curl -H 'X-API-Key: {key}' x")
+
+
+@given(st.binary(min_size=32, max_size=32), st.binary(min_size=32, max_size=32))
+def test_different_bytes_make_different_keys(one: bytes, other: bytes) -> None:
+    assert (new_key(one) == new_key(other)) is (one == other)
+
+
+@given(st.integers(4, len(KEY) - 1), st.sampled_from("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"))
+def test_a_typing_error_is_recognised_without_a_look_up(place: int, character: str) -> None:
+    typed = KEY[:place] + character.encode() + KEY[place + 1 :]
+    assert (fault_of(typed) is None) is (typed == KEY)
+
+
+def test_two_characters_in_the_wrong_order_are_recognised() -> None:
+    for place in range(4, len(KEY) - 1):
+        typed = KEY[:place] + KEY[place + 1 : place + 2] + KEY[place : place + 1] + KEY[place + 2 :]
+        assert (fault_of(typed) is None) is (typed == KEY)
+
+
+def test_a_key_needs_all_its_random_bytes() -> None:
+    with pytest.raises(ValueError, match="32 random bytes, got 31"):
+        new_key(bytes(31))
+
+
+def test_keys_are_stored_and_read_again() -> None:
+    keys = (ApiKey("a" * 64, "one", 5.0, None, None), ApiKey("b" * 64, "two", 6.125, 7.5, ("r", "s")))
+    assert api_keys_of({key.digest: as_members(key) for key in keys}) == keys
+    assert keys_as_json(()) == "{}"
+    with pytest.raises(ValueError, match="key 'aaaaaaaaaaaaaaaa'"):
+        api_keys_of({"a" * 64: {"label": "one"}})
+
+
+# Where keys are recognised
+
+
+@pytest.fixture
+def wall() -> FakeClock:
+    return FakeClock(NOW)
+
+
+@pytest.fixture
+def source(tmp_path: Path, wall: FakeClock) -> ApiKeySource:
+    keys = {
+        DIGEST: KnownKey("acme", ApiKey(DIGEST)),
+        digest_of(OTHER): KnownKey("acme", ApiKey(digest_of(OTHER), expires_at=NOW + 5, routes=("users",))),
+    }
+    quota = Quota.per_second("FREE", 1, 10)
+    store = SqliteClientStore(tmp_path / "unused")
+    registry = ClientRegistry({"FREE": quota}, "FREE", {}, store, wall_clock=wall, rules=IdentityRules(keys=keys))
+    return ApiKeySource(registry.keys, "X-API-Key")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        (b"X-API-Key", KEY),
+        (b"x-api-key", b" " + KEY),
+        (b"Authorization", b"Bearer " + KEY),
+        (b"authorization", b"bearer   " + KEY),
+        (b"Authorization", basic(KEY)),
+        (b"Authorization", basic(KEY, b"x")),
+        (b"Authorization", basic(KEY, b"a:b")),
+    ],
+)
+def test_a_key_is_accepted_in_three_places(source: ApiKeySource, field: tuple[bytes, bytes]) -> None:
+    claim = source.claim(fields_of([field]))
+    assert claim is not None
+    assert claim.names == {field[0].lower()}
+    assert any(marker in field[1] for marker in source.markers), "else the fast path would not look"
+    proof = source.verify(claim, 0)
+    assert isinstance(proof, KeyProof)
+    assert (proof.client_id, proof.expires_ns, proof.is_restricted) == ("acme", NO_EXPIRY, False)
+
+
+def test_the_same_key_may_be_in_two_places(source: ApiKeySource) -> None:
+    claim = source.claim(fields_of([(b"x-api-key", KEY), (b"authorization", b"Bearer " + KEY)]))
+    assert claim is not None
+    assert claim.fault is None
+    assert claim.names == {b"x-api-key", b"authorization"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        (b"X-API-Key", b"theirs"),
+        (b"X-API-Key", b"AGW_" + KEY[4:]),
+        (b"Authorization", b"Bearer eyJhbGciOiJIUzI1NiJ9.e30.x"),
+        (b"Authorization", basic(b"user", b"password")),
+        (b"Authorization", b"Digest username=agw_x"),
+        (b"Authorization", basic(b"user", KEY)),
+        (b"Cookie", b"key=" + KEY),
+    ],
+)
+def test_other_values_belong_to_the_upstream(source: ApiKeySource, field: tuple[bytes, bytes]) -> None:
+    assert source.claim(fields_of([field])) is None
+
+
+def test_a_key_expires_at_its_time(source: ApiKeySource, wall: FakeClock) -> None:
+    claim = source.claim(fields_of([(b"x-api-key", OTHER)]))
+    assert claim is not None
+    wall.advance(3)
+    proof = source.verify(claim, 7)
+    assert isinstance(proof, KeyProof)
+    assert proof.expires_ns == 7 + 2 * NANOSECONDS
+    wall.advance(2)
+    error = source.verify(claim, 0)
+    assert isinstance(error, CredentialsInvalid)
+    assert "expired" in error.detail
+
+
+def test_a_key_may_be_for_some_routes_only(source: ApiKeySource) -> None:
+    claim = source.claim(fields_of([(b"x-api-key", OTHER)]))
+    assert claim is not None
+    proof = source.verify(claim, 0)
+    assert isinstance(proof, KeyProof)
+    assert proof.is_restricted
+    assert proof.refusal(Route("users", "/api", "up")) is None
+    error = proof.refusal(Route("orders", "/api", "up"))
+    assert isinstance(error, CredentialsInsufficient)
+    assert "'orders'" in error.detail
+
+
+UNKNOWN = new_key(b"\xff" * RANDOM_BYTES).encode()
+BROKEN: dict[str, HeaderList] = {
+    "unknown": [(b"x-api-key", UNKNOWN)],
+    "too short": [(b"x-api-key", KEY[:-1])],
+    "too long": [(b"x-api-key", KEY + b"0")],
+    "wrong checksum": [(b"x-api-key", KEY[:-1] + b"~")],
+    "typing error": [(b"x-api-key", KEY[:10] + b"0" + KEY[11:] if KEY[10:11] != b"0" else KEY[:10] + b"1" + KEY[11:])],
+    "prefix alone": [(b"x-api-key", b"agw_")],
+    "foreign characters": [(b"x-api-key", b"agw_" + b"\xe4" * 49)],
+    "two keys": [(b"x-api-key", KEY), (b"x-api-key", OTHER)],
+    "sent twice": [(b"x-api-key", KEY), (b"x-api-key", KEY)],
+    "two places": [(b"x-api-key", KEY), (b"authorization", b"Bearer " + OTHER)],
+    "no scheme": [(b"authorization", KEY)],
+    "truncated base64": [(b"authorization", basic(KEY)[:-3])],
+    "in quotes": [(b"authorization", b'Bearer agw_"' + KEY + b'"')],
+}
+
+
+@pytest.mark.parametrize("fields", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_key_is_recognised_and_its_refusal_shows_nothing_of_it(
+    source: ApiKeySource, fields: HeaderList
+) -> None:
+    claim = source.claim(fields_of(fields))
+    assert claim is not None
+    error = source.verify(claim, 0)
+    assert isinstance(error, CredentialsInvalid)
+    assert (error.status, error.reason) == (401, "credentials_invalid")
+    shown = f"{error.detail} {error.headers} {error.extra} {claim!r}"
+    for _, value in fields:
+        for start in range(len(value) - 12):
+            assert value[start : start + 12].decode("latin-1") not in shown
+    assert DIGEST[:12] not in shown
+
+
+# Changes of keys
+
+OLD, NEW, THIRD = (ApiKey(character * 64, character, number) for number, character in enumerate("abc"))
+
+
+def test_a_rotation_is_one_change() -> None:
+    change = KeyChange(add=NEW, expire=((OLD.digest, 50.0),), requires=OLD.digest)
+    old, new = change.applied_to([OLD])
+    assert (old.digest, old.expires_at, new) == (OLD.digest, 50.0, NEW)
+    assert change.applied_to([THIRD]) == (THIRD,), "the key was revoked meanwhile"
+
+
+def test_a_key_never_expires_later_than_before() -> None:
+    change = KeyChange(expire=((OLD.digest, 50.0),))
+    (key,) = change.applied_to([ApiKey(OLD.digest, expires_at=20.0)])
+    assert key.expires_at == 20.0
+
+
+def test_keys_are_removed_one_by_one_or_all() -> None:
+    assert KeyChange(remove=(OLD.digest,)).applied_to([OLD, NEW]) == (NEW,)
+    assert KeyChange(clear=True).applied_to([OLD, NEW]) == ()
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "after"), [(None, ..., True), (False, ..., False), (None, False, False), (False, True, True)]
+)
+def test_the_first_key_makes_a_client_verified_only_unless_told_otherwise(
+    before: bool | None,  # noqa: FBT001 - a parameter of the test
+    given: object,
+    after: bool,  # noqa: FBT001 - likewise
+) -> None:
+    keys = KeyChange(add=NEW)
+    change = Change(keys=keys) if given is ... else Change(keys=keys, verified_only=bool(given))
+    record = change.applied_to(ClientRecord("acme", verified_only=before), 1, 0.0)
+    assert record.verified_only is after
+    emptied = Change(keys=KeyChange(remove=(NEW.digest,))).applied_to(record, 2, 0.0)
+    assert emptied.verified_only is after, "without its last key, the id is not open to everyone"
+    assert not emptied.is_empty
