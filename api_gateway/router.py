@@ -50,7 +50,6 @@ from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 from api_gateway.resilience.retry import FailedAttempt, RetryDenied, is_repeatable, retry_after_of
 from api_gateway.transport.dispatch import HttpxBody, close_response, fields_in, parts_of
 from api_gateway.transport.error_mapping import translate
-from api_gateway.transport.lean_response import LeanResponse
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
 from api_gateway.transport.response import UpstreamResponse
 from api_gateway.upstreams.target import Target
@@ -161,52 +160,6 @@ class Router:
             return attempts
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
 
-    def relay_stream(
-        self,
-        plan: RequestPlan,
-        attempt: Attempt,
-        response: UpstreamResponse,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        *,
-        kept: bytes | None = None,
-    ) -> Awaitable[None]:
-        """Relay the event stream with which an attempt of the fast path was answered. Raises GatewayError.
-
-        `kept` is the body that was sent, None if it cannot be sent again.
-        """
-        exchange, route = plan.exchange, plan.route
-        assert route is not None  # noqa: S101 - the request is admitted
-        upstream_client = self.upstream_clients[route.upstream]
-        request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
-        request.set_authorities(upstream_client, attempt.target)
-        request.body = NO_BODY if request.framing is None else SentBody(kept)
-        response.listener = request
-        work = partial(self._relay_begun, exchange, upstream_client, attempt, request, response, send)
-        relayed = work() if request.deadline is None else self._guard(exchange, request, receive, work)
-        if route.fallback is None:
-            return relayed
-        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, relayed)
-
-    async def _relay_begun(
-        self,
-        exchange: Exchange,
-        upstream_client: UpstreamClient,
-        attempt: Attempt,
-        request: UpstreamRequest,
-        response: UpstreamResponse,
-        send: Send,
-    ) -> None:
-        """Relay a response whose head has been recorded, and end its attempt."""
-        assert request.extension is not None  # noqa: S101 - the fast path is only offered by the gateway's own server
-        try:
-            with DisconnectListener(request.extension):
-                await self._deliver(exchange, upstream_client, attempt, request, LeanResponse(response), send)
-        finally:
-            response.close()
-            self.outcomes.release(exchange, attempt)
-
     def fall_back(
         self,
         plan: RequestPlan,
@@ -216,17 +169,16 @@ class Router:
         send: Send,
         *,
         is_sent: bool,
-        kept: bytes | None = None,
     ) -> Awaitable[None]:
         """Respond by the route's fallback after `error` of the fast path, or raise it if the fallback does not apply.
 
-        `is_sent`: the request, with its body, was sent to the upstream; `kept`: see `relay_stream`.
+        `is_sent`: a part of the request's body was sent to the upstream and not kept.
         """
         exchange, route = plan.exchange, plan.route
         assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
         request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
         if is_sent:
-            request.body = NO_BODY if request.framing is None else SentBody(kept)
+            request.body = SentBody()
         else:
             request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, _raise(error))

@@ -1,6 +1,7 @@
 """Downstream connections on a transport and an event loop that do nothing by themselves, with a clock that is set."""
 
 import asyncio
+import re
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any, Self, cast
 import uvicorn
 from uvicorn.server import ServerState
 
+from api_gateway.downstream.closing import last_response
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.downstream.connection_limits import ConnectionLimits
+from api_gateway.errors import GatewayError
 from api_gateway.http1.asgi import SERVER_EXTENSION, FastPathHandler, InFlight
 from api_gateway.http1.fast_parser import pairs_of, parse_request_head
 from tests.kit import LIMITS
@@ -175,18 +178,25 @@ class FakeExchange:
         self.number = number
         self.keep_alive = b"close" not in parts[3]
         self.is_head_sent = False
+        length = re.search(rb"(?i)content-length: (\d+)", parts[3])
+        self.left = (int(length[1]) if length else 0) - len(parts[4])
+        self.body: FakeBody | None = FakeBody(client) if self.left else None
 
     def begin(self) -> None:
         self._fast_path.exchanges.append(self)
-        self._client.begin_exchange(cast("InFlight", self))
+        self.again()
 
     def again(self) -> None:
         """Begin to forward, after a question of admission."""
         self._client.begin_exchange(cast("InFlight", self))
+        if self.body is not None and not self.body.is_complete:
+            self._client.receive_body(self.body, self.left)
 
     def finish(self) -> None:
         """Respond."""
         self._fast_path.exchanges.remove(self)
+        if self.body is not None:
+            self.body.is_response_complete = True
         self._client.transport.write(b"".join(response(self.number)))
         self._client.end_exchange(keep_alive=self.keep_alive)
 
@@ -206,9 +216,49 @@ class FakeExchange:
 
     def on_client_disconnected(self) -> None:
         self._fast_path.exchanges.remove(self)
+        if self.body is not None:
+            self.body.is_response_complete = True
         self._client.end_exchange(keep_alive=False)
 
     on_forced_close = on_client_disconnected
+
+    def on_drain(self) -> None:
+        assert self in self._fast_path.exchanges
+
+    def on_refused(self, error: GatewayError) -> None:
+        """Respond with an error, in a form that the walk knows."""
+        self._client.transport.write(last_response(error, []))
+        self.on_client_disconnected()
+
+
+class FakeBody:
+    """The body of a request on the fast path, which is dropped. Each piece pauses reading for a while."""
+
+    awaits_continue = False
+    body_rate: float | None = None
+    body_due: float | None = None
+    body_credit = 0.0
+    is_started = False
+    is_response_complete = False
+    is_body_continued = False
+    is_complete = False
+
+    def __init__(self, client: DownstreamConnection) -> None:
+        self._client = client
+
+    def feed(self, _piece: bytes) -> bool:
+        assert not self.is_response_complete
+        self._client.loop.call_soon(self._client.resume_reading)
+        return True
+
+    def end_body(self) -> None:
+        self.is_complete = True
+
+    def discard_body(self) -> None:
+        """Do nothing."""
+
+    def disconnect(self) -> None:
+        """Do nothing."""
 
 
 class FakeFastPath:
@@ -218,12 +268,19 @@ class FakeFastPath:
         self.app = app
         self.exchanges: list[FakeExchange] = []
 
+    def refusal_fields(self, _headers: Any, _target: bytes) -> list[tuple[bytes, bytes]]:
+        return []
+
     def try_handle(self, client: Any, received: bytes) -> bool:
         """Respond at once (/w), begin an exchange (/e), or leave the request to the ASGI path (/r) or parser."""
         parts = parse_request_head(received)
-        if parts is None or parts[4] or b": " not in parts[3] or parts[1][1:2] not in (b"w", b"e", b"r"):
+        if parts is None or b": " not in parts[3] or parts[1][1:2] not in (b"w", b"e", b"r"):
+            return False
+        if b"transfer-encoding" in parts[3].lower() or b"expect" in parts[3].lower():
             return False
         exchange = FakeExchange(self, client, parts, int(parts[1][2:]))
+        if exchange.left < 0 or (exchange.left and parts[1][1:2] != b"e"):
+            return False
         if parts[1][1:2] == b"w":
             client.write_response(b"".join(response(exchange.number)), keep_alive=exchange.keep_alive)
         elif parts[1][1:2] == b"r":

@@ -169,6 +169,9 @@ class Assembly:
                 await gateway.clients.load()
             except OSError as error:
                 raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
+            claimable = gateway.clients.claimable_count
+            if claimable and "header" in config.identity.sources:
+                logger.info("anyone who sends %s can claim %d registered clients", config.identity.header, claimable)
             following = asyncio.create_task(gateway.clients.follow(), name="client store")
             stack.push_async_callback(_cancelled, following)
             if isinstance(gateway.limiter, RedisLimiter):

@@ -282,6 +282,11 @@ class ClientRegistry:
         self._cursor = changes.cursor
         self._cache.forget_empty(changes.cursor.version)
 
+    @property
+    def claimable_count(self) -> int:
+        """Number of registered clients in memory whose id needs no proof."""
+        return sum(not client.is_verified_only for client in self._known.values())
+
     def bump_version(self) -> None:
         """Invalidate all clients that were resolved before."""
         self.version += 1

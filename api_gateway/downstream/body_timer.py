@@ -6,8 +6,8 @@ does not excuse a slow rest. Times are passed as arguments, on the clock of the 
 """
 
 from api_gateway.downstream.connection_limits import ConnectionLimits
-from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.errors import RequestTimeout
+from api_gateway.http1.asgi import BodyReceiver
 
 
 class BodyTimer:
@@ -31,38 +31,38 @@ class BodyTimer:
         """Count a received piece."""
         self._received += size
 
-    def seconds_left(self, cycle: RequestResponseCycle, now: float) -> float:
+    def seconds_left(self, request: BodyReceiver, now: float) -> float:
         """Return the time within which the next piece is due, and update the request's credit."""
         limits = self._limits
         received, self._received = self._received, 0
-        rate = self._rate(cycle)
-        if not rate or cycle.awaits_continue:  # no minimum rate, or the client still awaits 100 (Continue)
-            cycle.body_due = None
+        rate = self._rate(request)
+        if not rate or request.awaits_continue:  # no minimum rate, or the client still awaits 100 (Continue)
+            request.body_due = None
             return limits.idle_timeout
-        credit = now + limits.body_grace if cycle.body_due is None else cycle.body_credit
+        credit = now + limits.body_grace if request.body_due is None else request.body_credit
         most = max(limits.idle_timeout, limits.body_grace)
-        cycle.body_credit = credit = min(credit + received / rate, now + most)
-        cycle.body_due = due = min(credit, now + limits.idle_timeout)
+        request.body_credit = credit = min(credit + received / rate, now + most)
+        request.body_due = due = min(credit, now + limits.idle_timeout)
         return due - now
 
     def pause(self, now: float) -> None:
         """Note that reading has been paused."""
         self._paused_at = now
 
-    def resume(self, cycle: RequestResponseCycle, now: float) -> float | None:
+    def resume(self, request: BodyReceiver, now: float) -> float | None:
         """Extend the deadline by the time of the pause; return the seconds left, or None without a minimum rate."""
-        if cycle.body_due is None:
+        if request.body_due is None:
             return None
         pause = now - self._paused_at
-        cycle.body_credit += pause
-        cycle.body_due += pause
-        return cycle.body_due - now
+        request.body_credit += pause
+        request.body_due += pause
+        return request.body_due - now
 
-    def lateness(self, cycle: RequestResponseCycle) -> RequestTimeout:
+    def lateness(self, request: BodyReceiver) -> RequestTimeout:
         """Return the error for a body that is overdue."""
-        if cycle.body_due is None or cycle.body_due < cycle.body_credit:
+        if request.body_due is None or request.body_due < request.body_credit:
             return RequestTimeout(f"No part of the body arrived within {self._limits.idle_timeout:g} s.")
-        return RequestTimeout(f"The body arrived more slowly than {self._rate(cycle):g} bytes per second.")
+        return RequestTimeout(f"The body arrived more slowly than {self._rate(request):g} bytes per second.")
 
-    def _rate(self, cycle: RequestResponseCycle) -> float:
-        return self._limits.body_rate if cycle.body_rate is None else cycle.body_rate
+    def _rate(self, request: BodyReceiver) -> float:
+        return self._limits.body_rate if request.body_rate is None else request.body_rate

@@ -11,7 +11,7 @@ from collections import Counter
 from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.states import ConnectionEvent
-from api_gateway.errors import GatewayError, problem
+from api_gateway.errors import GatewayError, InternalError, problem
 from api_gateway.http1.asgi import FastPathProvider
 from api_gateway.http1.headers import http_date
 from api_gateway.http1.request_head import RequestHead
@@ -39,12 +39,16 @@ class Closing:
     def refuse(self, owner: ConnectionOwner, error: GatewayError, head: RequestHead | None = None) -> None:
         """Send problem details without the application and end the connection.
 
-        Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request.
+        Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request. An
+        exchange of the fast path responds itself.
         """
         if owner.state.is_ending:
             return
         if owner.transport.is_closing():  # the client cannot receive a refusal
             self.close(owner)
+            return
+        if owner.exchange is not None:
+            owner.exchange.on_refused(error)
             return
         due = owner.pipeline.due
         self._refused[error.reason] += 1
@@ -65,6 +69,15 @@ class Closing:
             more = provider.current.refusal_fields(request.headers, request.target)
         owner.transport.write(last_response(error, more))
         self.linger(owner)
+
+    def break_off(self, owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
+        """Terminate a response that an application has left incomplete."""
+        if not cycle.is_started:
+            self.respond(owner, InternalError("The gateway failed to generate a response."), cycle)
+        elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
+            owner.transport.abort()
+        else:
+            self.close(owner)
 
     def end(self, owner: ConnectionOwner, *, has_input: bool) -> None:
         """End the connection after its last response; linger if the client may still be sending."""

@@ -21,15 +21,16 @@ from api_gateway.downstream.closing import Closing
 from api_gateway.downstream.draining import drain, drain_idle, owes_response
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.pipeline import HeldInput, Pipeline
+from api_gateway.downstream.plain_body import begin_body, take_over
 from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.request_input import RequestIntake, receive, replay_held
 from api_gateway.downstream.request_reader import RequestReader
 from api_gateway.downstream.slots import SURPLUS_TIMEOUT
 from api_gateway.downstream.states import ILLEGAL_EVENTS, START, ConnectionEvent, ConnectionState, Reading
 from api_gateway.downstream.timeouts import ConnectionTimeouts
-from api_gateway.errors import GatewayError, InternalError
+from api_gateway.errors import GatewayError
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
-from api_gateway.http1.asgi import SERVER_EXTENSION, UNIX_PEER, FastPathProvider, InFlight
+from api_gateway.http1.asgi import SERVER_EXTENSION, UNIX_PEER, BodyReceiver, FastPathProvider, InFlight
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import HeaderList
 
@@ -52,11 +53,13 @@ class DownstreamConnection:
         "_writable",
         "accepts_plain",
         "app",
+        "body_left",
         "client",
         "closing",
         "exchange",
         "expects_continue",
         "held",
+        "intake",
         "is_read_paused",
         "is_write_paused",
         "last_headers",
@@ -98,7 +101,8 @@ class DownstreamConnection:
         self.raw_headers: HeaderList = []  # of the request whose cycle is created
         self.expects_continue = False
         self.exchange: InFlight | None = None
-        self.receiving: RequestResponseCycle | None = None
+        self.receiving: BodyReceiver | None = None
+        self.body_left = 0
         self.pipeline = Pipeline()
         self.held = HeldInput()
         self._listener = listener
@@ -106,7 +110,8 @@ class DownstreamConnection:
         self._connections: set[Any] = server_state.connections  # uvicorn names its own protocols as members
         self.scopes = ScopeBuilder(root_path, app_state)
         self._fast_path: FastPathProvider | None = None  # of `app`, set by `connection_made`
-        self.reader = RequestReader(self.limits, RequestIntake(self))
+        self.intake = RequestIntake(self)
+        self.reader = RequestReader(self.limits, self.intake)
         self.closing = Closing(listener.refused)
         self.timeouts = ConnectionTimeouts(self.limits)
         self.timer = DeadlineTimer(loop, self._on_timeout)
@@ -160,6 +165,9 @@ class DownstreamConnection:
         self.reader.close()
         if exchange is not None:
             exchange.on_client_disconnected()
+        receiving, self.receiving = self.receiving, None
+        if receiving is not None:
+            receiving.disconnect()
 
     def eof_received(self) -> bool:
         """Return whether to keep the connection: a half-closed client may still read (RFC 9112 section 9.6)."""
@@ -245,9 +253,9 @@ class DownstreamConnection:
             self.timeouts.on_read_resumed(self)
             self.transport.resume_reading()
 
-    def on_body_rate(self, cycle: RequestResponseCycle) -> None:
+    def on_body_rate(self, request: BodyReceiver) -> None:
         """Apply a changed minimum rate to the body of this request."""
-        self.timeouts.change_body_rate(self, cycle)
+        self.timeouts.change_body_rate(self, request)
 
     # The fast path: implements `fast_path.Downstream`
 
@@ -275,7 +283,16 @@ class DownstreamConnection:
             self.held.replay_soon(self)
             self.timeouts.apply(self)
         else:
-            self.close()
+            self.closing.end(self, has_input=self.receiving is not None)
+
+    def receive_body(self, body: BodyReceiver, left: int) -> None:
+        """Pass the rest of the body of the exchange in flight to `body`: `left` bytes, or what the parser reads."""
+        begin_body(self, body, left)
+
+    @property
+    def is_draining(self) -> bool:
+        """True once the server has begun to stop."""
+        return self.state.is_draining
 
     def write_response(self, response: bytes, *, keep_alive: bool) -> None:
         """Send a complete response to a request for which `begin_exchange` was not called."""
@@ -290,23 +307,13 @@ class DownstreamConnection:
     def run_asgi(
         self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
     ) -> None:
-        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it."""
-        self.exchange = None
-        self.accepts_plain = False
+        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it.
+
+        `body` is what has arrived of its body; the rest follows if `receive_body` was called for it.
+        """
         cycle = self.cycle_of(RequestHead(method, target, headers, "1.1", len(body), keep_alive=keep_alive))
         cycle.app = app
-        if body:
-            cycle.feed(body)
-        cycle.end_body()
-        self.move(ConnectionEvent.FALL_BACK)
-        self.pipeline.enqueue(self, cycle)
-        if self.state.is_ending:
-            return
-        self.timeouts.apply(self)
-        if self.held.data:
-            self.held.replay_soon(self)
-        elif self.state.is_held:
-            self.move(ConnectionEvent.RELEASE)
+        take_over(self, cycle, body)
 
     def become_idle(self) -> None:
         """Set the timeout for the next request; open the fast path if nothing of it has arrived."""
@@ -336,14 +343,8 @@ class DownstreamConnection:
 
     def on_unfinished(self, cycle: RequestResponseCycle) -> None:
         """Terminate an incomplete response so that the client detects that it is incomplete."""
-        if self.state.is_ending:
-            return
-        if not cycle.is_started:
-            self.closing.respond(self, InternalError("The gateway failed to generate a response."), cycle)
-        elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
-            self.transport.abort()
-        else:
-            self.close()
+        if not self.state.is_ending:
+            self.closing.break_off(self, cycle)
 
     def on_cycle_complete(self, cycle: RequestResponseCycle) -> None:
         """Process the next request after a complete response, or close the connection."""

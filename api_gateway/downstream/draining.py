@@ -15,6 +15,8 @@ def drain(owner: ConnectionOwner) -> None:
     owner.move(ConnectionEvent.DRAIN)
     if owner.pipeline.current is not None:
         owner.pipeline.current.stop()
+    if owner.exchange is not None:
+        owner.exchange.on_drain()
     announce_close(owner)
 
 
@@ -48,5 +50,5 @@ def owes_response(owner: ConnectionOwner) -> bool:
     ):  # it may contain a request with `Connection: close`
         return True
     if owner.exchange is not None:
-        return not owner.exchange.keep_alive
+        return owner.receiving is None and not owner.exchange.keep_alive
     return last is not None and not last.is_response_complete and last.is_body_complete and not last.keep_alive

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.pipeline import HeldInput, Pipeline
 from api_gateway.downstream.request_cycle import RequestResponseCycle
-from api_gateway.downstream.request_reader import RequestReader
+from api_gateway.downstream.request_reader import RequestReader, RequestSink
 from api_gateway.downstream.slots import Slot
 from api_gateway.downstream.states import ConnectionEvent, ConnectionState
 from api_gateway.errors import GatewayError
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
-from api_gateway.http1.asgi import InFlight
+from api_gateway.http1.asgi import BodyReceiver, InFlight
 from api_gateway.http1.request_head import RequestHead
 
 
@@ -41,6 +41,10 @@ class TimeoutsPart(Protocol):
 class ClosingPart(Protocol):
     """`Closing`, as the input uses it."""
 
+    def reset(self) -> None:
+        """Count discarded bytes anew."""
+        ...
+
     def discard(self, owner: "ConnectionOwner", size: int) -> None:
         """Count bytes received after the end."""
         ...
@@ -54,6 +58,7 @@ class ConnectionOwner(Protocol):
     """The connection to which a part belongs.
 
     `receiving` is the request whose body is not complete, `exchange` the request in flight on the fast path.
+    `body_left` is the number of bytes of a body that is received without the parser, after a plain head.
     """
 
     app: Any
@@ -65,7 +70,8 @@ class ConnectionOwner(Protocol):
     accepts_plain: bool
     is_write_paused: bool
     is_read_paused: bool
-    receiving: RequestResponseCycle | None
+    receiving: BodyReceiver | None
+    body_left: int
     exchange: InFlight | None
     reader: RequestReader
     pipeline: Pipeline
@@ -83,6 +89,11 @@ class ConnectionOwner(Protocol):
         """The end of the connection."""
         ...
 
+    @property
+    def intake(self) -> RequestSink:
+        """What takes the requests and bodies that are read."""
+        ...
+
     def move(self, event: ConnectionEvent) -> None:
         """Change the state."""
         ...
@@ -97,6 +108,10 @@ class ConnectionOwner(Protocol):
 
     def become_idle(self) -> None:
         """Set the timeout for the next request; open the fast path if nothing of it has arrived."""
+        ...
+
+    def replay(self) -> None:
+        """Parse the held input."""
         ...
 
     def pause_reading(self) -> None:

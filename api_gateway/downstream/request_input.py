@@ -5,6 +5,7 @@ from typing import Final
 
 from api_gateway.downstream.draining import announce_close
 from api_gateway.downstream.owner import ConnectionOwner
+from api_gateway.downstream.plain_body import take_body
 from api_gateway.downstream.states import ConnectionEvent, Reading
 from api_gateway.errors import GatewayError, Overloaded
 from api_gateway.http1.request_head import RequestHead
@@ -56,24 +57,28 @@ class RequestIntake:
         After the response, pieces of a body that is continued count as discarded ones do.
         """
         owner = self._owner
-        cycle = owner.receiving
-        assert cycle is not None  # noqa: S101 - set by `on_request`
+        request = owner.receiving
+        assert request is not None  # noqa: S101 - set by `on_request`, or by the fast path
         owner.timeouts.receive_body(len(piece))
-        if not cycle.is_response_complete or cycle.is_body_continued:
-            if cycle.feed(piece):
+        if not request.is_response_complete or request.is_body_continued:
+            if request.feed(piece):
                 owner.pause_reading()
-            if not cycle.is_response_complete:
+            if not request.is_response_complete:
                 return
         owner.closing.discard_body(owner, len(piece))
 
     def on_body_complete(self) -> None:
         """End the request."""
         owner = self._owner
-        cycle, owner.receiving = owner.receiving, None
-        assert cycle is not None  # noqa: S101 - set by `on_request`
-        owner.move(ConnectionEvent.BODY_COMPLETE)
-        cycle.end_body()
-        if cycle.is_response_complete:
+        request, owner.receiving = owner.receiving, None
+        assert request is not None  # noqa: S101 - as above
+        if owner.exchange is None:
+            owner.move(ConnectionEvent.BODY_COMPLETE)
+        else:
+            owner.resume_reading()  # while the exchange is in flight, input is held up to a limit of its own
+            owner.move(ConnectionEvent.EXCHANGE_BODY_COMPLETE)
+        request.end_body()
+        if request.is_response_complete:
             owner.become_idle()
         else:
             owner.timeouts.apply(owner)
@@ -95,7 +100,10 @@ def receive(owner: ConnectionOwner, data: bytes) -> None:
     elif state.is_held:
         _hold(owner, data)
     else:
-        _parse(owner, data)
+        if owner.body_left:
+            _parse_rest(owner, take_body(owner, data))
+        else:
+            _parse(owner, data)
         if owner.state.is_draining:
             announce_close(owner)
 
@@ -111,6 +119,16 @@ def replay_held(owner: ConnectionOwner) -> None:
     elif owner.state.is_draining:
         announce_close(owner)
     owner.resume_reading()
+
+
+def _parse_rest(owner: ConnectionOwner, rest: memoryview) -> None:
+    """Hold or parse what follows a body in one read."""
+    if rest and owner.state.is_held:
+        _hold(owner, rest)
+    elif rest and not owner.state.is_ending:
+        owner.accepts_plain = False
+        owner.reader.forget_line_breaks()
+        _parse(owner, bytes(rest))
 
 
 def _hold(owner: ConnectionOwner, data: bytes | memoryview) -> None:

@@ -25,7 +25,9 @@ class ConnectionEvent(IntEnum):
     BODY_COMPLETE = auto()
     HOLD = auto()  # the next input may not be parsed before a response is complete
     RELEASE = auto()  # it may be parsed now
-    EXCHANGE_BEGUN = auto()  # the fast path has taken a complete request; also when it begins to forward that
+    EXCHANGE_BEGUN = auto()  # the fast path has taken a request; also when it begins to forward that
+    BODY_AWAITED = auto()  # the request that the fast path has taken has a body, which is incomplete
+    EXCHANGE_BODY_COMPLETE = auto()  # that body is complete, and the exchange in flight
     EXCHANGE_ENDED = auto()  # the fast path has completed its response, and no input is held
     PLAIN_RESPONSE = auto()  # the fast path has responded to a complete request at once
     FALL_BACK = auto()  # the ASGI path takes over a complete request from the fast path
@@ -45,7 +47,7 @@ class Reading(IntEnum):
     NEW = auto()  # nothing has arrived since the connection was made
     IDLE = auto()  # no part of the next request has arrived
     HEAD = auto()  # a head is incomplete
-    BODY = auto()  # a body is incomplete
+    BODY = auto()  # a body is incomplete; it is passed on, or discarded after an early response
     HELD = auto()  # input is kept and not parsed
     DISCARDING = auto()  # input is discarded
     TUNNELLED = auto()  # input belongs to another protocol
@@ -91,9 +93,17 @@ READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
         **_END,
     },
     Reading.HEAD: {ConnectionEvent.HEAD_COMPLETE: Reading.BODY, **_END},
-    Reading.BODY: {ConnectionEvent.BODY_COMPLETE: Reading.IDLE, **_END},
+    Reading.BODY: {
+        ConnectionEvent.BODY_COMPLETE: Reading.IDLE,
+        ConnectionEvent.EXCHANGE_BEGUN: Reading.BODY,
+        ConnectionEvent.EXCHANGE_BODY_COMPLETE: Reading.HELD,
+        ConnectionEvent.EXCHANGE_ENDED: Reading.BODY,  # an early response
+        ConnectionEvent.FALL_BACK: Reading.BODY,
+        **_END,
+    },
     Reading.HELD: {
         ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
+        ConnectionEvent.BODY_AWAITED: Reading.BODY,
         ConnectionEvent.EXCHANGE_ENDED: Reading.IDLE,
         ConnectionEvent.FALL_BACK: Reading.HELD,
         ConnectionEvent.RELEASE: Reading.IDLE,
@@ -102,6 +112,7 @@ READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
     },
     Reading.DISCARDING: {
         ConnectionEvent.EXCHANGE_BEGUN: Reading.DISCARDING,
+        ConnectionEvent.BODY_AWAITED: Reading.DISCARDING,
         ConnectionEvent.EXCHANGE_ENDED: Reading.DISCARDING,
         ConnectionEvent.FALL_BACK: Reading.DISCARDING,
         ConnectionEvent.SWITCH: Reading.DISCARDING,
@@ -119,6 +130,7 @@ _LAST: Final = (
 _LATE: Final = (
     *_LAST,
     ConnectionEvent.EXCHANGE_BEGUN,
+    ConnectionEvent.BODY_AWAITED,
     ConnectionEvent.FALL_BACK,
     ConnectionEvent.RESPONSE,
 )  # of one whose client leaves
@@ -134,6 +146,7 @@ SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
     },
     Service.FORWARDING: {
         ConnectionEvent.EXCHANGE_BEGUN: Service.FORWARDING,
+        ConnectionEvent.BODY_AWAITED: Service.FORWARDING,
         ConnectionEvent.EXCHANGE_ENDED: Service.IDLE,
         ConnectionEvent.LAST_RESPONSE: Service.IDLE,
         ConnectionEvent.FALL_BACK: Service.SERVING,
@@ -172,7 +185,7 @@ PERSISTENCE: Final[dict[Persistence, dict[ConnectionEvent, Persistence]]] = {
 # the held input is parsed in the next turn of the event loop.
 READINGS_BY_SERVICE: Final[dict[Service, tuple[Reading, ...]]] = {
     Service.IDLE: (Reading.NEW, Reading.IDLE, Reading.HEAD, Reading.BODY, Reading.HELD),
-    Service.FORWARDING: (Reading.HELD,),
+    Service.FORWARDING: (Reading.BODY, Reading.HELD),
     Service.SERVING: (Reading.IDLE, Reading.HEAD, Reading.BODY, Reading.HELD),
     Service.TUNNELLING: (Reading.TUNNELLED,),
     Service.LINGERING: (Reading.DISCARDING,),

@@ -3,10 +3,10 @@
 from api_gateway.downstream.body_timer import BodyTimer
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.owner import ConnectionOwner
-from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.states import Reading
 from api_gateway.errors import RequestTimeout
 from api_gateway.eventloop.send_queue import unacknowledged
+from api_gateway.http1.asgi import BodyReceiver
 
 
 class ConnectionTimeouts:
@@ -46,10 +46,10 @@ class ConnectionTimeouts:
         if owner.receiving is not None and not owner.state.is_ending:
             owner.timer.set(self._body.seconds_left(owner.receiving, owner.loop.time()))
 
-    def change_body_rate(self, owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
+    def change_body_rate(self, owner: ConnectionOwner, request: BodyReceiver) -> None:
         """Apply a changed minimum rate to the body of this request."""
-        if cycle is owner.receiving:
-            cycle.body_due = None
+        if request is owner.receiving:
+            request.body_due = None
             self.await_body(owner)
 
     def on_read_paused(self, owner: ConnectionOwner) -> None:
@@ -65,7 +65,7 @@ class ConnectionTimeouts:
 
     def expire(self, owner: ConnectionOwner) -> None:
         """Handle the expiry."""
-        current = owner.pipeline.current
+        current: BodyReceiver | None = owner.pipeline.current if owner.exchange is None else owner.receiving
         if owner.state.is_ending or owner.is_write_paused or owner.transport.is_closing():
             self._check_reader(owner)
         elif current is not None and not current.is_response_complete:
@@ -89,16 +89,16 @@ class ConnectionTimeouts:
         self._unsent = unsent
         owner.timer.set(owner.limits.idle_timeout)
 
-    def _check_sender(self, owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
+    def _check_sender(self, owner: ConnectionOwner, request: BodyReceiver) -> None:
         """Terminate a request whose body is overdue."""
         now = owner.loop.time()
-        if owner.receiving is not cycle:  # the body is complete; a pipelined head may wait for the response
+        if owner.receiving is not request:  # the body is complete; a pipelined head may wait for the response
             owner.timer.set(owner.limits.header_timeout)
-        elif owner.is_read_paused or cycle.awaits_continue:  # the client does not cause the delay
+        elif owner.is_read_paused or request.awaits_continue:  # the client does not cause the delay
             owner.timer.set(owner.limits.idle_timeout)
-        elif cycle.body_due is not None and cycle.body_due > now:  # the deadline was extended
-            owner.timer.set(cycle.body_due - now)
-        elif cycle.is_started:
+        elif request.body_due is not None and request.body_due > now:  # the deadline was extended
+            owner.timer.set(request.body_due - now)
+        elif request.is_started:
             owner.transport.abort()
         else:
-            owner.refuse(self._body.lateness(cycle))
+            owner.refuse(self._body.lateness(request))

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Protocol
 
-from api_gateway.http1.asgi import ASGIApp, InFlight
+from api_gateway.http1.asgi import ASGIApp, BodyReceiver, InFlight
 from api_gateway.models import HeaderList
 from api_gateway.proxy.header_facts import RewrittenHeaders
 
@@ -41,6 +41,23 @@ class Downstream(Protocol):
         """Process the next request after a complete response, or close the connection."""
         ...
 
+    @property
+    def is_draining(self) -> bool:
+        """True once the server has begun to stop."""
+        ...
+
+    def receive_body(self, body: BodyReceiver, left: int) -> None:
+        """Pass the rest of the body of the exchange in flight, `left` bytes, to `body`, also after the exchange."""
+        ...
+
+    def pause_reading(self) -> None:
+        """Stop reading from the client."""
+        ...
+
+    def resume_reading(self) -> None:
+        """Read from the client again, unless input is held."""
+        ...
+
     def write_response(self, response: bytes, *, keep_alive: bool) -> None:
         """Send a complete response to a request for which `begin_exchange` was not called."""
         ...
@@ -48,5 +65,8 @@ class Downstream(Protocol):
     def run_asgi(
         self, app: ASGIApp, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
     ) -> None:
-        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it."""
+        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it.
+
+        `body` is what has arrived of its body; the rest follows if `receive_body` was called for it.
+        """
         ...

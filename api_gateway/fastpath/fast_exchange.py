@@ -14,6 +14,7 @@ import httpx
 from api_gateway.errors import ClientDisconnected, GatewayError, InternalError, Unavailable, UpstreamFailed
 from api_gateway.fastpath.client_port import Downstream
 from api_gateway.fastpath.context import ExchangeContext
+from api_gateway.fastpath.exchange_body import ExchangeBody
 from api_gateway.fastpath.response_head import parsed_head, plain_head
 from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
 from api_gateway.http1.fast_parser import pairs_of
@@ -29,15 +30,20 @@ from api_gateway.http1.serializer import render_response_head
 from api_gateway.middleware import EXCHANGE, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
-from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
+from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.deadline import deadline_error
 from api_gateway.proxy.exchange import (
     ASK,
+    BODY,
+    BODY_END,
+    BODY_PAUSE,
+    BODY_RESUME,
     BREAK,
     CLIENT_GONE,
     COMPLETE,
     CONNECT,
+    CONTINUE,
     DATA,
     DEFECT,
     DONE,
@@ -47,7 +53,6 @@ from api_gateway.proxy.exchange import (
     FINAL,
     FLOWING,
     HAND_OVER,
-    HELD,
     NONE,
     PAUSED,
     PHASES,
@@ -63,10 +68,12 @@ from api_gateway.proxy.exchange import (
 )
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.header_facts import RewrittenHeaders
-from api_gateway.proxy.sse import is_event_stream
+from api_gateway.proxy.route_table import Route
+from api_gateway.proxy.sse import EventBoundaries, is_event_stream
 from api_gateway.proxy.url_rewriting import NO_AUTHORITIES, Authorities
 from api_gateway.resilience.retry import RetryDenied, retry_after_of
 from api_gateway.transport.connection import StaleConnection, UpstreamConnection
+from api_gateway.transport.error_mapping import translate
 from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt
@@ -75,6 +82,7 @@ from api_gateway.upstreams.upstream_client import UpstreamClient
 _HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
 _MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
 _MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
+_MAX_COPIED = 16_384  # bytes of a request body for which copying is cheaper than a write of several pieces
 
 
 class FastExchange(ProxyExchange):
@@ -96,6 +104,9 @@ class FastExchange(ProxyExchange):
     failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
     last: UpstreamResponse | None = None  # the response of the last attempt, likewise
     tried: tuple[Target, ...] = ()  # the targets of the attempts that have failed
+    upload: ExchangeBody | None = None  # the request body
+    waited_before_head = 0.0  # seconds for which the attempt had waited for the client when the head arrived
+    events: EventBoundaries | None = None  # of an event stream
     task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
 
     def __init__(
@@ -109,13 +120,13 @@ class FastExchange(ProxyExchange):
         self.plan = plan
         self.attempt: Attempt | None = None
         self._last_attempt: Attempt | None = None  # ended, but its result may be final
-        self.body = body
-        if body:
-            self.request_body = HELD
         self._context = context
         self._client = client
-        self._headers = headers
+        self._request_headers = headers
         self.keep_alive = headers.facts.keep_alive
+        if headers.facts.length:
+            self.upload = upload = ExchangeBody(client, self, body, headers.facts.length, context.via)
+            self.request_body = COMPLETE if upload.is_complete else FLOWING
 
     def __repr__(self) -> str:
         return f"<FastExchange {self.exchange.method} {self.exchange.path} [{self.states}]>"
@@ -144,8 +155,19 @@ class FastExchange(ProxyExchange):
 
     def wait(self, question: Wait) -> None:
         """Ask a question of admission, and continue when the reply arrives."""
-        self._client.begin_exchange(self)
+        self._begin()
         self._ask(question)
+
+    def refuse(self, error: GatewayError | DirectResponse) -> None:
+        """Refuse the request, whose body is incomplete."""
+        self._begin()
+        self._refuse(error)
+
+    def _begin(self) -> None:
+        """Take the connection of the client, and receive the rest of the body."""
+        self._client.begin_exchange(self)
+        if self.upload is not None and not self.upload.is_complete:
+            self._client.receive_body(self.upload, self.upload.length - self.upload.received)
 
     def _ask(self, question: Wait) -> None:
         self.move(ASK)
@@ -175,6 +197,8 @@ class FastExchange(ProxyExchange):
         """Respond with problem details."""
         self.move(REFUSE)
         context = self._context
+        if self.upload is not None and self.upload.awaits_continue:
+            self.keep_alive = False  # the client may send the body or not
         response, keep_alive = context.refusal(self.plan, error, keep_alive=self.keep_alive)
         self._client.transport.write(response)
         self._end(context.clock(), Outcome.IGNORED, keep_alive=keep_alive)
@@ -205,7 +229,16 @@ class FastExchange(ProxyExchange):
         except Unavailable as error:
             return self._after(error.with_traceback(None))
         self.timeouts = upstream_client.limits
-        self._client.begin_exchange(self)
+        upload = self.upload
+        if upload is None:
+            self._client.begin_exchange(self)
+        else:
+            if is_safe:
+                upload.keep(upstream_client.retries.policy.max_body_bytes)
+            if upload.is_complete:
+                self._client.begin_exchange(self)
+            else:
+                self._expect_body(upload, route)
         if deadline is not None:
             self.timer = self._client.loop.call_later(deadline.at - now, self._on_deadline, self.generation)
             self.is_pending = True
@@ -223,6 +256,13 @@ class FastExchange(ProxyExchange):
         else:
             self._send(connection, upstream_client, attempt, now)
 
+    def _expect_body(self, upload: ExchangeBody, route: Route) -> None:
+        """Receive the rest of the body of an admitted request by the settings of its route."""
+        if route.min_body_rate is not None:
+            upload.body_rate = route.min_body_rate
+        self._begin()
+        self._pace_body(upload)
+
     def _begin_to_connect(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         self.move(CONNECT)
         self.is_pending = True
@@ -231,7 +271,7 @@ class FastExchange(ProxyExchange):
     @property
     def _is_repeatable(self) -> bool:
         """True if the method or an idempotency key makes the request repeatable, see `retry.is_repeatable`."""
-        return self.exchange.method in IDEMPOTENT or _HAS_KEY.search(self._headers.received) is not None
+        return self.exchange.method in IDEMPOTENT or _HAS_KEY.search(self._request_headers.received) is not None
 
     def _after(self, error: GatewayError) -> GatewayError | None:
         """Hand an exchange that has failed over to the fallback of its route; return the error if there is none."""
@@ -278,11 +318,11 @@ class FastExchange(ProxyExchange):
         self, connection: UpstreamConnection, upstream_client: UpstreamClient, attempt: Attempt, now: float
     ) -> None:
         """Send the request on a connection."""
-        plan, exchange, body = self.plan, self.exchange, self.body
+        plan, exchange, upload = self.plan, self.exchange, self.upload
         route, deadline = plan.route, plan.deadline
         host, identity = upstream_client.hosts[attempt.target], exchange.id.encode()
         if not host:
-            host = upstream_client.host_of(attempt.target, self._headers.facts.host_field)
+            host = upstream_client.host_of(attempt.target, self._request_headers.facts.host_field)
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
         if plan.facts.credentials and route is not None and route.forward_credentials:
@@ -291,14 +331,29 @@ class FastExchange(ProxyExchange):
             identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
         self.connection = connection
         self.phase = EXCHANGING
-        if body:
-            self.request_body = COMPLETE
-            exchange.bytes_in = len(body)
-        connection.start(
-            self,
-            b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
-            % (exchange.method.encode(), plan.target, host, self._headers.sent, identity, body),
+        head = b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n" % (
+            exchange.method.encode(),
+            plan.target,
+            host,
+            self._request_headers.sent,
+            identity,
         )
+        if upload is None:
+            connection.start(self, head)
+        else:
+            self._send_with_body(connection, upload, head)
+
+    def _send_with_body(self, connection: UpstreamConnection, upload: ExchangeBody, head: bytes) -> None:
+        """Send a head and what has arrived of the body."""
+        self.exchange.bytes_in = size = upload.received
+        pieces = upload.begin(connection)
+        request = [head, *pieces] if size > _MAX_COPIED else [head + b"".join(pieces)]
+        if upload.is_complete:
+            connection.start(self, *request)
+        else:
+            self.listener = upload
+            connection.begin(self, request, upload.length - size)
+            self._pace_body(upload)
 
     # From the upstream
 
@@ -308,14 +363,15 @@ class FastExchange(ProxyExchange):
 
     def on_complex_head(self) -> None:
         """Forward interim responses, and take no more than READ_SIZE at once: the parser's callbacks take time."""
-        self.listener = _Interim(self._client, self._context.via)
+        if self.upload is None or self.upload.is_complete:
+            self.listener = _Interim(self._client, self._context.via)
         self.is_relayed = False
 
     def on_complex_chunk(self) -> None:
         """Send the further pieces in chunks of their own, see `on_complex_head`."""
         self.chunks, self.is_framed, self.is_relayed = None, True, False
 
-    def on_progress(self) -> None:
+    def on_progress(self) -> None:  # noqa: C901, PLR0912 - a call less for each response
         """Forward what has arrived of the response."""
         if self.phase != EXCHANGING:
             self._may(DATA)
@@ -334,21 +390,60 @@ class FastExchange(ProxyExchange):
         else:
             attempt = self.attempt
             assert attempt is not None  # noqa: S101 - set before sending
-            self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now)
+            upload = self.upload
+            client = NO_PROGRESS if upload is None or upload.is_prompt else self._note_progress(upload)
+            self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now, client)
             if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries(attempt, now):
                 return
-            if not self.head and is_event_stream(self.fields):
-                self._hand_over()
+            if not self.head and is_event_stream(self.fields) and not self._begin_stream(attempt):
                 return
             self._write_head(attempt)
             if attempt.is_probe and not self.is_complete:
                 self.is_pending = True
                 self.probe = self._context.router.settle_probe_soon(attempt, self._client.loop)
         if self.is_complete:
-            self.phase, self.response = DONE, COMPLETE
+            if self.upload is None or self.upload.is_complete:
+                self.phase, self.response = DONE, COMPLETE
+            else:
+                self.response = FLOWING
+                self.move(END)
             self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
         else:
             self._receive_more()
+            if self.events is not None and self._client.is_draining:
+                self.on_drain()
+
+    def _begin_stream(self, attempt: Attempt) -> bool:
+        """Settle an attempt with an event stream, because its end shows nothing about the upstream.
+
+        Its connection is counted apart from those of requests. Return False if the holder's share of those is used up.
+        """
+        self._context.router.outcomes.settle_success(attempt)
+        try:
+            self.move_to_tunnels()
+        except httpx.PoolTimeout as error:
+            self.exchange.has_reached = True  # the charge is kept, because the upstream has served the request
+            failure = translate(error, attempt.upstream.name)
+            failure.__cause__ = error.with_traceback(None)
+            self.close()
+            final = self._after(failure)
+            if final is not None:
+                self._refuse(final)
+            return False
+        attempt.release_slot()
+        if b"content-encoding" not in self.fields:  # a coding hides the boundaries of events
+            self.events = EventBoundaries()
+        return True
+
+    def on_drain(self) -> None:
+        """End an event stream between two events: the server stops, and the client connects again by itself."""
+        if self.events is None or not self.events.is_between or self.phase != EXCHANGING or self.response == NONE:
+            return
+        self.close()
+        if self.is_framed:
+            self._client.transport.write(b"0\r\n\r\n")
+        self.move(END)
+        self._end(self._context.clock(), Outcome.SUCCESS, keep_alive=self.keep_alive)
 
     def _receive_more(self) -> None:
         """Receive more of the response as soon as the client reads."""
@@ -367,10 +462,14 @@ class FastExchange(ProxyExchange):
         """Send the head and what has arrived of the body."""
         context, exchange, route = self._context, self.exchange, self.plan.route
         exchange.status, exchange.source = self.status, "upstream"
+        if self.upload is not None:
+            self.upload.is_started = True
+            if self.upload.awaits_continue:
+                self.keep_alive = False  # the client may send the body or not
         rewriter, authorities = None if route is None else route.url_rewriter, NO_AUTHORITIES
         if rewriter is not None:
             upstream_client = context.router.upstream_clients[attempt.upstream.name]
-            authorities = Authorities.of(upstream_client, attempt.target, self._headers.facts.host_field)
+            authorities = Authorities.of(upstream_client, attempt.target, self._request_headers.facts.host_field)
         if self.head:
             if self.cost is not None:
                 context.router.on_cost(exchange, (self.cost,))
@@ -395,6 +494,8 @@ class FastExchange(ProxyExchange):
     def _take_piece(self) -> bytes:
         """Remove and return what has arrived of the body, framed for the client."""
         piece, exchange = self.take(), self.exchange
+        if self.events is not None:
+            self.events.follow(piece)
         if self.chunks is not None:
             exchange.bytes_out = self.chunks.content
             return piece
@@ -419,8 +520,7 @@ class FastExchange(ProxyExchange):
         self.move(BREAK)
         attempt = self.attempt or self._last_attempt
         assert attempt is not None  # noqa: S101 - set before sending
-        client = ClientProgress(waited=self.reader_waited)
-        failure = self._context.router.outcomes.on_broken_body(self.exchange, attempt, error, client)
+        failure = self._context.router.outcomes.on_broken_body(self.exchange, attempt, error, self._client_progress())
         note_failure(self.exchange, failure)
         self._end(self._context.clock(), Outcome.IGNORED, keep_alive=False)  # the attempt is settled already
 
@@ -431,18 +531,18 @@ class FastExchange(ProxyExchange):
         exchange, attempt, router = self.exchange, self.attempt, self._context.router
         assert attempt is not None and isinstance(error, httpx.TransportError)  # noqa: S101, PT018 - the only errors of transports
         self.close()
-        if (
-            isinstance(error, StaleConnection)
-            and exchange.method in IDEMPOTENT
-            and not (self.body or self.is_repeated)
-        ):
+        client_progress = NO_PROGRESS
+        if self.upload is not None:
+            client_progress = self._note_progress(self.upload)
+            self.upload.end_attempt()
+        elif isinstance(error, StaleConnection) and exchange.method in IDEMPOTENT and not self.is_repeated:
             self._forget()
             self.is_repeated = True
             client = router.upstream_clients[attempt.upstream.name]
             self._begin_to_connect(client, attempt, self._context.clock())
             return
         self.error = None
-        failure = router.outcomes.on_failure(exchange, attempt, error)
+        failure = router.outcomes.on_failure(exchange, attempt, error, client_progress)
         failure.__cause__ = error
         exchange.has_begun |= self.is_sent
         exchange.has_reached |= self.is_sent
@@ -468,15 +568,17 @@ class FastExchange(ProxyExchange):
 
     def _retry_delay(self, attempt: Attempt, *, is_sent: bool, retry_after: float | None = None) -> float | None:
         router = self._context.router
-        upstream_client = router.upstream_clients[attempt.upstream.name]
+        upstream_client, upload = router.upstream_clients[attempt.upstream.name], self.upload
         self.tried += (attempt.target,)
+        # While the rest of a body is still sent to the first target, a retry after a response could lose it.
         return router.retry_delay(
             upstream_client,
             attempt,
             self.tried,
             is_sent=is_sent,
             is_repeatable=self._is_repeatable,
-            is_replayable=not self.is_sent or len(self.body) <= upstream_client.retries.policy.max_body_bytes,
+            is_replayable=upload is None
+            or (upload.is_replayable and (upload.is_complete or not self.is_head_complete)),
             retry_after=retry_after,
             deadline=self.plan.deadline,
         )
@@ -542,10 +644,10 @@ class FastExchange(ProxyExchange):
 
     def _forget(self) -> None:
         """Return to the state of a response of which nothing has arrived."""
-        self.reset()
-        self.listener = NO_LISTENER
-        self.is_relayed = self.is_sent = True
-        self.is_framed = self.is_repeated = False
+        self.forget()
+        self.is_relayed, self.is_framed = True, False
+        self.is_sent, self.is_repeated = True, False
+        self.waited_before_head = 0.0
 
     def _on_deadline(self, generation: int) -> None:
         """Respond with the error of the deadline, or by the fallback; once the response has begun, close instead."""
@@ -558,8 +660,8 @@ class FastExchange(ProxyExchange):
             is_sent and attempt is not None and self.response != PAUSED
         ):  # else the client is awaited, and the upstream has responded
             assert exchange.sent_at is not None  # noqa: S101 - set before sending
-            spent = context.clock() - exchange.sent_at - self.reader_waited
-            client = ClientProgress(waited=self.reader_waited)
+            client = self._client_progress()
+            spent = context.clock() - exchange.sent_at - (client.waited - self.waited_before_head)
             context.router.outcomes.on_overdue(exchange, attempt, deadline, spent, client)
         if self.response != NONE:
             self.move(BREAK)
@@ -572,6 +674,56 @@ class FastExchange(ProxyExchange):
         error = self._after(deadline_error(exchange, deadline))
         if error is not None:
             self._refuse(error)
+
+    # The request body
+
+    def _pace_body(self, upload: ExchangeBody) -> None:
+        """Read the body from the client as the upstream takes it."""
+        if upload.is_full:
+            if self.request_body == FLOWING:
+                self.move(BODY_PAUSE)
+                self._client.pause_reading()
+        elif self.request_body == PAUSED:
+            self.move(BODY_RESUME)
+            self._client.resume_reading()
+
+    def on_body_piece(self, piece: bytes) -> bool:
+        """Send a piece of the body, or keep it until there is a connection; return True to pause reading."""
+        upload = self.upload
+        if upload is None or not self._may(BODY):
+            return False
+        upload.take(piece)
+        if self.phase == EXCHANGING:
+            self.exchange.bytes_in = upload.received
+        self._pace_body(upload)
+        return False
+
+    def on_body_end(self) -> None:
+        """Let the upstream respond: the body is complete."""
+        if self.upload is not None and self._may(BODY_END):
+            self.upload.complete()
+
+    def on_continue(self) -> None:
+        """Await the body: the upstream has asked for it by 100 (Continue)."""
+        self._may(CONTINUE)
+
+    def on_upload_writable(self) -> None:
+        """Read the body again: the upstream has read enough of it."""
+        if self.upload is not None:
+            self._pace_body(self.upload)
+
+    def _client_progress(self) -> ClientProgress:
+        """Return the client's part in the attempt so far."""
+        progress = NO_PROGRESS if self.upload is None else self.upload.progress
+        return progress._replace(waited=progress.waited + self.reader_waited)
+
+    def _note_progress(self, upload: ExchangeBody) -> ClientProgress:
+        """Return the client's part before the head; move `sent_at` by the time for which the client was awaited."""
+        progress, exchange = upload.progress, self.exchange
+        self.waited_before_head = progress.waited
+        if progress.waited and exchange.sent_at is not None:
+            exchange.sent_at += progress.waited
+        return progress
 
     # From the client
 
@@ -586,6 +738,19 @@ class FastExchange(ProxyExchange):
         if self._may(CLIENT_GONE):
             note_failure(self.exchange, ClientDisconnected(CLIENT_LEFT))
             self._abort()
+
+    def on_refused(self, error: GatewayError) -> None:
+        """Respond with an error of the client's connection, or abort the exchange if the response has begun."""
+        self.keep_alive = False
+        if self.response != NONE:
+            self.move(BREAK)
+            note_failure(self.exchange, error)
+            self._abort()
+            return
+        if self.phase == EXCHANGING:
+            self.exchange.has_begun = self.exchange.has_reached = True
+        self.close()
+        self._refuse(error)
 
     def on_forced_close(self) -> None:
         """Abort the exchange: the drain timeout has passed."""
@@ -610,6 +775,8 @@ class FastExchange(ProxyExchange):
             if attempt.slow is not None or attempt.is_probe:  # which may open or close a breaker
                 self._context.router.outcomes.settle(attempt, outcome, now)
             attempt.release(now, outcome)
+        if self.upload is not None:
+            self.upload.release()
         self._client.end_exchange(keep_alive=keep_alive)
         self._context.record.end(self.exchange, now)
 
@@ -620,6 +787,7 @@ class FastExchange(ProxyExchange):
             if timer is not None:
                 timer.cancel()
         self.delay = self.probe = self.timer = None
+        self.failure = None
         if self.last is not None:
             self.last.close()
             self.last = None
@@ -628,34 +796,37 @@ class FastExchange(ProxyExchange):
             self.task = None
 
     def _hand_over(self, error: GatewayError | None = None) -> None:
-        """Let the ASGI path continue: with an event stream, or from the start if no attempt was made.
+        """Let the ASGI path continue: from the start if no attempt was made, with the fallback after an `error`.
 
-        After an `error`, which has settled the attempt, it continues with the fallback.
+        The error has settled the attempt. A body of which a part is lost, because it was sent and not kept, counts as
+        sent.
         """
-        is_sent = self.phase == EXCHANGING or self.exchange.bytes_in > 0
+        if self.upload is not None and not self.upload.is_complete:
+            self._client.begin_exchange(self)
+            self._client.receive_body(self.upload, self.upload.length - self.upload.received)
         self.move(HAND_OVER)
         self._invalidate()
         attempt, self.attempt = self.attempt, None
         exchange, context = self.exchange, self._context
         exchange.response_headers = context.response_headers(exchange)
         router = context.router
-        policy = router.upstream_clients[exchange.upstream].retries.policy if exchange.upstream else None
-        kept = self.body if policy is None or len(self.body) <= policy.max_body_bytes else None
+        kept: bytes | None = b""
+        if self.upload is not None:
+            kept = self.upload.kept()
         if error is not None:
             if attempt is not None:
                 attempt.release(context.clock())
-            go_on = partial(router.fall_back, self.plan, error, is_sent=is_sent, kept=kept)
-        elif attempt is None:
-            go_on = partial(router.forward, self.plan)
+            go_on = partial(router.fall_back, self.plan, error, is_sent=kept is None)
         else:
-            response = UpstreamResponse.continuing(self, NO_LISTENER)
-            go_on = partial(router.relay_stream, self.plan, attempt, response, kept=kept)
+            go_on = partial(router.forward, self.plan)
+        if kept is not None:
+            exchange.bytes_in = 0  # the ASGI path counts anew
         self._client.run_asgi(
             partial(_serve, context.record, exchange, go_on),
             exchange.method,
             self.plan.raw_target,
-            pairs_of(self._headers.received),
-            b"" if is_sent else self.body,
+            pairs_of(self._request_headers.received),
+            kept or b"",
             keep_alive=self.keep_alive,
         )
 

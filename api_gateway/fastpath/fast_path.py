@@ -1,8 +1,8 @@
 """The fast path: plain requests are admitted, forwarded and relayed in callbacks of the event loop.
 
-Most requests wait for nothing but the upstream's response. They need no ASGI scope, no coroutine and no task. A
-request whose head is not plain is left to the general parser and the ASGI path, which uses the same `Admission`. If an
-admitted request needs the ASGI path (an event stream, a fallback), the exchange is handed over to that path.
+Most requests wait for nothing but the rest of their body and the upstream's response. They need no ASGI scope, no
+coroutine and no task. A request whose head is not plain is left to the general parser and the ASGI path, which uses
+the same `Admission`. If an admitted request needs the ASGI path (a fallback), the exchange is handed over to it.
 `proxy.exchange` has the states of an exchange, `fast_exchange` the actions.
 """
 
@@ -24,10 +24,11 @@ from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeader
 class FastPath(ExchangeContext):
     """Admits plain requests; see the module. Has no state but configuration."""
 
-    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901 - each branch is one reason
+    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911 - each branch is one reason
         """Start or refuse the received request and return True, or change nothing and return False.
 
-        `received` is everything that one read returned: one complete request, or False is returned.
+        `received` is everything that one read returned: one complete head with a part of the body of its request at
+        most, or False is returned.
         """
         parts = parse_request_head(received)
         if parts is None:
@@ -36,7 +37,7 @@ class FastPath(ExchangeContext):
         headers = client.last_headers
         if headers is None or headers.received != lines or headers.facts.owner is not self.headers:
             headers = self._read(client, lines)
-        if headers is None or len(body) != headers.facts.length:
+        if headers is None or len(body) > headers.facts.length:
             return False
         if len(received) - len(body) > client.limits.header_bytes:
             return False
@@ -55,10 +56,16 @@ class FastPath(ExchangeContext):
         if result is not None and isinstance(result, Wait):
             FastExchange(self, client, headers, plan, body).wait(result)
             return True
+        exchange = None
         if result is None:
-            result = FastExchange(self, client, headers, plan, body).forward()
-        if result is not None:
+            exchange = FastExchange(self, client, headers, plan, body)
+            result = exchange.forward()
+        if result is None:
+            return True
+        if len(body) == headers.facts.length:
             self._refuse(client, plan, result)
+        else:
+            (exchange or FastExchange(self, client, headers, plan, body)).refuse(result)
         return True
 
     def refusal_fields(self, headers: HeaderList, target: bytes) -> HeaderList:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
+from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import UNIX
 from api_gateway.models import HeaderList
 
@@ -42,6 +43,54 @@ class InFlight(Protocol):
 
     def on_forced_close(self) -> None:
         """Abort the exchange: the drain timeout has passed."""
+        ...
+
+    def on_refused(self, error: GatewayError) -> None:
+        """Respond with an error of the connection, which ends after it: the body is malformed or overdue."""
+        ...
+
+    def on_drain(self) -> None:
+        """Note that the server begins to stop."""
+        ...
+
+
+class BodyReceiver(Protocol):
+    """A request whose body arrives, as its connection uses it: of a request cycle, or of the fast path."""
+
+    awaits_continue: bool  # the client waits for 100 (Continue) before it sends the body
+    body_rate: float | None  # minimum bytes per second, if not the connection's limit; 0 for none
+    body_due: float | None  # loop time at which the next body piece is due; set by the connection
+    body_credit: float  # loop time until which the minimum rate is met without more input; set by the connection
+
+    @property
+    def is_started(self) -> bool:
+        """True once the head of the response has been sent."""
+        ...
+
+    @property
+    def is_response_complete(self) -> bool:
+        """True once the response is complete: pieces of the body are discarded then, unless it is continued."""
+        ...
+
+    @property
+    def is_body_continued(self) -> bool:
+        """True while the body is passed on to its end, also after the response is complete."""
+        ...
+
+    def feed(self, piece: bytes) -> bool:
+        """Take a piece of the body; return True if reading from the client shall be paused."""
+        ...
+
+    def end_body(self) -> None:
+        """Note the end of the body."""
+        ...
+
+    def discard_body(self) -> None:
+        """Note that no more of the body is received."""
+        ...
+
+    def disconnect(self) -> None:
+        """Note that the client has disconnected. Idempotent."""
         ...
 
 

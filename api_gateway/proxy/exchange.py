@@ -25,7 +25,7 @@ ExchangePhase = Literal[
     "done",
     "aborted",
 ]
-RequestBodyState = Literal["none", "held", "complete"]
+RequestBodyState = Literal["none", "withheld for 100", "flowing", "paused", "complete", "discarded"]
 ResponseState = Literal["none", "flowing", "paused", "complete", "aborted"]
 ExchangeEvent = Literal[
     "ask",
@@ -38,6 +38,11 @@ ExchangeEvent = Literal[
     "resume",
     "final",
     "hand over",
+    "continue",
+    "body",
+    "body pause",
+    "body resume",
+    "body end",
     "head",
     "data",
     "pause",
@@ -60,14 +65,15 @@ HANDED_OVER: Final = "handed over"  # the ASGI path has the exchange and all tha
 DONE: Final = "done"  # the client has a complete response
 ABORTED: Final = "aborted"  # the connection of the client is closed without one
 
-# Request bodies: a request is here only once it has arrived completely
+# Request bodies, as they arrive from the client. A body that has arrived with its head is complete from the beginning.
 NONE: Final = "none"
-HELD: Final = "held"  # not yet sent
-COMPLETE: Final = "complete"  # sent to the upstream; of a response: sent to the client
-
-# Responses, as sent to the client
-FLOWING: Final = "flowing"  # the head is sent, and part of the body
-PAUSED: Final = "paused"  # likewise, but the client reads more slowly than the upstream sends
+WITHHELD: Final = "withheld for 100"  # the client waits for 100 (Continue)
+FLOWING: Final = "flowing"  # it arrives; of a response: the head is sent, and part of the body
+PAUSED: Final = "paused"  # likewise, but the receiver takes it more slowly than the sender sends
+COMPLETE: Final = "complete"  # it has arrived; of a response: it is sent
+DISCARDED: Final = (
+    "discarded"  # the exchange ended before: the rest is dropped, or sent within the connection's limits
+)
 
 # Events: decisions of the exchange
 ASK: Final = "ask"  # admission asks a question
@@ -79,7 +85,12 @@ RETRY: Final = "retry"  # the attempt failed before the head, or with a status t
 FINAL: Final = "final"  # no target is available for the retry, so the response of the last attempt is final
 HAND_OVER: Final = "hand over"
 PAUSE: Final = "pause"
+BODY_PAUSE: Final = "body pause"  # as much is kept as may be, or the upstream reads more slowly than the client sends
+BODY_RESUME: Final = "body resume"
 # Events of the ports
+BODY: Final = "body"  # a piece of the request body has arrived
+BODY_END: Final = "body end"
+CONTINUE: Final = "continue"  # the upstream has sent 100 (Continue)
 REPLY: Final = "reply"  # to a question of admission
 RESUME: Final = "resume"  # the delay before a retry has passed
 HEAD: Final = "head"
@@ -92,11 +103,33 @@ DRAIN: Final = "drain"  # the drain timeout has passed
 DEFECT: Final = "defect"  # an event came that the state does not allow
 
 _STOPS: Final[Mapping[ExchangeEvent, ExchangePhase]] = {CLIENT_GONE: ABORTED, DRAIN: ABORTED, DEFECT: ABORTED}
+
+
+def _body_events(phase: ExchangePhase) -> Mapping[ExchangeEvent, ExchangePhase]:
+    """Return the events of an arriving request body, which do not change the phase."""
+    return {BODY: phase, BODY_PAUSE: phase, BODY_RESUME: phase, BODY_END: phase}
+
+
 PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
     ADMITTING: {ASK: WAITING, ADMIT: SELECTING, REFUSE: DONE},
-    WAITING: {REPLY: ADMITTING, **_STOPS},
-    SELECTING: {CONNECT: CONNECTING, SEND: EXCHANGING, FINAL: EXCHANGING, HAND_OVER: HANDED_OVER, REFUSE: DONE},
-    CONNECTING: {SEND: EXCHANGING, RETRY: BACKING_OFF, HAND_OVER: HANDED_OVER, REFUSE: DONE, **_STOPS},
+    WAITING: {REPLY: ADMITTING, REFUSE: DONE, **_body_events(WAITING), **_STOPS},
+    SELECTING: {
+        BODY_PAUSE: SELECTING,
+        BODY_RESUME: SELECTING,
+        CONNECT: CONNECTING,
+        SEND: EXCHANGING,
+        FINAL: EXCHANGING,
+        HAND_OVER: HANDED_OVER,
+        REFUSE: DONE,
+    },
+    CONNECTING: {
+        SEND: EXCHANGING,
+        RETRY: BACKING_OFF,
+        HAND_OVER: HANDED_OVER,
+        REFUSE: DONE,
+        **_body_events(CONNECTING),
+        **_STOPS,
+    },
     EXCHANGING: {
         HEAD: EXCHANGING,
         DATA: EXCHANGING,
@@ -108,17 +141,41 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
         RETRY: BACKING_OFF,
         HAND_OVER: HANDED_OVER,
         BREAK: ABORTED,
+        CONTINUE: EXCHANGING,
+        **_body_events(EXCHANGING),
         **_STOPS,
     },
-    BACKING_OFF: {RESUME: SELECTING, HAND_OVER: HANDED_OVER, REFUSE: DONE, **_STOPS},
+    BACKING_OFF: {
+        RESUME: SELECTING,
+        HAND_OVER: HANDED_OVER,
+        REFUSE: DONE,
+        **_body_events(BACKING_OFF),
+        **_STOPS,
+    },
     HANDED_OVER: {},
     DONE: {},
     ABORTED: {},
 }
+_ENDS: Final = (REFUSE, END, BREAK, CLIENT_GONE, DRAIN, DEFECT)
 REQUEST_BODIES: Final[Mapping[RequestBodyState, Mapping[ExchangeEvent, RequestBodyState]]] = {
-    NONE: {CONNECT: NONE, SEND: NONE, RETRY: NONE, FINAL: NONE},
-    HELD: {CONNECT: HELD, SEND: COMPLETE, RETRY: HELD, FINAL: COMPLETE},
-    COMPLETE: {RETRY: HELD},
+    NONE: dict.fromkeys(_ENDS, NONE),
+    WITHHELD: {CONTINUE: FLOWING, BODY: FLOWING, **dict.fromkeys(_ENDS, DISCARDED)},
+    FLOWING: {
+        CONTINUE: FLOWING,  # another one, or one that the client has not waited for
+        BODY: FLOWING,
+        BODY_PAUSE: PAUSED,
+        BODY_END: COMPLETE,
+        **dict.fromkeys(_ENDS, DISCARDED),
+    },
+    PAUSED: {
+        CONTINUE: PAUSED,
+        BODY: PAUSED,  # of one read that began before the pause
+        BODY_RESUME: FLOWING,
+        BODY_END: COMPLETE,
+        **dict.fromkeys(_ENDS, DISCARDED),
+    },
+    COMPLETE: dict.fromkeys(_ENDS, COMPLETE),
+    DISCARDED: {},
 }
 RESPONSES: Final[Mapping[ResponseState, Mapping[ExchangeEvent, ResponseState]]] = {
     NONE: {
@@ -155,16 +212,18 @@ RESPONSES: Final[Mapping[ResponseState, Mapping[ExchangeEvent, ResponseState]]] 
     ABORTED: {},
 }
 # The states of the other two machines that each phase may be combined with.
+_UNENDED: Final = frozenset[RequestBodyState]({NONE, WITHHELD, FLOWING, PAUSED, COMPLETE})
+_ENDED: Final = frozenset[RequestBodyState]({NONE, COMPLETE, DISCARDED})
 COMBINATIONS: Final[Mapping[ExchangePhase, tuple[frozenset[RequestBodyState], frozenset[ResponseState]]]] = {
-    ADMITTING: (frozenset({NONE, HELD}), frozenset({NONE})),
-    WAITING: (frozenset({NONE, HELD}), frozenset({NONE})),
-    SELECTING: (frozenset({NONE, HELD}), frozenset({NONE})),
-    CONNECTING: (frozenset({NONE, HELD}), frozenset({NONE})),
-    EXCHANGING: (frozenset({NONE, COMPLETE}), frozenset({NONE, FLOWING, PAUSED})),
-    BACKING_OFF: (frozenset({NONE, HELD}), frozenset({NONE})),
-    HANDED_OVER: (frozenset({NONE, HELD, COMPLETE}), frozenset({NONE})),
-    DONE: (frozenset({NONE, HELD, COMPLETE}), frozenset({COMPLETE})),
-    ABORTED: (frozenset({NONE, HELD, COMPLETE}), frozenset({ABORTED})),
+    ADMITTING: (_UNENDED, frozenset({NONE})),
+    WAITING: (_UNENDED, frozenset({NONE})),
+    SELECTING: (_UNENDED, frozenset({NONE})),
+    CONNECTING: (_UNENDED, frozenset({NONE})),
+    EXCHANGING: (_UNENDED, frozenset({NONE, FLOWING, PAUSED})),
+    BACKING_OFF: (_UNENDED, frozenset({NONE})),
+    HANDED_OVER: (_UNENDED, frozenset({NONE})),
+    DONE: (_ENDED, frozenset({COMPLETE})),
+    ABORTED: (_ENDED, frozenset({ABORTED})),
 }
 # What an exchange holds in a phase, beside the client's connection, and returns when it leaves the phase. A phase that
 # is not here holds nothing beyond the callback in which it begins and ends.

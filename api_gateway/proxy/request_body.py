@@ -83,18 +83,10 @@ class StreamedBody(httpx.AsyncByteStream):
 
 
 class SentBody(NoBody):
-    """The body of a request that has already been sent completely; `kept` is None if it cannot be sent again."""
+    """The body of a request that was sent and not kept, so that it cannot be sent again."""
 
     is_started = True
-
-    def __init__(self, kept: bytes | None) -> None:
-        self._kept = kept
-        self.is_replayable = kept is not None
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield the kept body."""
-        if self._kept:
-            yield self._kept
+    is_replayable = False
 
 
 def body_too_large(limit: int) -> BodyTooLarge:

@@ -13,30 +13,48 @@ _BOUNDARIES = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event ends with an empty lin
 _BOUNDARY_LENGTH = 4
 
 
-class EventStream:
-    """Ends `response` once the server stops and no event is partially sent.
+class EventBoundaries:
+    """Follows the bytes of a stream of events. The last ones determine the state: between events, or within one."""
 
-    The last bytes sent determine the state: between events, or within an event.
-    """
+    __slots__ = ("_tail",)
+
+    def __init__(self) -> None:
+        self._tail = _BOUNDARIES[0]  # the start of the stream counts as between events
+
+    def __repr__(self) -> str:
+        return f"<EventBoundaries [{'between events' if self.is_between else 'within an event'}]>"
+
+    @property
+    def is_between(self) -> bool:
+        """True if no event is partially sent."""
+        return self._tail.endswith(_BOUNDARIES)
+
+    def follow(self, piece: bytes) -> None:
+        """Follow a piece of the stream."""
+        self._tail = (self._tail + piece)[-_BOUNDARY_LENGTH:]
+
+
+class EventStream:
+    """Ends `response` once the server stops and no event is partially sent."""
 
     def __init__(self, extension: ServerExtension, response: UpstreamResponse) -> None:
         self._extension = extension
         self._response = response
-        self._tail = _BOUNDARIES[0]  # the start of the stream counts as between events
+        self._events = EventBoundaries()
         extension.on_shutdown = self._on_shutdown
         if extension.is_stopping:
             self._on_shutdown()
 
     def __repr__(self) -> str:
-        return f"<EventStream [{'between events' if self._tail.endswith(_BOUNDARIES) else 'within an event'}]>"
+        return f"<EventStream {self._events!r}>"
 
     def on_piece(self, piece: bytes) -> bool:
         """Follow a forwarded piece; return whether the stream shall end after it."""
-        self._tail = (self._tail + piece)[-_BOUNDARY_LENGTH:]
-        return self._extension.is_stopping and self._tail.endswith(_BOUNDARIES)
+        self._events.follow(piece)
+        return self._extension.is_stopping and self._events.is_between
 
     def _on_shutdown(self) -> None:
-        if self._tail.endswith(_BOUNDARIES) and not self._response.pieces:
+        if self._events.is_between and not self._response.pieces:
             self._response.end_early()
 
 

@@ -138,6 +138,9 @@ class UpstreamRequest:
         if self.extension is not None:
             self.extension.discard_body()
 
+    def on_writable(self) -> None:
+        """Do nothing: the task that sends the body waits by itself."""
+
     def _limits(self, upstream_client: UpstreamClient, now: float) -> Mapping[str, float]:
         """Return the timeouts of an attempt; connecting may take half of the remaining time, which allows a retry.
 

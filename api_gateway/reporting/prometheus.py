@@ -24,6 +24,7 @@ from api_gateway.reporting.prometheus_families import (
     SingleMetric,
     duration_histogram,
     family_in_pieces,
+    refusal_families,
     without_head,
 )
 from api_gateway.resilience.breaker_policy import Mode, State
@@ -119,12 +120,7 @@ class PrometheusExposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
-        rejected = CounterMetricFamily(
-            "gateway_operator_rejections", "Rejected requests to operator endpoints, by reason.", labels=["reason"]
-        )
-        for label, count in recorder.operator_rejections.items():
-            rejected.add_metric([label], count)
-        yield rejected
+        yield from refusal_families(recorder)
 
     def _shown(self, series: Mapping[str, WindowedSeries]) -> list[tuple[str, WindowedSeries]]:
         return [(name, one) for name, one in series.items() if self._is_detailed or one.is_used]

@@ -8,6 +8,7 @@ timer.
 
 import asyncio
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import httptools
@@ -69,8 +70,10 @@ class UpstreamConnection:
 
     States: connecting (no transport), idle, busy (`_response` is set), finishing (`_finishing` is set: the response is
     complete, and the rest of the request body is being sent), closed (`is_closed`). While busy, the request body may
-    still be sent (`_upload`) and reading may be paused. Head and body are gathered (`_gathered`) until the body has to
-    wait for the client, so that a body at hand leaves with its head in one write.
+    still be incomplete (`_is_uploading`) and reading may be paused. The body comes piece by piece (`begin`,
+    `send_piece`, `end_body`), or from a stream that a task reads (`send`). In the latter case head and body are
+    gathered (`_gathered`) until the body has to wait for the client, so that a body at hand leaves with its head in
+    one write.
 
     A slow client occupies at most 256 KiB. A relayed response occupies two reads of RELAY_SIZE: one of which the
     client's transport has sent a part, because it keeps the whole and reports no pause below 64 KiB, and the next one.
@@ -88,6 +91,7 @@ class UpstreamConnection:
         "_head_begun",
         "_headers",
         "_is_reading_paused",
+        "_is_uploading",
         "_parser",
         "_paused_at",
         "_reason",
@@ -128,10 +132,11 @@ class UpstreamConnection:
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
         self._parser: Any = None  # only while connected, because it refers to this object
         self._response: UpstreamResponse | None = None
-        self._upload: asyncio.Task[None] | None = None
+        self._is_uploading = False  # the request body is incomplete
+        self._upload: asyncio.Task[None] | None = None  # that reads it from a stream
         self._gathered: list[bytes] | None = None  # the beginning of a request with a body, before its first write
         self._finishing: ResponseListener | None = None  # of the complete response
-        self._body_left = 0  # bytes of the body to be sent, if its length is known
+        self._body_left: int | None = None  # bytes of the body to be sent; None if their number is unknown
         self._rest = 0  # bytes that may still be sent while finishing
         self._is_reading_paused = False
         self._paused_at = self._resumed_at = 0.0
@@ -176,9 +181,9 @@ class UpstreamConnection:
             self._gathered = [head]
             if response.listener.expects_continue:
                 self.set_timer("read")
-            self._body_left = 0 if request.framing == b"chunked" else length_of(request.pairs)
-            body = self._send_body(response, request.stream, is_chunked=request.framing == b"chunked")
-            self._upload = self.loop.create_task(body)
+            self._is_uploading = True
+            self._body_left = None if request.framing == b"chunked" else length_of(request.pairs)
+            self._upload = self.loop.create_task(self._send_stream(response, request.stream))
             self.loop.call_soon(self._flush)  # runs right after the first step of the task
         return response
 
@@ -197,62 +202,92 @@ class UpstreamConnection:
         if sum(map(len, self._gathered)) > MAX_GATHERED:
             self._flush()
 
-    def start(self, response: UpstreamResponse, request: bytes) -> None:
+    def start(self, response: UpstreamResponse, request: bytes, *further: bytes) -> None:
         """Send a complete request as bytes, and receive into `response`."""
         self._response = response
         self._received = self._remaining = 0
-        self._transport.write(request)
+        if further:
+            self._transport.writelines([request, *further])
+        else:
+            self._transport.write(request)
         seconds = response.timeouts.get("read")
         self._timeout = seconds or 0.0
         self.timer.set(seconds)
 
-    async def _send_body(self, response: UpstreamResponse, stream: Any, *, is_chunked: bool) -> None:  # noqa: C901, PLR0912 - one loop, many exits
+    def begin(self, response: UpstreamResponse, request: Sequence[bytes], left: int | None) -> None:
+        """Send the beginning of a request, of whose body `left` bytes follow, None if their number is unknown.
+
+        `send_piece` and `end_body` send the rest. The listener of the response is told when the upstream reads on.
+        """
+        self._response = response
+        self._received = self._remaining = 0
+        self._is_uploading = True
+        self._body_left = left
+        if response.listener.expects_continue:
+            self.set_timer("read")
+        self._transport.writelines(request)
+
+    def send_piece(self, piece: bytes) -> None:
+        """Send a piece of the request body, framed if it is chunked; drop it if no more of the body is wanted."""
+        if not self._is_uploading:
+            return
+        if self._finishing is not None:
+            self._rest -= len(piece)
+            if self._rest < 0:
+                self.close()
+                return
+        elif self._response is not None and self._response.listener.expects_continue:
+            self.timer.clear()
+        if self._body_left is not None:
+            self._body_left -= len(piece)
+        self._write(piece)
+
+    def end_body(self, end: bytes) -> None:
+        """Send the end of the framing of the request body, which is complete then."""
+        if not self._is_uploading:
+            return
+        if end:
+            self._write(end)
+        self._is_uploading = False
+        self._upload = None
+        self._end_stall()
+        self._flush()
+        if self._finishing is not None:
+            self._on_body_sent()
+        elif self._response is not None and not self._response.is_head_complete:
+            self.set_timer("read")
+
+    @property
+    def is_write_paused(self) -> bool:
+        """True while the upstream reads more slowly than the client sends."""
+        return self._writable is not None
+
+    async def _send_stream(self, response: UpstreamResponse, stream: Any) -> None:
+        is_chunked, left = self._body_left is None, self._body_left or 0
         try:
             async for piece in stream:
                 if not piece:
                     continue
+                left -= 0 if is_chunked else len(piece)
+                if left < 0:
+                    raise httpx.LocalProtocolError("the body is longer than its Content-Length")  # noqa: TRY301 - handled like any failure of a body
+                self.send_piece(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
                 if self.is_closed:
                     return
-                if self._finishing is not None:
-                    self._rest -= len(piece)
-                    if self._rest < 0:
-                        self.close()
-                        return
-                elif response.listener.expects_continue:
-                    self.timer.clear()
-                self._body_left -= 0 if is_chunked else len(piece)
-                if self._body_left < 0:
-                    raise httpx.LocalProtocolError("the body is longer than its Content-Length")  # noqa: TRY301 - handled like any failure of a body
-                self._write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
-                if self._writable is not None:
-                    await self._wait_until_writable(response)
-            if self._body_left:
+                while self._writable is not None:
+                    await asyncio.wait({self._writable})  # see `DownstreamConnection.wait_until_writable`
+            if left:
                 raise httpx.LocalProtocolError("the body is shorter than its Content-Length")  # noqa: TRY301 - as above
-            if is_chunked and not self.is_closed:
-                self._write(b"0\r\n%b\r\n" % _render_trailers(response.listener))
         except Exception as error:  # noqa: BLE001 - any failure of the body fails the response
             response.fail(error)
             self.close()
             return
-        self._upload = None
-        self._flush()
-        if self._finishing is not None:
-            self._on_body_sent()
-        elif not response.is_head_complete:
-            self.set_timer("read")
+        self.end_body(b"0\r\n%b\r\n" % _render_trailers(response.listener) if is_chunked else b"")
 
-    async def _wait_until_writable(self, response: UpstreamResponse) -> None:
-        """Wait until the upstream reads on, at most for its idle timeout; the timeout of the response is separate."""
-        seconds = response.timeouts.get("idle", response.timeouts.get("read"))
-        if seconds is not None:
-            self._stall = self.loop.call_later(STALL_BASELINE, self._begin_stall, seconds)
-        try:
-            while self._writable is not None:
-                await asyncio.wait({self._writable})  # see `DownstreamConnection.wait_until_writable`
-        finally:
-            if self._stall is not None:
-                self._stall.cancel()
-                self._stall = None
+    def _end_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _begin_stall(self, seconds: float) -> None:
         """Count the unacknowledged bytes, a system call, and check after `seconds` whether there are fewer."""
@@ -280,16 +315,29 @@ class UpstreamConnection:
             self.timer.set(seconds)
 
     def pause_writing(self) -> None:
-        """Pause sending: the upstream reads more slowly than the client sends (asyncio callback)."""
+        """Pause sending: the upstream reads more slowly than the client sends (asyncio callback).
+
+        While the request body is sent, the upstream has its idle timeout to read on; that of the response is separate.
+        """
         self._writable = self.loop.create_future()
+        if self._is_uploading and self._response is not None:
+            timeouts = self._response.timeouts
+            seconds = timeouts.get("idle", timeouts.get("read"))
+            if seconds is not None:
+                self._stall = self.loop.call_later(STALL_BASELINE, self._begin_stall, seconds)
 
     def resume_writing(self) -> None:
         """Resume sending: the write buffer is below its low-water mark (asyncio callback)."""
+        self._end_stall()
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
         self._writable = None
-        if self._finishing is not None:
+        if self._finishing is not None and not self._is_uploading:
             self._on_body_sent()
+        elif self._finishing is not None:
+            self._finishing.on_writable()
+        elif self._is_uploading and self._response is not None:
+            self._response.listener.on_writable()
 
     # Receiving: callbacks of the event loop, then of the parser
 
@@ -517,9 +565,7 @@ class UpstreamConnection:
         if codings is not None and (len(codings) > 1 or codings[0].lower() != b"chunked"):
             self._fail(response, "an unsupported transfer coding")  # its hop-by-hop field would not reach the client
             return
-        response.status, response.reason = status, reason
-        response.headers, response.fields = headers, fields
-        response.is_head_complete = True
+        response.set_head(status, reason, headers, fields)
         response.version, response.keeps_alive = self._parser.get_http_version(), self._parser.should_keep_alive()
         if b"keep-alive" in fields:
             self._obey_keep_alive(fields[b"keep-alive"][0])
@@ -540,9 +586,7 @@ class UpstreamConnection:
 
     def _on_special_status(self, response: UpstreamResponse, status: int, reason: bytes, headers: HeaderList) -> None:
         if status == SWITCHING and response.listener.upgrade and self._parser.should_upgrade():
-            response.status, response.reason = status, reason
-            response.headers, response.fields = headers, fields_of(headers)
-            response.is_head_complete = True
+            response.set_head(status, reason, headers, fields_of(headers))
             self.timer.clear()
         elif status == SWITCHING:
             self._fail(response, "an unexpected switch of protocols")
@@ -550,7 +594,7 @@ class UpstreamConnection:
             if status not in _KNOWN_INTERIM and framing(fields_of(headers)) is not None:
                 self._fail(response, "an interim response with content")  # the parser would treat it as the final one
                 return
-            if status == _CONTINUE and response.listener.expects_continue and self._upload is not None:
+            if status == _CONTINUE and response.listener.expects_continue and self._is_uploading:
                 self.timer.clear()  # the client sends its body now, so the upstream has no timeout
             response.listener.on_interim(status, reason, headers)
         else:
@@ -684,7 +728,9 @@ class UpstreamConnection:
                 self.pool.discard(self)
 
     def _stop_upload(self) -> None:
-        """Stop reading the request's body: another attempt may need the rest of it."""
+        """Stop sending the request's body: another attempt may need the rest of it."""
+        self._is_uploading = False
+        self._end_stall()
         if self._upload is not None:
             self._upload.cancel()
             self._upload = None
@@ -701,7 +747,7 @@ class UpstreamConnection:
             return
         if self._is_reading_paused:
             self.resume_reading()
-        if self._upload is not None or self._writable is not None:
+        if self._is_uploading or self._writable is not None:
             self._send_rest(response.listener)
         elif self.pool is not None:
             self.pool.release(self)
@@ -711,17 +757,17 @@ class UpstreamConnection:
 
         A client that has not sent its body for lack of a 100 (Continue) may never send it.
         """
-        if self._upload is not None and (listener.expects_continue or self._body_left > MAX_REST):
+        if self._is_uploading and (listener.expects_continue or (self._body_left or 0) > MAX_REST):
             self.close()
             return
         self._finishing, self._rest = listener, MAX_REST
         self.timer.set(REST_TIMEOUT)
-        if self._upload is not None:
+        if self._is_uploading:
             listener.continue_body()
 
     def _on_body_sent(self) -> None:
         """Return the connection to the pool if the rest of the body has been written and little of it is buffered."""
-        if self._upload is None and self._writable is None:
+        if not self._is_uploading and self._writable is None:
             self._finishing = None
             self.timer.clear()
             if self.pool is not None:

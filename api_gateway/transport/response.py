@@ -43,6 +43,10 @@ class ResponseListener(Protocol):
         """Undo `continue_body`: the rest of the request body is not sent."""
         ...
 
+    def on_writable(self) -> None:
+        """Go on providing the request body: the upstream reads on. Not called for a body that a task sends."""
+        ...
+
 
 class NoListener:
     """A `ResponseListener` that ignores interim responses, sends no trailers and has no part in a body's rest."""
@@ -61,6 +65,9 @@ class NoListener:
         """See `ResponseListener`."""
 
     def discard_body(self) -> None:
+        """See `ResponseListener`."""
+
+    def on_writable(self) -> None:
         """See `ResponseListener`."""
 
 
@@ -131,10 +138,11 @@ class UpstreamResponse:
     reader_waited = 0.0  # seconds for which reading from the upstream was paused for a slow reader
     timeouts: TimeoutExtension = NO_LIMITS
     _waiter: "asyncio.Future[None] | None" = None
-    # Of a head that the parser has parsed; of a plain head they are computed when they are asked for.
-    _parsed_reason: bytes | None = None
-    _parsed_headers: HeaderList | None = None
-    _parsed_fields: Fields | None = None
+    _reason: bytes | None = (
+        None  # these three are of a head that the parser has parsed, or computed when they are read
+    )
+    _headers: HeaderList | None = None
+    _fields: Fields | None = None
 
     def __init__(
         self, connection: ResponseSource | None, method: str, timeouts: TimeoutExtension, listener: ResponseListener
@@ -162,21 +170,20 @@ class UpstreamResponse:
         self.is_until_close, self.is_counted = other.is_until_close, other.is_counted
         self.keeps_alive, self.reader_waited = other.keeps_alive, other.reader_waited
         self.error, other.error = other.error, None
-        if other.is_head_complete and not other.head:
-            self.reason, self.headers, self.fields = other.reason, other.headers, other.fields
+        self._reason, self._headers, self._fields = other._reason, other._headers, other._fields  # noqa: SLF001 - of the same class
         self.connection, other.connection = other.connection, None
         if self.connection is not None:
             self.connection.pass_on(other, self)
 
-    def reset(self) -> None:
-        """Return to the state of a response of which nothing has arrived."""
-        self.pieces, self.buffered = [], 0
+    def forget(self) -> None:
+        """Return to the state of a response of which nothing has arrived, and which belongs to no connection."""
         self.status, self.version, self.head, self.passed = 0, "1.1", b"", b""
-        self.has_date, self.cost, self.trailers, self.chunks = False, None, [], None
-        self._parsed_reason = self._parsed_headers = self._parsed_fields = None
-        self.is_head_complete = self.is_complete = self.is_until_close = self.is_counted = self.keeps_alive = False
-        self.reader_waited = 0.0
-        self.connection = self.error = None
+        self.has_date, self.cost, self.trailers, self.leftover = False, None, [], b""
+        self.is_head_complete = self.is_complete = self.is_until_close = self.is_counted = False
+        self.chunks, self.keeps_alive, self.buffered, self.reader_waited = None, False, 0, 0.0
+        self.connection = self.error = self._reason = self._headers = self._fields = None
+        self.pieces = []
+        self.listener = NO_LISTENER
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else self.error or "arriving"
@@ -185,35 +192,26 @@ class UpstreamResponse:
     @property
     def reason(self) -> bytes:
         """The reason phrase."""
-        if self._parsed_reason is None:
-            self._parsed_reason = reason_phrase(self.head)
-        return self._parsed_reason
-
-    @reason.setter
-    def reason(self, phrase: bytes) -> None:
-        self._parsed_reason = phrase
+        return reason_phrase(self.head) if self._reason is None else self._reason
 
     @property
     def headers(self) -> HeaderList:
         """The header fields as received, without white space around values."""
-        if self._parsed_headers is None:
-            self._parsed_headers = pairs_of(self.head)
-        return self._parsed_headers
-
-    @headers.setter
-    def headers(self, headers: HeaderList) -> None:
-        self._parsed_headers = headers
+        if self._headers is None:
+            self._headers = pairs_of(self.head)
+        return self._headers
 
     @property
     def fields(self) -> Fields:
         """The header fields by name."""
-        if self._parsed_fields is None:
-            self._parsed_fields = fields_of(self.headers)
-        return self._parsed_fields
+        if self._fields is None:
+            self._fields = fields_of(self.headers)
+        return self._fields
 
-    @fields.setter
-    def fields(self, fields: Fields) -> None:
-        self._parsed_fields = fields
+    def set_head(self, status: int, reason: bytes, headers: HeaderList, fields: Fields) -> None:
+        """Set a head that the parser has parsed, and mark it as received."""
+        self.status, self._reason, self._headers, self._fields = status, reason, headers, fields
+        self.is_head_complete = True
 
     def takes_chunks(self, status: int) -> bool:  # noqa: ARG002 - for subclasses
         """Tell whether the pieces of a response with plain chunks may include their framing. Here, never."""

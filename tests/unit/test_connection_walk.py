@@ -59,6 +59,8 @@ KINDS: tuple[Callable[[int], Request], ...] = (
     lambda number: counted(number, b"b", 10),
     lambda number: counted(number, b"b", 3000, lines=b"Expect: 100-continue\r\n"),
     lambda number: counted(number, b"i", 300),
+    lambda number: counted(number, b"e", 20),
+    lambda number: counted(number, b"e", 70_000),
     lambda number: counted(number, b"g", 70_000),
     lambda number: chunked(number, b"b"),
     lambda number: chunked(number, b"i"),
@@ -215,6 +217,8 @@ class Life:
         if connection.accepts_plain:
             assert connection.state.is_idle
             assert not connection.held.data
+        if connection.state.is_idle:
+            assert self.client.transport.is_reading(), "an idle connection reads"
         if connection.state.is_held:
             assert connection.receiving is None
         self.check_responses()

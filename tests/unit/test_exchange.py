@@ -5,6 +5,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -18,9 +19,10 @@ import pytest
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.fastpath.exchange_body import ExchangeBody
 from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.fastpath.fast_path import FastPath
-from api_gateway.http1.asgi import InFlight
+from api_gateway.http1.asgi import BodyReceiver, InFlight
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
@@ -69,7 +71,7 @@ ENDED = [phase for phase, events in PHASES.items() if not events]
 def all_states() -> set[States]:
     """Return the states that can be reached from the beginning of an exchange, with and without a body."""
     reached: set[States] = set()
-    left = [States(), States(request_body=states.HELD)]
+    left = [States(request_body=body) for body in (states.NONE, states.WITHHELD, states.FLOWING, states.COMPLETE)]
     while left:
         one = left.pop()
         if one not in reached:
@@ -182,7 +184,6 @@ def test_the_picture_in_the_docs_is_this_one() -> None:
 
 
 HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf"
-EVENTS_OF_A_SERVER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n"
 RETRIED = b"HTTP/1.1 503 Not now\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -205,6 +206,9 @@ class FakeTransport:
     def resume_reading(self) -> None:
         self.is_paused = False
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def abort(self) -> None:
         self.is_aborted = True
 
@@ -224,6 +228,8 @@ class FakeDownstream:
         self.begun: list[FastExchange] = []
         self.ends: list[bool] = []  # whether the connection is kept
         self.apps: list[Any] = []
+        self.body: BodyReceiver | None = None
+        self.is_draining = self.is_read_paused = False
 
     def begin_exchange(self, exchange: InFlight) -> None:
         assert isinstance(exchange, FastExchange)
@@ -238,6 +244,15 @@ class FakeDownstream:
 
     def write_response(self, response: bytes, *, keep_alive: bool) -> None:
         raise AssertionError("the exchange has begun")
+
+    def receive_body(self, body: BodyReceiver, left: int) -> None:
+        self.body = body
+
+    def pause_reading(self) -> None:
+        self.is_read_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_read_paused = False
 
     def run_asgi(self, app: Any, *_: Any, **__: Any) -> None:
         self.exchange = None
@@ -267,11 +282,26 @@ class AskingLimiter:
         return self._limiter.settle(charges, decision, now_ns)
 
 
+class Body(NamedTuple):
+    """The body of a request: what arrives with the head, and what follows."""
+
+    first: bytes = b""
+    rest: bytes = b""
+
+    @property
+    def state(self) -> states.RequestBodyState:
+        """The state in which the exchange begins."""
+        return states.FLOWING if self.rest else states.COMPLETE if self.first else states.NONE
+
+
+NO_BODY, WHOLE, PART, LATE = Body(), Body(b"body"), Body(b"bo", b"dy"), Body(b"", b"body")
+
+
 class World:
     """A gateway without sockets: one route to one upstream with one target, and one client."""
 
     def __init__(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, body: bytes = b"", timeout: float | None = 2.0
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, body: Body = NO_BODY, timeout: float | None = 2.0
     ) -> None:
         quota = Quota.per_second("FREE", 1, 1000)
         self.now = 1_000.0
@@ -363,11 +393,16 @@ class World:
         self.pool.release(await self.pool.acquire(None, None))
 
     def request(self) -> FastExchange:
-        """Receive a request of the client."""
-        method, length = ("PUT", f"Content-Length: {len(self.body)}\r\n") if self.body else ("GET", "")
-        head = f"{method} /api/x HTTP/1.1\r\nHost: a\r\nX-Client-ID: a\r\n{length}\r\n"
-        assert self.fast_path.try_handle(self.client, head.encode() + self.body)
+        """Receive a request of the client, and return its exchange."""
+        self.send_request()
         return self.client.begun[-1]
+
+    def send_request(self) -> None:
+        """Receive a request of the client."""
+        size = len(self.body.first + self.body.rest)
+        method, length = ("PUT", f"Content-Length: {size}\r\n") if size else ("GET", "")
+        head = f"{method} /api/x HTTP/1.1\r\nHost: a\r\nX-Client-ID: a\r\n{length}\r\n"
+        assert self.fast_path.try_handle(self.client, head.encode() + self.body.first)
 
     def receive(self, data: bytes) -> None:
         """Receive bytes of the upstream."""
@@ -437,14 +472,25 @@ async def paused(world: World) -> FastExchange:
 
 async def backing_off(world: World) -> FastExchange:
     exchange = await sent(world)
-    world.receive(RETRIED)
+    if world.body.rest:  # then a response is not retried, because the rest of the body goes to its target
+        lose(world, exchange)
+    else:
+        world.receive(RETRIED)
     return exchange
 
 
 async def handed_over(world: World) -> FastExchange:
-    exchange = await sent(world)
-    world.receive(EVENTS_OF_A_SERVER)
-    return exchange
+    """A request for an upstream that is not reached by the gateway's own transport."""
+    world.upstream_client.supports_fast_path = False
+    hand_over = FastExchange._hand_over
+
+    def noting(exchange: FastExchange) -> None:
+        world.client.begun = [exchange]
+        hand_over(exchange)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FastExchange, "_hand_over", noting)
+        return world.request()
 
 
 async def done(world: World) -> FastExchange:
@@ -515,6 +561,12 @@ def pass_deadline(world: World, exchange: FastExchange) -> None:
         timer._run()  # as the loop does
 
 
+def body_of(exchange: FastExchange) -> ExchangeBody:
+    """Return the body of the request."""
+    assert exchange.upload is not None
+    return exchange.upload
+
+
 # The events of the ports, each with the events of the tables that it may stand for.
 EVENTS: dict[str, tuple[Callable[[World, FastExchange], object], tuple[ExchangeEvent, ...]]] = {
     "a part": (partial(receive, first=HALF, further=b"ha"), (states.HEAD, states.DATA)),
@@ -524,7 +576,11 @@ EVENTS: dict[str, tuple[Callable[[World, FastExchange], object], tuple[ExchangeE
     "the client leaves": (lambda _, exchange: exchange.on_client_disconnected(), (states.CLIENT_GONE,)),
     "the drain ends": (lambda _, exchange: exchange.on_forced_close(), (states.DRAIN,)),
     "the deadline passes": (pass_deadline, (states.REFUSE, states.BREAK)),
+    "a piece of the body": (lambda _, exchange: body_of(exchange).feed(b"d"), (states.BODY,)),
+    "the end of the body": (lambda _, exchange: body_of(exchange).end_body(), (states.BODY_END,)),
+    "100 (Continue)": (lambda _, exchange: exchange.on_continue(), (states.CONTINUE,)),
 }
+OF_THE_BODY = ("a piece of the body", "the end of the body", "100 (Continue)")
 
 
 class Expected(NamedTuple):
@@ -572,29 +628,73 @@ EXPECTED |= {
     ("flowing", "the deadline passes"): Expected("aborted", "aborted", FAILURE, (200, "upstream_timeout")),
     ("paused", "the deadline passes"): Expected("aborted", "aborted", SUCCESS, (200, "upstream_timeout")),
 }
-BODIES = pytest.mark.parametrize("body", [b"", b"body"], ids=["without a body", "with a body"])
+# The outcomes that differ while the client is awaited, for the rest of its request.
+AWAITED: dict[tuple[str, str], tuple[Outcome, ...]] = {
+    ("sent", "the loss of the upstream"): IGNORED,
+    ("sent", "the deadline passes"): IGNORED,
+    ("flowing", "the loss of the upstream"): SUCCESS,
+    ("flowing", "the deadline passes"): SUCCESS,
+    ("paused", "the loss of the upstream"): SUCCESS,
+    ("backing off", "the client leaves"): IGNORED,
+    ("backing off", "the drain ends"): IGNORED,
+    ("backing off", "the deadline passes"): IGNORED,
+}
+BODIES = pytest.mark.parametrize(
+    "body", [NO_BODY, WHOLE, PART, LATE], ids=["without a body", "whole body", "part of a body", "body to come"]
+)
 PAIRS = pytest.mark.parametrize(
     ("situation", "event"), [pytest.param(*pair, id=" - ".join(pair)) for pair in product(SITUATIONS, EVENTS)]
 )
 
 
-def is_legal(situation: str, event: str) -> bool:
+def body_state(body: Body, before: States) -> states.RequestBodyState:
+    """Return the state of a body of which no more has arrived since the exchange began."""
+    if before.phase in (states.DONE, states.ABORTED) and body.rest:
+        return states.DISCARDED
+    return body.state
+
+
+def is_deliverable(situation: str, event: str, body: Body) -> bool:
+    """Tell whether a port may deliver an event; none delivers pieces of a body that is complete."""
+    return event not in OF_THE_BODY or bool(body.rest)
+
+
+def is_legal(situation: str, event: str, body: Body) -> bool:
     """Tell whether the tables allow an event of a port."""
     _, before = SITUATIONS[situation]
     if before.phase not in HELD_RESOURCES or (event == "the deadline passes" and before.phase == states.WAITING):
         return False
+    before = before._replace(request_body=body_state(body, before))
     return any(successor(before, one) is not None for one in EVENTS[event][1])
 
 
+def expected_of(situation: str, event: str, body: Body) -> Expected:
+    """Return what is expected; an incomplete body counts for the client."""
+    if event in OF_THE_BODY:
+        _, before = SITUATIONS[situation]
+        outcomes = IGNORED if situation == "backing off" else ()
+        return Expected(before.phase, before.response, outcomes)
+    expected = EXPECTED[situation, event]
+    return (
+        expected._replace(outcomes=AWAITED[situation, event])
+        if body.rest and (situation, event) in AWAITED
+        else expected
+    )
+
+
 def test_every_pair_that_the_tables_allow_has_an_expectation() -> None:
-    assert set(EXPECTED) == {pair for pair in product(SITUATIONS, EVENTS) if is_legal(*pair)}
+    assert set(EXPECTED) == {
+        (situation, event)
+        for situation, event in product(SITUATIONS, EVENTS)
+        if event not in OF_THE_BODY and is_legal(situation, event, NO_BODY)
+    }
     assert {before.phase for _, before in SITUATIONS.values()} == set(PHASES)
 
 
 @BODIES
 @PAIRS
 def test_an_event_in_a_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, event: str, body: bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, event: str, body: Body
 ) -> None:
     """Attribution, charge and record are as expected, and whatever is not held in the new phase has been returned."""
 
@@ -606,13 +706,15 @@ def test_an_event_in_a_state(
         deliver, _ = EVENTS[event]
         if event == "the deadline passes" and exchange.timer is None:
             return
-        if not is_legal(situation, event):
+        if not is_deliverable(situation, event, body) or (event in OF_THE_BODY and exchange.phase in ENDED):
+            return  # the rest of a body is no event of an exchange that has ended
+        if not is_legal(situation, event, body):
             with pytest.raises(IllegalEvent):
                 deliver(world, exchange)
             return
         deliver(world, exchange)
         await turns()
-        expected = EXPECTED[situation, event]
+        expected = expected_of(situation, event, body)
         assert (exchange.phase, exchange.response) == expected[:2]
         assert world.outcomes == expected.outcomes
         assert [(one.status, one.reason) for one in world.ended] == ([expected.record] if expected.record else [])
@@ -627,11 +729,13 @@ def check_resources(world: World, exchange: FastExchange) -> None:
     """Check that an exchange holds what its phase may hold, and that an ended one has ended everything."""
     held = world.held()
     if exchange.phase == states.HANDED_OVER:
-        assert held - {"connection"} == {"exchange", "attempt"}, "the ASGI path has them"
+        assert held == {"exchange"}, "the ASGI path has it"
         assert len(world.client.apps) == 1
         assert exchange.attempt is None
         return
     if exchange.phase in ENDED:
+        if exchange.upload is not None and exchange.upload.is_body_continued:
+            held.remove("connection")  # which gets the rest of the body
         assert held == set()
         assert len(world.ended) == len(world.client.ends) == 1
         assert exchange.attempt is None
@@ -650,9 +754,13 @@ def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
     caplog: pytest.LogCaptureFixture,
     situation: str,
     event: str,
-    body: bytes,
+    body: Body,
 ) -> None:
-    if is_legal(situation, event) or event == "the deadline passes":
+    if is_legal(situation, event, body) or event == "the deadline passes":
+        return
+    if not is_deliverable(situation, event, body) or (
+        event in OF_THE_BODY and SITUATIONS[situation][1].phase in ENDED
+    ):
         return
     monkeypatch.setattr(ProxyExchange, "is_strict", False)
 
@@ -682,7 +790,7 @@ def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
 
 @BODIES
 @pytest.mark.parametrize("is_open", [True, False])
-def test_the_end_of_connecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes, *, is_open: bool) -> None:
+def test_the_end_of_connecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Body, *, is_open: bool) -> None:
     """The request is sent, or there is another attempt after a delay."""
 
     async def run() -> None:
@@ -740,9 +848,12 @@ def test_a_connection_that_was_closed_while_idle_is_replaced_once(
 @pytest.mark.parametrize("has_failed", [True, False])
 @pytest.mark.parametrize("is_available", [True, False])
 def test_the_end_of_a_delay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes, *, has_failed: bool, is_available: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Body, *, has_failed: bool, is_available: bool
 ) -> None:
     """The next attempt begins; without a target for it, what the last one came to is final."""
+    if body.rest and not has_failed:
+        return  # not retried: the rest of the body goes to the target that has responded
+    first = IGNORED if body.rest else FAILURE
 
     async def run() -> None:
         world = World(tmp_path, monkeypatch, body)
@@ -762,11 +873,11 @@ def test_the_end_of_a_delay(
             assert exchange.phase == states.EXCHANGING
             assert exchange.exchange.retried == ("upstream_reset" if has_failed else "503",)
             world.receive(HALF + b"half")
-            assert world.upstream[-1]._transport.sent[-1].endswith(body)
+            assert b"".join(world.upstream[-1]._transport.sent).endswith(b"\r\n\r\n" + body.first)
         assert exchange.states.phase == states.DONE
         status = 200 if is_available else 502 if has_failed else 503
         assert [one.status for one in world.ended] == [status]
-        assert world.outcomes == (FAILURE + SUCCESS if is_available else FAILURE)
+        assert Counter(world.outcomes) == Counter(first + SUCCESS if is_available else first)
         check_resources(world, exchange)
 
     asyncio.run(run())
@@ -774,7 +885,7 @@ def test_the_end_of_a_delay(
 
 @BODIES
 def test_a_connection_that_opens_as_the_client_leaves_is_returned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Body
 ) -> None:
     async def run() -> None:
         world = World(tmp_path, monkeypatch, body)
@@ -793,7 +904,7 @@ def test_a_connection_that_opens_as_the_client_leaves_is_returned(
 @BODIES
 @pytest.mark.parametrize("situation", sorted(SITUATIONS.keys() - {"admitting", "selecting"}))
 def test_a_late_reply_of_the_store_is_dropped_in_every_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, body: bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, body: Body
 ) -> None:
     """A reply after the end of its exchange, or a second one to the same question. The charge stays."""
 
@@ -806,7 +917,7 @@ def test_a_late_reply_of_the_store_is_dropped_in_every_state(
         if situation == "waiting":
             reply()
             assert exchange.phase == states.EXCHANGING
-            assert exchange.request_body == (states.COMPLETE if body else states.NONE)
+            assert exchange.request_body == body.state
         before = exchange.states
         for _ in range(2):
             reply()

@@ -1,0 +1,320 @@
+"""Request bodies that arrive in several reads: the fast path and the ASGI path forward them alike, and bound them."""
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.kit import (
+    PATIENCE,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    eventually,
+    in_front_of,
+    reason,
+    reply,
+)
+
+StartGateway = Callable[..., RunningGateway]
+StartUpstream = Callable[..., RawUpstream]
+
+ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
+WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
+KEPT = 50_000  # bytes that are kept for another attempt
+
+
+@pytest.fixture(scope="module")
+def sections(shared: RawUpstream) -> dict[str, Any]:
+    return in_front_of(
+        shared.url,
+        timeouts={"response": 5, "idle": 5},
+        circuit_breaker={"minimum_calls": 1000},
+        retry={"budget": 1, "min_retries_per_second": 100, "max_body_bytes": KEPT},
+    ) | {"server": {"max_body_bytes": 8_000_000}}
+
+
+def body_of(size: int) -> bytes:
+    """Return a body in which a lost or repeated piece shows."""
+    return b"".join(b"%08d" % number for number in range(size // 8 + 1))[:size]
+
+
+def begin(client: RawClient, size: int, headers: tuple[str, ...], method: str = "PUT") -> None:
+    client.request(method, headers=(f"Content-Length: {size}", *headers))
+
+
+def has_requests(up: RawUpstream, count: int) -> bool:
+    return len(up.requests) == count
+
+
+def has_body(up: RawUpstream, size: int) -> bool:
+    return len(up.requests[-1].body) == size
+
+
+def is_calm(running: RunningGateway) -> bool:
+    targets = running.live.upstreams["up"].targets
+    return running.live.recorder.in_flight == 0 and all(target.in_flight == 0 for target in targets)
+
+
+@WAYS
+@pytest.mark.parametrize("pieces", [1, 2, 7])
+@pytest.mark.parametrize("size", [1, 5_000, 300_000])
+def test_a_body_arrives_unchanged_and_the_connections_are_kept(
+    client: RawClient, up: RawUpstream, fast_path_spy: list[bool], headers: tuple[str, ...], size: int, pieces: int
+) -> None:
+    """Head and body in separate segments; the next request comes in one segment with the end of the body."""
+    body, step = body_of(size), size // pieces + 1
+    for number in range(2):
+        begin(client, size, headers)
+        for start in range(0, size, step):
+            eventually(partial(has_requests, up, 2 * number + 1), "the head has arrived")
+            client.send(
+                body[start : start + step]
+                + (b"" if start + step < size else b"GET /api/y HTTP/1.1\r\nHost: a\r\n\r\n")
+            )
+        assert [client.answer().body for _ in range(2)] == [b"ok", b"ok"]
+    assert [request.body for request in up.requests] == [body, b""] * 2
+    assert len({id(wire) for wire in up.wires}) == len(up.wires)
+    if not headers:
+        assert fast_path_spy[0], "the fast path has taken the request with an incomplete body"
+
+
+@WAYS
+def test_a_body_is_replayed_from_its_kept_beginning_and_continued(
+    running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    """The first attempt fails within the body; the second gets the kept part, then what the client sends."""
+    up.reads_body = False
+    body = body_of(20_000)
+    attempts: list[bytes] = []
+
+    def behave(wire: Wire, request: RawRequest) -> bool:
+        if not attempts:
+            attempts.append(wire.read_exactly(8_000))
+            return False
+        request.body, request.is_complete = wire.read_body(request.headers)
+        attempts.append(request.body)
+        return reply()(wire, request) is not False
+
+    up.behave = behave
+    begin(client, len(body), headers)
+    client.send(body[:8_000])
+    eventually(lambda: len(up.requests) == 2, "there is another attempt")
+    client.send(body[8_000:])
+    assert client.answer().status == 200
+    assert attempts == [body[:8_000], body]
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+@WAYS
+def test_a_body_of_which_a_part_was_not_kept_is_not_replayed(
+    running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    up.reads_body = False
+    body = body_of(4 * KEPT)
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        wire.read_exactly(2 * KEPT)
+        return False
+
+    up.behave = behave
+    begin(client, len(body), headers)
+    client.send(body[: 2 * KEPT])
+    assert reason(client.answer()) == (502, "upstream_reset")
+    assert len(up.requests) == 1
+    client.send(body[2 * KEPT :])  # which is discarded, so that the connection serves the next request
+    up.reads_body, up.behave = True, reply()
+    assert client.get().status == 200
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+@WAYS
+def test_reading_pauses_while_the_upstream_connection_is_awaited(
+    gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    """Until then, no more is taken from the client than the kernel and one limit hold."""
+    gate = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        gate.wait(PATIENCE)
+        reply()(wire, request)
+
+    up.behave = behave
+    running = gateway(in_front_of(up.url, pool={"max_connections": 1}, timeouts={"connect": PATIENCE}))
+    with RawClient(running.port) as first, RawClient(running.port) as client:
+        first.request()
+        eventually(lambda: len(up.requests) == 1, "it occupies the only connection")
+        body = body_of(4_000_000)
+        begin(client, len(body), headers)
+        sender = threading.Thread(target=client.send, args=(body,), daemon=True)
+        sender.start()
+        eventually(lambda: client.unread_by_peer() > 0 or not sender.is_alive(), "the gateway reads no more")
+        connections: Any = running.server.server_state.connections
+        assert any(connection.is_read_paused for connection in connections)
+        gate.set()
+        assert first.answer().status == 200
+        assert client.answer().status == 200
+        sender.join(PATIENCE)
+    assert up.requests[-1].body == body
+
+
+@WAYS
+def test_an_early_response_leaves_both_connections_usable(
+    running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    """The upstream responds to the head alone; the rest of the body still goes to it, and the next request follows."""
+    up.reads_body = False
+    body = body_of(100_000)
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 401 No\r\nContent-Length: 2\r\n\r\nno")
+        request.body, request.is_complete = wire.read_body(request.headers)
+
+    up.behave = behave
+    wires = len(up.wires)
+    for _ in range(3):
+        begin(client, len(body), headers)
+        client.send(body[:1_000])
+        answer = client.answer()
+        assert (answer.status, answer.body) == (401, b"no")
+        client.send(body[1_000:])
+        eventually(partial(has_body, up, len(body)), "the rest has arrived")
+    assert [request.body for request in up.requests] == [body] * 3
+    assert len(up.wires) - wires <= 1
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+@WAYS
+def test_a_client_that_leaves_within_its_body_ends_the_attempt(
+    running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    up.reads_body = False
+    gone = threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        wire.read_until(b"never sent")
+        gone.set()
+        return False
+
+    up.behave = behave
+    begin(client, 1_000, headers)
+    client.send(b"x" * 10)
+    eventually(lambda: len(up.requests) == 1, "it is with the upstream")
+    client.close()
+    assert gone.wait(PATIENCE), "the upstream's connection is closed"
+    eventually(lambda: is_calm(running), "nothing is held")
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
+
+
+@WAYS
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_client_that_stops_sending_is_refused_or_cut_off(
+    gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...], *, begun: bool
+) -> None:
+    up.reads_body = False
+    running = gateway(in_front_of(up.url) | {"server": {"idle_timeout": 0.4}})
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        if begun:
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+        wire.read_until(b"never sent")
+        return False
+
+    up.behave = behave
+    with RawClient(running.port) as client:
+        begin(client, 1_000, headers)
+        client.send(b"x" * 10)
+        if begun:
+            answer = client.answer()
+            assert (answer.status, answer.is_complete) == (200, False)
+        else:
+            answer = client.answer()
+            assert (answer.status, answer.all("connection")) == (408, [b"close"])
+        assert client.is_closed()
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+@WAYS
+def test_a_refused_request_leaves_its_connection_usable(
+    gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    """The body of a request over the limit is discarded."""
+    sections = in_front_of(up.url) | {"tiers": {"FREE": {"rate": 0.001, "capacity": 1}}}
+    running = gateway(sections)
+    with RawClient(running.port) as client:
+        assert client.get().status == 200
+        for _ in range(2):
+            begin(client, 1_000, headers)
+            assert client.answer().status == 429
+            client.send(b"x" * 1_000)
+    assert len(up.requests) == 1
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+@WAYS
+def test_a_fallback_gets_the_body_from_its_start(
+    gateway: StartGateway, upstream: StartUpstream, headers: tuple[str, ...]
+) -> None:
+    """The upstream fails within the body; the other one gets the kept part and what follows."""
+    body = body_of(20_000)
+
+    def fail(wire: Wire, _request: RawRequest) -> bool:
+        wire.read_exactly(8_000)
+        return False
+
+    failing, other = upstream(fail, reads_body=False), upstream(reply(b"other"))
+    sections = in_front_of(failing.url)
+    sections["upstreams"]["other"] = {"targets": [{"url": other.url}]}
+    sections["routes"][0]["fallback"] = {"upstream": "other"}
+    running = gateway(sections)
+    with RawClient(running.port) as client:
+        begin(client, len(body), headers)
+        client.send(body[:8_000])
+        eventually(lambda: len(other.requests) == 1, "the fallback is asked")
+        client.send(body[8_000:])
+        answer = client.answer()
+        assert (answer.status, answer.body) == (200, b"other")
+        assert client.get("/health").status in (200, 401, 503)
+    assert other.requests[0].body == body
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+@WAYS
+def test_a_deadline_passes_within_a_body(gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...]) -> None:
+    """The upstream is not blamed for the client's slowness, and the connection serves the next request."""
+    up.reads_body = False
+    up.behave = lambda wire, _request: wire.read_until(b"never sent") is not None
+    sections = in_front_of(up.url)
+    sections["routes"][0]["timeout"] = 0.5
+    running = gateway(sections)
+    with RawClient(running.port) as client:
+        begin(client, 1_000, headers)
+        client.send(b"x" * 10)
+        assert reason(client.answer()) == (504, "upstream_timeout")
+        client.send(b"x" * 990)
+        up.reads_body, up.behave = True, reply()
+        assert client.get().status == 200
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+@WAYS
+def test_a_drain_completes_a_request_whose_body_is_arriving(
+    gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    running = gateway(in_front_of(up.url))
+    with RawClient(running.port) as client:
+        begin(client, 1_000, headers)
+        client.send(b"x" * 10)
+        eventually(lambda: len(up.requests) == 1, "it is with the upstream")
+        running.server.should_exit = True
+        time.sleep(0.1)
+        client.send(b"x" * 990)
+        answer = client.answer()
+        assert (answer.status, answer.all("connection")) == (200, [b"close"])
+        assert client.is_closed()
