@@ -35,7 +35,7 @@ _COUNTERS = (
 )
 
 # The recorder's counters with several labels.
-_TABLES = ("requests", "retries", "retries_denied", "fallbacks", "illegal_exchange_events")
+_TABLES = ("requests", "retries", "retries_denied", "fallbacks", "illegal_exchange_events", "key_fetches")
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "_other"
@@ -114,6 +114,7 @@ class Recorder:
         self.retries_denied: Counter[tuple[str, str]] = Counter()  # upstream, why
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, fallback, reason of the failure
         self.illegal_exchange_events: Counter[tuple[str, str]] = Counter()  # phase of an exchange, event
+        self.key_fetches: Counter[tuple[str, str]] = Counter()  # issuer, result
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
@@ -252,6 +253,10 @@ class Recorder:
     def observe_retry(self, upstream: str, cause: str) -> None:
         """Count a retry after an attempt that failed with `cause`, a reason or a status."""
         self.retries[upstream, cause] += 1
+
+    def observe_key_fetch(self, issuer: str, *, succeeded: bool) -> None:
+        """Count a fetch of the keys of an issuer of tokens."""
+        self.key_fetches[issuer, "success" if succeeded else "failure"] += 1
 
     def observe_denial(self, upstream: str, reason: str) -> None:
         """Count a failed attempt that was not retried; `reason` is a `RetryDenied`."""

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import NamedTuple
 
 from api_gateway.clients.cache import ClientCache
@@ -329,7 +328,8 @@ class ClientRegistry:
         """
         if client.is_registered:
             return client
-        return replace(client, quota=self.tiers.get(tier or "", client.quota), source="token")
+        quota = self.tiers.get(tier or "", client.quota)
+        return Client(client.id, client.key, quota, "token", is_verified_only=client.is_verified_only)
 
     def by_address(self, address: str) -> Client:
         """Return the client of a request without a client id: the address."""

@@ -1,4 +1,7 @@
-"""Rendering of the metrics in the Prometheus text format and in OpenMetrics, at scrape time."""
+"""Rendering of the metrics in the Prometheus text format and in OpenMetrics, at scrape time.
+
+Long because it has the names, labels and descriptions of all metrics, each once.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -279,6 +282,13 @@ class PrometheusExposition:
             "Events that the state of an exchange did not allow; each aborts that exchange.",
             ["phase", "event"],
             recorder.illegal_exchange_events.items(),
+        )
+        yield from family_in_pieces(
+            CounterMetricFamily,
+            "gateway_issuer_key_fetches",
+            "Fetches of the keys of issuers of tokens.",
+            ["issuer", "result"],
+            recorder.key_fetches.items(),
         )
 
     def _breakers(self) -> Iterator[Metric]:
