@@ -261,7 +261,7 @@ class States(NamedTuple):
         return f"{self.phase} (request body {self.request_body}, response {self.response})"
 
 
-class IllegalEvent(RuntimeError):
+class IllegalEvent(Exception):
     """An event that the states of an exchange do not allow: a defect of the gateway."""
 
     def __init__(self, states: States, event: ExchangeEvent) -> None:

@@ -53,6 +53,7 @@ from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.router import Router
 from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.response import NO_LIMITS, NO_LISTENER
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
@@ -115,7 +116,7 @@ def test_an_exchange_that_waits_for_others_ends_when_its_client_leaves_or_the_dr
 
 
 def test_an_illegal_event_changes_nothing_and_names_state_and_event() -> None:
-    exchange = ProxyExchange.__new__(ProxyExchange)
+    exchange = ProxyExchange(None, "GET", NO_LIMITS, NO_LISTENER)
     exchange.phase = states.WAITING
     with pytest.raises(IllegalEvent, match=r"'end' is not allowed while waiting \(request body none, response none\)"):
         exchange.move(states.END)
