@@ -47,7 +47,6 @@ class DownstreamConnection:
     """
 
     __slots__ = (
-        "__weakref__",
         "_connections",
         "_fast_path",
         "_listener",
