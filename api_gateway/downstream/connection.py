@@ -36,7 +36,6 @@ from api_gateway.models import HeaderList
 
 _EXCHANGE_BEGUN: Final = ConnectionEvent.EXCHANGE_BEGUN  # attributes of an enumeration are slow to read
 _EXCHANGE_ENDED: Final = ConnectionEvent.EXCHANGE_ENDED
-_PLAIN_RESPONSE: Final = ConnectionEvent.PLAIN_RESPONSE
 
 
 class DownstreamConnection:
@@ -299,7 +298,7 @@ class DownstreamConnection:
         """Send a complete response to a request for which `begin_exchange` was not called."""
         self.transport.write(response)
         self._server_state.total_requests += 1
-        self.move(_PLAIN_RESPONSE)
+        self.move(ConnectionEvent.PLAIN_RESPONSE)
         if keep_alive:
             self.become_idle()
         else:

@@ -56,6 +56,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     errors.ClientIdInvalid: (400, "client_id_invalid"),
     errors.Unauthorized: (401, "unauthorized"),
     errors.Forbidden: (403, "forbidden"),
+    errors.AddressDenied: (403, "address_denied"),
     errors.CredentialsRequired: (401, "credentials_required"),
     errors.CredentialsInvalid: (401, "credentials_invalid"),
     errors.CredentialsInsufficient: (403, "credentials_insufficient"),
