@@ -11,10 +11,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from api_gateway._version import __version__
+from api_gateway.assembly.identity import claim_notice
 from api_gateway.assembly.stores import client_store, state_folder
 from api_gateway.config import ENV_PREFIX, GatewayConfig, Loaded
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.process.config_watch import ConfigSource
+from api_gateway.process.key_commands import run_keys
 from api_gateway.process.server import GatewayServer, configure_logging
 from api_gateway.process.start_check import file_errors, startup_errors, startup_warnings
 from api_gateway.process.supervisor import Supervisor
@@ -29,11 +31,17 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gateway, or only check its configuration. Return the exit code; see `errors`: 3 if it cannot start."""
+    """Run the gateway, only check its configuration, or run a command on keys.
+
+    Return the exit code; see `errors`: 3 if the gateway cannot start.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["keys"]:
+        return run_keys(given[1:])
     if threading.current_thread() is threading.main_thread():
         block_signals()
     with redirected():
-        return _run(_parsed(arguments))
+        return _run(_parsed(given))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -67,6 +75,9 @@ def _check(loaded: Loaded) -> int:
     is_failed = _report(loaded, startup_errors(config))
     _report(loaded, [*find_warnings(config), *startup_warnings(config)], "warning: ")
     print(f"Read: {', '.join(loaded.sources.names) or 'nothing, all settings have their defaults'}.", file=sys.stderr)
+    notice = claim_notice(config)
+    if notice is not None:
+        print(f"{notice}.", file=sys.stderr)
     print(f"State is kept in {config.state_dir}.", file=sys.stderr)
     if is_failed:
         return STARTUP_FAILED
@@ -120,7 +131,12 @@ def _parser() -> argparse.ArgumentParser:
         description="A rate-limiting API gateway. Without configuration it starts with demo services as upstreams.",
         epilog="Every setting can also be set by an environment variable, such as GATEWAY_SERVER__PORT=9000.",
     )
-    parser.add_argument("command", nargs="?", metavar="version", help="print the version and the variant, and exit")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        metavar="version | keys",
+        help="print the version and the variant; or manage API keys, see api-gateway keys --help",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: $GATEWAY_CONFIG, or none)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one (default: 8000)")

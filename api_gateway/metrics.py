@@ -24,6 +24,8 @@ _COUNTERS = (
     "sources",
     "would_limit",
     "would_allow",
+    "would_refuse",
+    "bare_client_ids",
     "settlements",
     "operator_rejections",
     "dropped_lines",
@@ -33,7 +35,7 @@ _COUNTERS = (
 )
 
 # The recorder's counters with several labels.
-_TABLES = ("requests", "retries", "retries_denied", "fallbacks", "illegal_exchange_events")
+_TABLES = ("requests", "retries", "retries_denied", "fallbacks", "illegal_exchange_events", "key_fetches")
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "_other"
@@ -42,6 +44,13 @@ NO_TIER = "_none"
 GATEWAY = "_gateway"  # instead of an upstream, for requests that are shed before their upstream is known
 # Results of a cost settlement: more was charged, some or all was refunded, or the upstream's value was unreadable.
 SETTLEMENTS = ("charged", "refunded", "unreadable")
+
+# Reasons for which requests would be refused if `identity.mode` were `enforce`.
+OBSERVED_REASONS = (
+    Reason.CREDENTIALS_REQUIRED.value,
+    Reason.CREDENTIALS_INVALID.value,
+    Reason.CREDENTIALS_INSUFFICIENT.value,
+)
 
 # Outcomes of an attempt: the class of its status, or the reason why it has none.
 OUTCOMES = (
@@ -105,12 +114,17 @@ class Recorder:
         self.retries_denied: Counter[tuple[str, str]] = Counter()  # upstream, why
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, fallback, reason of the failure
         self.illegal_exchange_events: Counter[tuple[str, str]] = Counter()  # phase of an exchange, event
+        self.key_fetches: Counter[tuple[str, str]] = Counter()  # issuer, result
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.sources: Counter[str] = Counter()  # decisions by source
         self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed; the candidate would refuse
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused; the candidate would allow
+        self.would_refuse: Counter[str] = Counter(
+            dict.fromkeys(OBSERVED_REASONS, 0)
+        )  # admitted by identity.mode observe
+        self.bare_client_ids: Counter[str] = Counter(dict.fromkeys(("admitted", "refused"), 0))
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
@@ -121,6 +135,7 @@ class Recorder:
         self.illegal_events: Counter[str] = Counter() if illegal_events is None else illegal_events
         self.requests_by_client = HeavyHitters()  # by the client's key
         self.limited_by_client = HeavyHitters()
+        self.bare_by_client = HeavyHitters()  # claims of an id that should have been proved
         self.percentiles = tuple(percentiles)
 
     def extend(
@@ -160,6 +175,7 @@ class Recorder:
             **{name: dict(getattr(self, name)) for name in _COUNTERS},
             "requests_by_client": self.requests_by_client.state(),
             "limited_by_client": self.limited_by_client.state(),
+            "bare_by_client": self.bare_by_client.state(),
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -183,6 +199,8 @@ class Recorder:
         self.requests_by_client = HeavyHitters.from_state(state["requests_by_client"])
         yield
         self.limited_by_client = HeavyHitters.from_state(state["limited_by_client"])
+        yield
+        self.bare_by_client = HeavyHitters.from_state(state["bare_by_client"])
 
     def absorb(self, other: "Recorder") -> None:
         """Add the counts of another recorder."""
@@ -199,6 +217,7 @@ class Recorder:
             _add(getattr(self, name), getattr(other, name))
         self.requests_by_client.merge(other.requests_by_client.state())
         self.limited_by_client.merge(other.limited_by_client.state())
+        self.bare_by_client.merge(other.bare_by_client.state())
 
     def observe(self, exchange: Exchange) -> None:
         """Count one finished exchange."""
@@ -234,6 +253,10 @@ class Recorder:
     def observe_retry(self, upstream: str, cause: str) -> None:
         """Count a retry after an attempt that failed with `cause`, a reason or a status."""
         self.retries[upstream, cause] += 1
+
+    def observe_key_fetch(self, issuer: str, *, succeeded: bool) -> None:
+        """Count a fetch of the keys of an issuer of tokens."""
+        self.key_fetches[issuer, "success" if succeeded else "failure"] += 1
 
     def observe_denial(self, upstream: str, reason: str) -> None:
         """Count a failed attempt that was not retried; `reason` is a `RetryDenied`."""

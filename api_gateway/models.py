@@ -320,6 +320,7 @@ class ClientView(Body):
         description="Source of the tier: a grant, a registration by this API, the configuration, or the default."
     )
     grant: GrantView | None
+    verified_only: bool = Field(description="True if a credential must prove the id; else anyone can claim it.")
     confirmed: bool = Field(
         description="False if the client store is unavailable: then the values are those in this gateway's memory."
     )
@@ -363,10 +364,12 @@ class HeavyClient(Body):
     limited_error_bound: int
     requests: int
     requests_error_bound: int
+    bare: int = Field(description="Requests with the client's id without the proof that the client could have sent.")
+    bare_error_bound: int
 
 
 class HeavyClients(Body):
     """The heaviest clients, highest count first."""
 
-    sort: Literal["limited", "requests"]
+    sort: Literal["limited", "requests", "bare"]
     clients: list[HeavyClient]

@@ -38,15 +38,21 @@ router = APIRouter(tags=["clients"], responses=CLIENT_REFUSALS, dependencies=[TO
 @overview_router.get("/clients", summary="The heaviest clients")
 async def heaviest_clients(
     context: Guarded,
-    sort: Annotated[Literal["limited", "requests"], Query()] = "limited",
+    sort: Annotated[Literal["limited", "requests", "bare"], Query()] = "limited",
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> HeavyClients:
-    """Return the clients with the most requests, or the most refusals by rate limits, since the start.
+    """Return the clients with the most requests, refusals by rate limits, or claims of a bare id, since the start.
+
+    A claim of a bare id is counted for clients that have keys or are verified only.
 
     The counts are estimates from 1000 counters: every client with more than a thousandth of the total is included.
     """
     recorder = (await context.aggregator.gather()).recorder
-    chosen = recorder.limited_by_client if sort == "limited" else recorder.requests_by_client
+    chosen = {
+        "limited": recorder.limited_by_client,
+        "requests": recorder.requests_by_client,
+        "bare": recorder.bare_by_client,
+    }[sort]
     clients = [_heavy(context.clients, recorder, found.key) for found in chosen.heaviest(limit)]
     return HeavyClients(sort=sort, clients=clients)
 
@@ -122,6 +128,7 @@ async def client(client_id: ClientId, context: Guarded) -> ClientView:
         tier_source="default" if found.source == "address" else found.source,
         grant=given
         and GrantView(tier=given.tier, until=wall_time(given.until), tier_after=inspection.without_grant.quota.name),
+        verified_only=found.is_verified_only,
         confirmed=inspection.is_confirmed,
         bucket=BucketView(
             tokens=_tokens(found.quota, bucket.reset_ns),
@@ -168,6 +175,7 @@ async def _regrant(context: AdminContext, until: float | None, before: Client, a
 def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient:
     found = clients.by_bucket_key(key)
     limits, made = recorder.limited_by_client.estimate(key), recorder.requests_by_client.estimate(key)
+    bare = recorder.bare_by_client.estimate(key)
     return HeavyClient(
         client_id=found.id,
         tier_source=found.source,
@@ -176,6 +184,8 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
         limited_error_bound=limits.error,
         requests=made.count,
         requests_error_bound=made.error,
+        bare=bare.count,
+        bare_error_bound=bare.error,
     )
 
 

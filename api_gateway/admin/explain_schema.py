@@ -11,6 +11,9 @@ class ExplainRequest(RequestBody):
     """The described request."""
 
     client_id: str | None = Field(description="Value of the header that names clients; null if it is absent.")
+    key_id: str | None = Field(
+        default=None, description="Id of an API key, as if the request had that key; null: it has none."
+    )
     method: str = Field(default="GET", pattern=r"^[A-Z][A-Z-]{0,31}$")
     path: str = Field(
         max_length=65_536,
@@ -48,6 +51,8 @@ class ClientExplained(Body):
     tier_source: ClientSource
     detail: str = Field(description="How the client was identified, and the source of its tier.")
     registered: bool = Field(description="True if the client is registered, configured or has a grant.")
+    proved_by: str | None = Field(description="Source that proves the id, such as `api_key`; null: nothing does.")
+    verified_only: bool = Field(description="True if a credential must prove the id; else anyone can claim it.")
     address_limited: bool = Field(
         description="True if the address limit applies too: not for registered clients and exempt addresses."
     )

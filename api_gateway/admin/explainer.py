@@ -29,6 +29,7 @@ from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exc
 from api_gateway.proxy.admission import Admission, RequestPlan
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.identity_sources import Claim, Proof
 from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.stages import RateLimitStage
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
@@ -84,10 +85,15 @@ class Explainer:
         limiter: RateLimiter,
         shedder: EventLoopShedder,
         header: str,
+        claim_of_key: Callable[[str], Claim | None] = lambda _: None,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
-        """`header` is the name of the header that identifies clients. Both clocks must read the same time."""
+        """`header` is the name of the header that identifies clients. Both clocks must read the same time.
+
+        `claim_of_key` returns the claim of the API key with an id, None if there is none.
+        """
+        self._claim_of_key = claim_of_key
         self._admission = admission
         self._headers = headers
         self._router = router
@@ -112,6 +118,10 @@ class Explainer:
         if not is_proxied(path):
             raise InvalidValue(f"path: must be /api or begin with /api/, got {path!r}.")
         facts = self._headers.read(request.address, self._fields(request), "1.1")
+        if request.key_id is not None:
+            facts.claim = self._claim_of_key(request.key_id)
+            if facts.claim is None:
+                raise InvalidValue(f"key_id: there is no API key '{request.key_id[:64]}', or api_key is not a source.")
         plan = Admission.plan(facts, request.method, path, request.path.encode("ascii"), self._clock_ns())
         error = await self._admission.inspect(plan)
         exchange, route, client = plan.exchange, plan.route, plan.exchange.client
@@ -126,7 +136,7 @@ class Explainer:
         return Explanation(
             result=_result_of(error, fallback),
             address=self._address_view(request),
-            client=self._client_view(client, exchange.peer),
+            client=self._client_view(client, exchange),
             route=None if route is None else self._route_view(route, exchange),
             buckets=[_bucket_view(bucket) for bucket in buckets],
             limiting_bucket=binding.charge.key,
@@ -197,17 +207,20 @@ class Explainer:
         decisions = await self._limiter.inspect(charges, self._clock_ns())
         return _bucket_view(_Bucket(charges[0], decisions[0]))
 
-    def _client_view(self, client: Client, address: str) -> ClientExplained:
-        quota = client.quota
-        is_limited = self._limits.limits_address_of(client, address)
+    def _client_view(self, client: Client, exchange: Exchange) -> ClientExplained:
+        quota, proof = client.quota, exchange.credential
+        is_limited = self._limits.limits_address_of(client, exchange.peer)
+        source = proof.claim.source.name if isinstance(proof, Proof) else None
         words = (
             "and the address limit applies too" if is_limited else "and its address is exempt from the address limit"
         )
         return ClientExplained(
             id=client.id,
             tier_source=client.source,
-            detail=_IDENTIFICATION[client.source].format(header=self._header, address=words),
+            detail=_IDENTIFICATION[client.source].format(header=source or self._header, address=words),
             registered=client.is_registered,
+            proved_by=source,
+            verified_only=client.is_verified_only,
             address_limited=is_limited,
             tier=TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity),
         )

@@ -13,7 +13,7 @@ from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.middleware import EXCHANGE
 from api_gateway.models import Exchange
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.identity_sources import Proof, Question
+from api_gateway.proxy.identity_sources import Proof, Question, Work
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ class CredentialWatch:
     async def _error_of(self, proof: Proof) -> CredentialsInvalid | None:
         claim = proof.claim
         found: object = claim.source.verify(claim, self._clock_ns())
+        while isinstance(found, Work):
+            found = found.do()
         if isinstance(found, Question):
             found = await found.ask()
         return found if isinstance(found, CredentialsInvalid) else None

@@ -7,6 +7,7 @@ from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.forwarding import forwarding_of
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
+from api_gateway.assembly.identity_observer import IdentityObserver
 from api_gateway.assembly.routes import address_rules, cors_of
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
@@ -95,6 +96,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         limiter=gateway.limiter,
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
+        claim_of_key=sources.claim_of_key,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
@@ -135,6 +137,7 @@ def _admission(
 ) -> Admission:
     config, rules = gateway.config, address_rules(gateway.config.addresses)
     is_enforced = config.identity.mode == "enforce"
+    observer = IdentityObserver(gateway.recorder, gateway.clocks.monotonic_ns, is_enforced=is_enforced)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:
@@ -145,9 +148,10 @@ def _admission(
                 limiter=gateway.limiter,
                 charges_of_address=limits.charges_of_address,
                 is_enforced=is_enforced,
+                on_observed=observer.on_observed,
             )
         )
-        access.append(CredentialRouteStage())
+        access.append(CredentialRouteStage(is_enforced=is_enforced, on_observed=observer.on_observed))
     if any(route.requirement is not None for route in gateway.routes):
         access.append(RequirementStage())
     return Admission(
@@ -156,7 +160,12 @@ def _admission(
             *([] if cors is None else [_preflights(gateway, cors)]),
             *identity,
             IdentityStage(
-                clients=gateway.clients, priorities=gateway.priorities, sources=sources, is_enforced=is_enforced
+                clients=gateway.clients,
+                priorities=gateway.priorities,
+                sources=sources,
+                is_enforced=is_enforced,
+                on_bare=observer.on_bare,
+                on_observed=observer.on_observed,
             ),
             *([] if rules is None else [AddressStage(rules)]),
             RouteStage(router.routes),

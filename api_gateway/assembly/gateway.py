@@ -141,7 +141,7 @@ class Assembly:
         self._retired: dict[str, LiveUpstream] = {}  # by name, in the order of retirement
         self._closing: set[ShieldedTransport] = set()
         self._monitor_tasks: dict[str, asyncio.Task[None]] = {}
-        self._issuers = Issuers(clocks, self._on_withdrawal)
+        self._issuers = Issuers(clocks, self._on_withdrawal, self._on_key_fetch)
 
     def __repr__(self) -> str:
         return f"<Assembly [{len(self._monitor_tasks)} upstreams, {len(self._retired)} retired]>"
@@ -169,6 +169,9 @@ class Assembly:
                 await gateway.clients.load()
             except OSError as error:
                 raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
+            claimable = gateway.clients.claimable_count
+            if claimable and "header" in config.identity.sources:
+                logger.info("anyone who sends %s can claim %d registered clients", config.identity.header, claimable)
             following = asyncio.create_task(gateway.clients.follow(), name="client store")
             stack.push_async_callback(_cancelled, following)
             if isinstance(gateway.limiter, RedisLimiter):
@@ -236,6 +239,9 @@ class Assembly:
             tokens=plan.tokens,
         )
         return self.gateway
+
+    def _on_key_fetch(self, issuer: str, succeeded: bool) -> None:  # noqa: FBT001 - a callback
+        self.gateway.recorder.observe_key_fetch(issuer, succeeded=succeeded)
 
     def _on_withdrawal(self) -> None:
         """Have clients resolved anew, as a token that proved one may not be valid any more."""

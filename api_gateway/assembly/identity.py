@@ -8,6 +8,8 @@ from api_gateway.proxy.api_key_source import ApiKeySource
 from api_gateway.proxy.identity_sources import CredentialSource, IdentitySources
 from api_gateway.proxy.jwt_source import JwtSource
 
+_SHOWN = 10  # client ids
+
 
 def identity_rules(config: GatewayConfig) -> IdentityRules:
     """Return which client ids a credential must prove."""
@@ -31,6 +33,34 @@ def identity_rules(config: GatewayConfig) -> IdentityRules:
             for client_id, section in config.clients.items()
             for label, key in section.keys.items()
         },
+    )
+
+
+def claimable_ids(config: GatewayConfig) -> list[str]:
+    """Return the configured clients whose id anyone can claim by sending it."""
+    if "header" not in config.identity.sources:
+        return []
+    rules = identity_rules(config)
+    keyed = rules.keyed_clients
+    return [
+        client_id
+        for client_id, section in config.clients.items()
+        if not rules.is_verified_only(
+            client_id, section.tier or config.default_tier, stored=None, has_keys=client_id in keyed
+        )
+        or config.identity.mode == "observe"
+    ]
+
+
+def claim_notice(config: GatewayConfig) -> str | None:
+    """Return a line on the configured clients whose id anyone can claim; None if there are none."""
+    names = claimable_ids(config)
+    if not names:
+        return None
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return (
+        f"Anyone who sends {config.identity.header} can claim {len(names)} of {len(config.clients)} configured"
+        f" clients: {shown}"
     )
 
 

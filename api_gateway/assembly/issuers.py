@@ -45,10 +45,15 @@ class _Basis:
 class Issuers:
     """Builds sources of tokens, and runs the tasks that fetch the keys of the issuers in use."""
 
-    def __init__(self, clocks: Clocks, on_withdrawal: Callable[[], None]) -> None:
-        """`on_withdrawal` is called when a key is not valid any more."""
+    def __init__(
+        self, clocks: Clocks, on_withdrawal: Callable[[], None], on_fetch: Callable[[str, bool], None]
+    ) -> None:
+        """`on_withdrawal` is called when a key is not valid any more.
+
+        `on_fetch` is called after each fetch with the name of the issuer, and whether it succeeded.
+        """
         self._clocks = clocks
-        self._on_withdrawal = on_withdrawal
+        self._on_withdrawal, self._on_fetch = on_withdrawal, on_fetch
         self._tasks: dict[IssuerKeys, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -69,7 +74,11 @@ class Issuers:
         issuers, keys = {}, {}
         for name, section in basis.section.issuers.items():
             keys[name] = _unchanged(before, name, section) or keys_of(
-                name, section, clock=self._clocks.monotonic, on_withdrawal=self._on_withdrawal
+                name,
+                section,
+                clock=self._clocks.monotonic,
+                on_withdrawal=self._on_withdrawal,
+                on_fetch=partial(self._on_fetch, name),
             )
             issuers[name] = Issuer(terms_of(name, section), meanings_of(section, basis.tiers), keys[name])
         by_claim = {section.issuer: issuers[name].terms for name, section in basis.section.issuers.items()}
@@ -150,6 +159,7 @@ def keys_of(
     *,
     clock: Clock,
     on_withdrawal: Callable[[], None] = lambda: None,
+    on_fetch: Callable[[bool], None] = lambda _succeeded: None,
     fetch: Fetch = fetch_document,
 ) -> IssuerKeys:
     """Return the keys of an issuer, which are fetched later, by `IssuerKeys.run`.
@@ -164,6 +174,7 @@ def keys_of(
         unknown_key_interval=section.unknown_key_interval,
         stale_for=section.stale_for,
         on_withdrawal=on_withdrawal,
+        on_fetch=on_fetch,
     )
 
 

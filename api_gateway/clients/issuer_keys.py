@@ -61,13 +61,17 @@ class IssuerKeys:
         unknown_key_interval: float,
         stale_for: float,
         on_withdrawal: Callable[[], None] = lambda: None,
+        on_fetch: Callable[[bool], None] = lambda _succeeded: None,
         source: random.Random | None = None,
     ) -> None:
-        """`name` is the issuer's name in the configuration. `on_withdrawal` is called when a key becomes invalid."""
+        """`name` is the issuer's name in the configuration. `on_withdrawal` is called when a key becomes invalid.
+
+        `on_fetch` is called after each fetch, with whether it succeeded.
+        """
         self.name = name
         self.error: str | None = None  # why the last fetch failed
         self.fetches = self.failures = 0
-        self._load, self._clock, self._on_withdrawal = load, clock, on_withdrawal
+        self._load, self._clock, self._on_withdrawal, self._on_fetch = load, clock, on_withdrawal, on_fetch
         self._refresh_interval, self._unknown_key_interval = refresh_interval, unknown_key_interval
         self._stale_for = stale_for
         self._source = source or random.Random()  # noqa: S311 - spreads fetches, guards nothing
@@ -143,6 +147,7 @@ class IssuerKeys:
             self._note_success(keys)
         finally:
             self._fetch = None
+            self._on_fetch(self.error is None)
 
     def _note_success(self, keys: Sequence[VerificationKey]) -> None:
         if self.error is not None:

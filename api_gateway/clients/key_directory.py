@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 
-from api_gateway.clients.api_keys import ApiKey, KnownKey
+from api_gateway.clients.api_keys import ApiKey, KnownKey, key_id
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
 from api_gateway.clients.records import Change, ClientRecord, ClientStore, KeyChange, Unchanged, key_entry
@@ -150,6 +150,11 @@ class KeyDirectory:
     def configured_of(self, client_id: str) -> list[ApiKey]:
         """Return the keys of a client in the configuration."""
         return [known.key for known in self._configured().values() if known.client_id == client_id]
+
+    def digest_of_id(self, identifier: str) -> str | None:
+        """Return the digest of a held key by its id; None if no held key has it."""
+        held = (*self._configured(), *self._cache().keys)
+        return next((digest for digest in held if key_id(digest) == identifier), None)
 
     async def last_uses(self, keys: Sequence[ApiKey]) -> dict[str, int]:
         """Return when keys were last used, by digest, in seconds since the epoch; without those of a store outage."""

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import NamedTuple
 
 from api_gateway.clients.cache import ClientCache
@@ -282,6 +281,11 @@ class ClientRegistry:
         self._cursor = changes.cursor
         self._cache.forget_empty(changes.cursor.version)
 
+    @property
+    def claimable_count(self) -> int:
+        """Number of registered clients in memory whose id needs no proof."""
+        return sum(not client.is_verified_only for client in self._known.values())
+
     def bump_version(self) -> None:
         """Invalidate all clients that were resolved before."""
         self.version += 1
@@ -324,7 +328,8 @@ class ClientRegistry:
         """
         if client.is_registered:
             return client
-        return replace(client, quota=self.tiers.get(tier or "", client.quota), source="token")
+        quota = self.tiers.get(tier or "", client.quota)
+        return Client(client.id, client.key, quota, "token", is_verified_only=client.is_verified_only)
 
     def by_address(self, address: str) -> Client:
         """Return the client of a request without a client id: the address."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from api_gateway.admin.operator_token import token_file
+from api_gateway.assembly.identity import claim_notice
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import banner
 from api_gateway.process.listeners import Sockets
@@ -38,7 +39,8 @@ class ReachableAddress:
 
 
 def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
-    """Return the startup message: addresses, routes, and where the operator token is."""
+    """Return the startup message: addresses, routes, where the operator token is, and which ids anyone can claim."""
+    notice = claim_notice(config)
     place = ReachableAddress.of(sockets.public)
     operators = ReachableAddress.of(sockets.admin) if sockets.admin else place
     routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
@@ -50,6 +52,8 @@ def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) ->
     token = token_file(config.state_dir)
     if token.exists():
         lines.append(f"Operator token in {token}")
+    if notice:
+        lines.append(notice)
     if workers > 1:
         lines.append(f"{workers} workers")
     return "\n".join(lines)

@@ -79,6 +79,11 @@ class ApiKeySource:
             return Claim(self, None, names, f"The API key is malformed: {fault}.")
         return Claim(self, digest_of(key), names)
 
+    def claim_of_id(self, credential_id: str) -> Claim | None:
+        """Return the claim of the key that operators know by this id, without the key; None if it is not held."""
+        digest = self._directory.digest_of_id(credential_id)
+        return None if digest is None else Claim(self, digest, frozenset())
+
     def verify(self, claim: Claim, now_ns: int) -> Verification:
         """Return what a key proves, from memory; a question if the store must be asked."""
         if claim.fault is not None:

@@ -1,6 +1,7 @@
 """The stages of admission for requests with a credential. They do not concern other requests."""
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 
 from api_gateway.clients.registry import ClientRegistry
@@ -46,7 +47,11 @@ class CredentialStage:
         self._limiter = limiter
         self._charges_of_address = charges_of_address
         self._is_enforced = is_enforced
-        self._on_observed = on_observed
+        self.on_observed = on_observed
+        self.silent = self  # the same without callback
+        if on_observed is not None:
+            self.silent = silent = copy(self)
+            silent.silent, silent.on_observed = silent, None
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set client, priority and principal, and the credential of the exchange."""
@@ -68,6 +73,8 @@ class CredentialStage:
         claim = plan.facts.claim
         if claim is None:
             return None
+        if self.silent is not self:
+            return self.silent.inspect(plan)
         return self._conclude(plan, claim.source.verify(claim, plan.now_ns), is_charged=False)
 
     def concerns(self, facts: HeaderFacts) -> bool:
@@ -134,8 +141,8 @@ class CredentialStage:
 
     def _observe(self, plan: RequestPlan, error: GatewayError) -> StageResult:
         """Leave the request to the next source."""
-        if self._on_observed is not None:
-            self._on_observed(plan, error)
+        if self.on_observed is not None:
+            self.on_observed(plan, error)
         plan.exchange.client, plan.facts.proof = None, None
         return None
 
@@ -170,16 +177,28 @@ def _on_decision(plan: RequestPlan, decision: Decision, *, proceed: Callable[[],
 class CredentialRouteStage:
     """Refuses a request whose credential does not permit its route."""
 
+    def __init__(
+        self, *, is_enforced: bool = True, on_observed: Callable[[RequestPlan, GatewayError], None] | None = None
+    ) -> None:
+        """Unless `is_enforced`, the request is admitted, and `on_observed` is called with the error."""
+        self._is_enforced = is_enforced
+        self.on_observed = on_observed
+
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse the request, or go on."""
         proof = plan.exchange.credential
         if not isinstance(proof, Proof) or not proof.is_restricted:
             return None
-        return None if plan.route is None else proof.refusal(plan.route)
+        error = None if plan.route is None else proof.refusal(plan.route)
+        if error is None or self._is_enforced:
+            return error
+        if self.on_observed is not None:
+            self.on_observed(plan, error)
+        return None
 
     def inspect(self, plan: RequestPlan) -> StageResult:
-        """See `Stage`."""
-        return self.decide(plan)
+        """See `Stage`; nothing is counted."""
+        return CredentialRouteStage(is_enforced=self._is_enforced).decide(plan)
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`."""

@@ -6,7 +6,7 @@ is decided in `credential_stages`: from memory if possible, else by a question t
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import Fields
@@ -118,6 +118,15 @@ class CredentialSource(Protocol):
         ...
 
 
+@runtime_checkable
+class KeySource(Protocol):
+    """A source whose credentials operators know by an id."""
+
+    def claim_of_id(self, credential_id: str) -> Claim | None:
+        """Return the claim of the credential with this id; None if there is none."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class IdentitySources:
     """The sources in their order. Credentials are before or behind the header field; the address is last.
@@ -135,6 +144,11 @@ class IdentitySources:
     def credentials(self) -> tuple[CredentialSource, ...]:
         """The sources that prove an id."""
         return self.first + self.behind
+
+    def claim_of_key(self, key_id: str) -> Claim | None:
+        """Return the claim of the credential that operators know by this id; None if there is none."""
+        found = (source.claim_of_id(key_id) for source in self.credentials if isinstance(source, KeySource))
+        return next((claim for claim in found if claim is not None), None)
 
     @property
     def fields(self) -> frozenset[bytes]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from functools import lru_cache, partial
 from typing import Any
 
@@ -93,7 +94,15 @@ class IdentityStage(ReadOnlyStage):
         self._priorities = priorities
         self._sources = sources
         self._is_enforced = is_enforced
-        self._on_bare, self._on_observed = on_bare, on_observed
+        self.on_bare, self.on_observed = on_bare, on_observed
+        self._silent = self  # the same without callbacks
+        if on_bare is not None or on_observed is not None:
+            self._silent = copy(self)
+            self._silent.on_bare = self._silent.on_observed = None
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """See `Stage`; nothing is counted."""
+        return self._silent.decide(plan)
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set client, priority and principal; the store is asked for a client that is not in memory."""
@@ -131,16 +140,16 @@ class IdentityStage(ReadOnlyStage):
             if not self._sources.accepts_address:
                 error = CredentialsRequired("The request has no credential that identifies a client.")
         elif self._is_bare(client):
-            if self._on_bare is not None:
-                self._on_bare(client)
+            if self.on_bare is not None:
+                self.on_bare(client)
             if client.is_verified_only:
                 error = CredentialsRequired(f"The client id '{client.id}' needs a credential that proves it.")
         if error is not None:
             if self._is_enforced:
                 plan.exchange.client = self._clients.by_address(address_key(plan.facts.peer))
                 return error
-            if self._on_observed is not None:
-                self._on_observed(plan, error)
+            if self.on_observed is not None:
+                self.on_observed(plan, error)
         plan.exchange.client = client
         plan.principal = holder_of(client, plan.facts.peer)
         plan.priority = self._priorities.of(client.quota.name)

@@ -79,6 +79,17 @@ class LimiterView(Body):
     store: "StoreView"
 
 
+class IdentityCounts(Body):
+    """Requests whose client id was not proved although it should have been."""
+
+    would_refuse: dict[str, int] = Field(
+        description="Requests that were admitted only because identity.mode is observe, by reason."
+    )
+    bare_client_ids: dict[str, int] = Field(
+        description="Requests with the bare id of a client that has keys or is verified only, by result."
+    )
+
+
 class BreakerCounts(Body):
     """State, mode and totals of a breaker."""
 
@@ -129,6 +140,7 @@ class MetricsView(Body):
         description="Rejected requests to operator endpoints, by reason: missing_token, invalid_token,"
         " insufficient_role, cross_site."
     )
+    identity: IdentityCounts
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]
     overload: OverloadView

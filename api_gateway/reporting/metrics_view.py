@@ -12,6 +12,7 @@ from api_gateway.models import LimiterState
 from api_gateway.observability.latency_series import SLICE, WINDOWS, Tally, WindowedSeries, percentile
 from api_gateway.reporting.metrics_schema import (
     BreakerCounts,
+    IdentityCounts,
     LatencySeries,
     LatencyView,
     LatencyWindow,
@@ -172,6 +173,9 @@ def metrics_view(
         fallbacks=_by_route(recorder.fallbacks),
         rejections=dict(recorder.rejections),
         operator_rejections=dict(recorder.operator_rejections),
+        identity=IdentityCounts(
+            would_refuse=dict(recorder.would_refuse), bare_client_ids=dict(recorder.bare_client_ids)
+        ),
         rate_limiter=LimiterView(
             allowed=dict(recorder.allowed),
             limited=dict(recorder.limited),

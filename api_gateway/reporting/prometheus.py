@@ -1,4 +1,7 @@
-"""Rendering of the metrics in the Prometheus text format and in OpenMetrics, at scrape time."""
+"""Rendering of the metrics in the Prometheus text format and in OpenMetrics, at scrape time.
+
+Long because it has the names, labels and descriptions of all metrics, each once.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -24,6 +27,7 @@ from api_gateway.reporting.prometheus_families import (
     SingleMetric,
     duration_histogram,
     family_in_pieces,
+    refusal_families,
     without_head,
 )
 from api_gateway.resilience.breaker_policy import Mode, State
@@ -119,12 +123,7 @@ class PrometheusExposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
-        rejected = CounterMetricFamily(
-            "gateway_operator_rejections", "Rejected requests to operator endpoints, by reason.", labels=["reason"]
-        )
-        for label, count in recorder.operator_rejections.items():
-            rejected.add_metric([label], count)
-        yield rejected
+        yield from refusal_families(recorder)
 
     def _shown(self, series: Mapping[str, WindowedSeries]) -> list[tuple[str, WindowedSeries]]:
         return [(name, one) for name, one in series.items() if self._is_detailed or one.is_used]
@@ -283,6 +282,13 @@ class PrometheusExposition:
             "Events that the state of an exchange did not allow; each aborts that exchange.",
             ["phase", "event"],
             recorder.illegal_exchange_events.items(),
+        )
+        yield from family_in_pieces(
+            CounterMetricFamily,
+            "gateway_issuer_key_fetches",
+            "Fetches of the keys of issuers of tokens.",
+            ["issuer", "result"],
+            recorder.key_fetches.items(),
         )
 
     def _breakers(self) -> Iterator[Metric]:

@@ -6,8 +6,9 @@ from functools import cache
 from itertools import accumulate, islice
 from typing import Any
 
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
+from api_gateway.metrics import Recorder
 from api_gateway.observability.latency_series import Tally, WindowedSeries, bucket_of, value_of
 
 # Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
@@ -25,6 +26,34 @@ class SingleMetric:
     def collect(self) -> Iterator[Metric]:
         """Yield the metric."""
         yield self._metric
+
+
+def refusal_families(recorder: Recorder) -> Iterator[Metric]:
+    """Yield the counters of rejected operators, and of client ids that were not proved."""
+    for name, words, label, counts in (
+        (
+            "gateway_operator_rejections",
+            "Rejected requests to operator endpoints, by reason.",
+            "reason",
+            recorder.operator_rejections,
+        ),
+        (
+            "gateway_identity_would_refuse",
+            "Requests that were admitted only because identity.mode is observe.",
+            "reason",
+            recorder.would_refuse,
+        ),
+        (
+            "gateway_identity_bare_client_ids",
+            "Requests with the id of a client that should have been proved, but was not.",
+            "result",
+            recorder.bare_client_ids,
+        ),
+    ):
+        family = CounterMetricFamily(name, words, labels=[label])
+        for value, count in counts.items():
+            family.add_metric([value], count)
+        yield family
 
 
 def family_in_pieces(

@@ -376,3 +376,12 @@ def test_a_variable_that_is_no_setting_is_named_with_the_nearest_that_is(
     assert [one.getMessage() for one in caplog.records] == [
         f"environment: {variable} is not a setting and is ignored{hint}"
     ]
+
+
+def test_it_tells_which_ids_anyone_can_claim(tmp_path: Path) -> None:
+    digest = "sha256:" + "0" * 64
+    clients = f"clients: {{acme: {{tier: PREMIUM}}, initech: {{keys: {{one: {{digest: '{digest}'}}}}}}}}"
+    path = config_file(tmp_path, "http://127.0.0.1:9", clients)
+    with process("-m", "api_gateway", "--check", "--config", path, cwd=tmp_path) as running:
+        assert running.exit_code() == 0
+    assert "Anyone who sends X-Client-ID can claim 1 of 2 configured clients: acme.\n" in running.errors

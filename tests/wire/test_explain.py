@@ -365,6 +365,8 @@ async def test_it_has_every_figure(tmp_path: Path) -> None:
         "tier_source": "default",
         "detail": told.client.detail,
         "registered": False,
+        "proved_by": None,
+        "verified_only": False,
         "address_limited": True,
         "tier": {"name": "FREE", "rate": 1, "capacity": 5},
     }
@@ -518,6 +520,8 @@ def test_the_most_frequent_clients_are_listed(running: RunningGateway) -> None:
         "limited_error_bound": 0,
         "requests": 6,
         "requests_error_bound": 0,
+        "bare": 0,
+        "bare_error_bound": 0,
     }
     found = ask(f"{running.url}/clients?sort=requests&limit=3").json()
     assert [one["client_id"] for one in found["clients"]] == ["eager", "busier", "busy"]

@@ -53,6 +53,55 @@ def test_observing_refuses_nothing(gateway: Gateway, up: RawUpstream) -> None:
         assert ask(f"{running.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
 
 
+def test_what_observing_admits_is_counted_and_logged(
+    gateway: Gateway, up: RawUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = gateway(in_front_of(up.url) | VERIFIED | {"identity": {"mode": "observe"}})
+    for _ in range(3):
+        assert ask(f"{running.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
+    assert ask(f"{running.url}/api/x", headers={"X-API-Key": "agw_wrong", "X-Client-ID": "open"}).status == 200
+    call(running, "POST", "/explain", {"path": "/api/x", "client_id": "acme"})
+    counts = ask(f"{running.url}/metrics").json()["identity"]
+    assert counts["would_refuse"] == {
+        "credentials_required": 3,
+        "credentials_invalid": 1,
+        "credentials_insufficient": 0,
+    }
+    assert counts["bare_client_ids"] == {"admitted": 3, "refused": 0}
+    text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
+    assert 'gateway_identity_would_refuse_total{reason="credentials_required"} 3.0' in text
+    assert 'gateway_identity_bare_client_ids_total{result="admitted"} 3.0' in text
+    first = call(running, "GET", "/clients?sort=bare")["clients"][0]
+    assert (first["client_id"], first["bare"]) == ("acme", 3)
+    assert "would be refused: credentials_required" in caplog.text
+
+
+def test_explain_tells_which_ids_anyone_can_claim(gateway: Gateway, up: RawUpstream) -> None:
+    running = gateway(in_front_of(up.url) | VERIFIED)
+    made = call(running, "POST", "/clients/acme/keys", {})
+    for name, outcome, verified_only in (("acme", "refused", None), ("open", "allowed", False)):
+        told = call(running, "POST", "/explain", {"path": "/api/x", "client_id": name})
+        assert told["result"]["outcome"] == outcome
+        assert told["client"]["proved_by"] is None
+        if verified_only is not None:
+            assert told["client"]["verified_only"] is verified_only
+    with_key = call(running, "POST", "/explain", {"path": "/api/x", "client_id": None, "key_id": made["id"]})
+    assert with_key["result"]["outcome"] == "allowed"
+    assert (with_key["client"]["id"], with_key["client"]["proved_by"]) == ("acme", "api_key")
+    assert "identified by api_key" in with_key["client"]["detail"]
+    assert made["key"] not in json.dumps(with_key)
+    answer = ask(
+        f"{running.url}/explain",
+        method="POST",
+        body=b'{"path": "/api/x", "client_id": null, "key_id": "none"}',
+        headers={"Content-Type": "application/json"},
+    )
+    assert (answer.status, "no API key 'none'" in answer.json()["detail"]) == (422, True)
+    assert call(running, "GET", "/clients/acme")["verified_only"] is True
+    assert call(running, "GET", "/clients/open")["verified_only"] is False
+    assert ask(f"{running.url}/metrics").json()["identity"]["bare_client_ids"] == {"admitted": 0, "refused": 0}
+
+
 # API keys
 
 ROUTES = [

@@ -19,8 +19,10 @@ from tests.kit import (
     Answer,
     FakeClocks,
     RawClient,
+    RawRequest,
     RawUpstream,
     RunningGateway,
+    Wire,
     ask,
     eventually,
     in_front_of,
@@ -80,6 +82,13 @@ def get(
 def told(answer: Answer) -> tuple[int, str | None]:
     """Return status and reason of a response."""
     return answer.status, answer.json()["reason"] if answer.status >= 400 else None
+
+
+def event_stream(wire: Wire, request: RawRequest) -> None:
+    """Begin an event stream that does not end."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    wire.send(head + b"5\r\nbegun\r\n")
+    wire.fill()
 
 
 def clients_of(running: RunningGateway) -> set[str]:
@@ -333,6 +342,34 @@ def test_keys_rotate(gateway: Gateway, issuer: Published, up: RawUpstream, clock
     assert told(get(running, first, method=method)) == (401, "credentials_invalid")  # although it was remembered
     assert get(running, second, method=method).status == 200
     assert issuer.fetches == 3
+    assert running.live.recorder.key_fetches == {("one", "success"): 3}
+    metrics = ask(f"{running.url}/metrics?format=prometheus").body.decode()
+    assert 'gateway_issuer_key_fetches_total{issuer="one",result="success"} 3' in metrics
+
+
+@pytest.mark.parametrize("ending", ["expired", "withdrawn"])
+def test_a_stream_ends_with_its_token(
+    gateway: Gateway, issuer: Published, up: RawUpstream, clocks: FakeClocks, ending: str
+) -> None:
+    up.behave = event_stream
+    issuer.publish(key_for("ES256"), key_for("ES256", 2))
+    running = gateway(with_issuer(up, issuer=issuer.issuer), clocks.clocks)
+    ends = issuer.signed({"exp": claims_of()["iat"] + 110})
+    goes_on = issuer.signed(key=key_for("ES256", 2))
+    with RawClient(running.port) as ended, RawClient(running.port) as going:
+        for client, token in ((ended, ends), (going, goes_on)):
+            client.request("GET", headers=(f"Authorization: Bearer {token}",))
+            assert client.read_until(b"begun") is not None
+        if ending == "expired":
+            clocks.advance(100 + LEEWAY)
+        else:
+            issuer.publish(key_for("ES256", 2))
+            clocks.advance(10)
+            assert get(running, issuer.signed(header={"kid": "unknown"})).status == 401  # the keys are fetched
+        ended.read_exactly(10_000)  # to the end of the connection
+        going.sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            going.fill()
 
 
 def test_all_first_requests_share_one_fetch(gateway: Gateway, issuer: Published, up: RawUpstream) -> None:
@@ -489,7 +526,7 @@ async def test_a_reload_keeps_keys_and_tokens_that_have_not_changed(tmp_path: Pa
         identity = {"sources": ["jwt", "address"], "jwt": {"issuers": {"one": one, "two": two}}}
         return GatewayConfig.model_validate({"state_dir": tmp_path, "identity": identity})
 
-    issuers = Issuers(FakeClocks().clocks, lambda: None)
+    issuers = Issuers(FakeClocks().clocks, lambda: None, lambda _issuer, _succeeded: None)
     first = issuers.plan(config(), None)
     assert first is not None
     issuers.follow(first)

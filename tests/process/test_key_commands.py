@@ -1,0 +1,98 @@
+"""`api-gateway keys`: keys of a running gateway from the command line."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from api_gateway.clients.api_keys import PATTERN, digest_of
+from tests.kit import RawUpstream, ask, free_port, reply
+from tests.processes import Running, config_file, process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys")
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[Running]:
+    up = RawUpstream(reply(b"fine"))
+    path = config_file(folder, up.url, f"state_dir: {folder / 'state'}")
+    with process("-m", "api_gateway", "--config", path, "--port", "0", cwd=folder) as one:
+        assert one.url
+        yield one
+    up.close()
+
+
+def keys(folder: Path, running: Running, *arguments: str) -> tuple[int, str, str]:
+    """Run the command; return exit code, standard output and standard error."""
+    options = ("--config", str(folder / "gateway.yaml"), "--url", running.url)
+    (place := folder / "commands").mkdir(exist_ok=True)
+    with process("-m", "api_gateway", "keys", *arguments, *options, cwd=place) as command:
+        return command.exit_code(), command.output, command.errors
+
+
+def status(running: Running, key: str) -> int:
+    return ask(f"{running.url}/api/up", headers={"X-API-Key": key.strip()}).status
+
+
+def test_a_key_lives_from_its_creation_to_its_revocation(running: Running, folder: Path) -> None:
+    code, key, told = keys(folder, running, "create", "acme", "--label", "laptop", "--expires-in", "3600")
+    assert code == 0, told
+    assert re.fullmatch(PATTERN, key.strip()), "the key alone is on standard output"
+    key_id = digest_of(key.strip().encode())[:16]
+    assert key_id in told
+    assert "needs a credential from now on" in told
+    assert status(running, key) == 200
+    code, table, _ = keys(folder, running, "list", "acme")
+    assert code == 0
+    assert table.splitlines()[0].split() == ["ID", "LABEL", "CREATED", "EXPIRES", "LAST", "USED", "ROUTES"]
+    assert table.splitlines()[1].startswith(f"{key_id}  laptop")
+    assert key.strip() not in table
+    code, successor, told = keys(folder, running, "rotate", "acme", key_id, "--overlap", "600")
+    assert code == 0, told
+    assert f"Key {key_id} is valid until" in told
+    assert (status(running, key), status(running, successor)) == (200, 200)
+    code, nothing, told = keys(folder, running, "revoke", "acme", key_id)
+    assert (code, nothing) == (0, "")
+    assert "1 valid keys are left" in told
+    assert (status(running, key), status(running, successor)) == (401, 200)
+
+
+def test_a_client_with_an_open_id_can_be_claimed(running: Running, folder: Path) -> None:
+    code, key, told = keys(folder, running, "create", "open", "--open-id")
+    assert (code, "can still be claimed by anyone" in told) == (0, True)
+    assert status(running, key) == 200
+    assert ask(f"{running.url}/api/up", headers={"X-Client-ID": "open"}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("revoke", "acme", "0123456789abcdef"), "404: Client 'acme' has no key"),
+        (("create", "acme", "--route", "none"), "422: body.routes: there is no route 'none'"),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_1(
+    running: Running, folder: Path, arguments: tuple[str, ...], part: str
+) -> None:
+    code, output, told = keys(folder, running, *arguments)
+    assert (code, output) == (1, "")
+    assert part in told
+    assert told.count("\n") == 1
+
+
+def test_a_gateway_that_does_not_run_is_one_line_too(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with process("-m", "api_gateway", "keys", "list", "acme", "--url", url, cwd=tmp_path) as command:
+        assert command.exit_code() == 1
+    assert f"{url}: no usable response" in command.errors
+
+
+def test_a_key_for_the_configuration_is_generated_without_a_gateway(tmp_path: Path) -> None:
+    with process("-m", "api_gateway", "keys", "generate", cwd=tmp_path) as command:
+        assert command.exit_code() == 0
+    key = command.output.strip()
+    assert f"digest: sha256:{digest_of(key.encode())}" in command.errors
