@@ -590,3 +590,15 @@ def test_a_short_flood_of_invented_ids_prints_its_tables(capsys: pytest.CaptureF
     rows = {line.split(" | ")[0].strip("| "): line for line in printed.splitlines()}
     assert rows["memory: ids that never repeat"].endswith("| 0 |"), "nobody is refused"
     assert 300 <= int(rows["buckets"].split(" | ")[1].strip(" |")) <= 403, "each id has a bucket"
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("wrk"), reason="needs nginx and wrk on the PATH")
+def test_tokens_print_the_cost_of_each_algorithm() -> None:
+    command = [sys.executable, "-m", "benchmarks.tokens", "--rounds", "1", "--seconds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line[:45].strip(): float(line[45:].split()[0]) for line in done.stdout.splitlines()[1:]}
+    for algorithm in ("RS256", "ES256", "EdDSA"):
+        assert found[f"{algorithm}, new: tokens, none remembered"] > found[f"{algorithm}, new: no tokens"] > 0
+    assert found["ES256: tokens"] > 0
