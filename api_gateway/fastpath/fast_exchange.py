@@ -15,12 +15,13 @@ from api_gateway.errors import ClientDisconnected, GatewayError, InternalError, 
 from api_gateway.fastpath.client_port import Downstream
 from api_gateway.fastpath.context import ExchangeContext
 from api_gateway.fastpath.exchange_body import ExchangeBody
-from api_gateway.fastpath.response_head import parsed_head, plain_head
+from api_gateway.fastpath.response_head import parsed_head, plain_head, static_response
 from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import (
     BODILESS,
     COST,
+    FALLBACK,
     REQUEST_TIMEOUT,
     fields_of,
     forwardable_interim,
@@ -32,7 +33,7 @@ from api_gateway.models import NANOSECONDS, Exchange, HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
-from api_gateway.proxy.deadline import deadline_error
+from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.exchange import (
     ASK,
     BODY,
@@ -50,6 +51,7 @@ from api_gateway.proxy.exchange import (
     DRAIN,
     END,
     EXCHANGING,
+    FALL_BACK,
     FINAL,
     FLOWING,
     HAND_OVER,
@@ -60,13 +62,15 @@ from api_gateway.proxy.exchange import (
     REPLY,
     RESUME,
     RETRY,
+    SELECT,
     SELECTING,
     WRITABLE,
     ExchangeEvent,
     IllegalEvent,
     ProxyExchange,
 )
-from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.failure_record import note_failure, note_shed
+from api_gateway.proxy.fallback import Fallback, add_failure, applies
 from api_gateway.proxy.header_facts import RewrittenHeaders
 from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.sse import EventBoundaries, is_event_stream
@@ -105,6 +109,9 @@ class FastExchange(ProxyExchange):
     last: UpstreamResponse | None = None  # the response of the last attempt, likewise
     tried: tuple[Target, ...] = ()  # the targets of the attempts that have failed
     upload: ExchangeBody | None = None  # the request body
+    first_failure: GatewayError | None = None  # the error for which another upstream is asked, as the fallback
+    failed_upstream: str | None = None  # the upstream that has failed with it
+    failed_target: str | None = None
     waited_before_head = 0.0  # seconds for which the attempt had waited for the client when the head arrived
     events: EventBoundaries | None = None  # of an event stream
     task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
@@ -164,7 +171,7 @@ class FastExchange(ProxyExchange):
         self._refuse(error)
 
     def _begin(self) -> None:
-        """Take the connection of the client, and receive the rest of the body."""
+        """Take the connection of the client, and receive the rest of the body. Idempotent."""
         self._client.begin_exchange(self)
         if self.upload is not None and not self.upload.is_complete:
             self._client.receive_body(self.upload, self.upload.length - self.upload.received)
@@ -214,9 +221,12 @@ class FastExchange(ProxyExchange):
         assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = router.upstream_clients[route.upstream]
         exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
-        if not upstream_client.supports_fast_path:
-            self._hand_over()
-            return None
+        key = exchange.client_key
+        if not upstream_client.is_simple:
+            if not upstream_client.is_native:
+                self._hand_over()
+                return None
+            key = self._key(upstream_client)
         exchange.upstream = route.upstream
         upstream_client.retries.budget.deposit(exchange.started)
         if deadline is not None and deadline.at <= now:
@@ -224,7 +234,7 @@ class FastExchange(ProxyExchange):
         is_safe = self._is_repeatable
         try:
             self.attempt = attempt = upstream_client.upstream.acquire(
-                now, exchange.client_key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
+                now, key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
             )
         except Unavailable as error:
             return self._after(error.with_traceback(None))
@@ -240,10 +250,20 @@ class FastExchange(ProxyExchange):
             else:
                 self._expect_body(upload, route)
         if deadline is not None:
-            self.timer = self._client.loop.call_later(deadline.at - now, self._on_deadline, self.generation)
-            self.is_pending = True
+            self._limit_time(deadline, now)
         self._start(upstream_client, attempt, now)
         return None
+
+    def _key(self, upstream_client: UpstreamClient) -> str:
+        """Return the key for load balancing."""
+        if upstream_client.hash_header is None:
+            return self.exchange.client_key
+        return upstream_client.hash_key(fields_of(pairs_of(self._request_headers.received)), self.exchange)
+
+    def _limit_time(self, deadline: Deadline, now: float) -> None:
+        """Start the timer of the deadline."""
+        self.timer = self._client.loop.call_later(deadline.at - now, self._on_deadline, self.generation)
+        self.is_pending = True
 
     def _start(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         """Begin an attempt: send the request on an idle connection, or open one."""
@@ -273,13 +293,92 @@ class FastExchange(ProxyExchange):
         """True if the method or an idempotency key makes the request repeatable, see `retry.is_repeatable`."""
         return self.exchange.method in IDEMPOTENT or _HAS_KEY.search(self._request_headers.received) is not None
 
+    # Fallbacks
+
     def _after(self, error: GatewayError) -> GatewayError | None:
-        """Hand an exchange that has failed over to the fallback of its route; return the error if there is none."""
+        """Respond by the fallback of the route; return the error to respond with if there is none that applies."""
         route = self.plan.route
-        if route is None or route.fallback is None:
+        if route is None or route.fallback is None or not isinstance(error, Unavailable | UpstreamFailed):
             return error
-        self._hand_over(error)
+        if self.first_failure is not None:
+            return self._after_both(self.first_failure, error)
+        fallback, router = route.fallback, self._context.router
+        if not self._applies(fallback, error):
+            return error
+        if fallback.upstream is not None and not router.upstream_clients[fallback.upstream].is_native:
+            self._hand_over(error)
+            return None
+        self.move(FALL_BACK)
+        exchange = self.exchange
+        note_failure(exchange, error)
+        exchange.fallback = fallback.name
+        router.on_fallback(exchange, error)
+        exchange.has_reached |= not error.is_retry_safe
+        if fallback.upstream is None:
+            self._respond_static(fallback)
+            return None
+        return self._ask_fallback(router.upstream_clients[fallback.upstream], error)
+
+    def _applies(self, fallback: Fallback, error: GatewayError) -> bool:
+        """Tell whether the fallback responds after an error."""
+        deadline, upload = self.plan.deadline, self.upload
+        if fallback.upstream is not None and deadline is not None and deadline.at <= self._context.clock():
+            return False
+        is_replayable = upload is None or upload.is_replayable
+        return applies(fallback, error, is_repeatable=self._is_repeatable, is_replayable=is_replayable)
+
+    def _respond_static(self, fallback: Fallback) -> None:
+        """Respond with the static response of the route."""
+        self.move(REFUSE)
+        context, exchange = self._context, self.exchange
+        if self.upload is not None and self.upload.awaits_continue:
+            self.keep_alive = False  # the client may send the body or not
+        self._begin()
+        self._client.transport.write(static_response(fallback, exchange, context, keep_alive=self.keep_alive))
+        self._end(context.clock(), Outcome.IGNORED, keep_alive=self.keep_alive)
+
+    def _ask_fallback(self, upstream_client: UpstreamClient, error: GatewayError) -> GatewayError | None:
+        """Begin the attempts on another upstream; return the error to respond with if none can be begun."""
+        exchange, attempt, now = self.exchange, self.attempt, self._context.clock()
+        self.first_failure, self.failed_upstream, self.failed_target = error, exchange.upstream, exchange.target
+        self.attempt = self._last_attempt = None
+        if attempt is not None:
+            attempt.release(now)
+        if self.upload is not None:
+            self.upload.end_attempt()
+        self._forget()
+        self.tried, exchange.head_at = (), None
+        self.move(SELECT)
+        exchange.upstream = upstream_client.upstream.name
+        upstream_client.retries.budget.deposit(exchange.started)
+        plan, is_safe = self.plan, self._is_repeatable
+        try:
+            self.attempt = attempt = upstream_client.upstream.acquire(
+                now,
+                self._key(upstream_client),
+                priority=plan.priority,
+                is_safe=is_safe,
+                principal=plan.principal,
+            )
+        except Unavailable as refusal:
+            return self._after(refusal.with_traceback(None))
+        self.timeouts = upstream_client.limits
+        self._begin()
+        if self.timer is None and plan.deadline is not None:
+            self._limit_time(plan.deadline, now)
+        self._start(upstream_client, attempt, now)
         return None
+
+    def _after_both(self, first: GatewayError, second: GatewayError) -> GatewayError:
+        """Return the error of the first upstream, after the fallback has failed too."""
+        exchange = self.exchange
+        note_shed(exchange, second)
+        exchange.upstream, exchange.target, exchange.fallback = self.failed_upstream, self.failed_target, None
+        exchange.has_reached |= not second.is_retry_safe
+        add_failure(first, second)
+        return first
+
+    # Attempts
 
     async def _connect(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         """Open or await a connection, and send the request.
@@ -481,6 +580,8 @@ class FastExchange(ProxyExchange):
             head = parsed_head(
                 self, exchange, context, rewriter, authorities, is_chunked=self.is_framed, keep_alive=self.keep_alive
             )
+        if exchange.fallback is not None:
+            head = b"%b%b: %b\r\n\r\n" % (head[:-2], FALLBACK, exchange.fallback.encode())
         if self.is_framed or self.chunks is not None:
             piece = self._take_piece()
         else:
@@ -508,9 +609,9 @@ class FastExchange(ProxyExchange):
 
     def _is_retried(self, status: int) -> bool:
         """Tell whether the retry policy names the status."""
-        route = self.plan.route
-        assert route is not None  # noqa: S101 - the request is admitted
-        return status in self._context.router.upstream_clients[route.upstream].retried_statuses
+        upstream = self.exchange.upstream
+        assert upstream is not None  # noqa: S101 - the request was sent
+        return status in self._context.router.upstream_clients[upstream].retried_statuses
 
     def _on_error(self, error: Exception) -> None:
         """Retry or respond; if the response has begun, close the connection, so that the client detects the error."""
@@ -607,7 +708,7 @@ class FastExchange(ProxyExchange):
         self.last = self.failure = None
         is_safe = self._is_repeatable
         attempt = router.next_attempt(
-            upstream_client, exchange.client_key, self.tried, is_safe=is_safe, principal=plan.principal
+            upstream_client, self._key(upstream_client), self.tried, is_safe=is_safe, principal=plan.principal
         )
         if attempt is None:
             router.on_denial(name, RetryDenied.UNAVAILABLE)
@@ -783,6 +884,7 @@ class FastExchange(ProxyExchange):
     def _invalidate(self) -> None:
         """Cancel timers and task, discard the last response, and have replies that are still to come dropped."""
         self.generation += 1
+        self.first_failure = None
         for timer in (self.delay, self.probe, self.timer):
             if timer is not None:
                 timer.cancel()
@@ -798,35 +900,30 @@ class FastExchange(ProxyExchange):
     def _hand_over(self, error: GatewayError | None = None) -> None:
         """Let the ASGI path continue: from the start if no attempt was made, with the fallback after an `error`.
 
-        The error has settled the attempt. A body of which a part is lost, because it was sent and not kept, counts as
-        sent.
+        The error has settled the attempt. What has arrived of the body has been kept.
         """
         if self.upload is not None and not self.upload.is_complete:
-            self._client.begin_exchange(self)
-            self._client.receive_body(self.upload, self.upload.length - self.upload.received)
+            self._begin()
         self.move(HAND_OVER)
         self._invalidate()
         attempt, self.attempt = self.attempt, None
         exchange, context = self.exchange, self._context
         exchange.response_headers = context.response_headers(exchange)
         router = context.router
-        kept: bytes | None = b""
-        if self.upload is not None:
-            kept = self.upload.kept()
+        kept = b"" if self.upload is None else self.upload.kept()
         if error is not None:
             if attempt is not None:
                 attempt.release(context.clock())
-            go_on = partial(router.fall_back, self.plan, error, is_sent=kept is None)
+            go_on = partial(router.fall_back, self.plan, error)
         else:
             go_on = partial(router.forward, self.plan)
-        if kept is not None:
-            exchange.bytes_in = 0  # the ASGI path counts anew
+        exchange.bytes_in = 0  # the ASGI path counts anew
         self._client.run_asgi(
             partial(_serve, context.record, exchange, go_on),
             exchange.method,
             self.plan.raw_target,
             pairs_of(self._request_headers.received),
-            kept or b"",
+            kept,
             keep_alive=self.keep_alive,
         )
 
