@@ -87,14 +87,17 @@ class Explainer:
         shedder: EventLoopShedder,
         header: str,
         claim_of_key: Callable[[str], Claim | None] = lambda _: None,
+        accepts_keys: bool = True,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
         """`header` is the name of the header that identifies clients. Both clocks must read the same time.
 
-        `claim_of_key` returns the claim of the API key with an id, None if there is none.
+        `claim_of_key` returns the claim of the API key with an id, None if there is none. `accepts_keys`: API keys
+        are a source of identities.
         """
         self._claim_of_key = claim_of_key
+        self.accepts_keys = accepts_keys
         self._admission = admission
         self._headers = headers
         self._router = router

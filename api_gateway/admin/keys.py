@@ -50,6 +50,8 @@ async def create_key(
     It is valid at once, and within a second on all gateways that share the store.
     """
     now = context.clocks.wall()
+    if not context.explainer.accepts_keys:
+        raise InvalidValue("identity.sources does not name api_key, so keys are not accepted; no key was created.")
     _check_routes(context, body.routes)
     record, _ = await context.clients.record_of(client_id)
     if sum(key.is_valid_at(now) for key in record.keys) >= MAX_VALID_KEYS:
