@@ -1,14 +1,19 @@
 """`api-gateway keys`: keys of a running gateway from the command line."""
 
+import base64
+import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from api_gateway.clients.api_keys import PATTERN, digest_of
-from tests.kit import RawUpstream, ask, free_port, reply
+from api_gateway.clients.api_keys import PATTERN, digest_of, new_key
+from tests.kit import RawUpstream, ask, eventually, free_port, reply
 from tests.processes import Running, config_file, process
+
+WITHIN = 10.0  # seconds: the gateway promises one, and 20 requests take some on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +66,63 @@ def test_a_key_lives_from_its_creation_to_its_revocation(running: Running, folde
     assert (status(running, key), status(running, successor)) == (401, 200)
 
 
+def test_no_log_metric_error_or_explanation_contains_a_key(tmp_path: Path) -> None:
+    """Wherever it was sent, right or wrong, also where an id belongs."""
+    up = RawUpstream(reply(b"fine"))
+    path = config_file(tmp_path, up.url, "log: {level: debug}")
+    with process("-m", "api_gateway", "--config", path, "--port", "0", cwd=tmp_path) as one:
+        content = {"Content-Type": "application/json"}
+        made = one.ask("/clients/acme/keys", method="POST", body=b"{}", headers=content).json()
+        key, bodies = made["key"], []
+        for sent in (key, key[:-1], new_key(b"\7" * 32)):
+            basic = base64.b64encode(f"{sent}:".encode()).decode()
+            for name, value in (
+                ("X-API-Key", sent),
+                ("Authorization", f"Bearer {sent}"),
+                ("Authorization", f"Basic {basic}"),
+                ("Authorization", sent),
+                ("X-Client-ID", sent),
+            ):
+                bodies += [
+                    ask(f"{one.url}/api/up", method=method, headers={name: value}).body for method in ("GET", "TRACK")
+                ]
+        explained = json.dumps({"path": "/api/up", "client_id": None, "key_id": key}).encode()
+        bodies.append(one.ask("/explain", method="POST", body=explained, headers=content).body)
+        bodies += [
+            one.ask(view).body
+            for view in ("/metrics", "/metrics?format=prometheus", "/clients", "/clients/acme", "/clients/acme/keys")
+        ]
+        assert one.terminate() == 0
+        told = one.output + one.errors + b"".join(bodies).decode()
+    up.close()
+    assert '"reason":"credentials_invalid"' in told.replace('": "', '":"')
+    for sent in (key, new_key(b"\7" * 32)):
+        assert sent[4:20] not in told
+        assert base64.b64encode(sent.encode())[8:24].decode() not in told
+
+
 def test_a_client_with_an_open_id_can_be_claimed(running: Running, folder: Path) -> None:
     code, key, told = keys(folder, running, "create", "open", "--open-id")
     assert (code, "can still be claimed by anyone" in told) == (0, True)
     assert status(running, key) == 200
     assert ask(f"{running.url}/api/up", headers={"X-Client-ID": "open"}).status == 200
+
+
+def test_all_workers_accept_a_new_key_and_refuse_a_revoked_one_within_a_second(tmp_path: Path) -> None:
+    """Also those that did not make the change. Each request is on a new connection, so that all workers get some."""
+    up = RawUpstream(reply(b"fine"))
+    path = config_file(tmp_path, up.url, "tiers: {FREE: {rate: 100000, capacity: 1000000}}")
+    with process("-m", "api_gateway", "--config", path, "--port", "0", "--workers", "2", cwd=tmp_path) as several:
+        content = {"Content-Type": "application/json"}
+        made = several.ask("/clients/acme/keys", method="POST", body=b"{}", headers=content).json()
+        changed = time.monotonic()
+        eventually(lambda: {status(several, made["key"]) for _ in range(20)} == {200}, "all accept it")
+        assert time.monotonic() - changed < WITHIN
+        several.ask(f"/clients/acme/keys/{made['id']}", method="DELETE")
+        changed = time.monotonic()
+        eventually(lambda: {status(several, made["key"]) for _ in range(20)} == {401}, "all refuse it")
+        assert time.monotonic() - changed < WITHIN
+    up.close()
 
 
 @pytest.mark.parametrize(
