@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from api_gateway.clients.api_keys import is_key
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, remove_lines
@@ -32,7 +33,7 @@ from api_gateway.http1.headers import (
     stripped_headers,
 )
 from api_gateway.http1.via import Via
-from api_gateway.models import Charge, Client, HeaderList
+from api_gateway.models import Charge, Client, CorsFields, HeaderList
 from api_gateway.proxy.cors import INSPECTED, Preflight, origin_of, preflight_of
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, Claim, IdentitySources, Proof
 from api_gateway.proxy.request_id import given_request_id
@@ -60,6 +61,8 @@ class HeaderFacts:
         "charges",
         "claim",
         "client",
+        "cors",
+        "cors_route",
         "cost",
         "credentials",
         "dropped",
@@ -127,6 +130,8 @@ class HeaderFacts:
         self.is_length_required = False
         self.origin: bytes | None = None  # None also if no CORS policy is configured
         self.preflight: Preflight | None = None
+        self.cors: CorsFields | None = None  # of responses by `cors_route`, the route that was used last
+        self.cors_route: object = None
         self.claim: Claim | None = None
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
@@ -280,7 +285,7 @@ class HeaderReader:
             return None
         facts = anonymous.copy()
         given = names[0][1]
-        if is_visible_ascii(given):  # `_set_name` for the usual case
+        if is_visible_ascii(given) and not is_key(given):  # `_set_name` for the usual case
             facts.name = given.decode("ascii")
         else:
             self._set_name(facts, fields_of(names))
