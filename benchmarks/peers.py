@@ -10,16 +10,18 @@ import importlib.util
 import json
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import BALANCED, BASIC, FALLBACK, LIMITED, LOG, TIMEOUT, TLS, needs_of
+from benchmarks.cases import BALANCED, BASIC, CORS, FALLBACK, LIMITED, LOG, ORIGIN, TIMEOUT, TLS, needs_of
 from benchmarks.upstream import TARGETS, TLS_ADDRESS, TLS_NAME
 
 NODE = Path(__file__).parent / "node"
-GATEWAY = Path(__file__).parent.parent / "run_gateway.py"
+ROOT = Path(__file__).parent.parent
+GATEWAY = ROOT / "run_gateway.py"
 SECONDS = 30  # of the timeout
 CONCURRENCY = 1000  # of a target, or of the three if a peer has only such a limit
 APOLOGY = '{"status": "degraded"}'  # the body of the fallback
@@ -119,8 +121,30 @@ def this_gateway(place: Place) -> Launch:
         "tiers": {"FREE": limit},
         "upstreams": {"up": upstream},
         "routes": [route],
+        "cors": {"origins": [ORIGIN], "credentials": True} if CORS in place.needs else None,
     }
     return Launch([sys.executable, str(GATEWAY), "--config", place.write("gateway.yaml", json.dumps(config))])
+
+
+def compiled_gateway(place: Place) -> Launch:
+    """As `this_gateway`, from the wheel of `make compiled`, which is unpacked into the folder of the peer."""
+    wheel, unpacked = compiled_wheel(), place.folder / "compiled"
+    if wheel is not None:
+        zipfile.ZipFile(wheel).extractall(unpacked)
+    options = this_gateway(place).command[2:]
+    return Launch([sys.executable, "-m", "api_gateway", *options], {"PYTHONPATH": str(unpacked)})
+
+
+def compiled_wheel(root: Path = ROOT) -> Path | None:
+    """Return the newest wheel in `dist/` for this interpreter; None without one of the present sources."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wheels = sorted((root / "dist").glob(f"api_gateway-*-{tag}-{tag}-*.whl"), key=lambda path: path.stat().st_mtime)
+    if not wheels:
+        return None
+    sources = {str(path.relative_to(root)): path.read_bytes() for path in (root / "api_gateway").rglob("*.py")}
+    with zipfile.ZipFile(wheels[-1]) as archive:
+        names = [name for name in archive.namelist() if name.startswith("api_gateway/") and name.endswith(".py")]
+        return wheels[-1] if {name: archive.read(name) for name in names} == sources else None
 
 
 def nginx(place: Place) -> Launch:
@@ -473,9 +497,19 @@ def _node_found() -> bool:
 
 _APT, _NPM = "Debian package {}", "Node 20 or newer, and `npm install` in benchmarks/node"
 _ALL = frozenset({TIMEOUT, LOG, BALANCED, LIMITED, TLS, FALLBACK})
+_OURS = _ALL | {CORS}
 _PROXIED = BASIC | CONNECTIONS
 PEERS = (
-    Peer("gateway", "this gateway", GATEWAY.is_file, "a clone of this repository", this_gateway, _PROXIED, _ALL),
+    Peer("gateway", "this gateway", GATEWAY.is_file, "a clone of this repository", this_gateway, _PROXIED, _OURS),
+    Peer(
+        "compiled",
+        "this gateway, compiled",
+        lambda: compiled_wheel() is not None,
+        "`make compiled`, after each change of the sources",
+        compiled_gateway,
+        _PROXIED,
+        _OURS,
+    ),
     Peer("nginx", "nginx, limit_req", _on_path("nginx"), _APT.format("nginx"), nginx, _PROXIED, _ALL),
     Peer("haproxy", "HAProxy, stick table", _on_path("haproxy"), _APT.format("haproxy"), haproxy, _PROXIED, _ALL),
     Peer(

@@ -42,7 +42,7 @@ class LocalProcesses:
         self._peers = peers
         self._trusted = tuple(trusted_proxies)
         self._clock = clock
-        self._results: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        self._results: WeakKeyDictionary[asyncio.Transport, bool] = WeakKeyDictionary()  # by connection
         self._lock = asyncio.Lock()
         self._waiting = 0
         self._allowance, self._since = CPU_BURST, clock()  # seconds of processor time
@@ -58,12 +58,12 @@ class LocalProcesses:
         extension = scope.get(SERVER_EXTENSION)
         if extension is None:  # another ASGI server: nothing identifies the connection, so the result is not kept
             return await self._look_up(scope, None) is True
-        connection = extension.connection
-        result = self._results.get(connection)
-        if result is None and not connection.transport.is_closing():
-            result = await self._look_up(scope, connection.transport)
+        transport = extension.connection.transport
+        result = self._results.get(transport)
+        if result is None and not transport.is_closing():
+            result = await self._look_up(scope, transport)
             if result is not None:
-                self._results[connection] = result
+                self._results[transport] = result
         return result is True
 
     def _may_be_local(self, scope: Mapping[str, Any]) -> bool:

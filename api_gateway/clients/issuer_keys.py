@@ -92,8 +92,9 @@ class IssuerKeys:
 
     @property
     def retry_after(self) -> float:
-        """Seconds after which the next fetch may have succeeded."""
-        return max(self._next_delay(), 1.0)
+        """Seconds after which a request may start the next fetch, at least 1."""
+        since = 0.0 if self._asked_at is None else self._clock() - self._asked_at
+        return max(self._interval - since, 1.0)
 
     def candidates(self, kid: str | None, algorithm: str) -> list[VerificationKey]:
         """Return the keys that a signature may be verified with: those of the token's key id, or without one."""
@@ -108,8 +109,7 @@ class IssuerKeys:
         """Tell whether waiting for `fetched` may yield a key that is unknown now; False bounds the rate of fetches."""
         if self._fetch is not None or self._asked_at is None:
             return True
-        interval = self._unknown_key_interval if self._keys else _FIRST_RETRY
-        return self._clock() - self._asked_at >= interval
+        return self._clock() - self._asked_at >= self._interval
 
     async def fetched(self) -> None:
         """Wait for the fetch in progress, or start one. Returns too if it fails; see `error`."""
@@ -127,6 +127,11 @@ class IssuerKeys:
         finally:
             if self._fetch is not None:
                 await cancel_and_wait(self._fetch)
+
+    @property
+    def _interval(self) -> float:
+        """Seconds between two fetches that requests start."""
+        return self._unknown_key_interval if self._keys else _FIRST_RETRY
 
     def _next_delay(self) -> float:
         return self._refresh_interval if self.error is None else min(self._retry, self._refresh_interval)

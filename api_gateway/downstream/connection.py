@@ -46,7 +46,6 @@ class DownstreamConnection:
     """
 
     __slots__ = (
-        "__weakref__",
         "_connections",
         "_fast_path",
         "_listener",

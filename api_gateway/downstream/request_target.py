@@ -1,6 +1,7 @@
 """The forms of a request target, reduced to one: path and query (RFC 9112 section 3.2)."""
 
 import re
+from typing import Any, cast
 
 import httptools
 
@@ -20,7 +21,7 @@ def origin_form(method: str, target: bytes) -> tuple[bytes, bytes | None]:
     absolute = _ABSOLUTE_FORM.fullmatch(target)
     if absolute is None:
         raise ValueError("it is neither a path nor an http or https URL without user information")
-    url = httptools.parse_url(target)
+    url = cast("Any", httptools.parse_url(target))  # its stub says that a port is always there
     if not url.host:
         raise ValueError("it contains no host")
     host = b"[%b]" % url.host if b":" in url.host else url.host

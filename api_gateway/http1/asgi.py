@@ -130,7 +130,7 @@ class ServerExtension(Protocol):
     is_disconnected: bool
     on_disconnect: Callable[[], object] | None  # called when the client disconnects before the response is complete
     on_shutdown: Callable[[], object] | None  # called when the server begins to stop, not if it is stopping already
-    connection: Any  # the request's connection; has a `transport` and supports weak references
+    connection: Any  # the request's connection; has a `transport`
     is_stopping: bool  # the server stops: streams and tunnels shall end soon
 
     def defer_continue(self) -> None:

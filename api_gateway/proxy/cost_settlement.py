@@ -66,7 +66,7 @@ class CostSettlement:
     def on_failure(self, exchange: Exchange, error: GatewayError) -> None:
         """Refund the whole charge if nothing of the request was sent to an upstream and no response has begun."""
         if error.is_retry_safe and not exchange.status and not exchange.has_reached:
-            self._settle(exchange, 0)
+            self._settle(exchange, 0.0)
 
     def on_fallback(self, exchange: Exchange, error: GatewayError) -> None:
         """Count a fallback that replaces the response after `error`, and refund a static one like the error itself.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from api_gateway.clients.issuer_keys import IssuerKeys
-from api_gateway.clients.jwt_reader import ReadToken, TokenFault, TokenReader, fault_of_time
+from api_gateway.clients.jwt_reader import MARKER, ReadToken, TokenFault, TokenReader, fault_of_time
 from api_gateway.clients.jwt_verifier import JwtVerifier, KeyNeeded, VerifiedToken
 from api_gateway.errors import (
     CHALLENGE,
@@ -53,7 +53,7 @@ class JwtSource:
 
     name = "jwt"
     fields = frozenset({AUTHORIZATION})
-    markers = (b" eyJ",)  # a space, and the beginning of every JSON object that begins with {"
+    markers = (MARKER,)
 
     def __init__(
         self,

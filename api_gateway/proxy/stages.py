@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from copy import copy
 from functools import lru_cache, partial
 from typing import Any
 
@@ -95,10 +94,11 @@ class IdentityStage(ReadOnlyStage):
         self._sources = sources
         self._is_enforced = is_enforced
         self.on_bare, self.on_observed = on_bare, on_observed
-        self._silent = self  # the same without callbacks
+        self._silent = self  # the same without callbacks; not a copy, which a compiled class does not support
         if on_bare is not None or on_observed is not None:
-            self._silent = copy(self)
-            self._silent.on_bare = self._silent.on_observed = None
+            self._silent = IdentityStage(
+                clients=clients, priorities=priorities, sources=sources, is_enforced=is_enforced
+            )
 
     def inspect(self, plan: RequestPlan) -> StageResult:
         """See `Stage`; nothing is counted."""

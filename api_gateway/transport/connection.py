@@ -1,4 +1,4 @@
-"""One connection to an upstream: an asyncio protocol that sends one request at a time and receives its response.
+"""One connection to an upstream, which sends one request at a time and receives its response.
 
 `fast_parser` parses plain heads, whose bodies are delimited by their length; httptools parses everything else.
 
@@ -65,8 +65,8 @@ class StaleConnection(httpx.ReadError):
         super().__init__("a reused connection was closed before the response")
 
 
-class UpstreamConnection(asyncio.BufferedProtocol):
-    """One connection, one request at a time.
+class UpstreamConnection:
+    """One connection, one request at a time. asyncio calls it by `UpstreamProtocol`.
 
     States: connecting (no transport), idle, busy (`_response` is set), finishing (`_finishing` is set: the response is
     complete, and the rest of the request body is being sent), closed (`is_closed`). While busy, the request body may

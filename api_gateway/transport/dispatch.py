@@ -7,7 +7,8 @@ import httpx
 
 from api_gateway.http1.headers import Fields, fields_of
 from api_gateway.models import HeaderList
-from api_gateway.transport.response import LeanResponse, UpstreamResponse
+from api_gateway.transport.lean_response import LeanResponse
+from api_gateway.transport.response import UpstreamResponse
 
 
 class HttpxBody:
@@ -39,13 +40,13 @@ class HttpxBody:
 
 def fields_in(response: httpx.Response) -> Fields:
     """Return the header fields of a response by name."""
-    return response.stream.fields if isinstance(response, LeanResponse) else fields_of(response.headers.raw)
+    return response.incoming.fields if isinstance(response, LeanResponse) else fields_of(response.headers.raw)
 
 
 def parts_of(response: httpx.Response) -> tuple[HeaderList, Fields, UpstreamResponse | HttpxBody]:
     """Return the header fields of a response as a list and by name, and its body."""
     if isinstance(response, LeanResponse):
-        stream = response.stream
+        stream = response.incoming
         return stream.headers, stream.fields, stream
     headers = response.headers.raw
     version = response.http_version.removeprefix("HTTP/")
@@ -55,6 +56,6 @@ def parts_of(response: httpx.Response) -> tuple[HeaderList, Fields, UpstreamResp
 async def close_response(response: httpx.Response) -> None:
     """Close a response, and its connection if the response is incomplete."""
     if isinstance(response, LeanResponse):
-        response.stream.close()
+        response.incoming.close()
     else:
         await response.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one

@@ -18,6 +18,7 @@ with `connect`, `pool`, `read` (for the response's head) and `idle` (between bod
 import asyncio
 import math
 import ssl
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.transport.connection import StaleConnection, UpstreamConnection
 from api_gateway.transport.happy_eyeballs import FailedAddresses, connect_to_name
+from api_gateway.transport.lean_response import LeanResponse
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
 from api_gateway.transport.pool import Pool
+from api_gateway.transport.protocol import UpstreamProtocol
 from api_gateway.transport.request import NO_BODY, LeanRequest, Origin
-from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, LeanResponse, UpstreamResponse
+from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, UpstreamResponse
 
 _REPEATABLE = IDEMPOTENT | {"TRACE"}
 
@@ -215,18 +218,23 @@ async def _connect(
     """
     loop = asyncio.get_running_loop()
     connection = UpstreamConnection(loop)
+    protocol = partial(UpstreamProtocol, connection)
     place = f"{origin.address}:{origin.port}"
     try:
         async with asyncio.timeout(seconds):
             server_name = None if tls is None else origin.host
             if _is_address(origin.address):
                 await loop.create_connection(
-                    lambda: connection, origin.address, origin.port, ssl=tls, server_hostname=server_name
+                    lambda: UpstreamProtocol(connection),
+                    origin.address,
+                    origin.port,
+                    ssl=tls,
+                    server_hostname=server_name,
                 )
             else:
                 sock = await connect_to_name(origin.address, origin.port, failed)
                 try:
-                    await loop.create_connection(lambda: connection, sock=sock, ssl=tls, server_hostname=server_name)
+                    await loop.create_connection(protocol, sock=sock, ssl=tls, server_hostname=server_name)
                 except BaseException:
                     sock.close()
                     raise

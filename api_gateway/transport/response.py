@@ -1,8 +1,7 @@
-"""The response of an upstream while it arrives, and its form as an httpx object."""
+"""The response of an upstream while it arrives."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Protocol
 
 import httpx
@@ -111,7 +110,7 @@ class ResponseSource(Protocol):
         ...
 
 
-class UpstreamResponse(httpx.AsyncByteStream):
+class UpstreamResponse:
     """The response to one request while it arrives.
 
     States: awaited, head received (`is_head_complete`), then complete (`is_complete`) or failed (`error`); it may also
@@ -137,6 +136,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
     buffered = 0  # bytes in `pieces`
     is_relayed = False  # pieces are written to the client at once instead of being buffered
     reader_waited = 0.0  # seconds for which reading from the upstream was paused for a slow reader
+    timeouts: TimeoutExtension = NO_LIMITS
     _waiter: "asyncio.Future[None] | None" = None
     _reason: bytes | None = (
         None  # these three are of a head that the parser has parsed, or computed when they are read
@@ -147,7 +147,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
     def __init__(
         self, connection: ResponseSource | None, method: str, timeouts: TimeoutExtension, listener: ResponseListener
     ) -> None:
-        self.connection = connection
+        self.connection: ResponseSource | None = connection
         self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
         self.listener = listener
@@ -290,14 +290,6 @@ class UpstreamResponse(httpx.AsyncByteStream):
             self.connection.resume_reading()
         return body, not self.is_complete
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield the body in the pieces that `read` returns."""
-        more = True
-        while more:
-            body, more = await self.read()
-            if body:
-                yield body
-
     def _open_connection(self) -> ResponseSource:
         if self.connection is None:
             raise httpx.ReadError("closed before the response was complete")
@@ -324,38 +316,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
             raise httpx.ReadError("closed before the protocol was switched")
         return self.connection.detach_transport(), self.leftover
 
-    async def aclose(self) -> None:
-        """See `close`."""
-        self.close()
-
     def close(self) -> None:
         """Discard the response, and close its connection if it is incomplete. Idempotent."""
         if self.connection is not None:
             self.connection.abandon(self)
-
-
-class LeanResponse(httpx.Response):
-    """A response whose header fields remain byte pairs; `headers` converts them to httpx's mapping on first use."""
-
-    is_closed = False
-    is_stream_consumed = False
-    next_request = None
-    default_encoding = "utf-8"
-    _request = None
-    _num_bytes_downloaded = 0
-
-    stream: UpstreamResponse
-
-    def __init__(self, response: UpstreamResponse) -> None:  # does not call httpx's constructor, see `LeanRequest`
-        self.status_code = response.status
-        self.pairs = response.headers
-        self.stream = response
-        self.extensions = {"reason_phrase": response.reason, "http_version": b"HTTP/1.1"}
-        if response.status == SWITCHING:
-            self.extensions["switched"] = response
-        self.history: list[httpx.Response] = []
-
-    @cached_property
-    def headers(self) -> httpx.Headers:  # type: ignore[override]  # httpx has an attribute here
-        """The header fields as httpx's mapping."""
-        return httpx.Headers(self.pairs)

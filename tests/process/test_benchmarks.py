@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from benchmarks.cases import BALANCED, FALLBACK, LIMITED, LOG, TIMEOUT, TITLES, 
 from benchmarks.compare import main
 from benchmarks.flood import flood
 from benchmarks.load import Client, Failed, drive, latencies, parse_wrk, percentile, verify
-from benchmarks.peers import PEERS, Peer, Place
+from benchmarks.peers import PEERS, Peer, Place, compiled_wheel
 from benchmarks.plot import Row, draw
 from benchmarks.processes import cpu_seconds, reset_peak, resident_bytes, running
 from benchmarks.report import Results, tables
@@ -410,6 +411,22 @@ def test_every_case_is_taken_by_this_gateway_and_those_of_the_budgets_by_envoy()
     assert {case for peer in PEERS for case in peer.cases} <= TITLES.keys()
 
 
+def test_the_compiled_gateway_is_measured_only_if_its_wheel_is_of_the_present_sources(tmp_path: Path) -> None:
+    source, dist = tmp_path / "api_gateway" / "x.py", tmp_path / "dist"
+    source.parent.mkdir()
+    source.write_text("A = 1\n")
+    dist.mkdir()
+    assert compiled_wheel(tmp_path) is None
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    (dist / "api_gateway-1-py3-none-any.whl").write_bytes(b"")
+    wheel = dist / f"api_gateway-1-{tag}-{tag}-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(source, "api_gateway/x.py")
+    assert compiled_wheel(tmp_path) == wheel
+    source.write_text("A = 2\n")
+    assert compiled_wheel(tmp_path) is None
+
+
 FEATURES = (TIMEOUT, LOG, BALANCED, LIMITED, TLS, FALLBACK)
 
 
@@ -510,7 +527,7 @@ def test_a_plot_is_well_formed_and_each_bar_as_long_as_its_value() -> None:
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--peers", "gateway,apache"])
-    assert "no such peer: apache; there are gateway, nginx" in capsys.readouterr().err
+    assert "no such peer: apache; there are gateway, compiled, nginx" in capsys.readouterr().err
 
 
 def test_the_limiters_that_need_no_library_are_timed_and_weighed() -> None:
@@ -590,3 +607,15 @@ def test_a_short_flood_of_invented_ids_prints_its_tables(capsys: pytest.CaptureF
     rows = {line.split(" | ")[0].strip("| "): line for line in printed.splitlines()}
     assert rows["memory: ids that never repeat"].endswith("| 0 |"), "nobody is refused"
     assert 300 <= int(rows["buckets"].split(" | ")[1].strip(" |")) <= 403, "each id has a bucket"
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("wrk"), reason="needs nginx and wrk on the PATH")
+def test_tokens_print_the_cost_of_each_algorithm() -> None:
+    command = [sys.executable, "-m", "benchmarks.tokens", "--rounds", "1", "--seconds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line[:45].strip(): float(line[45:].split()[0]) for line in done.stdout.splitlines()[1:]}
+    for algorithm in ("RS256", "ES256", "EdDSA"):
+        assert found[f"{algorithm}, new: tokens, none remembered"] > found[f"{algorithm}, new: no tokens"] > 0
+    assert found["ES256: tokens"] > 0

@@ -53,6 +53,7 @@ from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.router import Router
 from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.response import NO_LIMITS, NO_LISTENER
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
@@ -115,7 +116,7 @@ def test_an_exchange_that_waits_for_others_ends_when_its_client_leaves_or_the_dr
 
 
 def test_an_illegal_event_changes_nothing_and_names_state_and_event() -> None:
-    exchange = ProxyExchange.__new__(ProxyExchange)
+    exchange = ProxyExchange(None, "GET", NO_LIMITS, NO_LISTENER)
     exchange.phase = states.WAITING
     with pytest.raises(IllegalEvent, match=r"'end' is not allowed while waiting \(request body none, response none\)"):
         exchange.move(states.END)
@@ -480,7 +481,7 @@ async def backing_off(world: World) -> FastExchange:
 
 async def handed_over(world: World) -> FastExchange:
     """A request for an upstream that is not reached by the gateway's own transport."""
-    world.upstream_client.supports_fast_path = False
+    world.upstream_client.is_simple = world.upstream_client.is_native = False
     hand_over = FastExchange._hand_over
 
     def noting(exchange: FastExchange) -> None:
@@ -518,6 +519,13 @@ async def selecting(world: World) -> FastExchange:
     return exchange
 
 
+async def falling_back(world: World) -> FastExchange:
+    """As `admitting`."""
+    exchange = await waiting(world)
+    exchange.phase = states.FALLING_BACK
+    return exchange
+
+
 SITUATIONS: dict[str, tuple[Callable[[World], Any], States]] = {
     "admitting": (admitting, States(states.ADMITTING)),
     "waiting": (waiting, States(states.WAITING)),
@@ -527,6 +535,7 @@ SITUATIONS: dict[str, tuple[Callable[[World], Any], States]] = {
     "flowing": (flowing, States(states.EXCHANGING, response=states.FLOWING)),
     "paused": (paused, States(states.EXCHANGING, response=states.PAUSED)),
     "backing off": (backing_off, States(states.BACKING_OFF)),
+    "falling back": (falling_back, States(states.FALLING_BACK)),
     "handed over": (handed_over, States(states.HANDED_OVER)),
     "done": (done, States(states.DONE, response=states.COMPLETE)),
     "aborted": (aborted, States(states.ABORTED, response=states.ABORTED)),
@@ -901,7 +910,7 @@ def test_a_connection_that_opens_as_the_client_leaves_is_returned(
 
 
 @BODIES
-@pytest.mark.parametrize("situation", sorted(SITUATIONS.keys() - {"admitting", "selecting"}))
+@pytest.mark.parametrize("situation", sorted(SITUATIONS.keys() - {"admitting", "selecting", "falling back"}))
 def test_a_late_reply_of_the_store_is_dropped_in_every_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, body: Body
 ) -> None:

@@ -138,9 +138,30 @@ async def test_an_issuer_that_is_down_is_asked_less_and_less_often(keys: IssuerK
     waits = []
     for _ in range(8):
         await keys.fetched()
-        waits.append(keys.retry_after)
+        waits.append(keys._next_delay())
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     assert (keys.fetches, keys.failures) == (8, 8)
+
+
+async def test_a_request_that_waits_as_it_was_told_starts_a_fetch(
+    keys: IssuerKeys, issuer: Issuer, clock: FakeClock
+) -> None:
+    issuer.error = KeysUnavailable("down")
+    await keys.fetched()
+    assert keys.retry_after == 1
+    clock.advance(1)
+    assert keys.may_find()
+    issuer.error = None
+    await keys.fetched()
+    clock.advance(UNKNOWN)
+    issuer.error = KeysUnavailable("down")
+    await keys.fetched()
+    clock.advance(3.5)
+    assert keys.retry_after == UNKNOWN - 3.5
+    clock.advance(UNKNOWN - 3.5 - 1e-9)
+    assert not keys.may_find()
+    clock.advance(1e-9)
+    assert keys.may_find()
 
 
 async def test_a_defect_of_a_fetch_is_a_failure_after_which_it_is_repeated(keys: IssuerKeys, issuer: Issuer) -> None:

@@ -94,6 +94,7 @@ def test_a_public_key_is_no_secret() -> None:
         pytest.param(signed() + b".aa.bb", id="five segments, as an encrypted token has"),
         pytest.param(b".".join(signed().split(b".")[:2]), id="two segments"),
         pytest.param(signed() + b"=", id="padding"),
+        pytest.param(signed(header=b'{ "alg": "ES256"}'), id="a header that begins with a space"),
         pytest.param(signed().replace(b".", b". ", 1), id="a space"),
         pytest.param(encoded([1]) + b"." + encoded(claims_of()) + b".c2ln", id="a header that is a list"),
         pytest.param(encoded({}) + b"." + encoded(claims_of()) + b".c2ln", id="a header without an algorithm"),

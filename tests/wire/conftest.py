@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.fastpath.fast_exchange import FastExchange
+from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.fastpath.fast_path import FastPath
 from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
@@ -51,38 +51,30 @@ def client(running: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
 
 
 @pytest.fixture
-def fast_path_spy(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def fast_path_spy(monkeypatch: pytest.MonkeyPatch, hand_overs: list[Any]) -> list[bool]:
     """For each request that the fast path was offered, whether it was refused there, or given to an upstream."""
     seen: list[bool] = []
-    is_handed_over = False
-    try_handle, hand_over = FastPath.try_handle, FastExchange._hand_over
+    try_handle = FastPath.try_handle
 
     def noting(self: FastPath, downstream: Any, received: bytes) -> bool:
-        nonlocal is_handed_over
-        is_handed_over = False
+        before = len(hand_overs)
         is_handled = try_handle(self, downstream, received)
-        seen.append(is_handled and not is_handed_over)
+        seen.append(is_handled and len(hand_overs) == before)
         return is_handled
 
-    def noting_hand_over(self: FastExchange, *error: Any) -> None:
-        nonlocal is_handed_over
-        is_handed_over = self.attempt is None
-        hand_over(self, *error)
-
     monkeypatch.setattr(FastPath, "try_handle", noting)
-    monkeypatch.setattr(FastExchange, "_hand_over", noting_hand_over)
     return seen
 
 
 @pytest.fixture
-def hand_overs(monkeypatch: pytest.MonkeyPatch) -> list[FastExchange]:
-    """The exchanges that the fast path has begun and handed over to the ASGI path."""
-    seen: list[FastExchange] = []
-    hand_over = FastExchange._hand_over
+def hand_overs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the fast path has given to the ASGI path: the applications that continue its requests."""
+    seen: list[Any] = []
+    run_asgi = DownstreamConnection.run_asgi
 
-    def noting(self: FastExchange, *error: Any) -> None:
-        seen.append(self)
-        hand_over(self, *error)
+    def noting(self: DownstreamConnection, app: Any, *request: Any, **options: Any) -> None:
+        seen.append(app)
+        run_asgi(self, app, *request, **options)
 
-    monkeypatch.setattr(FastExchange, "_hand_over", noting)
+    monkeypatch.setattr(DownstreamConnection, "run_asgi", noting)
     return seen

@@ -557,13 +557,10 @@ async def test_an_early_response_to_an_expectation_closes_the_connection(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
     """The client may never send the body for which no 100 (Continue) came (RFC 9110 section 10.1.1)."""
-
-    class Expecting(NoListener):
-        expects_continue = True
-
     up = upstream(raw(OK), reads_body=False)
     request = posted(up, [b"data"], asyncio.Event(), chunked=False)
-    request.extensions["hooks"] = Expecting()
+    request.extensions["hooks"] = listener = NoListener()
+    listener.expects_continue = True
     assert await fetch(transport, request) == b"ok"
     assert state(transport) == "0 busy, 0 idle, 0 waiting"
 
