@@ -32,7 +32,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 MEASURED_CASES = 2
-# Tests of tools and documents, and of processes that end without writing their data: they add nothing to the coverage.
+# Tests of tools and documents, which add nothing to the coverage.
 UNMEASURED = tuple(
     f"tests/{name}"
     for name in (
@@ -42,8 +42,6 @@ UNMEASURED = tuple(
         "process/test_fuzz.py",
         "process/test_load_test.py",
         "process/test_loop_watch.py",
-        "process/test_slow_readers.py",
-        "process/test_watchdog.py",
     )
 )
 
