@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from copy import copy
 from functools import lru_cache, partial
 from typing import Any
 
@@ -97,8 +96,9 @@ class IdentityStage(ReadOnlyStage):
         self.on_bare, self.on_observed = on_bare, on_observed
         self._silent = self  # the same without callbacks
         if on_bare is not None or on_observed is not None:
-            self._silent = copy(self)
-            self._silent.on_bare = self._silent.on_observed = None
+            self._silent = IdentityStage(
+                clients=clients, priorities=priorities, sources=sources, is_enforced=is_enforced
+            )
 
     def inspect(self, plan: RequestPlan) -> StageResult:
         """See `Stage`; nothing is counted."""
