@@ -164,7 +164,7 @@ class Outcome(Enum):
     IGNORED = "ignored"  # the client disconnected, or caused the error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # compared by identity, which makes it a cheap key
 class CorsFields:
     """The CORS fields of a response, see `proxy.cors`.
 

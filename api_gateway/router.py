@@ -38,7 +38,7 @@ from api_gateway.proxy.cors import complete
 from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.fallback_runner import FallbackRunner
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
-from api_gateway.proxy.request_body import SentBody, StreamedBody, body_too_large
+from api_gateway.proxy.request_body import StreamedBody, body_too_large
 from api_gateway.proxy.route_table import RouteTable
 from api_gateway.proxy.sse import event_stream, is_event_stream
 from api_gateway.proxy.upstream_request import UpstreamRequest
@@ -131,7 +131,8 @@ class Router:
         )
         self.on_cost = on_cost or _ignore
         self.on_retry, self.on_denial = on_retry or _ignore, on_denial or _ignore
-        self._fallback_runner = FallbackRunner(self.upstream_clients, self._attempts, on_fallback or _ignore, clock)
+        self.on_fallback = on_fallback or _ignore
+        self._fallback_runner = FallbackRunner(self.upstream_clients, self._attempts, self.on_fallback, clock)
         self.priorities = priorities
         self._event_loop_shedder = lag or EventLoopShedder(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
 
@@ -167,20 +168,12 @@ class Router:
         scope: Scope,
         receive: Receive,
         send: Send,
-        *,
-        is_sent: bool,
     ) -> Awaitable[None]:
-        """Respond by the route's fallback after `error` of the fast path, or raise it if the fallback does not apply.
-
-        `is_sent`: a part of the request's body was sent to the upstream and not kept.
-        """
+        """Respond by the route's fallback, another upstream, after `error` of the fast path."""
         exchange, route = plan.exchange, plan.route
         assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
         request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
-        if is_sent:
-            request.body = SentBody()
-        else:
-            request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
+        request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, _raise(error))
 
     def _attempts(

@@ -10,6 +10,7 @@ CLIENTS = 10_000  # of the case `names`
 
 # Features of a configuration, beside what every peer has: see `benchmarks.peers`.
 TIMEOUT, LOG, BALANCED, LIMITED, TLS, FALLBACK = "timeout", "log", "balanced", "limited", "tls", "fallback"
+CORS = "cors"
 
 _VARIED = {
     "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:145.0) Gecko/20100101 Firefox/145.0",
@@ -76,6 +77,7 @@ class Case:
 
 
 _GZIP = {"Accept-Encoding": "gzip"}
+ORIGIN = "https://shop.example"
 
 CASES = {
     "small": Case("GET of 190 bytes, 64 keep-alive connections"),
@@ -117,6 +119,9 @@ CASES = {
         needs=frozenset({BALANCED}),
     ),
     "tls-upstream": Case("GET of 190 bytes from an upstream with TLS", needs=frozenset({TLS})),
+    "cors": Case(
+        "GET of 190 bytes by a page of an allowed origin", headers={"Origin": ORIGIN}, needs=frozenset({CORS})
+    ),
     "refused": Case("GET that the rate limit refuses (429)", status=429, body=None, needs=frozenset({LIMITED})),
     "combined": Case(
         "POST of 1 KB, gzip response, timeout, access log and fallback",

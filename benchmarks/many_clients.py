@@ -146,7 +146,7 @@ def register(state: Path, count: int) -> None:
     asyncio.run(create())
     with closing(sqlite3.connect(state / CLIENTS_FILE)) as connection, connection:
         connection.executemany(
-            "INSERT INTO clients VALUES (?, 'ENTERPRISE', NULL, NULL, ?, 0)",
+            "INSERT INTO clients (id, tier, version, changed_at) VALUES (?, 'ENTERPRISE', ?, 0)",
             ((f"registered-{number}", number) for number in range(1, count + 1)),
         )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import BALANCED, BASIC, FALLBACK, LIMITED, LOG, TIMEOUT, TLS, needs_of
+from benchmarks.cases import BALANCED, BASIC, CORS, FALLBACK, LIMITED, LOG, ORIGIN, TIMEOUT, TLS, needs_of
 from benchmarks.upstream import TARGETS, TLS_ADDRESS, TLS_NAME
 
 NODE = Path(__file__).parent / "node"
@@ -121,6 +121,7 @@ def this_gateway(place: Place) -> Launch:
         "tiers": {"FREE": limit},
         "upstreams": {"up": upstream},
         "routes": [route],
+        "cors": {"origins": [ORIGIN], "credentials": True} if CORS in place.needs else None,
     }
     return Launch([sys.executable, str(GATEWAY), "--config", place.write("gateway.yaml", json.dumps(config))])
 
@@ -496,9 +497,10 @@ def _node_found() -> bool:
 
 _APT, _NPM = "Debian package {}", "Node 20 or newer, and `npm install` in benchmarks/node"
 _ALL = frozenset({TIMEOUT, LOG, BALANCED, LIMITED, TLS, FALLBACK})
+_OURS = _ALL | {CORS}
 _PROXIED = BASIC | CONNECTIONS
 PEERS = (
-    Peer("gateway", "this gateway", GATEWAY.is_file, "a clone of this repository", this_gateway, _PROXIED, _ALL),
+    Peer("gateway", "this gateway", GATEWAY.is_file, "a clone of this repository", this_gateway, _PROXIED, _OURS),
     Peer(
         "compiled",
         "this gateway, compiled",
@@ -506,7 +508,7 @@ PEERS = (
         "`make compiled`, after each change of the sources",
         compiled_gateway,
         _PROXIED,
-        _ALL,
+        _OURS,
     ),
     Peer("nginx", "nginx, limit_req", _on_path("nginx"), _APT.format("nginx"), nginx, _PROXIED, _ALL),
     Peer("haproxy", "HAProxy, stick table", _on_path("haproxy"), _APT.format("haproxy"), haproxy, _PROXIED, _ALL),

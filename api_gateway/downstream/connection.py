@@ -59,7 +59,6 @@ class DownstreamConnection:
         "exchange",
         "expects_continue",
         "held",
-        "intake",
         "is_read_paused",
         "is_write_paused",
         "last_headers",
@@ -110,8 +109,7 @@ class DownstreamConnection:
         self._connections: set[Any] = server_state.connections  # uvicorn names its own protocols as members
         self.scopes = ScopeBuilder(root_path, app_state)
         self._fast_path: FastPathProvider | None = None  # of `app`, set by `connection_made`
-        self.intake = RequestIntake(self)
-        self.reader = RequestReader(self.limits, self.intake)
+        self.reader = RequestReader(self.limits, RequestIntake(self))
         self.closing = Closing(listener.refused)
         self.timeouts = ConnectionTimeouts(self.limits)
         self.timer = DeadlineTimer(loop, self._on_timeout)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.pipeline import HeldInput, Pipeline
 from api_gateway.downstream.request_cycle import RequestResponseCycle
-from api_gateway.downstream.request_reader import RequestReader, RequestSink
+from api_gateway.downstream.request_reader import RequestReader
 from api_gateway.downstream.slots import Slot
 from api_gateway.downstream.states import ConnectionEvent, ConnectionState
 from api_gateway.errors import GatewayError
@@ -87,11 +87,6 @@ class ConnectionOwner(Protocol):
     @property
     def closing(self) -> ClosingPart:
         """The end of the connection."""
-        ...
-
-    @property
-    def intake(self) -> RequestSink:
-        """What takes the requests and bodies that are read."""
         ...
 
     def move(self, event: ConnectionEvent) -> None:

@@ -25,13 +25,13 @@ def take_body(owner: ConnectionOwner, data: bytes) -> memoryview:
     size = min(owner.body_left, len(data))
     owner.body_left -= size
     rest = memoryview(data)[size:]
-    owner.intake.on_body_piece(data[:size] if rest else data)
+    owner.reader.sink.on_body_piece(data[:size] if rest else data)
     if owner.state.is_ending:
         return rest[:0]
     if owner.body_left:
         owner.timeouts.await_body(owner)
     else:
-        owner.intake.on_body_complete()
+        owner.reader.sink.on_body_complete()
     return rest
 
 

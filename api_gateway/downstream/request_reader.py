@@ -108,16 +108,16 @@ class RequestReader:
         "_parser",
         "_part",
         "_piece",
-        "_sink",
         "_trailers",
         "_unknown_method",
         "_unparsed",
         "_url",
+        "sink",
     )
 
     def __init__(self, limits: ConnectionLimits, sink: RequestSink) -> None:
         self._limits = limits
-        self._sink: RequestSink = sink
+        self.sink: RequestSink = sink
         self._parser: Any = None  # created for the first piece: plain requests do not need it
         self._part = Part.START
         self._is_stopped = False
@@ -177,7 +177,7 @@ class RequestReader:
         """Release the parser and the sink, which breaks the reference cycles with them."""
         self._is_stopped = True
         self._parser = None
-        self._sink = _NO_SINK
+        self.sink = _NO_SINK
 
     def renew(self) -> None:
         """Continue to read requests after a handshake that was refused."""
@@ -194,7 +194,7 @@ class RequestReader:
         if found is None:
             if len(start) == len(view) and _METHOD_BEGUN.fullmatch(start):
                 self._method_begun = start
-                self._sink.on_head_begun()
+                self.sink.on_head_begun()
                 return len(start)
         elif found[1] not in _PARSED_METHODS:
             self._unknown_method = found[1]
@@ -251,7 +251,7 @@ class RequestReader:
         if self._is_stopped:
             return
         if self._part is Part.START:
-            self._sink.on_handshake()
+            self.sink.on_handshake()
             return
         method, version = self._parser.get_method(), self._parser.get_http_version().encode()
         lines = [b"%b: %b" % pair for pair in self._headers if pair[0].lower() != b"upgrade"]
@@ -277,7 +277,7 @@ class RequestReader:
         self._expects_continue = self._is_chunked = False
         self._body_left = None
         if self._part is Part.START and not self._is_stopped:
-            self._sink.on_head_begun()
+            self.sink.on_head_begun()
         self._part = Part.HEAD
 
     def on_url(self, url: bytes) -> None:
@@ -322,7 +322,7 @@ class RequestReader:
         self._part = Part.BODY
         self._overhead = 0
         self._trailers = []
-        self._sink.on_request(head, self._trailers)
+        self.sink.on_request(head, self._trailers)
 
     def on_body(self, body: bytes) -> None:
         """Report a body piece (parser callback)."""
@@ -333,7 +333,7 @@ class RequestReader:
             self._overhead = max(0, self._overhead - CHUNK_OVERHEAD * len(body))
         else:
             self._body_left -= len(body)
-        self._sink.on_body_piece(body)
+        self.sink.on_body_piece(body)
 
     def on_message_complete(self) -> None:
         """End the request; the next head may follow in the same piece (parser callback)."""
@@ -341,7 +341,7 @@ class RequestReader:
         if self._is_stopped or self._part is not Part.BODY:
             return
         self._part = Part.START
-        self._sink.on_body_complete()
+        self.sink.on_body_complete()
 
     def _head(self) -> RequestHead:
         """Return the complete head; raises ValueError for an invalid target."""
@@ -373,7 +373,7 @@ class RequestReader:
         self._refuse(HeadersTooLarge(f"The request's head is larger than {self._limits.header_bytes} bytes."))
 
     def _refuse(self, error: GatewayError) -> None:
-        self._sink.refuse(error)
+        self.sink.refuse(error)
 
 
 def _size(headers: HeaderList) -> int:

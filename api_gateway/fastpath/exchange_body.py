@@ -108,9 +108,9 @@ class ExchangeBody:
         waited = self._waited if since is None else self._waited + self._client.loop.time() - since
         return ClientProgress(self.is_complete, since is not None, waited)
 
-    def kept(self) -> bytes | None:
-        """Return everything that has arrived, or None if it has not been kept."""
-        return b"".join(self._pieces) if self.is_replayable else None
+    def kept(self) -> bytes:
+        """Return everything that has arrived, if `is_replayable`."""
+        return b"".join(self._pieces)
 
     def begin(self, connection: UpstreamConnection) -> list[bytes]:
         """Return what an attempt on `connection` sends with its head; what arrives from now on is sent at once."""

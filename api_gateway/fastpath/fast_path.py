@@ -2,7 +2,7 @@
 
 Most requests wait for nothing but the rest of their body and the upstream's response. They need no ASGI scope, no
 coroutine and no task. A request whose head is not plain is left to the general parser and the ASGI path, which uses
-the same `Admission`. If an admitted request needs the ASGI path (a fallback), the exchange is handed over to it.
+the same `Admission`. If an admitted request needs an upstream of another transport, it is handed over to that path.
 `proxy.exchange` has the states of an exchange, `fast_exchange` the actions.
 """
 

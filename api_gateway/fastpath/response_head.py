@@ -3,10 +3,11 @@
 import time
 
 from api_gateway.fastpath.context import ExchangeContext
-from api_gateway.http1.headers import http_date, rewrite_response
+from api_gateway.http1.headers import BODILESS, FALLBACK, http_date, rewrite_response
 from api_gateway.http1.serializer import COLON, status_line
 from api_gateway.models import Exchange
 from api_gateway.proxy.cors import complete, complete_lines
+from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
 from api_gateway.transport.response import UpstreamResponse
 
@@ -72,3 +73,21 @@ def parsed_head(
         lines.append(b"connection: close")
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
+
+
+def static_response(fallback: Fallback, exchange: Exchange, context: ExchangeContext, *, keep_alive: bool) -> bytes:
+    """Record and return the static response of a route whose upstream has failed."""
+    exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
+    headers = fallback.fields()
+    if exchange.cors is not None:
+        headers, added = complete(exchange.cors, headers)
+        headers = headers + added
+    own = context.response_headers(exchange)
+    lines = [status_line(fallback.status, None), *map(COLON, headers), *map(COLON, own)]
+    lines.append(b"%b: %b" % (FALLBACK, fallback.name.encode()))
+    if all(name.lower() != b"date" for name, _ in headers):
+        lines.append(b"date: " + http_date(int(time.time())))
+    if not keep_alive:
+        lines.append(b"connection: close")
+    head = b"\r\n".join([*lines, b"\r\n"])
+    return head if exchange.method == "HEAD" or fallback.status in BODILESS else head + fallback.body

@@ -86,9 +86,12 @@ class CorsStage(ReadOnlyStage):
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set the fields."""
-        route = plan.route
-        if route is not None and route.cors is not None:
-            plan.exchange.cors = route.cors.fields(plan.facts.origin)
+        route, facts = plan.route, plan.facts
+        if facts.cors_route is not route:
+            policy = None if route is None else route.cors
+            facts.cors = None if policy is None else policy.fields(facts.origin)
+            facts.cors_route = route
+        plan.exchange.cors = facts.cors
         return None
 
 

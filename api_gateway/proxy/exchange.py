@@ -21,6 +21,7 @@ ExchangePhase = Literal[
     "connecting",
     "exchanging",
     "backing off",
+    "falling back",
     "handed over",
     "done",
     "aborted",
@@ -37,6 +38,8 @@ ExchangeEvent = Literal[
     "retry",
     "resume",
     "final",
+    "fall back",
+    "select",
     "hand over",
     "continue",
     "body",
@@ -61,6 +64,7 @@ SELECTING: Final = "selecting"  # an attempt is acquired, and a connection if on
 CONNECTING: Final = "connecting"  # a connection is opened, or awaited from the pool
 EXCHANGING: Final = "exchanging"  # the request is sent, the response arrives
 BACKING_OFF: Final = "backing off"  # the delay before a retry
+FALLING_BACK: Final = "falling back"  # the fallback of the route responds, or another upstream is asked
 HANDED_OVER: Final = "handed over"  # the ASGI path has the exchange and all that belongs to it
 DONE: Final = "done"  # the client has a complete response
 ABORTED: Final = "aborted"  # the connection of the client is closed without one
@@ -83,6 +87,8 @@ CONNECT: Final = "connect"  # also once more, if the connection was closed while
 SEND: Final = "send"
 RETRY: Final = "retry"  # the attempt failed before the head, or with a status that is retried
 FINAL: Final = "final"  # no target is available for the retry, so the response of the last attempt is final
+FALL_BACK: Final = "fall back"  # the upstream has failed, and the fallback of the route applies
+SELECT: Final = "select"  # another upstream, which is the fallback
 HAND_OVER: Final = "hand over"
 PAUSE: Final = "pause"
 BODY_PAUSE: Final = "body pause"  # as much is kept as may be, or the upstream reads more slowly than the client sends
@@ -119,12 +125,14 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
         CONNECT: CONNECTING,
         SEND: EXCHANGING,
         FINAL: EXCHANGING,
+        FALL_BACK: FALLING_BACK,
         HAND_OVER: HANDED_OVER,
         REFUSE: DONE,
     },
     CONNECTING: {
         SEND: EXCHANGING,
         RETRY: BACKING_OFF,
+        FALL_BACK: FALLING_BACK,
         HAND_OVER: HANDED_OVER,
         REFUSE: DONE,
         **_body_events(CONNECTING),
@@ -139,6 +147,7 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
         REFUSE: DONE,
         CONNECT: CONNECTING,
         RETRY: BACKING_OFF,
+        FALL_BACK: FALLING_BACK,
         HAND_OVER: HANDED_OVER,
         BREAK: ABORTED,
         CONTINUE: EXCHANGING,
@@ -147,11 +156,13 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
     },
     BACKING_OFF: {
         RESUME: SELECTING,
+        FALL_BACK: FALLING_BACK,
         HAND_OVER: HANDED_OVER,
         REFUSE: DONE,
         **_body_events(BACKING_OFF),
         **_STOPS,
     },
+    FALLING_BACK: {SELECT: SELECTING, REFUSE: DONE},
     HANDED_OVER: {},
     DONE: {},
     ABORTED: {},
@@ -184,6 +195,7 @@ RESPONSES: Final[Mapping[ResponseState, Mapping[ExchangeEvent, ResponseState]]] 
         REFUSE: COMPLETE,
         CONNECT: NONE,
         RETRY: NONE,
+        FALL_BACK: NONE,
         HAND_OVER: NONE,
         CLIENT_GONE: ABORTED,
         DRAIN: ABORTED,
@@ -221,6 +233,7 @@ COMBINATIONS: Final[Mapping[ExchangePhase, tuple[frozenset[RequestBodyState], fr
     CONNECTING: (_UNENDED, frozenset({NONE})),
     EXCHANGING: (_UNENDED, frozenset({NONE, FLOWING, PAUSED})),
     BACKING_OFF: (_UNENDED, frozenset({NONE})),
+    FALLING_BACK: (_UNENDED, frozenset({NONE})),
     HANDED_OVER: (_UNENDED, frozenset({NONE})),
     DONE: (_ENDED, frozenset({COMPLETE})),
     ABORTED: (_ENDED, frozenset({ABORTED})),

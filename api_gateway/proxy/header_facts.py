@@ -32,7 +32,7 @@ from api_gateway.http1.headers import (
     stripped_headers,
 )
 from api_gateway.http1.via import Via
-from api_gateway.models import Charge, Client, HeaderList
+from api_gateway.models import Charge, Client, CorsFields, HeaderList
 from api_gateway.proxy.cors import INSPECTED, Preflight, origin_of, preflight_of
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, Claim, IdentitySources, Proof
 from api_gateway.proxy.request_id import given_request_id
@@ -60,6 +60,8 @@ class HeaderFacts:
         "charges",
         "claim",
         "client",
+        "cors",
+        "cors_route",
         "cost",
         "credentials",
         "dropped",
@@ -125,6 +127,8 @@ class HeaderFacts:
         self.is_length_required = False
         self.origin: bytes | None = None  # None also if no CORS policy is configured
         self.preflight: Preflight | None = None
+        self.cors: CorsFields | None = None  # of responses by `cors_route`, the route that was used last
+        self.cors_route: object = None
         self.claim: Claim | None = None
         self.credentials: HeaderList = []
         self.forged: HeaderList = []

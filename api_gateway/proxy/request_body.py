@@ -8,7 +8,6 @@ import httpx
 from api_gateway.errors import BodyTooLarge, ClientDisconnected
 from api_gateway.http1.asgi import Receive
 from api_gateway.models import Exchange
-from api_gateway.transport.request import NoBody
 
 
 class StreamedBody(httpx.AsyncByteStream):
@@ -80,13 +79,6 @@ class StreamedBody(httpx.AsyncByteStream):
             self._kept.append(piece)
         else:
             self._kept.clear()
-
-
-class SentBody(NoBody):
-    """The body of a request that was sent and not kept, so that it cannot be sent again."""
-
-    is_started = True
-    is_replayable = False
 
 
 def body_too_large(limit: int) -> BodyTooLarge:

@@ -94,7 +94,7 @@ class IdentityStage(ReadOnlyStage):
         self._sources = sources
         self._is_enforced = is_enforced
         self.on_bare, self.on_observed = on_bare, on_observed
-        self._silent = self  # the same without callbacks
+        self._silent = self  # the same without callbacks; not a copy, which a compiled class does not support
         if on_bare is not None or on_observed is not None:
             self._silent = IdentityStage(
                 clients=clients, priorities=priorities, sources=sources, is_enforced=is_enforced

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 from yaml.constructor import SafeConstructor
 
-from api_gateway.settings.secret import SUFFIX, Unusable, holds_secret, may_hold_password, secret_names, shown_path
+from api_gateway.settings.secret import SUFFIX, Unusable, holds_secret, may_hold_password, shown_path
 
 KeyPath = tuple[str, ...]
 
@@ -248,8 +248,9 @@ def describe_errors(
         known = _keys_at(model, key_path[:-1])
         hint, shown = nearest(key_path[-1], known), ""
         message = "unknown key" + (hint or "; known are " + ", ".join(known))
-        section = unwrapped(type_at(model, key_path[:-1]))
-        if "@" in key_path[-1] or (not hint and secret_names(section)):  # as in store: {redis://...}
+        section = type_at(model, key_path[:-1])
+        is_below_root = len(key_path) > 1
+        if "@" in key_path[-1] or (not hint and is_below_root and holds_secret(section)):  # as in store: {redis://...}
             key_path, message = key_path[:-1], f"has an {message}"
     elif kind == "model_type" and _is_named_secret(model, key_path):
         key_path, shown, message = key_path[:-1], "", f"under each name, {message}"  # the key may be the secret

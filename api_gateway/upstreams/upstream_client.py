@@ -52,6 +52,8 @@ class HostFields(dict[Target, bytes]):
 class UpstreamClient:
     """An upstream with its transport, timeouts and retries. By default there are no retries.
 
+    `is_native`: it is reached by the gateway's own transport; `is_simple`: and load balancing needs no header field.
+
     `hash_header` (lower case) is the header field whose value is the key for load balancing, instead of the client.
     `host_header` is the `Host` that the upstream gets: see `HostFields`.
     """
@@ -62,11 +64,11 @@ class UpstreamClient:
         "hash_header",
         "hosts",
         "is_native",
+        "is_simple",
         "limits",
         "origins",
         "retried_statuses",
         "retries",
-        "supports_fast_path",
         "total_timeout",
         "transport",
         "tunnel_timeout",
@@ -105,7 +107,7 @@ class UpstreamClient:
         self.retries = retries
         self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
         self.hash_header = hash_header
-        self.supports_fast_path = self.is_native and hash_header is None
+        self.is_simple = self.is_native and hash_header is None
         self.tunnel_timeout = timeouts.tunnel
         self.limits = _limits(timeouts)
 

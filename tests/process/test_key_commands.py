@@ -1,14 +1,17 @@
 """`api-gateway keys`: keys of a running gateway from the command line."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from api_gateway.clients.api_keys import PATTERN, digest_of
-from tests.kit import RawUpstream, ask, free_port, reply
+from tests.kit import RawUpstream, ask, eventually, free_port, reply
 from tests.processes import Running, config_file, process
+
+WITHIN = 10.0  # seconds: the gateway promises one, and 20 requests take some on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,23 @@ def test_a_client_with_an_open_id_can_be_claimed(running: Running, folder: Path)
     assert (code, "can still be claimed by anyone" in told) == (0, True)
     assert status(running, key) == 200
     assert ask(f"{running.url}/api/up", headers={"X-Client-ID": "open"}).status == 200
+
+
+def test_all_workers_accept_a_new_key_and_refuse_a_revoked_one_within_a_second(tmp_path: Path) -> None:
+    """Also those that did not make the change. Each request is on a new connection, so that all workers get some."""
+    up = RawUpstream(reply(b"fine"))
+    path = config_file(tmp_path, up.url, "tiers: {FREE: {rate: 100000, capacity: 1000000}}")
+    with process("-m", "api_gateway", "--config", path, "--port", "0", "--workers", "2", cwd=tmp_path) as several:
+        content = {"Content-Type": "application/json"}
+        made = several.ask("/clients/acme/keys", method="POST", body=b"{}", headers=content).json()
+        changed = time.monotonic()
+        eventually(lambda: {status(several, made["key"]) for _ in range(20)} == {200}, "all accept it")
+        assert time.monotonic() - changed < WITHIN
+        several.ask(f"/clients/acme/keys/{made['id']}", method="DELETE")
+        changed = time.monotonic()
+        eventually(lambda: {status(several, made["key"]) for _ in range(20)} == {401}, "all refuse it")
+        assert time.monotonic() - changed < WITHIN
+    up.close()
 
 
 @pytest.mark.parametrize(

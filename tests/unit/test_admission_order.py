@@ -60,7 +60,7 @@ ORDER = ("ambiguity", "identity", "route", "deadline", "shedding", "limits")
 def _without_connections(upstream: Upstream) -> UpstreamClient:
     """Return a client from which the fast path hands every request over."""
     client = UpstreamClient(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))
-    client.supports_fast_path = False
+    client.is_simple = client.is_native = False
     return client
 
 

@@ -1,5 +1,6 @@
 """CORS policies: which origins they allow, and which fields responses get, without doubling those of an upstream."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.config import load_config
+from api_gateway.errors import LoadShed
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import fields_of
 from api_gateway.models import HeaderList
+from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
 from api_gateway.proxy.cors import (
     EXPOSED,
     CorsPolicy,
@@ -21,7 +24,11 @@ from api_gateway.proxy.cors import (
     origin_of,
     preflight_of,
 )
+from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
+from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.route_table import Route, RouteTable
+from api_gateway.resilience.event_loop_limit import LAG_SAMPLES, EventLoopShedder
+from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.settings.diagnostics import ConfigError
 
 APP = b"https://app.example"
@@ -303,3 +310,38 @@ def test_variables_set_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config()
     assert config.cors is not None
     assert config.cors.origins == ["https://app.example"]
+
+
+def asked(method: str = "OPTIONS", origin: bytes = APP) -> RequestPlan:
+    """Return the plan of a preflight."""
+    reader = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=0, reads_origin=True)
+    fields = fields_of([(b"Host", b"x"), (b"Origin", origin), (b"Access-Control-Request-Method", b"PUT")])
+    return Admission.plan(reader.read("192.0.2.7", fields, "1.1"), method, "/api/a", b"/api/a", 0)
+
+
+def test_preflights_are_shed_under_overload_as_requests_of_their_priority_are() -> None:
+    """A page sees that the gateway is overloaded, and not that it may not ask."""
+    policies = CorsPolicies(RouteTable([Route("a", "/api/a", "up", cors=POLICY)]), None)
+    shedder = EventLoopShedder(0.1, PriorityClasses({"FREE": 0, "PAID": 1}), source=random.Random(1))
+    stage = PreflightStage(policies, shedder=shedder, priority=0)
+    plan = asked()
+    assert isinstance(stage.decide(plan), DirectResponse)
+    for _ in range(LAG_SAMPLES):
+        shedder.observe(10.0)
+    refused = stage.decide(plan)
+    assert isinstance(refused, LoadShed)
+    assert refused.retry_after is not None
+    assert plan.exchange.cors is POLICY.fields(APP)
+
+
+def test_the_fields_are_remembered_with_the_header_set_for_one_route() -> None:
+    open_route, own, none = (Route(name, f"/api/{name}", "up", cors=cors) for name, cors in CORS_OF.items())
+    plan, stage = asked("GET"), CorsStage()
+    for route in (own, own, open_route, none, own, None, open_route):
+        plan.route = route
+        assert stage.decide(plan) is None
+        expected = None if route is None or route.cors is None else route.cors.fields(APP)
+        assert plan.exchange.cors is expected
+
+
+CORS_OF = {"open": OPEN, "own": POLICY, "none": None}

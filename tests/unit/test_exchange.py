@@ -481,7 +481,7 @@ async def backing_off(world: World) -> FastExchange:
 
 async def handed_over(world: World) -> FastExchange:
     """A request for an upstream that is not reached by the gateway's own transport."""
-    world.upstream_client.supports_fast_path = False
+    world.upstream_client.is_simple = world.upstream_client.is_native = False
     world.limiter.is_remote = world.limiter.replies_at_once = True  # so that the exchange has begun before
     return world.request()
 
@@ -512,6 +512,13 @@ async def selecting(world: World) -> FastExchange:
     return exchange
 
 
+async def falling_back(world: World) -> FastExchange:
+    """As `admitting`."""
+    exchange = await waiting(world)
+    exchange.phase = states.FALLING_BACK
+    return exchange
+
+
 SITUATIONS: dict[str, tuple[Callable[[World], Any], States]] = {
     "admitting": (admitting, States(states.ADMITTING)),
     "waiting": (waiting, States(states.WAITING)),
@@ -521,6 +528,7 @@ SITUATIONS: dict[str, tuple[Callable[[World], Any], States]] = {
     "flowing": (flowing, States(states.EXCHANGING, response=states.FLOWING)),
     "paused": (paused, States(states.EXCHANGING, response=states.PAUSED)),
     "backing off": (backing_off, States(states.BACKING_OFF)),
+    "falling back": (falling_back, States(states.FALLING_BACK)),
     "handed over": (handed_over, States(states.HANDED_OVER)),
     "done": (done, States(states.DONE, response=states.COMPLETE)),
     "aborted": (aborted, States(states.ABORTED, response=states.ABORTED)),
@@ -895,7 +903,7 @@ def test_a_connection_that_opens_as_the_client_leaves_is_returned(
 
 
 @BODIES
-@pytest.mark.parametrize("situation", sorted(SITUATIONS.keys() - {"admitting", "selecting"}))
+@pytest.mark.parametrize("situation", sorted(SITUATIONS.keys() - {"admitting", "selecting", "falling back"}))
 def test_a_late_reply_of_the_store_is_dropped_in_every_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, body: Body
 ) -> None:

@@ -343,3 +343,19 @@ def test_a_gateway_without_cors_adds_nothing(
         assert not [name for name, _ in answer.headers if name.lower().startswith((b"access-control-", b"vary"))]
         assert preflight(client, "/api/x", *odd).status == 200
         assert len(up.requests) == 2
+
+
+@BOTH_WAYS
+def test_a_missing_credential_is_readable_and_preflights_need_none(
+    shared: RawUpstream, tmp_path: Path, odd: tuple[str, ...]
+) -> None:
+    """A browser sends preflights without credentials, whatever the request to come will have."""
+    sections = in_front_of(shared.url) | {"cors": {"origins": [APP]}, "identity": {"sources": ["api_key"]}}
+    with running_gateway(sections, tmp_path) as running, RawClient(running.port) as client:
+        for headers in ((), ("X-API-Key: wrong",), ("Authorization: Bearer wrong",)):
+            answer = ask(client, f"Origin: {APP}", *headers, *odd)
+            assert answer.status == 401
+            assert answer.all("access-control-allow-origin") == [APP.encode()]
+            assert "WWW-Authenticate" in names(answer, "access-control-expose-headers")
+        asked = preflight(client, "/api/x", "Access-Control-Request-Headers: authorization", *odd, method="GET")
+        assert (asked.status, asked.all("access-control-allow-headers")) == (204, [b"authorization"])

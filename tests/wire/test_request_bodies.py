@@ -258,7 +258,7 @@ def test_a_refused_request_leaves_its_connection_usable(
 
 @WAYS
 def test_a_fallback_gets_the_body_from_its_start(
-    gateway: StartGateway, upstream: StartUpstream, headers: tuple[str, ...]
+    gateway: StartGateway, upstream: StartUpstream, hand_overs: list[Any], headers: tuple[str, ...]
 ) -> None:
     """The upstream fails within the body; the other one gets the kept part and what follows."""
     body = body_of(20_000)
@@ -281,6 +281,7 @@ def test_a_fallback_gets_the_body_from_its_start(
         assert (answer.status, answer.body) == (200, b"other")
         assert client.get("/health").status in (200, 401, 503)
     assert other.requests[0].body == body
+    assert not hand_overs
     eventually(lambda: is_calm(running), "nothing is held")
 
 

@@ -1,0 +1,274 @@
+"""The beginning and the end of an exchange on the fast path, its request body, and the events of its client."""
+
+import asyncio
+import re
+
+from api_gateway.errors import ClientDisconnected, GatewayError, InternalError
+from api_gateway.fastpath.client_port import Downstream
+from api_gateway.fastpath.context import ExchangeContext
+from api_gateway.fastpath.exchange_body import ExchangeBody
+from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.models import Outcome
+from api_gateway.proxy.admission import DirectResponse, RequestPlan
+from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
+from api_gateway.proxy.client_disconnect import CLIENT_LEFT
+from api_gateway.proxy.exchange import (
+    BODY,
+    BODY_END,
+    BODY_PAUSE,
+    BODY_RESUME,
+    BREAK,
+    CLIENT_GONE,
+    COMPLETE,
+    CONTINUE,
+    DEFECT,
+    DRAIN,
+    END,
+    EXCHANGING,
+    FLOWING,
+    NONE,
+    PAUSED,
+    PHASES,
+    REFUSE,
+    WRITABLE,
+    ExchangeEvent,
+    IllegalEvent,
+    ProxyExchange,
+)
+from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.header_facts import RewrittenHeaders
+from api_gateway.proxy.sse import EventBoundaries
+from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt
+
+_HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
+
+
+class ExchangeLife(ProxyExchange):
+    """What an exchange holds, how it begins and ends, and its request body.
+
+    The exchange holds an attempt and a connection from `send` on. It gives all that it holds to the ASGI path, or
+    returns it, when it leaves the phase `exchanging`.
+    """
+
+    is_relayed = True
+    is_framed = False  # the pieces are sent to the client as chunks
+    timer: asyncio.TimerHandle | None = None  # of the deadline
+    delay: asyncio.TimerHandle | None = None  # before a retry
+    probe: asyncio.TimerHandle | None = None  # after which a probe counts as a success while its response streams
+    is_sent = True  # a part of the request was written to a connection
+    is_repeated = False  # the request is sent once more, as its connection was closed while idle
+    is_pending = False  # a question, timer, task or last response may have to be dropped
+    cause = ""  # of the retry: a reason or a status
+    failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
+    last: UpstreamResponse | None = None  # the response of the last attempt, likewise
+    tried: tuple[Target, ...] = ()  # the targets of the attempts that have failed
+    upload: ExchangeBody | None = None  # the request body
+    first_failure: GatewayError | None = None  # the error for which another upstream is asked, as the fallback
+    failed_upstream: str | None = None  # the upstream that has failed with it
+    failed_target: str | None = None
+    waited_before_head = 0.0  # seconds for which the attempt had waited for the client when the head arrived
+    events: EventBoundaries | None = None  # of an event stream
+    task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
+
+    def __init__(
+        self, context: ExchangeContext, client: Downstream, headers: RewrittenHeaders, plan: RequestPlan, body: bytes
+    ) -> None:
+        self.connection = self.error = None
+        self.exchange = exchange = plan.exchange
+        self.is_to_head = exchange.method == "HEAD"
+        self.listener = NO_LISTENER
+        self.pieces = []
+        self.plan = plan
+        self.attempt: Attempt | None = None
+        self._last_attempt: Attempt | None = None  # ended, but its result may be final
+        self._context = context
+        self._client = client
+        self._request_headers = headers
+        self.keep_alive = headers.facts.keep_alive
+        if headers.facts.length:
+            self.upload = upload = ExchangeBody(client, self, body, headers.facts.length, context.via)
+            self.request_body = COMPLETE if upload.is_complete else FLOWING
+
+    def __repr__(self) -> str:
+        return f"<FastExchange {self.exchange.method} {self.exchange.path} [{self.states}]>"
+
+    @property
+    def is_head_sent(self) -> bool:
+        """True once the head of the response has been sent, and with it the `Connection` field."""
+        return self.response != NONE
+
+    @property
+    def _is_repeatable(self) -> bool:
+        """True if the method or an idempotency key makes the request repeatable, see `retry.is_repeatable`."""
+        return self.exchange.method in IDEMPOTENT or _HAS_KEY.search(self._request_headers.received) is not None
+
+    def _may(self, event: ExchangeEvent) -> bool:
+        """Change the states by an event of a port, and return True; abort the exchange if they do not allow it."""
+        try:
+            self.move(event)
+        except IllegalEvent as error:
+            if self.is_strict:
+                raise
+            self._context.record.note_illegal_event(self.exchange, self.phase, event, error)
+            if DEFECT in PHASES[self.phase]:
+                self.move(DEFECT)
+                note_failure(self.exchange, InternalError("The gateway failed: an event is not allowed."))
+                self._abort()
+            return False
+        return True
+
+    def _begin(self) -> None:
+        """Take the connection of the client, and receive the rest of the body. Idempotent."""
+        self._client.begin_exchange(self)
+        if self.upload is not None and not self.upload.is_complete:
+            self._client.receive_body(self.upload, self.upload.length - self.upload.received)
+
+    def _refuse(self, error: GatewayError | DirectResponse) -> None:
+        """Respond with problem details."""
+        self.move(REFUSE)
+        context = self._context
+        if self.upload is not None and self.upload.awaits_continue:
+            self.keep_alive = False  # the client may send the body or not
+        response, keep_alive = context.refusal(self.plan, error, keep_alive=self.keep_alive)
+        self._client.transport.write(response)
+        self._end(context.clock(), Outcome.IGNORED, keep_alive=keep_alive)
+
+    def _forget(self) -> None:
+        """Return to the state of a response of which nothing has arrived."""
+        self.forget()
+        self.is_relayed, self.is_framed = True, False
+        self.is_sent, self.is_repeated = True, False
+        self.waited_before_head = 0.0
+
+    # The request body
+
+    def _pace_body(self, upload: ExchangeBody) -> None:
+        """Read the body from the client as the upstream takes it."""
+        if upload.is_full:
+            if self.request_body == FLOWING:
+                self.move(BODY_PAUSE)
+                self._client.pause_reading()
+        elif self.request_body == PAUSED:
+            self.move(BODY_RESUME)
+            self._client.resume_reading()
+
+    def on_body_piece(self, piece: bytes) -> bool:
+        """Send a piece of the body, or keep it until there is a connection; return True to pause reading."""
+        upload = self.upload
+        if upload is None or not self._may(BODY):
+            return False
+        upload.take(piece)
+        if self.phase == EXCHANGING:
+            self.exchange.bytes_in = upload.received
+        self._pace_body(upload)
+        return False
+
+    def on_body_end(self) -> None:
+        """Let the upstream respond: the body is complete."""
+        if self.upload is not None and self._may(BODY_END):
+            self.upload.complete()
+
+    def on_continue(self) -> None:
+        """Await the body: the upstream has asked for it by 100 (Continue)."""
+        self._may(CONTINUE)
+
+    def on_upload_writable(self) -> None:
+        """Read the body again: the upstream has read enough of it."""
+        if self.upload is not None:
+            self._pace_body(self.upload)
+
+    def _client_progress(self) -> ClientProgress:
+        """Return the client's part in the attempt so far."""
+        progress = NO_PROGRESS if self.upload is None else self.upload.progress
+        return progress._replace(waited=progress.waited + self.reader_waited)
+
+    def _note_progress(self, upload: ExchangeBody) -> ClientProgress:
+        """Return the client's part before the head; move `sent_at` by the time for which the client was awaited."""
+        progress, exchange = upload.progress, self.exchange
+        self.waited_before_head = progress.waited
+        if progress.waited and exchange.sent_at is not None:
+            exchange.sent_at += progress.waited
+        return progress
+
+    # From the client
+
+    def on_writable(self) -> None:
+        """Read from the upstream again: the client has read enough."""
+        if self._may(WRITABLE) and self.connection is not None:
+            self.connection.resume_reading()
+            self.connection.set_timer("read" if self.response == NONE else "idle")
+
+    def on_drain(self) -> None:
+        """End an event stream between two events: the server stops, and the client connects again by itself."""
+        if self.events is None or not self.events.is_between or self.phase != EXCHANGING or self.response == NONE:
+            return
+        self.close()
+        if self.is_framed:
+            self._client.transport.write(b"0\r\n\r\n")
+        self.move(END)
+        self._end(self._context.clock(), Outcome.SUCCESS, keep_alive=self.keep_alive)
+
+    def on_client_disconnected(self) -> None:
+        """Abort the exchange: its client has disconnected."""
+        if self._may(CLIENT_GONE):
+            note_failure(self.exchange, ClientDisconnected(CLIENT_LEFT))
+            self._abort()
+
+    def on_refused(self, error: GatewayError) -> None:
+        """Respond with an error of the client's connection, or abort the exchange if the response has begun."""
+        self.keep_alive = False
+        if self.response != NONE:
+            self.move(BREAK)
+            note_failure(self.exchange, error)
+            self._abort()
+            return
+        if self.phase == EXCHANGING:
+            self.exchange.has_begun = self.exchange.has_reached = True
+        self.close()
+        self._refuse(error)
+
+    def on_forced_close(self) -> None:
+        """Abort the exchange: the drain timeout has passed."""
+        if self._may(DRAIN):
+            self._context.record.note_cut_off(self.exchange)
+            self._abort()
+
+    # The end
+
+    def _abort(self) -> None:
+        """Close the upstream connection and end the exchange."""
+        self.close()
+        outcome = outcome_of_abort(has_head=self.exchange.head_at is not None)
+        self._end(self._context.clock(), outcome, keep_alive=False)
+
+    def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
+        """Return what the exchange holds, and record it. The upstream connection is returned or closed already."""
+        if self.is_pending:
+            self._invalidate()
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None:
+            if attempt.slow is not None or attempt.is_probe:  # which may open or close a breaker
+                self._context.router.outcomes.settle(attempt, outcome, now)
+            attempt.release(now, outcome)
+        if self.upload is not None:
+            self.upload.release()
+        self._client.end_exchange(keep_alive=keep_alive)
+        self._context.record.end(self.exchange, now)
+
+    def _invalidate(self) -> None:
+        """Cancel timers and task, discard the last response, and have replies that are still to come dropped."""
+        self.generation += 1
+        self.first_failure = None
+        for timer in (self.delay, self.probe, self.timer):
+            if timer is not None:
+                timer.cancel()
+        self.delay = self.probe = self.timer = None
+        self.failure = None
+        if self.last is not None:
+            self.last.close()
+            self.last = None
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None

@@ -1,0 +1,224 @@
+"""The relaying half of an exchange on the fast path: the response, from its head to its end."""
+
+import httpx
+
+from api_gateway.errors import GatewayError
+from api_gateway.fastpath.client_port import Downstream
+from api_gateway.fastpath.exchange_life import ExchangeLife
+from api_gateway.fastpath.response_head import parsed_head, plain_head
+from api_gateway.http1.headers import (
+    BODILESS,
+    COST,
+    FALLBACK,
+    forwardable_interim,
+)
+from api_gateway.http1.serializer import render_response_head
+from api_gateway.models import HeaderList, Outcome
+from api_gateway.proxy.attribution import NO_PROGRESS
+from api_gateway.proxy.exchange import (
+    BREAK,
+    COMPLETE,
+    DATA,
+    DONE,
+    END,
+    EXCHANGING,
+    FLOWING,
+    NONE,
+    PAUSED,
+)
+from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.sse import EventBoundaries, is_event_stream
+from api_gateway.proxy.url_rewriting import NO_AUTHORITIES, Authorities
+from api_gateway.transport.error_mapping import translate
+from api_gateway.transport.response import NoListener
+from api_gateway.upstreams.upstream import Attempt
+
+_MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
+_MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
+
+
+class RelayingExchange(ExchangeLife):
+    """Forwards the response of an attempt. Subclasses decide what follows a failure."""
+
+    def _retries(self, attempt: Attempt, now: float) -> bool:
+        """Prepare a retry after a response with a status that is retried; return False if it is denied."""
+        raise NotImplementedError
+
+    def _fail(self, error: Exception) -> None:
+        """End an attempt without a response; retry, fall back, or respond with its error."""
+        raise NotImplementedError
+
+    def _after(self, error: GatewayError) -> GatewayError | None:
+        """Respond by the fallback of the route; return the error to respond with if there is none that applies."""
+        raise NotImplementedError
+
+    def takes_chunks(self, status: int) -> bool:
+        """Take plain chunks with their framing, except of a response that may be followed by another attempt."""
+        return status < _MIN_RETRIED_STATUS or not self._is_retried(status)
+
+    def on_complex_head(self) -> None:
+        """Forward interim responses, and take no more than READ_SIZE at once: the parser's callbacks take time."""
+        if self.upload is None or self.upload.is_complete:
+            self.listener = _Interim(self._client, self._context.via)
+        self.is_relayed = False
+
+    def on_complex_chunk(self) -> None:
+        """Send the further pieces in chunks of their own, see `on_complex_head`."""
+        self.chunks, self.is_framed, self.is_relayed = None, True, False
+
+    def on_progress(self) -> None:  # noqa: C901, PLR0912 - a call less for each response
+        """Forward what has arrived of the response."""
+        if self.phase != EXCHANGING:
+            self._may(DATA)
+            return
+        is_first = self.response == NONE
+        if self.error is not None:
+            if self.pieces and not is_first:
+                self._client.transport.write(self._take_piece())
+            self._on_error(self.error)
+            return
+        now = self._context.clock()
+        if not is_first:
+            self._client.transport.write(self._take_piece())
+        elif not self.is_head_complete:
+            return
+        else:
+            attempt = self.attempt
+            assert attempt is not None  # noqa: S101 - set before sending
+            upload = self.upload
+            client = NO_PROGRESS if upload is None or upload.is_prompt else self._note_progress(upload)
+            self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now, client)
+            if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries(attempt, now):
+                return
+            if not self.head and is_event_stream(self.fields) and not self._begin_stream(attempt):
+                return
+            self._write_head(attempt)
+            if attempt.is_probe and not self.is_complete:
+                self.is_pending = True
+                self.probe = self._context.router.settle_probe_soon(attempt, self._client.loop)
+        if self.is_complete:
+            if self.upload is None or self.upload.is_complete:
+                self.phase, self.response = DONE, COMPLETE
+            else:
+                self.response = FLOWING
+                self.move(END)
+            self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
+        else:
+            self._receive_more()
+            if self.events is not None and self._client.is_draining:
+                self.on_drain()
+
+    def _begin_stream(self, attempt: Attempt) -> bool:
+        """Settle an attempt with an event stream, because its end shows nothing about the upstream.
+
+        Its connection is counted apart from those of requests. Return False if the holder's share of those is used up.
+        """
+        self._context.router.outcomes.settle_success(attempt)
+        try:
+            self.move_to_tunnels()
+        except httpx.PoolTimeout as error:
+            self.exchange.has_reached = True  # the charge is kept, because the upstream has served the request
+            failure = translate(error, attempt.upstream.name)
+            failure.__cause__ = error.with_traceback(None)
+            self.close()
+            final = self._after(failure)
+            if final is not None:
+                self._refuse(final)
+            return False
+        attempt.release_slot()
+        if b"content-encoding" not in self.fields:  # a coding hides the boundaries of events
+            self.events = EventBoundaries()
+        return True
+
+    def _receive_more(self) -> None:
+        """Receive more of the response as soon as the client reads."""
+        connection = self.connection
+        assert connection is not None  # noqa: S101 - an incomplete response without a connection has failed
+        if self._client.is_write_paused:
+            self.response = PAUSED
+            connection.pause_reading()
+            connection.timer.clear()
+        else:
+            self.response = FLOWING
+            connection.resume_reading()  # a large read pauses it
+            connection.set_timer("idle")
+
+    def _write_head(self, attempt: Attempt) -> None:
+        """Send the head and what has arrived of the body."""
+        context, exchange, route = self._context, self.exchange, self.plan.route
+        exchange.status, exchange.source = self.status, "upstream"
+        if self.upload is not None:
+            self.upload.is_started = True
+            if self.upload.awaits_continue:
+                self.keep_alive = False  # the client may send the body or not
+        rewriter, authorities = None if route is None else route.url_rewriter, NO_AUTHORITIES
+        if rewriter is not None:
+            upstream_client = context.router.upstream_clients[attempt.upstream.name]
+            authorities = Authorities.of(upstream_client, attempt.target, self._request_headers.facts.host_field)
+        if self.head:
+            if self.cost is not None:
+                context.router.on_cost(exchange, (self.cost,))
+            head = plain_head(self, exchange, context, rewriter, authorities, keep_alive=self.keep_alive)
+        else:
+            if COST in self.fields:
+                context.router.on_cost(exchange, self.fields[COST])
+            self.is_framed = not (self.is_to_head or self.status in BODILESS or self.is_counted)
+            head = parsed_head(
+                self, exchange, context, rewriter, authorities, is_chunked=self.is_framed, keep_alive=self.keep_alive
+            )
+        if exchange.fallback is not None:
+            head = b"%b%b: %b\r\n\r\n" % (head[:-2], FALLBACK, exchange.fallback.encode())
+        if self.is_framed or self.chunks is not None:
+            piece = self._take_piece()
+        else:
+            piece = self.take()
+            exchange.bytes_out += len(piece)
+        if len(piece) > _MAX_JOINED:
+            self._client.transport.writelines((head, piece))
+        else:
+            self._client.transport.write(head + piece)
+
+    def _take_piece(self) -> bytes:
+        """Remove and return what has arrived of the body, framed for the client."""
+        piece, exchange = self.take(), self.exchange
+        if self.events is not None:
+            self.events.follow(piece)
+        if self.chunks is not None:
+            exchange.bytes_out = self.chunks.content
+            return piece
+        exchange.bytes_out += len(piece)
+        if not self.is_framed:
+            return piece
+        if piece:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        return piece + b"0\r\n\r\n" if self.is_complete else piece
+
+    def _is_retried(self, status: int) -> bool:
+        """Tell whether the retry policy names the status."""
+        upstream = self.exchange.upstream
+        assert upstream is not None  # noqa: S101 - the request was sent
+        return status in self._context.router.upstream_clients[upstream].retried_statuses
+
+    def _on_error(self, error: Exception) -> None:
+        """Retry or respond; if the response has begun, close the connection, so that the client detects the error."""
+        if self.response == NONE:
+            self._fail(error)
+            return
+        self.move(BREAK)
+        attempt = self.attempt or self._last_attempt
+        assert attempt is not None  # noqa: S101 - set before sending
+        failure = self._context.router.outcomes.on_broken_body(self.exchange, attempt, error, self._client_progress())
+        note_failure(self.exchange, failure)
+        self._end(self._context.clock(), Outcome.IGNORED, keep_alive=False)  # the attempt is settled already
+
+
+class _Interim(NoListener):
+    """Forwards interim responses."""
+
+    def __init__(self, client: Downstream, via: tuple[bytes, bytes]) -> None:
+        self._client = client
+        self._via = via
+
+    def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        """See `ResponseListener`."""
+        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers, self._via)))

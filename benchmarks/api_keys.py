@@ -1,0 +1,266 @@
+"""What an API key costs, whether the time of a refusal tells anything of a key, and a flood of wrong keys.
+
+`python -m benchmarks.api_keys` runs gateways on one core; upstream (nginx) and load use the other. All gateways run at
+the same time and are driven in turns, so that ratios hold on a machine that is not idle. `--before` is a checkout of
+another commit, whose gateway is measured too; it receives the same header fields.
+
+The flood is sent at a fixed rate, a million wrong keys a minute times `--scale`, by an address with the default limit.
+At the same time a client with a key sends 50 requests per second at fixed times, as it does without the flood.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from api_gateway.clients.api_keys import ApiKey, digest_of, new_key
+from api_gateway.clients.records import Change, KeyChange
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.errors import GatewayError
+from api_gateway.http1.headers import fields_of
+from api_gateway.models import Quota
+from api_gateway.proxy.api_key_source import ApiKeySource
+from benchmarks.cases import CLIENT, Case
+from benchmarks.load import Client, Failed, OpenLoop, await_ready, drive_case, percentile
+from benchmarks.processes import cpu_seconds, free_port, pinned, resident_bytes, running
+from benchmarks.upstream import upstream
+
+ROOT = Path(__file__).parent.parent
+GATEWAY_CORE, LOAD_CORE = 0, 1
+MILLION_A_MINUTE = 1e6 / 60  # per second
+RATE = 50.0  # requests per second of the client with a key
+WRONG = 20_000  # different wrong keys
+_REFUSALS = (401, 429)
+
+
+def a_key() -> str:
+    """Return a new key."""
+    return new_key(secrets.token_bytes(32))
+
+
+def configuration(folder: Path, port: int, origin: int, key: str | None) -> dict[str, Any]:
+    """Return the configuration of a gateway; `key` is that of the client, None for a gateway without keys."""
+    client: dict[str, Any] = {"tier": "FREE"}
+    if key is not None:
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        client |= {"keys": {"one": {"digest": digest}}, "verified_only": False}
+    return {
+        "server": {"port": port},
+        "state_dir": str(folder / "state"),
+        "log": {"access": False},
+        "address_limit": {"exempt": []},
+        "tiers": {"FREE": {"rate": 1_000_000, "capacity": 1_000_000}},
+        "clients": {CLIENT: client},
+        "upstreams": {"up": {"targets": [{"url": f"http://127.0.0.1:{origin}"}]}},
+        "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
+    }
+
+
+@contextmanager
+def gateway(checkout: Path, folder: Path, origin: int, key: str | None) -> Iterator[tuple[int, int]]:
+    """Run the gateway of a checkout; yield its process id and port."""
+    folder.mkdir()
+    port, path = free_port(), folder / "gateway.json"
+    path.write_text(json.dumps(configuration(folder, port, origin, key)))  # JSON is YAML
+    command = [sys.executable, str(checkout / "run_gateway.py"), "--config", str(path)]
+    with running(command, core=GATEWAY_CORE, port=port, folder=folder, env={"PYTHONPATH": str(checkout)}) as pid:
+        await_ready(port)
+        yield pid, port
+
+
+def costs(seconds: float, rounds: int, before: Path | None) -> dict[str, list[float]]:
+    """Return the CPU time of a request in microseconds, by what was measured, in each round. Raises Failed."""
+    key = a_key()
+    cases = {"bare id": Case("bare id"), "key": Case("key", headers={"X-API-Key": key})}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "origin").mkdir()
+        origin = stack.enter_context(upstream(folder / "origin", LOAD_CORE))
+        gateways = {
+            "no keys": stack.enter_context(gateway(ROOT, folder / "without", origin, None)),
+            "keys": stack.enter_context(gateway(ROOT, folder / "with", origin, key)),
+        }
+        if before is not None:
+            gateways["before"] = stack.enter_context(gateway(before, folder / "before", origin, None))
+        runs = [(name, "bare id") for name in gateways if name != "keys"] + [("keys", "key")]
+        found: dict[str, list[float]] = {}
+        for number in range(rounds + 1):
+            for name, case in runs:
+                pid, port = gateways[name]
+                began = cpu_seconds(pid)
+                driven = drive_case(port, cases[case], core=LOAD_CORE, seconds=seconds, connections=16)
+                if number:  # the first round is for warming up
+                    spent = (cpu_seconds(pid) - began) / driven.requests * 1e6
+                    found.setdefault(f"{case}: {name}", []).append(spent)
+        return found
+
+
+# The time of a refusal
+
+
+async def times(count: int) -> dict[str, list[float]]:
+    """Return the times of verifying keys that a gateway sees for the first time, in microseconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        quota = Quota.per_second("FREE", 1, 10)
+        registry = ClientRegistry({"FREE": quota}, "FREE", {}, SqliteClientStore(Path(folder)))
+        await registry.load()
+        source = ApiKeySource(registry.keys, "X-API-Key")
+        valid, revoked = ([a_key().encode() for _ in range(200)] for _ in range(2))
+        store = SqliteClientStore(Path(folder))
+        await store.load(1)
+        for number, key in enumerate([*valid, *revoked]):
+            await store.write(f"client-{number}", Change(keys=KeyChange(add=ApiKey(digest_of(key)))))
+        for number, key in enumerate(revoked, len(valid)):
+            await store.write(f"client-{number}", Change(keys=KeyChange(remove=(digest_of(key),))))
+        await store.close()
+        await registry.load()
+        kinds: dict[str, Callable[[], bytes]] = {
+            "valid": partial(next, cycle(valid)),
+            "revoked": partial(next, cycle(revoked)),
+            "never existed": lambda: a_key().encode(),
+        }
+        found: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(count):
+            for name, next_key in kinds.items():
+                fields = fields_of([(b"x-api-key", next_key())])
+                began = time.perf_counter_ns()
+                claim = source.claim(fields)
+                assert claim is not None  # noqa: S101 - it is a key
+                result = source.verify(claim, 0)
+                found[name].append((time.perf_counter_ns() - began) / 1000)
+                if isinstance(result, GatewayError) is (name == "valid"):
+                    raise Failed(f"a {name} key: {result!r}")
+        await registry.close()
+        return found
+
+
+def distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the Kolmogorov-Smirnov statistic of two samples: 0 for equal distributions, 1 for separate ones."""
+    points = sorted([*((value, 1 / len(one)) for value in one), *((value, -1 / len(other)) for value in other)])
+    largest = height = 0.0
+    for _, step in points:
+        height += step
+        largest = max(largest, abs(height))
+    return largest
+
+
+# The flood
+
+
+class Keyed(Client):
+    """A connection that sends keys in turn, and accepts these statuses."""
+
+    def __init__(self, port: int, keys: Iterator[str], statuses: tuple[int, ...]) -> None:
+        self._keys, self._statuses = keys, statuses
+        self.request = self._next()
+        super().__init__(port)
+
+    def _next(self) -> bytes:
+        return f"GET /api/small HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {next(self._keys)}\r\n\r\n".encode()
+
+    def check(self, answer: Any) -> None:
+        """See `Client`."""
+        if answer.status not in self._statuses:
+            raise Failed(f"status {answer.status}")
+        self.request = self._next()
+
+
+def send_flood(port: int, rate: float, seconds: float) -> None:
+    """Send wrong keys at a fixed rate."""
+    keys = cycle([a_key() for _ in range(WRONG)])
+    loop = OpenLoop(lambda: Keyed(port, keys, _REFUSALS))
+    loop.run(rate, seconds)
+    loop.close()
+
+
+def flood(seconds: float, scale: float) -> dict[str, Any]:
+    """Return the 99th percentiles of a client with a key in ms, without and with the flood, and the memory in MB."""
+    key, rate = a_key(), MILLION_A_MINUTE * scale
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "origin").mkdir()
+        origin = stack.enter_context(upstream(folder / "origin", LOAD_CORE))
+        pid, port = stack.enter_context(gateway(ROOT, folder / "one", origin, key))
+        result: dict[str, Any] = {"quiet": [], "flooded": [], "memory": [resident_bytes(pid) / 1e6]}
+        for _ in range(3):
+            for name in ("quiet", "flooded"):
+                loop = OpenLoop(lambda: Keyed(port, cycle([key]), (200,)))
+                loop.warm_up()
+                sender = None
+                if name == "flooded":
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "benchmarks.api_keys",
+                        "--send",
+                        str(port),
+                        str(rate),
+                        str(seconds),
+                    ]
+                    with pinned(LOAD_CORE):
+                        sender = subprocess.Popen(command, cwd=ROOT)  # noqa: S603 - fixed arguments
+                    time.sleep(2)  # until it has made its keys
+                loop.run(RATE, seconds)
+                if sender is not None and sender.wait():
+                    raise Failed("the flood could not be sent at its rate; use a lower --scale")
+                loop.close()
+                result[name].append(percentile(sorted(loop.measured), 0.99) * 1000)
+                result["memory"].append(resident_bytes(pid) / 1e6)
+        return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.api_keys", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=0.1, help="of a million wrong keys a minute")
+    parser.add_argument("--count", type=int, default=20_000, help="of keys whose verification is timed")
+    parser.add_argument("--before", type=Path, help="a checkout of another commit")
+    parser.add_argument("--parts", default="costs,times,flood")
+    parser.add_argument("--send", nargs=3, type=float, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.send:
+            send_flood(int(chosen.send[0]), chosen.send[1], chosen.send[2])
+            return 0
+        if "costs" in chosen.parts:
+            found = costs(chosen.seconds, chosen.rounds, chosen.before)
+            print(f"CPU time of a request in us, median and range of {chosen.rounds} rounds")  # noqa: T201 - a program
+            for name, values in found.items():
+                print(f"{name:25} {median(values):7.1f}  {min(values):7.1f} to {max(values):.1f}")  # noqa: T201
+        if "times" in chosen.parts:
+            verified = asyncio.run(times(chosen.count))
+            print("Verification of a key, us: median, 99th percentile, distance from keys that never existed")  # noqa: T201
+            for name, values in verified.items():
+                tail, apart = percentile(sorted(values), 0.99), distance(values, verified["never existed"])
+                print(f"{name:25} {median(values):7.2f} {tail:7.2f} {apart:7.3f}")  # noqa: T201
+        if "flood" in chosen.parts:
+            result = flood(chosen.seconds * 3, chosen.scale)
+            print(f"A flood of {MILLION_A_MINUTE * chosen.scale:.0f} wrong keys per second; 99th percentiles, ms")  # noqa: T201
+            for name in ("quiet", "flooded"):
+                print(f"{name:25} {median(result[name]):7.2f}  of {[round(value, 1) for value in result[name]]}")  # noqa: T201
+            print(f"memory, MB                {[round(value, 1) for value in result['memory']]}")  # noqa: T201
+    except Failed as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
+    print(f"load {os.getloadavg()[0]:.1f}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
