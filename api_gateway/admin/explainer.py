@@ -21,6 +21,7 @@ from api_gateway.admin.explain_schema import (
     RouteExplained,
     UpstreamExplained,
 )
+from api_gateway.clients.api_keys import shown_id
 from api_gateway.errors import GatewayError, InvalidValue, Reason
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
@@ -86,14 +87,17 @@ class Explainer:
         shedder: EventLoopShedder,
         header: str,
         claim_of_key: Callable[[str], Claim | None] = lambda _: None,
+        accepts_keys: bool = True,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
         """`header` is the name of the header that identifies clients. Both clocks must read the same time.
 
-        `claim_of_key` returns the claim of the API key with an id, None if there is none.
+        `claim_of_key` returns the claim of the API key with an id, None if there is none. `accepts_keys`: API keys
+        are a source of identities.
         """
         self._claim_of_key = claim_of_key
+        self.accepts_keys = accepts_keys
         self._admission = admission
         self._headers = headers
         self._router = router
@@ -121,7 +125,9 @@ class Explainer:
         if request.key_id is not None:
             facts.claim = self._claim_of_key(request.key_id)
             if facts.claim is None:
-                raise InvalidValue(f"key_id: there is no API key '{request.key_id[:64]}', or api_key is not a source.")
+                raise InvalidValue(
+                    f"key_id: there is no API key {shown_id(request.key_id)}, or api_key is not a source."
+                )
         plan = Admission.plan(facts, request.method, path, request.path.encode("ascii"), self._clock_ns())
         error = await self._admission.inspect(plan)
         exchange, route, client = plan.exchange, plan.route, plan.exchange.client

@@ -23,7 +23,7 @@ from api_gateway.admin.key_schema import (
 )
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, STORE_REFUSAL, TOKEN
 from api_gateway.admin.views import wall_time
-from api_gateway.clients.api_keys import RANDOM_BYTES, ApiKey, digest_of, new_key
+from api_gateway.clients.api_keys import RANDOM_BYTES, ApiKey, digest_of, new_key, shown_id
 from api_gateway.clients.records import UNCHANGED, ClientRecord
 from api_gateway.errors import InvalidValue, NoRoute
 
@@ -50,6 +50,8 @@ async def create_key(
     It is valid at once, and within a second on all gateways that share the store.
     """
     now = context.clocks.wall()
+    if not context.explainer.accepts_keys:
+        raise InvalidValue("identity.sources does not name api_key, so keys are not accepted; no key was created.")
     _check_routes(context, body.routes)
     record, _ = await context.clients.record_of(client_id)
     if sum(key.is_valid_at(now) for key in record.keys) >= MAX_VALID_KEYS:
@@ -189,7 +191,7 @@ def _stored(context: AdminContext, record: ClientRecord, key_id: str, now: float
 
 
 def _no_key(client_id: str, key_id: str) -> NoRoute:
-    return NoRoute(f"Client '{client_id}' has no key '{key_id[:64]}'; GET /clients/{client_id}/keys lists them.")
+    return NoRoute(f"Client '{client_id}' has no key {shown_id(key_id)}; GET /clients/{client_id}/keys lists them.")
 
 
 def _expiry(body: KeyTerms, now: float) -> float | None:

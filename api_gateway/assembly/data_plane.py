@@ -97,6 +97,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
         claim_of_key=sources.claim_of_key,
+        accepts_keys="api_key" in config.identity.sources,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )

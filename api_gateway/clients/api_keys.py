@@ -20,6 +20,8 @@ RANDOM_BYTES = 32
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BODY, _CHECKSUM = 43, 6  # characters
 _KEY = re.compile(PATTERN.encode())
+_LIKE_KEY = re.compile(rb"agw_[0-9A-Za-z]{20}")
+_PREFIX = KEY_PREFIX.encode()
 _ID_DIGITS = 16  # of the digest: enough to tell keys apart, and too few to verify a guess of anything shorter
 
 
@@ -59,6 +61,11 @@ def new_key(random_bytes: bytes) -> str:
     return f"{KEY_PREFIX}{body}{_checksum(body.encode())}"
 
 
+def is_key(value: bytes) -> bool:
+    """Return whether a value begins like a key, so that it should not be shown even if it is not a valid one."""
+    return value.startswith(_PREFIX) and _LIKE_KEY.match(value) is not None
+
+
 def fault_of(key: bytes) -> str | None:
     """Return why a key cannot be one of ours, in words; None if it is well-formed."""
     if _KEY.fullmatch(key) is None:
@@ -90,6 +97,11 @@ def as_members(key: ApiKey) -> dict[str, Any]:
     if key.routes is not None:
         members["routes"] = list(key.routes)
     return members
+
+
+def shown_id(identifier: str) -> str:
+    """Return what an operator gave as the id of a key, for a message; a key given by mistake is not shown."""
+    return "(a key instead of its id)" if identifier.startswith(KEY_PREFIX) else f"'{identifier[:64]}'"
 
 
 def api_keys_of(members: Mapping[str, Any]) -> tuple[ApiKey, ...]:

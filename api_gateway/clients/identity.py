@@ -1,5 +1,6 @@
 """The client id in a request's header fields. Pure decisions; `admin.operators` identifies operators."""
 
+from api_gateway.clients.api_keys import is_key
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.headers import Fields, is_visible_ascii
 
@@ -8,7 +9,7 @@ def client_id(fields: Fields, name: bytes) -> str | None:
     """Return the client id in header `name` (lower case); None if there is none.
 
     Raises ClientIdInvalid unless the header has one value of 1 to 128 visible ASCII characters: a client must not get
-    several buckets by spelling its id in several ways.
+    several buckets by spelling its id in several ways. An API key is no id, because ids are logged.
     """
     found = fields.get(name)
     if not found:
@@ -20,6 +21,8 @@ def client_id(fields: Fields, name: bytes) -> str | None:
         raise ClientIdInvalid(
             f"{_display_name(name)} must be 1 to 128 visible ASCII characters, got {len(found[0])} bytes: '{shown}'."
         )
+    if is_key(found[0]):
+        raise ClientIdInvalid(f"{_display_name(name)} has an API key instead of a client id; send it as a credential.")
     return found[0].decode("ascii")
 
 

@@ -144,6 +144,7 @@ class CredentialStage:
         if self.on_observed is not None:
             self.on_observed(plan, error)
         plan.exchange.client, plan.facts.proof = None, None
+        plan.facts.version = -1  # the client that the credential proved before is not that of the next source
         return None
 
     # The charge of a failed attempt

@@ -1,5 +1,7 @@
 """`api-gateway keys`: keys of a running gateway from the command line."""
 
+import base64
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.clients.api_keys import PATTERN, digest_of
+from api_gateway.clients.api_keys import PATTERN, digest_of, new_key
 from tests.kit import RawUpstream, ask, eventually, free_port, reply
 from tests.processes import Running, config_file, process
 
@@ -62,6 +64,41 @@ def test_a_key_lives_from_its_creation_to_its_revocation(running: Running, folde
     assert (code, nothing) == (0, "")
     assert "1 valid keys are left" in told
     assert (status(running, key), status(running, successor)) == (401, 200)
+
+
+def test_no_log_metric_error_or_explanation_contains_a_key(tmp_path: Path) -> None:
+    """Wherever it was sent, right or wrong, also where an id belongs."""
+    up = RawUpstream(reply(b"fine"))
+    path = config_file(tmp_path, up.url, "log: {level: debug}")
+    with process("-m", "api_gateway", "--config", path, "--port", "0", cwd=tmp_path) as one:
+        content = {"Content-Type": "application/json"}
+        made = one.ask("/clients/acme/keys", method="POST", body=b"{}", headers=content).json()
+        key, bodies = made["key"], []
+        for sent in (key, key[:-1], new_key(b"\7" * 32)):
+            basic = base64.b64encode(f"{sent}:".encode()).decode()
+            for name, value in (
+                ("X-API-Key", sent),
+                ("Authorization", f"Bearer {sent}"),
+                ("Authorization", f"Basic {basic}"),
+                ("Authorization", sent),
+                ("X-Client-ID", sent),
+            ):
+                bodies += [
+                    ask(f"{one.url}/api/up", method=method, headers={name: value}).body for method in ("GET", "TRACK")
+                ]
+        explained = json.dumps({"path": "/api/up", "client_id": None, "key_id": key}).encode()
+        bodies.append(one.ask("/explain", method="POST", body=explained, headers=content).body)
+        bodies += [
+            one.ask(view).body
+            for view in ("/metrics", "/metrics?format=prometheus", "/clients", "/clients/acme", "/clients/acme/keys")
+        ]
+        assert one.terminate() == 0
+        told = one.output + one.errors + b"".join(bodies).decode()
+    up.close()
+    assert '"reason":"credentials_invalid"' in told.replace('": "', '":"')
+    for sent in (key, new_key(b"\7" * 32)):
+        assert sent[4:20] not in told
+        assert base64.b64encode(sent.encode())[8:24].decode() not in told
 
 
 def test_a_client_with_an_open_id_can_be_claimed(running: Running, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from api_gateway.clients.api_keys import new_key
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.headers import fields_of
@@ -41,3 +42,11 @@ def test_a_long_name_is_not_echoed_in_full() -> None:
 def test_a_name_sent_twice_is_refused_even_if_it_is_the_same() -> None:
     with pytest.raises(ClientIdInvalid, match=r"X-Key.* 2 times"):
         client_id(fields_of([(b"X-Key", b"acme"), (b"x-key", b"acme")]), b"x-key")
+
+
+def test_an_api_key_is_no_client_id_and_is_not_shown() -> None:
+    key = new_key(b"\1" * 32)
+    with pytest.raises(ClientIdInvalid, match="an API key instead of a client id") as caught:
+        client_id(fields_of([(b"x-client-id", key.encode())]), b"x-client-id")
+    assert key[4:] not in caught.value.detail
+    assert client_id(fields_of([(b"x-client-id", b"agw_team")]), b"x-client-id") == "agw_team"

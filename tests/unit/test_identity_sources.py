@@ -376,3 +376,11 @@ def test_a_claim_and_a_proof_show_no_credential() -> None:
     assert "secret" not in repr(claim)
     assert "secret" not in repr(Proof(claim, "acme"))
     assert Proof(claim, "acme").expires_ns == NO_EXPIRY
+
+
+def test_observing_an_expired_credential_forgets_the_client_that_it_proved(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, is_enforced=False)
+    setup.tickets.verdicts["acme"] = lambda claim: Proof(claim, "acme", expires_ns=5 * NANOSECONDS)
+    assert setup.client(TICKET, now=1) == "acme"
+    setup.tickets.verdicts["acme"] = lambda _: CredentialsInvalid("expired")
+    assert setup.client(TICKET, now=6) == PEER

@@ -255,6 +255,16 @@ def test_a_key_of_the_configuration_is_valid_and_cannot_be_changed_here(gateway:
     assert (refused.status, "configuration" in refused.json()["detail"]) == (422, True)
 
 
+def test_keys_are_not_created_where_they_are_not_accepted(gateway: Gateway, up: RawUpstream) -> None:
+    running = gateway(in_front_of(up.url) | {"identity": {"sources": ["header", "address"]}})
+    headers = {"Content-Type": "application/json"}
+    answer = ask(f"{running.url}/clients/acme/keys", method="POST", body=b"{}", headers=headers)
+    assert (answer.status, "does not name api_key" in answer.json()["detail"]) == (422, True)
+    key = new_key(b"\1" * 32)
+    assert ask(f"{running.url}/api/x", headers={"X-API-Key": key}).status == 200
+    assert up.requests[-1].all("x-api-key") == [key.encode()], "it belongs to the upstream"
+
+
 def test_keys_survive_a_restart(up: RawUpstream, tmp_path: Path) -> None:
     with running_gateway(in_front_of(up.url), tmp_path) as running:
         made = call(running, "POST", "/clients/acme/keys", {"label": "ci"})
