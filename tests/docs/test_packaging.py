@@ -171,7 +171,7 @@ def test_what_is_compiled_exists_and_has_nothing_that_mypyc_cannot_compile() -> 
     for path in compiled:
         source = (ROOT / path).read_text()
         assert "cached_property" not in source, path
-        assert "copy(self)" not in source, path
+        assert "from copy import" not in source, path
         for scope in (one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.AsyncFunctionDef)):
             assert not any(isinstance(one, ast.Yield) for one in ast.walk(scope)), f"{path}: {scope.name}"
         for kind in (one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.ClassDef)):
