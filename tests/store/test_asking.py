@@ -1,5 +1,6 @@
 """Requests on the fast path that wait for the store: completed, cancelled, pipelined, drained, refused."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of, reply
+from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of
 from tests.store_kit import StoreServer
 
 GatewayStarter = Callable[[dict[str, Any]], RunningGateway]
@@ -135,13 +136,19 @@ def test_a_gateway_that_stops_responds_to_it_first(
 def test_an_upstream_whose_breaker_opens_meanwhile_gets_nothing(
     gateway: GatewayStarter, upstream: Callable[..., RawUpstream], store: StoreServer
 ) -> None:
-    origin = upstream(reply(status=b"500 Oh"))
-    breaker = {"failure_threshold": 1, "recovery_timeout": 60}
-    options = {"url": store.url, "decision_timeout": WAIT, "on_failure": "allow"}
-    running = gateway(in_front_of(origin.url, circuit_breaker=breaker) | {"store": options})
-    with paused(store), RawClient(running.port) as one, RawClient(running.port) as other:
-        one.request(headers=HOT)
+    origin = upstream()
+    running = started(gateway, origin, store)
+    forced = {"mode": "forced_open", "duration_seconds": 60}
+    with paused(store), RawClient(running.port) as client:
+        client.request(headers=HOT)
         waits(running)
-        other.request(headers=HOT)
-        assert sorted((one.answer().status, other.answer().status)) == [500, 503]
-    assert len(origin.requests) == 1
+        changed = ask(
+            f"{running.url}/circuit-breakers/up",
+            method="POST",
+            headers={"Content-Type": "application/json"},
+            body=json.dumps(forced).encode(),
+        )
+        assert changed.status == 200
+        found = client.answer()
+    assert (found.status, json.loads(found.body)["reason"]) == (503, "circuit_open")
+    assert not origin.requests

@@ -359,3 +359,12 @@ def test_a_missing_credential_is_readable_and_preflights_need_none(
             assert "WWW-Authenticate" in names(answer, "access-control-expose-headers")
         asked = preflight(client, "/api/x", "Access-Control-Request-Headers: authorization", *odd, method="GET")
         assert (asked.status, asked.all("access-control-allow-headers")) == (204, [b"authorization"])
+
+
+def test_requests_of_pages_stay_on_the_fast_path(client: RawClient, fast_path_spy: list[bool]) -> None:
+    assert ask(client, f"Origin: {APP}").status == 200  # opens the connection to the upstream
+    assert preflight(client, "/api/x").status == 204
+    assert ask(client, f"Origin: {APP}").status == 200
+    assert ask(client, f"Origin: {EVIL}").status == 200
+    assert ask(client, f"Origin: {APP}", target="/api/none").status == 404
+    assert fast_path_spy == [True] * 5
