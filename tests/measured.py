@@ -27,7 +27,7 @@ def coverage_variables() -> dict[str, str]:
 
 def measure_into(data_file: str | None) -> None:
     """Measure this process until it exits, if there is a data file. pytest-cov combines all data at its end."""
-    if data_file is None:
+    if not data_file:
         return
     from coverage import Coverage
 
@@ -59,5 +59,5 @@ def measure_event_loop_into(data_file: str | None) -> None:
         measure_into(data_file)
         return run(self, *arguments, **options)
 
-    if data_file is not None:
+    if data_file:
         asyncio.Runner.run = measured  # type: ignore[method-assign]

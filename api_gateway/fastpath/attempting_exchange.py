@@ -5,7 +5,7 @@ import httpx
 from api_gateway.errors import GatewayError, UpstreamFailed
 from api_gateway.fastpath.exchange_body import ExchangeBody
 from api_gateway.fastpath.relaying_exchange import RelayingExchange
-from api_gateway.http1.fast_parser import pairs_of
+from api_gateway.http1.fast_parser import pairs_of, remove_lines
 from api_gateway.http1.headers import (
     REQUEST_TIMEOUT,
     fields_of,
@@ -119,7 +119,13 @@ class AttemptingExchange(RelayingExchange):
             self._send_with_body(connection, upload, head)
 
     def _send_with_body(self, connection: UpstreamConnection, upload: ExchangeBody, head: bytes) -> None:
-        """Send a head and what has arrived of the body."""
+        """Send a head and what has arrived of the body.
+
+        The expectation of 100 (Continue) goes upstream only while the client waits for it.
+        """
+        expectation = self.plan.facts.expectation
+        if expectation and not upload.awaits_continue:
+            head = remove_lines(head, expectation)
         self.exchange.bytes_in = size = upload.received
         pieces = upload.begin(connection)
         request = [head, *pieces] if size > _MAX_COPIED else [head + b"".join(pieces)]

@@ -30,6 +30,7 @@ from api_gateway.proxy.exchange import (
     PAUSED,
     PHASES,
     REFUSE,
+    WITHHELD,
     WRITABLE,
     ExchangeEvent,
     IllegalEvent,
@@ -90,6 +91,9 @@ class ExchangeLife(ProxyExchange):
         if headers.facts.length:
             self.upload = upload = ExchangeBody(client, self, body, headers.facts.length, context.via)
             self.request_body = COMPLETE if upload.is_complete else FLOWING
+            if headers.facts.expectation and not body:
+                upload.awaits_continue = True
+                self.request_body = WITHHELD
 
     def __repr__(self) -> str:
         return f"<FastExchange {self.exchange.method} {self.exchange.path} [{self.states}]>"

@@ -47,7 +47,6 @@ _COMPLEX_IN_REQUESTS = frozenset(
     {
         b"transfer-encoding",
         b"upgrade",
-        b"expect",
         b"te",
         b"trailer",
         b"max-forwards",
@@ -78,13 +77,17 @@ class InspectedHeaders:
 def framing_of(fields: Fields) -> tuple[int, bool] | None:
     """Return the length of a request's body in bytes and whether the connection is kept alive, or None if not plain.
 
-    `fields` are the inspected fields by name.
+    `fields` are the inspected fields by name. `Expect` is plain if it is `100-continue`, and there is a body.
     """
     if not _COMPLEX_IN_REQUESTS.isdisjoint(fields):
         return None
     lengths, connection = fields.get(b"content-length", _NO_LENGTH), fields.get(b"connection", _KEEP_ALIVE)
     if len(lengths) > 1 or len(connection) > 1 or _LENGTH.fullmatch(lengths[0]) is None:
         return None
+    if b"expect" in fields:
+        (expectation, *others), length = fields[b"expect"], lengths[0]
+        if others or expectation.lower() != b"100-continue" or not length.strip(b"0"):
+            return None
     option = connection[0].lower()
     return (int(lengths[0]), option == b"keep-alive") if option in (b"keep-alive", b"close") else None
 

@@ -185,7 +185,7 @@ REQUEST_BODIES: Final[Mapping[RequestBodyState, Mapping[ExchangeEvent, RequestBo
         BODY_END: COMPLETE,
         **dict.fromkeys(_ENDS, DISCARDED),
     },
-    COMPLETE: dict.fromkeys(_ENDS, COMPLETE),
+    COMPLETE: {CONTINUE: COMPLETE, **dict.fromkeys(_ENDS, COMPLETE)},  # a late one
     DISCARDED: {},
 }
 RESPONSES: Final[Mapping[ResponseState, Mapping[ExchangeEvent, ResponseState]]] = {

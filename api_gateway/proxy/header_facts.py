@@ -46,12 +46,12 @@ MAX_REMEMBERED = 1_024  # entries of each cache
 class HeaderFacts:
     """The meaning of the header fields of requests from one address.
 
-    `request_id`, `length`, `keep_alive`, `dropped`, `added` and `host_field` are set for plain heads only. `client`,
-    `principal` and `priority` are set for the registry version `version`, and `charges` for `client` and `cost`; -1
-    means not yet known. `stages` are what `admission`, the one that was used last, has to decide on such requests.
-    `claim` is the credential that decides who the client is, None without one; `credentials` are the header fields
-    that have a credential of this gateway. `proof` is what the claim proved, for the registry version `version`.
-    `forged` are the header fields that only the gateway may send to upstreams.
+    `request_id`, `length`, `keep_alive`, `expectation`, `dropped`, `added` and `host_field` are set for plain heads
+    only. `client`, `principal` and `priority` are set for the registry version `version`, and `charges` for `client`
+    and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used last, has to decide on
+    such requests. `claim` is the credential that decides who the client is, None without one; `credentials` are the
+    header fields that have a credential of this gateway. `proof` is what the claim proved, for the registry version
+    `version`. `forged` are the header fields that only the gateway may send to upstreams.
     """
 
     __slots__ = (
@@ -66,6 +66,7 @@ class HeaderFacts:
         "cost",
         "credentials",
         "dropped",
+        "expectation",
         "forged",
         "forwarding",
         "host",
@@ -94,6 +95,7 @@ class HeaderFacts:
     is_loop: bool  # whether the request has passed this gateway before; `ambiguity` says so in words
     is_length_required: bool  # whether the fields may contain trailers; `ambiguity` says so in words
     length: int  # of the body in bytes
+    expectation: HeaderList  # the field `Expect: 100-continue`, empty if there is none
     keep_alive: bool
     dropped: HeaderList  # fields that are not forwarded
     added: bytes  # lines that are appended for the upstream
@@ -154,6 +156,7 @@ class HeaderFacts:
         other = HeaderFacts(self.owner, self.host, self.peer, self.is_trusted, self.ambiguity, self.timeout)
         other.request_id = self.request_id
         other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
+        other.expectation = self.expectation
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
         other.origin, other.preflight, other.forged = self.origin, self.preflight, self.forged
         other.forwarding, other.reported = self.forwarding, self.reported
@@ -320,6 +323,7 @@ class HeaderReader:
             return None
         facts = self.read(peer, fields, "1.1")
         facts.length, facts.keep_alive = framing
+        facts.expectation = [pair for pair in found if pair[0].lower() == b"expect"] if b"expect" in fields else []
         facts.request_id = given_request_id(fields)
         facts.host_field = fields.get(b"host", (b"",))[0]
         replaced = replaced_fields(self.forwarding, facts.is_trusted)

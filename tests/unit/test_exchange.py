@@ -287,14 +287,18 @@ class Body(NamedTuple):
 
     first: bytes = b""
     rest: bytes = b""
+    is_expected: bool = False  # the client waits for 100 (Continue)
 
     @property
     def state(self) -> states.RequestBodyState:
         """The state in which the exchange begins."""
+        if self.is_expected:
+            return states.WITHHELD
         return states.FLOWING if self.rest else states.COMPLETE if self.first else states.NONE
 
 
 NO_BODY, WHOLE, PART, LATE = Body(), Body(b"body"), Body(b"bo", b"dy"), Body(b"", b"body")
+EXPECTED_BODY = Body(b"", b"body", is_expected=True)
 
 
 class World:
@@ -401,6 +405,7 @@ class World:
         """Receive a request of the client."""
         size = len(self.body.first + self.body.rest)
         method, length = ("PUT", f"Content-Length: {size}\r\n") if size else ("GET", "")
+        length += "Expect: 100-continue\r\n" if self.body.is_expected else ""
         head = f"{method} /api/x HTTP/1.1\r\nHost: a\r\nX-Client-ID: a\r\n{length}\r\n"
         assert self.fast_path.try_handle(self.client, head.encode() + self.body.first)
 
@@ -641,7 +646,9 @@ AWAITED: dict[tuple[str, str], tuple[Outcome, ...]] = {
     ("backing off", "the deadline passes"): IGNORED,
 }
 BODIES = pytest.mark.parametrize(
-    "body", [NO_BODY, WHOLE, PART, LATE], ids=["without a body", "whole body", "part of a body", "body to come"]
+    "body",
+    [NO_BODY, WHOLE, PART, LATE, EXPECTED_BODY],
+    ids=["without a body", "whole body", "part of a body", "body to come", "body to be asked for"],
 )
 PAIRS = pytest.mark.parametrize(
     ("situation", "event"), [pytest.param(*pair, id=" - ".join(pair)) for pair in product(SITUATIONS, EVENTS)]
@@ -657,6 +664,8 @@ def body_state(body: Body, before: States) -> states.RequestBodyState:
 
 def is_deliverable(situation: str, event: str, body: Body) -> bool:
     """Tell whether a port may deliver an event; none delivers pieces of a body that is complete."""
+    if event == "the end of the body" and body.is_expected:
+        return False  # a piece comes first
     return event not in OF_THE_BODY or bool(body.rest)
 
 

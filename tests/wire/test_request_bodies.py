@@ -319,3 +319,61 @@ def test_a_drain_completes_a_request_whose_body_is_arriving(
         answer = client.answer()
         assert (answer.status, answer.all("connection")) == (200, [b"close"])
         assert client.is_closed()
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@WAYS
+def test_the_upstream_is_asked_for_its_continue_once(
+    running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    """The expectation goes upstream while the client waits, and not with the body to another attempt."""
+    up.reads_body = False
+    body = body_of(5_000)
+
+    def behave(wire: Wire, request: RawRequest) -> bool:
+        if len(up.requests) == 1:
+            wire.send(CONTINUE)
+            wire.read_exactly(1_000)
+            return False
+        request.body, request.is_complete = wire.read_body(request.headers)
+        return reply()(wire, request) is not False
+
+    up.behave = behave
+    begin(client, len(body), ("Expect: 100-continue", *headers))
+    interim = client.read_until(b"\r\n\r\n")
+    assert interim is not None
+    assert interim.startswith(b"HTTP/1.1 100 ")
+    client.send(body)
+    assert client.answer().status == 200
+    assert up.requests[1].body == body
+    assert up.requests[0].all("expect") == [b"100-continue"]
+    if not headers:
+        assert up.requests[1].all("expect") == []
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+@WAYS
+def test_a_body_that_is_not_asked_for_costs_the_connection(
+    running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    """The client may send it or not, so nothing that follows can be understood."""
+    up.reads_body, up.behave = False, reply(b"no", b"417 Expectation Failed")
+    begin(client, 5_000, ("Expect: 100-continue", *headers))
+    answer = client.answer()
+    assert (answer.status, answer.all("connection")) == (417, [b"close"])
+    assert client.is_closed()
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+def test_a_late_continue_is_passed_on(client: RawClient, up: RawUpstream) -> None:
+    """The body is complete, and came in another segment than the head."""
+    up.behave = lambda wire, _request: wire.send(CONTINUE + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    begin(client, 10, ())
+    eventually(lambda: len(up.requests) == 1, "the head has arrived")
+    client.send(b"x" * 10)
+    interim = client.read_until(b"\r\n\r\n")
+    assert interim is not None
+    assert interim.startswith(b"HTTP/1.1 100 ")
+    assert client.answer().body == b"ok"
