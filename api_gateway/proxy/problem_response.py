@@ -6,7 +6,7 @@ from functools import lru_cache
 from api_gateway.errors import GatewayError, problem
 from api_gateway.http1.asgi import Send
 from api_gateway.http1.serializer import render_fields, status_line
-from api_gateway.limits.refusal import LimitReached
+from api_gateway.limits.limit_reached import LimitReached
 from api_gateway.models import HeaderList
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode

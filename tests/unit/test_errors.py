@@ -21,7 +21,7 @@ from api_gateway.errors import (
     UpstreamFailed,
     problem,
 )
-from api_gateway.limits.refusal import LimitReached
+from api_gateway.limits.limit_reached import LimitReached
 
 
 def below(cls: type[GatewayError]) -> Iterator[type[GatewayError]]:
