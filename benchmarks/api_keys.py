@@ -36,8 +36,8 @@ from api_gateway.http1.headers import fields_of
 from api_gateway.models import Quota
 from api_gateway.proxy.api_key_source import ApiKeySource
 from benchmarks.cases import CLIENT, Case
-from benchmarks.load import Client, Failed, OpenLoop, await_ready, drive_case, percentile
-from benchmarks.processes import cpu_seconds, free_port, pinned, resident_bytes, running
+from benchmarks.load import Client, Failed, OpenLoop, alternating_costs, await_ready, percentile
+from benchmarks.processes import free_port, pinned, resident_bytes, running
 from benchmarks.upstream import upstream
 
 ROOT = Path(__file__).parent.parent
@@ -98,16 +98,7 @@ def costs(seconds: float, rounds: int, before: Path | None) -> dict[str, list[fl
         if before is not None:
             gateways["before"] = stack.enter_context(gateway(before, folder / "before", origin, None))
         runs = [(name, "bare id") for name in gateways if name != "keys"] + [("keys", "key")]
-        found: dict[str, list[float]] = {}
-        for number in range(rounds + 1):
-            for name, case in runs:
-                pid, port = gateways[name]
-                began = cpu_seconds(pid)
-                driven = drive_case(port, cases[case], core=LOAD_CORE, seconds=seconds, connections=16)
-                if number:  # the first round is for warming up
-                    spent = (cpu_seconds(pid) - began) / driven.requests * 1e6
-                    found.setdefault(f"{case}: {name}", []).append(spent)
-        return found
+        return alternating_costs(gateways, cases, runs, core=LOAD_CORE, seconds=seconds, rounds=rounds)
 
 
 # The time of a refusal

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from pathlib import Path
 import httptools
 
 from benchmarks.cases import CASES, CLIENT, Case
-from benchmarks.processes import pinned
+from benchmarks.processes import cpu_seconds, pinned
 from benchmarks.upstream import SMALL
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +93,32 @@ def drive_case(port: int, case: Case, *, core: int, seconds: float, connections:
             options += ["-s", script.name]
         output = _output(["wrk", *options, f"http://127.0.0.1:{port}/api/{case.path}"], core)
     return parse_wrk(output, case.least, is_refused=case.status not in _OK)
+
+
+def alternating_costs(
+    gateways: Mapping[str, tuple[int, int]],
+    cases: Mapping[str, Case],
+    runs: Sequence[tuple[str, str]],
+    *,
+    core: int,
+    seconds: float,
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Return the CPU time of a request in microseconds in each round, by "case: gateway". Raises Failed.
+
+    `gateways` are process ids and ports by name; `runs` are pairs of a gateway and a case, which follow one another in
+    each round. A round before the others is for warming up.
+    """
+    found: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        for name, case in runs:
+            pid, port = gateways[name]
+            began = cpu_seconds(pid)
+            driven = drive_case(port, cases[case], core=core, seconds=seconds, connections=16)
+            if number:
+                spent = (cpu_seconds(pid) - began) / driven.requests * 1e6
+                found.setdefault(f"{case}: {name}", []).append(spent)
+    return found
 
 
 def _drive_segments(port: int, *, core: int, seconds: float, connections: int) -> Driven:

@@ -21,8 +21,8 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from benchmarks.cases import CLIENT, Case
-from benchmarks.load import Failed, await_ready, drive_case
-from benchmarks.processes import cpu_seconds, free_port, running
+from benchmarks.load import Failed, alternating_costs, await_ready
+from benchmarks.processes import free_port, running
 from benchmarks.upstream import upstream
 
 ROOT = Path(__file__).parent.parent
@@ -116,16 +116,7 @@ def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[
         }
         runs = [(name, "ES256") for name in gateways if name != "tokens, none remembered"]
         runs += [(name, f"{one}, new") for one in ALGORITHMS for name in ("no tokens", "tokens, none remembered")]
-        found: dict[str, list[float]] = {}
-        for number in range(rounds + 1):
-            for name, case in runs:
-                pid, port = gateways[name]
-                began = cpu_seconds(pid)
-                driven = drive_case(port, cases[case], core=LOAD_CORE, seconds=seconds, connections=16)
-                if number:  # the first round is for warming up
-                    spent = (cpu_seconds(pid) - began) / driven.requests * 1e6
-                    found.setdefault(f"{case}: {name}", []).append(spent)
-        return found
+        return alternating_costs(gateways, cases, runs, core=LOAD_CORE, seconds=seconds, rounds=rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
