@@ -326,6 +326,15 @@ def test_observing_leaves_an_invalid_credential_to_the_next_source(tmp_path: Pat
     assert len(setup.observed) == 6
 
 
+def test_observing_admits_an_id_that_contradicts_the_credential(tmp_path: Path) -> None:
+    """As before the credential was read: a migration refuses nobody."""
+    setup = Setup(tmp_path, is_enforced=False)
+    for _ in range(3):
+        assert setup.client(TICKET, b"x-client-id: initech") == "initech"
+    assert [error.reason for error in setup.observed] == ["client_id_invalid"] * 3
+    assert setup.client(TICKET) == "acme"
+
+
 def test_a_refused_credential_stays_refused_while_its_id_is_looked_up_elsewhere(setup: Setup) -> None:
     """A proof that was remembered is not revived by another request with the same header set."""
     assert setup.client(TICKET) == "acme"
