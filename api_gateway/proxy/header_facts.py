@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from api_gateway.clients.api_keys import is_key
+from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, remove_lines
@@ -285,7 +285,7 @@ class HeaderReader:
             return None
         facts = anonymous.copy()
         given = names[0][1]
-        if is_visible_ascii(given) and not is_key(given):  # `_set_name` for the usual case
+        if is_visible_ascii(given) and not has_key(given):  # `_set_name` for the usual case
             facts.name = given.decode("ascii")
         else:
             self._set_name(facts, fields_of(names))
