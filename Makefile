@@ -43,8 +43,8 @@ probe:   ## a black-box HTTP probe, which starts a gateway: make probe PROBE=pat
 	python -m benchmarks.probe $(PROBE)
 heads:   ## a million request heads, read by both parsers: make heads COUNT=1000000 SEED=1
 	python -m tests.unit.test_request_heads $(or $(COUNT),1000000) $(or $(SEED),1)
-lives:   ## random lives of a client's connection: make lives COUNT=100000 SEED=0 (the number of the first)
-	python -m tests.unit.test_connection_walk $(or $(COUNT),100000) $(or $(SEED),0)
+lives:   ## a million requests in random lives of a client's connection: make lives COUNT=130000 SEED=0 (the number of the first)
+	python -m tests.unit.test_connection_walk $(or $(COUNT),130000) $(or $(SEED),0)
 lock:    ## update the lock files from pyproject.toml; UPGRADE=--upgrade selects newer versions (extra "release")
 	$(COMPILE) pyproject.toml --output-file requirements.lock
 	$(COMPILE) --constraints requirements.lock --extra dev pyproject.toml --output-file requirements-dev.lock

@@ -101,10 +101,15 @@ class GatewayError(Exception):
         self.detail = detail
         self.retry_after = retry_after
         self.headers = dict(headers) if headers else {}
-        self.extra = dict(extra) if extra else {}
+        self._extra = dict(extra) if extra else {}
         if retry_after is not None:
             seconds = math.ceil(retry_after)
             self.headers["retry-after"] = str(seconds) if seconds > 1 else "1"
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Extension members of the problem details."""
+        return self._extra
 
 
 class RequestRefused(GatewayError):

@@ -241,7 +241,7 @@ class Recorder:
                 self.allowed[tier] += 1
             else:
                 self.limited[tier] += 1
-                self.limited_by_client.add(exchange.client_key)
+                self.limited_by_client.add("" if client is None else client.key)
         if exchange.sent_at is not None and exchange.status != SWITCHED:
             running.time(exchange.finished - exchange.started)
 

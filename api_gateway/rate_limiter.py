@@ -281,7 +281,7 @@ class MemoryLimiter:
         quota, increment_ns = charge.quota, charge.increment_ns
         held_ns = table.current.get(charge.key)
         tat_ns = self._load(charge.key, quota) if held_ns is None else held_ns
-        # `take` inlined for an allowed request: halves the time of the common case.
+        # `take` inlined for an allowed request, and below for a refused one: halves the time of the common cases.
         debt_ns = (tat_ns - now_ns if tat_ns > now_ns else 0) + increment_ns
         if debt_ns <= quota.burst_ns:
             if increment_ns and held_ns is not None:
@@ -290,6 +290,10 @@ class MemoryLimiter:
                 self._store(charge.key, now_ns + debt_ns)
             remaining = (quota.burst_ns - debt_ns) // quota.emission_ns
             return Decision(charge.key, quota, True, remaining, 0, debt_ns, now_ns)
+        held_debt_ns = debt_ns - increment_ns
+        if held_debt_ns <= 2 * quota.burst_ns and increment_ns <= quota.burst_ns:
+            remaining = max(quota.burst_ns - held_debt_ns, 0) // quota.emission_ns
+            return Decision(charge.key, quota, False, remaining, debt_ns - quota.burst_ns, held_debt_ns, now_ns)
         after_ns, wait_ns = take(tat_ns, quota.burst_ns, increment_ns, now_ns)
         if (wait_ns == 0 and increment_ns) or after_ns < tat_ns:
             self._store(charge.key, after_ns)

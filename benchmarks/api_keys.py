@@ -5,7 +5,8 @@ the same time and are driven in turns, so that ratios hold on a machine that is 
 another commit, whose gateway is measured too; it receives the same header fields.
 
 The flood is sent at a fixed rate, a million wrong keys a minute times `--scale`, by an address with the default limit.
-At the same time a client with a key sends 50 requests per second at fixed times, as it does without the flood.
+At the same time a client with a key sends 50 requests per second at fixed times, as it does without the flood, and
+while another client sends as many requests with a valid key, so that only the wrong keys make a difference.
 """
 
 import argparse
@@ -43,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 GATEWAY_CORE, LOAD_CORE = 0, 1
 MILLION_A_MINUTE = 1e6 / 60  # per second
 RATE = 50.0  # requests per second of the client with a key
-WRONG = 20_000  # different wrong keys
+WRONG = 4_000  # different wrong keys
 _REFUSALS = (401, 429)
 
 
@@ -179,10 +180,11 @@ class Keyed(Client):
         self.request = self._next()
 
 
-def send_flood(port: int, rate: float, seconds: float) -> None:
-    """Send wrong keys at a fixed rate."""
-    keys = cycle([a_key() for _ in range(WRONG)])
-    loop = OpenLoop(lambda: Keyed(port, keys, _REFUSALS))
+def send_flood(port: int, rate: float, seconds: float, key: str) -> None:
+    """Send a key, or wrong keys if it is empty, at a fixed rate."""
+    keys = cycle([key] if key else [a_key() for _ in range(WRONG)])
+    print("ready", flush=True)  # noqa: T201 - for the process that measures
+    loop = OpenLoop(lambda: Keyed(port, keys, (200,) if key else _REFUSALS))
     loop.run(rate, seconds)
     loop.close()
 
@@ -195,13 +197,19 @@ def flood(seconds: float, scale: float) -> dict[str, Any]:
         (folder / "origin").mkdir()
         origin = stack.enter_context(upstream(folder / "origin", LOAD_CORE))
         pid, port = stack.enter_context(gateway(ROOT, folder / "one", origin, key))
-        result: dict[str, Any] = {"quiet": [], "flooded": [], "memory": [resident_bytes(pid) / 1e6]}
+        result: dict[str, Any] = {
+            "quiet": [],
+            "right keys": [],
+            "wrong keys": [],
+            "memory": [resident_bytes(pid) / 1e6],
+        }
         for _ in range(3):
-            for name in ("quiet", "flooded"):
+            for name in ("quiet", "right keys", "wrong keys"):
                 loop = OpenLoop(lambda: Keyed(port, cycle([key]), (200,)))
                 loop.warm_up()
                 sender = None
-                if name == "flooded":
+                if name != "quiet":
+                    sent = key if name == "right keys" else ""
                     command = [
                         sys.executable,
                         "-m",
@@ -210,10 +218,12 @@ def flood(seconds: float, scale: float) -> dict[str, Any]:
                         str(port),
                         str(rate),
                         str(seconds),
+                        sent,
                     ]
                     with pinned(LOAD_CORE):
-                        sender = subprocess.Popen(command, cwd=ROOT)  # noqa: S603 - fixed arguments
-                    time.sleep(2)  # until it has made its keys
+                        sender = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)  # noqa: S603 - fixed arguments
+                    assert sender.stdout is not None  # noqa: S101 - a pipe
+                    sender.stdout.readline()  # it has made its keys
                 loop.run(RATE, seconds)
                 if sender is not None and sender.wait():
                     raise Failed("the flood could not be sent at its rate; use a lower --scale")
@@ -232,11 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=20_000, help="of keys whose verification is timed")
     parser.add_argument("--before", type=Path, help="a checkout of another commit")
     parser.add_argument("--parts", default="costs,times,flood")
-    parser.add_argument("--send", nargs=3, type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--send", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     try:
         if chosen.send:
-            send_flood(int(chosen.send[0]), chosen.send[1], chosen.send[2])
+            port, rate, seconds, key = chosen.send
+            send_flood(int(port), float(rate), float(seconds), key)
             return 0
         if "costs" in chosen.parts:
             found = costs(chosen.seconds, chosen.rounds, chosen.before)
@@ -252,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "flood" in chosen.parts:
             result = flood(chosen.seconds * 3, chosen.scale)
             print(f"A flood of {MILLION_A_MINUTE * chosen.scale:.0f} wrong keys per second; 99th percentiles, ms")  # noqa: T201
-            for name in ("quiet", "flooded"):
+            for name in ("quiet", "right keys", "wrong keys"):
                 print(f"{name:25} {median(result[name]):7.2f}  of {[round(value, 1) for value in result[name]]}")  # noqa: T201
             print(f"memory, MB                {[round(value, 1) for value in result['memory']]}")  # noqa: T201
     except Failed as error:

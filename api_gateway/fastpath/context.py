@@ -58,16 +58,14 @@ class ExchangeContext:
         self.record.note_failure(exchange, error)
         exchange.status = error.status
         decision, closes = exchange.decision, "connection" in error.headers
-        lines = (
-            b"x-request-id: ",
+        lines = b"x-request-id: %b\r\n%b%bdate: %b%b" % (
             exchange.id.encode(),
-            b"\r\n" if decision is None else b"\r\n" + self.limit_headers.lines(decision),
+            b"" if decision is None else self.limit_headers.lines(decision),
             b"" if cors is None else cors.lines,
-            b"date: ",
             http_date(int(time.time())),
             b"\r\n" if keep_alive or closes else b"\r\nconnection: close\r\n",
         )
-        head, body = problem_message(error, instance=exchange.path, request_id=exchange.id, lines=b"".join(lines))
+        head, body = problem_message(error, instance=exchange.path, request_id=exchange.id, lines=lines)
         exchange.bytes_out = len(body)
         return head if exchange.method == "HEAD" else head + body, keep_alive and not closes
 

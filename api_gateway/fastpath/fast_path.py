@@ -80,7 +80,7 @@ class FastPath(ExchangeContext):
     def _read(self, client: Downstream, lines: bytes) -> RewrittenHeaders | None:
         """Return the meaning of header lines, which the connection keeps for its next request; None if not plain."""
         peer = client.client[0] if client.client else "unknown"
-        headers = self.headers.read_lines(peer, client.scheme, lines, client.limits.header_lines)
+        headers = self.headers.read_lines(peer, client.scheme, lines, client.limits.header_lines, client.last_headers)
         client.last_headers = headers if len(lines) <= MAX_REMEMBERED_BYTES else None
         return headers
 

@@ -117,7 +117,6 @@ def _is_authority(value: bytes) -> bool:
         return False
 
 
-@lru_cache(maxsize=4096)
 def is_visible_ascii(value: bytes) -> bool:
     """Tell whether `value` is 1 to 128 visible ASCII characters."""
     return _VISIBLE.fullmatch(value) is not None

@@ -152,7 +152,7 @@ class Admission:
         for decide in stages:
             outcome = decide(plan)
             if outcome is not None:
-                return _with_rest(outcome, stages, decide)
+                return _with_rest(outcome, stages, decide) if isinstance(outcome, Wait) else outcome
         return None
 
     def _select(self, facts: HeaderFacts) -> "tuple[Decide, ...]":

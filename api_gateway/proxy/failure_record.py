@@ -1,6 +1,6 @@
 """Records in an exchange the error that ended it, or the error for which a fallback responded."""
 
-from api_gateway.errors import ClientDisconnected, GatewayError, LoadShed, Reason
+from api_gateway.errors import ClientDisconnected, GatewayError, LoadShed, Reason, RequestRefused
 from api_gateway.models import Exchange
 
 
@@ -12,9 +12,11 @@ def note_failure(exchange: Exchange, error: GatewayError) -> None:
     if isinstance(error, ClientDisconnected) and exchange.reason == Reason.CREDENTIALS_INVALID and exchange.credential:
         return
     exchange.reason = error.reason.value
-    note_shed(exchange, error)
     cause = "" if error.__cause__ is None else str(error.__cause__)
     exchange.detail = f"{error.detail} ({cause})" if cause else error.detail
+    if isinstance(error, RequestRefused):  # which leaves nothing else to record
+        return
+    note_shed(exchange, error)
     if isinstance(error, ClientDisconnected):
         exchange.status, exchange.source = error.status, "gateway"
 

@@ -41,6 +41,7 @@ from api_gateway.proxy.request_id import given_request_id
 MAX_INSPECTED = 32  # inspected header fields of a plain head
 MAX_REMEMBERED_BYTES = 4_096  # size of the largest header section that is remembered
 MAX_REMEMBERED = 1_024  # entries of each cache
+MAX_ID_BYTES = 128  # size of the largest client id
 
 
 class HeaderFacts:
@@ -51,7 +52,8 @@ class HeaderFacts:
     and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used last, has to decide on
     such requests. `claim` is the credential that decides who the client is, None without one; `credentials` are the
     header fields that have a credential of this gateway. `proof` is what the claim proved, for the registry version
-    `version`. `forged` are the header fields that only the gateway may send to upstreams.
+    `version`. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the facts of the
+    other header fields, and `id_field` is the one with the client id, if the two are read separately.
     """
 
     __slots__ = (
@@ -71,6 +73,7 @@ class HeaderFacts:
         "forwarding",
         "host",
         "host_field",
+        "id_field",
         "is_length_required",
         "is_loop",
         "is_trusted",
@@ -87,6 +90,7 @@ class HeaderFacts:
         "proof",
         "reported",
         "request_id",
+        "rest",
         "stages",
         "timeout",
         "version",
@@ -100,6 +104,7 @@ class HeaderFacts:
     dropped: HeaderList  # fields that are not forwarded
     added: bytes  # lines that are appended for the upstream
     host_field: bytes  # the value of `Host` as received
+    id_field: tuple[bytes, bytes]  # as received
     charges: list[Charge]
     principal: str | None  # for circuit breakers and fair shares
     priority: int
@@ -136,6 +141,7 @@ class HeaderFacts:
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
         self.proof: Proof | None = None
+        self.rest: HeaderFacts | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
 
@@ -212,6 +218,7 @@ class HeaderReader:
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset())
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
         self._anonymous = lru_cache(maxsize=MAX_REMEMBERED)(self._read_plain)
+        self._named = lru_cache(maxsize=MAX_REMEMBERED)(self._with_id)
         self._claimed = lru_cache(maxsize=MAX_REMEMBERED)(self._read_claimed)
 
     def __repr__(self) -> str:
@@ -251,11 +258,18 @@ class HeaderReader:
         """Tell whether the peer of a connection is a trusted proxy."""
         return bool(self._trusted) and self._is_trusted(peer)
 
-    def read_lines(self, peer: str, scheme: str, lines: bytes, max_lines: int) -> RewrittenHeaders | None:
+    def read_lines(
+        self, peer: str, scheme: str, lines: bytes, max_lines: int, before: RewrittenHeaders | None = None
+    ) -> RewrittenHeaders | None:
         """Return the meaning of the header lines of a plain head, and the lines for the upstream.
 
-        None if the head is not plain: the general parser must read it.
+        None if the head is not plain: the general parser must read it. `before` are the header lines of an earlier
+        request of the same connection.
         """
+        if before is not None and before.facts.rest is not None:
+            headers = self._of_another_client(before, lines)
+            if headers is not None:
+                return headers
         found = self._inspected.find(lines)
         if found is None or len(found) > MAX_INSPECTED or lines.count(b"\n") - 1 > max_lines:
             return None
@@ -283,13 +297,46 @@ class HeaderReader:
         anonymous = self._anonymous(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
         if anonymous is None:
             return None
-        facts = anonymous.copy()
-        given = names[0][1]
-        if is_visible_ascii(given) and not has_key(given):  # `_set_name` for the usual case
-            facts.name = given.decode("ascii")
-        else:
+        facts = self._named(anonymous, names[0])
+        if facts is None:
+            facts = anonymous.copy()
             self._set_name(facts, fields_of(names))
         return facts
+
+    @staticmethod
+    def _with_id(rest: HeaderFacts, id_field: tuple[bytes, bytes]) -> HeaderFacts | None:
+        """Return the facts of header fields with a client id and others; None if the id is not valid."""
+        if not is_visible_ascii(id_field[1]) or has_key(id_field[1]):
+            return None
+        facts = rest.copy()
+        facts.name, facts.id_field, facts.rest = id_field[1].decode("ascii"), id_field, rest
+        return facts
+
+    def _of_another_client(self, before: RewrittenHeaders, lines: bytes) -> RewrittenHeaders | None:
+        """Return what header lines mean that differ from earlier ones in the client id alone; None if in more.
+
+        A connection on which many clients send their requests, such as that of a proxy, need not be read anew.
+        """
+        name, value = before.facts.id_field
+        rest = before.facts.rest
+        line = b"\r\n%b: %b\r\n" % (name, value)
+        start = before.received.find(line) + len(name) + 4
+        end = start + len(value) - len(before.received)  # counted from the end of the lines
+        given = lines[start:end]
+        if (
+            rest is None
+            or rest.owner is not self
+            or len(given) > MAX_ID_BYTES
+            or not lines.startswith(before.received[:start])
+            or not lines.endswith(before.received[end:])
+            or any(marker in lines for marker in self._markers)
+        ):
+            return None
+        facts = self._named(rest, (name, given))
+        if facts is None:
+            return None
+        sent = before[2].replace(line, b"\r\n%b: %b\r\n" % (name, given), 1)  # what `rewritten` was given
+        return self._rewritten(lines, facts, sent)
 
     def _read_claimed(
         self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...], given: tuple[tuple[bytes, bytes], ...]

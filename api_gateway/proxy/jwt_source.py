@@ -24,7 +24,6 @@ from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import Claim, Proof, Question, Verification, Work
 from api_gateway.proxy.requirements import Requirement
-from api_gateway.proxy.stages import ReadOnlyStage
 
 AUTHORIZATION = b"authorization"
 _BEARER = b"bearer"
@@ -144,7 +143,7 @@ class JwtSource:
         )
 
 
-class RequirementStage(ReadOnlyStage):
+class RequirementStage:
     """Refuses a request whose route requires scopes or claims that its token does not have.
 
     An API key has neither, so it does not suffice for such a route.
@@ -163,6 +162,10 @@ class RequirementStage(ReadOnlyStage):
         else:
             lacking = "a token instead of a key"
         return None if lacking is None else _insufficient(route.name, requirement, lacking)
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """See `Stage`."""
+        return self.decide(plan)
 
     def concerns(self, _facts: HeaderFacts) -> bool:
         """See `Stage`."""

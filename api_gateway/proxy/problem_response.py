@@ -1,11 +1,12 @@
 """Problem details (RFC 9457) as a response in HTTP/1.1 format, and as ASGI messages."""
 
 import json
+from functools import lru_cache
 
-from api_gateway.errors import GatewayError, RateLimited, problem
+from api_gateway.errors import GatewayError, problem
 from api_gateway.http1.asgi import Send
 from api_gateway.http1.serializer import render_fields, status_line
-from api_gateway.limits.refusal import IS_BY_QUOTA, refusal_body
+from api_gateway.limits.limit_reached import LimitReached
 from api_gateway.models import HeaderList
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -13,8 +14,8 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 def problem_body(error: GatewayError, *, instance: str, request_id: str | None) -> bytes:
     """Return the problem details of `error` in JSON."""
-    if isinstance(error, RateLimited) and IS_BY_QUOTA in error.extra and request_id is not None:
-        return refusal_body(error, instance=instance, request_id=request_id).encode()
+    if isinstance(error, LimitReached) and request_id is not None:
+        return error.body(instance, request_id)
     return _encode(problem(error, instance=instance, request_id=request_id)).encode()
 
 
@@ -25,16 +26,19 @@ def problem_message(error: GatewayError, *, instance: str, request_id: str, line
     of the error contains a line break or NUL.
     """
     body = problem_body(error, instance=instance, request_id=request_id)
-    head = (
-        status_line(error.status, None),
-        b"\r\ncontent-type: application/problem+json\r\ncontent-length: ",
-        str(len(body)).encode(),
-        b"\r\ncache-control: no-store\r\n",
+    head = b"%b%d\r\ncache-control: no-store\r\n%b%b\r\n" % (
+        _start(error.status),
+        len(body),
         render_fields(error.headers),
         lines,
-        b"\r\n",
     )
-    return b"".join(head), body
+    return head, body
+
+
+@lru_cache(maxsize=64)
+def _start(status: int) -> bytes:
+    """Return the beginning of a head, up to the length of the body."""
+    return status_line(status, None) + b"\r\ncontent-type: application/problem+json\r\ncontent-length: "
 
 
 async def send_problem(

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -124,12 +123,16 @@ class UpstreamClient:
         host_header: str = TARGET,
     ) -> "UpstreamClient":
         """Return a client of the same upstream with other settings. Both share its state; this one stays usable."""
-        other = copy(self)
-        if transport is not self.transport:
-            other._connect(transport)  # noqa: SLF001 - of the same class
-        retries = self.retries.succeeded_by(retry)
-        other._configure(timeouts, retries, hash_header, host_header)  # noqa: SLF001 - as above
+        other = UpstreamClient(self.upstream, transport, timeouts, hash_header=hash_header, host_header=host_header)
+        other._share(self, self.retries.succeeded_by(retry))
+        other._configure(timeouts, other.retries, hash_header, host_header)
         return other
+
+    def _share(self, before: "UpstreamClient", retries: RetryDecider) -> None:
+        """Share the state of a client that this one succeeds."""
+        self.origins, self._removed, self.retries = before.origins, before._removed, retries  # noqa: SLF001 - as above
+        if self.transport is before.transport:
+            self._acquire_idle = before._acquire_idle  # noqa: SLF001 - as above
 
     def host_of(self, target: Target, client_host: bytes) -> bytes:
         """Return the `Host` for a request to `target`; `client_host` is that of the client, empty if it has none."""

@@ -109,7 +109,7 @@ WRONG: dict[str, tuple[str, bool, dict[str, str], list[str]]] = {
 async def test_a_store_with_a_failed_tls_handshake_is_unavailable_and_the_setting_is_named(
     serve: Serve, certificates: Path, *, name: str, asks: bool, files: dict[str, str], telling: list[str]
 ) -> None:
-    session = StoreSession(url_of(serve(name, asks=asks), certificates, **files), timeout=1)
+    session = StoreSession(url_of(serve(name, asks=asks), certificates, **files), timeout=30)
     with pytest.raises(RedisError) as refused:
         await session.script_connection(TOKEN_BUCKET_SCRIPT)
     assert [words for words in telling if words not in str(refused.value)] == []

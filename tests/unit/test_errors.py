@@ -21,6 +21,7 @@ from api_gateway.errors import (
     UpstreamFailed,
     problem,
 )
+from api_gateway.limits.limit_reached import LimitReached
 
 
 def below(cls: type[GatewayError]) -> Iterator[type[GatewayError]]:
@@ -32,7 +33,7 @@ def below(cls: type[GatewayError]) -> Iterator[type[GatewayError]]:
 
 EVERY = [cls for cls in below(GatewayError) if cls.__module__.startswith(f"{api_gateway.__name__}.")]
 BASES = {RequestRefused, Unavailable, UpstreamFailed}
-CONCRETE = [cls for cls in EVERY if cls not in BASES]
+CONCRETE = [cls for cls in EVERY if cls not in BASES and cls is not LimitReached]  # a RateLimited, see test_refusal
 SENT = [cls for cls in CONCRETE if cls is not errors.ClientDisconnected]
 
 DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
@@ -55,6 +56,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     errors.ClientIdInvalid: (400, "client_id_invalid"),
     errors.Unauthorized: (401, "unauthorized"),
     errors.Forbidden: (403, "forbidden"),
+    errors.AddressDenied: (403, "address_denied"),
     errors.CredentialsRequired: (401, "credentials_required"),
     errors.CredentialsInvalid: (401, "credentials_invalid"),
     errors.CredentialsInsufficient: (403, "credentials_insufficient"),

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.kit import RawClient, RawUpstream, RunningGateway, ask, in_front_of, reason, running_gateway
+from tests.kit import (
+    RawClient,
+    RawUpstream,
+    RunningGateway,
+    ask,
+    eventually,
+    in_front_of,
+    reason,
+    running_gateway,
+)
 
 Start = Callable[[dict[str, Any]], RunningGateway]
 
@@ -42,7 +51,7 @@ def test_a_gateway_that_is_its_own_upstream_is_asked_twice_for_one_request(gatew
     running = gateway(in_front_of(f"http://127.0.0.1:{port}") | {"server": {"port": port}})
     answer = ask(f"{running.url}/api/x")
     assert (answer.status, answer.json()["reason"]) == (508, "loop_detected")
-    assert sum(running.live.recorder.requests.values()) == 2
+    eventually(lambda: sum(running.live.recorder.requests.values()) == 2, "both are recorded")
     assert running.live.recorder.rejections["loop_detected"] == 1
 
 

@@ -1,0 +1,89 @@
+"""The error of a request that a quota refuses, and its problem details, most of which are rendered once."""
+
+import json
+import math
+from json.encoder import encode_basestring as quoted
+from typing import Any
+
+from api_gateway.errors import RateLimited, problem
+from api_gateway.models import Client, Quota
+
+# Members of the problem details that differ between two refusals by the same quota, in their order.
+_VARYING = (
+    "detail",
+    "instance",
+    "request_id",
+    "retry_after_seconds",
+    "client_id",
+    "tier",
+    "cost",
+    "remaining",
+)
+
+
+class LimitReached(RateLimited):
+    """The error of a request that a quota refuses.
+
+    What two refusals by the same quota have in common is rendered once, and members are made when they are read: a
+    client that does not wait must cost the gateway less than one whose requests are forwarded.
+    """
+
+    def __init__(
+        self, detail: str, retry_after: float, template: "RefusalTemplate", client: Client, cost: float, remaining: int
+    ) -> None:
+        super().__init__(detail, retry_after=retry_after)
+        self._template = template
+        self._client = client
+        self._cost = cost
+        self._remaining = remaining
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The extension members, see `GatewayError`."""
+        return members_of(self._template.quota, self._client, self._cost, self._remaining)
+
+    def body(self, instance: str, request_id: str) -> bytes:
+        """Return the problem details in JSON, equal to those of `errors.problem`."""
+        a, b, c, d, e, f, g, h, end = self._template.parts
+        client = self._client
+        seconds = math.ceil((self.retry_after or 0.0) * 1000) / 1000
+        return (
+            f"{a}{quoted(self.detail)}{b}{quoted(instance)}{c}{quoted(request_id)}{d}{seconds}{e}{quoted(client.id)}"
+            f"{f}{quoted(client.quota.name)}{g}{self._cost}{h}{self._remaining}{end}"
+        ).encode()
+
+
+class RefusalTemplate:
+    """What all refusals by one quota have in common: part of the detail, and what surrounds the `_VARYING` values."""
+
+    __slots__ = ("limits", "parts", "quota")
+
+    def __init__(self, quota: Quota) -> None:
+        self.quota = quota
+        self.limits = (
+            f" is limited to {quota.capacity} tokens at once and {quota.rate:g} per second; this request costs "
+        )
+        sample = RateLimited("", retry_after=0.0, extra=members_of(quota, Client("", "", quota, "default"), 0.0, 0))
+        members = problem(sample, instance="", request_id="")
+        assert tuple(name for name in members if name in _VARYING) == _VARYING  # noqa: S101 - `body` has this order
+        values = {name: "\0" if name in _VARYING else json.dumps(value) for name, value in members.items()}
+        self.parts = ("{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}").split("\0")
+
+    def __repr__(self) -> str:
+        return f"<RefusalTemplate of {self.quota.name}>"
+
+
+def members_of(quota: Quota, client: Client, cost: float, remaining: int) -> dict[str, Any]:
+    """Return the extension members of the problem details of a refusal by a quota."""
+    policy = quota.name.lower()
+    extra: dict[str, Any] = {
+        "violated-policies": [policy],
+        "client_id": client.id,
+        "tier": client.quota.name,
+        "policy": policy,
+        "cost": cost,
+        "limit": quota.capacity,
+        "refill_per_second": quota.rate,
+        "remaining": remaining,
+    }
+    return extra

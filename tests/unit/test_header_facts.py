@@ -1,0 +1,81 @@
+"""Header lines that differ from those of an earlier request in the client id alone mean the same as if read anew."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from api_gateway.proxy.header_facts import HeaderFacts, HeaderReader, RewrittenHeaders
+
+MOST = 100
+PEER = "192.0.2.1"
+NAMES = ("X-Client-ID", "x-client-id", "X_Client_ID", "Host", "X-Note", "Connection", "Via", "X-Request-ID")
+VALUES = ("acme", "bench", "bench", "a b", "é", "x" * 128, "x" * 129, "close", "1.1 other", "X-Client-ID: acme", "")
+PAIRS = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES)), min_size=1, max_size=5)
+
+
+def lines_of(pairs: list[tuple[str, str]]) -> bytes:
+    return "".join(["\r\n", *(f"{name}: {value}\r\n" for name, value in pairs)]).encode("latin-1")
+
+
+def reader() -> HeaderReader:
+    return HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=1_000)
+
+
+def meaning(headers: RewrittenHeaders | None) -> object:
+    """Return all that the stages and the exchange use of header lines."""
+    if headers is None:
+        return None
+    facts: HeaderFacts = headers.facts
+    return (
+        *(headers.received, headers.sent, facts.name, facts.name_error, facts.host, facts.peer, facts.ambiguity),
+        *(facts.is_loop, facts.timeout, facts.length, facts.keep_alive, facts.request_id, facts.host_field),
+        *(facts.dropped, facts.added, facts.claim, facts.credentials),
+    )
+
+
+@given(PAIRS, PAIRS, st.booleans(), st.integers(0, 4), st.sampled_from(VALUES))
+@example([("X-Note", "bench"), ("X-Client-ID", "bench")], [], True, 0, "acme")
+@example([("X-Client-ID", "bench"), ("X-Note", "bench")], [], True, 1, "acme")
+@example([("X-Client-ID", "bench"), ("Host", "a")], [], True, 0, "acme\r\nX-Client-ID: acme")
+def test_lines_mean_the_same_whatever_came_before_on_the_connection(
+    earlier: list[tuple[str, str]],
+    other: list[tuple[str, str]],
+    is_similar: bool,  # noqa: FBT001 - generated
+    place: int,
+    value: str,
+) -> None:
+    """`is_similar`: the second header section is the first one with another value in one line."""
+    later = [*earlier] if is_similar else other
+    if is_similar and place < len(later):
+        later[place] = (later[place][0], value)
+    first = reader()
+    before = first.read_lines(PEER, "http", lines_of(earlier), MOST)
+    found = first.read_lines(PEER, "http", lines_of(later), MOST, before)
+    assert meaning(found) == meaning(reader().read_lines(PEER, "http", lines_of(later), MOST))
+
+
+@pytest.mark.parametrize("count", [2, 1_000])
+def test_clients_share_the_facts_of_their_other_fields_and_keep_their_own(count: int) -> None:
+    """What is found out about a client, such as its tier, is remembered for its next request by either way."""
+    one = reader()
+    sections = [lines_of([("Host", "a"), ("X-Client-ID", f"client-{number}")]) for number in range(count)]
+    facts, before = [], None
+    for section in sections:
+        before = one.read_lines(PEER, "http", section, MOST, before)
+        assert before is not None
+        facts.append(before.facts)
+    assert len({id(fact.rest) for fact in facts}) == 1
+    assert [fact.name for fact in facts] == [f"client-{number}" for number in range(count)]
+    for section, fact in zip(sections, facts, strict=True):
+        again = one.read_lines(PEER, "http", section, MOST)
+        assert again is not None
+        assert again.facts is fact
+
+
+def test_a_reader_with_another_configuration_reads_the_lines_anew() -> None:
+    section = lines_of([("Host", "a"), ("X-Client-ID", "acme")])
+    before = reader().read_lines(PEER, "http", section, MOST)
+    other = reader()
+    found = other.read_lines(PEER, "http", lines_of([("Host", "a"), ("X-Client-ID", "bench")]), MOST, before)
+    assert found is not None
+    assert found.facts.owner is other
