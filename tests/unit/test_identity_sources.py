@@ -17,6 +17,7 @@ from api_gateway.errors import (
     RateLimited,
 )
 from api_gateway.http1.headers import Fields, fields_of
+from api_gateway.limits.limit_reached import LimitReached
 from api_gateway.models import NANOSECONDS, Charge, Client, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan, StageResult, Wait
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
@@ -224,7 +225,7 @@ def test_an_invalid_credential_never_falls_through(setup: Setup) -> None:
 def test_invalid_credentials_are_charged_to_the_address(setup: Setup) -> None:
     setup.tickets.verdicts["bad"] = lambda _: CredentialsInvalid("The ticket is not valid.")
     results = [type(setup.decide(b"authorization: Ticket bad")[1]) for _ in range(5)]
-    assert results == [CredentialsInvalid] * 3 + [RateLimited] * 2
+    assert results == [CredentialsInvalid] * 3 + [LimitReached] * 2
     assert setup.client(TICKET) == "acme", "who has a valid one is not affected"
 
 
