@@ -50,6 +50,7 @@ OBSERVED_REASONS = (
     Reason.CREDENTIALS_REQUIRED.value,
     Reason.CREDENTIALS_INVALID.value,
     Reason.CREDENTIALS_INSUFFICIENT.value,
+    Reason.CLIENT_ID_INVALID.value,
 )
 
 # Outcomes of an attempt: the class of its status, or the reason why it has none.

@@ -186,6 +186,18 @@ BROKEN: dict[str, tuple[bytes, TokenFault]] = {
     "no audience": (signed(claims_of(aud=None)), TokenFault.AUDIENCE),
     "audience that is an object": (signed(claims_of(aud={"a": AUDIENCE})), TokenFault.AUDIENCE),
     "subject twice": (signed(repeated("sub", "acme", "admin")), TokenFault.REPEATED_MEMBER),
+    "issuer twice, ours first": (signed(repeated("iss", ISSUER, "other")), TokenFault.REPEATED_MEMBER),
+    "issuer twice, ours last": (signed(repeated("iss", "other", ISSUER)), TokenFault.REPEATED_MEMBER),
+    "expiry that is no JSON": (signed(repeated("exp", 1).replace(b'"exp": 1', b'"exp": NaN')), TokenFault.MALFORMED),
+    "expiry of 5000 digits": (
+        signed(repeated("exp", 1).replace(b'"exp": 1', b'"exp": ' + b"9" * 5000)),
+        TokenFault.MALFORMED,
+    ),
+    "claim that is no UTF-8": (signed(repeated("a", 1).replace(b'"a": 1', b'"a": "\xff"')), TokenFault.MALFORMED),
+    "claim of many levels": (
+        signed(repeated("a", 1).replace(b'"a": 1', b'"a": ' + b"[" * 2500 + b"]" * 2500)),
+        TokenFault.MALFORMED,
+    ),
     "algorithm twice": (signed(header=b'{"alg": "none", "alg": "ES256"}'), TokenFault.REPEATED_MEMBER),
     "no subject": (signed(claims_of(sub=None)), TokenFault.CLIENT),
     "subject that is empty": (signed(claims_of(sub="")), TokenFault.CLIENT),

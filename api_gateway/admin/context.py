@@ -13,6 +13,7 @@ from api_gateway.admin.gate import OPERATOR
 from api_gateway.admin.health_cache import HealthCache
 from api_gateway.admin.health_view import health_view
 from api_gateway.admin.operators import Operator
+from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import ClientIdInvalid, Forbidden
 from api_gateway.http1.headers import is_visible_ascii
@@ -71,6 +72,8 @@ def _guard(request: Request) -> AdminContext:
 def _client_id(client_id: str) -> str:
     """Return the client id in a path, where %2F stands for a slash. Raises ClientIdInvalid."""
     name = unescaped(client_id)
+    if has_key(name.encode()):
+        raise ClientIdInvalid("The path has an API key instead of a client id.")
     if not is_visible_ascii(name.encode()):
         raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {name[:200]!r}.")
     return name

@@ -23,7 +23,7 @@ from api_gateway.admin.key_schema import (
 )
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, STORE_REFUSAL, TOKEN
 from api_gateway.admin.views import wall_time
-from api_gateway.clients.api_keys import RANDOM_BYTES, ApiKey, digest_of, new_key, shown_id
+from api_gateway.clients.api_keys import RANDOM_BYTES, ApiKey, digest_of, has_key, new_key, shown_id
 from api_gateway.clients.records import UNCHANGED, ClientRecord
 from api_gateway.errors import InvalidValue, NoRoute
 
@@ -53,6 +53,8 @@ async def create_key(
     if not context.explainer.accepts_keys:
         raise InvalidValue("identity.sources does not name api_key, so keys are not accepted; no key was created.")
     _check_routes(context, body.routes)
+    if has_key(body.label.encode()):
+        raise InvalidValue("body.label: must say for whom or what the key is, got an API key; labels are shown.")
     record, _ = await context.clients.record_of(client_id)
     if sum(key.is_valid_at(now) for key in record.keys) >= MAX_VALID_KEYS:
         raise InvalidValue(

@@ -9,6 +9,7 @@ from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
 from api_gateway.assembly.identity_observer import IdentityObserver
 from api_gateway.assembly.routes import address_rules, cors_of
+from api_gateway.clients.api_keys import without_keys
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
@@ -210,7 +211,7 @@ def _router(
 def _access_logs(gateway: Gateway) -> list[Callable[[Exchange], None]]:
     if not gateway.config.log.access:
         return []
-    return [AccessLog(gateway.clocks.wall, process_output().out.write).write]
+    return [AccessLog(gateway.clocks.wall, process_output().out.write, without_keys).write]
 
 
 def _shadow(gateway: Gateway) -> ShadowLimits | None:

@@ -21,6 +21,7 @@ _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BODY, _CHECKSUM = 43, 6  # characters
 _KEY = re.compile(PATTERN.encode())
 _LIKE_KEY = re.compile(rb"agw_[0-9A-Za-z]{20}")
+_KEY_IN_TEXT = re.compile(r"agw_[0-9A-Za-z]{20,}")
 _PREFIX = KEY_PREFIX.encode()
 _ID_DIGITS = 16  # of the digest: enough to tell keys apart, and too few to verify a guess of anything shorter
 
@@ -61,9 +62,14 @@ def new_key(random_bytes: bytes) -> str:
     return f"{KEY_PREFIX}{body}{_checksum(body.encode())}"
 
 
-def is_key(value: bytes) -> bool:
-    """Return whether a value begins like a key, so that it should not be shown even if it is not a valid one."""
-    return value.startswith(_PREFIX) and _LIKE_KEY.match(value) is not None
+def has_key(value: bytes) -> bool:
+    """Return whether a value contains what looks like a key, so that it is not shown even if it is not a valid one."""
+    return _PREFIX in value and _LIKE_KEY.search(value) is not None
+
+
+def without_keys(text: str) -> str:
+    """Return a line of a log without the keys in it: clients and operators may put one where it does not belong."""
+    return _KEY_IN_TEXT.sub(f"{KEY_PREFIX}...", text) if KEY_PREFIX in text else text
 
 
 def fault_of(key: bytes) -> str | None:

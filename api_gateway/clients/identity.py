@@ -1,6 +1,6 @@
 """The client id in a request's header fields. Pure decisions; `admin.operators` identifies operators."""
 
-from api_gateway.clients.api_keys import is_key
+from api_gateway.clients.api_keys import has_key
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.headers import Fields, is_visible_ascii
 
@@ -16,13 +16,13 @@ def client_id(fields: Fields, name: bytes) -> str | None:
         return None
     if len(found) > 1:
         raise ClientIdInvalid(f"{_display_name(name)} was sent {len(found)} times; send it once.")
+    if has_key(found[0]):
+        raise ClientIdInvalid(f"{_display_name(name)} has an API key instead of a client id; send it as a credential.")
     if not is_visible_ascii(found[0]):
         shown = found[0][:40].decode("latin-1").encode("unicode_escape").decode("ascii")
         raise ClientIdInvalid(
             f"{_display_name(name)} must be 1 to 128 visible ASCII characters, got {len(found[0])} bytes: '{shown}'."
         )
-    if is_key(found[0]):
-        raise ClientIdInvalid(f"{_display_name(name)} has an API key instead of a client id; send it as a credential.")
     return found[0].decode("ascii")
 
 

@@ -66,7 +66,7 @@ class ReadToken:
     `digest` is the SHA-256 of the token, by which it is remembered. The other fields are not set if there is a fault.
     """
 
-    terms: IssuerTerms | None  # of its issuer; None if the token is too large to be read
+    terms: IssuerTerms | None  # of its issuer; None if the token is too large or too deeply nested to be read
     digest: bytes
     fault: TokenFault | None = None
     algorithm: str = ""
@@ -102,23 +102,23 @@ class TokenReader:
     def read(self, token: bytes) -> ReadToken | None:
         """Return a token of a configured issuer, or a fault; None for every other value.
 
-        A value of the form of a token that is too large is a fault whoever issued it, as its issuer is not read.
+        A value of the form of a token that is too large, or too deeply nested, is a fault whoever issued it, as its
+        issuer is not read.
         """
         if _TOKEN.fullmatch(token) is None:
             return None
         segments = token.split(b".")
         if len(token) > self._max_bytes or len(segments[0]) > MAX_HEADER_BYTES:
             return ReadToken(None, b"", TokenFault.TOO_LARGE)
-        header, has_unique_header = self._read_header(segments[0])
-        claims, has_unique_claims = _object(segments[1])
+        header, header_fault = self._read_header(segments[0])
+        claims, claims_fault = _object(segments[1])
         if header is None or claims is None or "alg" not in header:
-            return None
-        issuer = claims.get("iss")
-        terms = self._issuers.get(issuer) if isinstance(issuer, str) else None
+            return None if claims is not None or claims_fault is None else ReadToken(None, b"", claims_fault)
+        terms = self._terms_of(claims.get("iss"))
         if terms is None:
             return None
         digest = hashlib.sha256(token).digest()
-        fault = None if has_unique_header and has_unique_claims else TokenFault.REPEATED_MEMBER
+        fault = header_fault or claims_fault
         fault = fault or _fault_of_header(header, terms) or _fault_of_claims(claims, terms)
         signature = None if fault is not None else _decoded(segments[2])
         if signature is None:
@@ -135,6 +135,11 @@ class TokenReader:
             issued=float(claims.get("iat", -math.inf)),
             claims=claims,
         )
+
+    def _terms_of(self, issuer: Any) -> IssuerTerms | None:
+        """Return the terms of a configured issuer; of the first one if there are several, which is a fault."""
+        names = issuer if isinstance(issuer, tuple) else (issuer,)
+        return next((self._issuers[name] for name in names if isinstance(name, str) and name in self._issuers), None)
 
 
 def fault_of_time(token: ReadToken, leeway: float, now: float) -> TokenFault | None:
@@ -180,20 +185,28 @@ def _is_time(value: Any) -> bool:
     return is_number and -(2**53) < value < 2**53  # also false for NaN
 
 
-def _object(segment: bytes) -> tuple[dict[str, Any] | None, bool]:
-    """Return the JSON object that a segment encodes, or None, and whether its members are unique."""
+def _object(segment: bytes) -> tuple[dict[str, Any] | None, TokenFault | None]:
+    """Return the JSON object that a segment encodes, or None, and the fault for which a strict reader refuses it.
+
+    What only some readers accept is read too, because an upstream may be one of them: the gateway must recognise the
+    issuer that such a reader sees.
+    """
     decoded = _decoded(segment)
     if decoded is None:
-        return None, True
+        return None, None
+    fault = None
     try:
-        text = decoded.decode()
         try:
-            found, is_unique = _STRICT.decode(text), True
+            found = _STRICT.decode(decoded.decode())
+        except ValueError:
+            found, fault = _LENIENT.decode(decoded.decode(errors="replace")), TokenFault.MALFORMED
         except _RepeatedMember:
-            found, is_unique = _LENIENT.decode(text), False
-    except (ValueError, RecursionError):
-        return None, True
-    return (found if isinstance(found, dict) else None), is_unique
+            found, fault = _LENIENT.decode(decoded.decode()), TokenFault.REPEATED_MEMBER
+    except ValueError:
+        return None, None
+    except RecursionError:
+        return None, TokenFault.MALFORMED
+    return (found if isinstance(found, dict) else None), fault
 
 
 def _decoded(segment: bytes) -> bytes | None:
@@ -201,6 +214,12 @@ def _decoded(segment: bytes) -> bytes | None:
         return binascii.a2b_base64(segment.translate(_FROM_URL) + b"=" * (-len(segment) % 4))
     except binascii.Error:
         return None
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return members of which some are repeated: of each the last value, but all values of `iss` in a tuple."""
+    issuers = tuple([value for name, value in pairs if name == "iss"])
+    return dict(pairs) | ({"iss": issuers} if len(issuers) > 1 else {})
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -216,4 +235,4 @@ def _refuse(constant: str) -> NoReturn:
 
 _FROM_URL = bytes.maketrans(b"-_", b"+/")
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
-_LENIENT = json.JSONDecoder(parse_constant=_refuse)
+_LENIENT = json.JSONDecoder(object_pairs_hook=_members, parse_int=float)

@@ -460,8 +460,10 @@ class ClientRegistry:
 
     def _apply(self, record: ClientRecord) -> None:
         """Apply a change of another process or a looked-up record, and report the client if it differs."""
-        before = self.by_id(record.id)
+        before, held = self.by_id(record.id), self._cache.get(record.id)
         if self._put(record):
+            if held is None or held.keys != record.keys:
+                self.version += 1  # one of several keys does not change the client, and may be remembered as verified
             self._notify(before, self.by_id(record.id))
 
     def _put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:

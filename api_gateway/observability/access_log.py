@@ -20,7 +20,11 @@ class AccessLog:
     which includes ids, paths and details. The values of an exchange are finite numbers.
     """
 
-    def __init__(self, wall_clock: Clock, write_line: Callable[[str], object]) -> None:
+    def __init__(
+        self, wall_clock: Clock, write_line: Callable[[str], object], redact: Callable[[str], str] = str
+    ) -> None:
+        """`redact` returns a line without secrets that a client has put into a path or an id."""
+        self._redact = redact
         self._wall_clock = wall_clock
         self._write_line = write_line
         self._timestamp = ""  # of the times from `_from` until before `_until`, within one millisecond
@@ -42,7 +46,7 @@ class AccessLog:
         waited = "null" if sent_at is None or head_at is None else f"{(head_at - sent_at) * 1000:.3f}"
         if waited[-1] == "0":
             waited = _trimmed(waited)
-        self._write_line(
+        line = (
             f'{{"time":"{self._timestamp}","request_id":{quoted(exchange.id)}'
             f',"client_address":{quoted(exchange.peer)},"client_id":{client_id},"tier":{tier}'
             f"{'' if organisation is None else f',{_ORGANISATION}{quoted(organisation)}'}"
@@ -57,6 +61,7 @@ class AccessLog:
             f',"bytes_received":{exchange.bytes_in},"bytes_sent":{exchange.bytes_out}'
             f',"duration_ms":{duration},"upstream_duration_ms":{waited}}}\n'
         )
+        self._write_line(self._redact(line))
 
     def _set_timestamp(self, now: float) -> None:
         """Render the time in ISO 8601 with milliseconds; `datetime` renders a new second only."""

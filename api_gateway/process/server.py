@@ -20,6 +20,7 @@ import uvicorn
 from api_gateway.admin.context import Lifecycle
 from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
+from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.listener import change_protocol, protocol_of
@@ -298,7 +299,7 @@ def configure_logging(level: str, who: str = "") -> None:
     """Log to standard error; `who` is a prefix that names the process."""
     logging.basicConfig(
         level=level.upper(),
-        handlers=[LineHandler(process_output().err)],
+        handlers=[LineHandler(process_output().err, without_keys)],
         format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
         force=True,
     )

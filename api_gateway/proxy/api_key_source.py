@@ -16,6 +16,7 @@ _PREFIX = KEY_PREFIX.encode()
 _PREFIX_IN_BASE64 = base64.b64encode(_PREFIX)[:5]  # the characters that the following ones do not change
 _AUTHORIZATION = b"authorization"
 _RETRY_AFTER = 1.0  # seconds
+_WITHOUT_SCHEME = _PREFIX  # stands for a key in `Authorization` whose scheme is missing or unknown
 
 
 class KeyProof(Proof):
@@ -71,9 +72,13 @@ class ApiKeySource:
             return None
         names = frozenset(found)
         keys = {key for values in found.values() for key in values}
-        if len(keys) > 1 or any(len(fields[name]) > 1 for name in names):
+        if len(keys) > 1:
             return Claim(self, None, names, "The request has several API keys; send one.")
+        if any(len(fields[name]) > 1 for name in names):
+            return Claim(self, None, names, "The header field with the API key was sent several times; send it once.")
         (key,) = keys
+        if key == _WITHOUT_SCHEME:
+            return Claim(self, None, names, "Authorization has an API key without the scheme Bearer or Basic.")
         fault = fault_of(key)
         if fault is not None:
             return Claim(self, None, names, f"The API key is malformed: {fault}.")
@@ -114,13 +119,14 @@ class ApiKeySource:
 
 def _key_in_authorization(value: bytes) -> bytes | None:
     """Return the key in the value of `Authorization`, whatever its scheme; None if it has none of ours."""
-    scheme, _, rest = value.partition(b" ")
+    scheme, _, rest = value.replace(b"\t", b" ").partition(b" ")
     rest = rest.strip(b" ")
     if scheme.lower() == b"bearer":
         return rest if rest.startswith(_PREFIX) else None
     if scheme.lower() == b"basic":
         return _user_of_basic(rest)
-    return b"" if value.startswith(_PREFIX) else None  # without a scheme: recognised, and malformed
+    # Under another scheme it is recognised too: what is ours is not forwarded, and never falls through.
+    return _WITHOUT_SCHEME if value.startswith(_PREFIX) or rest.startswith(_PREFIX) else None
 
 
 def _user_of_basic(credentials: bytes) -> bytes | None:

@@ -116,7 +116,8 @@ class CredentialStage:
         if facts.name_error is not None:
             return ClientIdInvalid(facts.name_error)
         if facts.name is not None and facts.name != proof.client_id:
-            return ClientIdInvalid("The client id of the request is not that of the client whose credential it has.")
+            error = ClientIdInvalid("The client id of the request is not that of the client whose credential it has.")
+            return error if self._is_enforced else self._observe(plan, error)
         version = self._clients.version
         client = self._clients.try_get(proof.client_id)
         if client is None:

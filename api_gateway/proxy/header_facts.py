@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from api_gateway.clients.api_keys import is_key
+from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, remove_lines
@@ -306,7 +306,7 @@ class HeaderReader:
     @staticmethod
     def _with_id(rest: HeaderFacts, id_field: tuple[bytes, bytes]) -> HeaderFacts | None:
         """Return the facts of header fields with a client id and others; None if the id is not valid."""
-        if not is_visible_ascii(id_field[1]) or is_key(id_field[1]):
+        if not is_visible_ascii(id_field[1]) or has_key(id_field[1]):
             return None
         facts = rest.copy()
         facts.name, facts.id_field, facts.rest = id_field[1].decode("ascii"), id_field, rest

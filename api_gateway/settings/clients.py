@@ -8,6 +8,7 @@ from pydantic import AfterValidator, AwareDatetime, Field
 
 from api_gateway.settings.setting_types import Identifier, NetworkSetting, Section, TierName
 
+_KEY_PREFIX = "agw_"  # as in `clients.api_keys`
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 
 
@@ -44,6 +45,8 @@ class TierSection(Section):
 
 
 def _digest(value: str) -> str:
+    if _KEY_PREFIX in value:
+        raise ValueError("must be the SHA-256 digest of a key, got a key; only its digest belongs here")
     digest = value.removeprefix("sha256:")
     if _DIGEST.fullmatch(digest) is None:
         raise ValueError("must be the SHA-256 digest of a key, 64 hexadecimal digits")

@@ -27,6 +27,7 @@ DELIMITER = "__"  # between the levels of a setting, in the name of a variable
 # The URL of a target, valid or not, in which no part can be a password.
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
 _LONGEST_SHOWN = 200
+_LIKE_KEY = re.compile("agw_[0-9A-Za-z]{20}")  # an API key, see `clients.api_keys`
 _QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")
 _YAML_TOKEN = re.compile(
     r".|\\.|<[a-z ]+>"
@@ -318,6 +319,8 @@ def shown_value(value: Any, annotation: Any) -> str:
     if holds_secret(annotation):
         return ""
     text = repr(value)
+    if _LIKE_KEY.search(text):
+        return ", got a value that is not shown because it contains an API key"
     if len(text) > _LONGEST_SHOWN:
         text = f"{text[:_LONGEST_SHOWN]}..."
     if "@" in text or (may_hold_password(annotation) and not _PLAIN_URL.fullmatch(text)):

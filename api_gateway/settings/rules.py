@@ -71,6 +71,7 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _store_findings(config)
     yield from _token_findings(config)
     yield from _tier_findings(config)
+    yield from _key_findings(config)
     yield from _jwt_findings(config)
     if config.cors is not None:
         for key, message in cors_findings(config.cors):
@@ -155,6 +156,17 @@ def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
     if unranked and len(unranked) < len(config.tiers):
         message = "every tier needs a priority if one tier has one, got None"
         yield Finding(("tiers", unranked[0], "priority"), message, depends_on=(("tiers",),))
+
+
+def _key_findings(config: ConfigSections) -> Iterator[Finding]:
+    known = [route.name for route in config.routes]
+    for client_id, client in config.clients.items():
+        for label, key in client.keys.items():
+            for number, name in enumerate(key.routes or ()):
+                if name not in known:
+                    message = f"no such route, got {name!r}; the routes are {', '.join(known)}"
+                    key_path: KeyPath = ("clients", client_id, "keys", label, "routes", str(number))
+                    yield Finding(key_path, message, depends_on=(("routes",),))
 
 
 def _jwt_findings(config: ConfigSections) -> Iterator[Finding]:

@@ -250,14 +250,16 @@ class TextStream(io.TextIOBase):
 class LineHandler(logging.Handler):
     """A logging handler that writes to a `LineWriter`."""
 
-    def __init__(self, writer: LineWriter) -> None:
+    def __init__(self, writer: LineWriter, redact: Callable[[str], str] = str) -> None:
+        """`redact` returns a line without secrets."""
         super().__init__()
         self._writer = writer
+        self._redact = redact
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the formatted record."""
         try:
-            self._writer.write(f"{self.format(record)}\n")
+            self._writer.write(f"{self._redact(self.format(record))}\n")
         except Exception:  # noqa: BLE001 - arguments that cannot be formatted; the base class reports them
             self.handleError(record)
 

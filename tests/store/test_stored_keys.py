@@ -158,6 +158,19 @@ async def test_another_gateway_accepts_and_refuses_a_key_within_a_second(opened:
         assert other.version > version, "proofs that were remembered are verified again"
 
 
+async def test_another_gateway_verifies_again_when_one_of_several_keys_is_revoked(opened: Open) -> None:
+    """The client stays the same: it still has a key."""
+    async with following(opened()) as one, following(opened()) as other:
+        for key in (ONE, TWO):
+            await one.keys.create("acme", key, verified_only=UNCHANGED)
+        await soon(lambda: other.keys.find(TWO.digest) == KnownKey("acme", TWO), "both keys are known")
+        client, version = other.by_id("acme"), other.version
+        await one.keys.revoke("acme", ONE.digest)
+        assert await soon(lambda: other.keys.find(ONE.digest) is KeyState.ABSENT, "the key is revoked") < 1
+        assert other.by_id("acme") == client
+        assert other.version > version, "proofs that were remembered are verified again"
+
+
 async def test_keys_that_do_not_fit_into_memory_are_looked_up(opened: Open) -> None:
     async with store_of(opened) as store:
         for number in range(20):

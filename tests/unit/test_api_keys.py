@@ -19,6 +19,7 @@ from api_gateway.clients.api_keys import (
     fault_of,
     keys_as_json,
     new_key,
+    without_keys,
 )
 from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.records import Change, ClientRecord, KeyChange
@@ -110,6 +111,7 @@ def source(tmp_path: Path, wall: FakeClock) -> ApiKeySource:
         (b"x-api-key", b" " + KEY),
         (b"Authorization", b"Bearer " + KEY),
         (b"authorization", b"bearer   " + KEY),
+        (b"Authorization", b"Bearer\t" + KEY),
         (b"Authorization", basic(KEY)),
         (b"Authorization", basic(KEY, b"x")),
         (b"Authorization", basic(KEY, b"a:b")),
@@ -186,6 +188,8 @@ BROKEN: dict[str, HeaderList] = {
     "sent twice": [(b"x-api-key", KEY), (b"x-api-key", KEY)],
     "two places": [(b"x-api-key", KEY), (b"authorization", b"Bearer " + OTHER)],
     "no scheme": [(b"authorization", KEY)],
+    "another scheme": [(b"authorization", b"Token " + KEY)],
+    "beside another credential": [(b"authorization", b"Bearer " + KEY), (b"authorization", b"Basic eA==")],
     "truncated base64": [(b"authorization", basic(KEY)[:-3])],
     "in quotes": [(b"authorization", b'Bearer agw_"' + KEY + b'"')],
 }
@@ -205,6 +209,31 @@ def test_a_broken_key_is_recognised_and_its_refusal_shows_nothing_of_it(
         for start in range(len(value) - 12):
             assert value[start : start + 12].decode("latin-1") not in shown
     assert DIGEST[:12] not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("two keys", "several API keys"),
+        ("sent twice", "sent several times"),
+        ("beside another credential", "sent several times"),
+        ("no scheme", "without the scheme"),
+        ("another scheme", "without the scheme"),
+    ],
+)
+def test_the_refusal_of_a_sound_key_says_what_is_wrong_with_the_request(
+    source: ApiKeySource, name: str, words: str
+) -> None:
+    claim = source.claim(fields_of(BROKEN[name]))
+    assert claim is not None
+    assert claim.fault is not None
+    assert words in claim.fault
+
+
+def test_a_line_of_a_log_has_no_key() -> None:
+    key = KEY.decode()
+    assert without_keys(f"GET /clients/{key}/keys?a={key} agw_x") == "GET /clients/agw_.../keys?a=agw_... agw_x"
+    assert without_keys("nothing") == "nothing"
 
 
 # Changes of keys

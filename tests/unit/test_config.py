@@ -749,3 +749,18 @@ def test_several_contradictions_give_several_lines() -> None:
         "routes[0] (users).path",
         "routes[0] (users).cost",
     ]
+
+
+def test_a_key_is_for_routes_that_exist() -> None:
+    key = {"digest": "0" * 64, "routes": ["users", "user"]}
+    (line,) = problems({**one_route(), "clients": {"acme": {"keys": {"laptop": key}}}})
+    assert line == "clients.acme.keys.laptop.routes[1]: no such route, got 'user'; the routes are users"
+
+
+def test_a_key_instead_of_its_digest_is_refused_and_not_shown() -> None:
+    key = "agw_" + "a" * 49
+    for keys in ({"laptop": {"digest": key}}, {"laptop": {"digest": f"sha256:{key}"}}, {"laptop": key}):
+        (line,) = problems({"clients": {"acme": {"keys": keys}}})
+        assert line.startswith("clients.acme.keys.laptop")
+        assert key not in line
+        assert "a key" in line or "an API key" in line

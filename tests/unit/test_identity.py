@@ -50,3 +50,12 @@ def test_an_api_key_is_no_client_id_and_is_not_shown() -> None:
         client_id(fields_of([(b"x-client-id", key.encode())]), b"x-client-id")
     assert key[4:] not in caught.value.detail
     assert client_id(fields_of([(b"x-client-id", b"agw_team")]), b"x-client-id") == "agw_team"
+
+
+@pytest.mark.parametrize("before", [b"", b"k:", b"Bearer ", b"x" * 200])
+def test_a_value_with_a_key_is_refused_without_showing_it(before: bytes) -> None:
+    key = new_key(bytes(32)).encode()
+    with pytest.raises(ClientIdInvalid) as caught:
+        client_id(fields_of([(b"x-client-id", before + key)]), b"x-client-id")
+    assert "API key" in caught.value.detail
+    assert key[4:12].decode() not in caught.value.detail

@@ -17,6 +17,7 @@ from api_gateway.errors import (
     RateLimited,
 )
 from api_gateway.http1.headers import Fields, fields_of
+from api_gateway.limits.limit_reached import LimitReached
 from api_gateway.models import NANOSECONDS, Charge, Client, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan, StageResult, Wait
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
@@ -224,7 +225,7 @@ def test_an_invalid_credential_never_falls_through(setup: Setup) -> None:
 def test_invalid_credentials_are_charged_to_the_address(setup: Setup) -> None:
     setup.tickets.verdicts["bad"] = lambda _: CredentialsInvalid("The ticket is not valid.")
     results = [type(setup.decide(b"authorization: Ticket bad")[1]) for _ in range(5)]
-    assert results == [CredentialsInvalid] * 3 + [RateLimited] * 2
+    assert results == [CredentialsInvalid] * 3 + [LimitReached] * 2
     assert setup.client(TICKET) == "acme", "who has a valid one is not affected"
 
 
@@ -324,6 +325,15 @@ def test_observing_leaves_an_invalid_credential_to_the_next_source(tmp_path: Pat
         assert setup.client(b"authorization: Ticket bad", b"x-client-id: initech") == "initech"
         assert setup.client(b"authorization: Ticket bad") == PEER
     assert len(setup.observed) == 6
+
+
+def test_observing_admits_an_id_that_contradicts_the_credential(tmp_path: Path) -> None:
+    """As before the credential was read: a migration refuses nobody."""
+    setup = Setup(tmp_path, is_enforced=False)
+    for _ in range(3):
+        assert setup.client(TICKET, b"x-client-id: initech") == "initech"
+    assert [error.reason for error in setup.observed] == ["client_id_invalid"] * 3
+    assert setup.client(TICKET) == "acme"
 
 
 def test_a_refused_credential_stays_refused_while_its_id_is_looked_up_elsewhere(setup: Setup) -> None:

@@ -66,6 +66,7 @@ def test_what_observing_admits_is_counted_and_logged(
         "credentials_required": 3,
         "credentials_invalid": 1,
         "credentials_insufficient": 0,
+        "client_id_invalid": 0,
     }
     assert counts["bare_client_ids"] == {"admitted": 3, "refused": 0}
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
@@ -334,3 +335,20 @@ def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str
         assert slow.answer().status == 200
     live = running.live.recorder
     eventually(lambda: live.rejections["credentials_invalid"] == 1, "the end has its reason")
+
+
+def test_an_operator_endpoint_stores_no_key_as_a_name(keyed: RunningGateway) -> None:
+    key = new_key(bytes(32))
+    for path, body, reason in (
+        (f"/clients/{key}/tier", {"tier": "FREE"}, "client_id_invalid"),
+        (f"/clients/x:{key}/keys", {}, "client_id_invalid"),
+        ("/clients/acme/keys", {"label": f"was {key}"}, "invalid_value"),
+    ):
+        answer = ask(
+            f"{keyed.url}{path}",
+            method="POST",
+            body=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        assert answer.json()["reason"] == reason
+        assert key not in answer.json()["detail"]
