@@ -107,7 +107,9 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
 
 def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | None) -> HeaderReader:
     config = gateway.config
-    identity_fields = frozenset[bytes]() if gateway.tokens is None else gateway.tokens.identity_fields
+    claims = frozenset[bytes]() if gateway.tokens is None else gateway.tokens.identity_fields
+    id_header = config.identity.header.lower().encode()
+    unproved = frozenset[bytes]() if sources.accepts_header else {id_header, id_header.replace(b"-", b"_")}
     return HeaderReader(
         id_header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
@@ -116,8 +118,8 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
         reads_origin=cors is not None,
         forwarding=forwarding_of(config.server.forwarded),
         sources=sources,
-        identity_fields=identity_fields,
-        rewritten=IdentifiedHeaders if identity_fields else RewrittenHeaders,
+        identity_fields=claims | unproved,
+        rewritten=IdentifiedHeaders if claims else RewrittenHeaders,
     )
 
 

@@ -214,8 +214,8 @@ class HeaderReader:
         self._reads_origin = reads_origin
         inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset())
         self._inspected = InspectedHeaders(inspected)
-        # False if the client id is in a header field that has another meaning too.
-        self._has_own_id_header = self.id_header not in inspected_headers(frozenset())
+        # False if the client id is in a header field that has another meaning too, or is not forwarded.
+        self._has_own_id_header = self.id_header not in inspected_headers(frozenset()) | identity_fields
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
         self._anonymous = lru_cache(maxsize=MAX_REMEMBERED)(self._read_plain)
         self._named = lru_cache(maxsize=MAX_REMEMBERED)(self._with_id)

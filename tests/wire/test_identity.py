@@ -352,3 +352,26 @@ def test_an_operator_endpoint_stores_no_key_as_a_name(keyed: RunningGateway) -> 
         )
         assert answer.json()["reason"] == reason
         assert key not in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("spelling", ["X-Client-ID", "x-client-id", "X_Client_ID"])
+@pytest.mark.parametrize("way", ["fast path", "general parser", "a body in chunks"])
+def test_an_id_that_identifies_nobody_is_not_forwarded(
+    gateway: Gateway, up: RawUpstream, spelling: str, way: str
+) -> None:
+    """An upstream could take it for proved."""
+    running = gateway(in_front_of(up.url) | {"identity": {"sources": ["api_key", "address"]}})
+    more = {
+        "fast path": (),
+        "general parser": ("X-Odd:  blanks",),
+        "a body in chunks": ("Transfer-Encoding: chunked",),
+    }
+    body = b"2\r\nok\r\n0\r\n\r\n" if way == "a body in chunks" else b""
+    with RawClient(running.port) as client:
+        for name in ("acme", "other", "acme"):
+            client.request("POST" if body else "GET", "/api/x", (f"{spelling}: {name}", *more[way]), body)
+            assert client.answer().status == 200
+    assert len(up.requests) == 3
+    for request in up.requests:
+        assert not request.all("x-client-id")
+        assert not request.all("x_client_id")
