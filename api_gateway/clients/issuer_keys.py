@@ -122,7 +122,8 @@ class IssuerKeys:
         """Fetch the keys now and again before they become old, until cancelled."""
         try:
             while True:
-                await self.fetched()
+                if self._fetched_at is None or self._clock() - self._fetched_at >= _FIRST_RETRY:  # else by a request
+                    await self.fetched()
                 await asyncio.sleep(self._next_delay() * self._source.uniform(1 - _JITTER, 1))
         finally:
             if self._fetch is not None:
