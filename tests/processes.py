@@ -1,6 +1,7 @@
 """The gateway as a process, ended by its process id."""
 
 import atexit
+import json
 import os
 import re
 import shutil
@@ -55,6 +56,12 @@ class Running:
     def errors(self) -> str:
         """Its standard error so far."""
         return self.stderr.read_text()
+
+    @property
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of JSON on both streams so far, without one that is still being written."""
+        lines = [*self.output.splitlines(keepends=True), *self.errors.splitlines(keepends=True)]
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
     @property
     def url(self) -> str:

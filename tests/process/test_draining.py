@@ -1,7 +1,6 @@
 """A gateway that stops loses no request in progress, and makes clients use another connection."""
 
 import asyncio
-import json
 import signal
 import threading
 import time
@@ -458,7 +457,7 @@ def test_what_the_drain_cuts_off_is_logged_as_such(
             else:
                 eventually(lambda: up.requests[-1:] != [] and b"/up/cut" in up.requests[-1].line, "it has arrived")
             assert running.terminate() == 4
-        lines = [json.loads(line) for line in running.output.splitlines() if line.startswith("{")]
+        lines = running.logged
     (line,) = [line for line in lines if line["path"] == "/api/up/cut"]
     assert (line["status"], line["reason"]) == (status, "draining")
     assert line["detail"] == "The gateway stopped before the response was complete."

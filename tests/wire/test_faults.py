@@ -187,8 +187,7 @@ class Scene:
         found: list[dict[str, Any]] = []
 
         def is_there() -> bool:
-            lines = (json.loads(line) for line in self.running.output.splitlines() if line.startswith("{"))
-            found.extend(line for line in lines if line["request_id"] == request_id)
+            found.extend(line for line in self.running.logged if line["request_id"] == request_id)
             return bool(found)
 
         eventually(is_there, "the request is logged")
