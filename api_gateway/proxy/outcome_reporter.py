@@ -56,6 +56,8 @@ class OutcomeReporter:
         assert exchange.sent_at is not None  # noqa: S101 - a response implies a request
         exchange.head_at = now
         took = now - exchange.sent_at
+        if took < 0:  # the client's time, which is subtracted, is measured on the coarser clock of the event loop
+            took, exchange.sent_at = 0.0, now
         self._observe_attempt(attempt.upstream.name, _CLASSES[status // 100], took, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
             self._settle(exchange, attempt, Cause.SERVER_ERROR, client, now, f"status {status}")

@@ -218,6 +218,17 @@ def test_a_slow_head_counts_as_slow_whatever_ends_the_response(status: int) -> N
     assert scene.counts() == (1, 0, 1)
 
 
+def test_a_time_for_the_client_that_is_too_long_makes_no_latency_negative() -> None:
+    """The clock of the event loop, by which the client's time is measured, is coarser."""
+    scene = Scene()
+    latencies: list[float | None] = []
+    scene.reporter._observe_attempt = lambda _upstream, _result, latency, _now: latencies.append(latency)
+    scene.exchange.sent_at = scene.clock() + 0.002  # moved by the client's time
+    scene.head(200, after=0.001)
+    assert latencies == [0.0]
+    assert scene.exchange.sent_at == scene.exchange.head_at == scene.clock()
+
+
 # The page
 
 
