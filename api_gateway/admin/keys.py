@@ -150,7 +150,7 @@ async def revoke_key(client_id: ClientId, key_id: str, request: Request, context
     "/clients/{client_id}/verified-only", summary="Set whether a credential must prove an id", responses=_VALUES
 )
 async def require_proof(client_id: ClientId, body: ProofRequest, request: Request, context: Guarded) -> ProofChanged:
-    """Set whether anyone can claim the client's id by sending it, or only who has a credential that proves it."""
+    """Set whether the client's id alone identifies the client, or only a credential does."""
     await context.clients.keys.require_proof(client_id, verified_only=body.verified_only)
     is_verified_only = context.clients.by_id(client_id).is_verified_only
     logger.info(

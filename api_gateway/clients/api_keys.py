@@ -73,7 +73,7 @@ def without_keys(text: str) -> str:
 
 
 def fault_of(key: bytes) -> str | None:
-    """Return why a key cannot be one of ours, in words; None if it is well-formed."""
+    """Return what is wrong with the form of a key, for a message; None if it is well-formed."""
     if _KEY.fullmatch(key) is None:
         return f"it must be {KEY_PREFIX} and {_BODY + _CHECKSUM} letters and digits"
     body, checksum = key[len(KEY_PREFIX) : -_CHECKSUM], key[-_CHECKSUM:]

@@ -102,8 +102,8 @@ class TokenReader:
     def read(self, token: bytes) -> ReadToken | None:
         """Return a token of a configured issuer, or a fault; None for every other value.
 
-        A value of the form of a token that is too large, or too deeply nested, is a fault whoever issued it, as its
-        issuer is not read.
+        A value that has the form of a token, but is too large or too deeply nested to be read, is a fault: its issuer
+        is unknown.
         """
         if _TOKEN.fullmatch(token) is None:
             return None

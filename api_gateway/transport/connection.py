@@ -217,7 +217,7 @@ class UpstreamConnection:
     def begin(self, response: UpstreamResponse, request: Sequence[bytes], left: int | None) -> None:
         """Send the beginning of a request, of whose body `left` bytes follow, None if their number is unknown.
 
-        `send_piece` and `end_body` send the rest. The listener of the response is told when the upstream reads on.
+        `send_piece` and `end_body` send the rest. `on_writable` of the listener is called when the upstream reads on.
         """
         self._response = response
         self._received = self._remaining = 0
