@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -66,11 +66,12 @@ class CredentialWatch:
         """End the streams and tunnels whose credential is not valid any more."""
         version, is_changed = self._clients.version, self._clients.version != self._version
         for count, connection in enumerate(list(self._connections()), 1):
-            for exchange, proof in _streams_of(connection):
-                if is_changed or self._clock_ns() >= proof.expires_ns:
-                    error = await self._error_of(proof)
-                    if error is not None and not exchange.finished:
-                        _end(connection, exchange, error)
+            found = _stream_of(connection)
+            if found is not None and (is_changed or self._clock_ns() >= found[1].expires_ns):
+                exchange, proof = found
+                error = await self._error_of(proof)
+                if error is not None and not exchange.finished:
+                    _end(connection, exchange, error)
             if count % _BATCH == 0:
                 await asyncio.sleep(0)
         self._version = version
@@ -85,18 +86,20 @@ class CredentialWatch:
         return found if isinstance(found, CredentialsInvalid) else None
 
 
-def _streams_of(connection: Any) -> Iterator[tuple[Exchange, Proof]]:
-    """Yield the exchange of a connection if it streams and has a credential."""
+def _stream_of(connection: Any) -> tuple[Exchange, Proof] | None:
+    """Return the exchange of a connection and its credential; None if it has none, or does not stream."""
     if not isinstance(connection, DownstreamConnection):
-        return
+        return None
     in_flight: Any = connection.exchange
+    cycle = connection.pipeline.current
+    exchange: Exchange | None = None
     if in_flight is not None:
         exchange = in_flight.exchange
-    else:
-        cycle = connection.pipeline.current
-        exchange = None if cycle is None else cycle.scope.get(EXCHANGE)
-    if exchange is not None and exchange.status and not exchange.finished and isinstance(exchange.credential, Proof):
-        yield exchange, exchange.credential
+    elif cycle is not None:
+        exchange = cycle.scope.get(EXCHANGE)
+    if exchange is None or not exchange.status or exchange.finished or not isinstance(exchange.credential, Proof):
+        return None
+    return exchange, exchange.credential
 
 
 def _end(connection: DownstreamConnection, exchange: Exchange, error: CredentialsInvalid) -> None:

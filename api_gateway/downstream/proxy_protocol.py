@@ -5,8 +5,10 @@ whose connections must begin with one. Pure functions on bytes.
 """
 
 import re
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
+
+from api_gateway.http1.headers import unmapped
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"  # of version 2
 MAX_LINE = 107  # bytes of a header of version 1, with its line break
@@ -64,7 +66,7 @@ def _text(received: bytes) -> ProxyHeader | None:
         raise ProxyHeaderError(f"its PROXY protocol header has an invalid {family} address") from None
     if max(int(source_port), int(target_port)) > _MAX_PORT:
         raise ProxyHeaderError(f"its PROXY protocol header has a port above {_MAX_PORT}")
-    return ProxyHeader((_spelt(source), int(source_port)), size)
+    return ProxyHeader((str(unmapped(source)), int(source_port)), size)
 
 
 def _binary(received: bytes | bytearray) -> ProxyHeader | None:
@@ -89,9 +91,4 @@ def _binary(received: bytes | bytearray) -> ProxyHeader | None:
         return ProxyHeader(None, _FIXED + length)
     packed = bytes(received[_FIXED : _FIXED + size])
     port = int.from_bytes(received[_FIXED + 2 * size : _FIXED + 2 * size + 2])
-    return ProxyHeader((_spelt(IPv4Address(packed) if size == 4 else IPv6Address(packed)), port), _FIXED + length)  # noqa: PLR2004
-
-
-def _spelt(address: IPv4Address | IPv6Address) -> str:
-    """Return an address in its usual spelling; an IPv4-mapped IPv6 address as IPv4."""
-    return str((address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address)
+    return ProxyHeader((str(unmapped(ip_address(packed))), port), _FIXED + length)

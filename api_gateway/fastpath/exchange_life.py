@@ -133,11 +133,15 @@ class ExchangeLife(ProxyExchange):
         """Respond with problem details."""
         self.move(REFUSE)
         context = self._context
-        if self.upload is not None and self.upload.awaits_continue:
-            self.keep_alive = False  # the client may send the body or not
+        self._end_persistence_if_withheld()
         response, keep_alive = context.refusal(self.plan, error, keep_alive=self.keep_alive)
         self._client.transport.write(response)
         self._end(context.clock(), Outcome.IGNORED, keep_alive=keep_alive)
+
+    def _end_persistence_if_withheld(self) -> None:
+        """Keep no connection whose client waits for 100 (Continue): it may send the body or not."""
+        if self.upload is not None and self.upload.awaits_continue:
+            self.keep_alive = False
 
     def _forget(self) -> None:
         """Return to the state of a response of which nothing has arrived."""

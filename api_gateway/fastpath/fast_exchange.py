@@ -173,8 +173,7 @@ class FastExchange(AttemptingExchange):
         """Respond with the static response of the route."""
         self.move(REFUSE)
         context, exchange = self._context, self.exchange
-        if self.upload is not None and self.upload.awaits_continue:
-            self.keep_alive = False  # the client may send the body or not
+        self._end_persistence_if_withheld()
         self._begin()
         self._client.transport.write(static_response(fallback, exchange, context, keep_alive=self.keep_alive))
         self._end(context.clock(), Outcome.IGNORED, keep_alive=self.keep_alive)

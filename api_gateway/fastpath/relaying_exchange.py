@@ -149,8 +149,7 @@ class RelayingExchange(ExchangeLife):
         exchange.status, exchange.source = self.status, "upstream"
         if self.upload is not None:
             self.upload.is_started = True
-            if self.upload.awaits_continue:
-                self.keep_alive = False  # the client may send the body or not
+            self._end_persistence_if_withheld()
         rewriter, authorities = None if route is None else route.url_rewriter, NO_AUTHORITIES
         if rewriter is not None:
             upstream_client = context.router.upstream_clients[attempt.upstream.name]

@@ -78,10 +78,7 @@ def parsed_head(
 def static_response(fallback: Fallback, exchange: Exchange, context: ExchangeContext, *, keep_alive: bool) -> bytes:
     """Record and return the static response of a route whose upstream has failed."""
     exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
-    headers = fallback.fields()
-    if exchange.cors is not None:
-        headers, added = complete(exchange.cors, headers)
-        headers = headers + added
+    headers = fallback.fields(exchange.cors)
     own = context.response_headers(exchange)
     lines = [status_line(fallback.status, None), *map(COLON, headers), *map(COLON, own)]
     lines.append(b"%b: %b" % (FALLBACK, fallback.name.encode()))

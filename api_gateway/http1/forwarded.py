@@ -9,11 +9,11 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv6Address, ip_address
+from ipaddress import ip_address
 from itertools import islice, takewhile
 from typing import NamedTuple
 
-from api_gateway.http1.headers import FORWARDING, Fields, Network, is_within
+from api_gateway.http1.headers import FORWARDING, Fields, Network, is_within, parse_address
 from api_gateway.models import HeaderList
 
 MAX_HOPS = 64  # elements of a field that are read, from the right
@@ -151,12 +151,10 @@ def hop_address(node: bytes) -> str | None:
     found = _NODE.fullmatch(text)
     address = text if found is None else found["six"] or found["four"]
     try:
-        parsed = ip_address(address)
-        if isinstance(parsed, IPv6Address):
-            parsed = parsed.ipv4_mapped or IPv6Address(address.partition("%")[0])
+        ip_address(address)  # with its zone, which must be valid too
+        return str(parse_address(address))
     except ValueError:
         return None
-    return str(parsed)
 
 
 # What is sent on

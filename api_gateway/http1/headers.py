@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Literal
 
 from api_gateway.models import HeaderList
@@ -250,6 +250,16 @@ def http_date(second: int) -> bytes:
     return formatdate(second, usegmt=True).encode()
 
 
+def parse_address(text: str) -> IPv4Address | IPv6Address:
+    """Return an address without its zone; an IPv4-mapped IPv6 address as IPv4. Raises ValueError for other text."""
+    return unmapped(ip_address(text.partition("%")[0]))
+
+
+def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """Return the IPv4 address for an IPv4-mapped IPv6 address, any other address as it is."""
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
 @lru_cache(maxsize=4096)
 def address_key(address: str) -> str:
     """Return the key under which an address is counted: an IPv4 address, or the /64 network of an IPv6 address.
@@ -258,22 +268,16 @@ def address_key(address: str) -> str:
     address is converted to IPv4. A string that is no address, such as `unix`, is returned unchanged.
     """
     try:
-        parsed = ip_address(address.partition("%")[0])
+        parsed = parse_address(address)
     except ValueError:
         return address
-    if isinstance(parsed, IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(IPv6Network((parsed, 64), strict=False))
-    return str(parsed)
+    return str(IPv6Network((parsed, 64), strict=False) if isinstance(parsed, IPv6Address) else parsed)
 
 
 def is_within(address: str, networks: Collection[Network]) -> bool:
     """Tell whether `address` is in one of `networks`; the only string that is no address and may be is `unix`."""
     try:
-        parsed = ip_address(address.partition("%")[0])
+        parsed = parse_address(address)
     except ValueError:
         return address == UNIX and UNIX in networks
-    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
     return any(parsed in network for network in networks if not isinstance(network, str))

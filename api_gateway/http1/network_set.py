@@ -1,9 +1,8 @@
 """Sets of networks, for look-ups whose time does not grow with the number of networks."""
 
 from collections.abc import Collection
-from ipaddress import IPv6Address, ip_address
 
-from api_gateway.http1.headers import UNIX, Network
+from api_gateway.http1.headers import UNIX, Network, parse_address
 
 
 class NetworkSet:
@@ -30,10 +29,8 @@ class NetworkSet:
         An IPv4-mapped IPv6 address is compared as the IPv4 address; a zone is ignored.
         """
         try:
-            parsed = ip_address(address.partition("%")[0])
+            parsed = parse_address(address)
         except ValueError:
             return self._has_unix and address == UNIX
-        if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
-            parsed = parsed.ipv4_mapped
         version, number = parsed.version, int(parsed)
         return any(version == known and number >> cut in prefixes for (known, cut), prefixes in self._prefixes.items())

@@ -197,17 +197,14 @@ def _run(stages: tuple[Decide, ...], plan: RequestPlan) -> StageResult:
     for decide in stages:
         outcome = decide(plan)
         if outcome is not None:
-            return _with_rest(outcome, stages, decide)
+            return _with_rest(outcome, stages, decide) if isinstance(outcome, Wait) else outcome
     return None
 
 
-def _with_rest(
-    outcome: GatewayError | DirectResponse | Wait, stages: tuple[Decide, ...], decide: Decide
-) -> GatewayError | DirectResponse | Wait:
-    """Return the outcome of a stage; if it waits, with the stages that follow."""
-    if isinstance(outcome, Wait):
-        outcome.rest = stages[stages.index(decide) + 1 :]
-    return outcome
+def _with_rest(wait: Wait, stages: tuple[Decide, ...], decide: Decide) -> Wait:
+    """Return the wait of a stage with the stages that follow."""
+    wait.rest = stages[stages.index(decide) + 1 :]
+    return wait
 
 
 def _resolve(future: asyncio.Future[Any], reply: Any) -> None:

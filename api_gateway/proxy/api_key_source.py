@@ -118,7 +118,7 @@ class ApiKeySource:
 
 
 def _key_in_authorization(value: bytes) -> bytes | None:
-    """Return the key in the value of `Authorization`, whatever its scheme; None if it has none of ours."""
+    """Return the API key in a value of `Authorization` with any scheme; None if it contains none."""
     scheme, _, rest = value.replace(b"\t", b" ").partition(b" ")
     rest = rest.strip(b" ")
     if scheme.lower() == b"bearer":

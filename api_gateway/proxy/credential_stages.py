@@ -1,7 +1,6 @@
 """The stages of admission for requests with a credential. They do not concern other requests."""
 
 from collections.abc import Callable
-from copy import copy
 from functools import partial
 
 from api_gateway.clients.registry import ClientRegistry
@@ -48,10 +47,15 @@ class CredentialStage:
         self._charges_of_address = charges_of_address
         self._is_enforced = is_enforced
         self.on_observed = on_observed
-        self.silent = self  # the same without callback
+        self._silent = self  # the same without callback
         if on_observed is not None:
-            self.silent = silent = copy(self)
-            silent.silent, silent.on_observed = silent, None
+            self._silent = CredentialStage(
+                clients=clients,
+                priorities=priorities,
+                limiter=limiter,
+                charges_of_address=charges_of_address,
+                is_enforced=is_enforced,
+            )
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set client, priority and principal, and the credential of the exchange."""
@@ -73,9 +77,7 @@ class CredentialStage:
         claim = plan.facts.claim
         if claim is None:
             return None
-        if self.silent is not self:
-            return self.silent.inspect(plan)
-        return self._conclude(plan, claim.source.verify(claim, plan.now_ns), is_charged=False)
+        return self._silent._conclude(plan, claim.source.verify(claim, plan.now_ns), is_charged=False)  # noqa: SLF001 - of the same class
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`."""

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from api_gateway.errors import GatewayError, Reason
 from api_gateway.http1.headers import BODILESS
-from api_gateway.models import HeaderList
+from api_gateway.models import CorsFields, HeaderList
+from api_gateway.proxy.cors import complete
 
 STATIC = "static"  # the name of a static fallback in `X-Gateway-Fallback`, log and metrics
 
@@ -27,14 +28,17 @@ class Fallback:
         """The name in `X-Gateway-Fallback`, log and metrics: the upstream's, or `static`."""
         return self.upstream or STATIC
 
-    def fields(self) -> HeaderList:
-        """Return the header fields of the static response, with Content-Type and Content-Length."""
+    def fields(self, cors: CorsFields | None) -> HeaderList:
+        """Return the header fields of the static response, with Content-Type, Content-Length and those of CORS."""
         headers = [*self.headers]
         if self.body and not any(name.lower() == b"content-type" for name, _ in headers):
             headers.append((b"content-type", b"text/plain; charset=utf-8"))
         if self.status not in BODILESS:
             headers.append((b"content-length", b"%d" % len(self.body)))
-        return headers
+        if cors is None:
+            return headers
+        changed, added = complete(cors, headers)
+        return changed + added
 
 
 def add_failure(first: GatewayError, second: GatewayError) -> None:

@@ -6,7 +6,6 @@ from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
 from api_gateway.http1.asgi import Receive, Send
 from api_gateway.http1.headers import FALLBACK
 from api_gateway.models import Clock, Exchange
-from api_gateway.proxy.cors import complete
 from api_gateway.proxy.failure_record import note_failure, note_shed
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
 from api_gateway.proxy.upstream_request import UpstreamRequest
@@ -75,11 +74,7 @@ class FallbackRunner:
 
     async def _respond_static(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:
         exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
-        headers = fallback.fields()
-        if exchange.cors is not None:
-            headers, added = complete(exchange.cors, headers)
-            headers = headers + added
-        headers = [*headers, *exchange.response_headers]
+        headers = [*fallback.fields(exchange.cors), *exchange.response_headers]
         await send({"type": "http.response.start", "status": fallback.status, "headers": headers})
         await send({"type": "http.response.body", "body": fallback.body, "more_body": False})
 

@@ -225,11 +225,7 @@ async def _connect(
             server_name = None if tls is None else origin.host
             if _is_address(origin.address):
                 await loop.create_connection(
-                    lambda: UpstreamProtocol(connection),
-                    origin.address,
-                    origin.port,
-                    ssl=tls,
-                    server_hostname=server_name,
+                    protocol, origin.address, origin.port, ssl=tls, server_hostname=server_name
                 )
             else:
                 sock = await connect_to_name(origin.address, origin.port, failed)
