@@ -161,21 +161,6 @@ class Router:
             return attempts
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
 
-    def fall_back(
-        self,
-        plan: RequestPlan,
-        error: GatewayError,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> Awaitable[None]:
-        """Respond by the route's fallback, another upstream, after `error` of the fast path."""
-        exchange, route = plan.exchange, plan.route
-        assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
-        request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
-        request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
-        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, _raise(error))
-
     def _attempts(
         self,
         exchange: Exchange,

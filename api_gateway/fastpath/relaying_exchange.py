@@ -126,7 +126,8 @@ class RelayingExchange(ExchangeLife):
             if final is not None:
                 self._refuse(final)
             return False
-        attempt.release_slot()
+        if self.connection is None or self.connection.abilities.upgrade:
+            attempt.release_slot()
         if b"content-encoding" not in self.fields:  # a coding hides the boundaries of events
             self.events = EventBoundaries()
         return True
