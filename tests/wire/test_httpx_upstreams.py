@@ -1,5 +1,6 @@
 """Upstreams that are reached by an httpx transport: the same exchange, by the other kind of `UpstreamCall`."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -37,11 +38,13 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
 def other_transport(running: RunningGateway) -> Iterator[None]:
     """The upstream is reached by httpx's transport."""
     client = running.server._app.state.gateway.upstream_clients["up"]
-    before = client.transport
-    client._connect(httpx.AsyncHTTPTransport())
+    before, other = client.transport, httpx.AsyncHTTPTransport()
+    client._connect(other)
     yield
     eventually(lambda: not RUNNING and running.live.recorder.in_flight == 0, "no task is left")
     client._connect(before)
+    loop: Any = running.server.servers[0].get_loop()
+    asyncio.run_coroutine_threadsafe(other.aclose(), loop).result(PATIENCE)
 
 
 @pytest.mark.parametrize(
