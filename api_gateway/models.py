@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Literal, Protocol
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
@@ -14,6 +15,8 @@ HeaderList = list[tuple[bytes, bytes]]
 Clock = Callable[[], float]  # monotonic seconds
 
 NANOSECONDS = 1_000_000_000
+
+KEY_PREFIX = "agw_"  # of API keys, see `clients.api_keys`
 
 # Source of a decision: buckets in this process; the store; the cache of refusals that are certain by the store's last
 # reading; or, while the store is unavailable, the policy for outages.
@@ -373,3 +376,13 @@ class HeavyClients(Body):
 
     sort: Literal["limited", "requests", "bare"]
     clients: list[HeavyClient]
+
+
+def parse_address(text: str) -> IPv4Address | IPv6Address:
+    """Return an address without its zone; an IPv4-mapped IPv6 address as IPv4. Raises ValueError for other text."""
+    return unmapped(ip_address(text.partition("%")[0]))
+
+
+def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """Return the IPv4 address for an IPv4-mapped IPv6 address, any other address as it is."""
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address

@@ -199,6 +199,8 @@ BROKEN: dict[str, tuple[bytes, TokenFault]] = {
         TokenFault.MALFORMED,
     ),
     "algorithm twice": (signed(header=b'{"alg": "none", "alg": "ES256"}'), TokenFault.REPEATED_MEMBER),
+    "bound to a key of the client": (signed(claims_of(cnf={"jkt": "x" * 43})), TokenFault.BOUND),
+    "bound to nothing": (signed(claims_of(cnf={})), TokenFault.BOUND),
     "no subject": (signed(claims_of(sub=None)), TokenFault.CLIENT),
     "subject that is empty": (signed(claims_of(sub="")), TokenFault.CLIENT),
     "subject with a line break": (signed(claims_of(sub="acme\r\nX-Tier: PREMIUM")), TokenFault.CLIENT),

@@ -13,8 +13,8 @@ from ipaddress import ip_address
 from itertools import islice, takewhile
 from typing import NamedTuple
 
-from api_gateway.http1.headers import FORWARDING, Fields, Network, is_within, parse_address
-from api_gateway.models import HeaderList
+from api_gateway.http1.headers import FORWARDING, Fields, Network, is_within
+from api_gateway.models import HeaderList, parse_address
 
 MAX_HOPS = 64  # elements of a field that are read, from the right
 X_FORWARDED_FOR = b"x-forwarded-for"

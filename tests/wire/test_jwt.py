@@ -292,6 +292,74 @@ def test_a_token_sent_with_another_credential_is_refused(
     assert b"several times" in answer.body
 
 
+OTHER_FORMS = {
+    "a tab": "Bearer\t{}",
+    "a space and a tab": "Bearer \t{}",
+    "a tab and a space": "bearer\t {}",
+    "no scheme": "{}",
+    "another scheme": "JWT {}",
+    "the scheme of bound tokens": "DPoP {}",
+    "no separator": "Bearer:{}",
+    "quotes": 'Bearer "{}"',
+    "a parameter": 'Token token="{}"',
+    "padding": "Bearer {}==",
+    "a character within the signature": "Bearer {}*",
+    "a second word": "Bearer {} x",
+    "a list": "Bearer {}, Bearer x",
+    "behind a token of others": f"Bearer {signed(claims_of(iss='https://elsewhere.test')).decode()} {{}}",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", OTHER_FORMS.values(), ids=OTHER_FORMS.keys())
+def test_a_token_in_another_form_is_refused(running: RunningGateway, up: RawUpstream, method: str, form: str) -> None:
+    """An upstream might accept it, while the gateway would count the request for another client."""
+    with RawClient(running.port) as client:
+        for _ in range(2):
+            client.request(method, headers=(f"Authorization: {form.format(signed().decode())}", "X-Client-ID: other"))
+            answer = client.answer()
+            assert reason(answer) == (401, "credentials_invalid")
+            assert b"not in the form" in answer.body
+    assert not up.requests
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_spaces_alone_separate_a_token_from_its_scheme(running: RunningGateway, up: RawUpstream, method: str) -> None:
+    with RawClient(running.port) as client:
+        for number, separator in enumerate((" ", "    ")):
+            token = signed(claims_of(sub=f"spaced-{number}")).decode()
+            client.request(method, headers=(f"Authorization: bEARER{separator}{token}",))
+            assert client.answer().status == 200
+            assert f"client:spaced-{number}" in clients_of(running)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_tokens_in_one_value_are_refused_and_cost_no_time(
+    running: RunningGateway, up: RawUpstream, method: str
+) -> None:
+    foreign = signed(claims_of(iss="https://elsewhere.test")).decode()
+    for value in (" ".join([foreign] * 20), "eyJ9.e30." * 2000, "eyJ" * 5000, "eyJ." * 5000):
+        with RawClient(running.port) as client:
+            client.request(method, headers=(f"Authorization: Bearer {value}",))
+            assert client.answer().status == (200 if value.startswith(("eyJe", "eyJ.")) else 401), value[:20]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scheme", ["Bearer", "DPoP", "dpop"])
+def test_bound_tokens_are_accepted_if_upstreams_verify_the_proof(
+    gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks, up: RawUpstream, method: str, scheme: str
+) -> None:
+    issuer = sections["identity"]["jwt"]["issuers"]["one"] | {"accept_bound": True}
+    identity = sections["identity"] | {"jwt": {"issuers": {"one": issuer}}}
+    running = gateway(sections | {"identity": identity}, clocks.clocks)
+    token = signed(claims_of(sub="bound", cnf={"jkt": "x" * 43})).decode()
+    with RawClient(running.port) as client:
+        for _ in range(2):
+            client.request(method, headers=(f"Authorization: {scheme} {token}",))
+            assert client.answer().status == 200
+    assert "client:bound" in clients_of(running)
+
+
 def test_a_token_ends_when_it_expires_also_one_that_is_remembered(
     gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks
 ) -> None:
