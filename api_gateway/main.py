@@ -257,6 +257,7 @@ def _credential_watch(
     return CredentialWatch(
         gateway.clients,
         connections=open_connections or (lambda: () if listener is None else listener.connections),
+        open_exchanges=gateway.open_exchanges,
         has_credentials=lambda: assembly.has_credentials,
         clock_ns=gateway.clocks.monotonic_ns,
     )

@@ -77,6 +77,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
             router=router,
             limit_headers=limit_headers,
             clock_ns=clocks.monotonic_ns,
+            open_exchanges=gateway.open_exchanges,
         ),
         clock=clocks.monotonic,
         recorder=recorder,

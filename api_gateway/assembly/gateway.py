@@ -51,6 +51,7 @@ from api_gateway.models import Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
+from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.priorities import PriorityClasses
@@ -90,6 +91,7 @@ class Gateway:
     numbers: DecisionNumbers
     tokens: JwtSource | None  # None unless tokens are a source of identities
     cors: CorsPolicy | None  # of routes without one of their own
+    open_exchanges: OpenExchanges
 
     @property
     def address_quota(self) -> Quota | None:
@@ -309,6 +311,7 @@ class Assembly:
             numbers=DecisionNumbers(clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
             cors=plan.cors,
+            open_exchanges=OpenExchanges(),
         )
 
     # Upstreams
