@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Literal, Protocol
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
@@ -395,13 +394,3 @@ class HeavyClients(Body):
 
     sort: Literal["limited", "requests", "bare"]
     clients: list[HeavyClient]
-
-
-def parse_address(text: str) -> IPv4Address | IPv6Address:
-    """Return an address without its zone; an IPv4-mapped IPv6 address as IPv4. Raises ValueError for other text."""
-    return unmapped(ip_address(text.partition("%")[0]))
-
-
-def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """Return the IPv4 address for an IPv4-mapped IPv6 address, any other address as it is."""
-    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address

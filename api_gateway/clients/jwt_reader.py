@@ -47,7 +47,7 @@ class TokenFault(StrEnum):
     BOUND = "The token is bound to a key or certificate of its client (cnf), whose proof the gateway does not verify."
     UNKNOWN_KEY = "The token was signed with a key that its issuer does not publish."
     SIGNATURE = "The token's signature is wrong."
-    CLIENT = "The token does not name its client, or not by 1 to 128 visible ASCII characters."
+    CLIENT = "The token does not name its client, or not by 1 to 128 visible ASCII characters that are no API key."
 
 
 @dataclass(frozen=True, slots=True)

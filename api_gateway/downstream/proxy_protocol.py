@@ -8,7 +8,7 @@ import re
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
-from api_gateway.models import unmapped
+from api_gateway.ip_addresses import unmapped
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"  # of version 2
 MAX_LINE = 107  # bytes of a header of version 1, with its line break

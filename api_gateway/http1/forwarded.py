@@ -14,7 +14,8 @@ from itertools import islice, takewhile
 from typing import NamedTuple
 
 from api_gateway.http1.headers import FORWARDING, Fields, Network, is_within
-from api_gateway.models import HeaderList, parse_address
+from api_gateway.ip_addresses import parse_address
+from api_gateway.models import HeaderList
 
 MAX_HOPS = 64  # elements of a field that are read, from the right
 X_FORWARDED_FOR = b"x-forwarded-for"

@@ -11,7 +11,8 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from typing import Literal
 
-from api_gateway.models import HeaderList, parse_address
+from api_gateway.ip_addresses import parse_address
+from api_gateway.models import HeaderList
 
 BODILESS = frozenset({204, 304})  # statuses whose responses never have a body (RFC 9112 section 6.3)
 

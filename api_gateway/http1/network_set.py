@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from api_gateway.http1.headers import UNIX, Network
-from api_gateway.models import parse_address
+from api_gateway.ip_addresses import parse_address
 
 
 class NetworkSet:

@@ -50,8 +50,9 @@ class HeaderFacts:
     `request_id`, `length`, `keep_alive`, `expectation`, `dropped`, `added` and `host_field` are set for plain heads
     only. `client`, `principal` and `priority` are set for the registry version `version`, and `charges` for `client`
     and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used last, has to decide on
-    such requests. `claim` is the credential that decides who the client is, None without one; `credentials` are the
-    header fields that have a credential of this gateway. `proof` is what the claim proved, for the registry version
+    such requests. `claim` is the credential that decides who the client is, None without one; `further` are other
+    ones, which do not decide and must be valid too; `credentials` are the header fields that have a credential of this
+    gateway and are not forwarded. `proof` is what the claim proved, for the registry version
     `version`. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the facts of the
     other header fields, and `id_field` is the one with the client id, if the two are read separately.
     """
@@ -71,6 +72,7 @@ class HeaderFacts:
         "expectation",
         "forged",
         "forwarding",
+        "further",
         "host",
         "host_field",
         "id_field",
@@ -138,6 +140,7 @@ class HeaderFacts:
         self.cors: CorsFields | None = None  # of responses by `cors_route`, the route that was used last
         self.cors_route: object = None
         self.claim: Claim | None = None
+        self.further: tuple[Claim, ...] = ()
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
         self.proof: Proof | None = None
@@ -357,7 +360,10 @@ class HeaderReader:
         return facts
 
     def _set_claim(self, facts: HeaderFacts, fields: Fields) -> None:
-        facts.claim, names = self._sources.claims(fields, has_name=facts.name is not None)
+        facts.claim, facts.further = self._sources.claims(fields, has_name=facts.name is not None)
+        names = frozenset[bytes]().union(
+            *(claim.names for claim in (facts.claim, *facts.further) if claim is not None)
+        )
         if self.id_header in names:  # its value is a credential, and no id
             facts.name = facts.name_error = None
         if names:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from api_gateway.models import parse_address
+from api_gateway.ip_addresses import parse_address
 
 ESTABLISHED, LISTEN = b"01", b"0A"
 _WORD = 4  # bytes: addresses are printed as words of the machine's byte order
