@@ -62,7 +62,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
     cors = _cors(gateway)
     headers = _headers(gateway, sources, cors)
-    router = _router(gateway, settlement, headers, sources, server_headers)
+    router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
         limiter=gateway.limiter,
         address_quota=gateway.address_quota,
@@ -198,7 +198,6 @@ def _router(
     gateway: Gateway,
     settlement: CostSettlement,
     headers: HeaderReader,
-    sources: IdentitySources,
     server_headers: frozenset[bytes],
 ) -> Router:
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
@@ -208,7 +207,7 @@ def _router(
         clock=clocks.monotonic,
         max_body_bytes=config.server.max_body_bytes,
         protected=headers.protected,
-        never_trailing=sources.fields,
+        never_trailing=headers.never_trailing,
         omit=server_headers,
         via=headers.via,
         observe_attempt=recorder.observe_attempt,
