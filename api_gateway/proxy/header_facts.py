@@ -204,10 +204,10 @@ class HeaderReader:
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
-        Credentials of `sources` are recognised, and not forwarded on the fast path; nothing is forwarded in trailers with
-        their names (`never_trailing`). `reads_origin`: there are CORS
-        policies, for which the origin of requests and their preflights matter. `identity_fields` (lower case) are set
-        by the gateway for upstreams and removed from requests; `rewritten` creates the result of `read_lines`.
+        Credentials of `sources` are recognised, and not forwarded on the fast path; trailers with the names of their
+        fields (`never_trailing`) never are. `reads_origin`: there are CORS policies, for which the origin of requests
+        and their preflights matter. `identity_fields` (lower case) are set by the gateway for upstreams and removed
+        from requests; `rewritten` creates the result of `read_lines`.
         """
         self.via = via or Via()
         self._sources = sources
