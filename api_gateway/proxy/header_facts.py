@@ -40,7 +40,8 @@ from api_gateway.proxy.request_id import given_request_id
 
 MAX_INSPECTED = 32  # inspected header fields of a plain head
 MAX_REMEMBERED_BYTES = 4_096  # size of the largest header section that is remembered
-MAX_REMEMBERED = 1_024  # entries of each cache
+MAX_REMEMBERED = 1_024  # entries of each cache but the following
+MAX_NAMED = 16_384  # client ids with their facts, about 1 KB each
 MAX_FIRST = 256  # entries of the cache of whole header sections
 MAX_ID_BYTES = 128  # size of the largest client id
 
@@ -219,7 +220,7 @@ class HeaderReader:
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset()) | identity_fields
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
         self._anonymous = lru_cache(maxsize=MAX_REMEMBERED)(self._read_plain)
-        self._named = lru_cache(maxsize=MAX_REMEMBERED)(self._with_id)
+        self._named = lru_cache(maxsize=MAX_NAMED)(self._with_id)
         self._claimed = lru_cache(maxsize=MAX_REMEMBERED)(self._read_claimed)
         self._first = lru_cache(maxsize=MAX_FIRST)(self._read_anew)
 
@@ -339,9 +340,11 @@ class HeaderReader:
             or len(given) > MAX_ID_BYTES
             or not lines.startswith(before.received[:start])
             or not lines.endswith(before.received[end:])
-            or any(marker in lines for marker in self._markers)
         ):
             return None
+        for marker in self._markers:
+            if marker in lines:
+                return None
         facts = self._named(rest, (name, given))
         if facts is None:
             return None
