@@ -3,12 +3,15 @@
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
+from api_gateway.config import load_config
+from api_gateway.settings.diagnostics import ConfigError
 from tests.kit import Answer, RawUpstream, RunningGateway, ask, in_front_of, reply
 
 ODD = {"X-Odd": " two blanks"}
