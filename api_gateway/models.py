@@ -1,4 +1,7 @@
-"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the endpoints at `/clients`."""
+"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the endpoints at `/clients`.
+
+Long because all layers know this module, and none needs another for a value of these.
+"""
 
 import math
 from collections.abc import Callable, Sequence
