@@ -21,7 +21,7 @@ from api_gateway.process.server import GatewayServer, configure_logging
 from api_gateway.process.start_check import file_errors, startup_errors, startup_warnings
 from api_gateway.process.supervisor import Supervisor
 from api_gateway.settings.diagnostics import ConfigError
-from api_gateway.settings.rules import Finding, find_warnings
+from api_gateway.settings.rules import Finding, access_warnings, find_warnings
 from api_gateway.system.build import variant
 from api_gateway.system.held_signals import block_signals
 from api_gateway.system.output import redirected
@@ -60,6 +60,8 @@ def _run(options: argparse.Namespace) -> int:
     hint = former_state(config.state_dir, os.environ)
     if hint is not None:
         logger.warning(hint)
+    for finding in access_warnings(config):
+        logger.warning("%s", finding)
     try:
         with state_folder(config):  # held while any worker may use it
             asyncio.run(_preflight(config))

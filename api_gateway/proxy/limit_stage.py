@@ -21,7 +21,7 @@ from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 
 # Of described requests without a credential, in `HeaderFacts.keyed`; no header field has such a name.
 DESCRIBED_ORGANISATION, DESCRIBED_CLAIM = b":organisation", b":claim:"
-MOST_REMEMBERED = 32  # combinations of route, method and cost of one header set
+MOST_REMEMBERED = 8  # combinations of route, method and cost of one header set, about 150 bytes for each limit
 
 ValueOf = Callable[[RequestPlan], str | None]
 
