@@ -308,7 +308,7 @@ class Assembly:
             ),
             clocks=clocks,
             pseudonym=pseudonym,
-            numbers=DecisionNumbers(clocks.monotonic_ns, clocks.wall),
+            numbers=DecisionNumbers(f"{self._source.getrandbits(32):08x}", clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
             cors=plan.cors,
             open_exchanges=OpenExchanges(),

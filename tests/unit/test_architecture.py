@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastpath",),
     ("admin",),
     ("assembly",),
-    ("main",),
+    ("main", "replay"),
     ("api_gateway", "process"),
     ("cli", "server"),
     ("__main__",),
