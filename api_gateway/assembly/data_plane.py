@@ -210,6 +210,7 @@ def _router(
         on_transition=_log_transition,
         on_target_transition=_log_target_transition,
         on_cost=settlement.on_cost,
+        on_content_cost=settlement.on_content_cost,
         on_retry=recorder.observe_retry,
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,
