@@ -116,8 +116,8 @@ class Router:
         of requests, `omit` from responses. Names are in lower case. `via` names this gateway. `on_cost` is called with
         the values of X-Gateway-Cost before a response's head is sent, `on_content_cost` with what a response's content
         states (`ContentScan`) before its end is sent, `on_retry` with upstream and cause of each retry, `on_denial`
-        with upstream and reason of each retry that was denied, `on_fallback` with the error before a fallback responds.
-        `observe_attempt`, `on_transition` and `on_target_transition`: see `OutcomeReporter`.
+        with upstream and reason of each retry that was denied, `on_fallback` with the error before a fallback
+        responds. `observe_attempt`, `on_transition` and `on_target_transition`: see `OutcomeReporter`.
         """
         self.routes = routes
         self.upstream_clients = dict(upstream_clients)
