@@ -321,17 +321,17 @@ class HeaderReader:
         rest = before.facts.rest
         line = b"\r\n%b: %b\r\n" % (name, value)
         start = before.received.find(line) + len(name) + 4
-        end = start + len(value) - len(before.received)  # counted from the end of the lines
-        given = lines[start:end]
+        end = len(lines) - (len(before.received) - start - len(value))
         if (
             rest is None
             or rest.owner is not self
-            or len(given) > MAX_ID_BYTES
+            or not 0 <= end - start <= MAX_ID_BYTES  # a slice that ends before its start raises if it is compiled
             or not lines.startswith(before.received[:start])
-            or not lines.endswith(before.received[end:])
+            or not lines.endswith(before.received[start + len(value) :])
             or any(marker in lines for marker in self._markers)
         ):
             return None
+        given = lines[start:end]
         facts = self._named(rest, (name, given))
         if facts is None:
             return None
