@@ -14,7 +14,7 @@ def begin_body(owner: ConnectionOwner, body: BodyReceiver, left: int) -> None:
     """Pass the next `left` bytes to `body`. Without an effect but on the timeout if that is done already."""
     if owner.receiving is not body:
         owner.receiving, owner.body_left = body, left
-        owner.closing.reset()
+        owner.discarded = 0
         owner.timeouts.begin_body()
         owner.move(ConnectionEvent.BODY_AWAITED)
     owner.timeouts.await_body(owner)

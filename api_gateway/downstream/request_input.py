@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Final
 
+from api_gateway.downstream.closing import discard_body, discard_input
 from api_gateway.downstream.draining import announce_close
 from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.plain_body import take_body
@@ -65,7 +66,7 @@ class RequestIntake:
                 owner.pause_reading()
             if not request.is_response_complete:
                 return
-        owner.closing.discard_body(owner, len(piece))
+        discard_body(owner, len(piece))
 
     def on_body_complete(self) -> None:
         """End the request."""
@@ -96,7 +97,7 @@ def receive(owner: ConnectionOwner, data: bytes) -> None:
     """Process received bytes that the fast path has not taken."""
     state = owner.state
     if state.is_ending:
-        owner.closing.discard(owner, len(data))
+        discard_input(owner, len(data))
     elif state.is_held:
         _hold(owner, data)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from api_gateway.errors import GatewayError
 from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
-from api_gateway.models import Charge, Decision, Exchange
+from api_gateway.models import Charge, Decision, Exchange, Settlement
 from api_gateway.proxy.fallback import STATIC
 from api_gateway.rate_limiter import RateLimiter
 
@@ -34,7 +34,10 @@ class CostSettlement:
         clock_ns: Callable[[], int],
         recorder: Recorder,
         limit_headers: RateLimitHeaders,
+        next_number: Callable[[], int] | None = None,
     ) -> None:
+        """`next_number` numbers settlements, which are then recorded in the exchange; None: they are not recorded."""
+        self._next_number = next_number
         self._limiter = limiter
         self._clock_ns = clock_ns
         self._recorder = recorder
@@ -61,12 +64,12 @@ class CostSettlement:
                     [value[:40] for value in given[:3]],
                 )
         else:
-            self._settle(exchange, cost)
+            self.settle(exchange, cost)
 
     def on_failure(self, exchange: Exchange, error: GatewayError) -> None:
         """Refund the whole charge if nothing of the request was sent to an upstream and no response has begun."""
         if error.is_retry_safe and not exchange.status and not exchange.has_reached:
-            self._settle(exchange, 0.0)
+            self.settle(exchange, 0.0)
 
     def on_fallback(self, exchange: Exchange, error: GatewayError) -> None:
         """Count a fallback that replaces the response after `error`, and refund a static one like the error itself.
@@ -78,25 +81,29 @@ class CostSettlement:
         if exchange.fallback == STATIC:
             self.on_failure(exchange, error)
 
-    def _settle(self, exchange: Exchange, cost: float) -> None:
+    def settle(self, exchange: Exchange, cost: float) -> None:
+        """Correct the charge of an admitted exchange to `cost` tokens."""
         decision = exchange.decision
         if decision is None or not decision.allowed or cost == exchange.cost:
             return
         self._recorder.settlements["charged" if cost > exchange.cost else "refunded"] += 1
+        now_ns = self._clock_ns()
+        if self._next_number is not None:
+            exchange.settlements += (Settlement(now_ns, self._next_number(), decision, exchange.cost, cost),)
         exchange.cost = cost
-        exchange.decision = decision = self._change(exchange.charges, decision, cost)
+        exchange.decision = decision = self._change(exchange.charges, decision, cost, now_ns)
         if exchange.trial is not None and exchange.trial[1].allowed:
-            self._change(*exchange.trial, cost)
+            self._change(*exchange.trial, cost, now_ns)
         if exchange.response_headers:
             others = [pair for pair in exchange.response_headers if pair[0] not in HEADER_NAMES]
             exchange.response_headers = others + self._limit_headers.headers(decision)
 
-    def _change(self, charges: Sequence[Charge], decision: Decision, cost: float) -> Decision:
+    def _change(self, charges: Sequence[Charge], decision: Decision, cost: float, now_ns: int) -> Decision:
         """Correct the buckets from their charges to `cost`; return the decision with the new remaining tokens."""
         changes = [
             Charge(charge.key, charge.quota, charge.quota.cost_ns(cost) - charge.increment_ns) for charge in charges
         ]
-        return self._limiter.settle(changes, decision, self._clock_ns())
+        return self._limiter.settle(changes, decision, now_ns)
 
 
 def cost_of(given: Sequence[bytes]) -> float | None:

@@ -1,10 +1,11 @@
 """`kill -9` at each step of a rotation: afterwards the old or the new key is valid, never neither."""
 
 import asyncio
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,39 +25,48 @@ from pathlib import Path
 from api_gateway.clients.records import Change, KeyChange
 from tests.store.test_killed_rotations import NEW, OLD, opened
 
-STEP = int(sys.argv[2])
-count = 0
+async def rotate(place, last_step, until):
+    count = 0
 
-def step(*_):
-    global count
-    count += 1
-    if count > STEP:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def step(*_):
+        nonlocal count
+        count += 1
+        if count > last_step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def stepping(call):
-    async def wrapped(*arguments, **options):
-        step()
-        reply = await call(*arguments, **options)
-        step()
-        return reply
-    return wrapped
+    def stepping(call):
+        async def wrapped(*arguments, **options):
+            step()
+            reply = await call(*arguments, **options)
+            step()
+            return reply
+        return wrapped
 
-async def rotate():
-    store = opened(sys.argv[1])
+    store = opened(place)
     await store.load(10)
     if hasattr(store, "_connection"):
         store._connection.set_trace_callback(step)
         store._connection.set_progress_handler(step, 25)
     else:
         store._client.hget, store._client.eval = stepping(store._client.hget), stepping(store._client.eval)
-    until = float(sys.argv[3])
     change = KeyChange(add=NEW, expire=((OLD.digest, until),), requires=OLD.digest)
     await store.write("acme", Change(keys=change))
     step()
     print(count, flush=True)
-    os._exit(0)
 
-asyncio.run(rotate())
+for line in sys.stdin:  # a process for each rotation, which need not import anything
+    place, last_step, until = line.split()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            asyncio.run(rotate(place, int(last_step), float(until)))
+            status = 0
+        finally:
+            os._exit(status)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if ended:
+        print("killed" if ended == -signal.SIGKILL else f"exit code {ended}", flush=True)
 """
 
 
@@ -90,28 +100,44 @@ async def record_in(place: str) -> ClientRecord:
     return record
 
 
-def rotate_until(place: str, step: int, until: float) -> int | None:
-    """Rotate in a process that kills itself at a step; return the number of steps if it was not killed."""
-    command = [sys.executable, "-c", ROTATOR, place, str(step), str(until)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode in (0, -signal.SIGKILL), ended.stderr
-    return int(ended.stdout) if ended.returncode == 0 else None
+Rotate = Callable[[int, float], int | None]  # step and expiry of the old key; the number of steps, None if killed
+
+
+@contextmanager
+def rotator(place: str) -> Iterator[Rotate]:
+    """Start a process that starts processes which rotate, and which kill themselves at a step."""
+    command = [sys.executable, "-c", ROTATOR]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, replies = process.stdin, process.stdout
+
+        def rotate_until(step: int, until: float) -> int | None:
+            requests.write(f"{place} {step} {until}\n")
+            requests.flush()
+            said = replies.readline().strip()
+            return None if said == "killed" else int(said)
+
+        yield rotate_until
+        requests.close()
+        assert process.wait(60) == 0
 
 
 def check_all_steps(place: str, longest: int) -> int:
     """Kill the rotation at each step, or at `longest` steps with equal distances; return the number of its steps."""
     until = time.time() + 3600
     asyncio.run(prepare(place))
-    total = rotate_until(place, 1_000_000, until)
-    assert total is not None
-    for step in sorted({total * number // longest for number in range(longest)}):
-        asyncio.run(prepare(place))
-        assert rotate_until(place, step, until) is None
-        record = asyncio.run(record_in(place))
-        digests = [key.digest for key in record.keys]
-        assert digests in ([OLD.digest], [OLD.digest, NEW.digest])
-        assert all(key.is_valid_at(time.time()) for key in record.keys)
-        assert record.verified_only
+    with rotator(place) as rotate_until:
+        total = rotate_until(1_000_000, until)
+        assert total is not None
+        for step in sorted({total * number // longest for number in range(longest)}):
+            asyncio.run(prepare(place))
+            assert rotate_until(step, until) is None
+            record = asyncio.run(record_in(place))
+            digests = [key.digest for key in record.keys]
+            assert digests in ([OLD.digest], [OLD.digest, NEW.digest])
+            assert all(key.is_valid_at(time.time()) for key in record.keys)
+            assert record.verified_only
     return total
 
 

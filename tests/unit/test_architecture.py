@@ -109,16 +109,29 @@ def module_name(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__") or PACKAGE.name
 
 
-MODULES = {module_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
-LENGTHS = {module_name(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-NODES = [(name, node) for name, tree in MODULES.items() for node in ast.walk(tree)]
-FUNCTIONS = [(name, node) for name, node in NODES if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
 def package_of(module: str) -> str:
     """Return the package that a module belongs to."""
     return module.partition(".")[0]
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Return the modules by name; not read before a test needs them, as every process collects this file."""
+    return {module_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def nodes() -> list[tuple[str, ast.AST]]:
+    """Return each node with the name of its module."""
+    return [(name, node) for name, tree in modules().items() for node in ast.walk(tree)]
+
+
+def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Return each function with the name of its module."""
+    return [(name, node) for name, node in nodes() if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 @cache
@@ -140,7 +153,7 @@ def own_imports(tree: ast.Module) -> Iterator[str]:
     for name in imports(tree):
         below = name.removeprefix(f"{PACKAGE.name}.")
         while below != name and below:
-            if below in MODULES:
+            if below in modules():
                 yield below
                 break
             below = below.rpartition(".")[0]
@@ -150,20 +163,20 @@ def own_imports(tree: ast.Module) -> Iterator[str]:
 
 def packages_imported_by(package: str) -> set[str]:
     """Return the other packages that the modules of a package import."""
-    trees = [tree for name, tree in MODULES.items() if package_of(name) == package]
+    trees = [tree for name, tree in modules().items() if package_of(name) == package]
     return {package_of(other) for tree in trees for other in own_imports(tree)} - {package}
 
 
 def test_every_package_has_one_layer() -> None:
     names = [name for layer in LAYERS for name in layer]
     assert len(names) == len(set(names))
-    assert set(names) == set(map(package_of, MODULES))
+    assert set(names) == set(map(package_of, modules()))
 
 
 def test_a_package_imports_itself_and_lower_layers() -> None:
     wrong = [
         f"{name} imports {other}"
-        for name, tree in MODULES.items()
+        for name, tree in modules().items()
         for other in sorted(set(own_imports(tree)))
         if package_of(other) != package_of(name) and RANK[package_of(other)] >= RANK[package_of(name)]
     ]
@@ -176,18 +189,18 @@ def test_modules_have_no_cycles() -> None:
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, f"a cycle: {' -> '.join((*path[path.index(module) :], module))}"
         if module not in done:
-            for other in set(own_imports(MODULES[module])) - {module}:
+            for other in set(own_imports(modules()[module])) - {module}:
                 visit(other, (*path, module))
             done.add(module)
 
-    for module in MODULES:
+    for module in modules():
         visit(module, ())
 
 
 def test_imports_stand_at_the_top() -> None:
     hidden = [
         f"{name}, line {node.lineno}"
-        for name, function in FUNCTIONS
+        for name, function in functions()
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
@@ -198,7 +211,7 @@ def test_imports_stand_at_the_top() -> None:
 def test_a_library_is_known_to_its_packages_only(library: str) -> None:
     users = {
         package_of(name)
-        for name, tree in MODULES.items()
+        for name, tree in modules().items()
         if library in {found.partition(".")[0] for found in imports(tree)}
     }
     assert users == LIBRARIES[library], f"{library} is imported by {sorted(users)}"
@@ -206,16 +219,16 @@ def test_a_library_is_known_to_its_packages_only(library: str) -> None:
 
 @pytest.mark.parametrize("part", NO_CLOCK)
 def test_what_decides_reads_no_clock_and_does_not_wait(part: str) -> None:
-    modules = {name: tree for name, tree in MODULES.items() if name == part or package_of(name) == part}
-    assert modules, f"there is no {part}"
-    for name, tree in modules.items():
+    parts = {name: tree for name, tree in modules().items() if name == part or package_of(name) == part}
+    assert parts, f"there is no {part}"
+    for name, tree in parts.items():
         assert not imports(tree) & {"time", "asyncio"}, f"{name} imports a clock"
 
 
 def test_no_handler_swallows_everything() -> None:
     broad = [
         f"{name}, line {node.lineno}"
-        for name, node in NODES
+        for name, node in nodes()
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
         and all(isinstance(statement, ast.Pass) for statement in node.body)
@@ -226,18 +239,19 @@ def test_no_handler_swallows_everything() -> None:
 def test_functions_stay_short() -> None:
     long = {
         f"{name}: {node.name}": length
-        for name, node in FUNCTIONS
+        for name, node in functions()
         if (length := (node.end_lineno or 0) - node.lineno - len((ast.get_docstring(node) or "").split("\n"))) > 60
     }
     assert not long
 
 
 def test_a_module_says_what_it_is_for_and_why_it_is_long() -> None:
-    for name, tree in MODULES.items():
+    lengths = {module_name(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    for name, tree in modules().items():
         text = ast.get_docstring(tree) or ""
         assert text.splitlines()[:1] != [], f"{name} has no docstring"
-        assert LENGTHS[name] <= MAX_LINES or REASON in text.lower(), (
-            f"{name} has {LENGTHS[name]} lines, and no sentence says why"
+        assert lengths[name] <= MAX_LINES or REASON in text.lower(), (
+            f"{name} has {lengths[name]} lines, and no sentence says why"
         )
 
 
@@ -267,7 +281,7 @@ def _rows() -> Iterable[str]:
     for layer in reversed(LAYERS):
         for name in layer:
             if (PACKAGE / name).is_dir():
-                purpose = " ".join((ast.get_docstring(MODULES[name]) or "").split())
+                purpose = " ".join((ast.get_docstring(modules()[name]) or "").split())
                 lower = sorted(packages_imported_by(name) - set(HIDDEN), key=lambda one: (RANK[one], one))
                 yield f"| `{name}/` | {purpose} | {', '.join(lower)} |\n"
 
