@@ -3,7 +3,7 @@
 A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Other requests are read anew.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -170,7 +170,10 @@ class HeaderFacts:
 
 
 class RewrittenHeaders(NamedTuple):
-    """The header lines of a plain head as received, their meaning, and the lines as sent upstream."""
+    """The header lines of a plain head as received, their meaning, and the lines as sent upstream.
+
+    These do not depend on the credential, which is verified later.
+    """
 
     received: bytes
     facts: HeaderFacts
@@ -190,14 +193,13 @@ class HeaderReader:
         sources: IdentitySources = HEADER_AND_ADDRESS,
         reads_origin: bool = False,
         identity_fields: frozenset[bytes] = frozenset(),
-        rewritten: Callable[[bytes, HeaderFacts, bytes], RewrittenHeaders] = RewrittenHeaders,
         forwarding: Forwarding = BY_X_FORWARDED,
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
         Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
         policies, for which the origin of requests and their preflights matter. `identity_fields` (lower case) are set
-        by the gateway for upstreams and removed from requests; `rewritten` creates the result of `read_lines`.
+        by the gateway for upstreams and removed from requests.
         """
         self.via = via or Via()
         self._sources = sources
@@ -206,7 +208,6 @@ class HeaderReader:
         self.id_header = id_header.lower().encode()
         self.protected = frozenset({self.id_header}) | identity_fields
         self._identity_fields = identity_fields
-        self._rewritten = rewritten
         self._max_body_bytes = max_body_bytes
         self.forwarding = forwarding
         self._trusted = tuple(trusted_proxies)
@@ -283,7 +284,7 @@ class HeaderReader:
         else:
             facts = (self._remembered if is_short else self._read_plain)(peer, scheme, tuple(found))
         return (
-            None if facts is None else self._rewritten(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
+            None if facts is None else RewrittenHeaders(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
         )
 
     def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
@@ -335,8 +336,7 @@ class HeaderReader:
         facts = self._named(rest, (name, given))
         if facts is None:
             return None
-        sent = before[2].replace(line, b"\r\n%b: %b\r\n" % (name, given), 1)  # what `rewritten` was given
-        return self._rewritten(lines, facts, sent)
+        return RewrittenHeaders(lines, facts, before.sent.replace(line, b"\r\n%b: %b\r\n" % (name, given), 1))
 
     def _read_claimed(
         self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...], given: tuple[tuple[bytes, bytes], ...]
