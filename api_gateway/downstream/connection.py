@@ -324,7 +324,7 @@ class DownstreamConnection:
             end_connection(self, has_input=self.receiving is not None)
 
     def receive_body(self, body: BodyReceiver, left: int) -> None:
-        """Pass the rest of the body of the exchange in flight to `body`: `left` bytes, or what the parser reads."""
+        """Pass the rest of the body of the exchange in flight to `body`: `left` bytes, or (0) what is parsed."""
         begin_body(self, body, left)
 
     @property
@@ -343,14 +343,22 @@ class DownstreamConnection:
             self.close()
 
     def run_asgi(
-        self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
+        self,
+        app: Any,
+        method: str,
+        target: bytes,
+        headers: HeaderList,
+        body: bytes,
+        trailers: HeaderList,
+        *,
+        keep_alive: bool,
     ) -> None:
         """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it.
 
         `body` is what has arrived of its body; the rest follows if `receive_body` was called for it.
         """
         cycle = self.cycle_of(RequestHead(method, target, headers, "1.1", len(body), keep_alive=keep_alive))
-        cycle.app = app
+        cycle.app, cycle.trailers = app, trailers
         take_over(self, cycle, body)
 
     def become_idle(self) -> None:
