@@ -324,7 +324,7 @@ class HeaderReader:
         )
         kept = [pair for pair in headers if pair[0].lower() not in dropped]
         sent = lines_of([*kept, *added, self.via.field(head.version)])
-        return self._rewritten(lines_of(headers), facts, sent)
+        return RewrittenHeaders(lines_of(headers), facts, sent)
 
     def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
         """Return the facts, with the client id read separately from the other header fields.
@@ -334,7 +334,7 @@ class HeaderReader:
         names = [pair for pair in found if pair[0].lower() == self.id_header]
         if len(names) != 1 or not self._has_own_id_header:
             return self._read_plain(peer, scheme, found)
-        anonymous = self._anonymous(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
+        anonymous = self._anonymous(peer, scheme, tuple([pair for pair in found if pair != names[0]]))
         if anonymous is None:
             return None
         facts = self._named(anonymous, names[0])

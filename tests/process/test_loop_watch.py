@@ -81,6 +81,7 @@ def test_a_gateway_in_a_process_of_its_own_is_watched_too(
         eventually(lambda: any(REPORTS.iterdir()), "it is reported")
         assert running.terminate() == 0
     found = reports_of_processes()
+    assert found
     assert all("asleep" in report for report in found), found
 
 
