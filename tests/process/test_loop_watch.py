@@ -1,10 +1,12 @@
 """The detector of callbacks that hold the event loop: it finds them, and a busy machine does not trouble it."""
 
+import asyncio
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from api_gateway.eventloop.lag_sampler import LagSampler
 from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of
-from tests.loop_watch import cpu_limit
+from tests.loop_watch import LIMIT, LoopWatch, Watched, cpu_limit
 from tests.processes import REPORTS, config_file, process, reports_of_processes
 
 Start = Callable[[dict[str, Any]], RunningGateway]
@@ -60,6 +62,31 @@ def test_a_callback_that_holds_the_loop_is_named(
     found = loop_reports[:]
     loop_reports.clear()  # they do not fail this test
     assert all(hold.__name__ in report for report in found), found
+
+
+@dataclass(eq=False)
+class Sampled(Watched):
+    """A thread whose CPU time and voluntary context switches are given."""
+
+    used: float = 0.0
+    counted: int = 0
+
+    def now(self) -> float:
+        return self.used
+
+    def state(self) -> tuple[str, int]:
+        return "R", self.counted
+
+
+@pytest.mark.parametrize(("switches", "is_reported"), [(1, True), (12, False)])
+async def test_many_calls_between_two_samples_are_not_one(switches: int, *, is_reported: bool) -> None:
+    """The watch waits for the interpreter lock, which the thread gives to others meanwhile, or does not give."""
+    reports: list[str] = []
+    watch, watched, frame = LoopWatch(reports.append), Sampled(asyncio.get_running_loop()), sys._getframe()
+    watch._sample(watched, None, 0.0, 0.0)
+    watched.used, watched.counted = 0.1 * watched.cpu_limit / LIMIT, switches
+    watch._sample(watched, frame, 0.2, 0.2 * watched.cpu_limit / LIMIT)
+    assert bool(reports) is is_reported
 
 
 def test_a_gateway_in_a_process_of_its_own_is_watched_too(
