@@ -33,6 +33,7 @@ import uvicorn
 
 LIMIT = 0.05  # seconds
 TRACED_FACTOR = 4  # in CPU time: the interpreter calls a trace function for each line when coverage is measured
+BUSY_FACTOR = 2  # in CPU time: hardware threads share a core, and processes its caches
 PERIOD = 0.01  # seconds between samples
 # Seconds of CPU time for each voluntary context switch above which a thread was in one call. The interpreter asks a
 # thread for the lock every 5 ms, and it waits each time it gives the lock: to any thread, not always to this one.
@@ -44,7 +45,8 @@ Report = Callable[[str], None]
 
 def cpu_limit() -> float:
     """Return the seconds of CPU time that a callback in this thread may use."""
-    return LIMIT * (TRACED_FACTOR if sys.gettrace() else 1)
+    is_busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
+    return LIMIT * (TRACED_FACTOR if sys.gettrace() else 1) * (BUSY_FACTOR if is_busy else 1)
 
 
 @dataclass(eq=False)

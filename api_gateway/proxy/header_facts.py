@@ -44,7 +44,9 @@ from api_gateway.proxy.request_id import given_request_id
 
 MAX_INSPECTED = 32  # inspected header fields of a plain head
 MAX_REMEMBERED_BYTES = 4_096  # size of the largest header section that is remembered
-MAX_REMEMBERED = 1_024  # entries of each cache
+MAX_REMEMBERED = 1_024  # entries of each cache but the following
+MAX_NAMED = 16_384  # client ids with their facts, about 1 KB each
+MAX_FIRST = 256  # entries of the cache of whole header sections
 MAX_ID_BYTES = 128  # size of the largest client id
 
 
@@ -226,8 +228,9 @@ class HeaderReader:
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset()) | identity_fields
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
         self._anonymous = lru_cache(maxsize=MAX_REMEMBERED)(self._read_plain)
-        self._named = lru_cache(maxsize=MAX_REMEMBERED)(self._with_id)
+        self._named = lru_cache(maxsize=MAX_NAMED)(self._with_id)
         self._claimed = lru_cache(maxsize=MAX_REMEMBERED)(self._read_claimed)
+        self._first = lru_cache(maxsize=MAX_FIRST)(self._read_anew)
 
     def __repr__(self) -> str:
         return f"<HeaderReader [{self._remembered.cache_info().currsize} header sets remembered]>"
@@ -272,12 +275,20 @@ class HeaderReader:
         """Return the meaning of the header lines of a plain head, and the lines for the upstream.
 
         None if the head is not plain: the general parser must read it. `before` are the header lines of an earlier
-        request of the same connection.
+        request of the same connection. The lines of a first request are looked up as a whole, because a client that
+        opens a connection for each request repeats them.
         """
-        if before is not None and before.facts.rest is not None:
+        if before is None:
+            read = self._first if len(lines) <= MAX_REMEMBERED_BYTES else self._read_anew
+            return read(peer, scheme, lines, max_lines)
+        if before.facts.rest is not None:
             headers = self._of_another_client(before, lines)
             if headers is not None:
                 return headers
+        return self._read_anew(peer, scheme, lines, max_lines)
+
+    def _read_anew(self, peer: str, scheme: str, lines: bytes, max_lines: int) -> RewrittenHeaders | None:
+        """Find the inspected header fields, and look up their meaning."""
         found = self._inspected.find(lines)
         if found is None or len(found) > MAX_INSPECTED or lines.count(b"\n") - 1 > max_lines:
             return None
@@ -368,9 +379,11 @@ class HeaderReader:
             or not 0 <= end - start <= MAX_ID_BYTES  # a slice that ends before its start raises if it is compiled
             or not lines.startswith(before.received[:start])
             or not lines.endswith(before.received[start + len(value) :])
-            or any(marker in lines for marker in self._markers)
         ):
             return None
+        for marker in self._markers:
+            if marker in lines:
+                return None
         given = lines[start:end]
         facts = self._named(rest, (name, given))
         if facts is None:
