@@ -57,10 +57,10 @@ class HeaderFacts:
     `added` for plain heads only. `client`, `principal` and `priority` are set for the registry version `version`, and
     `charges` for `client` and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used
     last, has to decide on such requests. `claim` is the credential that decides who the client is, None without one;
-    `credentials` are the header fields that have a credential of this gateway. `proof` is what the claim proved, for
-    the registry version `version`. `forged` are the header fields that only the gateway may send to upstreams. `rest`
-    are the facts of the other header fields, and `id_field` is the one with the client id, if the two are read
-    separately.
+    `further` are others, which must be valid too. `credentials` are the header fields that have a credential of this
+    gateway. `proof` is what the claim proved, for the registry version `version`. `forged` are the header fields that
+    only the gateway may send to upstreams. `rest` are the facts of the other header fields, and `id_field` is the one
+    with the client id, if the two are read separately.
     """
 
     __slots__ = (
@@ -79,6 +79,7 @@ class HeaderFacts:
         "expectation",
         "forged",
         "forwarding",
+        "further",
         "host",
         "host_field",
         "id_field",
@@ -147,6 +148,7 @@ class HeaderFacts:
         self.cors: CorsFields | None = None  # of responses by `cors_route`, the route that was used last
         self.cors_route: object = None
         self.claim: Claim | None = None
+        self.further: tuple[Claim, ...] = ()
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
         self.proof: Proof | None = None
@@ -206,9 +208,10 @@ class HeaderReader:
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
-        Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
-        policies, for which the origin of requests and their preflights matter. `identity_fields` (lower case) are set
-        by the gateway for upstreams and removed from requests.
+        Credentials of `sources` are recognised, and not forwarded on the fast path; trailers with the names of their
+        fields (`never_trailing`) never are. `reads_origin`: there are CORS policies, for which the origin of requests
+        and their preflights matter. `identity_fields` (lower case) are set by the gateway for upstreams and removed
+        from requests.
         """
         self.via = via or Via()
         self._sources = sources
@@ -216,6 +219,7 @@ class HeaderReader:
         self._credential_lines = InspectedHeaders(sources.fields)
         self.id_header = id_header.lower().encode()
         self.protected = frozenset({self.id_header}) | identity_fields
+        self.never_trailing = self.protected | sources.fields
         self._identity_fields = identity_fields
         self._max_body_bytes = max_body_bytes
         self.forwarding = forwarding
@@ -409,7 +413,10 @@ class HeaderReader:
         return facts
 
     def _set_claim(self, facts: HeaderFacts, fields: Fields) -> None:
-        facts.claim, names = self._sources.claims(fields, has_name=facts.name is not None)
+        facts.claim, facts.further = self._sources.claims(fields, has_name=facts.name is not None)
+        names = frozenset[bytes]().union(
+            *(claim.names for claim in (facts.claim, *facts.further) if claim is not None)
+        )
         if self.id_header in names:  # its value is a credential, and no id
             facts.name = facts.name_error = None
         if names:

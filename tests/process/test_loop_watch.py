@@ -14,7 +14,7 @@ import pytest
 
 from api_gateway.eventloop.lag_sampler import LagSampler
 from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of
-from tests.loop_watch import LIMIT, LoopWatch, Watched, cpu_limit
+from tests.loop_watch import LoopWatch, Watched, cpu_limit
 from tests.processes import REPORTS, config_file, process, reports_of_processes
 
 Start = Callable[[dict[str, Any]], RunningGateway]
@@ -26,14 +26,14 @@ def sleep() -> None:
 
 def spin(seconds: float | None = None) -> None:
     """Use this much of the thread's CPU time; without an argument, more than is allowed."""
-    end = time.thread_time() + (2 * cpu_limit() if seconds is None else seconds)
+    end = time.thread_time() + (4 * cpu_limit() if seconds is None else seconds)
     while time.thread_time() < end:
         pass
 
 
 def compute() -> None:
     """Use CPU time in one call that does not return to the interpreter."""
-    end = time.thread_time() + 0.15
+    end = time.thread_time() + 4 * cpu_limit()
     while time.thread_time() < end:
         sum(range(5_000_000))
 
@@ -78,14 +78,15 @@ class Sampled(Watched):
         return "R", self.counted
 
 
-@pytest.mark.parametrize(("switches", "is_reported"), [(1, True), (12, False)])
-async def test_many_calls_between_two_samples_are_not_one(switches: int, *, is_reported: bool) -> None:
+@pytest.mark.parametrize(("switches_per_second", "is_reported"), [(10, True), (150, False)])
+async def test_many_calls_between_two_samples_are_not_one(switches_per_second: int, *, is_reported: bool) -> None:
     """The watch waits for the interpreter lock, which the thread gives to others meanwhile, or does not give."""
     reports: list[str] = []
     watch, watched, frame = LoopWatch(reports.append), Sampled(asyncio.get_running_loop()), sys._getframe()
     watch._sample(watched, None, 0.0, 0.0)
-    watched.used, watched.counted = 0.1 * watched.cpu_limit / LIMIT, switches
-    watch._sample(watched, frame, 0.2, 0.2 * watched.cpu_limit / LIMIT)
+    watched.used = 2 * watched.cpu_limit
+    watched.counted = int(watched.used * switches_per_second)
+    watch._sample(watched, frame, watched.used, watched.used)
     assert bool(reports) is is_reported
 
 
