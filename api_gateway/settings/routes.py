@@ -85,7 +85,7 @@ class RouteSection(Section):
     )
     methods: Methods | None = None
     host: Annotated[str, AfterValidator(_host)] | None = None
-    cost: float = Field(default=1, ge=0, le=1_000_000_000)
+    cost: float = Field(default=1.0, ge=0, le=1_000_000_000)
     candidate_cost: Cost | None = Field(default=None, description="Evaluated beside the cost and only counted.")
     costs: list[CostSection] = Field(default=[])
     cost_from: CostFromSection | None = None
