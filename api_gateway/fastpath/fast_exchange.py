@@ -85,6 +85,7 @@ class FastExchange(AttemptingExchange):
         exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
         key = exchange.client_key
         if not upstream_client.is_simple:
+            self.is_watched = route.content_cost is not None
             key = self._key(upstream_client)
         exchange.upstream = route.upstream
         if self.upload is not None and self.upload.is_too_large:
