@@ -15,6 +15,8 @@ Clock = Callable[[], float]  # monotonic seconds
 
 NANOSECONDS = 1_000_000_000
 
+KEY_PREFIX = "agw_"  # of API keys, see `clients.api_keys`
+
 # Source of a decision: buckets in this process; the store; the cache of refusals that are certain by the store's last
 # reading; or, while the store is unavailable, the policy for outages.
 DecisionSource = Literal["memory", "store", "deny_cache", "local_share", "deny", "allow"]
