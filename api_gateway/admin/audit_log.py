@@ -35,7 +35,7 @@ class AuditAction(StrEnum):
     TIER_SET = "tier_set"
     GRANT_SET = "grant_set"
     GRANT_ENDED = "grant_ended"
-    BUCKET_FILLED = "bucket_filled"
+    BUCKETS_FILLED = "buckets_filled"
     CLIENT_REMOVED = "client_removed"
     KEY_CREATED = "key_created"
     KEY_ROTATED = "key_rotated"

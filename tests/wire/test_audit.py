@@ -14,7 +14,7 @@ CHANGES: list[tuple[str, str, dict[str, Any] | None, AuditAction]] = [
     ("POST", "/clients/acme/tier", {"tier": "BASIC"}, AuditAction.TIER_SET),
     ("POST", "/clients/acme/grants", {"tier": "BASIC", "duration_seconds": 60}, AuditAction.GRANT_SET),
     ("DELETE", "/clients/acme/grants", None, AuditAction.GRANT_ENDED),
-    ("POST", "/clients/acme/reset", {}, AuditAction.BUCKET_FILLED),
+    ("POST", "/clients/acme/reset", {}, AuditAction.BUCKETS_FILLED),
     ("POST", "/clients/acme/keys", {"label": "ci"}, AuditAction.KEY_CREATED),
     ("POST", "/clients/acme/keys/{key}/rotate", {}, AuditAction.KEY_ROTATED),
     ("DELETE", "/clients/acme/keys/{key}", None, AuditAction.KEY_REVOKED),
