@@ -205,7 +205,7 @@ async def test_an_id_that_needs_a_proof_needs_one_too_while_its_record_cannot_be
             await store.write(f"client-{number}", Change(keys=KeyChange(add=made(number))))
             await store.write(f"open-{number}", Change(keys=KeyChange(add=made(100 + number)), verified_only=False))
             await store.write(f"tier-{number}", Change(tier="BASIC"))
-    async with following(opened(), limit=5, deadline=CALM) as registry:
+    async with following(opened(), limit=25, deadline=CALM) as registry:  # a smaller filter would be full
         registry.store_error = "unavailable"
         keyed = [registry.try_get(f"client-{number}") for number in range(20)]
         assert all(client is not None and client.is_verified_only for client in keyed)
