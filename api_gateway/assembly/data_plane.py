@@ -8,7 +8,7 @@ from api_gateway.assembly.forwarding import forwarding_of
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
 from api_gateway.assembly.identity_observer import IdentityObserver
-from api_gateway.assembly.routes import address_rules, cors_of
+from api_gateway.assembly.routes import address_rules
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
@@ -26,6 +26,7 @@ from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
 from api_gateway.proxy.identified_headers import IdentifiedHeaders
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
+from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -33,7 +34,6 @@ from api_gateway.proxy.stages import (
     DecisionNumberStage,
     IdentityStage,
     LoadSheddingStage,
-    RateLimitStage,
     RouteStage,
 )
 from api_gateway.resilience.breaker_history import Transition
@@ -63,12 +63,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     cors = _cors(gateway)
     headers = _headers(gateway, sources, cors)
     router = _router(gateway, settlement, headers, server_headers)
-    limits = RateLimitStage(
-        limiter=gateway.limiter,
-        address_quota=gateway.address_quota,
-        exempt=config.address_limit.exempt,
-        shadow=_shadow(gateway),
-    )
+    limits = _limits(gateway)
     admission = _admission(gateway, router, limits, sources, cors)
     record = ExchangeMiddleware(
         AdmissionMiddleware(
@@ -77,6 +72,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
             router=router,
             limit_headers=limit_headers,
             clock_ns=clocks.monotonic_ns,
+            open_exchanges=gateway.open_exchanges,
         ),
         clock=clocks.monotonic,
         recorder=recorder,
@@ -103,11 +99,26 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
         claim_of_key=sources.claim_of_key,
-        accepts_keys="api_key" in config.identity.sources,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
     return record, fast_path, explainer
+
+
+def _limits(gateway: Gateway) -> RateLimitStage:
+    exempt, shadow = gateway.config.address_limit.exempt, _shadow(gateway)
+    if not gateway.quotas.limits:
+        return RateLimitStage(
+            limiter=gateway.limiter, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
+        )
+    return LimitListStage(
+        limiter=gateway.limiter,
+        address_quota=gateway.address_quota,
+        exempt=exempt,
+        shadow=shadow,
+        limits=gateway.quotas.limits,
+        routes=gateway.table,
+    )
 
 
 def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | None) -> HeaderReader:
@@ -125,12 +136,18 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
         sources=sources,
         identity_fields=claims | unproved,
         rewritten=IdentifiedHeaders if claims else RewrittenHeaders,
+        limit_fields=frozenset(
+            part.removeprefix("header:").encode()
+            for limit in gateway.quotas.limits
+            for part in limit.key
+            if part.startswith("header:")
+        ),
     )
 
 
 def _cors(gateway: Gateway) -> CorsPolicies | None:
     """Return the CORS policies, None if there are none."""
-    default = cors_of(gateway.config.cors)
+    default = gateway.cors
     if default is None and all(route.cors is None for route in gateway.routes):
         return None
     return CorsPolicies(gateway.table, default)
@@ -195,7 +212,10 @@ def _admission(
 
 
 def _router(
-    gateway: Gateway, settlement: CostSettlement, headers: HeaderReader, server_headers: frozenset[bytes]
+    gateway: Gateway,
+    settlement: CostSettlement,
+    headers: HeaderReader,
+    server_headers: frozenset[bytes],
 ) -> Router:
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     return Router(
@@ -204,6 +224,7 @@ def _router(
         clock=clocks.monotonic,
         max_body_bytes=config.server.max_body_bytes,
         protected=headers.protected,
+        never_trailing=headers.never_trailing,
         omit=server_headers,
         via=headers.via,
         observe_attempt=recorder.observe_attempt,

@@ -25,6 +25,7 @@ from api_gateway.assembly.stores import (
     Quotas,
     hold_state_folder,
     limiter_of,
+    move_buckets,
     registry_of,
     requote,
 )
@@ -47,9 +48,11 @@ from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
-from api_gateway.models import Quota
+from api_gateway.models import Client, Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
+from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.priorities import PriorityClasses
@@ -88,6 +91,8 @@ class Gateway:
     pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
     numbers: DecisionNumbers
     tokens: JwtSource | None  # None unless tokens are a source of identities
+    cors: CorsPolicy | None  # of routes without one of their own
+    open_exchanges: OpenExchanges
 
     @property
     def address_quota(self) -> Quota | None:
@@ -95,9 +100,19 @@ class Gateway:
         return self.quotas.address
 
     @property
+    def route_names(self) -> list[str]:
+        """The names of all routes."""
+        return [route.name for route in self.routes]
+
+    @property
+    def accepts_keys(self) -> bool:
+        """True if API keys are a source of identities."""
+        return "api_key" in self.config.identity.sources
+
+    @property
     def candidates(self) -> Mapping[str, Quota]:
-        """Candidate quotas by tier."""
-        return self.quotas.candidates
+        """Candidate quotas by the name of the quota in force."""
+        return self.quotas.all_candidates
 
     @property
     def upstream_clients(self) -> dict[str, UpstreamClient]:
@@ -116,6 +131,7 @@ class Plan:
     priorities: PriorityClasses
     upstreams: Mapping[str, UpstreamPlan | None]
     tokens: JwtSource | None
+    cors: CorsPolicy | None
 
 
 class Assembly:
@@ -212,7 +228,9 @@ class Assembly:
             upstreams[name] = None if is_same else plan
         ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
         tokens = self._issuers.plan(config, None if before is None else before.tokens)
-        return Plan(config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams, tokens)
+        return Plan(
+            config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams, tokens, cors
+        )
 
     def commit(self, plan: Plan) -> Gateway:
         """Put a planned configuration into force. Requests in progress end under the one that they began with."""
@@ -239,6 +257,7 @@ class Assembly:
             priorities=plan.priorities,
             upstreams=upstreams,
             tokens=plan.tokens,
+            cors=plan.cors,
         )
         return self.gateway
 
@@ -248,6 +267,11 @@ class Assembly:
     def _on_withdrawal(self) -> None:
         """Have clients resolved anew, as a token that proved one may not be valid any more."""
         self.gateway.clients.bump_version()
+
+    def _on_client_change(self, before: Client, after: Client) -> None:
+        """Convert the buckets of a client whose tier has changed, under the limits in force."""
+        gateway = self.gateway
+        move_buckets(gateway.limiter, gateway.quotas.limits, before, after, self._clocks.monotonic_ns())
 
     def _build(self, plan: Plan, pseudonym: str) -> Gateway:
         config, quotas, clocks = plan.config, plan.quotas, self._clocks
@@ -265,7 +289,7 @@ class Assembly:
             priorities=plan.priorities,
             upstreams=upstreams,
             limiter=limiter,
-            clients=registry_of(config, quotas, limiter, clocks),
+            clients=registry_of(config, quotas, clocks, self._on_client_change),
             recorder=Recorder(
                 (route.name for route in plan.routes),
                 upstreams,
@@ -290,8 +314,10 @@ class Assembly:
             ),
             clocks=clocks,
             pseudonym=pseudonym,
-            numbers=DecisionNumbers(clocks.monotonic_ns, clocks.wall),
+            numbers=DecisionNumbers(f"{self._source.getrandbits(32):08x}", clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
+            cors=plan.cors,
+            open_exchanges=OpenExchanges(),
         )
 
     # Upstreams

@@ -5,7 +5,7 @@ A plain head (see `http1.fast_parser`) is looked up by the bytes of its header l
 The module is long because both readings, of lines and of fields, must agree in what they forward.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ MAX_REMEMBERED = 1_024  # entries of each cache but the following
 MAX_NAMED = 16_384  # client ids with their facts, about 1 KB each
 MAX_FIRST = 256  # entries of the cache of whole header sections
 MAX_ID_BYTES = 128  # size of the largest client id
+NONE_KEYED: Mapping[bytes, str] = {}
+NONE_CHARGED: dict[tuple[str | None, str, float], list[Charge]] = {}  # replaced when the client is determined
 
 
 class HeaderFacts:
@@ -57,10 +59,11 @@ class HeaderFacts:
     `added` for plain heads only. `client`, `principal` and `priority` are set for the registry version `version`, and
     `charges` for `client` and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used
     last, has to decide on such requests. `claim` is the credential that decides who the client is, None without one;
-    `credentials` are the header fields that have a credential of this gateway. `proof` is what the claim proved, for
-    the registry version `version`. `forged` are the header fields that only the gateway may send to upstreams. `rest`
-    are the facts of the other header fields, and `id_field` is the one with the client id, if the two are read
-    separately.
+    `further` are others, which must be valid too. `credentials` are the header fields that have a credential of this
+    gateway. `proof` is what the claim proved, for the registry version `version`. `keyed` are the values of header
+    fields that limits count by (for `/explain`, also `:organisation` and `:claim:PATH`), `charged` the charges by
+    route, method and cost. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the
+    facts of the other header fields, and `id_field` is the one with the client id, if the two are read separately.
     """
 
     __slots__ = (
@@ -68,6 +71,7 @@ class HeaderFacts:
         "added",
         "admission",
         "ambiguity",
+        "charged",
         "charges",
         "claim",
         "client",
@@ -79,6 +83,7 @@ class HeaderFacts:
         "expectation",
         "forged",
         "forwarding",
+        "further",
         "host",
         "host_field",
         "id_field",
@@ -86,6 +91,7 @@ class HeaderFacts:
         "is_loop",
         "is_trusted",
         "keep_alive",
+        "keyed",
         "length",
         "name",
         "name_error",
@@ -147,9 +153,12 @@ class HeaderFacts:
         self.cors: CorsFields | None = None  # of responses by `cors_route`, the route that was used last
         self.cors_route: object = None
         self.claim: Claim | None = None
+        self.further: tuple[Claim, ...] = ()
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
         self.proof: Proof | None = None
+        self.keyed: Mapping[bytes, str] = NONE_KEYED
+        self.charged = NONE_CHARGED
         self.rest: HeaderFacts | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
@@ -175,6 +184,7 @@ class HeaderFacts:
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
         other.origin, other.preflight, other.forged = self.origin, self.preflight, self.forged
         other.forwarding, other.reported = self.forwarding, self.reported
+        other.keyed = self.keyed
         return other
 
 
@@ -201,12 +211,15 @@ class HeaderReader:
         identity_fields: frozenset[bytes] = frozenset(),
         rewritten: Callable[[bytes, HeaderFacts, bytes], RewrittenHeaders] = RewrittenHeaders,
         forwarding: Forwarding = BY_X_FORWARDED,
+        limit_fields: frozenset[bytes] = frozenset(),
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
-        Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
-        policies, for which the origin of requests and their preflights matter. `identity_fields` (lower case) are set
-        by the gateway for upstreams and removed from requests; `rewritten` creates the result of `read_lines`.
+        Credentials of `sources` are recognised, and not forwarded on the fast path; trailers with the names of their
+        fields (`never_trailing`) never are. `reads_origin`: there are CORS policies, for which the origin of requests
+        and their preflights matter. `identity_fields` (lower case) are set by the gateway for upstreams and removed
+        from requests; `rewritten` creates the result of `read_lines`. `limit_fields` (lower case) are those that
+        limits count by.
         """
         self.via = via or Via()
         self._sources = sources
@@ -214,6 +227,7 @@ class HeaderReader:
         self._credential_lines = InspectedHeaders(sources.fields)
         self.id_header = id_header.lower().encode()
         self.protected = frozenset({self.id_header}) | identity_fields
+        self.never_trailing = self.protected | sources.fields
         self._identity_fields = identity_fields
         self._rewritten = rewritten
         self._max_body_bytes = max_body_bytes
@@ -221,7 +235,8 @@ class HeaderReader:
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
         self._reads_origin = reads_origin
-        inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset())
+        self._limit_fields = limit_fields
+        inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset()) | limit_fields
         self._inspected = InspectedHeaders(inspected)
         # False if the client id is in a header field that has another meaning too, or is not forwarded.
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset()) | identity_fields
@@ -253,6 +268,10 @@ class HeaderReader:
             facts.reported = client.hop
         if self._reads_origin:
             facts.origin, facts.preflight = origin_of(fields), preflight_of(fields)
+        if self._limit_fields:
+            facts.keyed = {
+                name: b", ".join(fields[name]).decode("latin-1") for name in self._limit_fields if fields.get(name)
+            }
         self._set_name(facts, fields)
         if self._markers:
             self._set_claim(facts, fields)
@@ -409,7 +428,10 @@ class HeaderReader:
         return facts
 
     def _set_claim(self, facts: HeaderFacts, fields: Fields) -> None:
-        facts.claim, names = self._sources.claims(fields, has_name=facts.name is not None)
+        facts.claim, facts.further = self._sources.claims(fields, has_name=facts.name is not None)
+        names = frozenset[bytes]().union(
+            *(claim.names for claim in (facts.claim, *facts.further) if claim is not None)
+        )
         if self.id_header in names:  # its value is a credential, and no id
             facts.name = facts.name_error = None
         if names:

@@ -5,6 +5,7 @@ may read differently (see `http1.request_paths`) costs as much as its dearest re
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
@@ -16,7 +17,7 @@ from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.url_rewriting import UrlRewriter
 
 # In place of a request target, compared by identity:
-_UNKNOWN = b"%unknown"  # only the decoded path is known
+UNKNOWN_TARGET = b"%unknown"  # only the decoded path is known
 _READING = b"*reading"  # the path is one of the readings
 
 _FEW_SEGMENTS = 8  # segments that are cut off from the end; more are cut off by splitting the beginning
@@ -127,7 +128,7 @@ class RouteTable:
         """Return all routes."""
         return (route for routes in self._routes.values() for route in routes)
 
-    def find(self, host: str, method: str, path: str, raw_target: bytes = _UNKNOWN) -> tuple[Route, float]:
+    def find(self, host: str, method: str, path: str, raw_target: bytes = UNKNOWN_TARGET) -> tuple[Route, float]:
         """Return the route of a request and its cost in tokens.
 
         `path` is percent-decoded; `raw_target` is the request target with the same path as sent, from which the
@@ -161,6 +162,18 @@ class RouteTable:
             prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
 
+    def read_as(self, host: str, method: str, path: str, raw_target: bytes) -> frozenset[str]:
+        """Return the names of the routes of all readings of a path; empty if it has only one reading."""
+        is_plain = not ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target)
+        if is_plain or not is_unusual(path):
+            return frozenset()
+        names = set()
+        with suppress(ValueError):
+            for reading in readings(raw_target.partition(b"?")[0].decode("latin-1")):
+                with suppress(NoRoute, MethodNotAllowed):
+                    names.add(self.find(host, method, reading, _READING)[0].name)
+        return frozenset(names)
+
     def at(self, host: str, path: str) -> Route | None:
         """Return the first route of the longest prefix of a path (percent-decoded), whichever its methods."""
         prefix = "/".join(matching_path(path).split("/", self._depth + 1)[: self._depth + 1])
@@ -178,7 +191,7 @@ class RouteTable:
         resolve dot segments. Readings with repeated slashes cost no more than those without.
         """
         try:
-            if raw_target is _UNKNOWN:
+            if raw_target is UNKNOWN_TARGET:
                 found = readings(path, is_decoded=True)
             else:
                 found = readings(raw_target.partition(b"?")[0].decode("latin-1"))
