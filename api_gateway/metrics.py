@@ -51,7 +51,7 @@ OTHER = "_other"
 NO_ROUTE = "_none"
 NO_TIER = "_none"
 GATEWAY = "_gateway"  # instead of an upstream, for requests that are shed before their upstream is known
-# Results of a cost settlement: more was charged, some or all was refunded, or the upstream's value was unreadable.
+# Results of a cost settlement: more was charged, some or all was refunded, or there was no valid value.
 SETTLEMENTS = ("charged", "refunded", "unreadable")
 
 # Reasons for which requests would be refused if `identity.mode` were `enforce`.
