@@ -286,4 +286,5 @@ def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregato
         overrides=gateway.overrides,
         route_names=gateway.route_names,
         accepts_keys=gateway.accepts_keys,
+        usage=gateway.usage,
     )

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from api_gateway.admin import breakers, clients, configuration, explain, health, keys, metrics
+from api_gateway.admin import breakers, clients, configuration, explain, health, keys, metrics, usage
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
@@ -32,6 +32,7 @@ _ROUTERS = (
     clients.overview_router,
     clients.router,
     keys.router,
+    usage.router,
 )
 
 
