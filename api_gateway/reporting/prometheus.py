@@ -27,6 +27,7 @@ from api_gateway.reporting.prometheus_families import (
     SingleMetric,
     duration_histogram,
     family_in_pieces,
+    limit_families,
     refusal_families,
     without_head,
 )
@@ -157,6 +158,7 @@ class PrometheusExposition:
             for tier, count in by_tier.items():
                 family.add_metric([tier], count)
             yield family
+        yield from limit_families(self._recorder)
         settlements = CounterMetricFamily(
             "gateway_rate_limit_settlements", "Costs settled after the response.", labels=["result"]
         )

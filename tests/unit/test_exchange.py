@@ -44,8 +44,9 @@ from api_gateway.proxy.exchange import (
     successor,
 )
 from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
+from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import Route, RouteTable
-from api_gateway.proxy.stages import DeadlineStage, IdentityStage, RateLimitStage, RouteStage
+from api_gateway.proxy.stages import DeadlineStage, IdentityStage, RouteStage
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.resilience.breaker_policy import BreakerPolicy
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
@@ -278,9 +279,11 @@ class AskingLimiter:
         if self.replies_at_once:
             on_decision(decision)
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
-        self.settled.append(charges)
-        return self._limiter.settle(charges, decision, now_ns)
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
+        self.settled.append(changes)
+        return self._limiter.settle(changes, decision, now_ns, settled_to)
 
 
 class Body(NamedTuple):

@@ -363,6 +363,8 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/explain",
         "/usage",
         "/usage/me",
+        "/limits",
+        "/tiers",
     }
 
 
