@@ -28,6 +28,7 @@ _COUNTERS = (
     "bare_client_ids",
     "settlements",
     "operator_rejections",
+    "operator_changes",
     "dropped_lines",
     "write_errors",
     "parsed_heads",
@@ -140,6 +141,7 @@ class Recorder:
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
+        self.operator_changes: Counter[str] = Counter()  # changes by operators, by action
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
