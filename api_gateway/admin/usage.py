@@ -71,7 +71,7 @@ class _Period:
 Period = Annotated[_Period, Depends(_Period)]
 By = Annotated[str, Query(description="Any of client, route and day, separated by commas.", examples=["route,day"])]
 Format = Annotated[UsageFormat | None, Query(description="By default as Accept says: text/csv, or JSON.")]
-Limit = Annotated[int, Query(ge=1, le=100_000, description="The most rows; more are an error.")]
+RowLimit = Annotated[int, Query(ge=1, le=100_000, description="The most rows; more are an error.")]
 
 
 @router.get(
@@ -88,7 +88,7 @@ async def usage(
     by: By = "client",
     client: Annotated[str | None, Query(description="Only of this client.")] = None,
     format: Format = None,  # noqa: A002 - the name of the query parameter
-    limit: Limit = 10_000,
+    limit: RowLimit = 10_000,
 ) -> Response:
     """Return the sums of a period: JSON, JSON lines or CSV. Each machine has the usage of its own processes."""
     question = _question(period, _groups(by, GROUPS), client, limit)
@@ -112,7 +112,7 @@ async def own_usage(
     period: Period,
     by: By = "route,day",
     format: Format = None,  # noqa: A002 - the name of the query parameter
-    limit: Limit = 10_000,
+    limit: RowLimit = 10_000,
 ) -> Response:
     """Return the usage of the client that the request identifies, as proxied requests do."""
     ledger = _ledger(context)
