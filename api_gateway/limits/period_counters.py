@@ -1,0 +1,356 @@
+"""Counters of calendar quotas in memory: what each client has used of its allowance in the present period.
+
+Amounts are integers, in thousandths of a token; instants are integer microseconds or seconds since the epoch. Nothing
+here reads a clock or waits, so a decision is atomic on one thread.
+
+A count belongs to one period and is never given twice. A counter keeps the count of the latest period that it has
+been used in, and of the one before. If the clock steps back, requests are charged to the count of the period that it
+shows; if that is earlier than both, to the earlier one. So a step back gains no second allowance, and a step forward
+and back loses none.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from api_gateway.limits.periods import Calendar, Period
+
+UNITS_PER_TOKEN = 1000
+MICROSECONDS = 1_000_000
+NEVER_US = -1
+OVERFLOW_COUNTERS = 4096
+KEPT = 2  # periods for which a counter is kept after its last one has ended
+_SWEEP = 2  # counters inspected for each one added: more than one, so that ended ones do not accumulate
+
+
+@lru_cache(maxsize=4096)
+def units_of(cost: float) -> int:
+    """Return a cost in tokens as thousandths, rounded up."""
+    return math.ceil(Fraction(str(cost)) * UNITS_PER_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class PeriodQuota:
+    """An allowance of `tokens` in each period.
+
+    `is_from_start`: periods begin with the client's first request instead of those of the calendar. At most
+    `carry_over` tokens that are left at the end of a period are added to the next one, and only to that. `warn_at` are
+    shares of the allowance, in ascending order, that are reported once in each period when they are reached.
+    """
+
+    name: str
+    tokens: int
+    calendar: Calendar
+    is_from_start: bool = False
+    carry_over: int = 0
+    warn_at: tuple[float, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """The allowance in thousandths of a token."""
+        return self.tokens * UNITS_PER_TOKEN
+
+    def period(self, began: int, now: int) -> Period:
+        """Return the period that contains `now`, for a client whose first request was at `began`."""
+        return self.calendar.since(began, now) if self.is_from_start else self.calendar.at(now)
+
+
+@dataclass(slots=True)
+class Count:
+    """What was used in the period from `start`: of the allowance, and (`drawn`) of the balance of top-ups.
+
+    `carried` was left of the period before. `warned` is the number of shares that were reported.
+    """
+
+    start: int
+    used: int = 0
+    carried: int = 0
+    drawn: int = 0
+    warned: int = 0
+
+
+@dataclass(slots=True)
+class Counter:
+    """The counts of one client and quota, and the balance of its top-ups, which can be used until `until`.
+
+    `end` is that of the period of `count`, also if the quota's period has been changed meanwhile. `began` is when the
+    client's first period began.
+    """
+
+    began: int
+    count: Count
+    end: int
+    before: Count | None = None
+    balance: int = 0
+    until: int = 0
+
+    def valid_balance(self, now: int) -> int:
+        """Return what can be used of the top-ups."""
+        return self.balance if now < self.until else 0
+
+
+@dataclass(slots=True)
+class Standing:
+    """A counter at one instant: the count that a request is charged to, the end of its period, and what is left.
+
+    `is_new`: the count is not part of the counter until it is charged.
+    """
+
+    key: str
+    quota: PeriodQuota
+    counter: Counter
+    count: Count
+    end: int
+    left: int
+    is_new: bool
+
+    def wait_us(self, cost: int, now_us: int) -> int:
+        """Return 0 if a cost is allowed, else the time until it would be; NEVER_US if it exceeds the allowance."""
+        if cost <= self.left or cost == 0:
+            return 0
+        counter, quota = self.counter, self.quota
+        if cost > quota.units:
+            return NEVER_US
+        end, latest = self.end, counter.count
+        if latest.start == end and cost > quota.units + latest.carried - latest.used:
+            end = quota.period(
+                counter.began, end
+            ).end  # the clock has stepped back, and the next period is used up too
+        return end * MICROSECONDS - now_us
+
+
+class Warned(NamedTuple):
+    """A share of an allowance was reached for the first time in a period. Amounts are thousandths of a token."""
+
+    key: str
+    quota: PeriodQuota
+    share: float
+    period: Period
+    used: int
+    allowance: int
+
+
+@dataclass(slots=True)
+class PeriodCounters:
+    """Counters by key: at most `limit`, after which new keys share `OVERFLOW_COUNTERS` of them, selected by hash.
+
+    A shared counter admits no more for all its keys together than for one. `changed` are the keys that were changed
+    since the last call of `take_changed`; shared counters are not among them.
+    """
+
+    limit: int
+    overflowed: int = 0
+    counters: dict[str, Counter] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    _overflow: dict[tuple[str, int], Counter] = field(default_factory=dict)
+    _order: deque[str] = field(default_factory=deque)
+
+    def __repr__(self) -> str:
+        return f"<PeriodCounters [{len(self)} of {self.limit}, {self.overflowed} overflowed]>"
+
+    def __len__(self) -> int:
+        return len(self.counters)
+
+    def standing(self, key: str, quota: PeriodQuota, now_us: int) -> Standing:
+        """Return the counter of a key at an instant; nothing is changed."""
+        now = now_us // MICROSECONDS
+        counter = self.counters.get(key)
+        if counter is None:
+            counter = self._overflow.get(_slot(key, quota)) if self._overflow else None
+            if counter is None or is_past(counter, now):
+                period = quota.period(now, now)
+                count = Count(period.start)
+                return Standing(key, quota, Counter(now, count, period.end), count, period.end, quota.units, True)
+        count = counter.count
+        if count.start <= now < counter.end:
+            left = quota.units + count.carried - count.used
+            if counter.balance:
+                left = max(left, 0) + counter.valid_balance(now)
+            return Standing(key, quota, counter, count, counter.end, left, False)
+        return _elsewhere(key, quota, counter, now)
+
+    def charge(self, standing: Standing, cost: int, now_us: int) -> list[Warned]:
+        """Charge a cost that the standing allows, right after it was determined; return what it makes known."""
+        if not cost:
+            return []
+        count, counter = self._attach(standing), standing.counter
+        now = now_us // MICROSECONDS
+        free = standing.quota.units + count.carried - count.used
+        _use(counter, count, cost, max(free, 0), now)
+        self.changed.add(standing.key)
+        return self._warnings(standing, count) if standing.quota.warn_at else []
+
+    def settle(self, key: str, quota: PeriodQuota, change: int, start: int, now_us: int) -> list[Warned]:
+        """Charge (above 0) or refund (below 0) the difference of a cost that was charged in the period from `start`.
+
+        Never refuses: the allowance may be exceeded by up to a second one. What was charged in a period that the
+        counter no longer keeps is not refunded, and a charge is then made in the present period.
+        """
+        standing = self.standing(key, quota, now_us)
+        counter, now = standing.counter, now_us // MICROSECONDS
+        kept = [one for one in (counter.count, counter.before) if one is not None and one.start == start]
+        if change < 0:
+            if kept and key in self.counters:
+                _give_back(counter, kept[0], -change, now)
+                self.changed.add(key)
+            return []
+        count = kept[0] if kept and not standing.is_new else self._attach(standing)
+        free = quota.units + count.carried - count.used
+        most = max(free + quota.units, 0) + counter.valid_balance(now)
+        _use(counter, count, min(change, most), max(free, 0), now)
+        self.changed.add(key)
+        return self._warnings(replace(standing, count=count), count)
+
+    def top_up(self, key: str, quota: PeriodQuota, amount: int, until: int, now_us: int) -> Counter:
+        """Add to the balance that is used when the allowance is used up, and that can be used until `until` or later.
+
+        A balance that has expired is lost; of two ends, the later one applies to the whole balance.
+        """
+        now = now_us // MICROSECONDS
+        standing = self.standing(key, quota, now_us)
+        self._attach(standing)
+        counter = standing.counter
+        valid = counter.valid_balance(now)
+        counter.until = max(until, counter.until) if valid else until
+        counter.balance = valid + amount
+        self.changed.add(key)
+        return counter
+
+    def carry(self, key: str, quota: PeriodQuota, amount: int, now_us: int) -> Counter:
+        """Set what was carried over to the present period."""
+        standing = self.standing(key, quota, now_us)
+        self._attach(standing).carried = amount
+        self.changed.add(key)
+        return standing.counter
+
+    def reset(self, key: str, quota: PeriodQuota, now_us: int) -> None:
+        """Let the allowance of the present period be unused; top-ups that were used are not given back."""
+        standing = self.standing(key, quota, now_us)
+        count = self._attach(standing)
+        count.used = count.warned = 0
+        self.changed.add(key)
+
+    def take_changed(self) -> list[tuple[str, Counter]]:
+        """Return the counters that were changed since the last call."""
+        changed, self.changed = self.changed, set()
+        return [(key, self.counters[key]) for key in changed if key in self.counters]
+
+    def restore(self, stored: Iterable[tuple[str, Counter]]) -> None:
+        """Add counters that were stored, up to the limit."""
+        for key, counter in stored:
+            if len(self.counters) >= self.limit:
+                break
+            if key not in self.counters:
+                self._order.append(key)
+            self.counters[key] = counter
+
+    def of_prefix(self, prefix: str) -> Iterator[tuple[str, Counter]]:
+        """Yield the counters whose keys begin so."""
+        return ((key, counter) for key, counter in self.counters.items() if key.startswith(prefix))
+
+    def _attach(self, standing: Standing) -> Count:
+        """Make the count of a standing a part of its counter, and the counter a part of the table."""
+        counter, count = standing.counter, standing.count
+        if not standing.is_new:
+            return count
+        if count.start > counter.count.start:
+            counter.before, counter.count, counter.end = counter.count, count, standing.end
+        elif count.start < counter.count.start:
+            counter.before = count
+        else:  # no period of this counter was charged before
+            self._add(standing.key, standing.quota, counter)
+        return count
+
+    def _add(self, key: str, quota: PeriodQuota, counter: Counter) -> None:
+        now = counter.count.start
+        for _ in range(min(_SWEEP, len(self._order))):
+            oldest = self._order.popleft()
+            held = self.counters[oldest]
+            if is_past(held, now):
+                del self.counters[oldest]
+            else:
+                self._order.append(oldest)
+        if len(self.counters) < self.limit:
+            self.counters[key] = counter
+            self._order.append(key)
+        else:
+            self._overflow[_slot(key, quota)] = counter
+            self.overflowed += 1
+
+    @staticmethod
+    def _warnings(standing: Standing, count: Count) -> list[Warned]:
+        quota = standing.quota
+        allowance = quota.units + count.carried
+        found = []
+        while count.warned < len(quota.warn_at) and count.used >= quota.warn_at[count.warned] * allowance:
+            share = quota.warn_at[count.warned]
+            period = quota.period(standing.counter.began, count.start)
+            found.append(Warned(standing.key, quota, share, period, count.used, allowance))
+            count.warned += 1
+        return found
+
+
+def is_past(counter: Counter, now: int) -> bool:
+    """Tell whether a counter has no effect any more, even if the clock steps back by a period."""
+    return past_at(counter) < now
+
+
+def past_at(counter: Counter) -> int:
+    """Return from when on a counter has no effect."""
+    return max(counter.end + KEPT * (counter.end - counter.count.start), counter.until)
+
+
+def _slot(key: str, quota: PeriodQuota) -> tuple[str, int]:
+    return quota.name, hash(key) % OVERFLOW_COUNTERS
+
+
+def _elsewhere(key: str, quota: PeriodQuota, counter: Counter, now: int) -> Standing:
+    """Return the standing in another period than that of the latest count."""
+    period = quota.period(counter.began, now)
+    latest, before = counter.count, counter.before
+    is_new = False
+    if period.start == latest.start:
+        count = latest  # another end than before a change of the configuration
+    elif period.start > latest.start:
+        count, is_new = _next(quota, latest, period), True
+    elif before is None or period.start <= before.start:
+        count = before or latest
+        if period.start != count.start:
+            period = quota.period(counter.began, count.start)
+    else:
+        count, is_new = _next(quota, before, period), True
+    left = quota.units + count.carried - count.used
+    if counter.balance:
+        left = max(left, 0) + counter.valid_balance(now)
+    return Standing(key, quota, counter, count, period.end, left, is_new)
+
+
+def _next(quota: PeriodQuota, last: Count, period: Period) -> Count:
+    """Return the count of a period that is not the first; `last` is the one before it that was used."""
+    left = quota.units
+    if last.start == period.earlier:
+        left += last.carried - last.used
+    return Count(period.start, carried=min(max(left, 0), quota.carry_over * UNITS_PER_TOKEN))
+
+
+def _use(counter: Counter, count: Count, cost: int, free: int, now: int) -> None:
+    """Charge a cost: first to what is `free` of the allowance, then to the top-ups, then to the allowance again."""
+    if cost > free and counter.balance:
+        drawn = min(cost - free, counter.valid_balance(now))
+        counter.balance -= drawn
+        count.drawn += drawn
+        cost -= drawn
+    count.used += cost
+
+
+def _give_back(counter: Counter, count: Count, amount: int, now: int) -> None:
+    """Refund in reverse order; what came from top-ups that have expired since is lost."""
+    drawn = min(amount, count.drawn)
+    count.drawn -= drawn
+    if now < counter.until:
+        counter.balance += drawn
+    count.used = max(count.used - (amount - drawn), 0)
