@@ -30,7 +30,8 @@ ClientSource = Literal["granted", "registered", "configured", "token", "default"
 class Quota:
     """Rate and capacity of a token bucket, with its times in integer nanoseconds.
 
-    `rate` is tokens per second, `capacity` tokens. `emission_ns` is the refill time of one token, rounded up, so that
+    `rate` is tokens per second, `capacity` tokens. `name` is different for each quota of a configuration; `policy` is
+    the name of the limit in responses, which the quotas of several tiers in one limit share. `emission_ns` is the refill time of one token, rounded up, so that
     rounding makes the limit stricter (by less than 1 ns per token). `burst_ns`, the budget, is the refill time of an
     empty bucket.
     """
@@ -40,14 +41,19 @@ class Quota:
     capacity: int
     emission_ns: int
     burst_ns: int
+    policy: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.policy:
+            object.__setattr__(self, "policy", self.name.lower())
 
     @classmethod
-    def per_second(cls, name: str, rate: float, capacity: int) -> "Quota":
+    def per_second(cls, name: str, rate: float, capacity: int, policy: str = "") -> "Quota":
         """Return the quota of `rate` tokens per second and `capacity` tokens; ValueError unless both are > 0."""
         if not 0 < rate < math.inf or capacity <= 0:
             raise ValueError(f"quota {name!r}: rate and capacity must be > 0, got {rate!r} and {capacity!r}")
         emission_ns = math.ceil(NANOSECONDS / Fraction(str(rate)))
-        return cls(name, rate, capacity, emission_ns, capacity * emission_ns)
+        return cls(name, rate, capacity, emission_ns, capacity * emission_ns, policy)
 
     def cost_ns(self, cost: float) -> int:
         """Return the refill time of `cost` tokens (>= 0, fractions allowed) in nanoseconds, rounded up."""
@@ -64,22 +70,25 @@ def _cost_ns(emission_ns: int, cost: float) -> int:
 class Charge:
     """One bucket that a request is charged to: its key and quota, and the cost as refill time.
 
-    In a cost settlement, an `increment_ns` below 0 is a refund.
+    In a cost settlement, an `increment_ns` below 0 is a refund. `own_cost` is the cost in tokens if it is that of the
+    limit, whatever the request costs; None if it is that of the request.
     """
 
     key: str
     quota: Quota
     increment_ns: int
+    own_cost: float | None = None
 
 
 @dataclass(slots=True)
 class Decision:
-    """The result of the limiter for one request: that of the first bucket, or of the one that refuses longest.
+    """The result of the limiter for one request: that of its tightest bucket, or of the one that refuses longest.
 
-    `remaining` is the number of whole tokens after the decision. `wait_ns` is 0 if allowed, else the exact time until
+    The tightest bucket is the one that has tokens for the fewest further such requests. `remaining` is the number of whole tokens after the decision. `wait_ns` is 0 if allowed, else the exact time until
     the same request would be allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns`
     is the time until the bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets,
-    and `others_ns`, the times until the other charged buckets are full.
+    and `debts_ns`, the times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its
+    time. `violated` are the quotas of all buckets that refuse, if there are several buckets.
     """
 
     key: str
@@ -89,8 +98,9 @@ class Decision:
     wait_ns: int
     reset_ns: int
     at_ns: int = field(default=0, compare=False)
-    others_ns: tuple[int, ...] = field(default=(), compare=False)
+    debts_ns: tuple[int, ...] = field(default=(), compare=False)
     source: DecisionSource = "memory"
+    violated: tuple[Quota, ...] = ()
 
     @property
     def retry_after(self) -> float | None:
