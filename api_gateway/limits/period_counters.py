@@ -9,50 +9,52 @@ shows; if that is earlier than both, to the earlier one. So a step back gains no
 and back loses none.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
-from api_gateway.limits.periods import Calendar, Period
+from api_gateway.limits.periods import WINDOWS, Calendar, Period
+from api_gateway.models import Quota
 
 UNITS_PER_TOKEN = 1000
 MICROSECONDS = 1_000_000
 NEVER_US = -1
 OVERFLOW_COUNTERS = 4096
 KEPT = 2  # periods for which a counter is kept after its last one has ended
+UTC_MONTHS = Calendar("month", ZoneInfo("UTC"))
 _SWEEP = 2  # counters inspected for each one added: more than one, so that ended ones do not accumulate
 
 
-@lru_cache(maxsize=4096)
-def units_of(cost: float) -> int:
-    """Return a cost in tokens as thousandths, rounded up."""
-    return math.ceil(Fraction(str(cost)) * UNITS_PER_TOKEN)
-
-
 @dataclass(frozen=True, slots=True)
-class PeriodQuota:
-    """An allowance of `tokens` in each period.
+class PeriodQuota(Quota):
+    """An allowance of `capacity` tokens in each period of a calendar.
+
+    It has the units of this module: `emission_ns` is one token and `burst_ns` the allowance, both in thousandths of a
+    token. So the cost of a charge (`increment_ns`) is in thousandths too, and shares of a bucket and of an allowance
+    can be compared. `rate` is the mean in tokens per second.
 
     `is_from_start`: periods begin with the client's first request instead of those of the calendar. At most
     `carry_over` tokens that are left at the end of a period are added to the next one, and only to that. `warn_at` are
     shares of the allowance, in ascending order, that are reported once in each period when they are reached.
     """
 
-    name: str
-    tokens: int
-    calendar: Calendar
+    calendar: Calendar = UTC_MONTHS
     is_from_start: bool = False
     carry_over: int = 0
     warn_at: tuple[float, ...] = ()
 
+    @classmethod
+    def of(cls, name: str, tokens: int, calendar: Calendar, policy: str = "", **more: Any) -> "PeriodQuota":
+        """Return the quota of an allowance in whole tokens."""
+        rate = tokens / WINDOWS[calendar.unit]
+        return cls(name, rate, tokens, UNITS_PER_TOKEN, tokens * UNITS_PER_TOKEN, policy, calendar, **more)
+
     @property
     def units(self) -> int:
         """The allowance in thousandths of a token."""
-        return self.tokens * UNITS_PER_TOKEN
+        return self.burst_ns
 
     def period(self, began: int, now: int) -> Period:
         """Return the period that contains `now`, for a client whose first request was at `began`."""
@@ -113,10 +115,10 @@ class Standing:
         if cost <= self.left or cost == 0:
             return 0
         counter, quota = self.counter, self.quota
-        if cost > quota.units:
+        if cost > quota.burst_ns:
             return NEVER_US
         end, latest = self.end, counter.count
-        if latest.start == end and cost > quota.units + latest.carried - latest.used:
+        if latest.start == end and cost > quota.burst_ns + latest.carried - latest.used:
             end = quota.period(
                 counter.began, end
             ).end  # the clock has stepped back, and the next period is used up too
@@ -164,10 +166,10 @@ class PeriodCounters:
             if counter is None or is_past(counter, now):
                 period = quota.period(now, now)
                 count = Count(period.start)
-                return Standing(key, quota, Counter(now, count, period.end), count, period.end, quota.units, True)
+                return Standing(key, quota, Counter(now, count, period.end), count, period.end, quota.burst_ns, True)
         count = counter.count
         if count.start <= now < counter.end:
-            left = quota.units + count.carried - count.used
+            left = quota.burst_ns + count.carried - count.used
             if counter.balance:
                 left = max(left, 0) + counter.valid_balance(now)
             return Standing(key, quota, counter, count, counter.end, left, False)
@@ -179,7 +181,7 @@ class PeriodCounters:
             return []
         count, counter = self._attach(standing), standing.counter
         now = now_us // MICROSECONDS
-        free = standing.quota.units + count.carried - count.used
+        free = standing.quota.burst_ns + count.carried - count.used
         _use(counter, count, cost, max(free, 0), now)
         self.changed.add(standing.key)
         return self._warnings(standing, count) if standing.quota.warn_at else []
@@ -199,8 +201,8 @@ class PeriodCounters:
                 self.changed.add(key)
             return []
         count = kept[0] if kept and not standing.is_new else self._attach(standing)
-        free = quota.units + count.carried - count.used
-        most = max(free + quota.units, 0) + counter.valid_balance(now)
+        free = quota.burst_ns + count.carried - count.used
+        most = max(free + quota.burst_ns, 0) + counter.valid_balance(now)
         _use(counter, count, min(change, most), max(free, 0), now)
         self.changed.add(key)
         return self._warnings(replace(standing, count=count), count)
@@ -284,7 +286,7 @@ class PeriodCounters:
     @staticmethod
     def _warnings(standing: Standing, count: Count) -> list[Warned]:
         quota = standing.quota
-        allowance = quota.units + count.carried
+        allowance = quota.burst_ns + count.carried
         found = []
         while count.warned < len(quota.warn_at) and count.used >= quota.warn_at[count.warned] * allowance:
             share = quota.warn_at[count.warned]
@@ -323,7 +325,7 @@ def _elsewhere(key: str, quota: PeriodQuota, counter: Counter, now: int) -> Stan
             period = quota.period(counter.began, count.start)
     else:
         count, is_new = _next(quota, before, period), True
-    left = quota.units + count.carried - count.used
+    left = quota.burst_ns + count.carried - count.used
     if counter.balance:
         left = max(left, 0) + counter.valid_balance(now)
     return Standing(key, quota, counter, count, period.end, left, is_new)
@@ -331,7 +333,7 @@ def _elsewhere(key: str, quota: PeriodQuota, counter: Counter, now: int) -> Stan
 
 def _next(quota: PeriodQuota, last: Count, period: Period) -> Count:
     """Return the count of a period that is not the first; `last` is the one before it that was used."""
-    left = quota.units
+    left = quota.burst_ns
     if last.start == period.earlier:
         left += last.carried - last.used
     return Count(period.start, carried=min(max(left, 0), quota.carry_over * UNITS_PER_TOKEN))

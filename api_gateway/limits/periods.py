@@ -14,7 +14,8 @@ Unit = Literal["hour", "day", "week", "month"]
 UNITS: tuple[Unit, ...] = ("hour", "day", "week", "month")
 
 HOUR = 3600
-LONGEST: dict[Unit, int] = {"hour": HOUR, "day": 25 * HOUR, "week": 169 * HOUR, "month": 745 * HOUR}  # in seconds
+# The lengths of periods in seconds, without changes of clocks; of months, the longest.
+WINDOWS: dict[Unit, int] = {"hour": HOUR, "day": 24 * HOUR, "week": 168 * HOUR, "month": 744 * HOUR}
 _DAYS: dict[Unit, int] = {"day": 1, "week": 7}
 
 

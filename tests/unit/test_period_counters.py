@@ -17,7 +17,6 @@ from api_gateway.limits.period_counters import (
     PeriodCounters,
     PeriodQuota,
     Warned,
-    units_of,
 )
 from api_gateway.limits.periods import HOUR, UNITS, Calendar, Unit
 
@@ -34,7 +33,10 @@ NOW = instant("2027-01-31 12:00:00")
 
 def monthly(tokens: int = 10, unit: Unit = "month", zone: str = "UTC", **more: Any) -> PeriodQuota:
     """Return a quota."""
-    return PeriodQuota("monthly", tokens, Calendar(unit, ZoneInfo(zone)), **more)
+    return PeriodQuota.of("monthly", tokens, Calendar(unit, ZoneInfo(zone)), **more)
+
+
+units_of = monthly().cost_ns
 
 
 class Client:
@@ -118,9 +120,7 @@ def test_fractions_of_tokens_are_counted_in_thousandths_rounded_up() -> None:
     client = Client(monthly(1))
     assert [client.spend(0.3) for _ in range(4)] == [True, True, True, False]
     assert client.spend(0.1)
-    assert units_of(0.0001) == 1
-    assert units_of(0.1) == 100
-    assert units_of(1e12) == 10**15
+    assert [units_of(cost) for cost in (0.0001, 0.1, 1e12)] == [1, 100, 10**15]
 
 
 def test_a_cost_above_the_allowance_is_never_allowed_and_a_cost_of_zero_always() -> None:

@@ -13,8 +13,8 @@ from api_gateway.limits.periods import HOUR, Calendar
 from tests.kit import FakeClock, soon
 
 NOW = 1_801_440_000  # 1 February 2027
-QUOTA = PeriodQuota("monthly", 10, Calendar("month", ZoneInfo("UTC")), carry_over=5)
-HOURLY = PeriodQuota("hourly", 10, Calendar("hour", ZoneInfo("UTC")))
+QUOTA = PeriodQuota.of("monthly", 10, Calendar("month", ZoneInfo("UTC")), carry_over=5)
+HOURLY = PeriodQuota.of("hourly", 10, Calendar("hour", ZoneInfo("UTC")))
 
 
 def journal(folder: Path, now: float = NOW, limit: int = 100, **more: Any) -> PeriodJournal:
