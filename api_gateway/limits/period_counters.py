@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from api_gateway.limits.periods import WINDOWS, Calendar, Period
+from api_gateway.limits.periods import WINDOWS, Calendar, Period, Unit
 from api_gateway.models import Quota
 
 UNITS_PER_TOKEN = 1000
@@ -65,30 +65,35 @@ class PeriodQuota(Quota):
 class Count:
     """What was used in the period from `start`: of the allowance, and (`drawn`) of the balance of top-ups.
 
-    `carried` was left of the period before. `warned` is the number of shares that were reported.
+    `carried` was left of the period before. `peak` is the most that was used, before refunds.
     """
 
     start: int
     used: int = 0
     carried: int = 0
     drawn: int = 0
-    warned: int = 0
+    peak: int = 0
 
 
 @dataclass(slots=True)
 class Counter:
     """The counts of one client and quota, and the balance of its top-ups, which can be used until `until`.
 
-    `end` is that of the period of `count`, also if the quota's period has been changed meanwhile. `began` is when the
-    client's first period began.
+    `end` is that of the period of `count`. `began` is when the client's first period began. A counter of another unit
+    than the quota's is replaced by a new one; another time zone applies from the next period on.
     """
 
+    unit: Unit
     began: int
     count: Count
     end: int
     before: Count | None = None
     balance: int = 0
     until: int = 0
+
+    def kept(self, start: int) -> Count | None:
+        """Return the count of the period from `start`; None if it is not kept."""
+        return next((one for one in (self.count, self.before) if one is not None and one.start == start), None)
 
     def valid_balance(self, now: int) -> int:
         """Return what can be used of the top-ups."""
@@ -159,32 +164,20 @@ class PeriodCounters:
 
     def standing(self, key: str, quota: PeriodQuota, now_us: int) -> Standing:
         """Return the counter of a key at an instant; nothing is changed."""
-        now = now_us // MICROSECONDS
         counter = self.counters.get(key)
-        if counter is None:
-            counter = self._overflow.get(_slot(key, quota)) if self._overflow else None
-            if counter is None or is_past(counter, now):
-                period = quota.period(now, now)
-                count = Count(period.start)
-                return Standing(key, quota, Counter(now, count, period.end), count, period.end, quota.burst_ns, True)
-        count = counter.count
-        if count.start <= now < counter.end:
-            left = quota.burst_ns + count.carried - count.used
-            if counter.balance:
-                left = max(left, 0) + counter.valid_balance(now)
-            return Standing(key, quota, counter, count, counter.end, left, False)
-        return _elsewhere(key, quota, counter, now)
+        if counter is None and self._overflow:
+            counter = self._overflow.get(_slot(key, quota))
+            if counter is not None and is_past(counter, now_us // MICROSECONDS):
+                counter = None
+        return standing_of(key, quota, counter, now_us // MICROSECONDS)
 
     def charge(self, standing: Standing, cost: int, now_us: int) -> list[Warned]:
         """Charge a cost that the standing allows, right after it was determined; return what it makes known."""
         if not cost:
             return []
-        count, counter = self._attach(standing), standing.counter
-        now = now_us // MICROSECONDS
-        free = standing.quota.burst_ns + count.carried - count.used
-        _use(counter, count, cost, max(free, 0), now)
+        self._attach(standing)
         self.changed.add(standing.key)
-        return self._warnings(standing, count) if standing.quota.warn_at else []
+        return use(standing, cost, now_us // MICROSECONDS)
 
     def settle(self, key: str, quota: PeriodQuota, change: int, start: int, now_us: int) -> list[Warned]:
         """Charge (above 0) or refund (below 0) the difference of a cost that was charged in the period from `start`.
@@ -193,19 +186,13 @@ class PeriodCounters:
         counter no longer keeps is not refunded, and a charge is then made in the present period.
         """
         standing = self.standing(key, quota, now_us)
-        counter, now = standing.counter, now_us // MICROSECONDS
-        kept = [one for one in (counter.count, counter.before) if one is not None and one.start == start]
-        if change < 0:
-            if kept and key in self.counters:
-                _give_back(counter, kept[0], -change, now)
-                self.changed.add(key)
-            return []
-        count = kept[0] if kept and not standing.is_new else self._attach(standing)
-        free = quota.burst_ns + count.carried - count.used
-        most = max(free + quota.burst_ns, 0) + counter.valid_balance(now)
-        _use(counter, count, min(change, most), max(free, 0), now)
-        self.changed.add(key)
-        return self._warnings(replace(standing, count=count), count)
+        kept = standing.counter.kept(start) if key in self.counters else None
+        if change > 0 and kept is None:
+            self._attach(standing)
+        warned = settle(standing, kept, change, now_us // MICROSECONDS)
+        if change > 0 or kept is not None:
+            self.changed.add(key)
+        return warned
 
     def top_up(self, key: str, quota: PeriodQuota, amount: int, until: int, now_us: int) -> Counter:
         """Add to the balance that is used when the allowance is used up, and that can be used until `until` or later.
@@ -233,7 +220,7 @@ class PeriodCounters:
         """Let the allowance of the present period be unused; top-ups that were used are not given back."""
         standing = self.standing(key, quota, now_us)
         count = self._attach(standing)
-        count.used = count.warned = 0
+        count.used = count.peak = 0
         self.changed.add(key)
 
     def take_changed(self) -> list[tuple[str, Counter]]:
@@ -256,16 +243,9 @@ class PeriodCounters:
 
     def _attach(self, standing: Standing) -> Count:
         """Make the count of a standing a part of its counter, and the counter a part of the table."""
-        counter, count = standing.counter, standing.count
-        if not standing.is_new:
-            return count
-        if count.start > counter.count.start:
-            counter.before, counter.count, counter.end = counter.count, count, standing.end
-        elif count.start < counter.count.start:
-            counter.before = count
-        else:  # no period of this counter was charged before
-            self._add(standing.key, standing.quota, counter)
-        return count
+        if attach(standing):
+            self._add(standing.key, standing.quota, standing.counter)
+        return standing.count
 
     def _add(self, key: str, quota: PeriodQuota, counter: Counter) -> None:
         now = counter.count.start
@@ -276,24 +256,13 @@ class PeriodCounters:
                 del self.counters[oldest]
             else:
                 self._order.append(oldest)
-        if len(self.counters) < self.limit:
+        if len(self.counters) < self.limit or key in self.counters:
+            if key not in self.counters:
+                self._order.append(key)
             self.counters[key] = counter
-            self._order.append(key)
         else:
             self._overflow[_slot(key, quota)] = counter
             self.overflowed += 1
-
-    @staticmethod
-    def _warnings(standing: Standing, count: Count) -> list[Warned]:
-        quota = standing.quota
-        allowance = quota.burst_ns + count.carried
-        found = []
-        while count.warned < len(quota.warn_at) and count.used >= quota.warn_at[count.warned] * allowance:
-            share = quota.warn_at[count.warned]
-            period = quota.period(standing.counter.began, count.start)
-            found.append(Warned(standing.key, quota, share, period, count.used, allowance))
-            count.warned += 1
-        return found
 
 
 def is_past(counter: Counter, now: int) -> bool:
@@ -310,25 +279,93 @@ def _slot(key: str, quota: PeriodQuota) -> tuple[str, int]:
     return quota.name, hash(key) % OVERFLOW_COUNTERS
 
 
-def _elsewhere(key: str, quota: PeriodQuota, counter: Counter, now: int) -> Standing:
-    """Return the standing in another period than that of the latest count."""
-    period = quota.period(counter.began, now)
-    latest, before = counter.count, counter.before
-    is_new = False
-    if period.start == latest.start:
-        count = latest  # another end than before a change of the configuration
-    elif period.start > latest.start:
-        count, is_new = _next(quota, latest, period), True
-    elif before is None or period.start <= before.start:
-        count = before or latest
-        if period.start != count.start:
-            period = quota.period(counter.began, count.start)
-    else:
-        count, is_new = _next(quota, before, period), True
+def standing_of(key: str, quota: PeriodQuota, counter: Counter | None, now: int) -> Standing:
+    """Return the standing of a counter, or of a new one if there is none of the quota's unit; nothing is changed."""
+    if counter is None or counter.unit != quota.calendar.unit:
+        period = quota.period(now, now)
+        count = Count(period.start)
+        new = Counter(quota.calendar.unit, now, count, period.end)
+        return Standing(key, quota, new, count, period.end, quota.burst_ns, True)
+    count, end, is_new = counter.count, counter.end, False
+    if not count.start <= now < end:
+        count, end, is_new = _elsewhere(quota, counter, now)
     left = quota.burst_ns + count.carried - count.used
     if counter.balance:
         left = max(left, 0) + counter.valid_balance(now)
-    return Standing(key, quota, counter, count, period.end, left, is_new)
+    return Standing(key, quota, counter, count, end, left, is_new)
+
+
+def _elsewhere(quota: PeriodQuota, counter: Counter, now: int) -> tuple[Count, int, bool]:
+    """Return the count that is charged in another period than the latest, its end, and whether it is new."""
+    period = quota.period(counter.began, now)
+    latest, before = counter.count, counter.before
+    if period.start > latest.start:
+        return _next(quota, latest, period), period.end, True
+    if period.start == latest.start:  # which has another end since a change of the configuration
+        return latest, period.end, False
+    if before is not None and period.start > before.start:
+        return _next(quota, before, period), period.end, True
+    count = latest if before is None else before
+    return count, quota.period(counter.began, count.start).end, False
+
+
+def attach(standing: Standing) -> bool:
+    """Make the count of a standing a part of its counter; return whether the counter itself is new."""
+    counter, count = standing.counter, standing.count
+    if not standing.is_new:
+        return False
+    standing.is_new = False
+    if count.start > counter.count.start:
+        counter.before, counter.count, counter.end = counter.count, count, standing.end
+    elif count.start < counter.count.start:
+        counter.before = count
+    else:
+        return True
+    return False
+
+
+def use(standing: Standing, cost: int, now: int) -> list[Warned]:
+    """Charge a cost: first to what is free of the allowance, then to the top-ups, then to the allowance again."""
+    counter, count, quota = standing.counter, standing.count, standing.quota
+    free = max(quota.burst_ns + count.carried - count.used, 0)
+    if cost > free and counter.balance:
+        drawn = min(cost - free, counter.valid_balance(now))
+        counter.balance -= drawn
+        count.drawn += drawn
+        cost -= drawn
+    count.used += cost
+    if count.used <= count.peak:
+        return []
+    peak, count.peak = count.peak, count.used
+    return _warnings(standing, peak) if quota.warn_at else []
+
+
+def settle(standing: Standing, kept: Count | None, change: int, now: int) -> list[Warned]:
+    """Charge or refund a difference in the count `kept`, else (only a charge) in that of the standing."""
+    if change <= 0:
+        if kept is not None:
+            _give_back(standing.counter, kept, -change, now)
+        return []
+    count, quota = kept or standing.count, standing.quota
+    free = quota.burst_ns + count.carried - count.used
+    most = max(free + quota.burst_ns, 0) + standing.counter.valid_balance(now)
+    return use(replace(standing, count=count), min(change, most), now)
+
+
+def reached(quota: PeriodQuota, count: Count) -> int:
+    """Return how many shares of the allowance were reached."""
+    allowance = quota.burst_ns + count.carried
+    return sum(count.peak >= share * allowance for share in quota.warn_at)
+
+
+def _warnings(standing: Standing, peak: int) -> list[Warned]:
+    quota, count = standing.quota, standing.count
+    allowance = quota.burst_ns + count.carried
+    return [
+        Warned(standing.key, quota, share, quota.period(standing.counter.began, count.start), count.used, allowance)
+        for share in quota.warn_at
+        if peak < share * allowance <= count.peak
+    ]
 
 
 def _next(quota: PeriodQuota, last: Count, period: Period) -> Count:
@@ -337,16 +374,6 @@ def _next(quota: PeriodQuota, last: Count, period: Period) -> Count:
     if last.start == period.earlier:
         left += last.carried - last.used
     return Count(period.start, carried=min(max(left, 0), quota.carry_over * UNITS_PER_TOKEN))
-
-
-def _use(counter: Counter, count: Count, cost: int, free: int, now: int) -> None:
-    """Charge a cost: first to what is `free` of the allowance, then to the top-ups, then to the allowance again."""
-    if cost > free and counter.balance:
-        drawn = min(cost - free, counter.valid_balance(now))
-        counter.balance -= drawn
-        count.drawn += drawn
-        cost -= drawn
-    count.used += cost
 
 
 def _give_back(counter: Counter, count: Count, amount: int, now: int) -> None:

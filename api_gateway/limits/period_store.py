@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.period_counters import Count, Counter, PeriodCounters, past_at
+from api_gateway.limits.periods import UNITS
 from api_gateway.models import Clock
 from api_gateway.system.state_folder import create_private, make_private
 
@@ -29,13 +30,13 @@ MAX_LOSS = 1.0  # seconds; a write that takes longer than the rest is logged
 _STEP = 2000  # counters that are converted to rows before the event loop turns
 
 _COLUMNS = (
-    "key, began, start, used, carried, drawn, warned, before_start, before_used, before_carried, before_drawn,"
-    " before_warned, balance, until, ends, past_at"
+    "key, unit, began, start, used, carried, drawn, peak, before_start, before_used, before_carried, before_drawn,"
+    " before_peak, balance, until, ends, past_at"
 )
 _TABLE = (
-    "CREATE TABLE counters (key TEXT PRIMARY KEY, began INTEGER NOT NULL, start INTEGER NOT NULL,"
-    " used INTEGER NOT NULL, carried INTEGER NOT NULL, drawn INTEGER NOT NULL, warned INTEGER NOT NULL,"
-    " before_start INTEGER, before_used INTEGER, before_carried INTEGER, before_drawn INTEGER, before_warned INTEGER,"
+    "CREATE TABLE counters (key TEXT PRIMARY KEY, unit TEXT NOT NULL, began INTEGER NOT NULL, start INTEGER NOT NULL,"
+    " used INTEGER NOT NULL, carried INTEGER NOT NULL, drawn INTEGER NOT NULL, peak INTEGER NOT NULL,"
+    " before_start INTEGER, before_used INTEGER, before_carried INTEGER, before_drawn INTEGER, before_peak INTEGER,"
     " balance INTEGER NOT NULL, until INTEGER NOT NULL, ends INTEGER NOT NULL, past_at INTEGER NOT NULL) WITHOUT ROWID"
 )
 _INDEX = "CREATE INDEX counters_by_end ON counters (past_at)"
@@ -130,7 +131,7 @@ class PeriodStore:
         connection.execute("BEGIN IMMEDIATE")
         try:
             connection.executemany(
-                f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 16)})",  # noqa: S608 - constant
+                f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 17)})",  # noqa: S608 - constant
                 rows,
             )
             connection.execute("COMMIT")
@@ -182,6 +183,9 @@ class PeriodJournal:
             if self.error is None:
                 logger.error("quotas are not stored: %s", error)  # noqa: TRY400 - the message has the cause
             self.error = str(error)
+        except asyncio.CancelledError:  # it may have been written, and is written again
+            self.counters.changed.update(key for key, _ in changed)
+            raise
         else:
             if self.error is not None:
                 logger.warning("quotas are stored again")
@@ -209,11 +213,12 @@ def _row(key: str, counter: Counter) -> Row:
     count, before = counter.count, counter.before
     earlier: Row = (None,) * 5
     if before is not None:
-        earlier = (before.start, before.used, before.carried, before.drawn, before.warned)
+        earlier = (before.start, before.used, before.carried, before.drawn, before.peak)
     return (
         key,
+        counter.unit,
         counter.began,
-        *(count.start, count.used, count.carried, count.drawn, count.warned),
+        *(count.start, count.used, count.carried, count.drawn, count.peak),
         *earlier,
         counter.balance,
         counter.until,
@@ -223,9 +228,10 @@ def _row(key: str, counter: Counter) -> Row:
 
 
 def _counter(row: Row) -> tuple[str, Counter]:
-    key, began, *counts, balance, until, end, _ = row
+    key, unit, began, *counts, balance, until, end, _ = row
     latest, before = counts[:5], counts[5:]
     counter = Counter(
+        next(one for one in UNITS if one == unit),
         int(began or 0),
         Count(*(int(value or 0) for value in latest)),
         int(end or 0),

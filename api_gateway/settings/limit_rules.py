@@ -108,9 +108,7 @@ def _cost_findings(config: LimitedSections, limit: LimitSection, place: KeyPath)
         return
     below = [(key_path, section) for key_path, section in found if (section.capacity or 0) < (limit.cost or 0)]
     for key_path, section in below:
-        message = (
-            f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.capacity}"
-        )
+        message = f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.capacity}"
         yield (*place, *key_path, "capacity"), message, ((*place, "cost"),)
     if limit.cost is not None:
         return

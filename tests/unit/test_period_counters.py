@@ -231,11 +231,11 @@ def test_whatever_the_clock_does_no_count_exceeds_the_allowance(seed: int, steps
     quota = monthly(4, unit, is_from_start=source.random() < 0.5)
     client = Client(quota)
     used, shown = Tally[int](), set[int]()
-    began = client.now_us // MICROSECONDS
     for step in steps:
         client.now_us += step * source.choice((0, 1, MICROSECONDS, MICROSECONDS))
         for _ in range(source.randrange(6)):
-            shown.add(quota.period(began, client.now_us // MICROSECONDS).start)
+            counter, now = client.counters.counters.get("a"), client.now_us // MICROSECONDS
+            shown.add(quota.period(now if counter is None else counter.began, now).start)
             charged, wait = client.start, client.wait()
             if client.spend():
                 used[charged] += 1
