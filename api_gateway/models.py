@@ -31,9 +31,9 @@ class Quota:
     """Rate and capacity of a token bucket, with its times in integer nanoseconds.
 
     `rate` is tokens per second, `capacity` tokens. `name` is different for each quota of a configuration; `policy` is
-    the name of the limit in responses, which the quotas of several tiers in one limit share. `emission_ns` is the refill time of one token, rounded up, so that
-    rounding makes the limit stricter (by less than 1 ns per token). `burst_ns`, the budget, is the refill time of an
-    empty bucket.
+    the name of the limit in responses, which the quotas of several tiers in one limit share. `emission_ns` is the
+    refill time of one token, rounded up, so that rounding makes the limit stricter (by less than 1 ns per token).
+    `burst_ns`, the budget, is the refill time of an empty bucket.
     """
 
     name: str
@@ -96,11 +96,12 @@ class Notice(NamedTuple):
 class Decision:
     """The result of the limiter for one request: that of its tightest bucket, or of the one that refuses longest.
 
-    The tightest bucket is the one that has tokens for the fewest further such requests. `remaining` is the number of whole tokens after the decision. `wait_ns` is 0 if allowed, else the exact time until
-    the same request would be allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns`
-    is the time until the bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets,
-    and `debts_ns`, the times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its
-    time. `violated` are the quotas of all buckets that refuse, if there are several buckets.
+    The tightest bucket is the one that has tokens for the fewest further such requests. `remaining` is the number of
+    whole tokens after the decision. `wait_ns` is 0 if allowed, else the exact time until the same request would be
+    allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns` is the time until the
+    bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets, and `debts_ns`, the
+    times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its time. `violated` are the
+    quotas of all buckets that refuse, if there are several buckets.
     """
 
     key: str

@@ -31,8 +31,8 @@ from api_gateway.proxy.admission import Admission, RequestPlan
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import Claim, Proof
+from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import Route
-from api_gateway.proxy.stages import RateLimitStage
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
@@ -207,7 +207,7 @@ class Explainer:
         shadow = self._limits.shadow
         if shadow is None:
             return None
-        charges = shadow.charges(client, exchange.route, exchange.method, exchange.path, exchange.cost)
+        charges = shadow.charges(exchange, client)
         if not charges:
             return None
         decisions = await self._limiter.inspect(charges, self._clock_ns())
@@ -304,7 +304,7 @@ def _bucket_view(bucket: _Bucket) -> BucketExplained:
     quota = charge.quota
     return BucketExplained(
         key=charge.key,
-        policy=quota.name.lower(),
+        policy=quota.policy,
         tokens=round((quota.burst_ns - bucket.debt_ns) / quota.emission_ns, 3),
         capacity=quota.capacity,
         cost=round(charge.increment_ns / quota.emission_ns, 6),

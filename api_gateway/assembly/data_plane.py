@@ -26,13 +26,13 @@ from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
 from api_gateway.proxy.identified_headers import IdentifiedHeaders
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
+from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
     DeadlineStage,
     IdentityStage,
     LoadSheddingStage,
-    RateLimitStage,
     RouteStage,
 )
 from api_gateway.resilience.breaker_history import Transition
@@ -58,12 +58,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     cors = _cors(gateway)
     headers = _headers(gateway, sources, cors)
     router = _router(gateway, settlement, headers, server_headers)
-    limits = RateLimitStage(
-        limiter=gateway.limiter,
-        address_quota=gateway.address_quota,
-        exempt=config.address_limit.exempt,
-        shadow=_shadow(gateway),
-    )
+    limits = _limits(gateway)
     admission = _admission(gateway, router, limits, sources, cors)
     record = ExchangeMiddleware(
         AdmissionMiddleware(
@@ -105,6 +100,22 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return record, fast_path, explainer
 
 
+def _limits(gateway: Gateway) -> RateLimitStage:
+    exempt, shadow = gateway.config.address_limit.exempt, _shadow(gateway)
+    if not gateway.quotas.limits:
+        return RateLimitStage(
+            limiter=gateway.limiter, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
+        )
+    return LimitListStage(
+        limiter=gateway.limiter,
+        address_quota=gateway.address_quota,
+        exempt=exempt,
+        shadow=shadow,
+        limits=gateway.quotas.limits,
+        routes=gateway.table,
+    )
+
+
 def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | None) -> HeaderReader:
     config = gateway.config
     claims = frozenset[bytes]() if gateway.tokens is None else gateway.tokens.identity_fields
@@ -120,6 +131,12 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
         sources=sources,
         identity_fields=claims | unproved,
         rewritten=IdentifiedHeaders if claims else RewrittenHeaders,
+        limit_fields=frozenset(
+            part.removeprefix("header:").encode()
+            for limit in gateway.quotas.limits
+            for part in limit.key
+            if part.startswith("header:")
+        ),
     )
 
 

@@ -34,12 +34,14 @@ class _Basis:
 
     section: JwtSection
     tiers: tuple[str, ...]
-    kept: tuple[str, ...]  # the paths of claims that routes require
+    kept: tuple[str, ...]  # the paths of claims that routes require, and limits count by
 
     @classmethod
     def of(cls, config: GatewayConfig) -> "_Basis":
         required = [path for route in config.routes if route.require is not None for path in route.require.claims]
-        return cls(config.identity.jwt, tuple(config.tiers), tuple(dict.fromkeys(required)))
+        parts = [part.partition(":") for limit in config.limits for part in limit.key]
+        counted = [path for kind, _, path in parts if kind == "claim"]
+        return cls(config.identity.jwt, tuple(config.tiers), tuple(dict.fromkeys([*required, *counted])))
 
 
 class Issuers:

@@ -57,11 +57,13 @@ class FallbackLimiter:
             admitted_ns = max(self._admitted.get(charge.key) or 0, now_ns) + charge.increment_ns
             self._admitted.put(charge.key, min(admitted_ns, now_ns + charge.quota.burst_ns))
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
         """Settle a decision of this limiter; see `RateLimiter.settle`."""
-        after = self._limiter.settle([self._scaled(charge) for charge in charges], decision, now_ns)
+        after = self._limiter.settle([self._scaled(charge) for charge in changes], decision, now_ns, settled_to)
         after.remaining //= self.processes
-        for charge in charges:
+        for charge in changes:
             admitted_ns = self._admitted.get(charge.key) or 0
             # The whole admitted cost may be refunded: it has not been charged elsewhere.
             admitted_ns = settled(admitted_ns, charge.quota.burst_ns, charge.increment_ns, admitted_ns, now_ns)

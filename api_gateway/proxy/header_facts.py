@@ -3,7 +3,7 @@
 A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Other requests are read anew.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ MAX_INSPECTED = 32  # inspected header fields of a plain head
 MAX_REMEMBERED_BYTES = 4_096  # size of the largest header section that is remembered
 MAX_REMEMBERED = 1_024  # entries of each cache
 MAX_ID_BYTES = 128  # size of the largest client id
+NONE_KEYED: Mapping[bytes, str] = {}
 
 
 class HeaderFacts:
@@ -52,7 +53,8 @@ class HeaderFacts:
     and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used last, has to decide on
     such requests. `claim` is the credential that decides who the client is, None without one; `credentials` are the
     header fields that have a credential of this gateway. `proof` is what the claim proved, for the registry version
-    `version`. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the facts of the
+    `version`. `keyed` are the values of header fields that limits count by, and `charged` the charges by route, method
+    and cost. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the facts of the
     other header fields, and `id_field` is the one with the client id, if the two are read separately.
     """
 
@@ -60,6 +62,7 @@ class HeaderFacts:
         "added",
         "admission",
         "ambiguity",
+        "charged",
         "charges",
         "claim",
         "client",
@@ -78,6 +81,7 @@ class HeaderFacts:
         "is_loop",
         "is_trusted",
         "keep_alive",
+        "keyed",
         "length",
         "name",
         "name_error",
@@ -141,6 +145,8 @@ class HeaderFacts:
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
         self.proof: Proof | None = None
+        self.keyed: Mapping[bytes, str] = NONE_KEYED
+        self.charged: dict[tuple[str | None, str, float], list[Charge]] = {}
         self.rest: HeaderFacts | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
@@ -166,6 +172,7 @@ class HeaderFacts:
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
         other.origin, other.preflight, other.forged = self.origin, self.preflight, self.forged
         other.forwarding, other.reported = self.forwarding, self.reported
+        other.keyed = self.keyed
         return other
 
 
@@ -192,12 +199,14 @@ class HeaderReader:
         identity_fields: frozenset[bytes] = frozenset(),
         rewritten: Callable[[bytes, HeaderFacts, bytes], RewrittenHeaders] = RewrittenHeaders,
         forwarding: Forwarding = BY_X_FORWARDED,
+        limit_fields: frozenset[bytes] = frozenset(),
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
         Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
         policies, for which the origin of requests and their preflights matter. `identity_fields` (lower case) are set
         by the gateway for upstreams and removed from requests; `rewritten` creates the result of `read_lines`.
+        `limit_fields` (lower case) are those that limits count by.
         """
         self.via = via or Via()
         self._sources = sources
@@ -212,7 +221,8 @@ class HeaderReader:
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
         self._reads_origin = reads_origin
-        inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset())
+        self._limit_fields = limit_fields
+        inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset()) | limit_fields
         self._inspected = InspectedHeaders(inspected)
         # False if the client id is in a header field that has another meaning too, or is not forwarded.
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset()) | identity_fields
@@ -243,6 +253,10 @@ class HeaderReader:
             facts.reported = client.hop
         if self._reads_origin:
             facts.origin, facts.preflight = origin_of(fields), preflight_of(fields)
+        if self._limit_fields:
+            facts.keyed = {
+                name: b", ".join(fields[name]).decode("latin-1") for name in self._limit_fields if fields.get(name)
+            }
         self._set_name(facts, fields)
         if self._markers:
             self._set_claim(facts, fields)

@@ -5,6 +5,7 @@ may read differently (see `http1.request_paths`) costs as much as its dearest re
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
@@ -160,6 +161,18 @@ class RouteTable:
                     raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
             prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
+
+    def read_as(self, host: str, method: str, path: str, raw_target: bytes) -> frozenset[str]:
+        """Return the names of the routes of all readings of a path; empty if it has only one reading."""
+        is_plain = not ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target)
+        if is_plain or not is_unusual(path):
+            return frozenset()
+        names = set()
+        with suppress(ValueError):
+            for reading in readings(raw_target.partition(b"?")[0].decode("latin-1")):
+                with suppress(NoRoute, MethodNotAllowed):
+                    names.add(self.find(host, method, reading, _READING)[0].name)
+        return frozenset(names)
 
     def at(self, host: str, path: str) -> Route | None:
         """Return the first route of the longest prefix of a path (percent-decoded), whichever its methods."""

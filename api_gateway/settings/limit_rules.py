@@ -39,9 +39,9 @@ def limit_findings(config: LimitedSections) -> Iterator[Found]:
             message = f"is also the name of {other}, and responses name limits; choose another, got {limit.name!r}"
             yield (*place, "name"), message, (("tiers",),)
         for number, part in enumerate(limit.key):
-            message = _key_problem(config.identity, part)
-            if message is not None:
-                yield (*place, "key", str(number)), f"{message}, got {part!r}", (("identity",),)
+            problem = _key_problem(config.identity, part)
+            if problem is not None:
+                yield (*place, "key", str(number)), f"{problem}, got {part!r}", (("identity",),)
         yield from _tier_findings(config, limit, place)
         yield from _reference_findings(config, limit, place)
         yield from _cost_findings(config, limit, place)
@@ -59,15 +59,22 @@ def allowances(limit: LimitSection) -> Iterator[tuple[KeyPath, AllowanceSection]
 
 def _key_problem(identity: IdentitySection, part: str) -> str | None:
     kind, _, name = part.partition(":")
-    has_tokens = "jwt" in identity.sources
     if kind == "header":
-        if name.lower() in (*_CREDENTIALS, identity.api_key.header.lower()):
-            return "may have a credential; use client"
-        return "names the client, who is counted by client" if name.lower() == identity.header.lower() else None
-    if kind in ("claim", "organisation") and not has_tokens:
+        return _header_problem(identity, name.lower())
+    if kind in ("claim", "organisation") and "jwt" not in identity.sources:
         return "needs jwt in identity.sources, as only tokens have claims"
     if kind == "organisation" and all(one.organisation_claim is None for one in identity.jwt.issuers.values()):
         return "needs organisation_claim of an issuer in identity.jwt.issuers"
+    return None
+
+
+def _header_problem(identity: IdentitySection, name: str) -> str | None:
+    if name in (*_CREDENTIALS, identity.api_key.header.lower()):
+        return "may have a credential; use client"
+    if name == identity.header.lower():
+        return "names the client; use client"
+    if any(name == header.lower() for issuer in identity.jwt.issuers.values() for header in issuer.headers):
+        return "is removed from requests, as the gateway sets it; use claim: with the path of its claim"
     return None
 
 
@@ -108,7 +115,9 @@ def _cost_findings(config: LimitedSections, limit: LimitSection, place: KeyPath)
         return
     below = [(key_path, section) for key_path, section in found if (section.capacity or 0) < (limit.cost or 0)]
     for key_path, section in below:
-        message = f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.capacity}"
+        message = (
+            f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.capacity}"
+        )
         yield (*place, *key_path, "capacity"), message, ((*place, "cost"),)
     if limit.cost is not None:
         return

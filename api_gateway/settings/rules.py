@@ -260,9 +260,7 @@ def _breaker_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iter
         )
 
 
-def _of_limit(
-    config: ConfigSections, key_path: KeyPath, message: str, depends_on: tuple[KeyPath, ...]
-) -> Finding:
+def _of_limit(config: ConfigSections, key_path: KeyPath, message: str, depends_on: tuple[KeyPath, ...]) -> Finding:
     """Return a finding whose place, given within `limits`, shows the name of the limit after its index."""
     number, *rest = key_path
     below = path_text(("", *rest)) if rest else ""

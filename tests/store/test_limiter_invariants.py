@@ -49,7 +49,7 @@ from api_gateway.limits.refusal import refusal
 from api_gateway.limits.script_batcher import CONNECTIONS, ScriptBatcher
 from api_gateway.limits.script_ops import ChargeOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
-from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter
+from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter, debts_of
 from api_gateway.settings.rules import MAX_BUDGET, MAX_FILL
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
@@ -336,7 +336,7 @@ class Walk(RuleBasedStateMachine):
         changes = [Charge(part.key, part.quota, int(part.increment_ns * factor)) for part in one.charges]
         owed = [self.exact.owed(change.key, self.now_ns) for change in changes]
         self.backend.settle(changes, one.decision, self.now_ns)
-        debts_ns = (one.decision.reset_ns, *one.decision.others_ns)
+        debts_ns = debts_of(one.decision)
         for change, debt_ns, owed_ns in zip(changes, debts_ns, owed, strict=True):
             looked = self.backend.decide([Charge(change.key, change.quota, 0)], self.now_ns)
             if change.increment_ns >= 0:

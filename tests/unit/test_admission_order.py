@@ -24,13 +24,13 @@ from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan, Stage
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.proxy.stages import (
     AmbiguityStage,
     DeadlineStage,
     IdentityStage,
     LoadSheddingStage,
-    RateLimitStage,
     RouteStage,
 )
 from api_gateway.rate_limiter import MemoryLimiter

@@ -43,8 +43,9 @@ from api_gateway.proxy.exchange import (
     successor,
 )
 from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
+from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import Route, RouteTable
-from api_gateway.proxy.stages import DeadlineStage, IdentityStage, RateLimitStage, RouteStage
+from api_gateway.proxy.stages import DeadlineStage, IdentityStage, RouteStage
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.resilience.breaker_policy import BreakerPolicy
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
