@@ -27,6 +27,7 @@ _COUNTERS = (
     "would_refuse",
     "bare_client_ids",
     "settlements",
+    "quota_warnings",
     "operator_rejections",
     "dropped_lines",
     "write_errors",
@@ -127,6 +128,7 @@ class Recorder:
         )  # admitted by identity.mode observe
         self.bare_client_ids: Counter[str] = Counter(dict.fromkeys(("admitted", "refused"), 0))
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
+        self.quota_warnings: Counter[str] = Counter()  # by the name of the limit
         places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}

@@ -41,6 +41,12 @@ class Calendar:
         self.zone = zone
         self._last = Period(0, 0, 0)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Calendar) and (self.unit, self.zone.key) == (other.unit, other.zone.key)
+
+    def __hash__(self) -> int:
+        return hash((self.unit, self.zone.key))
+
     def __repr__(self) -> str:
         return f"<Calendar [{self.unit}, {self.zone.key}]>"
 

@@ -105,7 +105,9 @@ class LimitSection(AllowanceSection):
     routes: Names | None = Field(default=None, description="Names of routes. None: all.")
     methods: Methods | None = Field(default=None, description="None: all.")
     cost: Cost | None = Field(default=None, description="Of a request in this limit. None: the cost by its route.")
-    period: Literal["hour", "day", "week", "month"] | None = Field(default=None, description="None: rate and capacity.")
+    period: Literal["hour", "day", "week", "month"] | None = Field(
+        default=None, description="That quotas are for. None: the limit has rate and capacity."
+    )
     time_zone: TimeZone = Field(default="UTC", description="Of the periods, as in Europe/Berlin.")
     starts: Literal["calendar", "client"] = Field(
         default="calendar", description="Whether periods are those of the calendar, or begin with the first request."

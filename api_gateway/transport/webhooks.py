@@ -6,7 +6,6 @@ restart and from another gateway, so that a receiver that ignores ids it has see
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -25,7 +24,6 @@ from api_gateway.models import Clock
 
 logger = logging.getLogger(__name__)
 
-SECRET_PREFIX = "whsec_"  # noqa: S105 - what secrets of Standard Webhooks begin with
 MAX_QUEUED = 1000  # events that wait; of more, the oldest is dropped
 MAX_ATTEMPTS = 12  # about an hour and a half
 FIRST_DELAY, MAX_DELAY = 1.0, 900.0  # seconds between attempts
@@ -48,17 +46,6 @@ class Event:
         """The event in JSON."""
         at = datetime.fromtimestamp(self.at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return json.dumps({"type": self.type, "timestamp": at, "data": self.data}, separators=(",", ":")).encode()
-
-
-def signing_key(secret: str) -> bytes:
-    """Return the key in a secret such as `whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw`. Raises ValueError."""
-    try:
-        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-    except binascii.Error:
-        key = b""
-    if not 24 <= len(key) <= 64:  # noqa: PLR2004 - by the specification
-        raise ValueError("must be 24 to 64 random bytes in base64, optionally after whsec_")
-    return key
 
 
 def signature_fields(key: bytes, event_id: str, at: int, body: bytes) -> dict[str, str]:
@@ -116,6 +103,13 @@ class Webhook:
     def start(self) -> None:
         """Deliver events from now on."""
         self._task = asyncio.create_task(self._run(), name="webhook")
+
+    def stop(self) -> list[Event]:
+        """End, and return the events that were not delivered; the first may have been."""
+        if self._task is not None:
+            self._task.cancel()
+        waiting, self._waiting = list(self._waiting), deque()
+        return waiting
 
     async def close(self) -> None:
         """End; events that were not delivered are lost, and logged."""

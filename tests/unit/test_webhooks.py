@@ -9,6 +9,7 @@ import pytest
 from standardwebhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
+from api_gateway.settings.webhook import signing_key
 from api_gateway.transport.webhooks import (
     MAX_ATTEMPTS,
     MAX_DELAY,
@@ -16,7 +17,6 @@ from api_gateway.transport.webhooks import (
     Event,
     Webhook,
     signature_fields,
-    signing_key,
 )
 from tests.kit import soon
 
