@@ -12,6 +12,8 @@ from api_gateway.limits.limit import LIMIT_PREFIX, Limit
 from api_gateway.limits.period_counters import UNITS_PER_TOKEN, PeriodCounters, PeriodQuota, Warned
 from api_gateway.limits.period_store import PeriodJournal, PeriodStore
 from api_gateway.limits.quota_limiter import QuotaLimiter
+from api_gateway.limits.redis_limiter import RedisLimiter
+from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.settings.webhook import WebhookSection, signing_key
@@ -25,13 +27,15 @@ logger = logging.getLogger(__name__)
 class QuotaKeeping:
     """The counters of a gateway's quotas, which outlive reloads. Not used until a configuration has a quota.
 
-    States: closed; open, from the first `open` with a quota until `close`.
+    Counters are in this process and its file, or in the store of the buckets. States: closed; open, from the first
+    `open` with a quota in this process until `close`.
     """
 
     def __init__(self, config: GatewayConfig, recorder: Recorder, clocks: Clocks) -> None:
         self._recorder = recorder
         self._clocks = clocks
         self._is_open = False
+        self._in_store: StoreQuotaLimiter | None = None
         self._webhook: Webhook | None = None
         self._webhook_of: WebhookSection | None = None
         self.counters = PeriodCounters(config.store.max_buckets)
@@ -51,8 +55,9 @@ class QuotaKeeping:
         return self._journal.error
 
     async def open(self, config: GatewayConfig) -> None:
-        """Read the counters if the configuration has quotas. Idempotent. Raises StartupError."""
-        if self._is_open or not any(section.period is not None for section in config.limits):
+        """Read the counters if the configuration has quotas, kept in this process. Idempotent. Raises StartupError."""
+        has_quotas = any(section.period is not None for section in config.limits)
+        if self._is_open or not has_quotas or config.store.is_shared:
             return
         try:
             await self._journal.start()
@@ -71,8 +76,14 @@ class QuotaKeeping:
         self.counters.limit = config.store.max_buckets
         if not any(isinstance(quota, PeriodQuota) for limit in limits for quota in limit.all_quotas):
             return buckets
-        assert isinstance(buckets, MemoryLimiter)  # noqa: S101 - by the rules of the configuration
-        return QuotaLimiter(buckets, self.counters, wall_clock=self._clocks.wall, on_warned=self._on_warned)
+        if isinstance(buckets, MemoryLimiter):
+            return QuotaLimiter(buckets, self.counters, wall_clock=self._clocks.wall, on_warned=self._on_warned)
+        if self._in_store is None:  # kept, as it has what is to be charged in the store
+            assert isinstance(buckets, RedisLimiter)  # noqa: S101 - there are two limiters of buckets
+            self._in_store = StoreQuotaLimiter(
+                buckets, prefix=config.store.prefix, wall_clock=self._clocks.wall, on_warned=self._on_warned
+            )
+        return self._in_store
 
     def follow_webhook(self, section: WebhookSection) -> None:
         """Deliver events to the webhook of the configuration from now on; those that wait, too."""

@@ -6,7 +6,7 @@ here reads a clock or waits, so a decision is atomic on one thread.
 A count belongs to one period and is never given twice. A counter keeps the count of the latest period that it has
 been used in, and of the one before. If the clock steps back, requests are charged to the count of the period that it
 shows; if that is earlier than both, to the earlier one. So a step back gains no second allowance, and a step forward
-and back loses none.
+and back loses none. A counter is forgotten two periods and a day after its last period; a longer step is not undone.
 """
 
 from collections import deque
@@ -22,7 +22,8 @@ UNITS_PER_TOKEN = 1000
 MICROSECONDS = 1_000_000
 NEVER_US = -1
 OVERFLOW_COUNTERS = 4096
-KEPT = 2  # periods for which a counter is kept after its last one has ended
+KEPT = 2  # periods for which a counter is kept after its last one has ended, and `KEPT_LONGER` seconds
+KEPT_LONGER = 86_400
 UTC_MONTHS = Calendar("month", ZoneInfo("UTC"))
 _SWEEP = 2  # counters inspected for each one added: more than one, so that ended ones do not accumulate
 
@@ -91,10 +92,6 @@ class Counter:
     balance: int = 0
     until: int = 0
 
-    def kept(self, start: int) -> Count | None:
-        """Return the count of the period from `start`; None if it is not kept."""
-        return next((one for one in (self.count, self.before) if one is not None and one.start == start), None)
-
     def valid_balance(self, now: int) -> int:
         """Return what can be used of the top-ups."""
         return self.balance if now < self.until else 0
@@ -114,6 +111,13 @@ class Standing:
     end: int
     left: int
     is_new: bool
+
+    def kept(self, start: int) -> Count | None:
+        """Return the count of the period from `start`; None if the counter does not have it."""
+        counter = self.counter
+        if self.is_new and self.count is counter.count:  # the counter itself is new
+            return None
+        return next((one for one in (counter.count, counter.before) if one is not None and one.start == start), None)
 
     def wait_us(self, cost: int, now_us: int) -> int:
         """Return 0 if a cost is allowed, else the time until it would be; NEVER_US if it exceeds the allowance."""
@@ -167,8 +171,6 @@ class PeriodCounters:
         counter = self.counters.get(key)
         if counter is None and self._overflow:
             counter = self._overflow.get(_slot(key, quota))
-            if counter is not None and is_past(counter, now_us // MICROSECONDS):
-                counter = None
         return standing_of(key, quota, counter, now_us // MICROSECONDS)
 
     def charge(self, standing: Standing, cost: int, now_us: int) -> list[Warned]:
@@ -186,7 +188,7 @@ class PeriodCounters:
         counter no longer keeps is not refunded, and a charge is then made in the present period.
         """
         standing = self.standing(key, quota, now_us)
-        kept = standing.counter.kept(start) if key in self.counters else None
+        kept = standing.kept(start) if key in self.counters else None
         if change > 0 and kept is None:
             self._attach(standing)
         warned = settle(standing, kept, change, now_us // MICROSECONDS)
@@ -251,11 +253,11 @@ class PeriodCounters:
         now = counter.count.start
         for _ in range(min(_SWEEP, len(self._order))):
             oldest = self._order.popleft()
-            held = self.counters[oldest]
-            if is_past(held, now):
-                del self.counters[oldest]
-            else:
+            held = self.counters.get(oldest)
+            if held is not None and not is_past(held, now):
                 self._order.append(oldest)
+            else:
+                self.counters.pop(oldest, None)
         if len(self.counters) < self.limit or key in self.counters:
             if key not in self.counters:
                 self._order.append(key)
@@ -272,7 +274,7 @@ def is_past(counter: Counter, now: int) -> bool:
 
 def past_at(counter: Counter) -> int:
     """Return from when on a counter has no effect."""
-    return max(counter.end + KEPT * (counter.end - counter.count.start), counter.until)
+    return max(counter.end + KEPT * (counter.end - counter.count.start) + KEPT_LONGER, counter.until)
 
 
 def _slot(key: str, quota: PeriodQuota) -> tuple[str, int]:
@@ -281,7 +283,9 @@ def _slot(key: str, quota: PeriodQuota) -> tuple[str, int]:
 
 def standing_of(key: str, quota: PeriodQuota, counter: Counter | None, now: int) -> Standing:
     """Return the standing of a counter, or of a new one if there is none of the quota's unit; nothing is changed."""
-    if counter is None or counter.unit != quota.calendar.unit:
+    if counter is not None and (counter.unit != quota.calendar.unit or is_past(counter, now)):
+        counter = None
+    if counter is None:
         period = quota.period(now, now)
         count = Count(period.start)
         new = Counter(quota.calendar.unit, now, count, period.end)

@@ -220,8 +220,9 @@ local function correct(at)
   local q, start = question(at), tonumber(ARGV[at + ARGUMENTS])
   local counter, place, extra = resolve(q)
   local kept = counter and (counter[START] == start and START or counter[BEFORE] == start and BEFORE)
-  if q.cost > 0 and (kept or place) then
-    counter, place = attach(q, counter, kept or place, extra)
+  local charged = kept or place or (counter and START)
+  if q.cost > 0 and charged then
+    counter, place = attach(q, counter, charged, extra)
     local free = q.allowance + counter[place + 2] - counter[place + 1]
     use(q, counter, place, math.min(q.cost, math.max(free + q.allowance, 0) + valid_balance(counter)))
   elseif q.cost < 0 and kept then
@@ -308,9 +309,9 @@ end
 for number in pairs(changed) do
   local counter, digits = counters[number], {}
   for index = 1, FIELDS do digits[index] = string.format('%.0f', counter[index]) end
-  local past = math.max(counter[END] + 2 * (counter[END] - counter[START]), counter[UNTIL])
+  local past = math.max(counter[END] + 2 * (counter[END] - counter[START]) + 86400, counter[UNTIL])
   redis.call('SET', KEYS[number], table.concat(digits, ' '),
-    'PXAT', string.format('%.0f', math.max(past, seconds + 1) * 1000))
+    'PXAT', string.format('%.0f', math.max(past, seconds) * 1000 + 999)) -- to the end of that second
 end
 for _, first in ipairs(publications) do
   redis.call('PUBLISH', ARGV[first + 1], ARGV[first + 2])
