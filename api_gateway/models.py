@@ -327,6 +327,13 @@ class BucketView(Body):
     reset_after_seconds: float = Field(description="Time until the bucket is full.")
 
 
+class LimitBucketView(BucketView):
+    """The current state of a client's bucket of a limit."""
+
+    limit: str
+    route: str | None = Field(description="null unless the limit counts by client and route.")
+
+
 class GrantView(Body):
     """A grant in force."""
 
@@ -349,6 +356,9 @@ class ClientView(Body):
         description="False if the client store is unavailable: then the values are those in this gateway's memory."
     )
     bucket: BucketView
+    limits: list[LimitBucketView] = Field(
+        default=[], description="Buckets of limits that count by client, or by client and route."
+    )
 
 
 class TierChanged(Body):
@@ -369,13 +379,25 @@ class GrantChanged(TierChanged):
     until: str | None = Field(description="End of the grant, UTC, ISO 8601; null if there is none.")
 
 
+class LimitReset(Body):
+    """The result of filling a client's bucket of a limit."""
+
+    limit: str
+    route: str | None
+    tokens_before: float
+    tokens_after: float
+
+
 class BucketReset(Body):
-    """The result of filling a client's bucket."""
+    """The result of filling a client's buckets."""
 
     client_id: str
     tier: TierView
     tokens_before: float
     tokens_after: float
+    limits: list[LimitReset] = Field(
+        default=[], description="Buckets of limits that count by client, or by client and route."
+    )
 
 
 class HeavyClient(Body):

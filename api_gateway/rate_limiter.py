@@ -11,7 +11,7 @@ limiter is not thread-safe.
 Long because arithmetic, tables and decisions have to agree.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
@@ -269,6 +269,11 @@ class MemoryLimiter:
     @bucket_limit.setter
     def bucket_limit(self, limit: int) -> None:
         self._table.limit = limit
+
+    def bucket_keys(self) -> Iterator[list[str]]:
+        """Return the keys of the entries of each generation, as they are at the time; some may be in both."""
+        yield list(self._table.current)
+        yield list(self._table.previous)
 
     def state(self) -> LimiterState:
         """Return the state of a limiter without a store."""

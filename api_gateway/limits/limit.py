@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from api_gateway.models import Client, Quota
 
@@ -84,20 +85,36 @@ def limit_of(bucket_key: str) -> str:
     return bucket_key.removeprefix(LIMIT_PREFIX).partition(":")[0]
 
 
-def client_buckets(limits: Iterable[Limit], client: Client) -> list[tuple[str, Quota]]:
-    """Return the keys and allowances of the buckets that only a client has: that of its tier, and of limits by client.
+class OwnBucket(NamedTuple):
+    """A bucket that only one client has: key, allowance, limit (None: that of the tier), and its route if any."""
 
-    The buckets of limits by client and something else are not among them, as their values are not known.
+    key: str
+    quota: Quota
+    limit: str | None = None
+    route: str | None = None
+
+
+def client_buckets(limits: Iterable[Limit], client: Client, routes: Sequence[str] = ()) -> list[OwnBucket]:
+    """Return the buckets that only a client has: that of its tier, and of limits by client, or by client and route.
+
+    `routes` are the names of all routes. The buckets of limits by client and something else are not among them, as
+    the values are not known.
     """
-    buckets = [(client.key, client.quota)]
+    tier, buckets = client.quota.name, [OwnBucket(client.key, client.quota)]
     for limit in limits:
-        quota = limit.quota_of(client.quota.name) if limit.is_by_client else None
-        if quota is not None:
-            buckets.append((limit.bucket_key((client.key,), client.quota.name), quota))
+        quota = limit.quota_of(tier)
+        if quota is not None and limit.is_by_client:
+            buckets.append(OwnBucket(limit.bucket_key((client.key,), tier), quota, limit.name))
+        elif quota is not None and set(limit.key) == {"client", "route"}:
+            for route in routes if limit.routes is None else sorted(limit.routes):
+                values = [client.key if part == "client" else route for part in limit.key]
+                buckets.append(OwnBucket(limit.bucket_key(values, tier), quota, limit.name, route))
     return buckets
 
 
 def moved_buckets(limits: Iterable[Limit], before: Client, after: Client) -> list[tuple[str, Quota, Quota]]:
     """Return the buckets of a client whose allowance a change of its tier changes: key, allowance before and after."""
-    present = dict(client_buckets(limits, after))
-    return [(key, quota, present[key]) for key, quota in client_buckets(limits, before) if key in present]
+    limits = [limit for limit in limits if limit.is_by_client]
+    present = {bucket.key: bucket.quota for bucket in client_buckets(limits, after)}
+    old = client_buckets(limits, before)
+    return [(bucket.key, bucket.quota, present[bucket.key]) for bucket in old if bucket.key in present]

@@ -1,6 +1,8 @@
 """What the header fields of a request mean to the gateway; remembered, as clients repeat their fields.
 
 A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Other requests are read anew.
+
+Long because the facts and the reader that fills in and copies each of them have to agree.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -53,7 +55,8 @@ class HeaderFacts:
     and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used last, has to decide on
     such requests. `claim` is the credential that decides who the client is, None without one; `credentials` are the
     header fields that have a credential of this gateway. `proof` is what the claim proved, for the registry version
-    `version`. `keyed` are the values of header fields that limits count by, and `charged` the charges by route, method
+    `version`. `keyed` are the values of header fields that limits count by (for `/explain`, also `:organisation` and
+    `:claim:PATH`), and `charged` the charges by route, method
     and cost. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the facts of the
     other header fields, and `id_field` is the one with the client id, if the two are read separately.
     """

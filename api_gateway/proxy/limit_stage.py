@@ -19,6 +19,8 @@ from api_gateway.proxy.route_table import RouteTable
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 
+# Of described requests without a credential, in `HeaderFacts.keyed`; no header field has such a name.
+DESCRIBED_ORGANISATION, DESCRIBED_CLAIM = b":organisation", b":claim:"
 MOST_REMEMBERED = 32  # combinations of route, method and cost of one header set
 
 ValueOf = Callable[[RequestPlan], str | None]
@@ -41,7 +43,7 @@ class RateLimitStage:
         """
         self._limiter = limiter
         self._decide_at_once = limiter.decide
-        self._address_quota = address_quota
+        self.address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
         self.shadow = shadow
 
@@ -49,6 +51,10 @@ class RateLimitStage:
     def limits(self) -> Sequence[Limit]:
         """The limits besides those of tiers and addresses."""
         return ()
+
+    def lacking(self, plan: RequestPlan) -> list[tuple[Limit, str]]:  # noqa: ARG002 - there are none
+        """Return the limits that do not apply to a request, each with the reason in words."""
+        return []
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Charge the request; the store is asked if this process cannot decide."""
@@ -78,21 +84,21 @@ class RateLimitStage:
     def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
         """Return the charges of a request of `client` from the address `peer`; all or none must be charged."""
         charges = [Charge(client.key, client.quota, client.quota.cost_ns(cost))]
-        quota = self._address_quota
+        quota = self.address_quota
         if quota is not None and self.limits_address_of(client, peer):
             charges.append(Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(cost)))
         return charges
 
     def charges_of_address(self, peer: str) -> list[Charge]:
         """Return the charge of a failed attempt to prove an id; empty if the address has no limit."""
-        quota = self._address_quota
+        quota = self.address_quota
         if quota is None or self._is_exempt(peer):
             return []
         return [Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(1))]
 
     def limits_address_of(self, client: Client, peer: str) -> bool:
         """Tell whether a request of `client` from the address `peer` is also charged to that address."""
-        return self._address_quota is not None and not client.is_registered and not self._is_exempt(peer)
+        return self.address_quota is not None and not client.is_registered and not self._is_exempt(peer)
 
     def _set_charges(self, plan: RequestPlan) -> list[Charge]:
         exchange, facts = plan.exchange, plan.facts
@@ -156,7 +162,7 @@ class LimitListStage(RateLimitStage):
         return self._on_decision(plan, decision)
 
     def lacking(self, plan: RequestPlan) -> list[tuple[Limit, str]]:
-        """Return the limits that do not apply to a request, each with the reason in words."""
+        """See `RateLimitStage`."""
         client, found = plan.exchange.client, []
         assert client is not None  # noqa: S101 - `IdentityStage` comes first
         names, method, tier = self._route_names(plan), plan.exchange.method.upper(), client.quota.name
@@ -244,7 +250,7 @@ def _route(plan: RequestPlan) -> str | None:
 
 def _organisation(plan: RequestPlan) -> str | None:
     credential = plan.exchange.credential
-    return None if credential is None else credential.organisation
+    return plan.facts.keyed.get(DESCRIBED_ORGANISATION) if credential is None else credential.organisation
 
 
 def _header(name: bytes, plan: RequestPlan) -> str | None:
@@ -255,7 +261,7 @@ def _claim(path: str, plan: RequestPlan) -> str | None:
     """Return a claim as text; the elements of a list with commas between them."""
     credential = plan.exchange.credential
     if not isinstance(credential, JwtProof):
-        return None
+        return plan.facts.keyed.get(DESCRIBED_CLAIM + path.encode())
     values = credential.token.claims.get(path, ())
     return ",".join([str(value).lower() if isinstance(value, bool) else str(value) for value in values]) or None
 

@@ -81,5 +81,7 @@ class ShadowLimits:
         assert decision is not None  # noqa: S101 - as in `observe`
         if decision.allowed and not trial.allowed:
             self._recorder.would_limit[client.quota.name] += 1
+            for quota in trial.violated or (trial.quota,):
+                self._recorder.would_refuse_by_limit[quota.policy.removesuffix(" candidate"), client.quota.name] += 1
         elif trial.allowed and not decision.allowed:
             self._recorder.would_allow[client.quota.name] += 1

@@ -278,9 +278,11 @@ class AskingLimiter:
         if self.replies_at_once:
             on_decision(decision)
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
-        self.settled.append(charges)
-        return self._limiter.settle(charges, decision, now_ns)
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
+        self.settled.append(changes)
+        return self._limiter.settle(changes, decision, now_ns, settled_to)
 
 
 class Body(NamedTuple):

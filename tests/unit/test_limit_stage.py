@@ -199,7 +199,7 @@ def test_tiers_have_values_of_their_own() -> None:
     rich, poor = Client("c", "client:c", PREMIUM, "granted"), Client("c", "client:c", FREE, "default")
     assert limited.keys(client=rich) == ["client:c", "limit:exports:client:c", "limit:shared:PREMIUM:192.0.2.7"]
     assert limited.keys(client=poor) == ["client:c", "limit:exports:client:c", "limit:shared:FREE:192.0.2.7"]
-    assert [key for key, _ in client_buckets([exports], rich)] == ["client:c", "limit:exports:client:c"]
+    assert [key for key, *_ in client_buckets([exports], rich)] == ["client:c", "limit:exports:client:c"]
     (_, (key, old, new)) = moved_buckets([exports], poor, rich)
     assert (key, old.capacity, new.capacity) == ("limit:exports:client:c", 2, 6)
     assert exports.client_key(key) == "client:c"
@@ -230,3 +230,18 @@ def test_what_applies_is_computed_once_for_route_method_and_cost() -> None:
     assert len(facts.charged) <= MOST_REMEMBERED
     other = Client("other", "client:other", FREE, "default")
     assert charges("/api/x", 0, other)[0].key == "client:other"
+
+
+def test_the_buckets_of_a_client_by_route_are_known() -> None:
+    pair = Limit("pair", ("route", "client"), TEAM, routes=frozenset({"login", "x"}))
+    every = Limit("every", ("client", "route"), TEAM)
+    other = Limit("other", ("client", "address"), TEAM)
+    buckets = client_buckets([pair, every, other], ACME, ["all", "login"])
+    assert [(bucket.key, bucket.limit, bucket.route) for bucket in buckets] == [
+        ("client:acme", None, None),
+        ("limit:pair:login|client:acme", "pair", "login"),
+        ("limit:pair:x|client:acme", "pair", "x"),
+        ("limit:every:client:acme|all", "every", "all"),
+        ("limit:every:client:acme|login", "every", "login"),
+    ]
+    assert moved_buckets([pair], ACME, ACME) == [("client:acme", FREE, FREE)]
