@@ -279,4 +279,5 @@ def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregato
         clocks=gateway.clocks,
         explainer=explainer,
         overrides=gateway.overrides,
+        quotas=gateway.keeping.book,
     )

@@ -1,5 +1,6 @@
 """The context of the operator endpoints, and the FastAPI dependencies through which endpoints obtain it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -18,6 +19,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import ClientIdInvalid, Forbidden
 from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
+from api_gateway.limits.quota_book import QuotaBook
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.system.clocks import Clocks
@@ -42,6 +44,7 @@ class AdminContext:
     clocks: Clocks
     explainer: Explainer
     overrides: BreakerOverrides
+    quotas: Callable[[], QuotaBook]
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import random
 from collections.abc import Iterable, Sequence
 
@@ -9,8 +10,9 @@ from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit
-from api_gateway.limits.period_counters import UNITS_PER_TOKEN, PeriodCounters, PeriodQuota, Warned
+from api_gateway.limits.period_counters import MICROSECONDS, UNITS_PER_TOKEN, PeriodCounters, PeriodQuota, Warned
 from api_gateway.limits.period_store import PeriodJournal, PeriodStore
+from api_gateway.limits.quota_book import LocalBook, QuotaBook, StoreBook
 from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
@@ -54,6 +56,12 @@ class QuotaKeeping:
         """Why quotas are not stored, None if they are."""
         return self._journal.error
 
+    def book(self) -> QuotaBook:
+        """Return where operators read and change counters."""
+        if self._in_store is not None:
+            return StoreBook(self._in_store)
+        return LocalBook(self.counters, self._journal, lambda: math.ceil(self._clocks.wall() * MICROSECONDS))
+
     async def open(self, config: GatewayConfig) -> None:
         """Read the counters if the configuration has quotas, kept in this process. Idempotent. Raises StartupError."""
         has_quotas = any(section.period is not None for section in config.limits)
@@ -74,6 +82,9 @@ class QuotaKeeping:
     def limiter(self, buckets: RateLimiter, limits: Iterable[Limit], config: GatewayConfig) -> RateLimiter:
         """Return the limiter of a configuration: `buckets` alone, or with counters if one of its limits is a quota."""
         self.counters.limit = config.store.max_buckets
+        for section in config.limits:
+            if section.warn_at:
+                self._recorder.quota_warnings.setdefault(section.name, 0)
         if not any(isinstance(quota, PeriodQuota) for limit in limits for quota in limit.all_quotas):
             return buckets
         if isinstance(buckets, MemoryLimiter):

@@ -285,6 +285,4 @@ def _session(config: GatewayConfig) -> StoreSession:
 def move_buckets(limiter: Limiter, limits: Iterable[Limit], before: Client, after: Client, now_ns: int) -> None:
     """Change the quotas of a client's buckets: another gateway has changed its tier, or its grant has expired."""
     for key, old, new in moved_buckets(limits, before, after):
-        if isinstance(old, PeriodQuota) or isinstance(new, PeriodQuota):  # what was used stays
-            continue
         limiter.change_quota(key, old, new, now_ns)

@@ -182,6 +182,7 @@ def metrics_view(
             would_limit=dict(recorder.would_limit),
             would_allow=dict(recorder.would_allow),
             settlements=dict(recorder.settlements),
+            quota_warnings=dict(recorder.quota_warnings),
             buckets=buckets,
             max_buckets=bucket_limit,
             overflow_decisions=overflowed,

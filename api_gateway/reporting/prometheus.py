@@ -180,6 +180,12 @@ class PrometheusExposition:
             for labels, count in by_limit.items():
                 family.add_metric(labels, count)
             yield family
+        warnings = CounterMetricFamily(
+            "gateway_quota_warnings", "Shares of calendar quotas that were reached (warn_at).", labels=["limit"]
+        )
+        for limit, count in self._recorder.quota_warnings.items():
+            warnings.add_metric([limit], count)
+        yield warnings
         settlements = CounterMetricFamily(
             "gateway_rate_limit_settlements", "Costs settled after the response.", labels=["result"]
         )

@@ -116,9 +116,7 @@ def _cost_findings(config: LimitedSections, limit: LimitSection, place: KeyPath)
         return
     below = [(key_path, section) for key_path, section in found if section.most < (limit.cost or 0)]
     for key_path, section in below:
-        message = (
-            f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.most}"
-        )
+        message = f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.most}"
         yield (*place, *key_path, name), message, ((*place, "cost"),)
     if limit.cost is not None:
         return

@@ -100,7 +100,7 @@ class LimitSection(AllowanceSection):
         list[Annotated[str, Field(pattern=LIMIT_KEY)]], BeforeValidator(_parts), Field(min_length=1, max_length=8)
     ] = Field(default=["client"], description="What has a bucket of its own; of a list, each combination.")
     tiers: Annotated[
-        dict[TierName, AllowanceSection | None] | None, BeforeValidator(_by_tier), Field(min_length=1)
+        Annotated[dict[TierName, AllowanceSection | None], Field(min_length=1)] | None, BeforeValidator(_by_tier)
     ] = Field(default=None, description="None: all tiers.")
     routes: Names | None = Field(default=None, description="Names of routes. None: all.")
     methods: Methods | None = Field(default=None, description="None: all.")
@@ -127,7 +127,8 @@ class LimitSection(AllowanceSection):
             raise ValueError("with a period, the allowance is a quota: remove rate and capacity, or write two limits")
         if self.period is not None and not has_quota:
             raise ValueError(f"a period needs a quota, in tokens in each {self.period}")
-        alone = [name for name in _OF_QUOTAS if name in self.model_fields_set] if self.period is None else []
-        if alone:
+        fields = type(self).model_fields  # those that are set explicitly, but to their defaults, are of no importance
+        alone = [name for name in _OF_QUOTAS if getattr(self, name) != fields[name].default]
+        if self.period is None and alone:
             raise ValueError(f"{alone[0]} is for quotas: set quota and period too, or remove it")
         return self
