@@ -23,6 +23,7 @@ from api_gateway.http1.asgi import (
 )
 from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.methods import PROXIED_METHODS
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.models import Clock, Exchange, HeaderList
@@ -99,6 +100,10 @@ class _Closed:
     """The fast path before start-up: it takes no requests."""
 
     def try_handle(self, _client: Any, _received: bytes) -> bool:
+        """Return False."""
+        return False
+
+    def try_head(self, _client: Any, _head: RequestHead, _trailers: HeaderList) -> bool:
         """Return False."""
         return False
 

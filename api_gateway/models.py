@@ -204,6 +204,20 @@ class CorsFields:
     varies: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """A change of the cost of an exchange, in tokens, at `at_ns` of the monotonic clock.
+
+    `decision` and `charged` are decision and cost before the change.
+    """
+
+    at_ns: int
+    number: int
+    decision: Decision
+    charged: float
+    cost: float
+
+
 @dataclass(slots=True)
 class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.
@@ -216,7 +230,9 @@ class Exchange:
     `has_reached`: a part of the request may have reached an upstream that then failed. `shed_by` has the upstreams
     that refused because of load (None: the gateway). `retried` has the causes of retries. `fallback` is the fallback
     that responded instead of the route's upstream; `reason` and `detail` are then those of the upstream's failure.
-    `cors` has the CORS fields of any response, None if the route has no policy.
+    `cors` has the CORS fields of any response, None if the route has no policy. `number` is that of the decision
+    (`observability.decision_numbers`), 0 if decisions are not numbered; `settlements` are changes of its cost, and
+    `credential_check` is the charge of the address for the verification of a credential.
     """
 
     id: str
@@ -250,6 +266,9 @@ class Exchange:
     shed_by: tuple[str | None, ...] = ()
     cors: CorsFields | None = None
     credential: Credential | None = None
+    number: int = 0
+    settlements: tuple[Settlement, ...] = ()
+    credential_check: tuple[int, Decision] | None = None  # number and decision
 
     @property
     def client_key(self) -> str:

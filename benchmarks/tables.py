@@ -22,7 +22,7 @@ def sizes(gateway: Gateway, fast_path: Any) -> dict[str, int]:
     keys = 0
     if isinstance(gateway.limiter, RedisLimiter):
         keys = limiter.store_key.cache_info().currsize
-        tables = [*limiter.cache._current.values(), *limiter.cache._earlier.values(), limiter.fallback._admitted]
+        tables = [*limiter.cache._current.values(), *limiter.cache._earlier.values(), limiter.fallback._debts.table]
         tables.append(limiter.fallback._limiter._table)
         refunds = [limiter._recent_refunds, limiter.fallback._limiter._refunds]
     else:

@@ -18,7 +18,8 @@ from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.errors import GatewayError
 from api_gateway.http1.asgi import SERVER_EXTENSION, FastPathHandler, InFlight
-from api_gateway.http1.fast_parser import pairs_of, parse_request_head
+from api_gateway.http1.fast_parser import lines_of, pairs_of, parse_request_head
+from api_gateway.http1.request_head import RequestHead
 from tests.kit import LIMITS
 
 PEER, OWN = "192.0.2.1", ("192.0.2.2", 80)
@@ -171,7 +172,9 @@ def response(number: int, *, size: int = 8) -> tuple[bytes, bytes]:
 class FakeExchange:
     """A request in flight on the fast path, which ends when it is told to."""
 
-    def __init__(self, fast_path: "FakeFastPath", client: DownstreamConnection, parts: Any, number: int) -> None:
+    def __init__(
+        self, fast_path: "FakeFastPath", client: DownstreamConnection, parts: Any, number: int, *, is_parsed: bool
+    ) -> None:
         self._fast_path = fast_path
         self._client = client
         self._parts = parts
@@ -180,7 +183,9 @@ class FakeExchange:
         self.is_head_sent = False
         length = re.search(rb"(?i)content-length: (\d+)", parts[3])
         self.left = (int(length[1]) if length else 0) - len(parts[4])
-        self.body: FakeBody | None = FakeBody(client) if self.left else None
+        is_chunked = b"transfer-encoding" in parts[3].lower()
+        self.body: FakeBody | None = FakeBody(client) if self.left or is_chunked else None
+        self._is_parsed = is_parsed
 
     def begin(self) -> None:
         self._fast_path.exchanges.append(self)
@@ -190,7 +195,7 @@ class FakeExchange:
         """Begin to forward, after a question of admission."""
         self._client.begin_exchange(cast("InFlight", self))
         if self.body is not None and not self.body.is_complete:
-            self._client.receive_body(self.body, self.left)
+            self._client.receive_body(self.body, 0 if self._is_parsed else self.left)
 
     def finish(self) -> None:
         """Respond."""
@@ -208,7 +213,7 @@ class FakeExchange:
     def run_asgi(self) -> None:
         method, path, query, lines, body = self._parts
         self._client.run_asgi(
-            self._fast_path.app, method, path + query, pairs_of(lines), body, keep_alive=self.keep_alive
+            self._fast_path.app, method, path + query, pairs_of(lines), body, [], keep_alive=self.keep_alive
         )
 
     def on_writable(self) -> None:
@@ -274,12 +279,20 @@ class FakeFastPath:
     def try_handle(self, client: Any, received: bytes) -> bool:
         """Respond at once (/w), begin an exchange (/e), or leave the request to the ASGI path (/r) or parser."""
         parts = parse_request_head(received)
-        if parts is None or b": " not in parts[3] or parts[1][1:2] not in (b"w", b"e", b"r"):
+        if parts is None or b": " not in parts[3] or b"transfer-encoding" in parts[3].lower():
             return False
-        if b"transfer-encoding" in parts[3].lower() or b"expect" in parts[3].lower():
+        return self._try(client, parts, is_parsed=False)
+
+    def try_head(self, client: Any, head: RequestHead, _trailers: Any) -> bool:
+        """Do the same for a request whose head the general parser has read."""
+        path, mark, query = head.target.partition(b"?")
+        return self._try(client, (head.method, path, mark + query, lines_of(head.headers), b""), is_parsed=True)
+
+    def _try(self, client: Any, parts: tuple[str, bytes, bytes, bytes, bytes], *, is_parsed: bool) -> bool:
+        if parts[1][1:2] not in (b"w", b"e", b"r") or b"expect" in parts[3].lower():
             return False
-        exchange = FakeExchange(self, client, parts, int(parts[1][2:]))
-        if exchange.left < 0 or (exchange.left and parts[1][1:2] != b"e"):
+        exchange = FakeExchange(self, client, parts, int(parts[1][2:]), is_parsed=is_parsed)
+        if exchange.left < 0 or (exchange.body is not None and parts[1][1:2] != b"e"):
             return False
         if parts[1][1:2] == b"w":
             client.write_response(b"".join(response(exchange.number)), keep_alive=exchange.keep_alive)

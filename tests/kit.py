@@ -285,7 +285,9 @@ class Wire:
                 return body, False
             size = int(line.split(b";")[0], 16)
             if size == 0:
-                return body, self.read_until(b"\r\n") is not None
+                while (line := self.read_until(b"\r\n")) not in (None, b"\r\n"):
+                    pass  # a trailer
+                return body, line is not None
             piece = self.read_exactly(size)
             body += piece
             if len(piece) < size or self.read_exactly(2) != b"\r\n":

@@ -38,17 +38,7 @@ async def metrics(
     accept = request.headers.get("accept", "")
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
-        exposition = PrometheusExposition(
-            snapshot.recorder,
-            snapshot.upstreams,
-            snapshot.limiter,
-            snapshot.buckets,
-            context.version,
-            snapshot.lag,
-            snapshot.tasks,
-            snapshot.resources,
-            snapshot.configuration,
-        )
+        exposition = PrometheusExposition(snapshot, context.version)
         body, content_type = await paced(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})
     view = metrics_view(

@@ -31,6 +31,7 @@ from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
     DeadlineStage,
+    DecisionNumberStage,
     IdentityStage,
     LoadSheddingStage,
     RouteStage,
@@ -52,7 +53,11 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     limit_headers = RateLimitHeaders()
     settlement = CostSettlement(
-        limiter=gateway.charging, clock_ns=clocks.monotonic_ns, recorder=recorder, limit_headers=limit_headers
+        limiter=gateway.charging,
+        clock_ns=clocks.monotonic_ns,
+        recorder=recorder,
+        limit_headers=limit_headers,
+        next_number=_next_number(gateway),
     )
     sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
     cors = _cors(gateway)
@@ -159,6 +164,7 @@ def _admission(
     config, rules = gateway.config, address_rules(gateway.config.addresses)
     is_enforced = config.identity.mode == "enforce"
     observer = IdentityObserver(gateway.recorder, gateway.clocks.monotonic_ns, is_enforced=is_enforced)
+    next_number = _next_number(gateway)
     identity: list[Stage] = []
     access: list[Stage] = []
     if sources.credentials:
@@ -170,6 +176,7 @@ def _admission(
                 charges_of_address=limits.charges_of_address,
                 is_enforced=is_enforced,
                 on_observed=observer.on_observed,
+                next_number=_next_number(gateway),
             )
         )
         access.append(CredentialRouteStage(is_enforced=is_enforced, on_observed=observer.on_observed))
@@ -198,6 +205,7 @@ def _admission(
                 have_routes_timeouts=any(route.timeout is not None for route in gateway.routes),
             ),
             LoadSheddingStage(gateway.event_loop_shedder),
+            *([] if next_number is None else [DecisionNumberStage(next_number)]),
             limits,
         ]
     )
@@ -230,7 +238,12 @@ def _router(
 def _access_logs(gateway: Gateway) -> list[Callable[[Exchange], None]]:
     if not gateway.config.log.access:
         return []
-    return [AccessLog(gateway.clocks.wall, process_output().out.write, without_keys).write]
+    return [AccessLog(gateway.clocks.wall, process_output().out.write, without_keys, gateway.numbers).write]
+
+
+def _next_number(gateway: Gateway) -> Callable[[], int] | None:
+    """Return what numbers decisions, which only the access log needs."""
+    return gateway.numbers.next if gateway.config.log.access else None
 
 
 def _shadow(gateway: Gateway) -> ShadowLimits | None:

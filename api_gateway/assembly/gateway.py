@@ -50,6 +50,7 @@ from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
+from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.rate_limiter import RateLimiter
@@ -90,6 +91,7 @@ class Gateway:
     event_loop_shedder: EventLoopShedder
     clocks: Clocks
     pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
+    numbers: DecisionNumbers
     tokens: JwtSource | None  # None unless tokens are a source of identities
 
     @property
@@ -309,6 +311,7 @@ class Assembly:
             ),
             clocks=clocks,
             pseudonym=pseudonym,
+            numbers=DecisionNumbers(clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
         )
 

@@ -16,6 +16,7 @@ from api_gateway.middleware import DataPlaneSlot
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reload.reloader import Reloader, refused_reload
 from api_gateway.reload.serialization import deserialized
+from api_gateway.reporting.process_figures import figures_of_this_process
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, transitions_of
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.resilience.fair_shares import FairShares, ResourceState
@@ -149,4 +150,5 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         lag=gateway.event_loop_shedder.lag,
         tasks=len(asyncio.all_tasks()),
         resources=[one for found in resources.values() for one in found],
+        process=figures_of_this_process(),
     )

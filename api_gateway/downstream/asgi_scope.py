@@ -1,11 +1,10 @@
 """The ASGI scope of a request, and the addresses of a connection in it."""
 
 import asyncio
-import socket
 from typing import Any
 from urllib.parse import unquote
 
-from uvicorn.protocols.utils import get_local_addr, get_remote_addr
+from uvicorn.protocols.utils import get_local_addr
 
 from api_gateway.http1.asgi import UNIX_PEER
 from api_gateway.http1.request_head import RequestHead
@@ -17,9 +16,10 @@ _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
 
 def peer_of(transport: asyncio.Transport) -> tuple[str, int] | None:
     """Return address and port of the client, UNIX_PEER on a Unix socket, or None if the connection is already lost."""
-    if transport.get_extra_info("socket").family == socket.AF_UNIX:
-        return UNIX_PEER
-    return _plain(get_remote_addr(transport))
+    address = transport.get_extra_info("peername")
+    if isinstance(address, tuple):
+        return address[0].removeprefix(_MAPPED), address[1]
+    return None if address is None else UNIX_PEER  # a Unix socket's address is a path, which clients rarely bind
 
 
 def _plain(end: tuple[str, Any] | None) -> tuple[str, Any] | None:

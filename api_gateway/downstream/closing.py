@@ -6,7 +6,6 @@ Closing a connection while the client is sending resets it, and the client may l
 
 import json
 import time
-from collections import Counter
 
 from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.request_cycle import RequestResponseCycle
@@ -23,108 +22,97 @@ MAX_LINGERED = 8_388_608  # bytes discarded after a refusal
 LINGER_TIMEOUT = 2.0  # seconds for which input is discarded after a refusal
 
 
-class Closing:
-    """Ends a connection, its `owner`. Counts the bytes that are discarded."""
+def refuse_request(owner: ConnectionOwner, error: GatewayError, head: RequestHead | None = None) -> None:
+    """Send problem details without the application and end the connection.
 
-    __slots__ = ("_discarded", "_refused")
+    Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request. An
+    exchange of the fast path responds itself.
+    """
+    if owner.state.is_ending:
+        return
+    if owner.transport.is_closing():  # the client cannot receive a refusal
+        close_connection(owner)
+        return
+    if owner.exchange is not None:
+        owner.exchange.on_refused(error)
+        return
+    due = owner.pipeline.due
+    owner.listener.refused[error.reason] += 1
+    if due is not None and (due is not owner.receiving or due.is_started):
+        close_connection(owner)
+    else:
+        _respond(owner, error, due or head)
+    if due is not None:
+        due.disconnect()
 
-    def __init__(self, refused: Counter[str]) -> None:
-        """`refused` counts refusals by reason."""
-        self._refused = refused
-        self._discarded = 0
 
-    def __repr__(self) -> str:
-        return f"<Closing [{self._discarded} bytes discarded]>"
+def _respond(owner: ConnectionOwner, error: GatewayError, request: RequestResponseCycle | RequestHead | None) -> None:
+    """Send problem details as the last response, to a request whose head is known or not."""
+    provider: FastPathProvider | None = getattr(owner.app, "fast_path", None)
+    more: HeaderList = []
+    if request is not None and provider is not None:
+        more = provider.current.refusal_fields(request.headers, request.target)
+    owner.transport.write(last_response(error, more))
+    linger(owner)
 
-    def refuse(self, owner: ConnectionOwner, error: GatewayError, head: RequestHead | None = None) -> None:
-        """Send problem details without the application and end the connection.
 
-        Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request. An
-        exchange of the fast path responds itself.
-        """
-        if owner.state.is_ending:
-            return
-        if owner.transport.is_closing():  # the client cannot receive a refusal
-            self.close(owner)
-            return
-        if owner.exchange is not None:
-            owner.exchange.on_refused(error)
-            return
-        due = owner.pipeline.due
-        self._refused[error.reason] += 1
-        if due is not None and (due is not owner.receiving or due.is_started):
-            self.close(owner)
-        else:
-            self.respond(owner, error, due or head)
-        if due is not None:
-            due.disconnect()
+def break_off(owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
+    """Terminate a response that an application has left incomplete."""
+    if not cycle.is_started:
+        _respond(owner, InternalError("The gateway failed to generate a response."), cycle)
+    elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
+        owner.transport.abort()
+    else:
+        close_connection(owner)
 
-    def respond(
-        self, owner: ConnectionOwner, error: GatewayError, request: RequestResponseCycle | RequestHead | None
-    ) -> None:
-        """Send problem details as the last response, to a request whose head is known or not."""
-        provider: FastPathProvider | None = getattr(owner.app, "fast_path", None)
-        more: HeaderList = []
-        if request is not None and provider is not None:
-            more = provider.current.refusal_fields(request.headers, request.target)
-        owner.transport.write(last_response(error, more))
-        self.linger(owner)
 
-    def break_off(self, owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
-        """Terminate a response that an application has left incomplete."""
-        if not cycle.is_started:
-            self.respond(owner, InternalError("The gateway failed to generate a response."), cycle)
-        elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
-            owner.transport.abort()
-        else:
-            self.close(owner)
+def end_connection(owner: ConnectionOwner, *, has_input: bool) -> None:
+    """End the connection after its last response; linger if the client may still be sending."""
+    if has_input:
+        linger(owner)
+    else:
+        close_connection(owner)
 
-    def end(self, owner: ConnectionOwner, *, has_input: bool) -> None:
-        """End the connection after its last response; linger if the client may still be sending."""
-        if has_input:
-            self.linger(owner)
-        else:
-            self.close(owner)
 
-    def linger(self, owner: ConnectionOwner) -> None:
-        """Half-close and discard input for LINGER_TIMEOUT, so that no reset destroys the response."""
-        owner.move(ConnectionEvent.LINGER)
-        self._stop(owner)
-        if owner.receiving is not None:
-            owner.receiving.discard_body()  # no more of it is parsed
-        if not owner.transport.can_write_eof():
-            self.close(owner)
-            return
-        owner.transport.write_eof()
-        owner.resume_reading()
-        owner.timer.set(LINGER_TIMEOUT)
+def linger(owner: ConnectionOwner) -> None:
+    """Half-close and discard input for LINGER_TIMEOUT, so that no reset destroys the response."""
+    owner.move(ConnectionEvent.LINGER)
+    _stop(owner)
+    if owner.receiving is not None:
+        owner.receiving.discard_body()  # no more of it is parsed
+    if not owner.transport.can_write_eof():
+        close_connection(owner)
+        return
+    owner.transport.write_eof()
+    owner.resume_reading()
+    owner.timer.set(LINGER_TIMEOUT)
 
-    def close(self, owner: ConnectionOwner) -> None:
-        """Close after the write buffer is flushed; abort if the client makes no progress within `idle_timeout`."""
-        owner.move(ConnectionEvent.CLOSE)
-        self._stop(owner)
-        owner.transport.close()
-        owner.timer.set(owner.limits.idle_timeout)
 
-    def _stop(self, owner: ConnectionOwner) -> None:
-        self._discarded = 0
-        owner.stop_input()
+def close_connection(owner: ConnectionOwner) -> None:
+    """Close after the write buffer is flushed; abort if the client makes no progress within `idle_timeout`."""
+    owner.move(ConnectionEvent.CLOSE)
+    _stop(owner)
+    owner.transport.close()
+    owner.timer.set(owner.limits.idle_timeout)
 
-    def reset(self) -> None:
-        """Count discarded bytes anew, for the next request."""
-        self._discarded = 0
 
-    def discard(self, owner: ConnectionOwner, size: int) -> None:
-        """Count bytes received after the end; abort above MAX_LINGERED."""
-        self._discarded += size
-        if self._discarded > MAX_LINGERED:
-            owner.transport.abort()
+def _stop(owner: ConnectionOwner) -> None:
+    owner.discarded = 0
+    owner.stop_input()
 
-    def discard_body(self, owner: ConnectionOwner, size: int) -> None:
-        """Count bytes of a body received after the response; end the connection above MAX_DISCARDED."""
-        self._discarded += size
-        if self._discarded > MAX_DISCARDED:
-            self.linger(owner)
+
+def discard_input(owner: ConnectionOwner, size: int) -> None:
+    """Count bytes received after the end; abort above MAX_LINGERED."""
+    owner.discarded += size
+    if owner.discarded > MAX_LINGERED:
+        owner.transport.abort()
+
+
+def discard_body(owner: ConnectionOwner, size: int) -> None:
+    """Count bytes of a body received after the response; end the connection above MAX_DISCARDED."""
+    owner.discarded += size
+    if owner.discarded > MAX_DISCARDED:
+        linger(owner)
 
 
 def last_response(error: GatewayError, more: HeaderList) -> bytes:

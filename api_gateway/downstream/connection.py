@@ -8,16 +8,16 @@ Differences from uvicorn's protocol for httptools, whose place it takes (see als
   it is still sending (`closing`).
 - The scope contains a `ServerExtension`. Trailers are kept apart from header fields.
 - Requests that follow a refused request are discarded.
+
+The module is long because the connection has three interfaces: the protocol for asyncio, the port for the fast path,
+and the one for request cycles.
 """
 
 import asyncio
 from typing import Any, Final
 
-from uvicorn.protocols.utils import is_ssl
-from uvicorn.server import ServerState
-
 from api_gateway.downstream.asgi_scope import ScopeBuilder, peer_of
-from api_gateway.downstream.closing import Closing
+from api_gateway.downstream.closing import break_off, close_connection, end_connection, refuse_request
 from api_gateway.downstream.draining import drain, drain_idle, owes_response
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.pipeline import HeldInput, Pipeline
@@ -25,6 +25,7 @@ from api_gateway.downstream.plain_body import begin_body, take_over
 from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.request_input import RequestIntake, receive, replay_held
 from api_gateway.downstream.request_reader import RequestReader
+from api_gateway.downstream.server_context import ServerContext
 from api_gateway.downstream.slots import SURPLUS_TIMEOUT
 from api_gateway.downstream.states import ILLEGAL_EVENTS, START, ConnectionEvent, ConnectionState, Reading
 from api_gateway.downstream.timeouts import ConnectionTimeouts
@@ -36,87 +37,115 @@ from api_gateway.models import HeaderList
 
 _EXCHANGE_BEGUN: Final = ConnectionEvent.EXCHANGE_BEGUN  # attributes of an enumeration are slow to read
 _EXCHANGE_ENDED: Final = ConnectionEvent.EXCHANGE_ENDED
+_NO_HEADERS: Final[HeaderList] = []
 
 
 class DownstreamConnection:
     """One downstream connection: the protocol of its transport, and the port of the fast path and request cycles.
+
+    Many connections serve a single plain request. What such a request does not need is created when it is first used:
+    `reader`, `pipeline`, `held`, `scopes` and `timeouts`.
 
     `accepts_plain` is True if the fast path may take the next read: if `state.is_idle` and the client reads what was
     sent before. `receiving` and `exchange`: see `ConnectionOwner`. asyncio requires no base class of a protocol.
     """
 
     __slots__ = (
-        "_connections",
         "_fast_path",
-        "_listener",
-        "_server_state",
+        "_held",
+        "_pipeline",
+        "_reader",
+        "_scopes",
+        "_server",
+        "_timeouts",
         "_writable",
         "accepts_plain",
         "app",
         "body_left",
         "client",
-        "closing",
+        "discarded",
         "exchange",
         "expects_continue",
-        "held",
         "is_read_paused",
         "is_write_paused",
         "last_headers",
         "limits",
+        "listener",
         "loop",
-        "pipeline",
         "raw_headers",
-        "reader",
         "receiving",
         "scheme",
-        "scopes",
         "slot",
         "state",
         "tasks",
-        "timeouts",
         "timer",
         "transport",
     )
 
-    def __init__(
-        self,
-        listener: ListenerState,
-        app: Any,
-        root_path: str,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self.app = app
-        self.loop = loop
+    def __init__(self, listener: ListenerState, server: ServerContext) -> None:
+        self.listener = listener
+        self.app = server.app
+        self.loop = server.loop
         self.limits = listener.limits
-        self.tasks = server_state.tasks
+        self.tasks = server.state.tasks
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by `connection_made`
         self.client: tuple[str, int] | None = None
         self.scheme = "http"
         self.state: ConnectionState = START
         self.accepts_plain = self.is_write_paused = self.is_read_paused = False
         self.last_headers: Any = None  # the header set of the previous request, cached by the fast path
-        self.raw_headers: HeaderList = []  # of the request whose cycle is created
+        self.raw_headers = _NO_HEADERS  # of the request whose cycle is created
         self.expects_continue = False
         self.exchange: InFlight | None = None
         self.receiving: BodyReceiver | None = None
-        self.body_left = 0
-        self.pipeline = Pipeline()
-        self.held = HeldInput()
-        self._listener = listener
-        self._server_state = server_state
-        self._connections: set[Any] = server_state.connections  # uvicorn names its own protocols as members
-        self.scopes = ScopeBuilder(root_path, app_state)
+        self.body_left = self.discarded = 0
+        self._server = server
         self._fast_path: FastPathProvider | None = None  # of `app`, set by `connection_made`
-        self.reader = RequestReader(self.limits, RequestIntake(self))
-        self.closing = Closing(listener.refused)
-        self.timeouts = ConnectionTimeouts(self.limits)
-        self.timer = DeadlineTimer(loop, self._on_timeout)
+        self._reader: RequestReader | None = None
+        self._pipeline: Pipeline | None = None
+        self._held: HeldInput | None = None
+        self._scopes: ScopeBuilder | None = None
+        self._timeouts: ConnectionTimeouts | None = None
+        self.timer = DeadlineTimer(server.loop, self._on_timeout)
         self._writable: asyncio.Future[None] | None = None  # done when the client reads again
 
     def __repr__(self) -> str:
         return f"<DownstreamConnection {self.client[0] if self.client else 'of an unknown client'} [{self.state}]>"
+
+    @property
+    def reader(self) -> RequestReader:
+        """The general parser."""
+        if self._reader is None:
+            self._reader = RequestReader(self.limits, RequestIntake(self))
+        return self._reader
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The requests on the ASGI path."""
+        if self._pipeline is None:
+            self._pipeline = Pipeline()
+        return self._pipeline
+
+    @property
+    def held(self) -> HeldInput:
+        """The input that is kept and not parsed."""
+        if self._held is None:
+            self._held = HeldInput()
+        return self._held
+
+    @property
+    def scopes(self) -> ScopeBuilder:
+        """The builder of ASGI scopes."""
+        if self._scopes is None:
+            self._scopes = ScopeBuilder(self._server.root_path, self._server.app_state)
+        return self._scopes
+
+    @property
+    def timeouts(self) -> ConnectionTimeouts:
+        """The timeouts of bodies, and of states that plain requests do not reach."""
+        if self._timeouts is None:
+            self._timeouts = ConnectionTimeouts(self.limits)
+        return self._timeouts
 
     def move(self, event: ConnectionEvent) -> None:
         """Change the state. An illegal event ends this connection; see `IllegalEvents`."""
@@ -135,15 +164,20 @@ class DownstreamConnection:
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Take a slot and start the timeout of the first head (asyncio callback)."""
         self.transport = transport
-        self._connections.add(self)
+        connections: set[Any] = self._server.state.connections  # uvicorn names its own protocols as members
+        connections.add(self)
         self.client = client = self.client or peer_of(transport)
-        self.scheme = "https" if is_ssl(transport) else "http"
+        if transport.get_extra_info("sslcontext") is not None:
+            self.scheme = "https"
         peer = client[0] if client and client is not UNIX_PEER else ""
-        self.slot = self._listener.slots.acquire(peer, self.limits.connections_per_peer)
-        self.timer.set(SURPLUS_TIMEOUT if self.slot.surplus else self.limits.header_timeout)
+        self.slot = slot = self.listener.slots.acquire(peer, self.limits.connections_per_peer)
         self._fast_path = getattr(self.app, "fast_path", None)
-        self.accepts_plain = self._fast_path is not None and not self.slot.surplus
-        if self.slot.is_excess:
+        if not slot.surplus:
+            self.timer.set(self.limits.header_timeout)
+            self.accepts_plain = self._fast_path is not None
+            return
+        self.timer.set(SURPLUS_TIMEOUT)
+        if slot.is_excess:
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
@@ -151,16 +185,19 @@ class DownstreamConnection:
         if self.state.is_lost:  # a tunnel that begins after the loss reports it again
             return
         self.move(ConnectionEvent.LOST)
-        self._connections.discard(self)
+        connections: set[Any] = self._server.state.connections  # as above
+        connections.discard(self)
         self.slot.release()
         self.timer.stop()
         exchange, self.exchange = self.exchange, None
         self.resume_writing()
         self.stop_input()
-        self.pipeline.wake()
-        if self.pipeline.current is not None:
-            self.pipeline.current.disconnect()
-        self.reader.close()
+        if self._pipeline is not None:
+            self._pipeline.wake()
+            if self._pipeline.current is not None:
+                self._pipeline.current.disconnect()
+        if self._reader is not None:
+            self._reader.close()
         if exchange is not None:
             exchange.on_client_disconnected()
         receiving, self.receiving = self.receiving, None
@@ -195,19 +232,22 @@ class DownstreamConnection:
             exchange.on_forced_close()
 
     def refuse(self, error: GatewayError, head: RequestHead | None = None) -> None:
-        """Refuse the request that is being read, and end the connection; see `Closing`."""
-        self.closing.refuse(self, error, head)
+        """Refuse the request that is being read, and end the connection; see `closing`."""
+        refuse_request(self, error, head)
 
     def close(self) -> None:
-        """Close the connection after its write buffer is flushed; see `Closing`."""
-        self.closing.close(self)
+        """Close the connection after its write buffer is flushed; see `closing`."""
+        close_connection(self)
 
     def stop_input(self) -> None:
         """Drop held input and queued requests; discard what still arrives."""
         self.accepts_plain = False
-        self.reader.stop()
-        self.held.clear()
-        self.pipeline.drop_waiting()
+        if self._reader is not None:
+            self._reader.stop()
+        if self._held is not None:
+            self._held.clear()
+        if self._pipeline is not None:
+            self._pipeline.drop_waiting()
 
     def _on_timeout(self) -> None:
         self.timeouts.expire(self)
@@ -268,8 +308,8 @@ class DownstreamConnection:
     def end_exchange(self, *, keep_alive: bool) -> None:
         """Process the next request after a complete response, or close the connection."""
         self.exchange = None
-        self._server_state.total_requests += 1
-        if keep_alive and not self.held.data:
+        self._server.state.total_requests += 1
+        if keep_alive and (self._held is None or not self._held.data):
             self.move(_EXCHANGE_ENDED)
             if not self.state.is_ending:
                 self.become_idle()
@@ -281,10 +321,10 @@ class DownstreamConnection:
             self.held.replay_soon(self)
             self.timeouts.apply(self)
         else:
-            self.closing.end(self, has_input=self.receiving is not None)
+            end_connection(self, has_input=self.receiving is not None)
 
     def receive_body(self, body: BodyReceiver, left: int) -> None:
-        """Pass the rest of the body of the exchange in flight to `body`: `left` bytes, or what the parser reads."""
+        """Pass the rest of the body of the exchange in flight to `body`: `left` bytes, or (0) what is parsed."""
         begin_body(self, body, left)
 
     @property
@@ -295,7 +335,7 @@ class DownstreamConnection:
     def write_response(self, response: bytes, *, keep_alive: bool) -> None:
         """Send a complete response to a request for which `begin_exchange` was not called."""
         self.transport.write(response)
-        self._server_state.total_requests += 1
+        self._server.state.total_requests += 1
         self.move(ConnectionEvent.PLAIN_RESPONSE)
         if keep_alive:
             self.become_idle()
@@ -303,14 +343,22 @@ class DownstreamConnection:
             self.close()
 
     def run_asgi(
-        self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
+        self,
+        app: Any,
+        method: str,
+        target: bytes,
+        headers: HeaderList,
+        body: bytes,
+        trailers: HeaderList,
+        *,
+        keep_alive: bool,
     ) -> None:
         """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it.
 
         `body` is what has arrived of its body; the rest follows if `receive_body` was called for it.
         """
         cycle = self.cycle_of(RequestHead(method, target, headers, "1.1", len(body), keep_alive=keep_alive))
-        cycle.app = app
+        cycle.app, cycle.trailers = app, trailers
         take_over(self, cycle, body)
 
     def become_idle(self) -> None:
@@ -342,13 +390,13 @@ class DownstreamConnection:
     def on_unfinished(self, cycle: RequestResponseCycle) -> None:
         """Terminate an incomplete response so that the client detects that it is incomplete."""
         if not self.state.is_ending:
-            self.closing.break_off(self, cycle)
+            break_off(self, cycle)
 
     def on_cycle_complete(self, cycle: RequestResponseCycle) -> None:
         """Process the next request after a complete response, or close the connection."""
-        self._server_state.total_requests += 1
+        self._server.state.total_requests += 1
         if not cycle.keep_alive and not self.state.is_ending:
-            self.closing.end(self, has_input=not cycle.is_body_complete)
+            end_connection(self, has_input=not cycle.is_body_complete)
             return
         self.move(ConnectionEvent.RESPONSE if self.pipeline.waiting else ConnectionEvent.LAST_RESPONSE)
         if self.state.is_ending:
@@ -359,7 +407,7 @@ class DownstreamConnection:
             self.resume_reading()
         elif self.pipeline.may_refill:
             self.held.replay_soon(self)
-        self.closing.reset()
+        self.discarded = 0
         self.become_idle()
 
     def detach_transport(self, head: bytes) -> tuple[asyncio.Transport, bytes]:

@@ -12,6 +12,7 @@ from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.proxied_connection import ProxiedConnection
+from api_gateway.downstream.server_context import ServerContext
 from api_gateway.downstream.slots import ConnectionSlots, no_holder
 from api_gateway.http1.network_set import NetworkSet
 from api_gateway.resilience.fair_shares import FairShares
@@ -30,9 +31,9 @@ class ConnectionFactory(ListenerState):
         """`refused` counts refusals by reason. `shares` limits the connections, divided by `share_holder`."""
         super().__init__(limits, refused, ConnectionSlots(shares, share_holder))
         self.knows_proxy_protocol = True  # False on listeners that clients use directly
-        self.header_senders: NetworkSet = NetworkSet(
-            ()
-        )  # the addresses whose connections begin with a PROXY protocol header
+        # The addresses whose connections begin with a PROXY protocol header; None if there are none.
+        self.header_senders: NetworkSet | None = None
+        self._server: ServerContext | None = None  # the server that created the last connection
 
     def __call__(
         self,
@@ -48,7 +49,7 @@ class ConnectionFactory(ListenerState):
         self, connection: DownstreamConnection, server_state: ServerState
     ) -> DownstreamConnection | ProxiedConnection:
         """Return what reads the first bytes of a connection."""
-        if not self.header_senders:
+        if self.header_senders is None:
             return connection
         return ProxiedConnection(connection, self, server_state, self.header_senders)
 
@@ -60,7 +61,11 @@ class ConnectionFactory(ListenerState):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> DownstreamConnection:
         """Return the connection of a client; the arguments are those of uvicorn's protocols."""
-        if not config.loaded:
-            config.load()
-        loop = _loop or asyncio.get_event_loop()
-        return DownstreamConnection(self, config.loaded_app, config.root_path, server_state, app_state, loop)
+        server = self._server
+        if server is None or server.app_state is not app_state:  # the state of a lifespan belongs to one server
+            if not config.loaded:
+                config.load()
+            loop = _loop or asyncio.get_event_loop()  # which makes a system call
+            server = ServerContext(config.loaded_app, config.root_path, server_state, app_state, loop)
+            self._server = server
+        return DownstreamConnection(self, server)

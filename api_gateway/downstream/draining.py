@@ -1,7 +1,11 @@
 """Draining: the server stops, and a connection ends without losing a request that its client is sending."""
 
+import re
+
 from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.states import ConnectionEvent
+
+_LAST_REQUEST = re.compile(rb"(?i)close| HTTP/1\.0")  # what a request that ends its connection contains
 
 
 def drain(owner: ConnectionOwner) -> None:
@@ -45,9 +49,7 @@ def owes_response(owner: ConnectionOwner) -> bool:
     last = owner.pipeline.last
     if owner.state.is_ending:
         return False
-    if owner.held.data and not (
-        last is not None and last.upgrade
-    ):  # it may contain a request with `Connection: close`
+    if owner.held.data and not (last is not None and last.upgrade) and _LAST_REQUEST.search(owner.held.data):
         return True
     if owner.exchange is not None:
         return owner.receiving is None and not owner.exchange.keep_alive

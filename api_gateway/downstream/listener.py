@@ -31,7 +31,8 @@ def change_protocol(factory: ConnectionFactory, section: ServerSection) -> None:
     """Apply other settings to new connections. Open ones keep their limits."""
     factory.limits = connection_limits(section)
     factory.slots.share_holder = _share_holder(section.trusted_proxies)
-    factory.header_senders = NetworkSet(section.proxy_protocol if factory.knows_proxy_protocol else ())
+    senders = section.proxy_protocol if factory.knows_proxy_protocol else ()
+    factory.header_senders = NetworkSet(senders) if senders else None
 
 
 def connection_limits(section: ServerSection) -> ConnectionLimits:

@@ -7,6 +7,7 @@ import asyncio
 from typing import Any, Protocol
 
 from api_gateway.downstream.connection_limits import ConnectionLimits
+from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.pipeline import HeldInput, Pipeline
 from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.request_reader import RequestReader
@@ -38,27 +39,12 @@ class TimeoutsPart(Protocol):
         ...
 
 
-class ClosingPart(Protocol):
-    """`Closing`, as the input uses it."""
-
-    def reset(self) -> None:
-        """Count discarded bytes anew."""
-        ...
-
-    def discard(self, owner: "ConnectionOwner", size: int) -> None:
-        """Count bytes received after the end."""
-        ...
-
-    def discard_body(self, owner: "ConnectionOwner", size: int) -> None:
-        """Count bytes of a body received after the response."""
-        ...
-
-
 class ConnectionOwner(Protocol):
     """The connection to which a part belongs.
 
     `receiving` is the request whose body is not complete, `exchange` the request in flight on the fast path.
-    `body_left` is the number of bytes of a body that is received without the parser, after a plain head.
+    `body_left` is the number of bytes of a body that is received without the parser, after a plain head; `discarded`
+    is the number of bytes that were discarded since the last response.
     """
 
     app: Any
@@ -72,21 +58,30 @@ class ConnectionOwner(Protocol):
     is_read_paused: bool
     receiving: BodyReceiver | None
     body_left: int
+    discarded: int
     exchange: InFlight | None
-    reader: RequestReader
-    pipeline: Pipeline
-    held: HeldInput
     timer: DeadlineTimer
     slot: Slot
+    listener: ListenerState
+
+    @property
+    def reader(self) -> RequestReader:
+        """The general parser."""
+        ...
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The requests on the ASGI path."""
+        ...
+
+    @property
+    def held(self) -> HeldInput:
+        """The input that is kept and not parsed."""
+        ...
 
     @property
     def timeouts(self) -> TimeoutsPart:
         """The timeouts."""
-        ...
-
-    @property
-    def closing(self) -> ClosingPart:
-        """The end of the connection."""
         ...
 
     def move(self, event: ConnectionEvent) -> None:

@@ -1,4 +1,4 @@
-"""The body behind a plain head, as the fast path receives it: counted, without the parser.
+"""The body of a request on the fast path: counted behind a plain head, or read by the general parser.
 
 It belongs to the exchange in flight, then to what the exchange leaves behind: the rest of the body after an early
 response, or the request cycle of the ASGI path that takes over.
@@ -11,10 +11,13 @@ from api_gateway.http1.asgi import BodyReceiver
 
 
 def begin_body(owner: ConnectionOwner, body: BodyReceiver, left: int) -> None:
-    """Pass the next `left` bytes to `body`. Without an effect but on the timeout if that is done already."""
+    """Pass the next `left` bytes to `body`, or, if they are 0, what the parser reads of the body.
+
+    Without an effect but on the timeout if that is done already.
+    """
     if owner.receiving is not body:
         owner.receiving, owner.body_left = body, left
-        owner.closing.reset()
+        owner.discarded = 0
         owner.timeouts.begin_body()
         owner.move(ConnectionEvent.BODY_AWAITED)
     owner.timeouts.await_body(owner)

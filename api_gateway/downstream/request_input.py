@@ -3,25 +3,31 @@
 from collections import Counter
 from typing import Final
 
+from api_gateway.downstream.closing import discard_body, discard_input
 from api_gateway.downstream.draining import announce_close
 from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.plain_body import take_body
-from api_gateway.downstream.states import ConnectionEvent, Reading
+from api_gateway.downstream.states import ConnectionEvent, Persistence, Reading, Service
 from api_gateway.errors import GatewayError, Overloaded
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import HeaderList
 
-PARSED_HEADS: Final[Counter[str]] = Counter()  # heads read in this process, by parser; the fast path's are not counted
+PARSED_HEADS: Final[Counter[str]] = Counter()  # heads read in this process, by parser; plain ones are not counted
 PROBES = (b"/healthz", b"/readyz")  # request targets that are served on surplus connections too
 
 
 class RequestIntake:
-    """Queues the requests that the general parser reads. Implements `RequestSink`."""
+    """Takes the requests that the general parser reads. Implements `RequestSink`.
 
-    __slots__ = ("_owner",)
+    The fast path is offered a request while no other one of the connection is served; the others are queued for the
+    ASGI path. One without a body is offered at its end, one with a body when its head is complete.
+    """
+
+    __slots__ = ("_offered", "_owner")
 
     def __init__(self, owner: ConnectionOwner) -> None:
         self._owner = owner
+        self._offered: RequestHead | None = None  # without a body, to be offered at its end
 
     def __repr__(self) -> str:
         return f"<RequestIntake of {self._owner!r}>"
@@ -36,9 +42,18 @@ class RequestIntake:
             owner.accepts_plain = False  # what follows a body in one read has not been offered to the fast path
 
     def on_request(self, head: RequestHead, trailers: HeaderList) -> None:
-        """Queue a request that the general parser has read; its body follows."""
-        owner = self._owner
+        """Take a request whose head the general parser has read; its body follows."""
         PARSED_HEADS["general"] += 1
+        if not _is_for_fast_path(self._owner, head):
+            self._enqueue(head, trailers)
+        elif head.length == 0:
+            self._offered = head
+        elif not self._owner.app.fast_path.current.try_head(self._owner, head, trailers):
+            self._enqueue(head, trailers)
+
+    def _enqueue(self, head: RequestHead, trailers: HeaderList) -> None:
+        """Queue a request for the ASGI path."""
+        owner = self._owner
         surplus = owner.slot.surplus
         if surplus and head.target not in PROBES:
             owner.refuse(Overloaded(surplus, retry_after=1), head)
@@ -65,11 +80,16 @@ class RequestIntake:
                 owner.pause_reading()
             if not request.is_response_complete:
                 return
-        owner.closing.discard_body(owner, len(piece))
+        discard_body(owner, len(piece))
 
     def on_body_complete(self) -> None:
-        """End the request."""
+        """End the request; offer it to the fast path if it had no body."""
         owner = self._owner
+        head, self._offered = self._offered, None
+        if head is not None:
+            if owner.app.fast_path.current.try_head(owner, head, []):
+                return
+            self._enqueue(head, [])
         request, owner.receiving = owner.receiving, None
         assert request is not None  # noqa: S101 - as above
         if owner.exchange is None:
@@ -92,11 +112,25 @@ class RequestIntake:
         self._owner.refuse(error)
 
 
+def _is_for_fast_path(owner: ConnectionOwner, head: RequestHead) -> bool:
+    """Tell whether the fast path may take a request whose head the general parser has read."""
+    state = owner.state
+    return (
+        head.version == "1.1"
+        and not head.upgrade
+        and not owner.slot.surplus
+        and not owner.is_write_paused
+        and state.service is Service.IDLE
+        and state.persistence is Persistence.PERSISTENT
+        and getattr(owner.app, "fast_path", None) is not None
+    )
+
+
 def receive(owner: ConnectionOwner, data: bytes) -> None:
     """Process received bytes that the fast path has not taken."""
     state = owner.state
     if state.is_ending:
-        owner.closing.discard(owner, len(data))
+        discard_input(owner, len(data))
     elif state.is_held:
         _hold(owner, data)
     else:

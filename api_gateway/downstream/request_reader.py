@@ -14,6 +14,7 @@ from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.request_target import origin_form
 from api_gateway.downstream.states import IllegalConnectionEvent
 from api_gateway.errors import BadRequest, GatewayError, HeadersTooLarge, InternalError
+from api_gateway.http1.chunked import ChunkedEnd
 from api_gateway.http1.headers import fields_of, framing
 from api_gateway.http1.methods import KNOWN_METHODS, REFUSED_METHODS
 from api_gateway.http1.request_head import RequestHead
@@ -28,6 +29,7 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _LONGEST_METHOD = 64  # characters; the parser refuses a longer one
 _METHOD = re.compile(rb"[\r\n]*+(" + _TOKEN + rb"{1,%d}+)(?= )" % _LONGEST_METHOD)
 _METHOD_BEGUN = re.compile(rb"[\r\n]*+" + _TOKEN + rb"{1,%d}+" % _LONGEST_METHOD)
+_HEAD_END = b"\r\n\r\n"
 # Methods that the parser gets as they are: those forwarded, and those refused by their name.
 _PARSED_METHODS = frozenset(name.encode() for name in KNOWN_METHODS | REFUSED_METHODS)
 
@@ -98,7 +100,9 @@ class RequestReader:
 
     __slots__ = (
         "_body_left",
+        "_chunks",
         "_expects_continue",
+        "_head_end",
         "_headers",
         "_is_chunked",
         "_is_stopped",
@@ -128,6 +132,8 @@ class RequestReader:
         self._method_begun = b""  # the beginning of a request line whose method is not complete
         self._unknown_method = b""  # of the head that is being received, if the parser gets POST in its place
         self._body_left: int | None = None  # bytes of the body still to come; None if its length is unknown
+        self._chunks: ChunkedEnd | None = None  # of the body, if it is chunked
+        self._head_end = b""  # the last bytes of a head whose end has not arrived
         self._overhead = 0  # bytes of a chunked body's framing, above CHUNK_OVERHEAD for each byte of content
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._piece = 0  # size of the piece that is being parsed
@@ -203,17 +209,24 @@ class RequestReader:
         return 0
 
     def _next_piece(self, view: memoryview) -> memoryview:
-        """Return the piece to parse next: up to the end of a head, or of a body whose length is known.
+        """Return the piece to parse next: up to the end of a head, or of a body.
 
-        So the method of the next request is at the beginning of a piece, except behind a chunked body.
+        So each request begins at the beginning of a piece.
         """
         if self._part is Part.BODY:
             piece = view[: min(BODY_PIECE, self._body_left or BODY_PIECE)]
-            if self._body_left is None:
+            if self._chunks is not None:
+                piece = piece[: self._chunks.find(bytes(piece))]
                 self._overhead += len(piece)
             return piece
-        end = bytes(view[:HEAD_PIECE]).find(b"\r\n\r\n")
-        return view[: HEAD_PIECE if end < 0 else end + 4]
+        before = self._head_end
+        found = before + bytes(view[:HEAD_PIECE])
+        end = found.find(_HEAD_END)
+        if end < 0:
+            self._head_end = found[-3:]
+            return view[:HEAD_PIECE]
+        self._head_end = b""
+        return view[: end + 4 - len(before)]
 
     def _feed(self, piece: memoryview) -> int:
         size = self._piece = len(piece)
@@ -287,7 +300,8 @@ class RequestReader:
     def on_header(self, name: bytes, value: bytes) -> None:
         """Store one header field or trailer field (parser callback)."""
         if self._part is Part.HEAD:
-            self._headers.append((name, value.rstrip(b" \t")))
+            value = value.rstrip(b" \t")
+            self._headers.append((name, value))
             if len(name) == 6 and name.lower() == b"expect":  # noqa: PLR2004 - the length test saves calls of `lower`
                 self._expects_continue = value.lower() == b"100-continue"
             elif len(name) == 14 and value.isdigit() and name.lower() == b"content-length":  # noqa: PLR2004 - as above
@@ -320,6 +334,7 @@ class RequestReader:
             self._refuse(BadRequest(f"The request target is not valid: {error}."))
             return
         self._part = Part.BODY
+        self._chunks = ChunkedEnd() if head.length is None else None
         self._overhead = 0
         self._trailers = []
         self.sink.on_request(head, self._trailers)

@@ -1,6 +1,5 @@
 """The limits of the number of connections: for each address, and in total with fair shares."""
 
-from collections import Counter
 from collections.abc import Callable
 
 from api_gateway.resilience.fair_shares import MAX_CONNECTIONS, FairShares
@@ -25,7 +24,7 @@ class ConnectionSlots:
     def __init__(
         self, shares: FairShares | None = None, share_holder: Callable[[str], str | None] = no_holder
     ) -> None:
-        self.peers: Counter[str] = Counter()
+        self.peers: dict[str, int] = {}
         self.shares = shares or FairShares(MAX_CONNECTIONS)
         self.surplus = FairShares(MAX_SURPLUS)
         self.share_holder = share_holder
@@ -38,19 +37,26 @@ class ConnectionSlots:
 
         `limit` is the number of connections from one address, 0 for none.
         """
-        self.peers[peer] += 1
-        holder, shares, reason, is_excess = self.share_holder(peer), self.shares, "", False
-        if peer and 0 < limit < self.peers[peer]:
-            reason = f"Your address has more than {limit} connections."
-        elif not shares.admits(holder):
-            reason = f"The gateway accepts no more connections: {shares.refusal(holder, 'connections')}."
-            shares.refused += 1
-        if reason:
-            shares = self.surplus
-            if not shares.admits(holder):
-                holder, is_excess = None, True  # an aborted connection counts against the total only
-        shares.acquire(holder)
-        return Slot(self, peer, shares, holder, reason, is_excess=is_excess)
+        peers = self.peers
+        peers[peer] = count = peers.get(peer, 0) + 1
+        holder, shares = self.share_holder(peer), self.shares
+        if peer and 0 < limit < count:
+            return self._surplus(peer, holder, f"Your address has more than {limit} connections.")
+        if shares.try_acquire(holder):
+            return Slot(self, peer, shares, holder)
+        shares.refused += 1
+        refusal = shares.refusal(holder, "connections")
+        return self._surplus(peer, holder, f"The gateway accepts no more connections: {refusal}.")
+
+    def _surplus(self, peer: str, holder: str | None, reason: str) -> "Slot":
+        """Return the slot of a connection beyond the limits."""
+        is_excess = not self.surplus.try_acquire(holder)
+        if is_excess:
+            holder = None  # an aborted connection counts against the total only
+            self.surplus.acquire(holder)
+        slot = Slot(self, peer, self.surplus, holder)
+        slot.surplus, slot.is_excess = reason, is_excess
+        return slot
 
 
 class Slot:
@@ -62,19 +68,10 @@ class Slot:
 
     __slots__ = ("_holder", "_shares", "_slots", "is_excess", "peer", "surplus")
 
-    def __init__(
-        self,
-        slots: ConnectionSlots,
-        peer: str,
-        shares: FairShares,
-        holder: str | None,
-        surplus: str,
-        *,
-        is_excess: bool,
-    ) -> None:
+    def __init__(self, slots: ConnectionSlots, peer: str, shares: FairShares, holder: str | None) -> None:
         self.peer = peer
-        self.surplus = surplus
-        self.is_excess = is_excess
+        self.surplus = ""
+        self.is_excess = False
         self._slots = slots
         self._shares = shares
         self._holder = holder
@@ -85,7 +82,9 @@ class Slot:
     def release(self) -> None:
         """Return the slot."""
         self._shares.release(self._holder)
-        peers = self._slots.peers
-        peers[self.peer] -= 1
-        if not peers[self.peer]:
-            del peers[self.peer]
+        peers, peer = self._slots.peers, self.peer
+        left = peers[peer] - 1
+        if left:
+            peers[peer] = left
+        else:
+            del peers[peer]

@@ -92,7 +92,13 @@ READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
         ConnectionEvent.FALL_BACK: Reading.IDLE,
         **_END,
     },
-    Reading.HEAD: {ConnectionEvent.HEAD_COMPLETE: Reading.BODY, **_END},
+    Reading.HEAD: {
+        ConnectionEvent.HEAD_COMPLETE: Reading.BODY,
+        ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
+        ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
+        ConnectionEvent.FALL_BACK: Reading.IDLE,
+        **_END,
+    },
     Reading.BODY: {
         ConnectionEvent.BODY_COMPLETE: Reading.IDLE,
         ConnectionEvent.EXCHANGE_BEGUN: Reading.BODY,

@@ -133,7 +133,7 @@ class AttemptingExchange(RelayingExchange):
             connection.start(self, *request)
         else:
             self.listener = upload
-            connection.begin(self, request, upload.length - size)
+            connection.begin(self, request, upload.left, gathers=upload.is_parsed)
             self._pace_body(upload)
 
     # Retries

@@ -47,7 +47,10 @@ class Downstream(Protocol):
         ...
 
     def receive_body(self, body: BodyReceiver, left: int) -> None:
-        """Pass the rest of the body of the exchange in flight, `left` bytes, to `body`, also after the exchange."""
+        """Pass the rest of the body of the exchange in flight to `body`, also after the exchange.
+
+        That are `left` bytes behind a plain head, or what the general parser reads if it has read the head (0).
+        """
         ...
 
     def pause_reading(self) -> None:
@@ -63,10 +66,19 @@ class Downstream(Protocol):
         ...
 
     def run_asgi(
-        self, app: ASGIApp, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
+        self,
+        app: ASGIApp,
+        method: str,
+        target: bytes,
+        headers: HeaderList,
+        body: bytes,
+        trailers: HeaderList,
+        *,
+        keep_alive: bool,
     ) -> None:
         """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it.
 
-        `body` is what has arrived of its body; the rest follows if `receive_body` was called for it.
+        `body` is what has arrived of its body; the rest follows if `receive_body` was called for it. `trailers` is
+        filled before its end.
         """
         ...

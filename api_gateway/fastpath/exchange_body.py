@@ -6,13 +6,17 @@ attempt sends the kept beginning first, then each piece as it arrives; reading t
 more slowly than the client sends. A beginning that has been sent is kept for another attempt up to the limit of the
 retry policy.
 
+The body of the upstream's request has the same framing as the client's, by Content-Length or in chunks, but chunks
+of its own: a chunk for each piece. Trailers follow the last one.
+
 After an early response the rest is discarded, or still sent to the upstream within the limits of its connection.
 """
 
 from typing import Protocol
 
 from api_gateway.fastpath.client_port import Downstream
-from api_gateway.http1.headers import forwardable_interim
+from api_gateway.fastpath.context import ExchangeContext
+from api_gateway.http1.headers import forwardable_interim, forwardable_trailers
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList
 from api_gateway.proxy.attribution import ClientProgress
@@ -55,6 +59,8 @@ class ExchangeBody:
     _connection: UpstreamConnection | None = None
     _waited = 0.0  # seconds, for the pieces that have arrived in this attempt
     _awaited_since: float | None = None  # loop time since which the upstream has waited for the next piece
+    is_parsed = False  # the general parser reads it
+    trailer_fields: HeaderList = []  # noqa: RUF012 - of a body that is parsed, and filled before its end
     # See `BodyReceiver`
     awaits_continue = False
     body_rate: float | None = None
@@ -68,14 +74,14 @@ class ExchangeBody:
     upgrade = False
 
     def __init__(
-        self, client: Downstream, owner: BodyOwner, first: bytes, length: int, via: tuple[bytes, bytes]
+        self, client: Downstream, owner: BodyOwner, first: bytes, length: int | None, context: ExchangeContext
     ) -> None:
-        """`first` is what has arrived with the head, `length` the length of the whole body in bytes."""
+        """`first` is what has arrived with the head, `length` the bytes of the whole body, None if it is chunked."""
         self._client = client
-        self._via = via
+        self._context = context
         self._pieces = [first] if first else []
         self.received = len(first)  # bytes
-        self.length = length  # bytes
+        self.length = length  # bytes; None: it is chunked
         self.is_complete = self.received == length
         self._owner = None if self.is_complete else owner  # the exchange, while pieces of the body may be for it
 
@@ -88,6 +94,21 @@ class ExchangeBody:
     def keep(self, size: int) -> None:
         """Keep up to `size` bytes of what has been sent for another attempt."""
         self._keep = size
+
+    @property
+    def left(self) -> int | None:
+        """The number of bytes that have not arrived; None if it is unknown."""
+        return None if self.length is None else self.length - self.received
+
+    @property
+    def limit(self) -> int:
+        """The maximum size in bytes."""
+        return self._context.router.max_body_bytes
+
+    @property
+    def is_too_large(self) -> bool:
+        """True if the body is larger than `limit`. One behind a plain head is not: the parser reads those."""
+        return self.is_parsed and (self.received if self.length is None else self.length) > self.limit
 
     @property
     def is_full(self) -> bool:
@@ -114,7 +135,7 @@ class ExchangeBody:
 
     def begin(self, connection: UpstreamConnection) -> list[bytes]:
         """Return what an attempt on `connection` sends with its head; what arrives from now on is sent at once."""
-        pieces = self._pieces
+        pieces = self._pieces if self.length is not None else self._chunks()
         if self.received > self._keep:
             self._pieces, self.is_replayable = [], False
         if self._waited or self._awaited_since is not None:
@@ -124,6 +145,19 @@ class ExchangeBody:
             self.expects_continue = self.awaits_continue
             self._awaited_since = self._client.loop.time()
         return pieces
+
+    def _chunks(self) -> list[bytes]:
+        """Return what is kept as one chunk, with the end of the body if that has arrived."""
+        content = b"".join(self._pieces)
+        pieces = [_chunk(content)] if content else []
+        return [*pieces, self._end()] if self.is_complete else pieces
+
+    def _end(self) -> bytes:
+        """Return what ends the body: nothing, or the last chunk with the trailers that are forwarded."""
+        if self.length is not None:
+            return b""
+        trailers = self.trailer_fields and forwardable_trailers(self.trailer_fields, self._context.headers.protected)
+        return b"0\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % pair for pair in trailers])
 
     def end_attempt(self) -> None:
         """Keep what arrives from now on for the next attempt."""
@@ -141,7 +175,7 @@ class ExchangeBody:
         elif self.is_replayable:
             self._pieces, self.is_replayable = [], False
         self._end_wait()
-        connection.send_piece(piece)
+        connection.send_piece(piece if self.length is not None else _chunk(piece))
         if not connection.is_write_paused:
             self._awaited_since = self._client.loop.time()
 
@@ -151,7 +185,7 @@ class ExchangeBody:
         self._end_wait()
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.end_body(b"")
+            connection.end_body(self._end())
 
     def release(self) -> None:
         """Discard the rest, because the response is complete, unless the upstream still gets it."""
@@ -178,7 +212,7 @@ class ExchangeBody:
         if self._owner is not None:
             return self._owner.on_body_piece(piece)
         if self._connection is not None:
-            self._connection.send_piece(piece)
+            self._connection.send_piece(piece if self.length is not None else _chunk(piece))
         return self._connection is not None and self._connection.is_write_paused
 
     def end_body(self) -> None:
@@ -215,10 +249,11 @@ class ExchangeBody:
         if status == _CONTINUE:
             self.awaits_continue = False
             self._owner.on_continue()
-        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers, self._via)))
+        fields = forwardable_interim(headers, self._context.via)
+        self._client.transport.write(render_response_head(status, reason, fields))
 
     def trailers(self) -> HeaderList:
-        """Return nothing: the framing of the body is not the connection's concern."""
+        """Return nothing: the framing of the body is not the concern of the upstream's connection."""
         return []
 
     def continue_body(self) -> None:
@@ -233,3 +268,8 @@ class ExchangeBody:
             self._owner.on_upload_writable()
         else:
             self._client.resume_reading()
+
+
+def _chunk(piece: bytes) -> bytes:
+    """Return a piece of a body as a chunk."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)

@@ -7,8 +7,8 @@ from api_gateway.errors import ClientDisconnected, GatewayError, InternalError
 from api_gateway.fastpath.client_port import Downstream
 from api_gateway.fastpath.context import ExchangeContext
 from api_gateway.fastpath.exchange_body import ExchangeBody
-from api_gateway.http1.methods import IDEMPOTENT
-from api_gateway.models import Outcome
+from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
+from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan
 from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
@@ -38,12 +38,13 @@ from api_gateway.proxy.exchange import (
 )
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.header_facts import RewrittenHeaders
+from api_gateway.proxy.request_body import body_too_large
 from api_gateway.proxy.sse import EventBoundaries
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt
 
-_HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
+_HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): [^\r]")  # makes a request repeatable, see `retry.is_repeatable`
 
 
 class ExchangeLife(ProxyExchange):
@@ -74,8 +75,15 @@ class ExchangeLife(ProxyExchange):
     task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
 
     def __init__(
-        self, context: ExchangeContext, client: Downstream, headers: RewrittenHeaders, plan: RequestPlan, body: bytes
+        self,
+        context: ExchangeContext,
+        client: Downstream,
+        headers: RewrittenHeaders,
+        plan: RequestPlan,
+        body: bytes,
+        trailers: HeaderList | None = None,
     ) -> None:
+        """`body` is what has arrived of it. `trailers` is filled before its end, None behind a plain head."""
         self.connection = self.error = None
         self.exchange = exchange = plan.exchange
         self.is_to_head = exchange.method == "HEAD"
@@ -88,8 +96,10 @@ class ExchangeLife(ProxyExchange):
         self._client = client
         self._request_headers = headers
         self.keep_alive = headers.facts.keep_alive
-        if headers.facts.length:
-            self.upload = upload = ExchangeBody(client, self, body, headers.facts.length, context.via)
+        if headers.facts.length != 0:
+            self.upload = upload = ExchangeBody(client, self, body, headers.facts.length, context)
+            if trailers is not None:
+                upload.is_parsed, upload.trailer_fields = True, trailers
             self.request_body = COMPLETE if upload.is_complete else FLOWING
             if headers.facts.expectation and not body:
                 upload.awaits_continue = True
@@ -106,7 +116,10 @@ class ExchangeLife(ProxyExchange):
     @property
     def _is_repeatable(self) -> bool:
         """True if the method or an idempotency key makes the request repeatable, see `retry.is_repeatable`."""
-        return self.exchange.method in IDEMPOTENT or _HAS_KEY.search(self._request_headers.received) is not None
+        method = self.exchange.method
+        return method in IDEMPOTENT or (
+            method in KNOWN_METHODS and _HAS_KEY.search(self._request_headers.received) is not None
+        )
 
     def _may(self, event: ExchangeEvent) -> bool:
         """Change the states by an event of a port, and return True; abort the exchange if they do not allow it."""
@@ -127,7 +140,7 @@ class ExchangeLife(ProxyExchange):
         """Take the connection of the client, and receive the rest of the body. Idempotent."""
         self._client.begin_exchange(self)
         if self.upload is not None and not self.upload.is_complete:
-            self._client.receive_body(self.upload, self.upload.length - self.upload.received)
+            self._client.receive_body(self.upload, 0 if self.upload.is_parsed else self.upload.left or 0)
 
     def _refuse(self, error: GatewayError | DirectResponse) -> None:
         """Respond with problem details."""
@@ -168,6 +181,9 @@ class ExchangeLife(ProxyExchange):
         if upload is None or not self._may(BODY):
             return False
         upload.take(piece)
+        if upload.is_too_large:
+            self.on_refused(body_too_large(upload.limit))
+            return False
         if self.phase == EXCHANGING:
             self.exchange.bytes_in = upload.received
         self._pace_body(upload)

@@ -35,6 +35,7 @@ from api_gateway.proxy.exchange import (
 )
 from api_gateway.proxy.failure_record import note_failure, note_shed
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
+from api_gateway.proxy.request_body import body_too_large
 from api_gateway.proxy.route_table import Route
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
@@ -97,6 +98,8 @@ class FastExchange(AttemptingExchange):
                 return None
             key = self._key(upstream_client)
         exchange.upstream = route.upstream
+        if self.upload is not None and self.upload.is_too_large:
+            return body_too_large(self.upload.limit)
         upstream_client.retries.budget.deposit(exchange.started)
         if deadline is not None and deadline.at <= now:
             return self._after(deadline_error(exchange, deadline))
@@ -260,7 +263,7 @@ class FastExchange(AttemptingExchange):
         exchange, context = self.exchange, self._context
         exchange.response_headers = context.response_headers(exchange)
         router = context.router
-        kept = b"" if self.upload is None else self.upload.kept()
+        kept, trailers = (b"", []) if self.upload is None else (self.upload.kept(), self.upload.trailer_fields)
         if error is not None:
             if attempt is not None:
                 attempt.release(context.clock())
@@ -274,6 +277,7 @@ class FastExchange(AttemptingExchange):
             self.plan.raw_target,
             pairs_of(self._request_headers.received),
             kept,
+            trailers,
             keep_alive=self.keep_alive,
         )
 

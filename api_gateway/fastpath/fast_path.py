@@ -1,8 +1,9 @@
 """The fast path: plain requests are admitted, forwarded and relayed in callbacks of the event loop.
 
 Most requests wait for nothing but the rest of their body and the upstream's response. They need no ASGI scope, no
-coroutine and no task. A request whose head is not plain is left to the general parser and the ASGI path, which uses
-the same `Admission`. If an admitted request needs an upstream of another transport, it is handed over to that path.
+coroutine and no task. A head that is not plain is left to the general parser, which offers it again with what it has
+read (`try_head`). Requests of HTTP/1.0, handshakes, and those that follow a request on the ASGI path are served there,
+by the same `Admission`. If an admitted request needs an upstream of another transport, it is handed over to that path.
 `proxy.exchange` has the states of an exchange, `fast_exchange` the actions.
 """
 
@@ -14,6 +15,7 @@ from api_gateway.fastpath.context import ExchangeContext
 from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.middleware import is_proxied
 from api_gateway.models import HeaderList
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
@@ -37,7 +39,7 @@ class FastPath(ExchangeContext):
         headers = client.last_headers
         if headers is None or headers.received != lines or headers.facts.owner is not self.headers:
             headers = self._read(client, lines)
-        if headers is None or len(body) > headers.facts.length:
+        if headers is None or len(body) > headers.facts.length:  # type: ignore[operator]  # a plain head has a length
             return False
         if len(received) - len(body) > client.limits.header_bytes:
             return False
@@ -68,6 +70,34 @@ class FastPath(ExchangeContext):
             (exchange or FastExchange(self, client, headers, plan, body)).refuse(result)
         return True
 
+    def try_head(self, client: Downstream, head: RequestHead, trailers: HeaderList) -> bool:
+        """Start or refuse a request whose head the general parser has read, as `try_handle` does.
+
+        `trailers` is filled before the end of its body.
+        """
+        path = unquote(head.target.partition(b"?")[0].decode("ascii"))
+        if not is_proxied(path) or (head.method == "OPTIONS" and _has_field(head.headers, b"max-forwards")):
+            return False
+        headers = self.headers.read_head(client.client[0] if client.client else "unknown", client.scheme, head)
+        plan = self.admission.plan(headers.facts, head.method, path, head.target, self.clock_ns())
+        self.record.begin(plan.exchange)
+        try:
+            result = self.admission.decide(plan)
+        except Exception as error:  # noqa: BLE001 - as in `try_handle`
+            result = self.record.internal_error(plan.exchange, error)
+        exchange = FastExchange(self, client, headers, plan, b"", trailers)
+        if result is not None and isinstance(result, Wait):
+            exchange.wait(result)
+            return True
+        if result is None:
+            result = exchange.forward()
+        if result is not None:
+            if exchange.upload is None:
+                self._refuse(client, plan, result)
+            else:
+                exchange.refuse(result)
+        return True
+
     def refusal_fields(self, headers: HeaderList, target: bytes) -> HeaderList:
         """Return the CORS fields of a response with which the connection itself refuses a request."""
         path = unquote(target.partition(b"?")[0].decode("latin-1"))
@@ -90,3 +120,8 @@ class FastPath(ExchangeContext):
         response, keep_alive = self.refusal(plan, error, keep_alive=plan.facts.keep_alive)
         client.write_response(response, keep_alive=keep_alive)
         self.record.end(exchange, self.clock())
+
+
+def _has_field(headers: HeaderList, name: bytes) -> bool:
+    """Tell whether there is a header field with a name in lower case."""
+    return any(field.lower() == name for field, _ in headers)

@@ -11,6 +11,7 @@ from api_gateway.http1.headers import (
     COST,
     FALLBACK,
     forwardable_interim,
+    forwardable_trailers,
 )
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList, Outcome
@@ -190,7 +191,14 @@ class RelayingExchange(ExchangeLife):
             return piece
         if piece:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece)
-        return piece + b"0\r\n\r\n" if self.is_complete else piece
+        return piece + self._last_chunk() if self.is_complete else piece
+
+    def _last_chunk(self) -> bytes:
+        """Return the last chunk, with the trailers that are forwarded if the client accepts some."""
+        if not self.trailers or not self.plan.facts.accepts_trailers:
+            return b"0\r\n\r\n"
+        trailers = forwardable_trailers(self.trailers, self._context.headers.protected)
+        return b"0\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % pair for pair in trailers])
 
     def _is_retried(self, status: int) -> bool:
         """Tell whether the retry policy names the status."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import UNIX
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import HeaderList
 
 Scope = MutableMapping[str, Any]
@@ -101,6 +102,13 @@ class FastPathHandler(Protocol):
         """Serve the received request and return True, or change nothing and return False.
 
         `client` is the connection, see `fastpath.client_port.Downstream`.
+        """
+        ...
+
+    def try_head(self, client: Any, head: RequestHead, trailers: HeaderList) -> bool:
+        """Serve a request whose head the general parser has read, as `try_handle` does.
+
+        Its body follows in pieces; `trailers` is filled before the end of a chunked one.
         """
         ...
 

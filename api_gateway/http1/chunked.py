@@ -1,4 +1,4 @@
-"""Chunked bodies (RFC 9112 section 7.1) that are passed on as they were received; only their framing is checked.
+"""Chunked bodies (RFC 9112 section 7.1): those that are passed on as they were received, and where a body ends.
 
 Plain chunks have a size of at most eight hexadecimal digits, no extension, and no trailers behind the last one. What
 is not plain is left to the general parser, from the beginning of a chunk on.
@@ -12,6 +12,8 @@ MAX_CHUNKS = 256  # in one read; more are left to the parser, whose loop over ch
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 _SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,8}\r?)?")
 _LINE_BREAK = b"\r\n"
+_ANY_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")  # further digits are an error of the parser
+_MAX_LINE = 32  # bytes that are held of an incomplete line, of which only the size and the emptiness matter
 _LAST_BEGUN = (b"", b"\r")  # what may follow the size of the last chunk if its end has not arrived
 
 
@@ -109,3 +111,45 @@ class ChunkedBody:
         if behind not in _LAST_BEGUN:
             self.state = NOT_PLAIN
         return position
+
+
+class ChunkedEnd:
+    """Finds the end of a chunked body in any form, so that the general parser is not given what follows it.
+
+    It checks nothing: of a malformed body it finds no end, and the parser refuses it.
+    """
+
+    __slots__ = ("_is_last", "_left", "_line")
+
+    def __init__(self) -> None:
+        self._left = 0  # bytes of the present chunk that have not arrived, with the line break at its end
+        self._line = b""  # the beginning of an incomplete line
+        self._is_last = False  # the last chunk has begun, and trailers may follow
+
+    def __repr__(self) -> str:
+        return f"<ChunkedEnd [{'trailers' if self._is_last else f'{self._left} bytes left of a chunk'}]>"
+
+    def find(self, data: bytes) -> int | None:
+        """Return the position in `data` behind the end of the body, None if that does not end there."""
+        position, size = 0, len(data)
+        while position < size:
+            if self._left:
+                taken = min(self._left, size - position)
+                self._left -= taken
+                position += taken
+                continue
+            end = data.find(b"\n", position)
+            if end < 0:
+                self._line = (self._line + data[position : position + _MAX_LINE])[:_MAX_LINE]
+                return None
+            line, self._line = self._line + data[position:end], b""
+            position = end + 1
+            if self._is_last:
+                if line in _LAST_BEGUN:
+                    return position
+            elif (found := _ANY_SIZE.match(line)) is None:
+                return None
+            else:
+                length = int(found[0], 16)
+                self._left, self._is_last = (length + 2, False) if length else (0, True)
+        return None

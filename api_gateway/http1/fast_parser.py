@@ -16,7 +16,7 @@ from api_gateway.models import HeaderList
 _NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _VALUE = rb"(?! )[\x20-\x7e\x80-\xff]++(?<! )"
 _LINES = re.compile(rb"(?:\r\n" + _NAME + rb": " + _VALUE + rb")++\r\n")
-_PAIR = re.compile(rb"\r\n([^:]++): ([^\r]++)")
+_PAIR = re.compile(rb"\r\n([^:]++): ([^\r]*+)")
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 _REQUEST_LINE = re.compile(
     rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21\x22\x24-\x3e\x40-\x7e]*+)((?:\?[\x21\x22\x24-\x7e]*+)?+)"
@@ -154,8 +154,13 @@ def parse_response_head(  # noqa: C901 - each branch is one field, or one kind o
 
 
 def pairs_of(head: bytes) -> HeaderList:
-    """Return the header lines of a plain head as pairs of name and value."""
+    """Return the header lines of a plain head, or of `lines_of`, as pairs of name and value."""
     return _PAIR.findall(head)
+
+
+def lines_of(headers: HeaderList) -> bytes:
+    """Return header fields as the lines of a plain head, from the line break before to the one after them."""
+    return b"\r\n%b\r\n" % b"\r\n".join(map(b": ".join, headers)) if headers else b"\r\n"
 
 
 def reason_phrase(head: bytes) -> bytes:

@@ -20,7 +20,7 @@ from api_gateway.eventloop.tasks import cancel_and_wait, check_cancelled
 from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
 from api_gateway.limits.deny_cache import DenyCache
 from api_gateway.limits.fallback_limiter import FallbackLimiter
-from api_gateway.limits.script_batcher import ScriptBatcher
+from api_gateway.limits.script_batcher import MAX_BATCH, ScriptBatcher
 from api_gateway.limits.script_ops import ChargeOp, MultiNodeCharge, PeekOp, SettleOp, refund_message
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, DecisionSource, LimiterState, Quota
 from api_gateway.rate_limiter import (
@@ -40,6 +40,8 @@ Policy = Literal["local_share", "deny", "allow"]
 
 TOKEN_BUCKET_SCRIPT = Script(files("api_gateway.limits").joinpath("token_bucket.lua").read_text())
 HEARTBEAT_INTERVAL = 2.0  # seconds between heartbeats
+REPORTS_PER_HEARTBEAT = 50  # batches of debts, at most
+REPORT_PAUSE = 0.02  # seconds after each
 DEAD_AFTER = 3 * HEARTBEAT_INTERVAL
 MESSAGE_NS = NANOSECONDS // 10  # time within which notifications of refunds arrive
 REFUNDS_KEPT_NS = 600 * NANOSECONDS  # usually longer than the time between a charge and its settlement
@@ -186,7 +188,8 @@ class RedisLimiter:
     ) -> Decision:
         """Send the settlement to the store without waiting for it; the result is as of the time of the decision."""
         if decision.source != "store":
-            return self.fallback.settle(changes, decision, now_ns, settled_to)
+            known = [self.cache.last_tat(charge) for charge in changes]
+            return self.fallback.settle(changes, known, decision, now_ns, settled_to)
         at_ns = decision.at_ns
         debts_ns = []
         for charge, debt_ns in zip(changes, debts_of(decision), strict=True):
@@ -245,14 +248,13 @@ class RedisLimiter:
         self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False
     ) -> Decision:
         """Decide by the policy for outages; the request `may_be_charged` in the store if its response was lost."""
+        known = [self.cache.last_tat(charge) for charge in charges]
         if self.policy == "local_share":
-            known = [self.cache.last_tat(charge) for charge in charges]
             return self.fallback.decide(charges, known, now_ns, may_be_charged=may_be_charged)
         first = charges[0]
         if self.policy == "deny":
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
-        if not may_be_charged:
-            self.fallback.record_unsynced(charges, now_ns)
+        self.fallback.record(charges, known, now_ns, may_be_charged=may_be_charged)
         return joint_decision(charges, [(now_ns + charge.increment_ns, 0) for charge in charges], now_ns, "allow")
 
     # Refusals from the cache, and refunds
@@ -329,9 +331,24 @@ class RedisLimiter:
             else:
                 self._note_write_refusal(None)
                 self.note_processes(int(alive), self._clock())
+                await self._report_debts()
             await self._check_evictions()  # also if the store refuses the heartbeat because it is full
             check_cancelled()
             await asyncio.sleep(HEARTBEAT_INTERVAL)
+
+    async def _report_debts(self) -> None:
+        """Charge the store for what was admitted without it, also for clients that send no further requests here.
+
+        In batches, with a pause after each, so that neither the store nor the event loop is blocked by many clients.
+        """
+        for _ in range(REPORTS_PER_HEARTBEAT):
+            charges = self.fallback.unreported(MAX_BATCH)
+            if not charges or not self.batcher.is_usable:
+                return
+            now_ns = self.clock_ns()
+            for charge in charges:
+                self.batcher.submit(ChargeOp(self, [charge], now_ns, _ignore))
+            await asyncio.sleep(REPORT_PAUSE)
 
     def _note_write_refusal(self, refusal: str | None) -> None:
         """Set whether the store refuses writes (None: it does not), and log each change."""
@@ -359,6 +376,10 @@ class RedisLimiter:
             number: at for number, at in self._process_counts.items() if now - at <= PROCESS_COUNT_MEMORY
         }
         self.fallback.processes = max(self._configured_processes, *self._process_counts)
+
+
+def _ignore(_decision: Decision) -> None:
+    """Expect nothing of a decision: the query reports a debt."""
 
 
 def _warning(policy: str | None) -> str | None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
 from api_gateway.limits.deny_cache import DenyCache
@@ -28,6 +28,7 @@ class LimiterPort(Protocol):
     refunds: str
     offset_ns: int
     clock_ns: Callable[[], int]
+    policy: Literal["local_share", "deny", "allow"]
 
     @property
     def store_key(self) -> Callable[[str], str]:
@@ -62,18 +63,23 @@ class ChargeOp(ScriptOp):
         self._on_decision = on_decision
 
     def write(self, call: ScriptCall) -> None:
-        """Append the charges, preceded by costs that were admitted during an outage."""
+        """Append the charges, preceded by this process's debts from an outage.
+
+        What the shares admitted may bring a bucket into debt, as a cost settlement may; what the policy `allow`
+        admitted leaves it empty at most.
+        """
         limiter, arguments = self._limiter, call.arguments
-        if len(self._charges) == 1 and not limiter.fallback.has_unsynced:  # the common case
+        if len(self._charges) == 1 and not limiter.fallback.has_debts:  # the common case
             charge = self._charges[0]
             arguments += (1, call.number(self.key), charge.quota.burst_ns, charge.increment_ns)
             return
         numbers = [call.number(limiter.store_key(charge.key)) for charge in self._charges]
-        if limiter.fallback.has_unsynced:
+        if limiter.fallback.has_debts:
+            budgets = 1 if limiter.policy == "allow" else 2
             for number, charge in zip(numbers, self._charges, strict=True):
-                owed_ns = limiter.fallback.take_unsynced(charge.key, self._asked_ns)
+                owed_ns, burst_ns = limiter.fallback.report(charge, self._asked_ns), charge.quota.burst_ns
                 if owed_ns:
-                    arguments += ("debt", number, charge.quota.burst_ns, owed_ns)
+                    arguments += ("debt", number, burst_ns, owed_ns, budgets * burst_ns)
         arguments.append(len(numbers))
         for number, charge in zip(numbers, self._charges, strict=True):
             arguments += (number, charge.quota.burst_ns, charge.increment_ns)
@@ -87,6 +93,8 @@ class ChargeOp(ScriptOp):
             charge = charges[0]
             after_ns, wait_ns = take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns)
             limiter.cache.put(charge, after_ns - now_ns, asked_ns)
+            if limiter.fallback.has_debts:
+                limiter.fallback.confirm(charge.key, asked_ns)
             if not self.is_over:
                 self._on_decision(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
             return
@@ -95,6 +103,8 @@ class ChargeOp(ScriptOp):
         for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
             given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # not charged: another refused
             limiter.cache.put(charge, tat_ns - now_ns - given_back_ns, asked_ns)
+            if limiter.fallback.has_debts:
+                limiter.fallback.confirm(charge.key, asked_ns)
         if not self.is_over:
             self._on_decision(decision)
 

@@ -14,7 +14,7 @@
 -- KEYS   the buckets and counters
 -- ARGV   a sequence of operations; a bucket is given by its number among KEYS, times are nanoseconds:
 --          count, count * (bucket, budget, cost)    charge all of these buckets or none
---          "debt", bucket, budget, change           charge `change`, or as much of it as leaves the bucket empty
+--          "debt", bucket, budget, change, most     charge `change`, or as much of it as leaves a debt of `most`
 --          "settle", bucket, budget, change, tat    charge afterwards, or refund what has not been refilled before `tat`
 --          "publish", channel, message              publish the message
 --          "all", buckets, counters, buckets * (bucket, budget, cost), counters * COUNTER
@@ -254,10 +254,10 @@ local function adjust(at)
 end
 
 local function add(at)
-  local bucket, budget = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+  local bucket, budget, most = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 3])
   local debt = load(bucket, budget)
-  charge(bucket, math.max(debt, math.min(debt + ARGV[at + 2], budget)))
-  return at + 3
+  charge(bucket, math.max(debt, math.min(debt + ARGV[at + 2], most)))
+  return at + 4
 end
 
 local function settle(at)

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as quoted
 
-from api_gateway.models import Clock, Exchange
+from api_gateway.models import Clock, Decision, Exchange, Settlement
+from api_gateway.observability.decision_numbers import DecisionNumbers
 
 _MICROSECONDS = 1_000_000
 _ORGANISATION = '"organisation":'
@@ -21,9 +22,18 @@ class AccessLog:
     """
 
     def __init__(
-        self, wall_clock: Clock, write_line: Callable[[str], object], redact: Callable[[str], str] = str
+        self,
+        wall_clock: Clock,
+        write_line: Callable[[str], object],
+        redact: Callable[[str], str] = str,
+        numbers: DecisionNumbers | None = None,
     ) -> None:
-        """`redact` returns a line without secrets that a client has put into a path or an id."""
+        """`redact` returns a line without secrets that a client has put into a path or an id.
+
+        `numbers` converts the times of decisions; by default they are taken to be since the epoch.
+        """
+        self._numbers = numbers or DecisionNumbers(lambda: 0, lambda: 0.0)
+        self._epoch_ns = self._numbers.since_epoch(0)
         self._redact = redact
         self._wall_clock = wall_clock
         self._write_line = write_line
@@ -38,7 +48,10 @@ class AccessLog:
         client, decision, reason, detail = exchange.client, exchange.decision, exchange.reason, exchange.detail
         credential = exchange.credential
         organisation = None if credential is None else credential.organisation
-        client_id, tier = ("null", "null") if client is None else (quoted(client.id), quoted(client.quota.name))
+        client_id = tier = tier_source = "null"
+        if client is not None:
+            client_id, tier = quoted(client.id), quoted(client.quota.name)
+            tier_source = f'"{client.source}","has_keys":true' if client.has_keys else f'"{client.source}"'
         sent_at, head_at = exchange.sent_at, exchange.head_at
         duration = f"{(exchange.finished - exchange.started) * 1000:.3f}"
         if duration[-1] == "0":
@@ -48,7 +61,7 @@ class AccessLog:
             waited = _trimmed(waited)
         line = (
             f'{{"time":"{self._timestamp}","request_id":{quoted(exchange.id)}'
-            f',"client_address":{quoted(exchange.peer)},"client_id":{client_id},"tier":{tier}'
+            f',"client_address":{quoted(exchange.peer)},"client_id":{client_id},"tier":{tier},"tier_source":{tier_source}'
             f"{'' if organisation is None else f',{_ORGANISATION}{quoted(organisation)}'}"
             f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)},"status":{exchange.status}'
             f',"reason":{"null" if reason is None else quoted(reason)}'
@@ -59,9 +72,35 @@ class AccessLog:
             f',"fallback":{"null" if exchange.fallback is None else quoted(exchange.fallback)}'
             f',"cost":{exchange.cost},"remaining":{"null" if decision is None else decision.remaining}'
             f',"bytes_received":{exchange.bytes_in},"bytes_sent":{exchange.bytes_out}'
-            f',"duration_ms":{duration},"upstream_duration_ms":{waited}}}\n'
+            f',"duration_ms":{duration},"upstream_duration_ms":{waited}'
+            f',"decision":{"null" if decision is None else self._decision(exchange, decision)}'
+            f"{'' if exchange.credential_check is None else self._check(*exchange.credential_check)}}}\n"
         )
         self._write_line(self._redact(line))
+
+    def _decision(self, exchange: Exchange, decision: Decision) -> str:
+        """Return what is needed to make the decision again: time, number, limits, and changes of its cost."""
+        charges = exchange.charges
+        names = (charges[0].quota.name,) if len(charges) == 1 else tuple([charge.quota.name for charge in charges])
+        cost, rest = exchange.cost, ""
+        if exchange.settlements:
+            rest = f',"settlements":[{",".join(map(self._settlement, exchange.settlements))}]'
+            first = exchange.settlements[0]
+            cost, decision = first.charged, first.decision
+            rest = f',"remaining":{decision.remaining}{rest}'
+        at_ns = decision.at_ns if decision.source == "store" else decision.at_ns + self._epoch_ns
+        return (
+            f'{{"at_ns":{at_ns},"number":{exchange.number},{_limits(names, decision.quota.name, decision.source)}'
+            f',"wait_ns":{decision.wait_ns},"cost":{cost}{rest}}}'
+        )
+
+    def _settlement(self, settlement: Settlement) -> str:
+        at_ns = self._numbers.since_epoch(settlement.at_ns)
+        return f'{{"at_ns":{at_ns},"number":{settlement.number},"cost":{settlement.cost}}}'
+
+    def _check(self, number: int, decision: Decision) -> str:
+        """Return the member about the charge of the address for the verification of a credential."""
+        return f',"credential_check":{{"at_ns":{self._numbers.time_of(decision)},"number":{number}}}'
 
     def _set_timestamp(self, now: float) -> None:
         """Render the time in ISO 8601 with milliseconds; `datetime` renders a new second only."""
@@ -85,6 +124,12 @@ def _trimmed(decimals: str) -> str:
 def _second(second: int) -> str:
     """Return a whole second since 1970 in ISO 8601, without its offset from UTC."""
     return datetime.fromtimestamp(second, UTC).isoformat(timespec="seconds").removesuffix("+00:00")
+
+
+@lru_cache(maxsize=1024)
+def _limits(charged: tuple[str, ...], limit: str, source: str) -> str:
+    """Return the members that name the limits charged, and the one that the decision is about."""
+    return _encode({"source": source, "limits": charged, "limit": limit})[1:-1]
 
 
 @lru_cache(maxsize=1024)

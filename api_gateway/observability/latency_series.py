@@ -51,12 +51,22 @@ def _bounds(number: int) -> tuple[float, float]:
 
 
 class Tally:
-    """Counts of one span of time: responses by kind, and durations in logarithmic buckets."""
+    """Counts of one span of time: responses by kind, bytes of bodies, and durations in logarithmic buckets."""
 
-    __slots__ = ("buckets", "gateway_errors", "limited", "requests", "total_seconds", "upstream_errors")
+    __slots__ = (
+        "buckets",
+        "bytes_in",
+        "bytes_out",
+        "gateway_errors",
+        "limited",
+        "requests",
+        "total_seconds",
+        "upstream_errors",
+    )
 
     def __init__(self) -> None:
         self.requests = self.gateway_errors = self.upstream_errors = self.limited = 0
+        self.bytes_in = self.bytes_out = 0
         self.total_seconds = 0.0
         self.buckets: dict[int, int] = {}
 
@@ -69,26 +79,31 @@ class Tally:
         self.gateway_errors += other.gateway_errors
         self.upstream_errors += other.upstream_errors
         self.limited += other.limited
+        self.bytes_in += other.bytes_in
+        self.bytes_out += other.bytes_out
         self.total_seconds += other.total_seconds
         for bucket, count in other.buckets.items():
             self.buckets[bucket] = self.buckets.get(bucket, 0) + count
 
     def state(self) -> list[Any]:
         """Return the counts as JSON values."""
-        counts = [self.requests, self.gateway_errors, self.upstream_errors, self.limited, self.total_seconds]
-        return [*counts, list(self.buckets.items())]
+        counts = [self.requests, self.gateway_errors, self.upstream_errors, self.limited]
+        return [*counts, self.bytes_in, self.bytes_out, self.total_seconds, list(self.buckets.items())]
 
     @classmethod
     def from_state(cls, state: list[Any]) -> "Tally":
         """Return the tally with this state."""
         tally = cls()
-        tally.requests, tally.gateway_errors, tally.upstream_errors, tally.limited, tally.total_seconds, pairs = state
+        tally.requests, tally.gateway_errors, tally.upstream_errors, tally.limited, *rest = state
+        tally.bytes_in, tally.bytes_out, tally.total_seconds, pairs = rest
         tally.buckets = dict(pairs)
         return tally
 
     def count(self, exchange: Exchange) -> None:
         """Count the response of one exchange."""
         self.requests += 1
+        self.bytes_in += exchange.bytes_in
+        self.bytes_out += exchange.bytes_out
         if exchange.status >= 500:  # noqa: PLR2004 - the class of server errors
             if exchange.source == "upstream":
                 self.upstream_errors += 1

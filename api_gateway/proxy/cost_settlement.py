@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from api_gateway.errors import GatewayError
 from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
-from api_gateway.models import Charge, Exchange
+from api_gateway.models import Charge, Exchange, Settlement
 from api_gateway.proxy.fallback import STATIC
 from api_gateway.rate_limiter import RateLimiter
 
@@ -34,7 +34,10 @@ class CostSettlement:
         clock_ns: Callable[[], int],
         recorder: Recorder,
         limit_headers: RateLimitHeaders,
+        next_number: Callable[[], int] | None = None,
     ) -> None:
+        """`next_number` numbers settlements, which are then recorded in the exchange; None: they are not recorded."""
+        self._next_number = next_number
         self._limiter = limiter
         self._clock_ns = clock_ns
         self._recorder = recorder
@@ -61,12 +64,12 @@ class CostSettlement:
                     [value[:40] for value in given[:3]],
                 )
         else:
-            self._settle(exchange, cost, is_whole=False)
+            self.settle(exchange, cost)
 
     def on_failure(self, exchange: Exchange, error: GatewayError) -> None:
         """Refund the whole charge if nothing of the request was sent to an upstream and no response has begun."""
         if error.is_retry_safe and not exchange.status and not exchange.has_reached:
-            self._settle(exchange, 0.0, is_whole=True)
+            self.settle(exchange, 0.0, is_whole=True)
 
     def on_fallback(self, exchange: Exchange, error: GatewayError) -> None:
         """Count a fallback that replaces the response after `error`, and refund a static one like the error itself.
@@ -78,8 +81,11 @@ class CostSettlement:
         if exchange.fallback == STATIC:
             self.on_failure(exchange, error)
 
-    def _settle(self, exchange: Exchange, cost: float, *, is_whole: bool) -> None:
-        """Correct all charges of a request to `cost`; those of limits with a cost of their own only if `is_whole`."""
+    def settle(self, exchange: Exchange, cost: float, *, is_whole: bool = False) -> None:
+        """Correct the charges of an admitted exchange to `cost` tokens.
+
+        Limits with a cost of their own keep it, unless it `is_whole`: a refund of the whole charge.
+        """
         decision = exchange.decision
         if decision is None or not decision.allowed or (cost == exchange.cost and not is_whole):
             return
@@ -88,12 +94,15 @@ class CostSettlement:
             exchange.cost = cost
             return
         self._recorder.settlements["charged" if cost > exchange.cost else "refunded"] += 1
+        now_ns = self._clock_ns()
+        if self._next_number is not None:
+            exchange.settlements += (Settlement(now_ns, self._next_number(), decision, exchange.cost, cost),)
         exchange.cost, exchange.charges = cost, charges
-        exchange.decision = decision = self._limiter.settle(changes, decision, self._clock_ns(), charges)
+        exchange.decision = decision = self._limiter.settle(changes, decision, now_ns, charges)
         if exchange.trial is not None and exchange.trial[1].allowed:
             trial, tried = exchange.trial
             charges, changes = _settled_to(trial, cost, is_whole=is_whole)
-            exchange.trial = charges, self._limiter.settle(changes, tried, self._clock_ns(), charges)
+            exchange.trial = charges, self._limiter.settle(changes, tried, now_ns, charges)
         if exchange.response_headers:
             others = [pair for pair in exchange.response_headers if pair[0] not in HEADER_NAMES]
             exchange.response_headers = others + self._limit_headers.headers(decision, exchange.charges)

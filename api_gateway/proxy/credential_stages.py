@@ -35,8 +35,11 @@ class CredentialStage:
         charges_of_address: ChargesOf,
         is_enforced: bool = True,
         on_observed: Callable[[RequestPlan, GatewayError], None] | None = None,
+        next_number: Callable[[], int] | None = None,
     ) -> None:
         """`charges_of_address` returns the charges of a failed attempt from an address, none if it is exempt.
+
+        `next_number` numbers these decisions, which are then recorded in the exchange; None: they are not recorded.
 
         Unless `is_enforced`, a request with an invalid credential is identified as if it had none, and `on_observed`
         is called with the error that would have refused it.
@@ -47,6 +50,7 @@ class CredentialStage:
         self._charges_of_address = charges_of_address
         self._is_enforced = is_enforced
         self.on_observed = on_observed
+        self._next_number = next_number
         self._silent = self  # the same without callback
         if on_observed is not None:
             self._silent = CredentialStage(
@@ -157,6 +161,9 @@ class CredentialStage:
         if not charges:
             return proceed()
         plan.exchange.cost = 1.0
+        plan.exchange.charges = charges
+        if self._next_number is not None:
+            plan.exchange.number = self._next_number()
         decision = self._limiter.decide(charges, plan.now_ns)
         if decision is None:
             return Wait(partial(self._ask, charges, plan.now_ns), partial(_on_decision, proceed=proceed))
@@ -172,10 +179,14 @@ async def _answer(question: Question) -> tuple[Proof | GatewayError]:
 
 
 def _on_decision(plan: RequestPlan, decision: Decision, *, proceed: Callable[[], StageResult]) -> StageResult:
+    exchange = plan.exchange
     if decision.allowed:
+        if exchange.number:
+            exchange.credential_check, exchange.number = (exchange.number, decision), 0
+        exchange.charges = ()
         return proceed()
-    plan.exchange.decision = decision
-    return refusal(plan.exchange, decision)
+    exchange.decision = decision
+    return refusal(exchange, decision)
 
 
 class CredentialRouteStage:

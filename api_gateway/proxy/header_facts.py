@@ -1,8 +1,8 @@
 """What the header fields of a request mean to the gateway; remembered, as clients repeat their fields.
 
-A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Other requests are read anew.
+A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Others are read anew.
 
-Long because the facts and the reader that fills in and copies each of them have to agree.
+The module is long because both readings, of lines and of fields, must agree in what they forward.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
-from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, remove_lines
+from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, lines_of, remove_lines
 from api_gateway.http1.forwarded import (
     BY_X_FORWARDED,
     ClientAddress,
@@ -27,6 +27,7 @@ from api_gateway.http1.headers import (
     Fields,
     Network,
     ambiguity,
+    connection_options,
     fields_of,
     host_name,
     inspected_headers,
@@ -34,6 +35,7 @@ from api_gateway.http1.headers import (
     is_within,
     stripped_headers,
 )
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.via import Via
 from api_gateway.models import Charge, Client, CorsFields, HeaderList
 from api_gateway.proxy.cors import INSPECTED, Preflight, origin_of, preflight_of
@@ -50,18 +52,19 @@ NONE_KEYED: Mapping[bytes, str] = {}
 class HeaderFacts:
     """The meaning of the header fields of requests from one address.
 
-    `request_id`, `length`, `keep_alive`, `expectation`, `dropped`, `added` and `host_field` are set for plain heads
-    only. `client`, `principal` and `priority` are set for the registry version `version`, and `charges` for `client`
-    and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used last, has to decide on
-    such requests. `claim` is the credential that decides who the client is, None without one; `credentials` are the
-    header fields that have a credential of this gateway. `proof` is what the claim proved, for the registry version
-    `version`. `keyed` are the values of header fields that limits count by (for `/explain`, also `:organisation` and
-    `:claim:PATH`), and `charged` the charges by route, method
-    and cost. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the facts of the
-    other header fields, and `id_field` is the one with the client id, if the two are read separately.
+    `request_id`, `length`, `keep_alive`, `expectation` and `host_field` are set on the fast path only, `dropped` and
+    `added` for plain heads only. `client`, `principal` and `priority` are set for the registry version `version`, and
+    `charges` for `client` and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used
+    last, has to decide on such requests. `claim` is the credential that decides who the client is, None without one;
+    `credentials` are the header fields that have a credential of this gateway. `proof` is what the claim proved, for
+    the registry version `version`. `keyed` are the values of header fields that limits count by (for `/explain`, also
+    `:organisation` and `:claim:PATH`), `charged` the charges by route, method and cost. `forged` are the header fields
+    that only the gateway may send to upstreams. `rest` are the facts of the other header fields, and `id_field` is the
+    one with the client id, if the two are read separately.
     """
 
     __slots__ = (
+        "accepts_trailers",
         "added",
         "admission",
         "ambiguity",
@@ -105,7 +108,7 @@ class HeaderFacts:
 
     is_loop: bool  # whether the request has passed this gateway before; `ambiguity` says so in words
     is_length_required: bool  # whether the fields may contain trailers; `ambiguity` says so in words
-    length: int  # of the body in bytes
+    length: int | None  # of the body in bytes; None if it is chunked
     expectation: HeaderList  # the field `Expect: 100-continue`, empty if there is none
     keep_alive: bool
     dropped: HeaderList  # fields that are not forwarded
@@ -139,6 +142,7 @@ class HeaderFacts:
         self.version = -1
         self.cost = -1.0
         self.client: Client | None = None
+        self.accepts_trailers = False  # whether the response may have some
         self.is_length_required = False
         self.origin: bytes | None = None  # None also if no CORS policy is configured
         self.preflight: Preflight | None = None
@@ -302,6 +306,38 @@ class HeaderReader:
         return (
             None if facts is None else self._rewritten(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
         )
+
+    def read_head(self, peer: str, scheme: str, head: RequestHead) -> RewrittenHeaders:
+        """Return what the header fields of a head mean that the general parser has read, as `read_lines` does."""
+        headers = head.headers
+        fields = fields_of(headers)
+        facts = self.read(peer, fields, head.version)
+        facts.length, facts.keep_alive = head.length, head.keep_alive
+        is_expected = head.expects_continue and head.length != 0
+        facts.expectation = [pair for pair in headers if pair[0].lower() == b"expect"] if is_expected else []
+        facts.accepts_trailers = head.method != "HEAD" and any(
+            b"trailers" in value.lower()
+            for value in fields.get(b"te", ())  # RFC 9110 section 6.5.1
+        )
+        facts.request_id = given_request_id(fields)
+        facts.host_field = fields.get(b"host", (b"",))[0]
+        withheld = {name.lower() for name, _ in facts.credentials}
+        facts.credentials = [pair for pair in headers if pair[0].lower() in withheld]
+        replaced = replaced_fields(self.forwarding, facts.is_trusted)
+        dropped = stripped_headers(self.protected, replaced) | self._identity_fields | withheld
+        if b"connection" in fields:
+            dropped |= connection_options(fields[b"connection"]) - self.protected - {b"transfer-encoding"}
+        added = forwarding_fields(
+            fields,
+            peer=peer,
+            scheme=scheme,
+            is_trusted=facts.is_trusted,
+            forwarding=self.forwarding,
+            reported=facts.reported,
+        )
+        kept = [pair for pair in headers if pair[0].lower() not in dropped]
+        sent = lines_of([*kept, *added, self.via.field(head.version)])
+        return self._rewritten(lines_of(headers), facts, sent)
 
     def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
         """Return the facts, with the client id read separately from the other header fields.

@@ -239,3 +239,19 @@ class LoadSheddingStage:
     def concerns(self, _facts: HeaderFacts) -> bool:
         """See `Stage`."""
         return True
+
+
+class DecisionNumberStage(ReadOnlyStage):
+    """Numbers the decision that follows, for the access log."""
+
+    def __init__(self, next_number: Callable[[], int]) -> None:
+        self._next_number = next_number
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Set the number of the decision."""
+        plan.exchange.number = self._next_number()
+        return None
+
+    def inspect(self, _plan: RequestPlan) -> StageResult:
+        """See `Stage`; nothing is numbered."""
+        return None

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from api_gateway.models import LimiterState
+from api_gateway.reporting.process_figures import merged_figures
 from api_gateway.reporting.snapshot import (
     BreakerSnapshot,
     HostNameSnapshot,
@@ -39,6 +40,7 @@ def merge(snapshots: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
         merged.overflowed += snapshot.overflowed
         merged.lag = max(merged.lag, snapshot.lag)
         merged.tasks += snapshot.tasks
+    merged.process = merged_figures(snapshot.process for snapshot in snapshots)
     merged.limiter = _merge_limiters(snapshots)
     merged.client_store_error = next(
         (it.client_store_error for it in snapshots if it.client_store_error and not it.is_over), None

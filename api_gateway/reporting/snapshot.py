@@ -14,6 +14,7 @@ from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
 from api_gateway.observability.latency_series import SLICE
 from api_gateway.reload.outcome import ReloadState
+from api_gateway.reporting.process_figures import figures_at_end
 from api_gateway.resilience.breaker_history import FailedCall, TransitionRecord
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.resilience.call_windows import Counts
@@ -254,6 +255,7 @@ class WorkerSnapshot:
     tasks: int = 0  # of the event loop
     configuration: ReloadState = field(default_factory=ReloadState)
     resources: list[ResourceState] = field(default_factory=list)
+    process: dict[str, float] = field(default_factory=dict)  # see `process_figures`
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "WorkerSnapshot":
@@ -295,6 +297,7 @@ class WorkerSnapshot:
             "tasks": self.tasks,
             "configuration": asdict(self.configuration),
             "resources": list(resources.values()),
+            "process": self.process,
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -313,6 +316,7 @@ class WorkerSnapshot:
         self.client_store_error = state["client_store_error"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
+        self.process = state["process"]
         self.configuration = ReloadState.from_state(state["configuration"])
         resources = yield from each(enumerate(state["resources"]), lambda _, resource: ResourceState(**resource))
         self.resources = list(resources.values())
@@ -331,6 +335,7 @@ class WorkerSnapshot:
         self.is_over = True
         self.recorder.in_flight = self.buckets = self.tasks = 0
         self.lag = 0.0
+        self.process = figures_at_end(self.process)
         self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
 
 

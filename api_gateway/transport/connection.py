@@ -214,10 +214,13 @@ class UpstreamConnection:
         self._timeout = seconds or 0.0
         self.timer.set(seconds)
 
-    def begin(self, response: UpstreamResponse, request: Sequence[bytes], left: int | None) -> None:
+    def begin(
+        self, response: UpstreamResponse, request: Sequence[bytes], left: int | None, *, gathers: bool = False
+    ) -> None:
         """Send the beginning of a request, of whose body `left` bytes follow, None if their number is unknown.
 
         `send_piece` and `end_body` send the rest. `on_writable` of the listener is called when the upstream reads on.
+        `gathers`: more of the body may follow in the same callback of the event loop, and leaves in the same write.
         """
         self._response = response
         self._received = self._remaining = 0
@@ -225,7 +228,11 @@ class UpstreamConnection:
         self._body_left = left
         if response.listener.expects_continue:
             self.set_timer("read")
-        self._transport.writelines(request)
+        if gathers:
+            self._gathered = [*request]
+            self.loop.call_soon(self._flush)
+        else:
+            self._transport.writelines(request)
 
     def send_piece(self, piece: bytes) -> None:
         """Send a piece of the request body, framed if it is chunked; drop it if no more of the body is wanted."""

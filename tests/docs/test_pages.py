@@ -15,8 +15,9 @@ from pydantic import BaseModel
 
 from api_gateway.config import GatewayConfig
 from api_gateway.metrics import Recorder
-from api_gateway.models import LimiterState
+from api_gateway.reporting.process_figures import FIGURES
 from api_gateway.reporting.prometheus import PrometheusExposition
+from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.reporting.upstream_schema import HealthView
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.fair_shares import share_refusal
@@ -78,7 +79,8 @@ def test_the_index_lists_every_page() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_metric_it_names_exists(name: str) -> None:
-    exposition = PrometheusExposition(Recorder([], [], [], [50], 0.0), {}, LimiterState(), 0, "0")
+    snapshot = WorkerSnapshot("", Recorder([], [], [], [50], 0.0), process=dict.fromkeys(FIGURES, 0.0))
+    exposition = PrometheusExposition(snapshot, "0")
     known = {f"{family.name}{'_total' * (family.type == 'counter')}" for family in exposition.collect()}
     named = {found[0] for text in code(name) if (found := re.match(r"gateway_[a-z_]+", text))}
     assert named <= known | {"gateway_", "gateway_build_info"}
@@ -153,7 +155,7 @@ def test_every_class_function_and_constant_it_names_exists(name: str) -> None:
     assert not [text for text in named if not set(text.removeprefix("httpx.").split(".")) <= defined() | FOREIGN]
 
 
-FOREIGN_WORDS = {"http_host", "proxy_set_header", "max_requests", "load_test", "resource_access"}  # of others; a file
+FOREIGN_WORDS = {"http_host", "proxy_set_header", "max_requests", "load_test", "resource_access", "credentials_file"}
 
 
 @cache

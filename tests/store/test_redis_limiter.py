@@ -238,10 +238,11 @@ async def test_what_was_admitted_alone_is_charged_once_when_the_store_is_back(st
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(witness, 0)).remaining == 2
-        assert not limiter.fallback.has_unsynced
+        assert not limiter.fallback.has_debts
 
 
-async def test_a_debt_empties_the_bucket_at_most(store: StoreServer) -> None:
+async def test_what_was_admitted_beyond_the_limit_meanwhile_is_owed(store: StoreServer) -> None:
+    """A bucket goes into debt, as after a settlement: the client waits for what it had twice."""
     async with (
         Proxy(store) as proxy,
         gateways(proxy.url, SLOW, deadline=0.5) as (limiter,),
@@ -254,7 +255,27 @@ async def test_a_debt_empties_the_bucket_at_most(store: StoreServer) -> None:
         proxy.is_deaf = False
         await soon(lambda: limiter.batcher.is_usable, "it is back")
         looked = await decided(limiter, 0)
-        assert (looked.remaining, looked.reset_ns <= SLOW.burst_ns) == (0, True)
+        assert looked.remaining == 0
+        assert looked.reset_ns / SLOW.emission_ns == pytest.approx(15, abs=0.01)
+
+
+async def test_a_debt_is_reported_without_a_further_request(
+    store: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the next heartbeat: the client may continue with another gateway."""
+    monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.05)
+    async with (
+        Proxy(store) as proxy,
+        gateways(proxy.url, SLOW, deadline=0.5) as (limiter,),
+        gateways(store.url, SLOW) as (witness,),
+    ):
+        await serving([limiter, witness])
+        await cut_off(limiter, proxy)
+        for number in range(300):  # more than one batch
+            assert (await decided(limiter, 4, key=f"client-{number}")).source == "local_share"
+        proxy.is_deaf = False
+        await soon(lambda: not limiter.fallback.has_debts, "all is reported and confirmed")
+        assert {(await decided(witness, 0, key=f"client-{number}")).remaining for number in range(300)} == {6}
 
 
 async def test_the_share_begins_from_what_the_store_last_said(store: StoreServer) -> None:

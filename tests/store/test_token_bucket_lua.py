@@ -8,10 +8,19 @@ START = 1_795_000_000 * SECOND
 FREE = Quota.per_second("FREE", 1, 10)
 
 
-def test_a_reported_debt_empties_the_bucket_at_most() -> None:
+def test_a_reported_debt_is_charged_up_to_the_stated_debt() -> None:
+    """The last argument: that of an empty bucket, or twice that; a debt beyond it already is not reduced."""
     store = LuaStore(START // 1000)
-    assert store.call(["a"], "debt", 1, FREE.burst_ns, 4 * SECOND, 1, 1, FREE.burst_ns, 0)[1] == 4 * SECOND
-    assert store.call(["a"], "debt", 1, FREE.burst_ns, 40 * SECOND, 1, 1, FREE.burst_ns, 0)[1] == FREE.burst_ns
+    empty, most = FREE.burst_ns, 2 * FREE.burst_ns
+
+    def debt_after(change_ns: int, most_ns: int) -> int:
+        return store.call(["a"], "debt", 1, empty, change_ns, most_ns, 1, 1, empty, 0)[1]
+
+    assert debt_after(4 * SECOND, empty) == 4 * SECOND
+    assert debt_after(40 * SECOND, empty) == empty
+    assert debt_after(4 * SECOND, most) == empty + 4 * SECOND
+    assert debt_after(4 * SECOND, empty) == empty + 4 * SECOND
+    assert debt_after(40 * SECOND, most) == most
 
 
 def test_it_notifies_of_what_it_is_asked_to() -> None:

@@ -2,13 +2,15 @@
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.models import Client, Decision, Exchange, HeaderList, Quota
+from api_gateway.models import Charge, Client, Decision, Exchange, HeaderList, Quota, Settlement
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.observability.decision_numbers import DecisionNumbers
 
 FREE = Quota.per_second("FREE", 1, 10)
 
@@ -90,6 +92,16 @@ def test_a_line_has_every_field_of_a_proxied_request() -> None:
         "bytes_sent": 345,
         "duration_ms": 20.123,
         "upstream_duration_ms": 4.5,
+        "tier_source": "configured",
+        "decision": {
+            "at_ns": 0,
+            "number": 0,
+            "source": "memory",
+            "limits": [],
+            "limit": "FREE",
+            "wait_ns": 0,
+            "cost": 2.0,
+        },
     }
     assert {key: line.get(key, "missing") for key in expected} == expected
 
@@ -102,6 +114,20 @@ def test_a_line_of_a_request_that_was_refused_at_once_has_empty_places() -> None
     assert "No route matches /api/x." in line.values()
     for key in ("client_id", "tier", "route", "upstream", "target", "remaining", "upstream_duration_ms"):
         assert line[key] is None
+
+
+def test_the_page_has_every_field_of_a_line() -> None:
+    exchange = bare()
+    before = Decision("client:acme", FREE, allowed=True, remaining=8, wait_ns=0, reset_ns=2)
+    exchange.decision = before
+    exchange.settlements = (Settlement(1, 2, before, 1.0, 3.0),)
+    exchange.credential_check = (1, before)
+    exchange.credential = OfAnOrganisation()
+    exchange.client = Client("acme", "client:acme", FREE, "default", has_keys=True)
+    (line,) = logged(exchange)
+    page = (Path(__file__).parents[2] / "docs" / "access-log.md").read_text()
+    fields = [*line, *line["decision"], *line["decision"]["settlements"][0], *line["credential_check"]]
+    assert not [field for field in fields if f"`{field}`" not in page]
 
 
 def test_an_exchange_is_one_line() -> None:
@@ -120,11 +146,24 @@ TEXT = st.text(max_size=12)
 NAME = st.none() | TEXT
 TIME = st.floats(0, 1e9)  # above, a double has no three decimals of milliseconds
 QUOTA = st.builds(Quota.per_second, TEXT, st.just(1.0), st.just(10))
-CLIENT = st.builds(Client, id=TEXT, key=TEXT, quota=QUOTA, source=st.just("default"))
+CLIENT = st.builds(
+    Client, id=TEXT, key=TEXT, quota=QUOTA, source=st.sampled_from(["default", "granted"]), has_keys=st.booleans()
+)
 COUNT = st.integers(0, 10**15)
 DECISION = st.builds(
-    Decision, st.just("k"), QUOTA, st.booleans(), remaining=COUNT, wait_ns=st.just(0), reset_ns=st.just(0)
+    Decision,
+    st.just("k"),
+    QUOTA,
+    st.booleans(),
+    remaining=COUNT,
+    wait_ns=st.integers(-1, 10**18),
+    reset_ns=st.just(0),
+    at_ns=COUNT,
+    source=st.sampled_from(["memory", "store", "deny_cache"]),
 )
+COST = st.floats(0, 1e9)
+SETTLEMENT = st.builds(Settlement, COUNT, COUNT, DECISION, COST, COST)
+CHARGE = st.builds(Charge, TEXT, QUOTA, COUNT)
 EXCHANGES = st.builds(
     Exchange,
     id=TEXT,
@@ -150,7 +189,32 @@ EXCHANGES = st.builds(
     finished=TIME,
     retried=st.lists(TEXT, max_size=3).map(tuple),
     fallback=NAME,
+    number=COUNT,
+    charges=st.lists(CHARGE, max_size=3),
+    settlements=st.lists(SETTLEMENT, max_size=2).map(tuple),
+    credential_check=st.none() | st.tuples(COUNT, DECISION),
 )
+
+
+def documented_decision(exchange: Exchange, decision: Decision) -> dict[str, Any]:
+    """Return the member about the decision; times are taken to be since the epoch."""
+    changes = exchange.settlements
+    first = changes[0].decision if changes else decision
+    members: dict[str, Any] = {
+        "at_ns": first.at_ns,
+        "number": exchange.number,
+        "source": first.source,
+        "limits": [charge.quota.name for charge in exchange.charges],
+        "limit": first.quota.name,
+        "wait_ns": first.wait_ns,
+        "cost": changes[0].charged if changes else exchange.cost,
+    }
+    if changes:
+        members["remaining"] = first.remaining
+        members["settlements"] = [
+            {"at_ns": change.at_ns, "number": change.number, "cost": change.cost} for change in changes
+        ]
+    return members
 
 
 def documented(exchange: Exchange, now: float) -> str:
@@ -162,6 +226,8 @@ def documented(exchange: Exchange, now: float) -> str:
         "client_address": exchange.peer,
         "client_id": client.id if client else None,
         "tier": client.quota.name if client else None,
+        "tier_source": client.source if client else None,
+        **({"has_keys": True} if client and client.has_keys else {}),
         "method": exchange.method,
         "path": exchange.path,
         "status": exchange.status,
@@ -180,7 +246,11 @@ def documented(exchange: Exchange, now: float) -> str:
         "bytes_sent": exchange.bytes_out,
         "duration_ms": round(exchange.duration * 1000, 3),
         "upstream_duration_ms": None if waited is None else round(waited * 1000, 3),
+        "decision": documented_decision(exchange, decision) if decision else None,
     }
+    check = exchange.credential_check
+    if check is not None:
+        members["credential_check"] = {"at_ns": check[1].at_ns, "number": check[0]}
     return json.dumps(members, separators=(",", ":")) + "\n"
 
 
@@ -199,6 +269,22 @@ def test_the_time_of_each_line_is_its_own_whatever_the_clock_does(first: float, 
         now = max(0.0, now + step)
         log.write(bare())
         assert written[-1] == documented(bare(), now)
+
+
+def test_times_of_decisions_are_since_the_epoch_whatever_the_wall_clock_does() -> None:
+    """The store's are so already; others are converted by one difference, which keeps their order."""
+    wall, monotonic, written = 1_700_000_000.5, 7_000, list[str]()
+    numbers = DecisionNumbers(lambda: monotonic, lambda: wall)
+    log = AccessLog(lambda: wall, written.append, numbers=numbers)
+    exchange = bare()
+    for source, at_ns in (("memory", 8_000), ("store", 8_000), ("memory", 9_000)):
+        wall -= 100
+        exchange.decision = Decision("k", FREE, True, 1, 0, 0, at_ns, source=source)  # type: ignore[arg-type]
+        exchange.number = numbers.next()
+        log.write(exchange)
+    decisions = [json.loads(line)["decision"] for line in written]
+    assert [one["at_ns"] for one in decisions] == [1_700_000_000_500_001_000, 8_000, 1_700_000_000_500_002_000]
+    assert [one["number"] for one in decisions] == [1, 2, 3]
 
 
 @given(EXCHANGES, st.floats(0, 4e9))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.http1.chunked import ARRIVING, ENDED, INVALID, MAX_CHUNKS, NOT_PLAIN, ChunkedBody
+from api_gateway.http1.chunked import ARRIVING, ENDED, INVALID, MAX_CHUNKS, NOT_PLAIN, ChunkedBody, ChunkedEnd
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -97,3 +97,44 @@ def test_many_small_chunks_in_one_read_are_left_to_the_parser() -> None:
     body = ChunkedBody()
     checked = body.feed(b"1\r\nx\r\n" * (MAX_CHUNKS + 1))
     assert (checked, body.rest, body.state) == (b"1\r\nx\r\n" * MAX_CHUNKS, b"1\r\nx\r\n", NOT_PLAIN)
+
+
+LINES = st.sampled_from([b"0", b"00", b"1", b"a", b"1;x=y", b'2;x="y"', b"5 ", b"", b"g", b"X: y", b"x", b"0;\n"])
+
+
+@given(st.data())
+def test_the_end_of_a_body_is_where_the_general_parser_finds_it(data: st.DataObject) -> None:
+    """Of whatever that accepts, in any segments; what follows is never taken for a part of the body."""
+    pieces = data.draw(st.lists(st.binary(min_size=1, max_size=20), max_size=4))
+    extension = data.draw(st.sampled_from([b"", b";a=b", b';a="b;c"']))
+    trailers = data.draw(st.sampled_from([b"", b"X: 1\r\n", b"X: 1\r\nYy: 0\r\n"]))
+    body = b"".join(b"%x%b\r\n%b\r\n" % (len(piece), extension, piece) for piece in pieces)
+    body += b"0%b\r\n%b\r\n" % (extension, trailers)
+    end, position, found = ChunkedEnd(), 0, None
+    for piece in cuts(data.draw, body + b"GET / HTTP/1.1\r\n\r\n"):
+        inside = end.find(piece)
+        if inside is not None:
+            found = position + inside
+            break
+        position += len(piece)
+    assert found == len(body)
+
+
+@given(st.lists(LINES, max_size=8))
+def test_no_other_end_is_found_than_that_of_the_general_parser(lines: list[bytes]) -> None:
+    text = b"\r\n".join([*lines, b""])
+    found = ChunkedEnd().find(text)
+    if found is None:
+        return
+    assert _read(text[:found]) is not False
+    assert not any(_read(text[:size]) for size in range(found))
+
+
+def _read(text: bytes) -> bool | None:
+    """Return whether the general parser takes the body to be complete; None if it refuses it."""
+    reader = Reader()
+    try:
+        reader.parser.feed_data(text)
+    except httptools.HttpParserError:
+        return None
+    return reader.is_complete

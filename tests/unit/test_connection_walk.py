@@ -64,6 +64,7 @@ KINDS: tuple[Callable[[int], Request], ...] = (
     lambda number: counted(number, b"e", 70_000),
     lambda number: counted(number, b"g", 70_000),
     lambda number: chunked(number, b"b"),
+    lambda number: chunked(number, b"e"),
     lambda number: chunked(number, b"i"),
     lambda number: Request(b"\r\nVERSION-CONTROL /l%d HTTP/1.1\r\n%b\r\n" % (number, HOST)),
     lambda number: get(number, b"l", lines=b"Connection: upgrade\r\nUpgrade: h2c\r\n"),

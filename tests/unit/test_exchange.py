@@ -23,6 +23,7 @@ from api_gateway.fastpath.exchange_body import ExchangeBody
 from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import BodyReceiver, InFlight
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
@@ -291,6 +292,7 @@ class Body(NamedTuple):
     first: bytes = b""
     rest: bytes = b""
     is_expected: bool = False  # the client waits for 100 (Continue)
+    is_chunked: bool = False  # and the general parser has read the head
 
     @property
     def state(self) -> states.RequestBodyState:
@@ -302,6 +304,8 @@ class Body(NamedTuple):
 
 NO_BODY, WHOLE, PART, LATE = Body(), Body(b"body"), Body(b"bo", b"dy"), Body(b"", b"body")
 EXPECTED_BODY = Body(b"", b"body", is_expected=True)
+CHUNKED_BODY = Body(b"", b"body", is_chunked=True)
+CHUNKED_EXPECTED = Body(b"", b"body", is_expected=True, is_chunked=True)
 
 
 class World:
@@ -406,11 +410,22 @@ class World:
 
     def send_request(self) -> None:
         """Receive a request of the client."""
+        if self.body.is_chunked:
+            self.send_chunked()
+            return
         size = len(self.body.first + self.body.rest)
         method, length = ("PUT", f"Content-Length: {size}\r\n") if size else ("GET", "")
         length += "Expect: 100-continue\r\n" if self.body.is_expected else ""
         head = f"{method} /api/x HTTP/1.1\r\nHost: a\r\nX-Client-ID: a\r\n{length}\r\n"
         assert self.fast_path.try_handle(self.client, head.encode() + self.body.first)
+
+    def send_chunked(self) -> None:
+        """Receive a request of the client with a body in chunks."""
+        fields = [(b"Host", b"a"), (b"X-Client-ID", b"a"), (b"Transfer-Encoding", b"chunked")]
+        fields += [(b"Expect", b"100-continue")] if self.body.is_expected else []
+        head = RequestHead("PUT", b"/api/x", fields, "1.1", None, keep_alive=True)
+        head.expects_continue = self.body.is_expected
+        assert self.fast_path.try_head(self.client, head, [])
 
     def receive(self, data: bytes) -> None:
         """Receive bytes of the upstream."""
@@ -650,8 +665,11 @@ AWAITED: dict[tuple[str, str], tuple[Outcome, ...]] = {
 }
 BODIES = pytest.mark.parametrize(
     "body",
-    [NO_BODY, WHOLE, PART, LATE, EXPECTED_BODY],
-    ids=["without a body", "whole body", "part of a body", "body to come", "body to be asked for"],
+    [NO_BODY, WHOLE, PART, LATE, EXPECTED_BODY, CHUNKED_BODY, CHUNKED_EXPECTED],
+    ids=[
+        *("without a body", "whole body", "part of a body", "body to come", "body to be asked for"),
+        *("chunked body", "chunked body to be asked for"),
+    ],
 )
 PAIRS = pytest.mark.parametrize(
     ("situation", "event"), [pytest.param(*pair, id=" - ".join(pair)) for pair in product(SITUATIONS, EVENTS)]

@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from platform import python_version
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from api_gateway.reporting.metrics_schema import RateWindow
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
 from api_gateway.reporting.prometheus import MAX_DETAILED, PrometheusExposition
 from api_gateway.reporting.prometheus_families import DURATION_BOUNDS
-from api_gateway.reporting.snapshot import UpstreamSnapshot
+from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode
+from api_gateway.system.build import variant
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.outlier_detection import OutlierDetector
 from api_gateway.upstreams.target import Target
@@ -71,7 +73,7 @@ def people(policy: BreakerPolicy | None = None) -> Upstream:
 
 def exposition_of(recorder: Recorder, *upstreams: Upstream) -> PrometheusExposition:
     reports = {one.name: UpstreamSnapshot.of(one, START) for one in upstreams or (people(),)}
-    return PrometheusExposition(recorder, reports, LimiterState(), 7, "1.2.3")
+    return PrometheusExposition(WorkerSnapshot("", recorder, reports, buckets=7), "1.2.3")
 
 
 def families(exposition: PrometheusExposition, accept: str = "text/plain") -> Iterator[Metric]:
@@ -465,7 +467,7 @@ def busy() -> PrometheusExposition:
     """An exposition after some traffic."""
     recorder = recorder_of()
     for seconds in (0.002, 0.004, 0.02, 0.3, 0.3, 20.0):
-        recorder.observe(ended(seconds=seconds))
+        recorder.observe(ended(seconds=seconds, bytes_in=100, bytes_out=2000))
         recorder.observe_attempt("people", "2xx", seconds / 2, START)
     recorder.observe(ended(status=429, source="gateway", reason="rate_limited", allowed=False, seconds=None))
     recorder.observe_attempt("people", "upstream_reset", None, START)
@@ -488,7 +490,9 @@ def test_the_text_says_what_was_counted(busy: PrometheusExposition, accept: str)
         "gateway_upstream_requests_total{outcome=upstream_reset,upstream=people}": 1,
         "gateway_upstream_healthy{target=http://127.0.0.1:9001,upstream=people}": 1,
         "gateway_upstream_healthy{target=http://127.0.0.1:9002,upstream=people}": 0,
-        "gateway_build_info{version=1.2.3}": 1,
+        f"gateway_build_info{{python={python_version()},variant={variant()},version=1.2.3}}": 1,
+        "gateway_http_request_body_bytes_total{route=users}": 6 * 100,
+        "gateway_http_response_body_bytes_total{route=users}": 6 * 2000,
     }
     assert {name: found.get(name) for name in expected} == expected
 
@@ -498,7 +502,7 @@ def test_every_family_says_what_it_is(busy: PrometheusExposition) -> None:
         for family in families(busy, accept):
             assert family.documentation
             assert family.type != "unknown"
-            assert family.name.startswith("gateway_")
+            assert family.name.startswith(("gateway_", "process_"))
 
 
 @pytest.mark.parametrize("accept", ["text/plain", OPENMETRICS])

@@ -72,7 +72,7 @@ def shown(report: WorkerSnapshot, now: float) -> tuple[Any, ...]:
     view = completed(
         metrics_view(found, now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
     )
-    text, _ = completed(PrometheusExposition(found, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
+    text, _ = completed(PrometheusExposition(WorkerSnapshot("", found, report.upstreams), "1").render("text/plain"))
     return view.model_dump(), sorted(text.decode().splitlines())
 
 
@@ -349,7 +349,7 @@ def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_
     assert found == [("http://a.test:80 (http://10.0.0.1:80)", True), ("http://b.test:80 (http://10.0.0.1:80)", False)]
     assert [(name.host, name.port) for name in merged.names] == [("a.test", 80), ("a.test", 81)]
     text, _ = completed(
-        PrometheusExposition(recorder(), {"people": merged}, LimiterState(), 0, "1.2.3").render("text/plain")
+        PrometheusExposition(WorkerSnapshot("", recorder(), {"people": merged}), "1.2.3").render("text/plain")
     )
     for key, is_healthy in found:
         assert f'gateway_upstream_healthy{{target="{key}",upstream="people"}} {float(is_healthy)}' in text.decode()

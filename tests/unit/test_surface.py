@@ -23,9 +23,11 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import GatewayError, Reason, problem
 from api_gateway.main import create_app
 from api_gateway.metrics import Recorder
-from api_gateway.models import Exchange, LimiterState
+from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.reporting.process_figures import FIGURES
 from api_gateway.reporting.prometheus import PrometheusExposition
+from api_gateway.reporting.snapshot import WorkerSnapshot
 
 SNAPSHOT = Path(__file__).parent / "surface.txt"
 METRICS_PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -42,8 +44,9 @@ ANY = "*"
 def metric_families() -> dict[str, Metric]:
     """Return every metric family by the name that its samples have, for a gateway without traffic."""
     recorder = Recorder((), (), (), (50,), 0.0)
+    snapshot = WorkerSnapshot("", recorder, process=dict.fromkeys(FIGURES, 0.0))
     families: dict[str, Metric] = {}
-    for family in PrometheusExposition(recorder, {}, LimiterState(), 0, "1.2.3").collect():
+    for family in PrometheusExposition(snapshot, "1.2.3").collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         families.setdefault(f"{family.name}{suffix}", family)
     return families
@@ -225,7 +228,7 @@ def test_the_page_lists_every_metric_with_its_type_and_labels() -> None:
 def test_names_of_metrics_follow_the_rules_of_prometheus() -> None:
     """Base units, counters end in `_total`, and a label is never called by two words for one idea."""
     for name, family in metric_families().items():
-        assert name.startswith("gateway_")
+        assert name.startswith(("gateway_", "process_"))
         assert name.endswith("_total") is (family.type == "counter"), name
         assert not re.search(r"_(ms|milliseconds|percent|kilobytes|mb)(_|$)", name), name
         assert not {"why", "cause", "kind"} & set(labels_of(family)), name

@@ -12,7 +12,7 @@ from tests.kit import ask as ask_url
 from tests.kit import reason as reason_of
 from tests.wire.test_fast_path import ODD
 
-BOTH_WAYS = pytest.mark.parametrize("odd", [(), (ODD,)], ids=["fast path", "ASGI path"])
+BOTH_WAYS = pytest.mark.parametrize("odd", [(), (ODD,)], ids=["fast path", "general parser"])
 
 
 @pytest.fixture(scope="module")

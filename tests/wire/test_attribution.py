@@ -61,7 +61,7 @@ from tests.processes import process
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-WAYS = {"fast path": (), "general path": ("X-Odd:  two blanks",)}
+WAYS = {"fast path": (), "general parser": ("X-Odd:  two blanks",)}
 both_ways = pytest.mark.parametrize("way", WAYS)
 PAUSE = MAX_CLIENT_PAUSE + 0.3
 CHUNKED = ("Transfer-Encoding: chunked",)
@@ -222,7 +222,7 @@ class Scene:
         return found
 
 
-GENERAL = ("general path",)  # the fast path has no part in it
+GENERAL = ("general parser",)  # the fast path has no part in it
 BEFORE, AT, WITHIN = Phase.AWAITING_HEAD, Phase.HEAD, Phase.BODY
 SUCCESS = Outcome.SUCCESS
 SCENES = (
@@ -424,7 +424,7 @@ def test_a_row_of_the_table(stage: Stage, fast_path_spy: list[bool], scene: Scen
     if row.outcome is Outcome.FAILURE:
         assert (upstream.breaker._failing_principals.last is None) == (row.party is Party.TARGET)
     assert upstream.targets[0].in_flight == 0
-    if way == "general path":
+    if way == "general parser":
         assert not any(fast_path_spy)
 
 

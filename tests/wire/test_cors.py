@@ -23,7 +23,7 @@ from tests.kit import reason as reason_of
 from tests.wire.test_fast_path import ODD
 
 APP, EVIL = "https://app.example", "https://evil.example"
-BOTH_WAYS = pytest.mark.parametrize("odd", [(), (ODD,)], ids=["fast path", "ASGI path"])
+BOTH_WAYS = pytest.mark.parametrize("odd", [(), (ODD,)], ids=["fast path", "general parser"])
 
 
 def closed_port() -> int:

@@ -24,8 +24,8 @@ from tests.kit import (
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
-WAYS = {"fast path": (), "ASGI path": (ODD,)}
+ODD = "X-Odd:  two blanks"  # which the general parser reads
+WAYS = {"fast path": (), "general parser": (ODD,)}
 both_ways = pytest.mark.parametrize("way", WAYS)
 SLOWLY = {"FREE": {"rate": 0.01, "capacity": 10}}
 

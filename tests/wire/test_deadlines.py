@@ -30,7 +30,7 @@ from tests.kit import (
 from tests.wire.test_websocket import ASKING, accepting, echo
 
 SHORT, LONG = 0.3, 5.0
-ODD = ("X-Odd:  two blanks",)  # which the fast path leaves to the ASGI path
+ODD = ("X-Odd:  two blanks",)  # which the general parser reads
 ARRIVED = 1000.0
 
 
@@ -155,7 +155,7 @@ def failures(running: RunningGateway, name: str) -> int:
         ("total", (), "timeouts.total of upstream 'total'", True),
     ],
 )
-@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "general parser"])
 @pytest.mark.parametrize("behave", [is_silent, drips])
 def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignored_by_the_breaker(
     running: RunningGateway,
@@ -186,7 +186,7 @@ def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignore
     assert [target.in_flight for target in running.live.upstreams[name].targets] == [0]
 
 
-@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "general parser"])
 def test_the_remaining_time_is_forwarded_and_decreases_with_every_attempt(
     running: RunningGateway, up: RawUpstream, odd: tuple[str, ...]
 ) -> None:
@@ -255,7 +255,7 @@ def test_it_covers_the_pause_between_attempts(running: RunningGateway, up: RawUp
     assert seconds < 1.5
 
 
-@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "general parser"])
 @pytest.mark.parametrize("headers", [(), ("X-Request-Timeout: 0.2",)])
 def test_waiting_for_a_connection_is_covered_and_ignored_by_the_breaker_and_costs_nothing(
     running: RunningGateway, up: RawUpstream, headers: tuple[str, ...], odd: tuple[str, ...]
@@ -281,7 +281,7 @@ def test_waiting_for_a_connection_is_covered_and_ignored_by_the_breaker_and_cost
     assert remaining(running) == before - 1
 
 
-@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "general parser"])
 def test_a_target_that_does_not_accept_is_detected_and_another_is_tried(
     gateway: Any, up: RawUpstream, caplog: pytest.LogCaptureFixture, odd: tuple[str, ...]
 ) -> None:
@@ -336,7 +336,7 @@ def test_without_a_deadline_a_request_has_no_time_limit_on_both_paths(gateway: A
 
 
 @pytest.mark.parametrize("when", ["before the head", "within the body"])
-@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "general parser"])
 @pytest.mark.parametrize("path", ["static", "elsewhere"])
 def test_a_fallback_replaces_a_response_that_comes_too_late(
     gateway: Any, up: RawUpstream, odd: tuple[str, ...], path: str, when: str

@@ -37,7 +37,7 @@ from tests.kit import (
     reply,
 )
 
-ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
+ODD = "X-Odd:  two blanks"  # which the general parser reads
 STATIC, OTHER = Fallback(status=200), Fallback("other")
 
 

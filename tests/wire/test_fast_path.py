@@ -31,9 +31,9 @@ from tests.kit import (
 StartGateway = Callable[..., RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the fast path leaves to the ASGI path
+ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the general parser reads
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
+BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "general parser"])
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_a_response_is_the_same_on_both_paths(
         assert getattr(fast, name) == getattr(asgi, name), name
 
 
-@pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "general parser"])
 def test_a_trailer_spoils_no_later_response(client: RawClient, up: RawUpstream, headers: tuple[str, ...]) -> None:
     """It is no header field, so the connection is kept, and the general parser is ready for the next response."""
     up.behave = says(ANSWERS["unannounced trailers"][0])
@@ -771,7 +771,7 @@ def test_a_client_to_be_looked_up_waits_on_the_fast_path(
     assert fast_path_spy == [True, True, True]
 
 
-@pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "general parser"])
 @pytest.mark.parametrize("ramp", [0, 0.5])
 def test_a_breaker_refuses_probes_and_recovers_equally_on_both_paths(
     gateway: StartGateway,
@@ -812,7 +812,7 @@ def test_a_breaker_refuses_probes_and_recovers_equally_on_both_paths(
         assert f"circuit breaker up: {words}" in caplog.text
 
 
-@pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "general parser"])
 def test_slow_responses_open_the_breaker_on_both_paths(
     gateway: StartGateway, up: RawUpstream, caplog: pytest.LogCaptureFixture, header: tuple[str, ...]
 ) -> None:
@@ -840,7 +840,7 @@ def test_slow_responses_open_the_breaker_on_both_paths(
     assert "circuit breaker up: CLOSED -> OPEN: 2 of the last 2 calls took" in caplog.text
 
 
-@pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "general parser"])
 def test_a_failure_is_recorded_equally_on_both_paths(
     gateway: StartGateway, up: RawUpstream, header: tuple[str, ...]
 ) -> None:
@@ -1220,14 +1220,14 @@ def test_an_upstream_that_was_held_back_for_a_moment_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("last_words", "reason"), [(b"", "client_disconnected"), (b"garbage\r\n\r\n", "upstream_timeout")]
+    ("last_words", "reason"), [(b"", "client_disconnected"), (b"GET /api/z HTTP/1.0\r\n\r\n", "upstream_timeout")]
 )
 def test_a_stream_that_begins_as_its_client_disconnects_holds_nothing(
     running: RunningGateway, up: RawUpstream, last_words: bytes, reason: str
 ) -> None:
     """Answer and end come within one turn of the loop, which is kept busy meanwhile.
 
-    What the client has sent behind its request is held, and may be a request that is owed a response.
+    What the client has sent behind its request is held, and may be a last request, which is owed a response.
     """
     gate = threading.Event()
 

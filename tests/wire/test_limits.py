@@ -230,7 +230,7 @@ def test_an_explanation_has_each_limit_and_why_others_do_not_apply(get: Get, run
         ({"capacity": 4}, "limits[0] (one).capacity: must be at least 5, the cost of route 'reads', or none of its"),
         ({"rate": None, "capacity": None}, "limits[0] (one): needs rate and capacity"),
         ({"capacity": None}, "limits[0]: needs capacity too"),
-        ({"rate": 1e-9}, "limits[0] (one): the bucket must fill within"),
+        ({"rate": 1e-9}, "limits[0]: the bucket must fill within"),
         ({"tiers": {"FREE": {"rate": 1}}}, "limits[0].tiers.FREE: needs capacity too"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -106,10 +106,7 @@ def finished(route: str, seconds: float) -> Exchange:
 
 
 def exposition_of(report: WorkerSnapshot) -> bytes:
-    exposition = PrometheusExposition(
-        report.recorder, report.upstreams, LimiterState(), 0, "1", resources=report.resources
-    )
-    text, _ = completed(exposition.render("text/plain"))
+    text, _ = completed(PrometheusExposition(report, "1").render("text/plain"))
     return text
 
 
@@ -135,9 +132,7 @@ def longest(steps: Steps[Any]) -> tuple[float, Any]:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda report: PrometheusExposition(
-            report.recorder, report.upstreams, LimiterState(), 0, "1", resources=report.resources
-        ).render("text/plain"),
+        lambda report: PrometheusExposition(report, "1").render("text/plain"),
         lambda report: metrics_view(
             report.recorder, NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
         ),

@@ -281,7 +281,7 @@ def test_a_probe_that_does_not_speak_against_its_client_may_be_followed_by_anoth
 
 # On the wire
 
-WAYS = {"fast path": (), "general path": ("X-Odd:  two blanks",)}
+WAYS = {"fast path": (), "general parser": ("X-Odd:  two blanks",)}
 both_ways = pytest.mark.parametrize("way", WAYS)
 
 

@@ -25,7 +25,7 @@ from tests.kit import (
 )
 from tests.wire.test_fast_path import ODD
 
-BOTH_WAYS = pytest.mark.parametrize("odd", [(), (ODD,)], ids=["fast path", "ASGI path"])
+BOTH_WAYS = pytest.mark.parametrize("odd", [(), (ODD,)], ids=["fast path", "general parser"])
 FIRST = b"PROXY TCP4 203.0.113.9 192.0.2.1 4711 443\r\n"
 SECOND = (
     SIGNATURE

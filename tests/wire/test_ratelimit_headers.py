@@ -16,8 +16,8 @@ from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.rules import MAX_FILL
 from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
 
-ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
-WAYS = {"fast path": (), "ASGI path": (ODD,)}
+ODD = "X-Odd:  two blanks"  # which the general parser reads
+WAYS = {"fast path": (), "general parser": (ODD,)}
 START = 1_000 * NANOSECONDS
 LARGEST = 10**15  # what an sf-integer stays below (RFC 9651 section 3.3.1)
 

@@ -1,4 +1,4 @@
-"""Request bodies that arrive in several reads: the fast path and the ASGI path forward them alike, and bound them."""
+"""Request bodies that arrive in several reads, by their length or in chunks, are forwarded alike, and bounded."""
 
 import threading
 import time
@@ -24,8 +24,10 @@ from tests.kit import (
 StartGateway = Callable[..., RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
-WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
+ODD = "X-Odd:  two blanks"  # which the general parser reads
+CHUNKED = "Transfer-Encoding: chunked"
+WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "general parser"])
+ALL_WAYS = pytest.mark.parametrize("headers", [(), (ODD,), (CHUNKED,)], ids=["fast path", "general parser", "chunked"])
 KEPT = 50_000  # bytes that are kept for another attempt
 
 
@@ -44,8 +46,29 @@ def body_of(size: int) -> bytes:
     return b"".join(b"%08d" % number for number in range(size // 8 + 1))[:size]
 
 
-def begin(client: RawClient, size: int, headers: tuple[str, ...], method: str = "PUT") -> None:
-    client.request(method, headers=(f"Content-Length: {size}", *headers))
+class Sender:
+    """Sends the pieces of a body, in chunks if it has no length."""
+
+    def __init__(self, client: RawClient, size: int, *, is_chunked: bool) -> None:
+        self._client = client
+        self._left = size
+        self._is_chunked = is_chunked
+
+    def __call__(self, piece: bytes, behind: bytes = b"") -> None:
+        """Send a piece, and `behind` in one segment with it."""
+        self._left -= len(piece)
+        if self._is_chunked:
+            piece = b"%x;a=b\r\n%b\r\n" % (len(piece), piece)
+            if not self._left:
+                piece += b"0\r\nX-Trailer: 1\r\n\r\n"
+        self._client.send(piece + behind)
+
+
+def begin(client: RawClient, size: int, headers: tuple[str, ...], method: str = "PUT") -> Sender:
+    """Send a head; return what sends its body."""
+    is_chunked = CHUNKED in headers
+    client.request(method, headers=headers if is_chunked else (f"Content-Length: {size}", *headers))
+    return Sender(client, size, is_chunked=is_chunked)
 
 
 def has_requests(up: RawUpstream, count: int) -> bool:
@@ -61,7 +84,7 @@ def is_calm(running: RunningGateway) -> bool:
     return running.live.recorder.in_flight == 0 and all(target.in_flight == 0 for target in targets)
 
 
-@WAYS
+@ALL_WAYS
 @pytest.mark.parametrize("pieces", [1, 2, 7])
 @pytest.mark.parametrize("size", [1, 5_000, 300_000])
 def test_a_body_arrives_unchanged_and_the_connections_are_kept(
@@ -70,16 +93,17 @@ def test_a_body_arrives_unchanged_and_the_connections_are_kept(
     """Head and body in separate segments; the next request comes in one segment with the end of the body."""
     body, step = body_of(size), size // pieces + 1
     for number in range(2):
-        begin(client, size, headers)
+        send = begin(client, size, headers)
         for start in range(0, size, step):
             eventually(partial(has_requests, up, 2 * number + 1), "the head has arrived")
-            client.send(
-                body[start : start + step]
-                + (b"" if start + step < size else b"GET /api/y HTTP/1.1\r\nHost: a\r\n\r\n")
+            send(
+                body[start : start + step],
+                b"" if start + step < size else b"VERSION-CONTROL /api/y HTTP/1.1\r\nHost: a\r\n\r\n",
             )
         assert [client.answer().body for _ in range(2)] == [b"ok", b"ok"]
     assert [request.body for request in up.requests] == [body, b""] * 2
     assert len({id(wire) for wire in up.wires}) == len(up.wires)
+    assert [one.line.split(b" ")[0] for one in up.requests] == [b"PUT", b"VERSION-CONTROL"] * 2
     if not headers:
         assert fast_path_spy[0], "the fast path has taken the request with an incomplete body"
 
@@ -102,10 +126,10 @@ def test_a_body_is_replayed_from_its_kept_beginning_and_continued(
         return reply()(wire, request) is not False
 
     up.behave = behave
-    begin(client, len(body), headers)
-    client.send(body[:8_000])
+    send = begin(client, len(body), headers)
+    send(body[:8_000])
     eventually(lambda: len(up.requests) == 2, "there is another attempt")
-    client.send(body[8_000:])
+    send(body[8_000:])
     assert client.answer().status == 200
     assert attempts == [body[:8_000], body]
     eventually(lambda: is_calm(running), "nothing is held")
@@ -123,17 +147,17 @@ def test_a_body_of_which_a_part_was_not_kept_is_not_replayed(
         return False
 
     up.behave = behave
-    begin(client, len(body), headers)
-    client.send(body[: 2 * KEPT])
+    send = begin(client, len(body), headers)
+    send(body[: 2 * KEPT])
     assert reason(client.answer()) == (502, "upstream_reset")
     assert len(up.requests) == 1
-    client.send(body[2 * KEPT :])  # which is discarded, so that the connection serves the next request
+    send(body[2 * KEPT :])  # which is discarded, so that the connection serves the next request
     up.reads_body, up.behave = True, reply()
     assert client.get().status == 200
     eventually(lambda: is_calm(running), "nothing is held")
 
 
-@WAYS
+@ALL_WAYS
 def test_reading_pauses_while_the_upstream_connection_is_awaited(
     gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
@@ -150,8 +174,8 @@ def test_reading_pauses_while_the_upstream_connection_is_awaited(
         first.request()
         eventually(lambda: len(up.requests) == 1, "it occupies the only connection")
         body = body_of(4_000_000)
-        begin(client, len(body), headers)
-        sender = threading.Thread(target=client.send, args=(body,), daemon=True)
+        send = begin(client, len(body), headers)
+        sender = threading.Thread(target=send, args=(body,), daemon=True)
         sender.start()
         eventually(lambda: client.unread_by_peer() > 0 or not sender.is_alive(), "the gateway reads no more")
         connections: Any = running.server.server_state.connections
@@ -163,7 +187,7 @@ def test_reading_pauses_while_the_upstream_connection_is_awaited(
     assert up.requests[-1].body == body
 
 
-@WAYS
+@ALL_WAYS
 def test_an_early_response_leaves_both_connections_usable(
     running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
@@ -178,18 +202,18 @@ def test_an_early_response_leaves_both_connections_usable(
     up.behave = behave
     wires = len(up.wires)
     for _ in range(3):
-        begin(client, len(body), headers)
-        client.send(body[:1_000])
+        send = begin(client, len(body), headers)
+        send(body[:1_000])
         answer = client.answer()
         assert (answer.status, answer.body) == (401, b"no")
-        client.send(body[1_000:])
+        send(body[1_000:])
         eventually(partial(has_body, up, len(body)), "the rest has arrived")
     assert [request.body for request in up.requests] == [body] * 3
     assert len(up.wires) - wires <= 1
     eventually(lambda: is_calm(running), "nothing is held")
 
 
-@WAYS
+@ALL_WAYS
 def test_a_client_that_leaves_within_its_body_ends_the_attempt(
     running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
@@ -202,8 +226,8 @@ def test_a_client_that_leaves_within_its_body_ends_the_attempt(
         return False
 
     up.behave = behave
-    begin(client, 1_000, headers)
-    client.send(b"x" * 10)
+    send = begin(client, 1_000, headers)
+    send(b"x" * 10)
     eventually(lambda: len(up.requests) == 1, "it is with the upstream")
     client.close()
     assert gone.wait(PATIENCE), "the upstream's connection is closed"
@@ -211,7 +235,7 @@ def test_a_client_that_leaves_within_its_body_ends_the_attempt(
     assert running.live.upstreams["up"].breaker.consecutive_failures == 0
 
 
-@WAYS
+@ALL_WAYS
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_client_that_stops_sending_is_refused_or_cut_off(
     gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...], *, begun: bool
@@ -227,8 +251,8 @@ def test_a_client_that_stops_sending_is_refused_or_cut_off(
 
     up.behave = behave
     with RawClient(running.port) as client:
-        begin(client, 1_000, headers)
-        client.send(b"x" * 10)
+        send = begin(client, 1_000, headers)
+        send(b"x" * 10)
         if begun:
             answer = client.answer()
             assert (answer.status, answer.is_complete) == (200, False)
@@ -239,7 +263,7 @@ def test_a_client_that_stops_sending_is_refused_or_cut_off(
     eventually(lambda: is_calm(running), "nothing is held")
 
 
-@WAYS
+@ALL_WAYS
 def test_a_refused_request_leaves_its_connection_usable(
     gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
@@ -249,14 +273,14 @@ def test_a_refused_request_leaves_its_connection_usable(
     with RawClient(running.port) as client:
         assert client.get().status == 200
         for _ in range(2):
-            begin(client, 1_000, headers)
+            send = begin(client, 1_000, headers)
             assert client.answer().status == 429
-            client.send(b"x" * 1_000)
+            send(b"x" * 1_000)
     assert len(up.requests) == 1
     eventually(lambda: is_calm(running), "nothing is held")
 
 
-@WAYS
+@ALL_WAYS
 def test_a_fallback_gets_the_body_from_its_start(
     gateway: StartGateway, upstream: StartUpstream, hand_overs: list[Any], headers: tuple[str, ...]
 ) -> None:
@@ -273,10 +297,10 @@ def test_a_fallback_gets_the_body_from_its_start(
     sections["routes"][0]["fallback"] = {"upstream": "other"}
     running = gateway(sections)
     with RawClient(running.port) as client:
-        begin(client, len(body), headers)
-        client.send(body[:8_000])
+        send = begin(client, len(body), headers)
+        send(body[:8_000])
         eventually(lambda: len(other.requests) == 1, "the fallback is asked")
-        client.send(body[8_000:])
+        send(body[8_000:])
         answer = client.answer()
         assert (answer.status, answer.body) == (200, b"other")
         assert client.get("/health").status in (200, 401, 503)
@@ -285,7 +309,7 @@ def test_a_fallback_gets_the_body_from_its_start(
     eventually(lambda: is_calm(running), "nothing is held")
 
 
-@WAYS
+@ALL_WAYS
 def test_a_deadline_passes_within_a_body(gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...]) -> None:
     """The upstream is not blamed for the client's slowness, and the connection serves the next request."""
     up.reads_body = False
@@ -294,28 +318,28 @@ def test_a_deadline_passes_within_a_body(gateway: StartGateway, up: RawUpstream,
     sections["routes"][0]["timeout"] = 0.5
     running = gateway(sections)
     with RawClient(running.port) as client:
-        begin(client, 1_000, headers)
-        client.send(b"x" * 10)
+        send = begin(client, 1_000, headers)
+        send(b"x" * 10)
         assert reason(client.answer()) == (504, "upstream_timeout")
-        client.send(b"x" * 990)
+        send(b"x" * 990)
         up.reads_body, up.behave = True, reply()
         assert client.get().status == 200
     assert running.live.upstreams["up"].breaker.consecutive_failures == 0
     eventually(lambda: is_calm(running), "nothing is held")
 
 
-@WAYS
+@ALL_WAYS
 def test_a_drain_completes_a_request_whose_body_is_arriving(
     gateway: StartGateway, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
     running = gateway(in_front_of(up.url))
     with RawClient(running.port) as client:
-        begin(client, 1_000, headers)
-        client.send(b"x" * 10)
+        send = begin(client, 1_000, headers)
+        send(b"x" * 10)
         eventually(lambda: len(up.requests) == 1, "it is with the upstream")
         running.server.should_exit = True
         time.sleep(0.1)
-        client.send(b"x" * 990)
+        send(b"x" * 990)
         answer = client.answer()
         assert (answer.status, answer.all("connection")) == (200, [b"close"])
         assert client.is_closed()
@@ -324,7 +348,7 @@ def test_a_drain_completes_a_request_whose_body_is_arriving(
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-@WAYS
+@ALL_WAYS
 def test_the_upstream_is_asked_for_its_continue_once(
     running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
@@ -341,11 +365,11 @@ def test_the_upstream_is_asked_for_its_continue_once(
         return reply()(wire, request) is not False
 
     up.behave = behave
-    begin(client, len(body), ("Expect: 100-continue", *headers))
+    send = begin(client, len(body), ("Expect: 100-continue", *headers))
     interim = client.read_until(b"\r\n\r\n")
     assert interim is not None
     assert interim.startswith(b"HTTP/1.1 100 ")
-    client.send(body)
+    send(body)
     assert client.answer().status == 200
     assert up.requests[1].body == body
     assert up.requests[0].all("expect") == [b"100-continue"]
@@ -354,7 +378,7 @@ def test_the_upstream_is_asked_for_its_continue_once(
     eventually(lambda: is_calm(running), "nothing is held")
 
 
-@WAYS
+@ALL_WAYS
 def test_a_body_that_is_not_asked_for_costs_the_connection(
     running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
@@ -370,10 +394,99 @@ def test_a_body_that_is_not_asked_for_costs_the_connection(
 def test_a_late_continue_is_passed_on(client: RawClient, up: RawUpstream) -> None:
     """The body is complete, and came in another segment than the head."""
     up.behave = lambda wire, _request: wire.send(CONTINUE + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-    begin(client, 10, ())
+    send = begin(client, 10, ())
     eventually(lambda: len(up.requests) == 1, "the head has arrived")
-    client.send(b"x" * 10)
+    send(b"x" * 10)
     interim = client.read_until(b"\r\n\r\n")
     assert interim is not None
     assert interim.startswith(b"HTTP/1.1 100 ")
     assert client.answer().body == b"ok"
+
+
+CHUNKS = (
+    (b"3\r\nabc\r\n0\r\n\r\n", b"abc"),
+    (b"0\r\n\r\n", b""),
+    (b"0003 \r\n", None),
+    (b"1;x=y\r\na\r\n2\r\nbc\r\n000\r\nX-One: 1\r\nX-Client-ID: b\r\nx-two:2\r\n\r\n", b"abc"),
+)
+
+
+@pytest.mark.parametrize(("chunks", "content"), CHUNKS)
+@pytest.mark.parametrize("step", [1, 5, 1_000])
+def test_chunks_in_any_form_and_segments_are_read(
+    client: RawClient,
+    up: RawUpstream,
+    hand_overs: list[Any],
+    chunks: bytes,
+    content: bytes | None,
+    step: int,
+) -> None:
+    """What follows the body belongs to the next request, whatever its method."""
+    up.behave = reply()
+    client.request("LABEL", headers=(CHUNKED,))
+    further = b"" if content is None else b"REPORT /api/next HTTP/1.1\r\nHost: a\r\n\r\n"
+    for start in range(0, len(chunks + further), step):
+        client.send((chunks + further)[start : start + step])
+    if content is None:
+        assert client.answer().status == 400
+        return
+    assert [client.answer().status for _ in range(2)] == [200, 200]
+    first, second = up.requests
+    assert first.body == content
+    assert second.line == b"REPORT /api/next HTTP/1.1"
+    assert not hand_overs
+
+
+def test_white_space_behind_a_length_is_none_of_it(client: RawClient, up: RawUpstream, hand_overs: list[Any]) -> None:
+    client.request("PUT", "/api/x", ("cOnTeNt-LeNgTh:  5 ",), b"hello")
+    assert client.answer().status == 200
+    assert up.requests[0].body == b"hello"
+    assert not hand_overs
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_chunked_body_above_the_limit_is_refused_or_cut_off(
+    gateway: StartGateway, up: RawUpstream, *, begun: bool
+) -> None:
+    up.reads_body = False
+    running = gateway(in_front_of(up.url) | {"server": {"max_body_bytes": 1_000}})
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        if begun:
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+        wire.read_until(b"never sent")
+        return False
+
+    up.behave = behave
+    with RawClient(running.port) as client:
+        send = begin(client, 1_001, (CHUNKED,))
+        send(b"x" * 1_000)
+        if begun:
+            assert client.read_until(b"half") is not None
+        send(b"x")
+        if not begun:
+            answer = client.answer()
+            assert (reason(answer), answer.all("connection")) == ((413, "body_too_large"), [b"close"])
+        assert client.is_closed()
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
+    eventually(lambda: is_calm(running), "nothing is held")
+
+
+def test_a_chunked_body_is_replayed_from_its_kept_beginning(client: RawClient, up: RawUpstream) -> None:
+    up.reads_body = False
+    body = body_of(20_000)
+
+    def behave(wire: Wire, request: RawRequest) -> bool:
+        if len(up.requests) == 1:
+            wire.read_exactly(8_000)
+            return False
+        request.body, request.is_complete = wire.read_body(request.headers)
+        return reply()(wire, request) is not False
+
+    up.behave = behave
+    send = begin(client, len(body), (CHUNKED,))
+    send(body[:9_000])
+    eventually(lambda: len(up.requests) == 2, "there is another attempt")
+    send(body[9_000:])
+    assert client.answer().status == 200
+    assert up.requests[1].body == body

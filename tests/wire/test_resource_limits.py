@@ -401,7 +401,7 @@ def all_given_back(running: RunningGateway) -> None:
     eventually(lambda: shares(running) == (0, 0), "every place is given back", within=SOON)
 
 
-WAYS = {"fast path": (), "ASGI path": ("X-Request-Timeout: 30",), "with a body": ("Content-Length: 2",)}
+WAYS = {"fast path": (), "general parser": ("X-Request-Timeout: 30",), "with a body": ("Content-Length: 2",)}
 
 
 def send(client: RawClient, path: str, headers: tuple[str, ...] = ()) -> None:

@@ -20,8 +20,8 @@ from tests.kit import RawClient, RawUpstream, RunningGateway, ask, in_front_of, 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
-WAYS = {"fast path": (), "ASGI path": (ODD,)}
+ODD = "X-Odd:  two blanks"  # which the general parser reads
+WAYS = {"fast path": (), "general parser": (ODD,)}
 both_ways = pytest.mark.parametrize("way", WAYS)
 
 FREE = Quota.per_second("FREE", 1, 10)

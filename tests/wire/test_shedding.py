@@ -31,7 +31,7 @@ StartUpstream = Callable[..., RawUpstream]
 
 TIERS = ("FREE", "BASIC", "PREMIUM", "ENTERPRISE")
 PLACES = 6  # of which the tiers fill 3, 4, 5 and 6
-WAYS = {"fast path": (), "ASGI path": ("X-Odd:  two blanks",)}  # which the fast path leaves to the ASGI path
+WAYS = {"fast path": (), "general parser": ("X-Odd:  two blanks",)}  # which the general parser reads
 
 
 class Stage(RawUpstream):
@@ -289,7 +289,7 @@ def test_refusals_stay_on_the_fast_path(running: RunningGateway, stage: Stage, f
         hold(stack, running, 3)
         fast_path_spy.clear()
         assert get(running, "FREE").status == 503
-        assert get(running, "FREE", WAYS["ASGI path"]).status == 503
+        assert get(running, "FREE", WAYS["general parser"]).status == 503
         assert fast_path_spy == [True, False]
         stage.go_on.set()
 

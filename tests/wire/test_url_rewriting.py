@@ -10,7 +10,7 @@ from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-both_ways = pytest.mark.parametrize("way", [(), ("X-Odd:  two blanks",)], ids=["fast path", "general path"])
+both_ways = pytest.mark.parametrize("way", [(), ("X-Odd:  two blanks",)], ids=["fast path", "general parser"])
 
 
 def started(gateway: StartGateway, up: RawUpstream, host_header: str = "target", **route: Any) -> RunningGateway:
