@@ -20,8 +20,9 @@ from api_gateway.process.key_commands import run_keys
 from api_gateway.process.server import GatewayServer, configure_logging
 from api_gateway.process.start_check import file_errors, startup_errors, startup_warnings
 from api_gateway.process.supervisor import Supervisor
+from api_gateway.replay.command import run_replay
 from api_gateway.settings.diagnostics import ConfigError
-from api_gateway.settings.rules import Finding, find_warnings
+from api_gateway.settings.rules import Finding, access_warnings, find_warnings
 from api_gateway.system.build import variant
 from api_gateway.system.held_signals import block_signals
 from api_gateway.system.output import redirected
@@ -31,13 +32,15 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gateway, only check its configuration, or run a command on keys.
+    """Run the gateway, only check its configuration, or run the command `keys` or `replay`.
 
     Return the exit code; see `errors`: 3 if the gateway cannot start.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["keys"]:
         return run_keys(given[1:])
+    if given[:1] == ["replay"]:
+        return run_replay(given[1:])
     if threading.current_thread() is threading.main_thread():
         block_signals()
     with redirected():
@@ -60,6 +63,8 @@ def _run(options: argparse.Namespace) -> int:
     hint = former_state(config.state_dir, os.environ)
     if hint is not None:
         logger.warning(hint)
+    for finding in access_warnings(config):
+        logger.warning("%s", finding)
     try:
         with state_folder(config):  # held while any worker may use it
             asyncio.run(_preflight(config))
@@ -134,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         nargs="?",
-        metavar="version | keys",
-        help="print the version and the variant; or manage API keys, see api-gateway keys --help",
+        metavar="version | keys | replay",
+        help="print the version and the variant; manage API keys; or try limits on an access log; see --help of each",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: $GATEWAY_CONFIG, or none)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")

@@ -37,6 +37,7 @@ from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied, re
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.rules import access_warnings
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.upstreams.dns import Resolve, resolve_host
 
@@ -216,10 +217,13 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        app = create_app(server_headers=STOCK_SERVER_HEADERS)
+        settings = load_config()
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(STARTUP_FAILED) from None
+    for finding in access_warnings(settings):
+        logger.warning("%s", finding)
+    app = create_app(settings, server_headers=STOCK_SERVER_HEADERS, read=load_config)
     if app.has_admin_listener:
         logger.warning(
             "admin.listen: only the gateway's own server opens it; the operator endpoints are not served here"
@@ -253,6 +257,7 @@ def _credential_watch(
     return CredentialWatch(
         gateway.clients,
         connections=open_connections or (lambda: () if listener is None else listener.connections),
+        open_exchanges=gateway.open_exchanges,
         has_credentials=lambda: assembly.has_credentials,
         clock_ns=gateway.clocks.monotonic_ns,
     )
@@ -280,4 +285,6 @@ def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregato
         explainer=explainer,
         overrides=gateway.overrides,
         quotas=gateway.keeping.book,
+        route_names=gateway.route_names,
+        accepts_keys=gateway.accepts_keys,
     )

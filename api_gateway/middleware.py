@@ -32,6 +32,7 @@ from api_gateway.proxy.cors import origin_of
 from api_gateway.proxy.cors_stages import CorsPolicies
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.problem_response import send_problem
 from api_gateway.proxy.request_id import given_request_id, new_request_id
 from api_gateway.proxy.upstream_request import raw_target
@@ -232,7 +233,10 @@ class AdmissionMiddleware:
         router: Router,
         limit_headers: RateLimitHeaders,
         clock_ns: Callable[[], int],
+        open_exchanges: OpenExchanges | None = None,
     ) -> None:
+        """`open_exchanges` has each exchange with a credential while it is forwarded."""
+        self._open_exchanges = open_exchanges or OpenExchanges()
         self._admission = admission
         self._headers = headers
         self._router = router
@@ -263,4 +267,8 @@ class AdmissionMiddleware:
             return
         if result is not None:
             raise result
-        await self._router.forward(plan, scope, receive, send)
+        if exchange.credential is None:
+            await self._router.forward(plan, scope, receive, send)
+            return
+        with self._open_exchanges.holding(exchange, extension):
+            await self._router.forward(plan, scope, receive, send)

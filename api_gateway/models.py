@@ -1,4 +1,7 @@
-"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the endpoints at `/clients`."""
+"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the endpoints at `/clients`.
+
+Long because all layers know this module, and none needs another for a value of these.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +17,8 @@ HeaderList = list[tuple[bytes, bytes]]
 Clock = Callable[[], float]  # monotonic seconds
 
 NANOSECONDS = 1_000_000_000
+
+KEY_PREFIX = "agw_"  # of API keys, see `clients.api_keys`
 
 # Source of a decision: buckets in this process; the store; the cache of refusals that are certain by the store's last
 # reading; or, while the store is unavailable, the policy for outages.

@@ -95,6 +95,7 @@ class Router:
         clock: Clock,
         max_body_bytes: int,
         protected: frozenset[bytes] = frozenset(),
+        never_trailing: frozenset[bytes] = frozenset(),
         omit: frozenset[bytes] = frozenset(),
         via: Via | None = None,
         observe_attempt: Callable[[str, str, float | None, float], None],
@@ -109,8 +110,9 @@ class Router:
     ) -> None:
         """Set limits and callbacks.
 
-        `protected` request fields are kept even if `Connection` names them; `omit` response fields are removed. Names
-        are in lower case. `via` names this gateway. `on_cost` is called with the values of X-Gateway-Cost before a
+        `protected` request fields are kept even if `Connection` names them; `never_trailing` are removed from trailers
+        of requests, `omit` from responses. Names are in lower case. `via` names this gateway.
+        `on_cost` is called with the values of X-Gateway-Cost before a
         response's head is sent, `on_retry` with upstream and cause of each retry, `on_denial` with upstream and reason
         of each retry that was denied, `on_fallback` with the error before a fallback responds. `observe_attempt`,
         `on_transition` and `on_target_transition`: see `OutcomeReporter`.
@@ -120,6 +122,7 @@ class Router:
         self._clock = clock
         self.max_body_bytes = max_body_bytes
         self.protected = protected
+        self._never_trailing = never_trailing | protected
         self._via = via or Via()
         self._omit = omit
         self._omit_with_length = omit | {b"content-length"}
@@ -149,7 +152,7 @@ class Router:
         upstream_client = self.upstream_clients[route.upstream]
         exchange.upstream = route.upstream
         extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
-        request = UpstreamRequest(plan, scope, extension, self.protected, self._via)
+        request = self._request(plan, scope, extension)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.must_not_forward():
             return self._respond_to_options(exchange, send)
         if extension is not None and route.min_body_rate is not None:
@@ -172,9 +175,12 @@ class Router:
         """Respond by the route's fallback, another upstream, after `error` of the fast path."""
         exchange, route = plan.exchange, plan.route
         assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
-        request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
+        request = self._request(plan, scope, scope[SERVER_EXTENSION])
         request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, _raise(error))
+
+    def _request(self, plan: RequestPlan, scope: Scope, extension: ServerExtension | None) -> UpstreamRequest:
+        return UpstreamRequest(plan, scope, extension, self.protected, self._never_trailing, self._via)
 
     def _attempts(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry
 
+from api_gateway.clients.api_keys import new_key
 from api_gateway.clients.issuer_keys import VerificationKey
 from api_gateway.clients.jwt_reader import TokenFault
 from tests.kit import RawRequest, RawUpstream, Wire, reply
@@ -199,11 +200,14 @@ BROKEN: dict[str, tuple[bytes, TokenFault]] = {
         TokenFault.MALFORMED,
     ),
     "algorithm twice": (signed(header=b'{"alg": "none", "alg": "ES256"}'), TokenFault.REPEATED_MEMBER),
+    "bound to a key of the client": (signed(claims_of(cnf={"jkt": "x" * 43})), TokenFault.BOUND),
+    "bound to nothing": (signed(claims_of(cnf={})), TokenFault.BOUND),
     "no subject": (signed(claims_of(sub=None)), TokenFault.CLIENT),
     "subject that is empty": (signed(claims_of(sub="")), TokenFault.CLIENT),
     "subject with a line break": (signed(claims_of(sub="acme\r\nX-Tier: PREMIUM")), TokenFault.CLIENT),
     "subject that is not ASCII": (signed(claims_of(sub="\u00e4cme")), TokenFault.CLIENT),
     "subject that is too long": (signed(claims_of(sub="a" * 129)), TokenFault.CLIENT),
+    "subject that is an API key": (signed(claims_of(sub=new_key(bytes(32)))), TokenFault.CLIENT),
     "subject that is an object": (signed(claims_of(sub={"id": "acme"})), TokenFault.CLIENT),
     "too large": (signed(claims_of(more="x" * MAX_BYTES)), TokenFault.TOO_LARGE),
     "too large, of another issuer": (signed(claims_of(iss="x", more="x" * MAX_BYTES)), TokenFault.TOO_LARGE),

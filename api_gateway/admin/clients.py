@@ -230,7 +230,7 @@ async def _move_bucket(context: AdminContext, before: Client, after: Client) -> 
 
 
 def _own_buckets(context: AdminContext, client: Client) -> list[OwnBucket]:
-    return client_buckets(context.explainer.limits, client, context.explainer.route_names)
+    return client_buckets(context.explainer.limits, client, context.route_names)
 
 
 async def _inspected(context: AdminContext, buckets: list[OwnBucket]) -> list[Decision]:

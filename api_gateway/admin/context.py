@@ -1,6 +1,6 @@
 """The context of the operator endpoints, and the FastAPI dependencies through which endpoints obtain it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -35,7 +35,11 @@ class Lifecycle(StrEnum):
 
 @dataclass(slots=True)
 class AdminContext:
-    """The objects that the operator endpoints read and change."""
+    """The objects that the operator endpoints read and change.
+
+    A reload replaces `explainer`, `route_names` (of all routes) and `accepts_keys` (API keys are a source of
+    identities).
+    """
 
     version: str
     limiter: RateLimiter
@@ -44,6 +48,8 @@ class AdminContext:
     clocks: Clocks
     explainer: Explainer
     overrides: BreakerOverrides
+    route_names: Sequence[str]
+    accepts_keys: bool
     quotas: Callable[[], QuotaBook]
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)

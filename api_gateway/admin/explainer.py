@@ -94,17 +94,14 @@ class Explainer:
         shedder: EventLoopShedder,
         header: str,
         claim_of_key: Callable[[str], Claim | None] = lambda _: None,
-        accepts_keys: bool = True,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
         """`header` is the name of the header that identifies clients. Both clocks must read the same time.
 
-        `claim_of_key` returns the claim of the API key with an id, None if there is none. `accepts_keys`: API keys
-        are a source of identities.
+        `claim_of_key` returns the claim of the API key with an id, None if there is none.
         """
         self._claim_of_key = claim_of_key
-        self.accepts_keys = accepts_keys
         self._admission = admission
         self._headers = headers
         self._router = router
@@ -117,11 +114,6 @@ class Explainer:
 
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"
-
-    @property
-    def route_names(self) -> list[str]:
-        """The names of all routes."""
-        return [route.name for route in self._router.routes]
 
     @property
     def limits(self) -> Sequence[Limit]:

@@ -50,7 +50,7 @@ async def create_key(
     It is valid at once, and within a second on all gateways that share the store.
     """
     now = context.clocks.wall()
-    if not context.explainer.accepts_keys:
+    if not context.accepts_keys:
         raise InvalidValue("identity.sources does not name api_key, so keys are not accepted; no key was created.")
     _check_routes(context, body.routes)
     if has_key(body.label.encode()):
@@ -213,7 +213,7 @@ def _expiry(body: KeyTerms, now: float) -> float | None:
 
 def _check_routes(context: AdminContext, routes: Sequence[str] | None) -> None:
     """Raise InvalidValue if a route does not exist."""
-    known = context.explainer.route_names
+    known = context.route_names
     for name in routes or ():
         if name not in known:
             raise InvalidValue(f"body.routes: there is no route '{name}'; the routes are {', '.join(known)}.")

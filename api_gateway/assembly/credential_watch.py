@@ -14,6 +14,7 @@ from api_gateway.middleware import EXCHANGE
 from api_gateway.models import Exchange
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.identity_sources import Proof, Question, Work
+from api_gateway.proxy.open_exchanges import OpenExchanges
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,15 @@ class CredentialWatch:
         clients: ClientRegistry,
         *,
         connections: Callable[[], Iterable[Any]],
+        open_exchanges: OpenExchanges,
         has_credentials: Callable[[], bool],
         clock_ns: Callable[[], int],
     ) -> None:
-        """`connections` returns those of the server; only connections with the gateway's own protocol are ended."""
+        """`connections` returns those of a server with the gateway's own protocol, for exchanges on the fast path.
+
+        `open_exchanges` are those on the ASGI path, of any server.
+        """
+        self._open_exchanges = open_exchanges
         self._clients = clients
         self._connections = connections
         self._has_credentials = has_credentials
@@ -66,17 +72,33 @@ class CredentialWatch:
         """End the streams and tunnels whose credential is not valid any more."""
         version, is_changed = self._clients.version, self._clients.version != self._version
         for count, connection in enumerate(list(self._connections()), 1):
-            found = _stream_of(connection)
-            if found is not None and (is_changed or self._clock_ns() >= found[1].expires_ns):
-                exchange, proof = found
-                error = await self._error_of(proof)
-                if error is not None and not exchange.finished:
-                    _end(connection, exchange, error)
+            exchange = _exchange_of(connection)
+            error = None if exchange is None else await self._error_of(exchange, is_changed=is_changed)
+            if exchange is not None and error is not None and not exchange.finished:
+                note_failure(exchange, error)
+                _log_end(exchange)
+                connection.transport.abort()
+            if count % _BATCH == 0:
+                await asyncio.sleep(0)
+        for count, one in enumerate(self._open_exchanges, 1):
+            error = await self._error_of(one.exchange, is_changed=is_changed)
+            if error is not None and not one.exchange.finished and one.exchange.reason != error.reason:
+                _log_end(one.exchange)
+                one.end(error)
             if count % _BATCH == 0:
                 await asyncio.sleep(0)
         self._version = version
 
-    async def _error_of(self, proof: Proof) -> CredentialsInvalid | None:
+    async def _error_of(self, exchange: Exchange, *, is_changed: bool) -> CredentialsInvalid | None:
+        """Return why a stream or tunnel is to be ended; None if it is not, or is no such exchange.
+
+        Unless the registry `is_changed`, credentials can only have expired.
+        """
+        proof = exchange.credential
+        if not exchange.status or exchange.finished or not isinstance(proof, Proof):
+            return None
+        if not is_changed and self._clock_ns() < proof.expires_ns:
+            return None
         claim = proof.claim
         found: object = claim.source.verify(claim, self._clock_ns())
         while isinstance(found, Work):
@@ -86,8 +108,8 @@ class CredentialWatch:
         return found if isinstance(found, CredentialsInvalid) else None
 
 
-def _stream_of(connection: Any) -> tuple[Exchange, Proof] | None:
-    """Return the exchange of a connection and its credential; None if it has none, or does not stream."""
+def _exchange_of(connection: Any) -> Exchange | None:
+    """Return the exchange of a connection with the gateway's own protocol."""
     if not isinstance(connection, DownstreamConnection):
         return None
     in_flight: Any = connection.exchange
@@ -97,12 +119,8 @@ def _stream_of(connection: Any) -> tuple[Exchange, Proof] | None:
         exchange = in_flight.exchange
     elif cycle is not None:
         exchange = cycle.scope.get(EXCHANGE)
-    if exchange is None or not exchange.status or exchange.finished or not isinstance(exchange.credential, Proof):
-        return None
-    return exchange, exchange.credential
+    return exchange
 
 
-def _end(connection: DownstreamConnection, exchange: Exchange, error: CredentialsInvalid) -> None:
-    note_failure(exchange, error)
+def _log_end(exchange: Exchange) -> None:
     logger.info("request %s: aborted, as its credential is not valid any more", exchange.id)
-    connection.transport.abort()

@@ -8,7 +8,7 @@ from api_gateway.assembly.forwarding import forwarding_of
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
 from api_gateway.assembly.identity_observer import IdentityObserver
-from api_gateway.assembly.routes import address_rules, cors_of
+from api_gateway.assembly.routes import address_rules
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
@@ -72,6 +72,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
             router=router,
             limit_headers=limit_headers,
             clock_ns=clocks.monotonic_ns,
+            open_exchanges=gateway.open_exchanges,
         ),
         clock=clocks.monotonic,
         recorder=recorder,
@@ -98,7 +99,6 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
         claim_of_key=sources.claim_of_key,
-        accepts_keys="api_key" in config.identity.sources,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
@@ -147,7 +147,7 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
 
 def _cors(gateway: Gateway) -> CorsPolicies | None:
     """Return the CORS policies, None if there are none."""
-    default = cors_of(gateway.config.cors)
+    default = gateway.cors
     if default is None and all(route.cors is None for route in gateway.routes):
         return None
     return CorsPolicies(gateway.table, default)
@@ -212,7 +212,10 @@ def _admission(
 
 
 def _router(
-    gateway: Gateway, settlement: CostSettlement, headers: HeaderReader, server_headers: frozenset[bytes]
+    gateway: Gateway,
+    settlement: CostSettlement,
+    headers: HeaderReader,
+    server_headers: frozenset[bytes],
 ) -> Router:
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     return Router(
@@ -221,6 +224,7 @@ def _router(
         clock=clocks.monotonic,
         max_body_bytes=config.server.max_body_bytes,
         protected=headers.protected,
+        never_trailing=headers.never_trailing,
         omit=server_headers,
         via=headers.via,
         observe_attempt=recorder.observe_attempt,

@@ -51,7 +51,9 @@ from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
+from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
@@ -93,11 +95,23 @@ class Gateway:
     pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
     numbers: DecisionNumbers
     tokens: JwtSource | None  # None unless tokens are a source of identities
+    cors: CorsPolicy | None  # of routes without one of their own
+    open_exchanges: OpenExchanges
 
     @property
     def address_quota(self) -> Quota | None:
         """The quota of the address limit, None if it is disabled."""
         return self.quotas.address
+
+    @property
+    def route_names(self) -> list[str]:
+        """The names of all routes."""
+        return [route.name for route in self.routes]
+
+    @property
+    def accepts_keys(self) -> bool:
+        """True if API keys are a source of identities."""
+        return "api_key" in self.config.identity.sources
 
     @property
     def candidates(self) -> Mapping[str, Quota]:
@@ -121,6 +135,7 @@ class Plan:
     priorities: PriorityClasses
     upstreams: Mapping[str, UpstreamPlan | None]
     tokens: JwtSource | None
+    cors: CorsPolicy | None
 
 
 class Assembly:
@@ -222,7 +237,9 @@ class Assembly:
             upstreams[name] = None if is_same else plan
         ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
         tokens = self._issuers.plan(config, None if before is None else before.tokens)
-        return Plan(config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams, tokens)
+        return Plan(
+            config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams, tokens, cors
+        )
 
     def commit(self, plan: Plan) -> Gateway:
         """Put a planned configuration into force. Requests in progress end under the one that they began with."""
@@ -250,6 +267,7 @@ class Assembly:
             upstreams=upstreams,
             tokens=plan.tokens,
             charging=before.keeping.limiter(before.limiter, plan.quotas.limits, config),
+            cors=plan.cors,
         )
         before.keeping.follow_webhook(config.webhook)
         return self.gateway
@@ -311,8 +329,10 @@ class Assembly:
             ),
             clocks=clocks,
             pseudonym=pseudonym,
-            numbers=DecisionNumbers(clocks.monotonic_ns, clocks.wall),
+            numbers=DecisionNumbers(f"{self._source.getrandbits(32):08x}", clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
+            cors=plan.cors,
+            open_exchanges=OpenExchanges(),
         )
 
     # Upstreams

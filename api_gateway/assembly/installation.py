@@ -99,7 +99,9 @@ class Installation:
         data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
         self._switch.set(data_plane, fast_path)
         self._app.state.gateway = gateway
-        self._app.state.admin_context.explainer = explainer
+        context: AdminContext = self._app.state.admin_context
+        context.explainer, context.route_names = explainer, gateway.route_names
+        context.accepts_keys = gateway.accepts_keys
         self._app.gate.access = access
         if self._on_change is not None:
             self._on_change(settings)

@@ -139,6 +139,7 @@ def terms_of(name: str, section: IssuerSection) -> IssuerTerms:
         frozenset(one.lower().removeprefix("application/") for one in section.types),
         section.leeway,
         ClaimPath.of(section.audience_claim),
+        section.accept_bound,
     )
 
 

@@ -6,6 +6,7 @@ error without a look-up. Only the SHA-256 digest is stored: 256 random bits can 
 so a salt or a slow hash would add nothing.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -14,14 +15,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KEY_PREFIX = "agw_"
+from api_gateway.models import KEY_PREFIX
+
 PATTERN = r"agw_[0-9A-Za-z]{49}"
 RANDOM_BYTES = 32
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BODY, _CHECKSUM = 43, 6  # characters
 _KEY = re.compile(PATTERN.encode())
 _LIKE_KEY = re.compile(rb"agw_[0-9A-Za-z]{20}")
-_KEY_IN_TEXT = re.compile(r"agw_[0-9A-Za-z]{20,}")
+# A key in which any characters are percent-encoded, once or several times, as in a path or query.
+_ENCODED = r"(?:a|%(?:25)*+61)(?:g|%(?:25)*+67)(?:w|%(?:25)*+77)(?:_|%(?:25)*+5[Ff])"
+_ENCODED += r"(?:[0-9A-Za-z]|%(?:25)*+(?:3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa])){20,}+"
+_ENCODED_KEY = re.compile(_ENCODED.encode())
+_BASE64_PREFIX = base64.b64encode(KEY_PREFIX.encode()).decode()[:5]  # the characters that the following ones keep
+_KEY_IN_TEXT = re.compile(f"{_ENCODED}|{_BASE64_PREFIX}[0-9A-Za-z+/_-]{{20,}}")
 _PREFIX = KEY_PREFIX.encode()
 _ID_DIGITS = 16  # of the digest: enough to tell keys apart, and too few to verify a guess of anything shorter
 
@@ -63,13 +70,26 @@ def new_key(random_bytes: bytes) -> str:
 
 
 def has_key(value: bytes) -> bool:
-    """Return whether a value contains what looks like a key, so that it is not shown even if it is not a valid one."""
+    """Return whether a value contains what looks like a key, so that it is not shown even if it is not a valid one.
+
+    Also if it is percent-encoded.
+    """
+    return (_PREFIX in value or b"%" in value) and _ENCODED_KEY.search(value) is not None
+
+
+def has_plain_key(value: bytes) -> bool:
+    """Return whether a value contains what looks like a key, spelled as it was shown."""
     return _PREFIX in value and _LIKE_KEY.search(value) is not None
 
 
 def without_keys(text: str) -> str:
-    """Return a line of a log without the keys in it: clients and operators may put one where it does not belong."""
-    return _KEY_IN_TEXT.sub(f"{KEY_PREFIX}...", text) if KEY_PREFIX in text else text
+    """Return a line of a log without the keys in it: clients and operators may put one where it does not belong.
+
+    It may be percent-encoded, or in base64 as in Basic credentials.
+    """
+    if KEY_PREFIX in text or "%" in text or _BASE64_PREFIX in text:
+        return _KEY_IN_TEXT.sub(f"{KEY_PREFIX}...", text)
+    return text
 
 
 def fault_of(key: bytes) -> str | None:

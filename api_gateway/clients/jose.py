@@ -4,6 +4,7 @@ It is imported only if the configuration has issuers. Only public keys are read 
 a published key must not become the secret of an HMAC.
 """
 
+import base64
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -89,8 +90,13 @@ def _has_good_size(member: Mapping[str, Any]) -> bool:
     modulus, exponent = member.get("n"), member.get("e")
     if not isinstance(modulus, str) or not isinstance(exponent, str):
         return False
-    bits = len(modulus.rstrip("=")) * 6
-    return MIN_RSA_BITS <= bits <= MAX_RSA_BITS + 6 and len(exponent) * 6 <= _MAX_EXPONENT_BYTES * 8
+    if len(modulus) > MAX_RSA_BITS // 4 or len(exponent) * 6 > _MAX_EXPONENT_BYTES * 8:
+        return False
+    try:
+        number = int.from_bytes(base64.b64decode(f"{modulus}==", b"-_"))  # leading zeros add nothing to the size
+    except ValueError:
+        return False
+    return MIN_RSA_BITS <= number.bit_length() <= MAX_RSA_BITS and number % 2 == 1
 
 
 def _fits(key: Key, algorithm: str) -> bool:

@@ -22,7 +22,9 @@ MAX_HEADER_BYTES = 8_192  # of the encoded header; it may contain a chain of cer
 MAX_HEADERS = 256  # whose meaning is remembered
 _MAX_KID = 512  # characters
 _TOKEN = re.compile(rb"eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
-MARKER = b" eyJ"  # a space, and the beginning of an encoded object that begins with {"
+_EMBEDDED = re.compile(rb"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]++\.[A-Za-z0-9_-]++\.[A-Za-z0-9_-]*+")
+_MAX_EMBEDDED = 4  # tokens in one value
+MARKER = b"eyJ"  # the beginning of an encoded object that begins with {"
 _APPLICATION = "application/"
 
 
@@ -42,9 +44,10 @@ class TokenFault(StrEnum):
     NOT_YET_VALID = "The token is not valid yet."
     ISSUED_LATER = "The token was issued in the future."
     AUDIENCE = "The token is for another audience."
+    BOUND = "The token is bound to a key or certificate of its client (cnf), whose proof the gateway does not verify."
     UNKNOWN_KEY = "The token was signed with a key that its issuer does not publish."
     SIGNATURE = "The token's signature is wrong."
-    CLIENT = "The token does not name its client, or not by 1 to 128 visible ASCII characters."
+    CLIENT = "The token does not name its client, or not by 1 to 128 visible ASCII characters that are no API key."
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class IssuerTerms:
     types: frozenset[str] = frozenset({"jwt", "at+jwt"})
     leeway: float = 30.0
     audience: ClaimPath = field(default_factory=lambda: ClaimPath.of("aud"))
+    accepts_bound: bool = False  # tokens that are bound to a key of the client (RFC 7800)
 
 
 @dataclass(slots=True, repr=False)
@@ -136,6 +140,17 @@ class TokenReader:
             claims=claims,
         )
 
+    def find(self, value: bytes) -> tuple[bytes, ReadToken] | None:
+        """Return the first token of a configured issuer anywhere in a value, or a fault, and its text; else None.
+
+        A lenient upstream may accept it, whatever surrounds it.
+        """
+        for number, found in enumerate(_EMBEDDED.finditer(value)):
+            token = ReadToken(None, b"", TokenFault.MALFORMED) if number == _MAX_EMBEDDED else self.read(found[0])
+            if token is not None:
+                return found[0], token
+        return None
+
     def _terms_of(self, issuer: Any) -> IssuerTerms | None:
         """Return the terms of a configured issuer; of the first one if there are several, which is a fault."""
         names = issuer if isinstance(issuer, tuple) else (issuer,)
@@ -177,7 +192,9 @@ def _fault_of_claims(claims: Mapping[str, Any], terms: IssuerTerms) -> TokenFaul
     if any(claims["exp"] <= claims[name] for name in ("nbf", "iat") if name in claims):
         return TokenFault.TIMES
     given: Sequence[Any] = terms.audience.values(claims)
-    return None if any(one in terms.audiences for one in given if isinstance(one, str)) else TokenFault.AUDIENCE
+    if not any(one in terms.audiences for one in given if isinstance(one, str)):
+        return TokenFault.AUDIENCE
+    return TokenFault.BOUND if "cnf" in claims and not terms.accepts_bound else None
 
 
 def _is_time(value: Any) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.claim_paths import ClaimPath, scopes_of
 from api_gateway.clients.issuer_keys import VerificationKey
 from api_gateway.clients.jwt_reader import IssuerTerms, ReadToken, TokenFault, fault_of_time
@@ -133,7 +134,7 @@ class JwtVerifier:
         meanings, claims = issuer.meanings, token.claims
         name = meanings.client.text_value(claims)
         client_id = None if not name else f"{meanings.client_prefix}{name}"
-        if client_id is None or not client_id.isascii() or not is_visible_ascii(client_id.encode()):
+        if client_id is None or not client_id.isascii() or not _is_name(client_id.encode()):
             return TokenFault.CLIENT
         organisation = None if meanings.organisation is None else meanings.organisation.text_value(claims)
         verified = VerifiedToken(
@@ -154,6 +155,10 @@ class JwtVerifier:
         while len(self._remembered) >= self._limit:
             del self._remembered[next(iter(self._remembered))]
         self._remembered[digest] = verified
+
+
+def _is_name(value: bytes) -> bool:
+    return is_visible_ascii(value) and not has_key(value)  # ids are logged
 
 
 def _field_value(path: ClaimPath, claims: Mapping[str, Any]) -> bytes:

@@ -490,7 +490,7 @@ class ClientRegistry:
         record = self._cache.get(expiry.client_id)
         return record is not None and record.version == expiry.version
 
-    def end_grants(self) -> None:
+    def end_expired(self) -> None:
         """End every grant and key that has expired, and set the timer for the next."""
         now = self._wall_clock()
         for expiry in self._expiries.due(now):
@@ -529,7 +529,7 @@ class ClientRegistry:
             self._timer = None
         if self._expiries.next_at is not None:
             delay = min(max(self._expiries.next_at - self._wall_clock(), 0), _MAX_TIMER_DELAY)
-            self._timer = asyncio.get_running_loop().call_later(delay, self.end_grants)
+            self._timer = asyncio.get_running_loop().call_later(delay, self.end_expired)
 
     # Resolution of records
 

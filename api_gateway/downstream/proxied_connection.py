@@ -9,6 +9,7 @@ from api_gateway.downstream.closing import last_response
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.proxy_protocol import ProxyHeaderError, parse_proxy_header
+from api_gateway.downstream.slots import SURPLUS_TIMEOUT, Slot
 from api_gateway.errors import BadRequest, GatewayError, RequestTimeout
 from api_gateway.http1.asgi import RELAYED
 from api_gateway.http1.network_set import NetworkSet
@@ -18,7 +19,9 @@ class ProxiedConnection:
     """Reads the header of a connection from a trusted peer, and then becomes the connection of the client it names.
 
     A connection of any other peer has no header: it begins at once. States: waiting for the header (in the server's
-    set of connections), handed over, or closed (no longer in that set). asyncio requires no base class of a protocol.
+    set of connections), handed over, or closed (no longer in that set). While it waits, it has a slot: it counts in
+    the total number of connections, but for no address, as its client is unknown. asyncio requires no base class of a
+    protocol.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class ProxiedConnection:
         self._received = bytearray()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._slot: Slot | None = None
 
     def __repr__(self) -> str:
         return f"<ProxiedConnection [{len(self._received)} bytes of a header]>"
@@ -49,7 +53,11 @@ class ProxiedConnection:
             return
         connections: set[object] = self._server_state.connections  # type: ignore[assignment]  # uvicorn names its own protocols
         connections.add(self)
-        limit = self._listener.limits.header_timeout
+        self._slot = self._listener.slots.acquire("", 0)
+        if self._slot.is_excess:
+            transport.abort()
+            return
+        limit = SURPLUS_TIMEOUT if self._slot.surplus else self._listener.limits.header_timeout
         self._timer = self._connection.loop.call_later(limit, self._on_timeout, limit)
 
     def data_received(self, data: bytes) -> None:
@@ -66,6 +74,7 @@ class ProxiedConnection:
         if header is None:
             return
         self._stop()
+        self._release()
         connection = self._connection
         connection.client = header.source or peer_of(transport)
         connection.scopes.marks[RELAYED] = True
@@ -86,6 +95,7 @@ class ProxiedConnection:
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """Forget the connection (asyncio callback)."""
         self._stop()
+        self._release()
 
     def shutdown(self) -> None:
         """Close the connection: nothing has been served on it."""
@@ -106,6 +116,11 @@ class ProxiedConnection:
         if self._transport is not None:
             self._transport.write(last_response(error, []))
             self._transport.close()
+
+    def _release(self) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            slot.release()
 
     def _stop(self) -> None:
         connections: set[object] = self._server_state.connections  # type: ignore[assignment]  # as above

@@ -8,12 +8,13 @@ import re
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
-from api_gateway.http1.headers import unmapped
+from api_gateway.ip_addresses import unmapped
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"  # of version 2
 MAX_LINE = 107  # bytes of a header of version 1, with its line break
 MAX_HEADER = 16_384  # bytes of a header of version 2, with its TLVs
-_LINE = re.compile(rb"PROXY (TCP[46]) (\S{2,39}) (\S{2,39}) ([0-9]{1,5}) ([0-9]{1,5})")
+_ADDRESS = rb"([0-9A-Fa-f:.]{2,39})"  # without a zone, which means nothing on another machine
+_LINE = re.compile(rb"PROXY (TCP[46]) %b %b ([0-9]{1,5}) ([0-9]{1,5})" % (_ADDRESS, _ADDRESS))
 _UNKNOWN = b"PROXY UNKNOWN"
 _FIXED = 16  # bytes before the addresses of version 2
 _VERSION, _LOCAL, _PROXY = 2, 0, 1

@@ -156,7 +156,9 @@ class ExchangeBody:
         """Return what ends the body: nothing, or the last chunk with the trailers that are forwarded."""
         if self.length is not None:
             return b""
-        trailers = self.trailer_fields and forwardable_trailers(self.trailer_fields, self._context.headers.protected)
+        trailers = self.trailer_fields and forwardable_trailers(
+            self.trailer_fields, self._context.headers.never_trailing
+        )
         return b"0\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % pair for pair in trailers])
 
     def end_attempt(self) -> None:

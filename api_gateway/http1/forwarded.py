@@ -13,7 +13,8 @@ from ipaddress import ip_address
 from itertools import islice, takewhile
 from typing import NamedTuple
 
-from api_gateway.http1.headers import FORWARDING, Fields, Network, is_within, parse_address
+from api_gateway.http1.headers import FORWARDING, Fields, Network, is_within
+from api_gateway.ip_addresses import parse_address
 from api_gateway.models import HeaderList
 
 MAX_HOPS = 64  # elements of a field that are read, from the right

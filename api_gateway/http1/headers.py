@@ -8,9 +8,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from typing import Literal
 
+from api_gateway.ip_addresses import parse_address
 from api_gateway.models import HeaderList
 
 BODILESS = frozenset({204, 304})  # statuses whose responses never have a body (RFC 9112 section 6.3)
@@ -162,7 +163,7 @@ def stripped_headers(protected: frozenset[bytes], replaced: frozenset[bytes]) ->
     They include spellings with underscores of protected and forwarding names, which CGI does not distinguish.
     """
     forgeable = FORWARDING | protected
-    aliases = {alias for name in forgeable for alias in _spellings(name)} - forgeable
+    aliases = {alias for name in forgeable for alias in spellings(name)} - forgeable
     return _NOT_FORWARDED | aliases | replaced
 
 
@@ -172,7 +173,7 @@ def inspected_headers(protected: frozenset[bytes]) -> frozenset[bytes]:
     return stripped_headers(protected, FORWARDING) | protected | read
 
 
-def _spellings(name: bytes) -> set[bytes]:
+def spellings(name: bytes) -> set[bytes]:
     """Return `name` with each combination of hyphens and underscores."""
     first, *rest = name.split(b"-")
     found = {first}
@@ -248,16 +249,6 @@ def forwardable_trailers(trailers: HeaderList, protected: frozenset[bytes] = fro
 def http_date(second: int) -> bytes:
     """Return an IMF-fixdate for a whole second since 1970 (RFC 9110 section 5.6.7)."""
     return formatdate(second, usegmt=True).encode()
-
-
-def parse_address(text: str) -> IPv4Address | IPv6Address:
-    """Return an address without its zone; an IPv4-mapped IPv6 address as IPv4. Raises ValueError for other text."""
-    return unmapped(ip_address(text.partition("%")[0]))
-
-
-def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """Return the IPv4 address for an IPv4-mapped IPv6 address, any other address as it is."""
-    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,8 @@
 
 from collections.abc import Collection
 
-from api_gateway.http1.headers import UNIX, Network, parse_address
+from api_gateway.http1.headers import UNIX, Network
+from api_gateway.ip_addresses import parse_address
 
 
 class NetworkSet:

@@ -141,11 +141,12 @@ class QuotaChargeOp(ScriptOp):
         limiter, buckets, arguments = self._limiter, self._limiter.buckets, call.arguments
         of_tokens, counted = of_buckets(self._charges), of_counters(self._charges)
         numbers = [call.number(buckets.store_key(charge.key)) for charge in of_tokens]
-        if buckets.fallback.has_unsynced:
+        if buckets.fallback.has_debts:
+            budgets = 1 if buckets.policy == "allow" else 2
             for number, charge in zip(numbers, of_tokens, strict=True):
-                owed_ns = buckets.fallback.take_unsynced(charge.key, self._asked_ns)
+                owed_ns, burst_ns = buckets.fallback.report(charge, self._asked_ns), charge.quota.burst_ns
                 if owed_ns:
-                    arguments += ("debt", number, charge.quota.burst_ns, owed_ns)
+                    arguments += ("debt", number, burst_ns, owed_ns, budgets * burst_ns)
         keys = [call.number(limiter.counter_key(charge.key)) for charge, _ in counted]
         for number, (charge, quota) in zip(keys, counted, strict=True):
             owed, start = limiter.take_owed(charge.key)
@@ -183,6 +184,8 @@ class QuotaChargeOp(ScriptOp):
         for charge, (tat_ns, wait_ns) in zip(of_tokens, taken, strict=True):
             given_back_ns = 0 if is_allowed or wait_ns else charge.increment_ns  # not charged: another refused
             limiter.buckets.cache.put(charge, tat_ns - now_ns - given_back_ns, self._asked_ns)
+            if limiter.buckets.fallback.has_debts:
+                limiter.buckets.fallback.confirm(charge.key, self._asked_ns)
         if not is_allowed:
             refused = refusal_of(alone)
             refused.source = "store"

@@ -32,8 +32,9 @@ class AccessLog:
 
         `numbers` converts the times of decisions; by default they are taken to be since the epoch.
         """
-        self._numbers = numbers or DecisionNumbers(lambda: 0, lambda: 0.0)
+        self._numbers = numbers or DecisionNumbers("0", lambda: 0, lambda: 0.0)
         self._epoch_ns = self._numbers.since_epoch(0)
+        self._process = f',"process":{quoted(self._numbers.process)}'
         self._redact = redact
         self._wall_clock = wall_clock
         self._write_line = write_line
@@ -90,7 +91,8 @@ class AccessLog:
             rest = f',"remaining":{decision.remaining}{rest}'
         at_ns = decision.at_ns if decision.source == "store" else decision.at_ns + self._epoch_ns
         return (
-            f'{{"at_ns":{at_ns},"number":{exchange.number},{_limits(names, decision.quota.name, decision.source)}'
+            f'{{"at_ns":{at_ns},"number":{exchange.number}{self._process}'
+            f",{_limits(names, decision.quota.name, decision.source)}"
             f',"wait_ns":{decision.wait_ns},"cost":{cost}{rest}}}'
         )
 
@@ -100,7 +102,9 @@ class AccessLog:
 
     def _check(self, number: int, decision: Decision) -> str:
         """Return the member about the charge of the address for the verification of a credential."""
-        return f',"credential_check":{{"at_ns":{self._numbers.time_of(decision)},"number":{number}}}'
+        at_ns = self._numbers.time_of(decision)
+        members = f'"at_ns":{at_ns},"number":{number}{self._process},"source":"{decision.source}"'
+        return f',"credential_check":{{{members}}}'
 
     def _set_timestamp(self, now: float) -> None:
         """Render the time in ISO 8601 with milliseconds; `datetime` renders a new second only."""

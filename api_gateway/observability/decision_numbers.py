@@ -10,18 +10,19 @@ class DecisionNumbers:
     """Numbers what changes the buckets, in the order of the process, and converts its times to those since the epoch.
 
     The difference between the clocks is measured once: a step of the wall clock does not change the order of times,
-    nor the time between two decisions.
+    nor the time between two decisions. `process` names the process, as each counts from 1.
     """
 
-    __slots__ = ("_epoch_ns", "next")
+    __slots__ = ("_epoch_ns", "next", "process")
 
-    def __init__(self, clock_ns: Callable[[], int], wall_clock: Clock) -> None:
+    def __init__(self, process: str, clock_ns: Callable[[], int], wall_clock: Clock) -> None:
         """`clock_ns` is the monotonic clock in nanoseconds, `wall_clock` is in seconds since the epoch."""
+        self.process = process
         self._epoch_ns = int(wall_clock() * NANOSECONDS) - clock_ns()
         self.next: Callable[[], int] = count(1).__next__
 
     def __repr__(self) -> str:
-        return f"<DecisionNumbers since {self._epoch_ns} ns>"
+        return f"<DecisionNumbers of {self.process} since {self._epoch_ns} ns>"
 
     def since_epoch(self, now_ns: int) -> int:
         """Convert a time of the monotonic clock, in nanoseconds."""

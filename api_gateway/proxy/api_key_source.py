@@ -1,22 +1,30 @@
-"""API keys as an identity source: in `X-API-Key`, as a bearer token, or as the user name of Basic."""
+"""API keys as an identity source: in `X-API-Key`, as a bearer token, or as the user name of Basic.
+
+A key in another form in these fields is refused as malformed: what is ours is not forwarded, and never falls through.
+"""
 
 import base64
 import binascii
+import re
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from functools import partial
 
-from api_gateway.clients.api_keys import KEY_PREFIX, KnownKey, digest_of, fault_of
+from api_gateway.clients.api_keys import KnownKey, digest_of, fault_of, has_plain_key
 from api_gateway.clients.key_directory import USE_PRECISION, KeyDirectory, KeyState
 from api_gateway.errors import CredentialsInsufficient, CredentialsInvalid, GatewayError, StoreUnavailable
-from api_gateway.http1.headers import Fields
-from api_gateway.models import NANOSECONDS
+from api_gateway.http1.headers import Fields, spellings
+from api_gateway.models import KEY_PREFIX, NANOSECONDS
 from api_gateway.proxy.identity_sources import NO_EXPIRY, Claim, Proof, Question, Verification
 from api_gateway.proxy.route_table import Route
 
 _PREFIX = KEY_PREFIX.encode()
 _PREFIX_IN_BASE64 = base64.b64encode(_PREFIX)[:5]  # the characters that the following ones do not change
+_NO_BASE64 = re.compile(rb"[^A-Za-z0-9+/]+")
 _AUTHORIZATION = b"authorization"
 _RETRY_AFTER = 1.0  # seconds
-_WITHOUT_SCHEME = _PREFIX  # stands for a key in `Authorization` whose scheme is missing or unknown
+_SECOND_WORD = re.compile(rb"\S++[ \t]++" + _PREFIX)
+_OTHER_FORM = _PREFIX  # stands for a key in `Authorization` that is neither a bearer token nor the user name of Basic
 
 
 class KeyProof(Proof):
@@ -53,36 +61,44 @@ class ApiKeySource:
         """`header` is the name of the header field for keys alone."""
         self._directory = directory
         self._header = header.lower().encode()
-        self.fields = frozenset({self._header, _AUTHORIZATION})
+        # Also with underscores, which CGI does not distinguish.
+        self.fields = frozenset({*spellings(self._header), _AUTHORIZATION})
 
     def __repr__(self) -> str:
         return f"<ApiKeySource of {self._directory!r}>"
 
     def claim(self, fields: Fields) -> Claim | None:
         """Return the key in header fields; a fault if there are several, or if it is malformed."""
-        found: dict[bytes, list[bytes]] = {}
-        for value in fields.get(self._header, ()):
-            if value.startswith(_PREFIX):
-                found.setdefault(self._header, []).append(value)
-        for value in fields.get(_AUTHORIZATION, ()):
-            key = _key_in_authorization(value)
-            if key is not None:
-                found.setdefault(_AUTHORIZATION, []).append(key)
+        found = [(name, key) for name in self.fields for key in self._keys_in(name, fields.get(name, ()))]
         if not found:
             return None
-        names = frozenset(found)
-        keys = {key for values in found.values() for key in values}
+        names, key = frozenset(name for name, _ in found), found[0][1]
+        fault = self._fault_of(fields, names, {key for _, key in found})
+        return Claim(self, None if fault is not None else digest_of(key), names, fault)
+
+    @staticmethod
+    def _keys_in(name: bytes, values: Iterable[bytes]) -> Iterator[bytes]:
+        for value in values:
+            if name == _AUTHORIZATION:
+                key = _key_in_authorization(value)
+                if key is not None:
+                    yield key
+            elif value.startswith(_PREFIX) or has_plain_key(value):
+                yield value
+
+    def _fault_of(self, fields: Fields, names: frozenset[bytes], keys: AbstractSet[bytes]) -> str | None:
+        """Return why keys in header fields with these names are invalid, whatever is stored."""
         if len(keys) > 1:
-            return Claim(self, None, names, "The request has several API keys; send one.")
+            return "The request has several API keys; send one."
+        if not names <= {self._header, _AUTHORIZATION}:
+            return "The name of the header field with the API key has underscores."
         if any(len(fields[name]) > 1 for name in names):
-            return Claim(self, None, names, "The header field with the API key was sent several times; send it once.")
+            return "The header field with the API key was sent several times; send it once."
         (key,) = keys
-        if key == _WITHOUT_SCHEME:
-            return Claim(self, None, names, "Authorization has an API key without the scheme Bearer or Basic.")
+        if key == _OTHER_FORM:
+            return "Authorization has an API key that is neither a Bearer token nor the user name of Basic."
         fault = fault_of(key)
-        if fault is not None:
-            return Claim(self, None, names, f"The API key is malformed: {fault}.")
-        return Claim(self, digest_of(key), names)
+        return None if fault is None else f"The API key is malformed: {fault}."
 
     def claim_of_id(self, credential_id: str) -> Claim | None:
         """Return the claim of the key that operators know by this id, without the key; None if it is not held."""
@@ -118,23 +134,32 @@ class ApiKeySource:
 
 
 def _key_in_authorization(value: bytes) -> bytes | None:
-    """Return the API key in a value of `Authorization` with any scheme; None if it contains none."""
-    scheme, _, rest = value.replace(b"\t", b" ").partition(b" ")
-    rest = rest.strip(b" ")
-    if scheme.lower() == b"bearer":
-        return rest if rest.startswith(_PREFIX) else None
-    if scheme.lower() == b"basic":
-        return _user_of_basic(rest)
-    # Under another scheme it is recognised too: what is ours is not forwarded, and never falls through.
-    return _WITHOUT_SCHEME if value.startswith(_PREFIX) or rest.startswith(_PREFIX) else None
+    """Return the API key in a value of `Authorization`; None if it contains none.
+
+    Only spaces separate scheme and credentials (RFC 9110 section 11.4); with a tab, the key has another form.
+    """
+    scheme, _, rest = value.partition(b" ")
+    rest = rest.lstrip(b" ")
+    if scheme.lower() == b"bearer" and rest.startswith(_PREFIX):
+        return rest
+    if scheme.lower() == b"basic" and (user := _user_of_basic(rest)) is not None:
+        return user
+    is_ours = value.startswith(_PREFIX) or _SECOND_WORD.match(value) is not None or has_plain_key(value)
+    return _OTHER_FORM if is_ours else None
 
 
 def _user_of_basic(credentials: bytes) -> bytes | None:
     """Return the user name of Basic credentials (RFC 7617 section 2) if it is one of our keys."""
-    if not credentials.startswith(_PREFIX_IN_BASE64):
+    if _PREFIX_IN_BASE64 not in credentials:
         return None
     try:
         user = base64.b64decode(credentials, validate=True).partition(b":")[0]
     except binascii.Error:
-        return b""  # recognised, and malformed
+        return b"" if _is_read_as_key(credentials) else None  # recognised, and malformed
     return user if user.startswith(_PREFIX) else None
+
+
+def _is_read_as_key(credentials: bytes) -> bool:
+    """Tell whether a decoder that ignores what is no base64 would find a key, or its beginning."""
+    found = _NO_BASE64.sub(b"", credentials)
+    return base64.b64decode(found[: len(found) // 4 * 4]).startswith(_PREFIX)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import ClientIdInvalid, GatewayError
@@ -10,7 +11,7 @@ from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, Client, Decision
 from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
 from api_gateway.proxy.header_facts import HeaderFacts
-from api_gateway.proxy.identity_sources import Proof, Question, Verification, Work
+from api_gateway.proxy.identity_sources import Claim, Proof, Question, Verification, Work
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import PriorityClasses
@@ -21,7 +22,8 @@ ChargesOf = Callable[[str], list[Charge]]
 class CredentialStage:
     """Determines the client of a request with a credential. `IdentityStage` determines that of all others.
 
-    A verified credential is remembered with the header set until the registry changes or the credential expires. An
+    If there are several, all must be valid, because upstreams may receive them; the first source's decides. A verified
+    credential is remembered with the header set until the registry changes or the credential expires. An
     invalid one, and one that memory does not suffice to verify, is charged to the address first, so that guessing
     neither floods a store nor is faster for one value than for another.
     """
@@ -74,46 +76,55 @@ class CredentialStage:
         claim = facts.claim
         if claim is None:
             return None
-        return self._conclude(plan, claim.source.verify(claim, plan.now_ns), is_charged=True)
+        return self._verify(plan, _Chain((*facts.further, claim), is_charged=True))
 
     def inspect(self, plan: RequestPlan) -> StageResult:
         """Find out what `decide` would return. Nothing is charged."""
         claim = plan.facts.claim
         if claim is None:
             return None
-        return self._silent._conclude(plan, claim.source.verify(claim, plan.now_ns), is_charged=False)  # noqa: SLF001 - of the same class
+        return self._silent._verify(plan, _Chain((*plan.facts.further, claim), is_charged=False))  # noqa: SLF001 - of the same class
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`."""
         return facts.claim is not None
 
-    def _conclude(self, plan: RequestPlan, found: Verification, *, is_charged: bool) -> StageResult:
-        if isinstance(found, Proof):
-            return self._admit(plan, found)
-        if isinstance(found, GatewayError) and not self._is_enforced:
-            return self._observe(plan, found)
+    def _verify(self, plan: RequestPlan, chain: "_Chain") -> StageResult:
+        """Verify the first claim of a chain, and then the others."""
+        claim = chain.claims[0]
+        found = claim.source.verify(claim, plan.now_ns)
+        if isinstance(found, Proof) or (isinstance(found, GatewayError) and not self._is_enforced):
+            return self._settle(plan, found, chain)
         plan.exchange.client = self._clients.by_address(address_key(plan.facts.peer))
-        if is_charged:
-            return self._charge(plan, partial(self._proceed, plan, found))
-        return self._proceed(plan, found)
+        if chain.is_charged:
+            return self._charge(plan, partial(self._proceed, plan, found, chain))
+        return self._proceed(plan, found, chain)
 
-    def _proceed(self, plan: RequestPlan, found: GatewayError | Question | Work) -> StageResult:
+    def _proceed(self, plan: RequestPlan, found: GatewayError | Question | Work, chain: "_Chain") -> StageResult:
         """Refuse, verify or ask, once the attempt has been charged to the address."""
         plan.exchange.decision = None
         result: Verification = found
         while isinstance(result, Work):
             result = result.do()
         if isinstance(result, Question):
-            return Wait.on(partial(_answer, result), self._on_verified)
-        return self._settle(plan, result)
+            return Wait.on(partial(_answer, result), partial(self._on_verified, chain=chain))
+        return self._settle(plan, result, chain)
 
-    def _on_verified(self, plan: RequestPlan, answer: tuple[Proof | GatewayError]) -> StageResult:
-        return self._settle(plan, answer[0])
+    def _on_verified(self, plan: RequestPlan, answer: tuple[Proof | GatewayError], *, chain: "_Chain") -> StageResult:
+        return self._settle(plan, answer[0], chain)
 
-    def _settle(self, plan: RequestPlan, found: Proof | GatewayError) -> StageResult:
-        if isinstance(found, Proof):
+    def _settle(self, plan: RequestPlan, found: Proof | GatewayError, chain: "_Chain") -> StageResult:
+        is_last = len(chain.claims) == 1
+        if isinstance(found, GatewayError):
+            if self._is_enforced:
+                return found
+            if is_last:
+                return self._observe(plan, found)
+            if self.on_observed is not None:
+                self.on_observed(plan, found)
+        elif is_last:
             return self._admit(plan, found)
-        return found if self._is_enforced else self._observe(plan, found)
+        return self._verify(plan, chain._replace(claims=chain.claims[1:]))
 
     # The client
 
@@ -128,6 +139,8 @@ class CredentialStage:
         client = self._clients.try_get(proof.client_id)
         if client is None:
             return Wait.on(partial(self._clients.look_up, proof.client_id), partial(self._set, proof=proof))
+        if facts.further:  # they are verified for every request, as each may expire
+            return self._set(plan, client, proof=proof)
         facts.client = self._set_client(plan, proof, client)
         facts.proof, facts.cost, facts.version = proof, -1.0, version
         facts.principal, facts.priority = plan.principal, plan.priority
@@ -171,6 +184,13 @@ class CredentialStage:
 
     def _ask(self, charges: list[Charge], now_ns: int, on_reply: OnReply) -> None:
         self._limiter.decide_async(charges, now_ns, on_reply)
+
+
+class _Chain(NamedTuple):
+    """The credentials of one request that are still to be verified; the last one decides who the client is."""
+
+    claims: tuple[Claim, ...]
+    is_charged: bool
 
 
 async def _answer(question: Question) -> tuple[Proof | GatewayError]:

@@ -44,9 +44,12 @@ from api_gateway.proxy.request_id import given_request_id
 
 MAX_INSPECTED = 32  # inspected header fields of a plain head
 MAX_REMEMBERED_BYTES = 4_096  # size of the largest header section that is remembered
-MAX_REMEMBERED = 1_024  # entries of each cache
+MAX_REMEMBERED = 1_024  # entries of each cache but the following
+MAX_NAMED = 16_384  # client ids with their facts, about 1 KB each
+MAX_FIRST = 256  # entries of the cache of whole header sections
 MAX_ID_BYTES = 128  # size of the largest client id
 NONE_KEYED: Mapping[bytes, str] = {}
+NONE_CHARGED: dict[tuple[str | None, str, float], list[Charge]] = {}  # replaced when the client is determined
 
 
 class HeaderFacts:
@@ -56,11 +59,11 @@ class HeaderFacts:
     `added` for plain heads only. `client`, `principal` and `priority` are set for the registry version `version`, and
     `charges` for `client` and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used
     last, has to decide on such requests. `claim` is the credential that decides who the client is, None without one;
-    `credentials` are the header fields that have a credential of this gateway. `proof` is what the claim proved, for
-    the registry version `version`. `keyed` are the values of header fields that limits count by (for `/explain`, also
-    `:organisation` and `:claim:PATH`), `charged` the charges by route, method and cost. `forged` are the header fields
-    that only the gateway may send to upstreams. `rest` are the facts of the other header fields, and `id_field` is the
-    one with the client id, if the two are read separately.
+    `further` are others, which must be valid too. `credentials` are the header fields that have a credential of this
+    gateway. `proof` is what the claim proved, for the registry version `version`. `keyed` are the values of header
+    fields that limits count by (for `/explain`, also `:organisation` and `:claim:PATH`), `charged` the charges by
+    route, method and cost. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the
+    facts of the other header fields, and `id_field` is the one with the client id, if the two are read separately.
     """
 
     __slots__ = (
@@ -80,6 +83,7 @@ class HeaderFacts:
         "expectation",
         "forged",
         "forwarding",
+        "further",
         "host",
         "host_field",
         "id_field",
@@ -149,11 +153,12 @@ class HeaderFacts:
         self.cors: CorsFields | None = None  # of responses by `cors_route`, the route that was used last
         self.cors_route: object = None
         self.claim: Claim | None = None
+        self.further: tuple[Claim, ...] = ()
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
         self.proof: Proof | None = None
         self.keyed: Mapping[bytes, str] = NONE_KEYED
-        self.charged: dict[tuple[str | None, str, float], list[Charge]] = {}
+        self.charged = NONE_CHARGED
         self.rest: HeaderFacts | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
@@ -210,10 +215,11 @@ class HeaderReader:
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
-        Credentials of `sources` are recognised, and not forwarded on the fast path. `reads_origin`: there are CORS
-        policies, for which the origin of requests and their preflights matter. `identity_fields` (lower case) are set
-        by the gateway for upstreams and removed from requests; `rewritten` creates the result of `read_lines`.
-        `limit_fields` (lower case) are those that limits count by.
+        Credentials of `sources` are recognised, and not forwarded on the fast path; trailers with the names of their
+        fields (`never_trailing`) never are. `reads_origin`: there are CORS policies, for which the origin of requests
+        and their preflights matter. `identity_fields` (lower case) are set by the gateway for upstreams and removed
+        from requests; `rewritten` creates the result of `read_lines`. `limit_fields` (lower case) are those that
+        limits count by.
         """
         self.via = via or Via()
         self._sources = sources
@@ -221,6 +227,7 @@ class HeaderReader:
         self._credential_lines = InspectedHeaders(sources.fields)
         self.id_header = id_header.lower().encode()
         self.protected = frozenset({self.id_header}) | identity_fields
+        self.never_trailing = self.protected | sources.fields
         self._identity_fields = identity_fields
         self._rewritten = rewritten
         self._max_body_bytes = max_body_bytes
@@ -235,8 +242,9 @@ class HeaderReader:
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset()) | identity_fields
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
         self._anonymous = lru_cache(maxsize=MAX_REMEMBERED)(self._read_plain)
-        self._named = lru_cache(maxsize=MAX_REMEMBERED)(self._with_id)
+        self._named = lru_cache(maxsize=MAX_NAMED)(self._with_id)
         self._claimed = lru_cache(maxsize=MAX_REMEMBERED)(self._read_claimed)
+        self._first = lru_cache(maxsize=MAX_FIRST)(self._read_anew)
 
     def __repr__(self) -> str:
         return f"<HeaderReader [{self._remembered.cache_info().currsize} header sets remembered]>"
@@ -285,12 +293,20 @@ class HeaderReader:
         """Return the meaning of the header lines of a plain head, and the lines for the upstream.
 
         None if the head is not plain: the general parser must read it. `before` are the header lines of an earlier
-        request of the same connection.
+        request of the same connection. The lines of a first request are looked up as a whole, because a client that
+        opens a connection for each request repeats them.
         """
-        if before is not None and before.facts.rest is not None:
+        if before is None:
+            read = self._first if len(lines) <= MAX_REMEMBERED_BYTES else self._read_anew
+            return read(peer, scheme, lines, max_lines)
+        if before.facts.rest is not None:
             headers = self._of_another_client(before, lines)
             if headers is not None:
                 return headers
+        return self._read_anew(peer, scheme, lines, max_lines)
+
+    def _read_anew(self, peer: str, scheme: str, lines: bytes, max_lines: int) -> RewrittenHeaders | None:
+        """Find the inspected header fields, and look up their meaning."""
         found = self._inspected.find(lines)
         if found is None or len(found) > MAX_INSPECTED or lines.count(b"\n") - 1 > max_lines:
             return None
@@ -382,9 +398,11 @@ class HeaderReader:
             or len(given) > MAX_ID_BYTES
             or not lines.startswith(before.received[:start])
             or not lines.endswith(before.received[end:])
-            or any(marker in lines for marker in self._markers)
         ):
             return None
+        for marker in self._markers:
+            if marker in lines:
+                return None
         facts = self._named(rest, (name, given))
         if facts is None:
             return None
@@ -410,7 +428,10 @@ class HeaderReader:
         return facts
 
     def _set_claim(self, facts: HeaderFacts, fields: Fields) -> None:
-        facts.claim, names = self._sources.claims(fields, has_name=facts.name is not None)
+        facts.claim, facts.further = self._sources.claims(fields, has_name=facts.name is not None)
+        names = frozenset[bytes]().union(
+            *(claim.names for claim in (facts.claim, *facts.further) if claim is not None)
+        )
         if self.id_header in names:  # its value is a credential, and no id
             facts.name = facts.name_error = None
         if names:

@@ -160,17 +160,12 @@ class IdentitySources:
         """The markers of all sources; header sections without any of them have no credential."""
         return tuple(dict.fromkeys(marker for source in self.credentials for marker in source.markers))
 
-    def claims(self, fields: Fields, *, has_name: bool) -> tuple[Claim | None, frozenset[bytes]]:
-        """Return the claim that decides, and the names of all header fields with a credential of these sources."""
-        decisive, names = None, frozenset[bytes]()
-        for source in self.credentials:
-            claim = source.claim(fields)
-            if claim is None:
-                continue
-            names |= claim.names
-            if decisive is None and not (has_name and self.accepts_header and source in self.behind):
-                decisive = claim
-        return decisive, names
+    def claims(self, fields: Fields, *, has_name: bool) -> tuple[Claim | None, tuple[Claim, ...]]:
+        """Return the claim that decides, None if none does, and all other claims of these sources."""
+        found = [claim for source in self.credentials if (claim := source.claim(fields)) is not None]
+        if not found or (has_name and self.accepts_header and found[0].source in self.behind):
+            return None, tuple(found)
+        return found[0], tuple(found[1:])
 
 
 HEADER_AND_ADDRESS = IdentitySources()

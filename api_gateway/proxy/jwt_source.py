@@ -27,6 +27,8 @@ from api_gateway.proxy.requirements import Requirement
 
 AUTHORIZATION = b"authorization"
 _BEARER = b"bearer"
+_DPOP = b"dpop"  # the scheme of tokens that are bound to a key (RFC 9449 section 7.1)
+_OTHER_FORM = "Authorization has a token that is not in the form 'Bearer <token>'."
 _SENT_TWICE = "Authorization was sent several times; send it once."
 
 
@@ -85,15 +87,18 @@ class JwtSource:
         return f"<JwtSource [{', '.join(self.keys)}; {self._verifier!r}]>"
 
     def claim(self, fields: Fields) -> Claim | None:
-        """Return the token in header fields if its issuer is configured."""
+        """Return the token in header fields if its issuer is configured; a fault if it is in another form.
+
+        An upstream might accept it in that form, as the identity of another client than the gateway's.
+        """
         values = fields.get(AUTHORIZATION, ())
         for value in values:
-            scheme, _, credentials = value.partition(b" ")
-            if scheme.lower() != _BEARER:
-                continue
-            token = self._reader.read(credentials.strip(b" "))
-            if token is not None:
-                fault = _SENT_TWICE if len(values) > 1 else token.fault
+            found = self._reader.find(value)
+            if found is not None:
+                text, token = found
+                fault = token.fault or (None if _is_regular(value, text, token) else _OTHER_FORM)
+                if len(values) > 1:
+                    fault = _SENT_TWICE
                 return Claim(self, token, self._withheld, None if fault is None else str(fault))
         return None
 
@@ -141,6 +146,18 @@ class JwtSource:
             f"The keys of issuer '{keys.name}' cannot be obtained, so the token cannot be verified.",
             retry_after=keys.retry_after,
         )
+
+
+def _is_regular(value: bytes, text: bytes, token: ReadToken) -> bool:
+    """Tell whether a value of `Authorization` has a token in the form of RFC 6750 section 2.1.
+
+    Spaces alone separate it from the scheme; that of a token that is bound to a key may be `DPoP`.
+    """
+    scheme, _, credentials = value.partition(b" ")
+    if credentials.lstrip(b" ") != text:
+        return False
+    accepts_bound = token.terms is not None and token.terms.accepts_bound
+    return scheme.lower() == _BEARER or (scheme.lower() == _DPOP and accepts_bound)
 
 
 class RequirementStage:

@@ -21,7 +21,7 @@ from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 
 # Of described requests without a credential, in `HeaderFacts.keyed`; no header field has such a name.
 DESCRIBED_ORGANISATION, DESCRIBED_CLAIM = b":organisation", b":claim:"
-MOST_REMEMBERED = 32  # combinations of route, method and cost of one header set
+MOST_REMEMBERED = 8  # combinations of route, method and cost of one header set, about 150 bytes for each limit
 
 ValueOf = Callable[[RequestPlan], str | None]
 
@@ -140,7 +140,7 @@ class LimitListStage(RateLimitStage):
     ) -> None:
         """See `RateLimitStage`. `routes` finds out which routes a path with several readings may belong to."""
         super().__init__(limiter=limiter, address_quota=address_quota, exempt=exempt, shadow=shadow)
-        self._limits = tuple([(limit, tuple([value_of(part) for part in limit.key])) for limit in limits])
+        self._limits = tuple([(limit, tuple([part_reader(part) for part in limit.key])) for limit in limits])
         self._routes = routes
         self._is_by_route = any(limit.routes is not None for limit in limits)
 
@@ -225,7 +225,7 @@ class LimitListStage(RateLimitStage):
         return (exchange.route,)
 
 
-def value_of(part: str) -> ValueOf:
+def part_reader(part: str) -> ValueOf:
     """Return the function for the value of a part of a limit's key; its result is None if a request has none."""
     kind, _, name = part.partition(":")
     if kind == "header":

@@ -17,7 +17,7 @@ from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.url_rewriting import UrlRewriter
 
 # In place of a request target, compared by identity:
-_UNKNOWN = b"%unknown"  # only the decoded path is known
+UNKNOWN_TARGET = b"%unknown"  # only the decoded path is known
 _READING = b"*reading"  # the path is one of the readings
 
 _FEW_SEGMENTS = 8  # segments that are cut off from the end; more are cut off by splitting the beginning
@@ -128,7 +128,7 @@ class RouteTable:
         """Return all routes."""
         return (route for routes in self._routes.values() for route in routes)
 
-    def find(self, host: str, method: str, path: str, raw_target: bytes = _UNKNOWN) -> tuple[Route, float]:
+    def find(self, host: str, method: str, path: str, raw_target: bytes = UNKNOWN_TARGET) -> tuple[Route, float]:
         """Return the route of a request and its cost in tokens.
 
         `path` is percent-decoded; `raw_target` is the request target with the same path as sent, from which the
@@ -191,7 +191,7 @@ class RouteTable:
         resolve dot segments. Readings with repeated slashes cost no more than those without.
         """
         try:
-            if raw_target is _UNKNOWN:
+            if raw_target is UNKNOWN_TARGET:
                 found = readings(path, is_decoded=True)
             else:
                 found = readings(raw_target.partition(b"?")[0].decode("latin-1"))

@@ -36,6 +36,7 @@ class UpstreamRequest:
 
     __slots__ = (
         "_facts",
+        "_never_trailing",
         "_protected",
         "_scope",
         "_via",
@@ -60,9 +61,11 @@ class UpstreamRequest:
         scope: Scope,
         extension: ServerExtension | None,
         protected: frozenset[bytes],
+        never_trailing: frozenset[bytes],
         via: Via,
     ) -> None:
         self._scope = scope
+        self._never_trailing = never_trailing
         self._facts = plan.facts
         self._protected = protected
         self._via = via
@@ -126,7 +129,7 @@ class UpstreamRequest:
 
     def trailers(self) -> HeaderList:
         """Return the request's trailer fields that are forwarded."""
-        return [] if self.extension is None else forwardable_trailers(self.extension.trailers, self._protected)
+        return [] if self.extension is None else forwardable_trailers(self.extension.trailers, self._never_trailing)
 
     def continue_body(self) -> None:
         """Go on receiving the body from the client after the response is complete, see `ResponseListener`."""

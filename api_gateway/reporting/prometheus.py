@@ -27,6 +27,7 @@ from api_gateway.reporting.prometheus_families import (
     SingleMetric,
     duration_histogram,
     family_in_pieces,
+    limit_families,
     refusal_families,
     without_head,
 )
@@ -157,28 +158,7 @@ class PrometheusExposition:
             for tier, count in by_tier.items():
                 family.add_metric([tier], count)
             yield family
-        for name, words, by_limit in (
-            (
-                "gateway_rate_limit_refusals",
-                "Refusals by limit; a request that several limits refuse counts for each.",
-                self._recorder.refusals_by_limit,
-            ),
-            (
-                "gateway_rate_limit_would_refuse",
-                "Allowed requests that the candidate of a limit would have refused.",
-                self._recorder.would_refuse_by_limit,
-            ),
-        ):
-            family = CounterMetricFamily(name, words, labels=["limit", "tier"])
-            for labels, count in by_limit.items():
-                family.add_metric(labels, count)
-            yield family
-        warnings = CounterMetricFamily(
-            "gateway_quota_warnings", "Shares of calendar quotas that were reached (warn_at).", labels=["limit"]
-        )
-        for limit, count in self._recorder.quota_warnings.items():
-            warnings.add_metric([limit], count)
-        yield warnings
+        yield from limit_families(self._recorder)
         settlements = CounterMetricFamily(
             "gateway_rate_limit_settlements", "Costs settled after the response.", labels=["result"]
         )

@@ -56,6 +56,32 @@ def refusal_families(recorder: Recorder) -> Iterator[Metric]:
         yield family
 
 
+def limit_families(recorder: Recorder) -> Iterator[Metric]:
+    """Yield the counters of refusals by limit and tier, in force and by candidates."""
+    for name, words, counts in (
+        (
+            "gateway_rate_limit_refusals",
+            "Refusals by limit; a request that several limits refuse counts for each.",
+            recorder.refusals_by_limit,
+        ),
+        (
+            "gateway_rate_limit_would_refuse",
+            "Allowed requests that the candidate of a limit would have refused.",
+            recorder.would_refuse_by_limit,
+        ),
+    ):
+        family = CounterMetricFamily(name, words, labels=["limit", "tier"])
+        for labels, count in counts.items():
+            family.add_metric(labels, count)
+        yield family
+    warnings = CounterMetricFamily(
+        "gateway_quota_warnings", "Shares of calendar quotas that were reached (warn_at).", labels=["limit"]
+    )
+    for limit, count in recorder.quota_warnings.items():
+        warnings.add_metric([limit], count)
+    yield warnings
+
+
 def family_in_pieces(
     kind: Callable[..., Any],
     name: str,

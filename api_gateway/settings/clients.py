@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AwareDatetime, Field
 
+from api_gateway.models import KEY_PREFIX
 from api_gateway.settings.setting_types import Identifier, NetworkSetting, Section, TierName
 
-_KEY_PREFIX = "agw_"  # as in `clients.api_keys`
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 
 
@@ -45,7 +45,7 @@ class TierSection(Section):
 
 
 def _digest(value: str) -> str:
-    if _KEY_PREFIX in value:
+    if KEY_PREFIX in value:
         raise ValueError("must be the SHA-256 digest of a key, got a key; only its digest belongs here")
     digest = value.removeprefix("sha256:")
     if _DIGEST.fullmatch(digest) is None:

@@ -42,6 +42,39 @@ def _requested_header(name: str) -> str:
     return name
 
 
+# Suffixes below which anyone can have a name: labels that countries put before their own, and hosts of others' sites.
+# The complete list (publicsuffix.org) changes daily; these are the ones that are seen most.
+_OF_COUNTRIES = frozenset({"ac", "co", "com", "edu", "gob", "gov", "ltd", "ne", "net", "or", "org"})
+_COUNTRY = 2  # letters
+_OF_HOSTS = frozenset(
+    {
+        *("amazonaws.com", "appspot.com", "azurewebsites.net", "blogspot.com", "cloudfront.net", "firebaseapp.com"),
+        *(
+            "fly.dev",
+            "github.io",
+            "gitlab.io",
+            "glitch.me",
+            "herokuapp.com",
+            "netlify.app",
+            "ngrok-free.app",
+            "ngrok.io",
+        ),
+        *(
+            "onrender.com",
+            "pages.dev",
+            "replit.app",
+            "run.app",
+            "surge.sh",
+            "trycloudflare.com",
+            "vercel.app",
+            "web.app",
+        ),
+        "workers.dev",
+    }
+)
+_PRIVATE = frozenset({"internal", "intranet", "lan", "local", "localhost", "test"})  # names that nobody can register
+
+
 OriginPattern = Annotated[str, AfterValidator(_origin)]
 _HeaderName = Annotated[str, Field(pattern=HEADER_NAME)]
 _RequestedHeader = Annotated[_HeaderName, AfterValidator(_requested_header)]
@@ -88,3 +121,21 @@ def cors_findings(section: CorsSection) -> Iterator[tuple[tuple[str, ...], str]]
         if name == _ANY and section.credentials:
             message = "exposes nothing with credentials: true: name the fields, got '*'"
             yield ("exposed_headers", str(number)), message
+
+
+def cors_warnings(section: CorsSection) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield key and message of each origin whose pages may use credentials although anyone can have such a page."""
+    for number, origin in enumerate(section.origins):
+        found = _ORIGIN.fullmatch(origin)
+        if section.enabled and section.credentials and found is not None and found["host"].startswith("*."):
+            parent = found["host"].removeprefix("*.")
+            if _is_public_suffix(parent):
+                message = f"anyone can have a page below {parent}, which may use credentials, got {origin!r}"
+                yield ("origins", str(number)), message
+
+
+def _is_public_suffix(name: str) -> bool:
+    first, _, rest = name.strip(".").partition(".")
+    if not rest:
+        return first not in _PRIVATE
+    return (first in _OF_COUNTRIES and len(rest) == _COUNTRY and rest.isalpha()) or name in _OF_HOSTS

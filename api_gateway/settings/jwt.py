@@ -112,6 +112,10 @@ class IssuerSection(Section):
     types: list[Text] = Field(
         default=["JWT", "at+jwt"], min_length=1, description="Values of typ; JWT also permits a token without typ."
     )
+    accept_bound: bool = Field(
+        default=False,
+        description="Whether to accept tokens that are bound to a key (claim cnf), also as DPoP; upstreams verify it.",
+    )
     leeway: float = Field(default=30, ge=0, le=600, description="Seconds by which clocks may differ.")
     client_claim: ClaimPathSetting = "sub"
     client_prefix: str = Field(

@@ -10,13 +10,14 @@ from api_gateway.http1.methods import REFUSED_METHODS
 from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
-from api_gateway.settings.cors import CorsSection, cors_findings
+from api_gateway.settings.cors import CorsSection, cors_findings, cors_warnings
 from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limit_rules import allowances, limit_findings
 from api_gateway.settings.limits import AllowanceSection, LimitSection
 from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
 from api_gateway.settings.routes import RouteSection
+from api_gateway.settings.server import ServerSection
 from api_gateway.settings.store import StoreSection
 from api_gateway.settings.upstreams import UpstreamSection
 
@@ -48,6 +49,8 @@ class ConfigSections(Protocol):
 
     @property
     def admin(self) -> AdminSection: ...  # noqa: D102 - see `GatewayConfig`
+    @property
+    def server(self) -> ServerSection: ...  # noqa: D102
     @property
     def store(self) -> StoreSection: ...  # noqa: D102 - see `GatewayConfig`
     @property
@@ -92,8 +95,23 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _route_findings(config)
 
 
+def access_warnings(config: ConfigSections) -> Iterator[Finding]:
+    """Yield settings by which strangers may get more access than intended, or clients cannot be told apart."""
+    if config.cors is not None:
+        for key, message in cors_warnings(config.cors):
+            yield Finding(("cors", *key), message)
+    for index, route in enumerate(config.routes):
+        for key, message in () if route.cors is None else cors_warnings(route.cors):
+            yield _of_route(route, ("routes", str(index), "cors", *key), message)
+    server = config.server
+    if server.forwarded.read == "forwarded" and not server.trusted_proxies:
+        message = f"has no effect without server.trusted_proxies, got {server.forwarded.read!r}"
+        yield Finding(("server", "forwarded", "read"), message)
+
+
 def find_warnings(config: ConfigSections) -> Iterator[Finding]:
     """Yield settings that are valid and probably not intended."""
+    yield from access_warnings(config)
     used = {route.upstream for route in config.routes}
     used |= {route.fallback.upstream or "" for route in config.routes if route.fallback}
     for name, upstream in config.upstreams.items():

@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Iterator
-from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import NamedTuple
+
+from api_gateway.ip_addresses import parse_address
 
 ESTABLISHED, LISTEN = b"01", b"0A"
 _WORD = 4  # bytes: addresses are printed as words of the machine's byte order
@@ -24,10 +25,7 @@ class Endpoint(NamedTuple):
     @classmethod
     def of(cls, address: str, port: int) -> "Endpoint":
         """Return the endpoint at an IP address. Raises ValueError for other text."""
-        parsed = ip_address(address.partition("%")[0])
-        if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
-            parsed = parsed.ipv4_mapped
-        packed = parsed.packed
+        packed = parse_address(address).packed
         words = [packed[start : start + _WORD] for start in range(0, len(packed), _WORD)]
         if sys.byteorder == "little":
             words = [word[::-1] for word in words]

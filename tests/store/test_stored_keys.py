@@ -203,10 +203,10 @@ async def test_a_key_expires_without_a_change_of_the_store(opened: Open) -> None
         key = made(1, expires_at=wall() + 100)
         await registry.keys.create("acme", key, verified_only=UNCHANGED)
         version = registry.version
-        registry.end_grants()
+        registry.end_expired()
         assert registry.version == version
         wall.advance(100.001)  # stores keep milliseconds
-        registry.end_grants()
+        registry.end_expired()
         assert registry.version > version, "proofs that were remembered are verified again"
         assert registry.by_id("acme").is_verified_only
 

@@ -96,6 +96,7 @@ def test_a_line_has_every_field_of_a_proxied_request() -> None:
         "decision": {
             "at_ns": 0,
             "number": 0,
+            "process": "0",
             "source": "memory",
             "limits": [],
             "limit": "FREE",
@@ -203,6 +204,7 @@ def documented_decision(exchange: Exchange, decision: Decision) -> dict[str, Any
     members: dict[str, Any] = {
         "at_ns": first.at_ns,
         "number": exchange.number,
+        "process": "0",
         "source": first.source,
         "limits": [charge.quota.name for charge in exchange.charges],
         "limit": first.quota.name,
@@ -250,7 +252,12 @@ def documented(exchange: Exchange, now: float) -> str:
     }
     check = exchange.credential_check
     if check is not None:
-        members["credential_check"] = {"at_ns": check[1].at_ns, "number": check[0]}
+        members["credential_check"] = {
+            "at_ns": check[1].at_ns,
+            "number": check[0],
+            "process": "0",
+            "source": check[1].source,
+        }
     return json.dumps(members, separators=(",", ":")) + "\n"
 
 
@@ -274,7 +281,7 @@ def test_the_time_of_each_line_is_its_own_whatever_the_clock_does(first: float, 
 def test_times_of_decisions_are_since_the_epoch_whatever_the_wall_clock_does() -> None:
     """The store's are so already; others are converted by one difference, which keeps their order."""
     wall, monotonic, written = 1_700_000_000.5, 7_000, list[str]()
-    numbers = DecisionNumbers(lambda: monotonic, lambda: wall)
+    numbers = DecisionNumbers("0", lambda: monotonic, lambda: wall)
     log = AccessLog(lambda: wall, written.append, numbers=numbers)
     exchange = bare()
     for source, at_ns in (("memory", 8_000), ("store", 8_000), ("memory", 9_000)):

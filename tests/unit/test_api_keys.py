@@ -17,6 +17,7 @@ from api_gateway.clients.api_keys import (
     as_members,
     digest_of,
     fault_of,
+    has_key,
     keys_as_json,
     new_key,
     without_keys,
@@ -111,7 +112,6 @@ def source(tmp_path: Path, wall: FakeClock) -> ApiKeySource:
         (b"x-api-key", b" " + KEY),
         (b"Authorization", b"Bearer " + KEY),
         (b"authorization", b"bearer   " + KEY),
-        (b"Authorization", b"Bearer\t" + KEY),
         (b"Authorization", basic(KEY)),
         (b"Authorization", basic(KEY, b"x")),
         (b"Authorization", basic(KEY, b"a:b")),
@@ -190,6 +190,17 @@ BROKEN: dict[str, HeaderList] = {
     "no scheme": [(b"authorization", KEY)],
     "another scheme": [(b"authorization", b"Token " + KEY)],
     "beside another credential": [(b"authorization", b"Bearer " + KEY), (b"authorization", b"Basic eA==")],
+    "a tab behind the scheme": [(b"authorization", b"Bearer\t" + KEY)],
+    "a tab and spaces": [(b"authorization", b"Bearer \t " + KEY)],
+    "a parameter behind it": [(b"authorization", b"Bearer " + KEY + b", x=y")],
+    "a key as a parameter": [(b"authorization", b'Token token="' + KEY + b'"')],
+    "in quotes, as a bearer token": [(b"authorization", b'Bearer "' + KEY + b'"')],
+    "with a scheme in its own field": [(b"x-api-key", b"Bearer " + KEY)],
+    "in a list": [(b"x-api-key", b"theirs, " + KEY)],
+    "a name with underscores": [(b"x_api_key", KEY)],
+    "a name with one underscore, beside the other": [(b"x-api-key", KEY), (b"x-api_key", OTHER)],
+    "base64 with other characters": [(b"authorization", b"Basic *" + basic(KEY)[6:])],
+    "base64 with a line of its own": [(b"authorization", basic(KEY)[:-8] + b" " + basic(KEY)[-8:])],
     "truncated base64": [(b"authorization", basic(KEY)[:-3])],
     "in quotes": [(b"authorization", b'Bearer agw_"' + KEY + b'"')],
 }
@@ -217,8 +228,10 @@ def test_a_broken_key_is_recognised_and_its_refusal_shows_nothing_of_it(
         ("two keys", "several API keys"),
         ("sent twice", "sent several times"),
         ("beside another credential", "sent several times"),
-        ("no scheme", "without the scheme"),
-        ("another scheme", "without the scheme"),
+        ("no scheme", "neither a Bearer token nor"),
+        ("another scheme", "neither a Bearer token nor"),
+        ("a tab behind the scheme", "neither a Bearer token nor"),
+        ("a name with underscores", "has underscores"),
     ],
 )
 def test_the_refusal_of_a_sound_key_says_what_is_wrong_with_the_request(
@@ -233,7 +246,36 @@ def test_the_refusal_of_a_sound_key_says_what_is_wrong_with_the_request(
 def test_a_line_of_a_log_has_no_key() -> None:
     key = KEY.decode()
     assert without_keys(f"GET /clients/{key}/keys?a={key} agw_x") == "GET /clients/agw_.../keys?a=agw_... agw_x"
-    assert without_keys("nothing") == "nothing"
+    assert without_keys("nothing of 100%") == "nothing of 100%"
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        KEY.decode().replace("_", "%5F"),
+        KEY.decode().replace("_", "%5f"),
+        KEY.decode().replace("_", "%255F"),
+        KEY.decode().replace("_", "%25255f"),
+        KEY.decode().replace("a", "%61"),
+        "".join(f"%{ord(character):02x}" for character in KEY.decode()),
+        "".join(f"%25{ord(character):02X}" for character in KEY.decode()),
+        "".join(f"%{ord(one):02X}" if number % 2 else one for number, one in enumerate(KEY.decode())),
+        basic(KEY)[6:].decode(),
+        basic(KEY, b"x")[6:].decode(),
+    ],
+)
+def test_a_line_of_a_log_has_no_key_in_another_spelling(spelled: str) -> None:
+    shown = without_keys(f'{{"path": "/api/x/{spelled}?a=%41"}}')
+    assert "agw_..." in shown
+    assert shown.startswith('{"path": "/api/x/')
+    for start in range(4, len(spelled) - 12):
+        assert spelled[start : start + 12] not in shown
+
+
+@pytest.mark.parametrize("spelled", [KEY, KEY.replace(b"_", b"%5F"), KEY.replace(b"w", b"%2577")])
+def test_a_key_is_no_name_in_any_spelling(spelled: bytes) -> None:
+    assert has_key(b"x:" + spelled)
+    assert not has_key(spelled[:16])
 
 
 # Changes of keys

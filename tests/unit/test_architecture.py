@@ -18,7 +18,7 @@ BEGIN, END = "<!-- layers: begin -->\n", "<!-- layers: end -->"
 
 # Lowest first; `api_gateway` is what the package itself offers (`api_gateway/__init__.py`).
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "demo", "errors", "eventloop", "models"),
+    ("_version", "demo", "errors", "eventloop", "ip_addresses", "models"),
     ("http1", "observability", "rate_limiter", "system"),
     ("resilience", "settings"),
     ("circuit_breaker", "config", "downstream", "metrics", "storage", "transport"),
@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fastpath",),
     ("admin",),
     ("assembly",),
-    ("main",),
+    ("main", "replay"),
     ("api_gateway", "process"),
     ("cli", "server"),
     ("__main__",),

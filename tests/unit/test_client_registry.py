@@ -700,12 +700,12 @@ async def test_a_grant_ends_on_time_on_every_process_and_one_of_them_clears_it()
         await soon(lambda: tier_of(other, "acme") == ("PREMIUM", "granted"), "the other follows")
         changed.clear()
         clock.now = 1059.999
-        one.end_grants()
+        one.end_expired()
         assert tier_of(one, "acme") == ("PREMIUM", "granted")
         clock.now = 1060
         versions = one.version, other.version
-        one.end_grants()
-        other.end_grants()
+        one.end_expired()
+        other.end_expired()
         assert tier_of(one, "acme") == tier_of(other, "acme") == ("BASIC", "registered")
         assert one.version > versions[0]
         assert other.version > versions[1]
@@ -737,7 +737,7 @@ async def test_a_grant_that_was_replaced_does_not_end_the_one_in_its_place() -> 
         await registry.grant("acme", "PREMIUM", 1060)
         await registry.grant("acme", "PREMIUM", 1120)
         clock.now = 1090
-        registry.end_grants()
+        registry.end_expired()
         assert tier_of(registry, "acme") == ("PREMIUM", "granted")
 
 
@@ -767,7 +767,7 @@ async def test_a_grant_ends_on_time_while_the_store_is_unavailable(monkeypatch: 
         await registry.grant("acme", "PREMIUM", 1060)
         store.failure = OSError("away")
         clock.now = 1060
-        registry.end_grants()
+        registry.end_expired()
         assert tier_of(registry, "acme") == ("FREE", "default")
         await asyncio.sleep(0)
         store.failure = None

@@ -1,5 +1,6 @@
 """CORS policies: which origins they allow, and which fields responses get, without doubling those of an upstream."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.resilience.event_loop_limit import LAG_SAMPLES, EventLoopShedder
 from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.rules import access_warnings
 
 APP = b"https://app.example"
 NAMES = ", ".join(EXPOSED).encode()
 POLICY = CorsPolicy(origins=[APP.decode()], credentials=True)
 OPEN = CorsPolicy(origins=["*"])
+UPSTREAM = {"up": {"targets": [{"url": "http://127.0.0.1:9001"}]}}
+ROUTE = {"name": "all", "path": "/api", "upstream": "up"}
 BAD_ORIGIN = "must be an origin such as https://app.example.com or https://*.example.com, or '*'"
 DEFAULT_PORT = "never matches, as browsers leave the default port out: write 'https://a.example'"
 
@@ -345,3 +349,25 @@ def test_the_fields_are_remembered_with_the_header_set_for_one_route() -> None:
 
 
 CORS_OF = {"open": OPEN, "own": POLICY, "none": None}
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_public"),
+    [
+        *((f"https://*.{name}", True) for name in ("com", "io", "co.uk", "com.au", "github.io", "workers.dev")),
+        ("http://*.com:*", True),
+        *((f"https://*.{name}", False) for name in ("example.com", "example.co.uk", "acme.github.io", "internal")),
+        *(("https://app.example.com", False), ("http://localhost:*", False), ("http://*.localhost", False)),
+        *(("https://co.uk", False), ("https://*.corp.internal", False)),
+    ],
+)
+def test_credentials_for_any_page_of_a_public_suffix_are_a_warning(origin: str, *, is_public: bool) -> None:
+    section = {"origins": ["https://a.example", origin], "credentials": True}
+    for sections, place in (
+        ({"cors": section}, "cors.origins[1]"),
+        ({"upstreams": UPSTREAM, "routes": [ROUTE | {"cors": section}]}, "routes[0] (all).cors.origins[1]"),
+    ):
+        told = [str(one) for one in access_warnings(load_config(None, sections))]
+        assert [one.partition(": ")[0] for one in told] == ([place] if is_public else [])
+        without = json.loads(json.dumps(sections).replace("true", "false"))
+        assert not list(access_warnings(load_config(None, without)))

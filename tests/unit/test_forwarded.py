@@ -1,11 +1,13 @@
 """The client's address behind proxies, in every spelling: never an error, never one that an untrusted peer chose."""
 
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from api_gateway.config import load_config
 from api_gateway.http1.forwarded import (
     BY_X_FORWARDED,
     FORWARDED,
@@ -19,6 +21,7 @@ from api_gateway.http1.forwarded import (
 )
 from api_gateway.http1.headers import FORWARDING, Network, fields_of
 from api_gateway.models import HeaderList
+from api_gateway.settings.rules import access_warnings
 
 TRUSTED: list[Network] = [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
 BY_FORWARDED = Forwarding(FORWARDED, sends_x_forwarded=False, sends_forwarded=True)
@@ -276,3 +279,18 @@ def test_the_next_gateway_finds_the_same_client(headers: HeaderList, client: obj
         if is_sent:
             assert client_address("10.0.0.1", fields_of(first), TRUSTED, form).address == str(client)
             assert all(32 <= byte < 127 for _, value in first for byte in value)
+
+
+@pytest.mark.parametrize(
+    ("server", "told"),
+    [
+        ({"forwarded": {"read": "forwarded"}}, True),
+        ({"forwarded": {"read": "forwarded"}, "trusted_proxies": ["10.0.0.0/8"]}, False),
+        ({"forwarded": {"send": "both"}}, False),
+        ({}, False),
+    ],
+)
+def test_a_field_that_nobody_is_trusted_to_write_is_a_warning(server: dict[str, Any], *, told: bool) -> None:
+    found = [str(one) for one in access_warnings(load_config(None, {"server": server}))]
+    message = "server.forwarded.read: has no effect without server.trusted_proxies, got 'forwarded'"
+    assert found == ([message] if told else [])

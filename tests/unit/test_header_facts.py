@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.proxy.header_facts import HeaderFacts, HeaderReader, RewrittenHeaders
+from api_gateway.proxy.header_facts import MAX_FIRST, MAX_REMEMBERED_BYTES, HeaderFacts, HeaderReader, RewrittenHeaders
 
 MOST = 100
 PEER = "192.0.2.1"
@@ -79,3 +79,24 @@ def test_a_reader_with_another_configuration_reads_the_lines_anew() -> None:
     found = other.read_lines(PEER, "http", lines_of([("Host", "a"), ("X-Client-ID", "bench")]), MOST, before)
     assert found is not None
     assert found.facts.owner is other
+
+
+def test_the_header_lines_of_first_requests_are_remembered_as_a_whole() -> None:
+    """By address, scheme and permitted number of lines; up to a size, and up to a number of them."""
+    one = reader()
+    section = lines_of([("Host", "a"), ("X-Client-ID", "acme"), ("X-Note", "bench")])
+    found = one.read_lines(PEER, "http", section, MOST)
+    assert one.read_lines(PEER, "http", bytes(bytearray(section)), MOST) is found
+    for other in (
+        one.read_lines("192.0.2.2", "http", section, MOST),
+        one.read_lines(PEER, "https", section, MOST),
+    ):
+        assert other is not None
+        assert found is not None
+        assert other.sent != found.sent
+    assert one.read_lines(PEER, "http", section, 2) is None
+    long = lines_of([("Host", "a"), ("X-Note", "x" * MAX_REMEMBERED_BYTES)])
+    assert one.read_lines(PEER, "http", long, MOST) is not one.read_lines(PEER, "http", long, MOST)
+    for number in range(2 * MAX_FIRST):
+        one.read_lines(PEER, "http", lines_of([("X-Note", f"{number}")]), MOST)
+    assert one._first.cache_info().currsize == MAX_FIRST

@@ -286,3 +286,14 @@ def test_a_key_is_for_the_permitted_algorithms_of_its_type_and_its_own() -> None
         keys_of_set(key_set(rsa), ("RS256",))
     assert isinstance(key, JoseKey)
     assert repr(key) == "<JoseKey 'a' [PS256]>"
+
+
+@pytest.mark.parametrize("bits", [512, 1024, 2047])
+def test_a_weak_key_is_not_used_however_it_is_encoded(bits: int) -> None:
+    """Leading zeros do not make it stronger."""
+    weak = 2 ** (bits - 1) + 1
+    for size in (bits // 8 + 1, 256, 512):
+        modulus = encoded(weak.to_bytes(size)).decode()
+        document = {"keys": [{"kty": "RSA", "kid": "weak", "n": modulus, "e": "AQAB"}]}
+        with pytest.raises(ValueError, match="none of its 1 keys"):
+            keys_of_set(json.dumps(document).encode(), ASYMMETRIC)

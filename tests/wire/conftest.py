@@ -11,7 +11,7 @@ import pytest
 
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.fastpath.fast_path import FastPath
-from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
+from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of, reply, running_gateway
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,24 @@ def hand_overs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(DownstreamConnection, "run_asgi", noting)
     return seen
+
+
+@pytest.fixture
+def trailing(up: RawUpstream) -> list[bytes]:
+    """The end of the body as it came to the upstream, from the last chunk on."""
+    ends: list[bytes] = []
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        while (line := wire.read_until(b"\r\n")) != b"0\r\n":
+            assert line is not None
+            wire.read_exactly(int(line, 16) + 2)
+        end = b""
+        while not end.endswith(b"\r\n\r\n"):
+            end += wire.read_until(b"\r\n") or b"\r\n\r\n"
+            if end == b"\r\n":
+                break
+        ends.append(end)
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    up.behave, up.reads_body = behave, False
+    return ends

@@ -36,27 +36,6 @@ def says(answer: bytes) -> Callable[[Wire, RawRequest], None]:
 # Trailers
 
 
-@pytest.fixture
-def trailing(up: RawUpstream) -> list[bytes]:
-    """The end of the body as it came to the upstream, from the last chunk on."""
-    ends: list[bytes] = []
-
-    def behave(wire: Wire, _request: RawRequest) -> None:
-        while (line := wire.read_until(b"\r\n")) != b"0\r\n":
-            assert line is not None
-            wire.read_exactly(int(line, 16) + 2)
-        end = b""
-        while not end.endswith(b"\r\n\r\n"):
-            end += wire.read_until(b"\r\n") or b"\r\n\r\n"
-            if end == b"\r\n":
-                break
-        ends.append(end)
-        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-
-    up.behave, up.reads_body = behave, False
-    return ends
-
-
 def test_trailers_of_a_request_arrive_as_trailers(client: RawClient, up: RawUpstream, trailing: list[bytes]) -> None:
     late = b"X-MiXed: 1\r\nChecksum: caf\xe9\r\nX-MiXed: 2\r\n\r\n"
     client.request("POST", "/api/x", (CHUNKED, "Trailer: Checksum"), b"2\r\nok\r\n0\r\n" + late)

@@ -23,6 +23,7 @@ from tests.kit import (
     ask,
     eventually,
     in_front_of,
+    reason,
     running_gateway,
 )
 
@@ -339,7 +340,7 @@ def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str
 
 def test_an_operator_endpoint_stores_no_key_as_a_name(keyed: RunningGateway) -> None:
     key = new_key(bytes(32))
-    for path, body, reason in (
+    for path, body, expected in (
         (f"/clients/{key}/tier", {"tier": "FREE"}, "client_id_invalid"),
         (f"/clients/x:{key}/keys", {}, "client_id_invalid"),
         ("/clients/acme/keys", {"label": f"was {key}"}, "invalid_value"),
@@ -350,7 +351,7 @@ def test_an_operator_endpoint_stores_no_key_as_a_name(keyed: RunningGateway) -> 
             body=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        assert answer.json()["reason"] == reason
+        assert answer.json()["reason"] == expected
         assert key not in answer.json()["detail"]
 
 
@@ -375,3 +376,37 @@ def test_an_id_that_identifies_nobody_is_not_forwarded(
     for request in up.requests:
         assert not request.all("x-client-id")
         assert not request.all("x_client_id")
+
+
+@pytest.mark.parametrize("odd", [(), ("X-Odd:  blanks",)], ids=["plain", "odd"])
+@pytest.mark.parametrize("path", ["/api/x", "/api/kept"])
+def test_no_credential_and_no_id_is_forwarded_as_a_trailer(
+    keyed: RunningGateway, up: RawUpstream, trailing: list[bytes], path: str, odd: tuple[str, ...]
+) -> None:
+    """Nothing has verified it; also not where credentials are forwarded."""
+    key = call(keyed, "POST", "/clients/acme/keys", {})["key"]
+    names = ("X-API-Key", "x-api-key", "X_API_Key", "Authorization", "X-Client-ID", "X_Client_ID", "Cookie")
+    trailers = "".join(f"{name}: {value}\r\n" for name in names for value in (key, "theirs"))
+    fields = (f"X-API-Key: {key}", "Transfer-Encoding: chunked", "Trailer: X-API-Key", *odd)
+    with RawClient(keyed.port) as client:
+        client.request("POST", path, fields, f"2\r\nok\r\n0\r\n{trailers}X-Late: 1\r\n\r\n".encode())
+        assert client.answer().status == 200
+    assert trailing == [b"X-Late: 1\r\n\r\n"]
+    assert up.requests[-1].head.count(key.encode()) == (path == "/api/kept")
+
+
+@pytest.mark.parametrize("method", ["GET", "TRACK"])
+def test_a_key_in_another_form_is_refused_and_not_forwarded(
+    keyed: RunningGateway, up: RawUpstream, method: str
+) -> None:
+    key = call(keyed, "POST", "/clients/acme/keys", {})["key"]
+    forms = (
+        *(f"Authorization: Bearer\t{key}", f'Authorization: Bearer "{key}"', f"Authorization: Bearer {key}, x"),
+        *(f"X-API-Key: Bearer {key}", f"X_API_Key: {key}", f"X-API_Key: {key}", f"x-api-key: x, {key}"),
+    )
+    for form in forms:
+        with RawClient(keyed.port) as client:
+            for _ in range(2):
+                client.request(method, headers=(form, "X-Client-ID: other"))
+                assert reason(client.answer()) == (401, "credentials_invalid"), form
+    assert not up.requests

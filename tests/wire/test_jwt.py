@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from api_gateway.assembly.issuers import Issuers
+from api_gateway.clients.api_keys import digest_of, new_key
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.process.start_check import startup_errors
@@ -290,6 +291,124 @@ def test_a_token_sent_with_another_credential_is_refused(
         answer = client.answer()
     assert reason(answer) == (401, "credentials_invalid")
     assert b"several times" in answer.body
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("order", [("api_key", "jwt", "address"), ("jwt", "api_key", "address")])
+def test_all_credentials_of_a_request_must_be_valid(
+    gateway: Gateway,
+    sections: dict[str, Any],
+    clocks: FakeClocks,
+    up: RawUpstream,
+    method: str,
+    order: tuple[str, ...],
+) -> None:
+    """An upstream receives the token, although the key decides who the client is; the other way round too."""
+    key, unknown = (new_key(bytes([number]) * 32) for number in (1, 2))
+    clients = {"program": {"keys": {"one": {"digest": digest_of(key.encode())}}}}
+    issuers = sections["identity"]["jwt"]
+    running = gateway(
+        sections | {"identity": {"sources": list(order), "jwt": issuers}, "clients": clients}, clocks.clocks
+    )
+    token, short = signed(claims_of(sub="user")), signed(claims_of(sub="user", exp=claims_of()["iat"] + 60))
+    decisive = "program" if order[0] == "api_key" else "user"
+
+    def ask_with(token: bytes, key: str) -> tuple[int, str | None]:
+        return told(get(running, token, method=method, X_API_Key=key))
+
+    for _ in range(3):
+        assert ask_with(token, key) == ask_with(short, key) == (200, None)
+    assert f"client:{decisive}" in clients_of(running)
+    assert len(clients_of(running) & {"client:program", "client:user"}) == 1
+    for broken in ("algorithm none", "signature of zeros", "expired", "another audience"):
+        assert ask_with(BROKEN[broken][0], key) == (401, "credentials_invalid"), broken
+    assert ask_with(token, unknown) == (401, "credentials_invalid")
+    clocks.advance(60 + LEEWAY)
+    assert ask_with(short, key) == (401, "credentials_invalid"), "also one that was valid before"
+    assert ask_with(token, key) == (200, None)
+    assert len(up.requests) == 7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_observing_admits_an_invalid_credential_beside_a_valid_one(
+    gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks, method: str
+) -> None:
+    key = new_key(bytes([1]) * 32)
+    clients = {"program": {"keys": {"one": {"digest": digest_of(key.encode())}}}}
+    identity = {"sources": ["api_key", "jwt", "address"], "mode": "observe", "jwt": sections["identity"]["jwt"]}
+    running = gateway(sections | {"identity": identity, "clients": clients}, clocks.clocks)
+    for _ in range(2):
+        assert get(running, BROKEN["algorithm none"][0], method=method, X_API_Key=key).status == 200
+    assert "client:program" in clients_of(running)
+    assert running.live.recorder.would_refuse["credentials_invalid"] == 2
+
+
+OTHER_FORMS = {
+    "a tab": "Bearer\t{}",
+    "a space and a tab": "Bearer \t{}",
+    "a tab and a space": "bearer\t {}",
+    "no scheme": "{}",
+    "another scheme": "JWT {}",
+    "the scheme of bound tokens": "DPoP {}",
+    "no separator": "Bearer:{}",
+    "quotes": 'Bearer "{}"',
+    "a parameter": 'Token token="{}"',
+    "padding": "Bearer {}==",
+    "a character within the signature": "Bearer {}*",
+    "a second word": "Bearer {} x",
+    "a list": "Bearer {}, Bearer x",
+    "behind a token of others": f"Bearer {signed(claims_of(iss='https://elsewhere.test')).decode()} {{}}",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", OTHER_FORMS.values(), ids=OTHER_FORMS.keys())
+def test_a_token_in_another_form_is_refused(running: RunningGateway, up: RawUpstream, method: str, form: str) -> None:
+    """An upstream might accept it, while the gateway would count the request for another client."""
+    with RawClient(running.port) as client:
+        for _ in range(2):
+            client.request(method, headers=(f"Authorization: {form.format(signed().decode())}", "X-Client-ID: other"))
+            answer = client.answer()
+            assert reason(answer) == (401, "credentials_invalid")
+            assert b"not in the form" in answer.body
+    assert not up.requests
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_spaces_alone_separate_a_token_from_its_scheme(running: RunningGateway, up: RawUpstream, method: str) -> None:
+    with RawClient(running.port) as client:
+        for number, separator in enumerate((" ", "    ")):
+            token = signed(claims_of(sub=f"spaced-{number}")).decode()
+            client.request(method, headers=(f"Authorization: bEARER{separator}{token}",))
+            assert client.answer().status == 200
+            assert f"client:spaced-{number}" in clients_of(running)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_tokens_in_one_value_are_refused_and_cost_no_time(
+    running: RunningGateway, up: RawUpstream, method: str
+) -> None:
+    foreign = signed(claims_of(iss="https://elsewhere.test")).decode()
+    for value in (" ".join([foreign] * 20), "eyJ9.e30." * 2000, "eyJ" * 5000, "eyJ." * 5000):
+        with RawClient(running.port) as client:
+            client.request(method, headers=(f"Authorization: Bearer {value}",))
+            assert client.answer().status == (200 if value.startswith(("eyJe", "eyJ.")) else 401), value[:20]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scheme", ["Bearer", "DPoP", "dpop"])
+def test_bound_tokens_are_accepted_if_upstreams_verify_the_proof(
+    gateway: Gateway, sections: dict[str, Any], clocks: FakeClocks, up: RawUpstream, method: str, scheme: str
+) -> None:
+    issuer = sections["identity"]["jwt"]["issuers"]["one"] | {"accept_bound": True}
+    identity = sections["identity"] | {"jwt": {"issuers": {"one": issuer}}}
+    running = gateway(sections | {"identity": identity}, clocks.clocks)
+    token = signed(claims_of(sub="bound", cnf={"jkt": "x" * 43})).decode()
+    with RawClient(running.port) as client:
+        for _ in range(2):
+            client.request(method, headers=(f"Authorization: {scheme} {token}",))
+            assert client.answer().status == 200
+    assert "client:bound" in clients_of(running)
 
 
 def test_a_token_ends_when_it_expires_also_one_that_is_remembered(

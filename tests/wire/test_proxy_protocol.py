@@ -169,6 +169,44 @@ def test_shares_of_connections_are_those_of_named_clients(shared: RawUpstream, t
             assert request(third, header=SECOND).status == 200
 
 
+def test_connections_that_wait_for_their_header_count_in_the_total(shared: RawUpstream, tmp_path: Path) -> None:
+    """They end with the timeout of the header, so others are served then."""
+    sections = in_front_of(shared.url) | {"server": TRUSTING | {"max_connections": 3, "header_timeout": 2}}
+    with running_gateway(sections, tmp_path) as running:
+        slots = slots_of(running)
+        waiting = [RawClient(running.port) for _ in range(3)]
+        eventually(lambda: slots.shares.in_use == 3, "they have slots")
+        with RawClient(running.port) as one:
+            assert reason(request(one, header=FIRST)) == (503, "overloaded")
+        for client in waiting:
+            assert client.answer().status == 408
+            client.close()
+        eventually(lambda: slots.shares.in_use == slots.surplus.in_use == 0, "all slots are returned")
+        with RawClient(running.port) as one:
+            assert request(one, header=FIRST).status == 200
+            assert slots.shares.in_use == 1
+        eventually(lambda: slots.shares.in_use == 0, "the slot is returned")
+
+
+def test_a_connection_that_is_refused_or_lost_before_its_header_returns_its_slot(
+    running: RunningGateway, client: RawClient
+) -> None:
+    slots = slots_of(running)
+    before = slots.shares.in_use
+    with RawClient(running.port) as lost:
+        lost.send(FIRST[:10])
+        eventually(lambda: slots.shares.in_use == before + 1, "it has a slot")
+    with RawClient(running.port) as refused:
+        refused.send(b"GET / HTTP/1.1\r\n\r\n")
+        assert refused.answer().status == 400
+    eventually(lambda: slots.shares.in_use == before, "the slots are returned")
+
+
+def slots_of(running: RunningGateway) -> Any:
+    factory: Any = running.server.config.http
+    return factory.slots
+
+
 @pytest.fixture
 def stopping(shared: RawUpstream, tmp_path: Path) -> Iterator[RunningGateway]:
     server = TRUSTING | {"header_timeout": 60, "drain_timeout": 20}

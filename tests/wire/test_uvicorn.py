@@ -229,6 +229,60 @@ def test_the_gateways_protocol_has_the_fast_path_the_limits_and_the_shares(
     assert app.listener.shares.total == 4
 
 
+BEGUN = b"Transfer-Encoding: chunked\r\n\r\n5\r\nbegun\r\n"
+STREAMS = {
+    "length": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nbegun",
+    "chunks": b"HTTP/1.1 200 OK\r\n" + BEGUN,
+    "events": b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + BEGUN,
+}
+
+
+@pytest.mark.parametrize("way", [lambda gateway: gateway, mounted, extended], ids=["alone", "mounted", "extended"])
+@pytest.mark.parametrize("http", ["h11", "httptools", OWN])
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
+def test_a_stream_ends_with_its_key_under_every_protocol(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, http: str, way: Callable[..., Any], stream: bytes
+) -> None:
+    """That of another key goes on, and a request without a response is completed."""
+    released = threading.Event()
+
+    def behave(wire: Wire, request: Any) -> bool:
+        if b"/slow" in request.line:
+            released.wait(PATIENCE)
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            return True
+        wire.send(stream)
+        released.wait(PATIENCE)
+        return False
+
+    up.behave = behave
+    port = serve(way(build()), http)
+    made, other = (operate(port, "POST", "/clients/acme/keys", b"{}") for _ in range(2))
+    with RawClient(port) as ended, RawClient(port) as going, RawClient(port) as slow:
+        for client, one in ((ended, made), (going, other)):
+            client.request("GET", "/api/x", (f"X-API-Key: {one['key']}",))
+            assert client.read_until(b"begun") is not None
+        slow.request("GET", "/api/slow", (f"X-API-Key: {made['key']}",))
+        eventually(lambda: len(up.requests) == 3, "all requests are on their way")
+        operate(port, "DELETE", f"/clients/acme/keys/{made['id']}")
+        ended.read_exactly(10_000)  # to the end of the connection
+        going.sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            going.fill()
+        released.set()
+        assert slow.answer().status == 200
+
+
+def operate(port: int, method: str, path: str, body: bytes = b"") -> Any:
+    """Call an operator endpoint, which must succeed."""
+    fields = (f"Authorization: Bearer {TOKEN}", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    with RawClient(port) as client:
+        client.request(method, path, fields, body)
+        answer = client.answer()
+    assert answer.status < 300, answer.body
+    return json.loads(answer.body)
+
+
 def test_a_reload_changes_its_limits(up: RawUpstream, serve: Serve, tmp_path: Path) -> None:
     changed = config(up, tmp_path, max_header_bytes=2048, max_connections=5)
     app = create_app(config(up, tmp_path), read=lambda: changed)

@@ -1,0 +1,111 @@
+"""The lines of an access log as events: decisions, settlements, and charges for the verification of credentials.
+
+An event is a plain tuple, which `marshal` can write and read fast. All begin with (time in nanoseconds, number, place,
+kind); the place (of the line in the logs) makes each event different, so that sorting never compares what follows.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+LogEvent = tuple[Any, ...]
+
+DECISION, SETTLEMENT, CHECK = 0, 1, 2  # kinds
+
+# What follows (time, number, place, kind) in an event of any kind:
+# process, source of the decision, client id, source of the tier, address
+# and then in a decision: tier, has keys, method, path, route, cost, limits, limit, wait_ns, remaining, settlements
+# in a settlement: number of the decision, cost
+KIND, PROCESS, SOURCE, ID_OF_CLIENT, TIER_SOURCE, ADDRESS = 3, 4, 5, 6, 7, 8
+
+_TEXT = r'"([^"\\]*)"'  # with an escape, the general parser is used
+_SKIPPED = r'(?:null|"[^"\\]*")'
+_HEAD = re.compile(
+    rf'\{{"time":"[^"]*","request_id":"[^"\\]*","client_address":{_TEXT},"client_id":{_TEXT},"tier":{_TEXT}'
+    rf',"tier_source":"(\w+)"(,"has_keys":true)?(?:,"organisation":"[^"\\]*")?,"method":{_TEXT},"path":{_TEXT}'
+    rf',"status":\d+,"reason":{_SKIPPED},"detail":{_SKIPPED},"source":"\w+","route":(?:null|{_TEXT})'
+)
+_TAIL = re.compile(
+    r',"cost":[^,]*,"remaining":(\d+),"bytes_received":\d+,"bytes_sent":\d+,"duration_ms":[^,]*'
+    r',"upstream_duration_ms":[^,]*,"decision":\{"at_ns":(\d+),"number":(\d+),"process":"(\w+)","source":"(\w+)"'
+    rf',"limits":\[([^\]\\]*)\],"limit":{_TEXT},"wait_ns":(-?\d+),"cost":([\d.e+-]+)\}}\}}\s*'
+)
+
+
+class ForeignLine(Exception):
+    """A line is not one of an access log that can be replayed; the message says why."""
+
+
+class NotDecided(Exception):
+    """The request of a line did not get to the rate limits."""
+
+
+def events_of(line: str, place: int) -> list[LogEvent]:
+    """Return the events of a line, which was decoded as Latin-1. Raises ForeignLine and NotDecided."""
+    head = _HEAD.match(line)
+    if head is not None:
+        tail = _TAIL.fullmatch(line, line.find(',"cost":', head.end()))
+        if tail is not None:
+            address, client, tier, tier_source, keys, method, path, route = head.groups()
+            remaining, at_ns, number, process, source, limits, limit, wait_ns, cost = tail.groups()
+            return [
+                (
+                    *(int(at_ns), int(number), place, DECISION, process, source, client, tier_source, address),
+                    *(tier, keys is not None, method, path, route, float(cost), limits, limit),
+                    *(int(wait_ns), int(remaining), 0),
+                )
+            ]
+    return _events_of_any(line, place)
+
+
+def _events_of_any(line: str, place: int) -> list[LogEvent]:
+    try:
+        members = json.loads(line.encode("latin-1"))
+    except (ValueError, RecursionError):
+        raise ForeignLine("is not JSON") from None
+    if not isinstance(members, dict) or "request_id" not in members or "client_address" not in members:
+        raise ForeignLine("is not a line of the access log")
+    if "decision" not in members:
+        raise ForeignLine("has no 'decision': it was written by an earlier version of the gateway")
+    try:
+        return _of_members(members, place)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ForeignLine(f"has no usable decision: {type(error).__name__}: {error}") from None
+
+
+def _of_members(members: Mapping[str, Any], place: int) -> list[LogEvent]:
+    decision, check = members["decision"], members.get("credential_check")
+    found: list[LogEvent] = []
+    address = _text(members["client_address"])
+    if check is not None:
+        times = int(check["at_ns"]), int(check["number"])
+        found.append((*times, place, CHECK, _text(check["process"]), _text(check["source"]), "", "", address))
+    if decision is None:
+        if found:
+            return found
+        raise NotDecided
+    process, source = _text(decision["process"]), _text(decision["source"])
+    client, tier_source = _text(members["client_id"]), _text(members["tier_source"])
+    settlements = decision.get("settlements", [])
+    number, what = int(decision["number"]), (process, source, client, tier_source, address)
+    route = members["route"]
+    found.append(
+        (
+            *(int(decision["at_ns"]), number, place, DECISION, *what),
+            *(_text(members["tier"]), members.get("has_keys") is True, _text(members["method"])),
+            *(_text(members["path"]), None if route is None else _text(route), float(decision["cost"])),
+            *(json.dumps(decision["limits"], separators=(",", ":"))[1:-1], _text(decision["limit"])),
+            *(int(decision["wait_ns"]), int(decision.get("remaining", members["remaining"])), len(settlements)),
+        )
+    )
+    for one in settlements:
+        times = int(one["at_ns"]), int(one["number"])
+        found.append((*times, place, SETTLEMENT, *what, number, float(one["cost"])))
+    return found
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {value!r}")
+    return value

@@ -1,0 +1,230 @@
+"""The steps of a replay: read and sort the parts of the logs, divide the clients, decide on each shard in order.
+
+Both run in several processes if the logs are large. Memory grows with the clients of the log, not with its lines.
+"""
+
+import gc
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+from api_gateway.config import GatewayConfig
+from api_gateway.replay.external_sort import Run, RunWriter, merged
+from api_gateway.replay.log_files import BrokenFile, LogPart, blocks_of, log_parts
+from api_gateway.replay.log_lines import DECISION, KIND, PROCESS, SOURCE, ForeignLine, LogEvent, NotDecided, events_of
+from api_gateway.replay.sharding import AddressLimits, linked_address, shard_key, shards
+from api_gateway.replay.simulation import Simulation
+from api_gateway.replay.tally import ReplayTally
+
+SMALL = 32 * 1024 * 1024  # bytes of logs up to which another process does not pay
+SHOWN_LINES = 5  # foreign lines of a part that are reported one by one
+MAX_SHARE = 0.8  # of the events in one shard, above which shards do not pay
+_PLACES = 1 << 40  # lines of one part
+
+
+@dataclass(slots=True)
+class PartSummary:
+    """What reading a part has found."""
+
+    part: LogPart
+    lines: int = 0
+    foreign: int = 0
+    shown: list[tuple[int, str]] = field(default_factory=list)  # number of the line within the part, and why
+    incomplete: int = 0
+    not_decided: int = 0
+    begin_ns: int = 1 << 80
+    end_ns: int = -1
+    sources: Counter[str] = field(default_factory=Counter)
+    spans: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # by process: least, greatest, count
+    numbers: dict[str, list[int]] = field(default_factory=dict)  # by process, of the events that are being counted
+    counts: Counter[str] = field(default_factory=Counter)  # events by shard key
+    links: set[tuple[str, str]] = field(default_factory=set)
+    runs: list[Run] = field(default_factory=list)
+    broken: str | None = None  # why the rest of the file could not be read
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The result of a replay. `processes` have decided at the same time, in `seconds` for everything."""
+
+    parts: Sequence[PartSummary]
+    tally: ReplayTally
+    unknown_tiers: frozenset[str]
+    processes: int
+    seconds: float
+
+
+def replay_logs(
+    paths: Sequence[Path],
+    candidate: GatewayConfig,
+    current: GatewayConfig | None,
+    *,
+    jobs: int | None = None,
+    folder: Path | None = None,
+) -> Replayed:
+    """Replay access logs under a candidate and, if given, under the current configuration. Raises ReplayError.
+
+    `jobs` is the number of processes (None: one for each processor, if the logs are large). Events are sorted in a
+    temporary folder below `folder`.
+    """
+    began = time.monotonic()
+    parts = log_parts(paths)
+    if jobs is None:
+        jobs = (os.cpu_count() or 1) if sum(part.end - part.begin for part in parts) > SMALL else 1
+    configs = [candidate] if current is None else [candidate, current]
+    with tempfile.TemporaryDirectory(prefix="api-gateway-replay-", dir=folder) as name:
+        limits = AddressLimits(configs)
+        if jobs == 1:
+            summaries = [read_part(part, index, Path(name), limits) for index, part in enumerate(parts)]
+            found = [decide_shard(work) for work in _divided(candidate, current, summaries, 1)]
+        else:
+            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+                reading = [pool.submit(read_part, part, index, Path(name), limits) for index, part in enumerate(parts)]
+                summaries = [task.result() for task in reading]
+                deciding = [pool.submit(decide_shard, work) for work in _divided(candidate, current, summaries, jobs)]
+                found = [task.result() for task in deciding]
+    tally, unknown = found[0]
+    for other, tiers in found[1:]:
+        tally.merge(other)
+        unknown |= tiers
+    return Replayed(summaries, tally, frozenset(unknown), len(found), time.monotonic() - began)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Have no cycles collected: events are millions of tuples without any, and looking for them takes most time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+# Reading
+
+
+def read_part(part: LogPart, index: int, folder: Path, limits: AddressLimits) -> PartSummary:
+    """Read a part of a log, and write its events as sorted runs."""
+    summary = PartSummary(part)
+    writer = RunWriter(folder, f"run-{index}")
+    is_limited = lru_cache(maxsize=65_536)(limits.apply_to)
+    with _without_collections():
+        try:
+            for lines, is_complete in blocks_of(part):
+                _read_lines(summary, writer, lines, index * _PLACES, is_limited, is_complete=is_complete)
+        except BrokenFile as error:
+            summary.broken = str(error)
+        writer.flush()
+    summary.runs = writer.runs
+    return summary
+
+
+def _read_lines(
+    summary: PartSummary,
+    writer: RunWriter,
+    lines: Sequence[str],
+    place: int,
+    is_limited: Callable[[str], bool],
+    *,
+    is_complete: bool,
+) -> None:
+    found: list[LogEvent] = []
+    before = summary.lines
+    for number, line in enumerate(lines, before + 1):
+        try:
+            found += events_of(line, place + number)
+        except NotDecided:
+            summary.not_decided += 1
+        except ForeignLine as error:
+            if not is_complete and number == before + len(lines):
+                summary.incomplete += 1
+            elif line.strip():
+                summary.foreign += 1
+                if len(summary.shown) < SHOWN_LINES:
+                    summary.shown.append((number, str(error)))
+    summary.lines += len(lines)
+    if found:
+        _count(summary, found, is_limited)
+        writer.add(found)
+
+
+def _count(summary: PartSummary, events: Sequence[LogEvent], is_limited: Callable[[str], bool]) -> None:
+    counts, links, numbers = summary.counts, summary.links, summary.numbers
+    for event in events:
+        key = shard_key(event)
+        counts[key] = counts.get(key, 0) + 1
+        other = linked_address(event, is_limited)
+        if other is not None:
+            links.add((key, other))
+        numbers.setdefault(event[PROCESS], []).append(event[1])
+    for process, given in numbers.items():
+        least, greatest, count = summary.spans.get(process, (given[0], given[0], 0))
+        summary.spans[process] = min(least, *given), max(greatest, *given), count + len(given)
+    numbers.clear()
+    times = [event[0] for event in events]
+    summary.begin_ns, summary.end_ns = min(summary.begin_ns, *times), max(summary.end_ns, *times)
+    summary.sources.update([event[SOURCE] for event in events if event[KIND] == DECISION])
+
+
+# Deciding
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWork:
+    """What one process decides: the events of a shard, or of all (`shard_of` None)."""
+
+    candidate: GatewayConfig
+    current: GatewayConfig | None
+    runs: Sequence[Run]
+    begin_ns: int
+    end_ns: int
+    shard_of: Mapping[str, int] | None = None
+    shard: int = 0
+
+
+def decide_shard(work: ShardWork) -> tuple[ReplayTally, set[str]]:
+    """Decide on events in their order; return the figures, and tiers of the log that the candidate does not have."""
+    candidate = Simulation(work.candidate)
+    current = None if work.current is None else Simulation(work.current)
+    tally = ReplayTally(candidate, current, work.begin_ns, work.end_ns)
+    add, shard_of, shard = tally.add, work.shard_of, work.shard
+    with _without_collections():
+        for events in merged(work.runs):
+            for event in events:
+                if shard_of is None or shard_of[shard_key(event)] == shard:
+                    add(event)
+    return tally.without_simulations(), candidate.unknown_tiers
+
+
+def _divided(
+    candidate: GatewayConfig, current: GatewayConfig | None, summaries: Sequence[PartSummary], jobs: int
+) -> list[ShardWork]:
+    """Return the work of each process: by shards, if the limits permit that they have about the same size."""
+    runs = [run for summary in summaries for run in summary.runs]
+    begin_ns, end_ns = span_of(summaries)
+    counts: Counter[str] = Counter()
+    for summary in summaries:
+        counts.update(summary.counts)
+    shard_of: Mapping[str, int] | None = None
+    if jobs > 1:
+        shard_of, largest = shards(counts, (link for summary in summaries for link in summary.links), jobs)
+        if largest > MAX_SHARE * counts.total():
+            shard_of = None
+    number = 1 if shard_of is None else jobs
+    return [ShardWork(candidate, current, runs, begin_ns, end_ns, shard_of, shard) for shard in range(number)]
+
+
+def span_of(summaries: Sequence[PartSummary]) -> tuple[int, int]:
+    """Return the times of the first and of the last event, in nanoseconds since the epoch; zeros without any."""
+    spans = [(summary.begin_ns, summary.end_ns) for summary in summaries if summary.spans]
+    return (min(begin for begin, _ in spans), max(end for _, end in spans)) if spans else (0, 0)

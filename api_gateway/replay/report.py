@@ -1,0 +1,277 @@
+"""The result of a replay as a document for JSON, and as a table of text."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from api_gateway.config import GatewayConfig
+from api_gateway.models import NANOSECONDS
+from api_gateway.replay.log_lines import LogEvent
+from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
+from api_gateway.replay.simulation import ReplayedDecision
+from api_gateway.replay.tally import EXACT, Agreement
+
+Document = dict[str, Any]
+
+UNKNOWN = (
+    (
+        "A client that is refused behaves differently: it may wait, repeat the request, or give up. The replay sends"
+        " the same requests at the same times."
+    ),
+    "A request that was refused has no settlement in the log: its cost under the candidate is that of its route.",
+    (
+        "Identity, and tiers that were granted, registered or stated by a token, are those of the log. Changes of"
+        " tiers are applied at the first request with the new tier; refilled buckets and reloads of the configuration"
+        " are not in the log."
+    ),
+    (
+        "Requests that did not get to the limits, such as those without a route or with an invalid credential, are not"
+        " replayed. Load shedding, breakers and concurrency limits are not evaluated."
+    ),
+    "All buckets are full at the first decision of the log, or of a process.",
+)
+
+
+def document_of(
+    replayed: Replayed, candidate: tuple[str, GatewayConfig], current: tuple[str, GatewayConfig] | None
+) -> Document:
+    """Return everything that the replay has found. Both configurations come with the name of their file."""
+    tally = replayed.tally
+    clients = sorted(
+        (client.figures(client_id, tier) for (client_id, tier, _), client in tally.clients.items()),
+        key=lambda one: (-one["newly_limited"], -one["limited"], one["client"], one["tier"]),
+    )
+    return {
+        "log": _log(replayed.parts),
+        "candidate": candidate[0],
+        "current": None if current is None else current[0],
+        "compared_with": "log" if current is None else "current",
+        "totals": {
+            "decisions": tally.decisions,
+            "limited_in_log": tally.limited_in_log,
+            "limited_by_current": None if current is None else tally.limited_by_current,
+            "limited": tally.limited,
+            "newly_limited": tally.newly_limited_by.total(),
+            "newly_allowed": sum(client["newly_allowed"] for client in clients),
+            "refused_otherwise": tally.refused_otherwise,
+            "credential_checks_refused": tally.checks_refused,
+            "clients": len(clients),
+            "clients_newly_limited": sum(1 for client in clients if client["newly_limited"]),
+        },
+        "newly_limited_by": dict(tally.newly_limited_by.most_common()),
+        "tiers": _tiers(clients),
+        "clients": [_client(one) for one in clients if one["limited"] or one["limited_before"]],
+        "timeline": {
+            "slot_seconds": tally.slot_seconds,
+            **dict(zip(("decisions", "log", "current", "candidate"), tally.timeline, strict=True)),
+        },
+        "agreement": {
+            "candidate": _agreement(tally.agreement),
+            "current": None if current is None else _agreement(tally.current_agreement),
+        },
+        "not_evaluable": list(_not_evaluable(replayed, candidate[1])),
+        "cannot_know": list(UNKNOWN),
+        "processes": replayed.processes,
+        "seconds": round(replayed.seconds, 3),
+    }
+
+
+def _log(parts: Sequence[PartSummary]) -> Document:
+    begin_ns, end_ns = span_of(parts)
+    sources: Counter[str] = Counter()
+    spans: dict[str, tuple[int, int, int]] = {}
+    messages: list[str] = []
+    line = 0
+    for index, part in enumerate(parts):
+        if not index or part.part.path != parts[index - 1].part.path:
+            line = 0
+        messages += [f"{part.part.path}, line {line + number}: {cause}" for number, cause in part.shown]
+        line += part.lines
+        if part.broken is not None:
+            messages.append(f"{part.part.path}: cannot be read after line {line}: {part.broken}")
+        sources.update(part.sources)
+        for process, (least, greatest, count) in part.spans.items():
+            held = spans.get(process, (least, greatest, 0))
+            spans[process] = min(held[0], least), max(held[1], greatest), held[2] + count
+    return {
+        "files": list(dict.fromkeys(str(part.part.path) for part in parts)),
+        "lines": sum(part.lines for part in parts),
+        "foreign_lines": sum(part.foreign for part in parts),
+        "incomplete_lines": sum(part.incomplete for part in parts),
+        "not_decided": sum(part.not_decided for part in parts),
+        "missing_decisions": sum(greatest - least + 1 - count for least, greatest, count in spans.values()),
+        "processes": len(spans),
+        "sources": dict(sources),
+        "begin": time_of(begin_ns),
+        "end": time_of(end_ns),
+        "seconds": (end_ns - begin_ns) / NANOSECONDS,
+        "messages": messages,
+    }
+
+
+def _tiers(clients: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    tiers: dict[str, dict[str, int]] = {}
+    for client in clients:
+        tier = tiers.setdefault(client["tier"], dict.fromkeys((*_SUMS, *_COUNTS), 0))
+        for name in _SUMS:
+            tier[name] += client[name]
+        tier["clients"] += 1
+        tier["clients_newly_limited"] += client["newly_limited"] > 0
+    return dict(sorted(tiers.items()))
+
+
+_SUMS = ("requests", "limited_before", "limited", "newly_limited", "newly_allowed")
+_COUNTS = ("clients", "clients_newly_limited")
+
+
+def _client(figures: Mapping[str, Any]) -> Document:
+    shown = {name: value for name, value in figures.items() if name not in ("first_ns", "last_ns")}
+    is_new = figures["newly_limited"] > 0
+    return shown | {
+        "first_newly_limited": time_of(figures["first_ns"]) if is_new else None,
+        "last_newly_limited": time_of(figures["last_ns"]) if is_new else None,
+    }
+
+
+def _agreement(agreement: Agreement) -> Document:
+    return {
+        "compared": agreement.compared,
+        "same_outcome": agreement.same_outcome,
+        "same": agreement.same,
+        "first_difference": None if agreement.first_difference is None else _difference(*agreement.first_difference),
+    }
+
+
+def _difference(event: LogEvent, outcome: ReplayedDecision) -> Document:
+    return {
+        "time": time_of(event[0]),
+        "client": event[6],
+        "in_log": {"limit": event[16], "wait_ns": event[17], "remaining": event[18]},
+        "replayed": {"limit": outcome.limit, "wait_ns": outcome.wait_ns, "remaining": outcome.remaining}
+        if outcome.limit
+        else "refused by another rule",
+    }
+
+
+def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str]:
+    """Yield what the candidate has that the log does not suffice for."""
+    hosts = [route.name for route in candidate.routes if route.host is not None]
+    if hosts:
+        yield (
+            f"routes with a host ({', '.join(hosts)}): hosts are not logged; a request is taken to have the host of"
+            " the route that it had"
+        )
+    if candidate.is_demo:
+        yield "routes: the candidate configures none"
+    for tier in sorted(replayed.unknown_tiers):
+        yield f"tier {tier}: clients have it in the log, and the candidate does not; they get their configured tier"
+    sources: Counter[str] = Counter()
+    for part in replayed.parts:
+        sources.update({source: count for source, count in part.sources.items() if source not in EXACT})
+    for source, count in sorted(sources.items()):
+        yield (
+            f"{count} decisions by {source}: they were made without the store's bucket; the replay decides as if the"
+            " store had been available"
+        )
+
+
+def time_of(at_ns: int) -> str | None:
+    """Return a time since the epoch in ISO 8601; None for 0."""
+    if not at_ns:
+        return None
+    return datetime.fromtimestamp(at_ns / NANOSECONDS, UTC).isoformat(timespec="milliseconds")
+
+
+# Text
+
+
+def text_of(document: Document, shown: int) -> str:
+    """Return the document as text for a terminal, with at most `shown` clients."""
+    log, totals = document["log"], document["totals"]
+    lines = [
+        (
+            f"{', '.join(log['files'])}: {log['lines']} lines, {totals['decisions']} decisions"
+            f" in {log['seconds']:.1f} s from {log['begin']}"
+        ),
+        (
+            f"  {log['not_decided']} requests did not get to the limits; {log['foreign_lines']} foreign lines,"
+            f" {log['incomplete_lines']} incomplete, {log['missing_decisions']} decisions missing by number"
+        ),
+        *(f"  {message}" for message in log["messages"]),
+        "",
+        *_table(
+            ("", "log", "current", "candidate"),
+            [
+                ("decisions", *[totals["decisions"]] * 3),
+                (
+                    "limited",
+                    totals["limited_in_log"],
+                    "-" if totals["limited_by_current"] is None else totals["limited_by_current"],
+                    totals["limited"],
+                ),
+            ],
+        ),
+        "",
+        (
+            f"Compared with {'the log' if document['current'] is None else document['current']}: newly limited"
+            f" {totals['newly_limited']}, newly allowed {totals['newly_allowed']}; clients newly limited"
+            f" {totals['clients_newly_limited']} of {totals['clients']}"
+        ),
+    ]
+    for limit, count in document["newly_limited_by"].items():
+        lines.append(f"  by limit {limit}: {count}")
+    lines += [
+        "",
+        *_table(("tier", *_SUMS, *_COUNTS), [(name, *tier.values()) for name, tier in document["tiers"].items()]),
+    ]
+    clients = [one for one in document["clients"] if one["newly_limited"] or one["newly_allowed"]][:shown]
+    if clients:
+        names = ("client", "tier", "requests", "limited_before", "limited", "newly_limited", "newly_allowed")
+        rows = [
+            (
+                *(client[name] for name in names),
+                f"{client['longest_wait_seconds']:.3f}",
+                f"{client['limited_seconds']:.1f}",
+                " ".join(client["limits"]),
+                client["first_newly_limited"] or "-",
+                client["last_newly_limited"] or "-",
+            )
+            for client in clients
+        ]
+        lines += ["", *_table((*names, "longest wait", "limited s", "limits", "first", "last"), rows)]
+    lines += ["", *_agreement_lines(document["agreement"])]
+    for title, notes in (("Not evaluable", document["not_evaluable"]), ("Not known", document["cannot_know"])):
+        lines += ["", f"{title}:", *(f"- {note}" for note in notes)] if notes else []
+    rate = log["lines"] / document["seconds"] if document["seconds"] else 0
+    how = f"{document['seconds']:.1f} s, {rate:,.0f} lines a second; decided in {document['processes']} processes"
+    lines += ["", how]
+    return "\n".join(lines) + "\n"
+
+
+def _agreement_lines(agreements: Mapping[str, Any]) -> Iterator[str]:
+    for name, agreement in agreements.items():
+        if agreement is not None:
+            yield (
+                f"The {name} configuration decides {agreement['same_outcome']} of {agreement['compared']} requests as"
+                f" in the log, {agreement['same']} with the same limit, wait and remainder"
+            )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return rows in columns; the first column is aligned left."""
+    cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
+    cells = [[_printable(cell) for cell in row] for row in cells]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column and cell[:1].isdigit() else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _printable(cell: str) -> str:
+    """Return a cell without what controls a terminal: ids are those that clients sent."""
+    return "".join(char if char.isprintable() else "?" for char in cell)

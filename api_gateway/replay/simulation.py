@@ -1,0 +1,213 @@
+"""One configuration, deciding again on logged requests: real admission, limiter and settlement on a virtual clock."""
+
+from dataclasses import replace
+from typing import Any, Final, NamedTuple, cast
+
+from api_gateway.assembly.identity import identity_rules
+from api_gateway.assembly.routes import address_rules, route_of
+from api_gateway.assembly.stores import Quotas, configured_clients
+from api_gateway.clients.records import ClientStore
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.config import GatewayConfig
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
+from api_gateway.metrics import Recorder
+from api_gateway.models import Client, ClientSource, Exchange, Quota
+from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
+from api_gateway.proxy.admission import Admission, RequestPlan, Stage
+from api_gateway.proxy.cost_settlement import CostSettlement
+from api_gateway.proxy.header_facts import HeaderFacts
+from api_gateway.proxy.route_table import UNKNOWN_TARGET, RouteTable
+from api_gateway.proxy.stages import RateLimitStage, RouteStage
+from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.replay.log_lines import LogEvent
+
+MAX_PROCESSES = 64  # whose buckets are held at the same time; those of the least recent ones are dropped
+MAX_FACTS = 50_000  # clients whose charges are remembered
+SHARED = ""  # instead of a process: the buckets in a store
+REFUSED_OTHERWISE = -1  # outcome of a request that another stage than the limits refuses
+_UNLIMITED: Final = 1 << 62
+
+
+class ReplayedDecision(NamedTuple):
+    """The decision on one request. `allowed` is REFUSED_OTHERWISE if the request does not get to the limits."""
+
+    allowed: int
+    limit: str
+    wait_ns: int
+    remaining: int
+
+
+class _NoStore:
+    """The client store of a replay: clients are those of the configuration and of the log."""
+
+    name = "the log"
+    is_remote = False
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+class _Buckets:
+    """The buckets of one process, or of the store, with the admission that charges them."""
+
+    def __init__(self, simulation: "Simulation") -> None:
+        config = simulation.config
+        # The table of a process is limited, that of a store is not.
+        limit = _UNLIMITED if config.store.is_shared else config.store.max_buckets
+        self.limiter = MemoryLimiter(simulation.quotas.all, bucket_limit=limit)
+        self.limits = RateLimitStage(
+            limiter=self.limiter, address_quota=simulation.quotas.address, exempt=config.address_limit.exempt
+        )
+        rules = address_rules(config.addresses)
+        stages: list[Stage] = [
+            *([] if rules is None else [AddressStage(rules)]),
+            RouteStage(simulation.table),
+            RouteAddressStage(),
+            self.limits,
+        ]
+        self.admission = Admission(stages)
+        self.settlement = CostSettlement(
+            limiter=self.limiter,
+            clock_ns=lambda: simulation.now_ns,
+            recorder=simulation.recorder,
+            limit_headers=RateLimitHeaders(),
+        )
+        self.facts: dict[tuple[Any, ...], HeaderFacts] = {}  # of clients whose address does not matter
+        self.facts_by_address: dict[tuple[Any, ...], HeaderFacts] = {}
+        self.quotas: dict[str, Quota] = {}  # of the clients' buckets, by key
+        self.open: dict[int, tuple[Exchange, int]] = {}  # with settlements to come, by number of the decision
+
+
+class Simulation:
+    """Decides on events in their order. Buckets are full at first; each process has its own, except with a store."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.quotas = Quotas.of(config)
+        self.now_ns = 0
+        self.recorder = Recorder((), (), (), (50.0,), 0.0)
+        # The prefix is removed for the upstream only, and from the target as it was sent, which is not logged.
+        routes = [replace(route_of(section), strip_prefix="") for section in config.routes]
+        self.table = RouteTable(routes)
+        self._hosts = {route.name: route.host for route in routes if route.host is not None}
+        self._registry = ClientRegistry(
+            self.quotas.tiers,
+            config.default_tier,
+            configured_clients(config),
+            cast("ClientStore", _NoStore()),
+            rules=identity_rules(config),
+        )
+        self.unknown_tiers: set[str] = set()
+        self._clients: dict[tuple[str, str, str, bool], Client] = {}
+        self._has_address_rules = address_rules(config.addresses) is not None
+        self._buckets: dict[str, _Buckets] = {}
+        self._exchange = Exchange("", "", "", "", 0.0)
+        self._plan = RequestPlan(self._exchange, _facts(""), UNKNOWN_TARGET, 0)
+
+    def __repr__(self) -> str:
+        return f"<Simulation [{len(self._buckets)} processes]>"
+
+    def decide(self, event: LogEvent) -> ReplayedDecision:
+        """Decide on a logged request."""
+        at_ns, number, _, _, process, source, client_id, tier_source, address, *rest = event
+        tier, has_keys, method, path, route, _, limits, _, _, _, settlements = rest
+        buckets = self._buckets_of(process, source)
+        if limits == '"address"':  # of the verification of a credential
+            return self._check(buckets, address, at_ns)
+        key = client_id, tier, tier_source, has_keys
+        facts = buckets.facts.get(key)
+        if facts is None:  # the address matters, or the client is not remembered
+            facts = buckets.facts_by_address.get((key, address)) or self._add_facts(buckets, key, address)
+        exchange = Exchange("", "", "", "", 0.0) if settlements else self._exchange
+        plan = self._plan
+        plan.exchange, plan.facts, plan.now_ns = exchange, facts, at_ns
+        client = exchange.client = facts.client
+        exchange.method, exchange.path, exchange.peer = method, path, address
+        exchange.decision = None
+        if self._hosts:
+            facts.host = self._hosts.get(route, "")
+        assert client is not None  # noqa: S101 - set with the facts
+        held = buckets.quotas.get(client.key)
+        if held is not client.quota:
+            if held is not None:  # the tier has changed meanwhile
+                buckets.limiter.change_quota(client.key, held, client.quota, at_ns)
+            buckets.quotas[client.key] = client.quota
+        buckets.admission.decide(plan)
+        decision = exchange.decision
+        if decision is None:
+            return ReplayedDecision(REFUSED_OTHERWISE, "", 0, 0)
+        if settlements and decision.allowed:
+            buckets.open[number] = exchange, settlements
+        return ReplayedDecision(decision.allowed, decision.quota.name, decision.wait_ns, decision.remaining)
+
+    def check(self, event: LogEvent) -> ReplayedDecision:
+        """Charge the address of a logged request for the verification of its credential."""
+        return self._check(self._buckets_of(event[4], event[5]), event[8], event[0])
+
+    def settle(self, event: LogEvent) -> None:
+        """Settle the cost of a request, if this configuration has admitted it."""
+        *_, number, cost = event
+        buckets = self._buckets_of(event[4], event[5])
+        exchange, count = buckets.open.pop(number, (None, 0))
+        if exchange is None:
+            return
+        if count > 1:
+            buckets.open[number] = exchange, count - 1
+        self.now_ns = event[0]
+        buckets.settlement.settle(exchange, cost)
+
+    def _check(self, buckets: _Buckets, address: str, at_ns: int) -> ReplayedDecision:
+        charges = buckets.limits.charges_of_address(address)
+        if not charges:
+            return ReplayedDecision(True, "", 0, 0)
+        decision = buckets.limiter.decide(charges, at_ns)
+        return ReplayedDecision(decision.allowed, decision.quota.name, decision.wait_ns, decision.remaining)
+
+    def _buckets_of(self, process: str, source: str) -> _Buckets:
+        name = process if source == "memory" else SHARED
+        found = self._buckets.get(name)
+        if found is None:
+            if len(self._buckets) >= MAX_PROCESSES:
+                del self._buckets[next(iter(self._buckets))]
+            found = self._buckets[name] = _Buckets(self)
+        return found
+
+    def _add_facts(self, buckets: _Buckets, key: tuple[str, str, str, bool], address: str) -> HeaderFacts:
+        facts = _facts(address)
+        client = facts.client = self._client(key)
+        table, place = buckets.facts, cast("tuple[Any, ...]", key)
+        if self._has_address_rules or not client.is_registered:
+            table, place = buckets.facts_by_address, (key, address)
+        if len(table) >= MAX_FACTS:
+            table.clear()
+        table[place] = facts
+        return facts
+
+    def _client(self, key: tuple[str, str, str, bool]) -> Client:
+        """Return the client of a request, resolved once."""
+        client = self._clients.get(key)
+        if client is None:
+            if len(self._clients) >= MAX_FACTS:
+                self._clients.clear()
+            client = self._clients[key] = self._resolve(*key)
+        return client
+
+    def _resolve(self, client_id: str, tier: str, tier_source: str, has_keys: bool) -> Client:  # noqa: FBT001 - of a log
+        """Return the client of a request: its tier is the log's if the gateway or a token set it, else configured."""
+        if tier_source == "address":
+            return self._registry.by_address(client_id)
+        client = self._registry.by_id(client_id)
+        if has_keys and not client.has_keys:
+            client = replace(client, has_keys=True)
+        if tier_source not in ("granted", "registered", "token"):
+            return client
+        quota = self._registry.tiers.get(tier)
+        if quota is None:
+            self.unknown_tiers.add(tier)
+        if tier_source == "token":
+            return self._registry.proved(client, tier)
+        return client if quota is None else replace(client, quota=quota, source=cast("ClientSource", tier_source))
+
+
+def _facts(address: str) -> HeaderFacts:
+    return HeaderFacts(None, "", address, False, None, ())

@@ -1,0 +1,226 @@
+"""What a replay counts: by client, by tier, by limit and over time, and how far it agrees with the log."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from api_gateway.models import NANOSECONDS
+from api_gateway.replay.log_lines import DECISION, KIND, SETTLEMENT, LogEvent
+from api_gateway.replay.simulation import REFUSED_OTHERWISE, ReplayedDecision, Simulation
+
+SLOTS = 120  # of the time that the log covers
+EXACT = ("memory", "store")  # sources of decisions that the same configuration makes again
+
+
+class ClientTally:
+    """The figures of one client in one tier. Times are nanoseconds since the epoch."""
+
+    __slots__ = (
+        "first_ns",
+        "last_ns",
+        "limited",
+        "limited_before",
+        "limited_ns",
+        "limits",
+        "longest_wait_ns",
+        "newly_allowed",
+        "newly_limited",
+        "refused_since_ns",
+        "requests",
+    )
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.limited_before = 0  # in the log, or by the current configuration
+        self.limited = 0
+        self.newly_limited = 0
+        self.newly_allowed = 0
+        self.first_ns = self.last_ns = 0  # of those that are newly limited
+        self.longest_wait_ns = 0
+        self.limited_ns = 0  # from a refusal to the next admission, summed
+        self.refused_since_ns = 0
+        self.limits: Counter[str] | None = None  # refusals by limit
+
+    def __repr__(self) -> str:
+        return f"<ClientTally [{self.newly_limited} of {self.requests} newly limited]>"
+
+    def refuse(self, outcome: ReplayedDecision, at_ns: int, *, is_new: bool) -> None:
+        """Count a request that the candidate refuses."""
+        self.limited += 1
+        self.longest_wait_ns = max(self.longest_wait_ns, outcome.wait_ns)
+        if self.limits is None:
+            self.limits = Counter()
+        self.limits[outcome.limit] += 1
+        if not self.refused_since_ns:
+            self.refused_since_ns = at_ns
+        if is_new:
+            self.newly_limited += 1
+            self.first_ns = self.first_ns or at_ns
+            self.last_ns = at_ns
+
+    def admit(self, at_ns: int) -> None:
+        """Count the time until the client is admitted again."""
+        self.limited_ns += at_ns - self.refused_since_ns
+        self.refused_since_ns = 0
+
+    def figures(self, client: str, tier: str) -> dict[str, Any]:
+        """Return the figures by name, as `--fail-if` and the reports name them."""
+        return {
+            "client": client,
+            "tier": tier,
+            "requests": self.requests,
+            "limited_before": self.limited_before,
+            "limited": self.limited,
+            "newly_limited": self.newly_limited,
+            "newly_allowed": self.newly_allowed,
+            "longest_wait_seconds": self.longest_wait_ns / NANOSECONDS,
+            "limited_seconds": self.limited_ns / NANOSECONDS,
+            "first_ns": self.first_ns,
+            "last_ns": self.last_ns,
+            "limits": dict(self.limits or ()),
+        }
+
+
+class Agreement:
+    """How many decisions of a configuration are the log's: the outcome alone, and with limit, wait and remainder."""
+
+    def __init__(self) -> None:
+        self.compared = self.same_outcome = self.same = 0
+        self.first_difference: tuple[LogEvent, ReplayedDecision] | None = None
+
+    def add(self, other: "Agreement") -> None:
+        """Add the counts of other clients."""
+        self.compared += other.compared
+        self.same_outcome += other.same_outcome
+        self.same += other.same
+        if self.first_difference is None or (
+            other.first_difference is not None and other.first_difference[0] < self.first_difference[0]
+        ):
+            self.first_difference = other.first_difference
+
+
+class ReplayTally:
+    """Runs events through the simulations of the candidate and, if it is known, of the current configuration.
+
+    A request is newly limited if the candidate refuses it and the current configuration, or else the log, does not.
+    """
+
+    def __init__(self, candidate: Simulation, current: Simulation | None, begin_ns: int, end_ns: int) -> None:
+        """The events are from `begin_ns` to `end_ns`."""
+        self._candidate = candidate
+        self._current = current
+        self._begin_ns = begin_ns
+        self._slot_ns = max((end_ns - begin_ns) // SLOTS + 1, 1)
+        self.clients: dict[tuple[str, str, bool], ClientTally] = {}  # id, tier, and whether the id is an address
+        self.decisions = 0
+        self.limited_in_log = self.limited_by_current = self.limited = 0
+        self.refused_otherwise = 0
+        self.newly_limited_by: Counter[str] = Counter()
+        self.checks_refused = 0
+        self.agreement, self.current_agreement = Agreement(), Agreement()
+        self.timeline = [[0] * SLOTS for _ in range(4)]  # decisions; refused in the log, by current, by the candidate
+
+    def __repr__(self) -> str:
+        return f"<ReplayTally [{self.decisions} decisions, {len(self.clients)} clients]>"
+
+    @property
+    def slot_seconds(self) -> float:
+        """Seconds of one slot of the timeline."""
+        return self._slot_ns / NANOSECONDS
+
+    def add(self, event: LogEvent) -> None:
+        """Replay one event."""
+        kind = event[KIND]
+        if kind == DECISION:
+            self._decide(event)
+            return
+        for simulation in self._simulations():
+            if kind == SETTLEMENT:
+                simulation.settle(event)
+            elif not simulation.check(event).allowed and simulation is self._candidate:
+                self.checks_refused += 1
+
+    def _simulations(self) -> Iterator[Simulation]:
+        yield self._candidate
+        if self._current is not None:
+            yield self._current
+
+    def _decide(self, event: LogEvent) -> None:
+        at_ns, wait_ns = event[0], event[17]
+        self.decisions += 1
+        slot = (at_ns - self._begin_ns) // self._slot_ns
+        requests, in_log, by_current, by_candidate = self.timeline
+        requests[slot] += 1
+        is_limited_now = wait_ns != 0
+        if is_limited_now:
+            self.limited_in_log += 1
+            in_log[slot] += 1
+        outcome = self._candidate.decide(event)
+        _compare(self.agreement, event, outcome)
+        if self._current is not None:
+            current = self._current.decide(event)
+            _compare(self.current_agreement, event, current)
+            is_limited_now = current.allowed == 0
+            if is_limited_now:
+                self.limited_by_current += 1
+                by_current[slot] += 1
+        self._count(event, outcome, by_candidate, slot, was_limited=is_limited_now)
+
+    def _count(
+        self, event: LogEvent, outcome: ReplayedDecision, by_candidate: list[int], slot: int, *, was_limited: bool
+    ) -> None:
+        at_ns = event[0]
+        key = event[6], event[9], event[7] == "address"
+        client = self.clients.get(key)
+        if client is None:
+            client = self.clients[key] = ClientTally()
+        client.requests += 1
+        client.limited_before += was_limited
+        if outcome.allowed > 0:
+            client.newly_allowed += was_limited
+            if client.refused_since_ns:
+                client.admit(at_ns)
+        elif outcome.allowed == REFUSED_OTHERWISE:
+            self.refused_otherwise += 1
+        else:
+            self.limited += 1
+            by_candidate[slot] += 1
+            if not was_limited:
+                self.newly_limited_by[outcome.limit] += 1
+            client.refuse(outcome, at_ns, is_new=not was_limited)
+
+    def merge(self, other: "ReplayTally") -> None:
+        """Add the figures of other clients."""
+        for key, client in other.clients.items():
+            self.clients[key] = client  # a client belongs to one shard
+        self.decisions += other.decisions
+        self.limited_in_log += other.limited_in_log
+        self.limited_by_current += other.limited_by_current
+        self.limited += other.limited
+        self.refused_otherwise += other.refused_otherwise
+        self.newly_limited_by += other.newly_limited_by
+        self.checks_refused += other.checks_refused
+        self.agreement.add(other.agreement)
+        self.current_agreement.add(other.current_agreement)
+        for mine, others in zip(self.timeline, other.timeline, strict=True):
+            mine[:] = [a + b for a, b in zip(mine, others, strict=True)]
+
+    def without_simulations(self) -> "ReplayTally":
+        """Drop the simulations, so that the figures can be passed to another process; return the tally."""
+        self._current = None
+        del self._candidate
+        return self
+
+
+def _compare(agreement: Agreement, event: LogEvent, outcome: ReplayedDecision) -> None:
+    if event[5] not in EXACT:
+        return
+    limit, wait_ns, remaining = event[16], event[17], event[18]
+    agreement.compared += 1
+    if (wait_ns == 0) == (outcome.allowed > 0):
+        agreement.same_outcome += 1
+        if outcome.wait_ns == wait_ns and outcome.remaining == remaining and outcome.limit == limit:
+            agreement.same += 1
+            return
+    if agreement.first_difference is None:
+        agreement.first_difference = event, outcome

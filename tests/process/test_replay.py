@@ -1,0 +1,142 @@
+"""`api-gateway replay`: the log of a gateway process, replayed under its configuration, gives every decision again."""
+
+import gzip
+import http.client
+import json
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+from api_gateway.clients.api_keys import digest_of, new_key
+from api_gateway.config import load_config
+from api_gateway.replay.pipeline import replay_logs
+from tests.kit import PATIENCE, RawRequest, RawUpstream, Wire, eventually, refusing_url, reply
+from tests.processes import Running, process
+
+KEY = new_key(b"k" * 32)
+CONFIG = """
+upstreams:
+  up: {{targets: [{{url: "{up}"}}]}}
+  gone: {{targets: [{{url: "{gone}"}}], circuit_breaker: {{failure_threshold: 1000}}}}
+routes:
+  - {{name: up, path: /api/up, upstream: up, strip_prefix: /api, costs: [{{path: /api/up/x, cost: 4}}]}}
+  - {{name: gone, path: /api/gone, upstream: gone, cost: 2.5}}
+tiers: {{FREE: {{rate: 6, capacity: 12}}, PREMIUM: {{rate: 40, capacity: 90}}}}
+address_limit: {{rate: 3, capacity: 15, exempt: []}}
+clients: {{free: {{tier: FREE}}, pro: {{tier: PREMIUM}}, keyed: {{tier: BASIC, keys: {{one: {{digest: {digest}}}}}}}}}
+identity: {{sources: [api_key, header, address]}}
+server: {{trusted_proxies: [127.0.0.1], max_event_loop_lag: null}}
+state_dir: {folder}
+"""
+REQUESTS, CONNECTIONS = 300, 6
+
+
+def behaviour(wire: Wire, request: RawRequest) -> bool | None:
+    """Respond, to some paths with a cost that is less or more than that of the route."""
+    path = request.line.split()[1]
+    if path.startswith(b"/up/priced"):
+        return reply(headers=((b"X-Gateway-Cost", path.rpartition(b"/")[2]),))(wire, request)
+    return reply()(wire, request)
+
+
+def load(port: int, seed: int) -> None:
+    """Send random requests of several clients, from several addresses, on one connection."""
+    rng = random.Random(seed)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    for _ in range(REQUESTS):
+        headers = {"X-Forwarded-For": f"192.0.2.{rng.randrange(3)}"}
+        client = rng.choice(["free", "pro", "one", "two", None, "keyed", "wrong"])
+        if client == "keyed":
+            headers["X-API-Key"] = KEY
+        elif client == "wrong":
+            headers["X-API-Key"] = new_key(rng.randbytes(32))
+        elif client is not None:
+            headers["X-Client-ID"] = client
+        priced = f"/api/up/priced/{rng.choice(['0', '0.5', '3', '7'])}"
+        path = rng.choice(["/api/up/a%20b", "/api/up/x", "/api/gone", "/api/nowhere", priced, priced])
+        connection.request(rng.choice(["GET", "POST"]), path, headers=headers)
+        connection.getresponse().read()
+    connection.close()
+
+
+def played(folder: Path) -> Running:
+    """Run a gateway under load until it has ended; return it with its output."""
+    up = RawUpstream(behaviour)
+    config = folder / "gateway.yaml"
+    digest = digest_of(KEY.encode())
+    config.write_text(CONFIG.format(up=up.url, gone=refusing_url(), digest=digest, folder=folder / "state"))
+    with process("-m", "api_gateway", "--config", str(config), "--port", "0", cwd=folder) as running:
+        port = running.port
+        threads = [threading.Thread(target=load, args=(port, seed)) for seed in range(CONNECTIONS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        eventually(lambda: len(running.logged) >= REQUESTS * CONNECTIONS, "every line is written")
+        assert running.terminate() == 0, running.errors
+    up.close()
+    return running
+
+
+def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run `api-gateway replay`; return exit code, standard output and standard error."""
+    (place := folder / "command").mkdir(exist_ok=True)
+    with process("-m", "api_gateway", "replay", *arguments, cwd=place) as running:
+        return running.exit_code(), running.output, running.errors
+
+
+def test_a_replay_under_its_own_configuration_makes_every_decision_again(tmp_path: Path) -> None:
+    """Also with settlements in both directions, refunds, credentials that are verified, and shared addresses."""
+    running = played(tmp_path)
+    lines = [line for line in running.logged if "request_id" in line]
+    decided = [line for line in lines if line["decision"]]
+    refused = [line for line in decided if line["decision"]["wait_ns"]]
+    assert {line["decision"]["limit"] for line in refused} >= {"FREE", "address"}
+    assert {line["cost"] for line in decided if "settlements" in line["decision"]} >= {0.0, 0.5, 3.0, 7.0}
+    assert any("credential_check" in line for line in lines)
+
+    config = tmp_path / "gateway.yaml"
+    found = replay_logs([running.stdout], load_config(config), load_config(config))
+    tally, (part,) = found.tally, found.parts
+    assert (tally.decisions, part.not_decided, part.incomplete) == (
+        len(decided),
+        len([line for line in lines if not line["decision"] and "credential_check" not in line]),
+        0,
+    )
+    for agreement in (tally.agreement, tally.current_agreement):
+        assert agreement.same == agreement.compared == len(decided), agreement.first_difference
+    assert (tally.limited, tally.newly_limited_by.total()) == (len(refused), 0)
+    ((least, greatest, count),) = part.spans.values()
+    assert greatest - least + 1 == count, "every number is in the log once"
+
+    _check_command(tmp_path, running, len(decided))
+
+
+def _check_command(folder: Path, running: Running, decided: int) -> None:
+    """Replay the same log in pieces, in two processes, under tighter limits."""
+    lines = running.stdout.read_bytes().splitlines(keepends=True)
+    (folder / "access.log.2.gz").write_bytes(gzip.compress(b"".join(lines[: len(lines) // 3])))
+    (folder / "access.log.1").write_bytes(b"".join(lines[len(lines) // 3 : -100]))
+    (folder / "access.log").write_bytes(b"".join(lines[-100:]) + lines[-1][:80])
+    text = (folder / "gateway.yaml").read_text()
+    (folder / "candidate.yaml").write_text(text.replace("rate: 40, capacity: 90", "rate: 1, capacity: 10"))
+    logs = [str(folder / name) for name in ("access.log", "access.log.1", "access.log.2.gz")]
+    options = ["--config", str(folder / "candidate.yaml"), "--current", str(folder / "gateway.yaml")]
+    failing = ["--fail-if", 'tier == "PREMIUM" and newly_limited > 0', "--html", str(folder / "page.html")]
+    code, output, errors = command(folder, *logs, *options, *failing, "--json", "--jobs", "2")
+    assert code == 1, errors
+    document: dict[str, Any] = json.loads(output)
+    assert document["log"]["incomplete_lines"] == 1
+    assert document["log"]["missing_decisions"] == 0
+    assert document["agreement"]["current"]["same"] == document["totals"]["decisions"] == decided
+    assert document["newly_limited_by"].keys() == {"PREMIUM"}
+    (pro,) = [client for client in document["clients"] if client["client"] == "pro"]
+    assert pro["newly_limited"] == document["totals"]["newly_limited"] > 0
+    assert pro["longest_wait_seconds"] > 0
+    assert document["fail_if"]["clients"] == ["pro"]
+    assert "'pro'" in errors
+    assert "<svg" in (folder / "page.html").read_text()
+    code, output, errors = command(folder, *logs, *options, "--fail-if", 'tier == "BASIC" and newly_limited > 0')
+    assert (code, errors) == (0, "")
+    assert "Not known:" in output

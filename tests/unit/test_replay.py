@@ -1,0 +1,406 @@
+"""Replays of access logs: lines, files, order, clients divided among processes, conditions, and what is reported."""
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from api_gateway.cli import main
+from api_gateway.config import GatewayConfig, from_values
+from api_gateway.models import Charge, Client, Exchange, Quota
+from api_gateway.observability.access_log import AccessLog
+from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.replay import log_lines
+from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
+from api_gateway.replay.errors import ReplayError
+from api_gateway.replay.external_sort import RunWriter, merged
+from api_gateway.replay.log_files import blocks_of, log_parts
+from api_gateway.replay.log_lines import ForeignLine, LogEvent, NotDecided, events_of
+from api_gateway.replay.page import page_of
+from api_gateway.replay.pipeline import Replayed, replay_logs
+from api_gateway.replay.report import document_of, text_of
+from api_gateway.replay.sharding import shards
+from tests.unit.test_access_log import EXCHANGES, bare
+
+SECOND = 1_000_000_000
+UP = {"upstreams": {"up": {"targets": [{"url": "http://127.0.0.1:1"}]}}}
+
+
+def config(**sections: Any) -> GatewayConfig:
+    return from_values({**UP, **sections})
+
+
+class Traffic:
+    """Requests of one process: decided by a real limiter, and logged in another order."""
+
+    def __init__(self, process: str = "a", *, start_ns: int = SECOND) -> None:
+        self.quotas = {"FREE": Quota.per_second("FREE", 1, 10), "BASIC": Quota.per_second("BASIC", 5, 50)}
+        self.limiter = MemoryLimiter(self.quotas.values())
+        self.numbers = DecisionNumbers(process, lambda: 0, lambda: 1_700_000_000.0)
+        self.now_ns = start_ns
+        self.exchanges: list[Exchange] = []
+
+    def request(self, client_id: str, tier: str = "FREE", *, after: float = 0.0, path: str = "/api/up/x") -> Exchange:
+        """Decide on a request, `after` seconds after the one before."""
+        self.now_ns += round(after * SECOND)
+        quota = self.quotas[tier]
+        client = Client(client_id, f"client:{client_id}", quota, "registered")
+        exchange = Exchange("1", "GET", path, "192.0.2.1", self.now_ns / SECOND, client, route="up", cost=1.0)
+        exchange.charges = [Charge(client.key, quota, quota.cost_ns(1))]
+        exchange.number = self.numbers.next()
+        exchange.decision = self.limiter.decide(exchange.charges, self.now_ns)
+        exchange.finished = exchange.started + 1
+        self.exchanges.append(exchange)
+        return exchange
+
+    def lines(self, seed: int = 1) -> list[str]:
+        """Return the lines, in a random order of completion."""
+        written: list[str] = []
+        log = AccessLog(lambda: 1_700_000_000.0, written.append, numbers=self.numbers)
+        for exchange in random.Random(seed).sample(self.exchanges, len(self.exchanges)):
+            log.write(exchange)
+        return written
+
+
+def log_of(folder: Path, lines: Sequence[str], name: str = "access.log") -> Path:
+    path = folder / name
+    path.write_text("".join(lines))
+    return path
+
+
+def reported(found: Replayed, candidate: GatewayConfig, current: GatewayConfig | None = None) -> dict[str, Any]:
+    return document_of(found, ("new.yaml", candidate), None if current is None else ("now.yaml", current))
+
+
+# Lines
+
+
+@given(EXCHANGES)
+@example(bare())
+def test_both_parsers_read_the_same_of_every_line(exchange: Exchange) -> None:
+    """The fast one leaves what it does not know to the general one, which reads any JSON."""
+    written: list[str] = []
+    AccessLog(lambda: 0.0, written.append).write(exchange)
+
+    def read(parse: Any) -> list[LogEvent] | type:
+        try:
+            found: list[LogEvent] = parse(written[0], 7)
+        except NotDecided:
+            return NotDecided
+        except ForeignLine:
+            return ForeignLine
+        return found
+
+    assert read(events_of) == read(log_lines._events_of_any)
+
+
+def test_the_usual_line_takes_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_lines, "_events_of_any", None)
+    traffic = Traffic()
+    for _ in range(12):
+        traffic.request("acme")
+    assert len([event for line in traffic.lines() for event in events_of(line, 1)]) == 12
+
+
+def test_foreign_lines_are_counted_and_named_and_never_end_a_replay(tmp_path: Path) -> None:
+    traffic = Traffic()
+    traffic.request("acme")
+    (line,) = traffic.lines()
+    earlier = json.loads(line)
+    del earlier["decision"]
+    broken = json.loads(line) | {"decision": {"at_ns": "soon"}}
+    foreign = ["Listening on http://x\n", "[1]\n", '{"level": "info"}\n', "\xff\x00\n", "[" * 50_000 + "\n", "\n"]
+    lines = [*foreign, json.dumps(earlier) + "\n", json.dumps(broken) + "\n", line]
+    path = tmp_path / "access.log"
+    path.write_bytes("".join(lines).encode("latin-1") + line[:100].encode())
+    found = reported(replay_logs([path], config(), None), config())
+    log = found["log"]
+    assert (log["lines"], log["foreign_lines"], log["incomplete_lines"]) == (10, 7, 1)
+    assert found["totals"]["decisions"] == 1
+    assert log["messages"][0] == f"{path}, line 1: is not JSON"
+    assert log["messages"][2] == f"{path}, line 3: is not a line of the access log"
+    path.write_text("".join(lines[6:8]))
+    log = reported(replay_logs([path], config(), None), config())["log"]
+    assert log["messages"] == [
+        f"{path}, line 1: has no 'decision': it was written by an earlier version of the gateway",
+        f"{path}, line 2: has no usable decision: KeyError: 'process'",
+    ]
+
+
+# Files
+
+
+@given(st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=30), st.integers(1, 50))
+def test_each_line_belongs_to_one_part(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], size: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "parts.log"
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    found = [
+        line.encode("latin-1") for part in log_parts([path], size) for block, _ in blocks_of(part) for line in block
+    ]
+    assert found == lines
+
+
+def test_a_compressed_log_that_is_cut_off_is_read_as_far_as_possible(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for _ in range(2_000):
+        traffic.request("acme", after=0.5)
+    whole = tmp_path / "whole.gz"
+    whole.write_bytes(gzip.compress("".join(traffic.lines()).encode()))
+    assert replay_logs([whole], config(), None).tally.decisions == 2_000
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(whole.read_bytes()[:-20])
+    (message,) = reported(replay_logs([cut], config(), None), config())["log"]["messages"]
+    assert message.startswith(f"{cut}: cannot be read after line ")
+
+
+def test_a_log_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ReplayError, match=r"none\.log: cannot be read: no such file"):
+        replay_logs([tmp_path / "none.log"], config(), None)
+
+
+# Order
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=300), st.integers(1, 40))
+def test_events_are_merged_in_the_order_of_time_and_number(
+    tmp_path_factory: pytest.TempPathFactory, given_times: list[tuple[int, int]], size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("runs")
+    writer = RunWriter(folder, "run", size)
+    events = [(at_ns, number, place, 0, "x") for place, (at_ns, number) in enumerate(given_times)]
+    for begin in range(0, len(events), 7):
+        writer.add(events[begin : begin + 7])
+    writer.flush()
+    assert [event for block in merged(writer.runs) for event in block] == sorted(events)
+
+
+# Decisions
+
+
+def test_a_log_in_any_order_and_in_any_files_gives_the_same_decisions(tmp_path: Path) -> None:
+    traffic, rng = Traffic(), random.Random(4)
+    for _ in range(3_000):
+        number = rng.randrange(20)
+        traffic.request(f"client-{number}", "BASIC" if number % 4 else "FREE", after=rng.random() * 0.05)
+    refused = [exchange for exchange in traffic.exchanges if exchange.decision and not exchange.decision.allowed]
+    assert refused
+    lines = traffic.lines()
+    paths = [log_of(tmp_path, lines[begin::3], f"{begin}.log") for begin in range(3)]
+    found = replay_logs(paths, config(tiers={"BASIC": {"rate": 1, "capacity": 10}}), config())
+    agreement = found.tally.current_agreement
+    assert agreement.same == agreement.compared == 3_000
+    assert found.tally.limited_by_current == found.tally.limited_in_log == len(refused)
+    assert found.tally.newly_limited_by.keys() == {"BASIC"}
+
+
+def test_each_process_of_a_gateway_without_a_store_has_buckets_of_its_own(tmp_path: Path) -> None:
+    """Such as after a restart; their numbers begin anew, and a number that is not in the log is reported."""
+    before, after = Traffic("a"), Traffic("b", start_ns=2 * SECOND)
+    for traffic in (before, after):
+        for _ in range(15):
+            traffic.request("acme")
+    del before.exchanges[12]  # one that was refused
+    found = reported(replay_logs([log_of(tmp_path, before.lines() + after.lines())], config(), None), config())
+    assert found["totals"]["limited"] == 9 == found["totals"]["limited_in_log"]
+    assert found["log"]["missing_decisions"] == 1
+    assert found["log"]["processes"] == 2
+
+
+def test_what_is_newly_limited_says_who_when_how_long_and_by_which_limit(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for after in (0.0, 1.0, 1.0, 10.0):
+        traffic.request("acme", "BASIC", after=after)
+    candidate = config(tiers={"BASIC": {"rate": 0.1, "capacity": 1}})
+    found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
+    (client,) = found["clients"]
+    assert client == {
+        "client": "acme",
+        "tier": "BASIC",
+        "requests": 4,
+        "limited_before": 0,
+        "limited": 2,
+        "newly_limited": 2,
+        "newly_allowed": 0,
+        "longest_wait_seconds": 9.0,
+        "limited_seconds": 11.0,
+        "limits": {"BASIC": 2},
+        "first_newly_limited": "2023-11-14T22:13:22.000+00:00",
+        "last_newly_limited": "2023-11-14T22:13:23.000+00:00",
+    }
+    text = text_of(found, 5)
+    assert "newly limited 2, newly allowed 0; clients newly limited 1 of 1" in text
+    assert "by limit BASIC: 2" in text
+
+
+def test_a_bucket_keeps_its_filled_fraction_when_the_tier_changes_in_the_log(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for _ in range(5):
+        traffic.request("acme")
+    traffic.limiter.change_quota("client:acme", traffic.quotas["FREE"], traffic.quotas["BASIC"], traffic.now_ns)
+    for _ in range(40):
+        traffic.request("acme", "BASIC")
+    agreement = replay_logs([log_of(tmp_path, traffic.lines())], config(), None).tally.agreement
+    assert agreement.same == 45
+
+
+def test_what_the_log_does_not_suffice_for_is_reported(tmp_path: Path) -> None:
+    traffic = Traffic()
+    exchange = traffic.request("acme", "BASIC")
+    assert exchange.decision is not None
+    exchange.decision.source = "local_share"
+    route = {"name": "up", "path": "/api/up", "upstream": "up", "host": "a.example"}
+    candidate = config(tiers={"BASIC": None}, routes=[route])
+    found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
+    hosts, tier, outage = found["not_evaluable"]
+    assert hosts.startswith("routes with a host (up):")
+    assert tier.startswith("tier BASIC:")
+    assert outage.startswith("1 decisions by local_share:")
+    assert found["totals"]["refused_otherwise"] == 0, "the request has the host of its route"
+    assert found["agreement"]["candidate"]["compared"] == 0
+
+
+def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path: Path) -> None:
+    traffic = Traffic()
+    traffic.request("acme", path="/api/elsewhere")
+    found = reported(replay_logs([log_of(tmp_path, traffic.lines())], config(), None), config())
+    assert (found["totals"]["refused_otherwise"], found["totals"]["limited"]) == (1, 0)
+
+
+# Clients divided among processes
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40), st.integers(1, 4))
+def test_no_bucket_is_in_two_shards(pairs: list[tuple[int, int]], number: int) -> None:
+    links = [(f"c:{client}", f"a:{address}") for client, address in pairs]
+    counts = {key: 1 + index for index, key in enumerate(sorted({key for link in links for key in link} | {"c:x"}))}
+    shard_of, largest = shards(counts, links, number)
+    assert shard_of.keys() == counts.keys()
+    assert all(shard_of[client] == shard_of[address] for client, address in links)
+    loads = [sum(count for key, count in counts.items() if shard_of[key] == shard) for shard in range(number)]
+    assert max(loads) == largest
+    assert sum(loads) == sum(counts.values())
+
+
+# Conditions
+
+FIGURES = {
+    "client": "acme",
+    "tier": "PREMIUM",
+    "requests": 10,
+    "limited": 4,
+    "limited_before": 1,
+    "newly_limited": 3,
+    "newly_allowed": 0,
+    "longest_wait_seconds": 2.5,
+    "limited_seconds": 7.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ('tier == "PREMIUM" and newly_limited > 0', True),
+        ("tier == 'FREE' and newly_limited > 0", False),
+        ("newly_limited / requests >= 0.3", True),
+        ("not (limited > limited_before + newly_limited)", True),
+        ("0 < newly_limited <= 2 or longest_wait_seconds > 2", True),
+        ('client != "acme"', False),
+        ("-newly_limited * 2 < -5 - newly_allowed", True),
+    ],
+)
+def test_a_condition_is_evaluated(text: str, holds: object) -> None:
+    assert ClientCondition(text).holds(FIGURES) is holds
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (
+            "newly_limitd > 0",
+            "column 1 of 'newly_limitd > 0': unknown name .* did you mean newly_limited?",
+        ),
+        ("requests > 0 and zzz", "column 18 .*unknown name 'zzz'; known are client, tier"),
+        ("tier > 0", "column 8 .*text is compared with a number"),
+        ("newly_limited", "column 1 .*a condition is needed, such as newly_limited > 0, got a number"),
+        ("requests and limited > 1", "column 1 .*a condition is needed, got a number"),
+        ("requests > ", "column 11 .*invalid syntax"),
+        ("", "column 1 .*invalid syntax"),
+        ("__import__('os').system('x')", "column 1 .*Call is not allowed"),
+        ("tier.upper() == 'X'", "Call is not allowed"),
+        ("(lambda: 1)() == 1", "Call is not allowed"),
+        ("tier in ('A', 'B')", "Tuple is not allowed"),
+        ("tier is 'A'", "Is is not allowed"),
+        ("2 ** 999999999 > 1", "BinOp is not allowed"),
+        ("tier + 'x' == 'Ax'", "a number is needed, got text"),
+        ("True", "Constant is not allowed"),
+        ("requests > 1\x00", "--fail-if: "),
+        ("(" * 400 + "1" + ")" * 400, "--fail-if"),
+        ("1 < " * MAX_LENGTH + "2", f"at most {MAX_LENGTH} characters"),
+    ],
+)
+def test_a_mistake_in_a_condition_names_its_place(text: str, cause: str) -> None:
+    with pytest.raises(ReplayError, match=cause):
+        ClientCondition(text)
+
+
+def test_a_division_by_zero_names_the_client() -> None:
+    with pytest.raises(ReplayError, match="division by zero for client 'acme'"):
+        ClientCondition("requests / newly_allowed > 1").holds(FIGURES)
+
+
+# The page and the command
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_no_script(tmp_path: Path) -> None:
+    """Its policy permits its own style only; ids of clients are text."""
+    traffic = Traffic()
+    for _ in range(20):
+        traffic.request('<script>alert("x")</script>', "BASIC")
+    candidate = config(tiers={"BASIC": {"rate": 1, "capacity": 10}})
+    current = config()
+    page = page_of(reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, current), candidate, current))
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert html.unescape(policy).startswith(f"default-src 'none'; style-src 'sha256-{digest}'")
+    assert page.count("<svg") == 3
+    assert page.count("<polyline") == 3
+    assert not re.search(r"<script|style=|href=|src=| on\w+=|url\(", page)
+    assert "&lt;script&gt;" in page
+
+
+def test_the_command_fails_with_the_place_of_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traffic = Traffic()
+    for _ in range(20):
+        traffic.request("acme\x1b[31m", "BASIC")
+    log = str(log_of(tmp_path, traffic.lines()))
+    candidate = tmp_path / "new.yaml"
+    candidate.write_text(
+        'upstreams: {up: {targets: [{url: "http://127.0.0.1:1"}]}}\ntiers: {BASIC: {rate: 1, capacity: 10}}\n'
+    )
+    options = ["--config", str(candidate)]
+    assert main(["replay", log, *options, "--fail-if", 'tier == "BASIC" and newly_limited > 5']) == 1
+    told = capsys.readouterr()
+    assert "is true of 1 clients: 'acme\\x1b[31m'" in told.err
+    assert "\x1b" not in told.out
+    assert main(["replay", log, *options, "--fail-if", "newly_limited > 100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fail_if"] == {"condition": "newly_limited > 100", "clients": []}
+    assert main(["replay", log, *options, "--fail-if", "newly > 1"]) == 3
+    assert "--fail-if: column 1" in capsys.readouterr().err
+    assert main(["replay", log, "--config", str(tmp_path / "none.yaml")]) == 3
+    assert "none.yaml" in capsys.readouterr().err
+    assert main(["replay", log, *options, "--html", str(tmp_path / "no" / "page.html")]) == 3
+    assert "page.html: cannot be written" in capsys.readouterr().err
