@@ -3,6 +3,8 @@
 A `Gateway` is one configuration and its runtime objects. It is immutable: a reload builds the next one, which keeps
 objects by name (buckets, breakers, targets, pools, counters), creates new ones, and retires those not configured any
 more. `plan` does everything that can fail and changes nothing; `commit` neither waits nor fails.
+
+Long because the parts are started, changed and stopped in one order.
 """
 
 import asyncio

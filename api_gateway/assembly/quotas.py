@@ -21,7 +21,7 @@ from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.settings.webhook import WebhookSection, signing_key
 from api_gateway.system.clocks import Clocks
 from api_gateway.system.state_folder import own_folder
-from api_gateway.transport.webhooks import Event, Webhook
+from api_gateway.transport.webhooks import WebhookEvent, Webhook
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +132,10 @@ class QuotaKeeping:
                 self._webhook.send(_event(one, holder, self._clocks.wall()))
 
 
-def _event(warned: Warned, holder: str, now: float) -> Event:
+def _event(warned: Warned, holder: str, now: float) -> WebhookEvent:
     """Return the event of a warning. Its id depends on what it is about alone, so that it is never a new one."""
     about = f"{warned.key} {warned.period.start} {warned.share}"
-    return Event(
+    return WebhookEvent(
         f"quota_{hashlib.blake2b(about.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}",
         "quota.warning",
         now,

@@ -75,7 +75,7 @@ class RefusalTemplate:
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
-        self.limits = f"{terms_of(quota)}; this request costs "
+        self.limits = f"{allowance_in_words(quota)}; this request costs "
         sample = RateLimited("", retry_after=0.0, extra=members_of(quota, Client("", "", quota, "default"), 0.0, 0))
         members = problem(sample, instance="", request_id="")
         assert tuple(name for name in members if name in _VARYING) == _VARYING  # noqa: S101 - `body` has this order
@@ -86,7 +86,7 @@ class RefusalTemplate:
         return f"<RefusalTemplate of {self.quota.name}>"
 
 
-def terms_of(quota: Quota) -> str:
+def allowance_in_words(quota: Quota) -> str:
     """Return in words what a quota allows."""
     if isinstance(quota, PeriodQuota):
         zone = (

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from api_gateway.limits.periods import WINDOWS, Calendar, Period, Unit
+from api_gateway.limits.periods import PERIOD_LENGTHS, Calendar, Period, Unit
 from api_gateway.models import Quota
 
 UNITS_PER_TOKEN = 1000
@@ -49,7 +49,7 @@ class PeriodQuota(Quota):
     @classmethod
     def of(cls, name: str, tokens: int, calendar: Calendar, policy: str = "", **more: Any) -> "PeriodQuota":
         """Return the quota of an allowance in whole tokens."""
-        rate = tokens / WINDOWS[calendar.unit]
+        rate = tokens / PERIOD_LENGTHS[calendar.unit]
         return cls(name, rate, tokens, UNITS_PER_TOKEN, tokens * UNITS_PER_TOKEN, policy, calendar, **more)
 
     @property

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 QUOTAS_FILE = "quotas.sqlite3"
-SCHEMA_VERSION = 1
+QUOTAS_SCHEMA = 1
 WRITE_INTERVAL = 0.4  # seconds between the end of a write and the next one
 MAX_LOSS = 1.0  # seconds; a write that takes longer than the rest is logged
 _STEP = 2000  # counters that are converted to rows before the event loop turns
@@ -45,7 +45,7 @@ _REMEDY = (
     " -wal and -shm files away to begin with unused quotas"
 )
 
-Row = tuple[str | int | None, ...]
+CounterRow = tuple[str | int | None, ...]
 
 
 class PeriodStore:
@@ -67,7 +67,7 @@ class PeriodStore:
         rows = await self._run(self._load, now, limit)
         return [_counter(row) for row in rows]
 
-    async def write(self, rows: Sequence[Row]) -> None:
+    async def write(self, rows: Sequence[CounterRow]) -> None:
         """Store counters, in one transaction. Raises OSError if none was stored."""
         await self._run(self._write, rows)
 
@@ -89,7 +89,7 @@ class PeriodStore:
 
     # Executed in the thread of the store
 
-    def _load(self, now: int, limit: int) -> list[Row]:
+    def _load(self, now: int, limit: int) -> list[CounterRow]:
         if self._connection is None:
             self._connection = self._open()
         self._connection.execute("DELETE FROM counters WHERE past_at < ?", (now,))
@@ -116,15 +116,15 @@ class PeriodStore:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
+        if version > QUOTAS_SCHEMA:
             raise OSError(
-                f"{self.path} was written by a newer gateway (schema {version}, newest supported {SCHEMA_VERSION})"
+                f"{self.path} was written by a newer gateway (schema {version}, newest supported {QUOTAS_SCHEMA})"
             )
-        if version < SCHEMA_VERSION:
-            for statement in ("BEGIN IMMEDIATE", _TABLE, _INDEX, f"PRAGMA user_version = {SCHEMA_VERSION}", "COMMIT"):
+        if version < QUOTAS_SCHEMA:
+            for statement in ("BEGIN IMMEDIATE", _TABLE, _INDEX, f"PRAGMA user_version = {QUOTAS_SCHEMA}", "COMMIT"):
                 connection.execute(statement)
 
-    def _write(self, rows: Sequence[Row]) -> None:
+    def _write(self, rows: Sequence[CounterRow]) -> None:
         connection = self._connection
         if connection is None:
             raise sqlite3.ProgrammingError("the file is not open")
@@ -200,8 +200,8 @@ class PeriodJournal:
             await self.write()
 
 
-async def _rows(counters: Sequence[tuple[str, Counter]]) -> list[Row]:
-    rows: list[Row] = []
+async def _rows(counters: Sequence[tuple[str, Counter]]) -> list[CounterRow]:
+    rows: list[CounterRow] = []
     for index, (key, counter) in enumerate(counters, 1):
         rows.append(_row(key, counter))
         if index % _STEP == 0:
@@ -209,9 +209,9 @@ async def _rows(counters: Sequence[tuple[str, Counter]]) -> list[Row]:
     return rows
 
 
-def _row(key: str, counter: Counter) -> Row:
+def _row(key: str, counter: Counter) -> CounterRow:
     count, before = counter.count, counter.before
-    earlier: Row = (None,) * 5
+    earlier: CounterRow = (None,) * 5
     if before is not None:
         earlier = (before.start, before.used, before.carried, before.drawn, before.peak)
     return (
@@ -227,7 +227,7 @@ def _row(key: str, counter: Counter) -> Row:
     )
 
 
-def _counter(row: Row) -> tuple[str, Counter]:
+def _counter(row: CounterRow) -> tuple[str, Counter]:
     key, unit, began, *counts, balance, until, end, _ = row
     latest, before = counts[:5], counts[5:]
     counter = Counter(

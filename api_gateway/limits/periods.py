@@ -15,7 +15,7 @@ UNITS: tuple[Unit, ...] = ("hour", "day", "week", "month")
 
 HOUR = 3600
 # The lengths of periods in seconds, without changes of clocks; of months, the longest.
-WINDOWS: dict[Unit, int] = {"hour": HOUR, "day": 24 * HOUR, "week": 168 * HOUR, "month": 744 * HOUR}
+PERIOD_LENGTHS: dict[Unit, int] = {"hour": HOUR, "day": 24 * HOUR, "week": 168 * HOUR, "month": 744 * HOUR}
 _DAYS: dict[Unit, int] = {"day": 1, "week": 7}
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from api_gateway.limits.period_counters import PeriodQuota
-from api_gateway.limits.periods import WINDOWS
+from api_gateway.limits.periods import PERIOD_LENGTHS
 from api_gateway.models import NANOSECONDS, Charge, Decision, HeaderList, Quota
 
 HEADER_NAMES = frozenset(
@@ -82,7 +82,7 @@ class RateLimitHeaders:
 
 def _policy(quota: Quota) -> str:
     if isinstance(quota, PeriodQuota):
-        window = WINDOWS[quota.calendar.unit]
+        window = PERIOD_LENGTHS[quota.calendar.unit]
     else:
         window = math.ceil(quota.burst_ns / NANOSECONDS)
     return f'"{quota.policy}";q={quota.capacity};w={window}'

@@ -191,11 +191,7 @@ def metrics_view(
         ),
         circuit_breakers=breakers,
         output=OutputView(dropped_lines=dict(recorder.dropped_lines), write_errors=dict(recorder.write_errors)),
-        overload=OverloadView(
-            event_loop_lag_seconds=round(lag, 6),
-            upstreams=concurrency,
-            shed=shed,
-        ),
+        overload=OverloadView(event_loop_lag_seconds=round(lag, 6), upstreams=concurrency, shed=shed),
     )
 
 

@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 1000  # events that wait; of more, the oldest is dropped
 MAX_ATTEMPTS = 12  # about an hour and a half
-FIRST_DELAY, MAX_DELAY = 1.0, 900.0  # seconds between attempts
-TIMEOUT = 15.0  # seconds for an attempt
+FIRST_DELAY, MAX_WEBHOOK_DELAY = 1.0, 900.0  # seconds between attempts
+WEBHOOK_TIMEOUT = 15.0  # seconds for an attempt
 REMEMBERED = 10_000  # ids that were queued or delivered, so that none is queued again
 _GONE = 410
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class WebhookEvent:
     """What happened: a unique id, a type such as `quota.warning`, when (seconds since the epoch), and its members."""
 
     id: str
@@ -78,7 +78,7 @@ class Webhook:
         self._source = source
         self._transport = transport
         self._sleep = sleep
-        self._waiting: deque[Event] = deque()
+        self._waiting: deque[WebhookEvent] = deque()
         self._known: dict[str, None] = {}  # in the order of arrival
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -86,7 +86,7 @@ class Webhook:
     def __repr__(self) -> str:
         return f"<Webhook [{len(self._waiting)} waiting, {self.delivered} delivered, {self.failed} failed]>"
 
-    def send(self, event: Event) -> None:
+    def send(self, event: WebhookEvent) -> None:
         """Queue an event, unless one with the same id was queued before."""
         if event.id in self._known:
             return
@@ -104,7 +104,7 @@ class Webhook:
         """Deliver events from now on."""
         self._task = asyncio.create_task(self._run(), name="webhook")
 
-    def stop(self) -> list[Event]:
+    def stop(self) -> list[WebhookEvent]:
         """End, and return the events that were not delivered; the first may have been."""
         if self._task is not None:
             self._task.cancel()
@@ -120,7 +120,9 @@ class Webhook:
             logger.warning("webhook: %d events were not delivered: %s", len(self._waiting), self._waiting[0].id)
 
     async def _run(self) -> None:
-        async with httpx.AsyncClient(transport=self._transport, timeout=TIMEOUT, follow_redirects=False) as client:
+        async with httpx.AsyncClient(
+            transport=self._transport, timeout=WEBHOOK_TIMEOUT, follow_redirects=False
+        ) as client:
             while True:
                 while not self._waiting:
                     self._arrived.clear()
@@ -132,7 +134,7 @@ class Webhook:
                 if self._waiting and self._waiting[0] is event:  # else dropped meanwhile
                     self._waiting.popleft()
 
-    async def _deliver(self, client: httpx.AsyncClient, event: Event) -> bool:
+    async def _deliver(self, client: httpx.AsyncClient, event: WebhookEvent) -> bool:
         delay = FIRST_DELAY
         for attempt in range(1, MAX_ATTEMPTS + 1):
             cause, is_final = await self._attempt(client, event)
@@ -144,15 +146,15 @@ class Webhook:
             if attempt == 1:
                 logger.warning("webhook: event %s is not accepted, and repeated: %s", event.id, cause)
             await self._sleep(delay * self._source.uniform(0.75, 1.25))
-            delay = min(3 * delay, MAX_DELAY)
+            delay = min(3 * delay, MAX_WEBHOOK_DELAY)
         return False
 
-    async def _attempt(self, client: httpx.AsyncClient, event: Event) -> tuple[str, bool]:
+    async def _attempt(self, client: httpx.AsyncClient, event: WebhookEvent) -> tuple[str, bool]:
         """Return why the event was not accepted (empty: it was), and whether an attempt makes no sense any more."""
         body = event.body
         fields = signature_fields(self._key, event.id, int(self._wall_clock()), body)
         try:
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(WEBHOOK_TIMEOUT):
                 async with client.stream(
                     "POST", self.url, content=body, headers={"content-type": "application/json", **fields}
                 ) as response:

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from api_gateway.limits.period_counters import MICROSECONDS, Counter, PeriodCounters, PeriodQuota
-from api_gateway.limits.period_store import PeriodJournal, PeriodStore, Row
+from api_gateway.limits.period_store import PeriodJournal, PeriodStore, CounterRow
 from api_gateway.limits.periods import HOUR, Calendar
 from tests.kit import FakeClock, soon
 
@@ -106,7 +106,7 @@ async def test_changes_are_written_without_an_end(tmp_path: Path) -> None:
     await writing.start()
     spend(writing.counters, "a")
 
-    def rows() -> list[Row]:
+    def rows() -> list[CounterRow]:
         with closing(sqlite3.connect(tmp_path / "quotas.sqlite3")) as other:
             return other.execute("SELECT key, used FROM counters").fetchall()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from api_gateway.limits.periods import HOUR, UNITS, WINDOWS, Calendar, Period, Unit, zone_of
+from api_gateway.limits.periods import HOUR, UNITS, PERIOD_LENGTHS, Calendar, Period, Unit, zone_of
 
 ZONES = (
     "UTC",
@@ -155,7 +155,9 @@ def test_periods_have_neither_gap_nor_overlap(unit: Unit, zone: str, now: int) -
     after = Calendar(unit, ZoneInfo(zone)).at(period.end)
     assert (after.start, after.earlier) == (period.end, period.start)
     assert calendar.at(period.start - 1)[:2] == (period.earlier, period.start)
-    assert period.end - period.start <= WINDOWS[unit] + 25 * HOUR  # more than the usual only where a date is repeated
+    assert (
+        period.end - period.start <= PERIOD_LENGTHS[unit] + 25 * HOUR
+    )  # more than the usual only where a date is repeated
 
 
 @given(st.sampled_from(UNITS), st.sampled_from(ZONES), instants, instants)

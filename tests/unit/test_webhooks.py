@@ -12,9 +12,9 @@ from standardwebhooks.webhooks import WebhookVerificationError
 from api_gateway.settings.webhook import signing_key
 from api_gateway.transport.webhooks import (
     MAX_ATTEMPTS,
-    MAX_DELAY,
+    MAX_WEBHOOK_DELAY,
     MAX_QUEUED,
-    Event,
+    WebhookEvent,
     Webhook,
     signature_fields,
 )
@@ -61,12 +61,14 @@ class Receiver:
         return [request.headers["webhook-id"] for request in self.requests]
 
 
-def event(number: int = 1) -> Event:
+def event(number: int = 1) -> WebhookEvent:
     """Return an event."""
-    return Event(f"evt_{number}", "quota.warning", 1_800_000_000.25, {"limit": "monthly", "share": 0.8, "who": "ü"})
+    return WebhookEvent(
+        f"evt_{number}", "quota.warning", 1_800_000_000.25, {"limit": "monthly", "share": 0.8, "who": "ü"}
+    )
 
 
-async def delivered(receiver: Receiver, *events: Event, until: Callable[[Webhook], bool]) -> Webhook:
+async def delivered(receiver: Receiver, *events: WebhookEvent, until: Callable[[Webhook], bool]) -> Webhook:
     """Send events, and return the webhook when a condition holds."""
     webhook = receiver.webhook()
     webhook.start()
@@ -124,7 +126,7 @@ async def test_a_receiver_that_never_accepts_is_given_up(caplog: pytest.LogCaptu
     receiver = Receiver(500)
     webhook = await delivered(receiver, event(), until=lambda webhook: webhook.failed == 1)
     assert len(receiver.requests) == MAX_ATTEMPTS
-    assert max(receiver.slept) <= MAX_DELAY * 1.25
+    assert max(receiver.slept) <= MAX_WEBHOOK_DELAY * 1.25
     assert 3600 < sum(receiver.slept) < 4 * 3600
     assert "given up after 12 attempts: status 500" in caplog.text
     assert SECRET not in caplog.text
