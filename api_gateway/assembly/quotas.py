@@ -21,7 +21,7 @@ from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.settings.webhook import WebhookSection, signing_key
 from api_gateway.system.clocks import Clocks
 from api_gateway.system.state_folder import own_folder
-from api_gateway.transport.webhooks import WebhookEvent, Webhook
+from api_gateway.transport.webhooks import Webhook, WebhookEvent
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Final
 from api_gateway.errors import CostExceedsCapacity, GatewayError, StoreUnavailable
 from api_gateway.http1.headers import address_key
 from api_gateway.limits.limit import LIMIT_PREFIX
-from api_gateway.limits.limit_reached import LimitReached, RefusalTemplate, members_of, allowance_in_words
+from api_gateway.limits.limit_reached import LimitReached, RefusalTemplate, allowance_in_words, members_of
 from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.models import Decision, Exchange
 from api_gateway.rate_limiter import NEVER_NS

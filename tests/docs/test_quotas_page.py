@@ -15,7 +15,7 @@ from joserfc.jwk import OctKey
 from api_gateway.limits.period_counters import KEPT, KEPT_LONGER, OVERFLOW_COUNTERS
 from api_gateway.limits.period_store import QUOTAS_FILE, WRITE_INTERVAL
 from api_gateway.settings.limits import LimitSection
-from api_gateway.transport.webhooks import FIRST_DELAY, MAX_ATTEMPTS, MAX_WEBHOOK_DELAY, MAX_QUEUED
+from api_gateway.transport.webhooks import FIRST_DELAY, MAX_ATTEMPTS, MAX_QUEUED, MAX_WEBHOOK_DELAY
 from tests.kit import FakeClocks, RawUpstream, RunningGateway, ask, eventually, in_front_of, reply, running_gateway
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quotas.md").read_text()

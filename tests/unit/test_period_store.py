@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from api_gateway.limits.period_counters import MICROSECONDS, Counter, PeriodCounters, PeriodQuota
-from api_gateway.limits.period_store import PeriodJournal, PeriodStore, CounterRow
+from api_gateway.limits.period_store import CounterRow, PeriodJournal, PeriodStore
 from api_gateway.limits.periods import HOUR, Calendar
 from tests.kit import FakeClock, soon
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from api_gateway.limits.periods import HOUR, UNITS, PERIOD_LENGTHS, Calendar, Period, Unit, zone_of
+from api_gateway.limits.periods import HOUR, PERIOD_LENGTHS, UNITS, Calendar, Period, Unit, zone_of
 
 ZONES = (
     "UTC",

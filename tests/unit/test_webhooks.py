@@ -12,10 +12,10 @@ from standardwebhooks.webhooks import WebhookVerificationError
 from api_gateway.settings.webhook import signing_key
 from api_gateway.transport.webhooks import (
     MAX_ATTEMPTS,
-    MAX_WEBHOOK_DELAY,
     MAX_QUEUED,
-    WebhookEvent,
+    MAX_WEBHOOK_DELAY,
     Webhook,
+    WebhookEvent,
     signature_fields,
 )
 from tests.kit import soon
