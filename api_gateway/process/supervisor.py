@@ -2,6 +2,8 @@
 
 It serves no request. It holds what outlives a worker: the listening sockets, the embedded store, the demo services,
 and the counters of workers that have exited, so that counters never decrease.
+
+Long because what workers share is started, replaced and stopped in one order.
 """
 
 import asyncio
