@@ -29,6 +29,7 @@ _COUNTERS = (
     "settlements",
     "quota_warnings",
     "operator_rejections",
+    "operator_changes",
     "dropped_lines",
     "write_errors",
     "parsed_heads",
@@ -52,7 +53,7 @@ OTHER = "_other"
 NO_ROUTE = "_none"
 NO_TIER = "_none"
 GATEWAY = "_gateway"  # instead of an upstream, for requests that are shed before their upstream is known
-# Results of a cost settlement: more was charged, some or all was refunded, or the upstream's value was unreadable.
+# Results of a cost settlement: more was charged, some or all was refunded, or there was no valid value.
 SETTLEMENTS = ("charged", "refunded", "unreadable")
 
 # Reasons for which requests would be refused if `identity.mode` were `enforce`.
@@ -142,6 +143,7 @@ class Recorder:
         self.quota_warnings: Counter[str] = Counter()  # by the name of the limit
         places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
+        self.operator_changes: Counter[str] = Counter()  # changes by operators, by action
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors

@@ -13,7 +13,7 @@ Long because arithmetic, tables and decisions have to agree.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from api_gateway.models import Charge, Decision, DecisionSource, LimiterState, Quota
 
@@ -483,7 +483,7 @@ class Refunds:
     for two generations, as buckets are: earlier charges have been refilled, and are not refunded anyway.
     """
 
-    MOST = 32
+    MOST: ClassVar = 32
 
     def __init__(self) -> None:
         self._current: dict[str, list[tuple[int, int]]] = {}  # time and refunded nanoseconds

@@ -1,10 +1,11 @@
 """The endpoints at `/clients`: registered clients, their tiers, grants and buckets."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 
-from api_gateway.admin.context import AdminContext, ClientId, Guarded
+from api_gateway.admin.audit_log import AuditAction
+from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
 from api_gateway.admin.views import wall_time
 from api_gateway.clients.registry import ClientRegistry
@@ -77,30 +78,36 @@ async def list_clients(
     summary="Set a client's tier",
     responses=TIER_REFUSALS,
 )
-async def set_tier(client_id: ClientId, change: TierChange, context: Guarded) -> TierChanged:
+async def set_tier(client_id: ClientId, change: TierChange, context: Guarded, audit: Audited) -> TierChanged:
     """Register the client with a tier. It is stored before the response and applies to the client's next request.
 
     Gateways that share the store apply it within a second. The bucket keeps its filled fraction: an upgrade takes
     effect at once, and changing back and forth gains no tokens.
     """
     tier = _tier(context, change.tier)
-    return await _move_bucket(context, *await context.clients.set_tier(client_id, tier))
+    changed = await _move_bucket(context, *await context.clients.set_tier(client_id, tier))
+    await audit(AuditAction.TIER_SET, client_id, *_tiers_of(changed))
+    return changed
 
 
 @router.post("/clients/{client_id}/grants", summary="Grant a client a tier temporarily", responses=TIER_REFUSALS)
-async def grant(client_id: ClientId, request: GrantRequest, context: Guarded) -> GrantChanged:
+async def grant(client_id: ClientId, request: GrantRequest, context: Guarded, audit: Audited) -> GrantChanged:
     """Grant the client a tier until a given time. It overrides the client's own tier and replaces an earlier grant.
 
     Each gateway ends the grant by its own clock: if clocks differ, so do the times at which it ends.
     """
     tier, until = _tier(context, request.tier), _until(request, context.clocks.wall())
-    return await _regrant(context, until, *await context.clients.grant(client_id, tier, until))
+    changed = await _regrant(context, until, *await context.clients.grant(client_id, tier, until))
+    await audit(AuditAction.GRANT_SET, client_id, *_tiers_of(changed, until=changed.until))
+    return changed
 
 
 @router.delete("/clients/{client_id}/grants", summary="End a client's grant early", responses=STORE_REFUSAL)
-async def revoke(client_id: ClientId, context: Guarded) -> GrantChanged:
+async def revoke(client_id: ClientId, context: Guarded, audit: Audited) -> GrantChanged:
     """End the client's grant; its own tier applies again. Without a grant nothing changes."""
-    return await _regrant(context, None, *await context.clients.revoke(client_id))
+    changed = await _regrant(context, None, *await context.clients.revoke(client_id))
+    await audit(AuditAction.GRANT_ENDED, client_id, *_tiers_of(changed))
+    return changed
 
 
 @router.post(
@@ -108,7 +115,7 @@ async def revoke(client_id: ClientId, context: Guarded) -> GrantChanged:
     summary="Fill a client's buckets",
     responses={503: {"description": "The store is unavailable.", **PROBLEM}},
 )
-async def reset(client_id: ClientId, context: Guarded) -> BucketReset:
+async def reset(client_id: ClientId, context: Guarded, audit: Audited) -> BucketReset:
     """Fill the client's bucket, and its buckets of limits that count by client, or by client and route."""
     found = (await context.clients.inspect(client_id)).client
     buckets = _own_buckets(context, found)
@@ -120,6 +127,8 @@ async def reset(client_id: ClientId, context: Guarded) -> BucketReset:
         (_tokens(bucket.quota, one.reset_ns), _tokens(bucket.quota, other.reset_ns))
         for bucket, one, other in zip(buckets, before, after, strict=True)
     ]
+    views = ({"tokens": [pair[index] for pair in tokens]} for index in (0, 1))
+    await audit(AuditAction.BUCKETS_FILLED, client_id, *views)
     return BucketReset(
         client_id=client_id,
         tier=_tier_view(found.quota),
@@ -133,12 +142,14 @@ async def reset(client_id: ClientId, context: Guarded) -> BucketReset:
 
 
 @router.delete("/clients/{client_id}", summary="Return a client to the default tier", responses=STORE_REFUSAL)
-async def forget(client_id: ClientId, context: Guarded) -> TierChanged:
+async def forget(client_id: ClientId, context: Guarded, audit: Audited) -> TierChanged:
     """Remove the client's registration and its grant.
 
     The client then has the tier that the configuration gives it, else the default tier.
     """
-    return await _move_bucket(context, *await context.clients.delete(client_id))
+    changed = await _move_bucket(context, *await context.clients.delete(client_id))
+    await audit(AuditAction.CLIENT_REMOVED, client_id, *_tiers_of(changed))
+    return changed
 
 
 @router.get("/clients/{client_id}", summary="A client's tier and buckets")
@@ -257,6 +268,14 @@ async def _move_bucket(context: AdminContext, before: Client, after: Client) -> 
         tokens_before=_tokens(before.quota, bucket_before.reset_ns),
         tokens_after=_tokens(after.quota, bucket_after.reset_ns),
         persisted=True,
+    )
+
+
+def _tiers_of(changed: TierChanged, **after: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return tier and tokens before and after a change, for the audit log; `after` has what else is in force."""
+    return (
+        {"tier": changed.previous.name, "tokens": changed.tokens_before},
+        {"tier": changed.current.name, "tokens": changed.tokens_after, **after},
     )
 
 

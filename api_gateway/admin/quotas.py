@@ -5,7 +5,8 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import AwareDatetime, Field
 
-from api_gateway.admin.context import AdminContext, ClientId, Guarded
+from api_gateway.admin.audit_log import AuditAction
+from api_gateway.admin.context import AdminContext, Audit, Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, TIER_REFUSALS, TOKEN
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import InvalidValue
@@ -67,36 +68,54 @@ async def quotas(client_id: ClientId, context: Guarded) -> QuotaViews:
 
 
 @router.post("/clients/{client_id}/quotas/{name}/top-up", summary="Add tokens to a quota", responses=TIER_REFUSALS)
-async def top_up(client_id: ClientId, name: str, request: TopUpRequest, context: Guarded) -> QuotaView:
+async def top_up(client_id: ClientId, name: str, request: TopUpRequest, context: Guarded, audit: Audited) -> QuotaView:
     """Add tokens, which are used when the quota of a period is used up, until they are used or expire.
 
     A client has one balance of top-ups for each quota: of two ends, the later one applies to all of it.
     """
     key, quota = await _quota(context, client_id, name)
-    standing, now = await context.quotas().look(key, quota)
+    before = await context.quotas().look(key, quota)
+    standing, now = before
     until = standing.end if request.expires is None else int(request.expires.timestamp())
     if until <= now:
         raise InvalidValue(
             f"body.expires: must be in the future, got {wall_time(until)}; the time is {wall_time(now)}."
         )
+    before_view = _view(name, quota, *before)
     amount = request.amount * UNITS_PER_TOKEN
-    return _view(name, quota, *await context.quotas().adjust(key, quota, top_up=(amount, until)))
+    after = _view(name, quota, *await context.quotas().adjust(key, quota, top_up=(amount, until)))
+    return await _recorded(audit, client_id, before_view, after)
 
 
 @router.post(
     "/clients/{client_id}/quotas/{name}/carry-over", summary="Set what was carried over", responses=TIER_REFUSALS
 )
-async def carry_over(client_id: ClientId, name: str, request: CarryOverRequest, context: Guarded) -> QuotaView:
+async def carry_over(
+    client_id: ClientId, name: str, request: CarryOverRequest, context: Guarded, audit: Audited
+) -> QuotaView:
     """Set how many tokens the present period has besides the quota. The next period is not affected."""
     key, quota = await _quota(context, client_id, name)
-    return _view(name, quota, *await context.quotas().adjust(key, quota, carried=request.amount * UNITS_PER_TOKEN))
+    before = _view(name, quota, *await context.quotas().look(key, quota))
+    carried = request.amount * UNITS_PER_TOKEN
+    after = _view(name, quota, *await context.quotas().adjust(key, quota, carried=carried))
+    return await _recorded(audit, client_id, before, after)
 
 
 @router.post("/clients/{client_id}/quotas/{name}/reset", summary="Give a quota anew", responses=TIER_REFUSALS)
-async def reset_quota(client_id: ClientId, name: str, context: Guarded) -> QuotaView:
+async def reset_quota(client_id: ClientId, name: str, context: Guarded, audit: Audited) -> QuotaView:
     """Let nothing be used of the present period. Top-ups that were used are not given back."""
     key, quota = await _quota(context, client_id, name)
-    return _view(name, quota, *await context.quotas().adjust(key, quota, is_reset=True))
+    before = _view(name, quota, *await context.quotas().look(key, quota))
+    after = _view(name, quota, *await context.quotas().adjust(key, quota, is_reset=True))
+    return await _recorded(audit, client_id, before, after)
+
+
+async def _recorded(audit: Audit, client_id: str, before: QuotaView, after: QuotaView) -> QuotaView:
+    """Write a change to the audit log, and return what is in force."""
+    shown = ("used", "carried_over", "top_up", "top_up_expires")
+    views = ({"limit": view.limit, **{name: getattr(view, name) for name in shown}} for view in (before, after))
+    await audit(AuditAction.QUOTA_CHANGED, client_id, *views)
+    return after
 
 
 async def _quotas(context: AdminContext, client_id: str) -> dict[str, tuple[str, PeriodQuota]]:

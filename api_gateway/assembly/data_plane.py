@@ -22,8 +22,7 @@ from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
-from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
-from api_gateway.proxy.identified_headers import IdentifiedHeaders
+from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
@@ -135,7 +134,6 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
         forwarding=forwarding_of(config.server.forwarded),
         sources=sources,
         identity_fields=claims | unproved,
-        rewritten=IdentifiedHeaders if claims else RewrittenHeaders,
         limit_fields=frozenset(
             part.removeprefix("header:").encode()
             for limit in gateway.quotas.limits
@@ -231,6 +229,7 @@ def _router(
         on_transition=_log_transition,
         on_target_transition=_log_target_transition,
         on_cost=settlement.on_cost,
+        on_content_cost=settlement.on_content_cost,
         on_retry=recorder.observe_retry,
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,

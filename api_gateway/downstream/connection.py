@@ -169,7 +169,7 @@ class DownstreamConnection:
         self.client = client = self.client or peer_of(transport)
         if transport.get_extra_info("sslcontext") is not None:
             self.scheme = "https"
-        peer = client[0] if client and client is not UNIX_PEER else ""
+        peer = client[0] if client and client != UNIX_PEER else ""
         self.slot = slot = self.listener.slots.acquire(peer, self.limits.connections_per_peer)
         self._fast_path = getattr(self.app, "fast_path", None)
         if not slot.surplus:

@@ -100,8 +100,8 @@ class AttemptingExchange(RelayingExchange):
             host = upstream_client.host_of(attempt.target, self._request_headers.facts.host_field)
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
-        if plan.facts.credentials and route is not None and route.forward_credentials:
-            host += b"\r\n%b" % plan.facts.credential_lines
+        if plan.facts.claim is not None:
+            host += self._credential_lines()
         if deadline is not None and deadline.is_forwarded:
             identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
         self.connection = connection
@@ -117,6 +117,18 @@ class AttemptingExchange(RelayingExchange):
             connection.start(self, head)
         else:
             self._send_with_body(connection, upload, head)
+
+    def _credential_lines(self) -> bytes:
+        """Return the header lines for the upstream of a request with a credential, each after a line break.
+
+        They are what the credential states about the client, if the configuration names header fields for it, and the
+        credential itself, if the route forwards it.
+        """
+        facts, route = self.plan.facts, self.plan.route
+        lines = b"" if facts.proof is None else facts.proof.lines
+        if facts.credentials and route is not None and route.forward_credentials:
+            lines += b"\r\n%b" % facts.credential_lines
+        return lines
 
     def _send_with_body(self, connection: UpstreamConnection, upload: ExchangeBody, head: bytes) -> None:
         """Send a head and what has arrived of the body.

@@ -93,7 +93,7 @@ class FastExchange(AttemptingExchange):
         exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
         key = exchange.client_key
         if not upstream_client.is_simple:
-            if not upstream_client.is_native:
+            if not upstream_client.is_native or route.content_cost is not None:
                 self._hand_over()
                 return None
             key = self._key(upstream_client)

@@ -11,6 +11,7 @@ from api_gateway.errors import GatewayError
 from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.models import Charge, Exchange, Settlement
+from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.fallback import STATIC
 from api_gateway.rate_limiter import RateLimiter
 
@@ -65,6 +66,17 @@ class CostSettlement:
                 )
         else:
             self.settle(exchange, cost)
+
+    def on_content_cost(self, exchange: Exchange, terms: ContentCost, cost: float | None, is_complete: bool) -> None:  # noqa: FBT001 - a callback
+        """Settle to the cost that the content of a response states, or to that for a response without it (None).
+
+        A response that was cut off costs the higher of the two: what it states may be that of its beginning.
+        """
+        otherwise = exchange.cost if terms.otherwise is None else terms.otherwise
+        if cost is None:
+            self._recorder.settlements["unreadable"] += 1
+            cost = otherwise
+        self.settle(exchange, cost if is_complete else max(cost, otherwise))
 
     def on_failure(self, exchange: Exchange, error: GatewayError) -> None:
         """Refund the whole charge if nothing of the request was sent to an upstream and no response has begun."""

@@ -5,7 +5,7 @@ A plain head (see `http1.fast_parser`) is looked up by the bytes of its header l
 The module is long because both readings, of lines and of fields, must agree in what they forward.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -189,7 +189,10 @@ class HeaderFacts:
 
 
 class RewrittenHeaders(NamedTuple):
-    """The header lines of a plain head as received, their meaning, and the lines as sent upstream."""
+    """The header lines of a plain head as received, their meaning, and the lines as sent upstream.
+
+    These do not depend on the credential, which is verified later.
+    """
 
     received: bytes
     facts: HeaderFacts
@@ -209,7 +212,6 @@ class HeaderReader:
         sources: IdentitySources = HEADER_AND_ADDRESS,
         reads_origin: bool = False,
         identity_fields: frozenset[bytes] = frozenset(),
-        rewritten: Callable[[bytes, HeaderFacts, bytes], RewrittenHeaders] = RewrittenHeaders,
         forwarding: Forwarding = BY_X_FORWARDED,
         limit_fields: frozenset[bytes] = frozenset(),
     ) -> None:
@@ -218,8 +220,7 @@ class HeaderReader:
         Credentials of `sources` are recognised, and not forwarded on the fast path; trailers with the names of their
         fields (`never_trailing`) never are. `reads_origin`: there are CORS policies, for which the origin of requests
         and their preflights matter. `identity_fields` (lower case) are set by the gateway for upstreams and removed
-        from requests; `rewritten` creates the result of `read_lines`. `limit_fields` (lower case) are those that
-        limits count by.
+        from requests. `limit_fields` (lower case) are those that limits count by.
         """
         self.via = via or Via()
         self._sources = sources
@@ -229,7 +230,6 @@ class HeaderReader:
         self.protected = frozenset({self.id_header}) | identity_fields
         self.never_trailing = self.protected | sources.fields
         self._identity_fields = identity_fields
-        self._rewritten = rewritten
         self._max_body_bytes = max_body_bytes
         self.forwarding = forwarding
         self._trusted = tuple(trusted_proxies)
@@ -320,7 +320,7 @@ class HeaderReader:
         else:
             facts = (self._remembered if is_short else self._read_plain)(peer, scheme, tuple(found))
         return (
-            None if facts is None else self._rewritten(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
+            None if facts is None else RewrittenHeaders(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
         )
 
     def read_head(self, peer: str, scheme: str, head: RequestHead) -> RewrittenHeaders:
@@ -353,7 +353,7 @@ class HeaderReader:
         )
         kept = [pair for pair in headers if pair[0].lower() not in dropped]
         sent = lines_of([*kept, *added, self.via.field(head.version)])
-        return self._rewritten(lines_of(headers), facts, sent)
+        return RewrittenHeaders(lines_of(headers), facts, sent)
 
     def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
         """Return the facts, with the client id read separately from the other header fields.
@@ -363,7 +363,7 @@ class HeaderReader:
         names = [pair for pair in found if pair[0].lower() == self.id_header]
         if len(names) != 1 or not self._has_own_id_header:
             return self._read_plain(peer, scheme, found)
-        anonymous = self._anonymous(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
+        anonymous = self._anonymous(peer, scheme, tuple([pair for pair in found if pair != names[0]]))
         if anonymous is None:
             return None
         facts = self._named(anonymous, names[0])
@@ -390,24 +390,23 @@ class HeaderReader:
         rest = before.facts.rest
         line = b"\r\n%b: %b\r\n" % (name, value)
         start = before.received.find(line) + len(name) + 4
-        end = start + len(value) - len(before.received)  # counted from the end of the lines
-        given = lines[start:end]
+        end = len(lines) - (len(before.received) - start - len(value))
         if (
             rest is None
             or rest.owner is not self
-            or len(given) > MAX_ID_BYTES
+            or not 0 <= end - start <= MAX_ID_BYTES  # a slice that ends before its start raises if it is compiled
             or not lines.startswith(before.received[:start])
-            or not lines.endswith(before.received[end:])
+            or not lines.endswith(before.received[start + len(value) :])
         ):
             return None
         for marker in self._markers:
             if marker in lines:
                 return None
+        given = lines[start:end]
         facts = self._named(rest, (name, given))
         if facts is None:
             return None
-        sent = before[2].replace(line, b"\r\n%b: %b\r\n" % (name, given), 1)  # what `rewritten` was given
-        return self._rewritten(lines, facts, sent)
+        return RewrittenHeaders(lines, facts, before.sent.replace(line, b"\r\n%b: %b\r\n" % (name, given), 1))
 
     def _read_claimed(
         self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...], given: tuple[tuple[bytes, bytes], ...]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
 from api_gateway.proxy.address_rules import AddressRules
+from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.requirements import Requirement
@@ -48,6 +49,7 @@ class CostRule:
 class Route:
     """A route. `host` and `methods` None match any; the first matching rule of `costs` replaces `cost` (tokens).
 
+    `content_cost` is where responses state their actual cost, None if their content is not read.
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
     if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the
@@ -64,6 +66,7 @@ class Route:
     cost: float = 1.0
     costs: tuple[CostRule, ...] = ()
     candidate_cost: float | None = None
+    content_cost: ContentCost | None = None
     timeout: float | None = None
     min_body_rate: float | None = None
     fallback: Fallback | None = None

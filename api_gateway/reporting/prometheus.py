@@ -25,10 +25,10 @@ from api_gateway.reporting.process_figures import process_families
 from api_gateway.reporting.prometheus_families import (
     DURATION_BOUNDS,
     SingleMetric,
+    access_families,
     duration_histogram,
     family_in_pieces,
     limit_families,
-    refusal_families,
     without_head,
 )
 from api_gateway.reporting.snapshot import WorkerSnapshot
@@ -117,7 +117,7 @@ class PrometheusExposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
-        yield from refusal_families(recorder)
+        yield from access_families(recorder)
 
     def _shown(self, series: Mapping[str, WindowedSeries]) -> list[tuple[str, WindowedSeries]]:
         return [(name, one) for name, one in series.items() if self._is_detailed or one.is_used]

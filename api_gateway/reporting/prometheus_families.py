@@ -28,14 +28,20 @@ class SingleMetric:
         yield self._metric
 
 
-def refusal_families(recorder: Recorder) -> Iterator[Metric]:
-    """Yield the counters of rejected operators, and of client ids that were not proved."""
+def access_families(recorder: Recorder) -> Iterator[Metric]:
+    """Yield the counters of rejected operators and their changes, and of client ids that were not proved."""
     for name, words, label, counts in (
         (
             "gateway_operator_rejections",
             "Rejected requests to operator endpoints, by reason.",
             "reason",
             recorder.operator_rejections,
+        ),
+        (
+            "gateway_operator_changes",
+            "Changes by operators, by action.",
+            "action",
+            recorder.operator_changes,
         ),
         (
             "gateway_identity_would_refuse",

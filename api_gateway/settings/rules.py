@@ -374,6 +374,8 @@ def _cost_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wro
         if route.methods and rule.methods and not set(route.methods) & set(rule.methods):
             message = f"never match: the route takes {', '.join(route.methods)} only, got {', '.join(rule.methods)}"
             yield (*key_path, "methods"), message, ()
+    if route.cost_from is not None:
+        costs.append((("cost_from", "otherwise"), route.cost_from.otherwise))
     for setting, cost in costs:
         if cost is not None and cost > largest:
             message = f"above the capacity of every tier (at most {largest}), got {cost:g}"

@@ -209,6 +209,8 @@ def test_operators_see_quotas_and_add_top_ups(gateways: Any) -> None:
     gateway.clocks.advance(11 * HOUR)
     assert gateway.quota()["remaining"] == 14  # 10, and 4 of the top-up
     assert gateway.call("POST", "/clients/acme/quotas/monthly/reset").json()["used"] == 0
+    entries = gateway.call("GET", "/audit").json()["entries"]
+    assert [(one["action"], one["subject"]) for one in entries] == [("quota_changed", "acme")] * 4
 
 
 @pytest.mark.parametrize(
