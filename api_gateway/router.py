@@ -135,9 +135,9 @@ class Router:
             on_target_transition=on_target_transition,
         )
         self.on_cost = on_cost or _ignore
-        self._on_content_cost = on_content_cost or _ignore
+        self.on_content_cost = on_content_cost or _ignore
         for route in routes:
-            if route.content_cost is not None:  # the fast path looks at routes of such upstreams only
+            if route.content_cost is not None:  # an exchange looks at routes of such upstreams only
                 self.upstream_clients[route.upstream].is_simple = False
         self.on_retry, self.on_denial = on_retry or _ignore, on_denial or _ignore
         self.on_fallback = on_fallback or _ignore
@@ -169,21 +169,6 @@ class Router:
         if route.fallback is None:
             return attempts
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
-
-    def fall_back(
-        self,
-        plan: RequestPlan,
-        error: GatewayError,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> Awaitable[None]:
-        """Respond by the route's fallback, another upstream, after `error` of the fast path."""
-        exchange, route = plan.exchange, plan.route
-        assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
-        request = self._request(plan, scope, scope[SERVER_EXTENSION])
-        request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
-        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, _raise(error))
 
     def _request(self, plan: RequestPlan, scope: Scope, extension: ServerExtension | None) -> UpstreamRequest:
         return UpstreamRequest(plan, scope, extension, self.protected, self._never_trailing, self._via)
@@ -550,7 +535,7 @@ class Router:
         if request.content_cost is None or COST in fields:
             await self._relay_body(exchange, attempt, request, stream, send, events, None)
         else:
-            scan = request.content_cost.scan(fields, partial(self._on_content_cost, exchange))
+            scan = request.content_cost.scan(fields, partial(self.on_content_cost, exchange))
             try:
                 await self._relay_body(exchange, attempt, request, stream, send, events, scan)
             finally:

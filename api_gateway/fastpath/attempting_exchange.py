@@ -23,8 +23,9 @@ from api_gateway.proxy.exchange import (
     RETRY,
 )
 from api_gateway.resilience.retry import RetryDenied, retry_after_of
-from api_gateway.transport.connection import StaleConnection, UpstreamConnection
+from api_gateway.transport.connection import StaleConnection
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
+from api_gateway.transport.upstream_call import UpstreamCall
 from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
@@ -89,9 +90,7 @@ class AttemptingExchange(RelayingExchange):
         """Note that a connection is being opened, which matters for the refund."""
         self.exchange.has_begun = True
 
-    def _send(
-        self, connection: UpstreamConnection, upstream_client: UpstreamClient, attempt: Attempt, now: float
-    ) -> None:
+    def _send(self, connection: UpstreamCall, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         """Send the request on a connection."""
         plan, exchange, upload = self.plan, self.exchange, self.upload
         route, deadline = plan.route, plan.deadline
@@ -130,12 +129,14 @@ class AttemptingExchange(RelayingExchange):
             lines += b"\r\n%b" % facts.credential_lines
         return lines
 
-    def _send_with_body(self, connection: UpstreamConnection, upload: ExchangeBody, head: bytes) -> None:
+    def _send_with_body(self, connection: UpstreamCall, upload: ExchangeBody, head: bytes) -> None:
         """Send a head and what has arrived of the body.
 
         The expectation of 100 (Continue) goes upstream only while the client waits for it.
         """
         expectation = self.plan.facts.expectation
+        if expectation and upload.awaits_continue and not connection.abilities.interim:
+            upload.send_continue()
         if expectation and not upload.awaits_continue:
             head = remove_lines(head, expectation)
         self.exchange.bytes_in = size = upload.received
@@ -153,8 +154,12 @@ class AttemptingExchange(RelayingExchange):
     def _fail(self, error: Exception) -> None:
         """End an attempt without a response; retry, fall back, or respond with its error."""
         exchange, attempt, router = self.exchange, self.attempt, self._context.router
-        assert attempt is not None and isinstance(error, httpx.TransportError)  # noqa: S101, PT018 - the only errors of transports
+        assert attempt is not None  # noqa: S101 - set before sending
         self.close()
+        if not isinstance(error, httpx.TransportError):  # a defect of another transport than the gateway's own
+            self.is_sent = True
+            self._refuse(self._context.record.internal_error(exchange, error))
+            return
         client_progress = NO_PROGRESS
         if self.upload is not None:
             client_progress = self._note_progress(self.upload)
@@ -169,7 +174,7 @@ class AttemptingExchange(RelayingExchange):
         failure = router.outcomes.on_failure(exchange, attempt, error, client_progress)
         failure.__cause__ = error
         exchange.has_begun |= self.is_sent
-        exchange.has_reached |= self.is_sent
+        exchange.has_reached |= self.is_sent and not failure.is_retry_safe
         if isinstance(failure, UpstreamFailed):
             delay = self._retry_delay(attempt, is_sent=not failure.is_retry_safe)
             if delay is not None:
