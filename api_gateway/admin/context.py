@@ -25,6 +25,7 @@ from api_gateway.limits.quota_book import QuotaBook
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.system.clocks import Clocks
+from api_gateway.usage.ledger import UsageLedger
 
 
 class Lifecycle(StrEnum):
@@ -54,6 +55,7 @@ class AdminContext:
     route_names: Sequence[str]
     accepts_keys: bool
     quotas: Callable[[], QuotaBook]
+    usage: UsageLedger | None = None
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)
 

@@ -22,6 +22,7 @@ from api_gateway.admin import (
     limits,
     metrics,
     quotas,
+    usage,
 )
 from api_gateway.errors import (
     BadRequest,
@@ -46,6 +47,7 @@ _ROUTERS = (
     limits.router,
     keys.router,
     quotas.router,
+    usage.router,
 )
 
 

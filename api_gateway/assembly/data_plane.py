@@ -75,7 +75,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         ),
         clock=clocks.monotonic,
         recorder=recorder,
-        observers=[recorder.observe, *_access_logs(gateway)],
+        observers=[recorder.observe, *_records(gateway)],
         on_failure=settlement.on_failure,
         cors=cors,
     )
@@ -238,10 +238,21 @@ def _router(
     )
 
 
-def _access_logs(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+    """Return the access log and the usage, as far as they are on; both have the same time of an exchange."""
+    usage, wall_clock = gateway.usage, gateway.clocks.wall
     if not gateway.config.log.access:
-        return []
-    return [AccessLog(gateway.clocks.wall, process_output().out.write, without_keys, gateway.numbers).write]
+        return [] if usage is None else [usage.count]
+    log = AccessLog(wall_clock, process_output().out.write, without_keys, gateway.numbers)
+    if usage is None:
+        return [log.write]
+
+    def record(exchange: Exchange) -> None:
+        now = wall_clock()
+        log.write_at(exchange, now)
+        usage.count_at(exchange, now)
+
+    return [record]
 
 
 def _next_number(gateway: Gateway) -> Callable[[], int] | None:

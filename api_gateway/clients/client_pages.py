@@ -23,7 +23,7 @@ class InvalidPosition(ValueError):
     """A position that no page has named."""
 
 
-async def page_of(
+async def client_page(
     store: ClientStore,
     configured: Mapping[str, Client],
     resolve: Callable[[ClientRecord], Client],

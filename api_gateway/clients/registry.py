@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from api_gateway.clients.cache import ClientCache
-from api_gateway.clients.client_pages import ListedClient, page_of
+from api_gateway.clients.client_pages import ListedClient, client_page
 from api_gateway.clients.grant_expiry import Expiry, ExpiryQueue
 from api_gateway.clients.identity_rules import NO_RULES, IdentityRules
 from api_gateway.clients.key_directory import KeyDirectory
@@ -417,9 +417,11 @@ class ClientRegistry:
         return record or ClientRecord(client_id), is_confirmed
 
     async def page(self, after: str, limit: int, tier: str | None) -> tuple[list[ListedClient], str | None]:
-        """Return a page of all registered clients; see `page_of`. Raises InvalidPosition and StoreUnavailable."""
+        """Return a page of all registered clients; see `client_page`. Raises InvalidPosition and StoreUnavailable."""
         try:
-            return await page_of(self._store, self._configured, self._client_of, after=after, limit=limit, tier=tier)
+            return await client_page(
+                self._store, self._configured, self._client_of, after=after, limit=limit, tier=tier
+            )
         except OSError as error:
             message = f"The registered clients cannot be read from {self._store.name}."
             raise StoreUnavailable(message, retry_after=5) from error
