@@ -17,6 +17,8 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.observability.selected_lines import sampled, with_fields
+from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
@@ -223,9 +225,16 @@ def _router(
 
 
 def _access_logs(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    if not gateway.config.log.access:
+    log = gateway.config.log
+    if not log.access:
         return []
-    return [AccessLog(gateway.clocks.wall, process_output().out.write, without_keys, gateway.numbers).write]
+    output, wall = process_output().out, gateway.clocks.wall
+    if log.format == "text" or (log.format == "auto" and output.is_terminal):
+        write = TextLog(wall, output.write, without_keys).write
+    else:
+        write_line = output.write if log.fields is None else with_fields(output.write, frozenset(log.fields))
+        write = AccessLog(wall, write_line, without_keys, gateway.numbers).write
+    return [write if log.sample_successes == 1 else sampled(write, log.sample_successes)]
 
 
 def _next_number(gateway: Gateway) -> Callable[[], int] | None:
