@@ -35,6 +35,7 @@ from api_gateway.settings.environment import (
     read_environment,
 )
 from api_gateway.settings.identity import IdentitySection
+from api_gateway.settings.limits import LimitSection
 from api_gateway.settings.repair import errors_of_repaired
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.rules import Finding, find_errors
@@ -109,6 +110,7 @@ class GatewayConfig(BaseSettings):
     tiers: dict[Identifier, TierSection] = Field(default={}, validate_default=True)
     default_tier: TierName = "FREE"
     clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
+    limits: list[LimitSection] = Field(default=[], description="Besides those of tiers and addresses.")
     upstreams: dict[Identifier, UpstreamSection] = {}
     routes: list[RouteSection] = []
     addresses: AddressesSection = AddressesSection()

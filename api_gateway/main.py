@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 from api_gateway._version import __version__
+from api_gateway.admin.audit_log import AuditFile, AuditLog
 from api_gateway.admin.context import AdminContext, Lifecycle
 from api_gateway.admin.endpoints import install
 from api_gateway.admin.explainer import Explainer
@@ -39,6 +40,7 @@ from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import access_warnings
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
+from api_gateway.system.state_folder import own_folder
 from api_gateway.upstreams.dns import Resolve, resolve_host
 
 logger = logging.getLogger(__name__)
@@ -284,6 +286,7 @@ def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregato
         clocks=gateway.clocks,
         explainer=explainer,
         overrides=gateway.overrides,
+        audit=AuditLog(AuditFile(own_folder(gateway.config.state_dir)), gateway.recorder.operator_changes),
         route_names=gateway.route_names,
         accepts_keys=gateway.accepts_keys,
     )

@@ -28,6 +28,7 @@ _COUNTERS = (
     "bare_client_ids",
     "settlements",
     "operator_rejections",
+    "operator_changes",
     "dropped_lines",
     "write_errors",
     "parsed_heads",
@@ -35,14 +36,23 @@ _COUNTERS = (
 )
 
 # The recorder's counters with several labels.
-_TABLES = ("requests", "retries", "retries_denied", "fallbacks", "illegal_exchange_events", "key_fetches")
+_TABLES = (
+    "requests",
+    "retries",
+    "retries_denied",
+    "fallbacks",
+    "illegal_exchange_events",
+    "key_fetches",
+    "refusals_by_limit",
+    "would_refuse_by_limit",
+)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "_other"
 NO_ROUTE = "_none"
 NO_TIER = "_none"
 GATEWAY = "_gateway"  # instead of an upstream, for requests that are shed before their upstream is known
-# Results of a cost settlement: more was charged, some or all was refunded, or the upstream's value was unreadable.
+# Results of a cost settlement: more was charged, some or all was refunded, or there was no valid value.
 SETTLEMENTS = ("charged", "refunded", "unreadable")
 
 # Reasons for which requests would be refused if `identity.mode` were `enforce`.
@@ -116,6 +126,8 @@ class Recorder:
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, fallback, reason of the failure
         self.illegal_exchange_events: Counter[tuple[str, str]] = Counter()  # phase of an exchange, event
         self.key_fetches: Counter[tuple[str, str]] = Counter()  # issuer, result
+        self.refusals_by_limit: Counter[tuple[str, str]] = Counter()  # limit, tier; of all limits that refuse
+        self.would_refuse_by_limit: Counter[tuple[str, str]] = Counter()  # the same of candidates, if admitted
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
@@ -129,6 +141,7 @@ class Recorder:
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
+        self.operator_changes: Counter[str] = Counter()  # changes by operators, by action
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
@@ -136,6 +149,7 @@ class Recorder:
         self.illegal_events: Counter[str] = Counter() if illegal_events is None else illegal_events
         self.requests_by_client = HeavyHitters()  # by the client's key
         self.limited_by_client = HeavyHitters()
+        self.limited_by_bucket = HeavyHitters()  # by the key of the bucket that refuses longest
         self.bare_by_client = HeavyHitters()  # claims of an id that should have been proved
         self.percentiles = tuple(percentiles)
 
@@ -176,6 +190,7 @@ class Recorder:
             **{name: dict(getattr(self, name)) for name in _COUNTERS},
             "requests_by_client": self.requests_by_client.state(),
             "limited_by_client": self.limited_by_client.state(),
+            "limited_by_bucket": self.limited_by_bucket.state(),
             "bare_by_client": self.bare_by_client.state(),
         }
 
@@ -202,6 +217,8 @@ class Recorder:
         self.limited_by_client = HeavyHitters.from_state(state["limited_by_client"])
         yield
         self.bare_by_client = HeavyHitters.from_state(state["bare_by_client"])
+        yield
+        self.limited_by_bucket = HeavyHitters.from_state(state["limited_by_bucket"])
 
     def absorb(self, other: "Recorder") -> None:
         """Add the counts of another recorder."""
@@ -218,6 +235,7 @@ class Recorder:
             _add(getattr(self, name), getattr(other, name))
         self.requests_by_client.merge(other.requests_by_client.state())
         self.limited_by_client.merge(other.limited_by_client.state())
+        self.limited_by_bucket.merge(other.limited_by_bucket.state())
         self.bare_by_client.merge(other.bare_by_client.state())
 
     def observe(self, exchange: Exchange) -> None:
@@ -242,6 +260,9 @@ class Recorder:
             else:
                 self.limited[tier] += 1
                 self.limited_by_client.add("" if client is None else client.key)
+                self.limited_by_bucket.add(exchange.decision.key)
+                for quota in exchange.decision.violated or (exchange.decision.quota,):
+                    self.refusals_by_limit[quota.policy, tier] += 1
         if exchange.sent_at is not None and exchange.status != SWITCHED:
             running.time(exchange.finished - exchange.started)
 

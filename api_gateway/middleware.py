@@ -258,7 +258,7 @@ class AdmissionMiddleware:
             reply = await result.reply()
             result = self._admission.resume(plan, result, reply, self._clock_ns())
         if exchange.decision is not None:
-            exchange.response_headers += self._limit_headers.headers(exchange.decision)
+            exchange.response_headers += self._limit_headers.headers(exchange.decision, exchange.charges)
         if isinstance(result, DirectResponse):
             exchange.status = result.status
             headers = [*result.headers, *exchange.response_headers]

@@ -1,4 +1,7 @@
-"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the endpoints at `/clients`."""
+"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the endpoints at `/clients`.
+
+Long because all layers know this module, and none needs another for a value of these.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,9 +35,10 @@ ClientSource = Literal["granted", "registered", "configured", "token", "default"
 class Quota:
     """Rate and capacity of a token bucket, with its times in integer nanoseconds.
 
-    `rate` is tokens per second, `capacity` tokens. `emission_ns` is the refill time of one token, rounded up, so that
-    rounding makes the limit stricter (by less than 1 ns per token). `burst_ns`, the budget, is the refill time of an
-    empty bucket.
+    `rate` is tokens per second, `capacity` tokens. `name` is different for each quota of a configuration; `policy` is
+    the name of the limit in responses, which the quotas of several tiers in one limit share. `emission_ns` is the
+    refill time of one token, rounded up, so that rounding makes the limit stricter (by less than 1 ns per token).
+    `burst_ns`, the budget, is the refill time of an empty bucket.
     """
 
     name: str
@@ -42,14 +46,19 @@ class Quota:
     capacity: int
     emission_ns: int
     burst_ns: int
+    policy: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.policy:
+            object.__setattr__(self, "policy", self.name.lower())
 
     @classmethod
-    def per_second(cls, name: str, rate: float, capacity: int) -> "Quota":
+    def per_second(cls, name: str, rate: float, capacity: int, policy: str = "") -> "Quota":
         """Return the quota of `rate` tokens per second and `capacity` tokens; ValueError unless both are > 0."""
         if not 0 < rate < math.inf or capacity <= 0:
             raise ValueError(f"quota {name!r}: rate and capacity must be > 0, got {rate!r} and {capacity!r}")
         emission_ns = math.ceil(NANOSECONDS / Fraction(str(rate)))
-        return cls(name, rate, capacity, emission_ns, capacity * emission_ns)
+        return cls(name, rate, capacity, emission_ns, capacity * emission_ns, policy)
 
     def cost_ns(self, cost: float) -> int:
         """Return the refill time of `cost` tokens (>= 0, fractions allowed) in nanoseconds, rounded up."""
@@ -66,22 +75,26 @@ def _cost_ns(emission_ns: int, cost: float) -> int:
 class Charge:
     """One bucket that a request is charged to: its key and quota, and the cost as refill time.
 
-    In a cost settlement, an `increment_ns` below 0 is a refund.
+    In a cost settlement, an `increment_ns` below 0 is a refund. `own_cost` is the cost in tokens if it is that of the
+    limit, whatever the request costs; None if it is that of the request.
     """
 
     key: str
     quota: Quota
     increment_ns: int
+    own_cost: float | None = None
 
 
 @dataclass(slots=True)
 class Decision:
-    """The result of the limiter for one request: that of the first bucket, or of the one that refuses longest.
+    """The result of the limiter for one request: that of its tightest bucket, or of the one that refuses longest.
 
-    `remaining` is the number of whole tokens after the decision. `wait_ns` is 0 if allowed, else the exact time until
-    the same request would be allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns`
-    is the time until the bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets,
-    and `others_ns`, the times until the other charged buckets are full.
+    The tightest bucket is the one that has tokens for the fewest further such requests. `remaining` is the number of
+    whole tokens after the decision. `wait_ns` is 0 if allowed, else the exact time until the same request would be
+    allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns` is the time until the
+    bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets, and `debts_ns`, the
+    times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its time. `violated` are the
+    quotas of all buckets that refuse, if there are several buckets.
     """
 
     key: str
@@ -91,8 +104,9 @@ class Decision:
     wait_ns: int
     reset_ns: int
     at_ns: int = field(default=0, compare=False)
-    others_ns: tuple[int, ...] = field(default=(), compare=False)
+    debts_ns: tuple[int, ...] = field(default=(), compare=False)
     source: DecisionSource = "memory"
+    violated: tuple[Quota, ...] = ()
 
     @property
     def retry_after(self) -> float | None:
@@ -324,6 +338,13 @@ class BucketView(Body):
     reset_after_seconds: float = Field(description="Time until the bucket is full.")
 
 
+class LimitBucketView(BucketView):
+    """The current state of a client's bucket of a limit."""
+
+    limit: str
+    route: str | None = Field(description="null unless the limit counts by client and route.")
+
+
 class GrantView(Body):
     """A grant in force."""
 
@@ -346,6 +367,9 @@ class ClientView(Body):
         description="False if the client store is unavailable: then the values are those in this gateway's memory."
     )
     bucket: BucketView
+    limits: list[LimitBucketView] = Field(
+        default=[], description="Buckets of limits that count by client, or by client and route."
+    )
 
 
 class TierChanged(Body):
@@ -366,13 +390,25 @@ class GrantChanged(TierChanged):
     until: str | None = Field(description="End of the grant, UTC, ISO 8601; null if there is none.")
 
 
+class LimitReset(Body):
+    """The result of filling a client's bucket of a limit."""
+
+    limit: str
+    route: str | None
+    tokens_before: float
+    tokens_after: float
+
+
 class BucketReset(Body):
-    """The result of filling a client's bucket."""
+    """The result of filling a client's buckets."""
 
     client_id: str
     tier: TierView
     tokens_before: float
     tokens_after: float
+    limits: list[LimitReset] = Field(
+        default=[], description="Buckets of limits that count by client, or by client and route."
+    )
 
 
 class HeavyClient(Body):

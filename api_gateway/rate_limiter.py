@@ -11,9 +11,9 @@ limiter is not thread-safe.
 Long because arithmetic, tables and decisions have to agree.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from api_gateway.models import Charge, Decision, DecisionSource, LimiterState, Quota
 
@@ -47,7 +47,8 @@ class RateLimiter(Protocol):
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
         """Charge all buckets or none, if that can be decided at once; return None if the store must decide.
 
-        Returns the decision of the first bucket or, if any refuses, of the one with the longest wait.
+        Returns the decision of the tightest bucket (see `Decision`) or, if any refuses, of the one with the longest
+        wait.
         """
         ...
 
@@ -59,11 +60,14 @@ class RateLimiter(Protocol):
         """Return each bucket's decision on its charge alone, without charging it."""
         ...
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
         """Charge or refund (increments below 0) the buckets that `decision` charged, for a cost settlement.
 
         Never refuses: a bucket may go into debt by up to a second capacity. Tokens that have been refilled since the
-        decision are not refunded, so that no sequence of requests exceeds the quota. Returns the updated decision.
+        decision are not refunded, so that no sequence of requests exceeds the quota. Returns the updated decision: of
+        the tightest bucket by the charges that have been `settled_to`, without these of the same bucket as before.
         """
         ...
 
@@ -266,6 +270,11 @@ class MemoryLimiter:
     def bucket_limit(self, limit: int) -> None:
         self._table.limit = limit
 
+    def bucket_keys(self) -> Iterator[list[str]]:
+        """Return the keys of the entries of each generation, as they are at the time; some may be in both."""
+        yield list(self._table.current)
+        yield list(self._table.previous)
+
     def state(self) -> LimiterState:
         """Return the state of a limiter without a store."""
         return LimiterState()
@@ -314,11 +323,13 @@ class MemoryLimiter:
         )
         return decision_of(charge, tat_ns, wait_ns, now_ns)
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
         """Settle a decision of this limiter; see `RateLimiter.settle`."""
         self._advance(now_ns)
         debts_ns = []
-        for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
+        for charge, debt_ns in zip(changes, debts_of(decision), strict=True):
             burst_ns = charge.quota.burst_ns
             before_ns = self._load(charge.key, charge.quota)
             charged_ns = decision.at_ns + debt_ns - self._refunds.since(charge.key, decision.at_ns)
@@ -328,7 +339,7 @@ class MemoryLimiter:
             self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # an entry is kept until its TAT
             self._store(charge.key, tat_ns)
             debts_ns.append(tat_ns - now_ns)
-        return decision_after(decision, debts_ns, now_ns)
+        return decision_after(decision, settled_to or changes, debts_ns, now_ns, is_chosen_anew=bool(settled_to))
 
     async def refill(self, key: str) -> None:
         """Fill a bucket to its capacity."""
@@ -362,7 +373,38 @@ class MemoryLimiter:
         table.current, table.previous = {}, {}
 
     def _decide_all(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Evaluate every bucket first, then charge all or none."""
+        """Evaluate every bucket first, then charge all or none; see `joint_decision`, which is inlined here.
+
+        The tightest bucket has the smallest number of further such requests, tokens / cost; fractions are compared.
+        """
+        current = self._table.current
+        debts: list[int] = []
+        tightest = charges[0]
+        left_ns = needed_ns = 0  # of the tightest bucket: what remains, and what a request needs
+        for charge in charges:
+            increment_ns, burst_ns = charge.increment_ns, charge.quota.burst_ns
+            tat_ns = current.get(charge.key)
+            if tat_ns is None:
+                tat_ns = self._load(charge.key, charge.quota)
+            debt_ns = (tat_ns - now_ns if tat_ns > now_ns else 0) + increment_ns
+            if debt_ns > burst_ns:
+                return self._refuse_or_heal(charges, now_ns)
+            debts.append(debt_ns)
+            if increment_ns and (not needed_ns or (burst_ns - debt_ns) * needed_ns < left_ns * increment_ns):
+                tightest, left_ns, needed_ns = charge, burst_ns - debt_ns, increment_ns
+        for charge, debt_ns in zip(charges, debts, strict=True):
+            if charge.increment_ns:
+                if charge.key in current:
+                    current[charge.key] = now_ns + debt_ns
+                else:
+                    self._store(charge.key, now_ns + debt_ns)
+        quota = tightest.quota
+        reset_ns = quota.burst_ns - left_ns if needed_ns else debts[0]
+        remaining = (quota.burst_ns - reset_ns) // quota.emission_ns
+        return Decision(tightest.key, quota, True, remaining, 0, reset_ns, now_ns, tuple(debts))
+
+    def _refuse_or_heal(self, charges: Sequence[Charge], now_ns: int) -> Decision:
+        """Decide on several buckets of which one refuses, or has an impossible TAT, see `take`."""
         tats = [self._load(charge.key, charge.quota) for charge in charges]
         taken = take_each(tats, charges, now_ns)
         refused = any(wait_ns for _, wait_ns in taken)
@@ -441,7 +483,7 @@ class Refunds:
     for two generations, as buckets are: earlier charges have been refilled, and are not refunded anyway.
     """
 
-    MOST = 32
+    MOST: ClassVar = 32
 
     def __init__(self) -> None:
         self._current: dict[str, list[tuple[int, int]]] = {}  # time and refunded nanoseconds
@@ -472,16 +514,34 @@ class Refunds:
         return [retired] if retired else []
 
 
+def tightest_of(charges: Sequence[Charge], debts_ns: Sequence[int]) -> int:
+    """Return the index of the bucket that has tokens for the fewest further such requests; the first of equal ones.
+
+    A bucket that is charged nothing has tokens for any number.
+    """
+    chosen = left_ns = needed_ns = 0
+    for index, charge in enumerate(charges):
+        increment_ns, other_ns = charge.increment_ns, charge.quota.burst_ns - debts_ns[index]
+        if increment_ns and (not needed_ns or other_ns * needed_ns < left_ns * increment_ns):
+            chosen, left_ns, needed_ns = index, other_ns, increment_ns
+    return chosen
+
+
 def joint_decision(
     charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int, source: DecisionSource = "memory"
 ) -> Decision:
-    """Return the decision on several buckets, from TAT and wait of each: that of the first, or the longest refusal."""
+    """Return the decision on several buckets, from TAT and wait of each: of the tightest, or the longest refusal."""
     refusals = [index for index, (_, wait_ns) in enumerate(taken) if wait_ns]
     if refusals:
         binding = max(refusals, key=lambda index: (taken[index][1] == NEVER_NS, taken[index][1]))
-        return decision_of(charges[binding], *taken[binding], now_ns, source)
-    others_ns = tuple(max(tat_ns - now_ns, 0) for tat_ns, _ in taken[1:])
-    return decision_of(charges[0], *taken[0], now_ns, source, others_ns)
+        decision = decision_of(charges[binding], *taken[binding], now_ns, source)
+        if len(charges) > 1:
+            decision.violated = tuple([charges[index].quota for index in refusals])
+        return decision
+    debts_ns = [max(tat_ns - now_ns, 0) for tat_ns, _ in taken]
+    index = tightest_of(charges, debts_ns)
+    all_ns = tuple(debts_ns) if len(charges) > 1 else ()
+    return decision_of(charges[index], *taken[index], now_ns, source, all_ns)
 
 
 def decision_of(
@@ -490,16 +550,38 @@ def decision_of(
     wait_ns: int,
     now_ns: int,
     source: DecisionSource = "memory",
-    others_ns: tuple[int, ...] = (),
+    debts_ns: tuple[int, ...] = (),
 ) -> Decision:
     """Return the decision on one bucket, from its TAT after the decision and its wait."""
     debt_ns = max(tat_ns - now_ns, 0)
     quota = charge.quota
     remaining = max(quota.burst_ns - debt_ns, 0) // quota.emission_ns
-    return Decision(charge.key, quota, wait_ns == 0, remaining, wait_ns, debt_ns, now_ns, others_ns, source)
+    return Decision(charge.key, quota, wait_ns == 0, remaining, wait_ns, debt_ns, now_ns, debts_ns, source)
 
 
-def decision_after(decision: Decision, debts_ns: Sequence[int], now_ns: int) -> Decision:
-    """Return an earlier decision, updated to the present debts of its buckets."""
-    remaining = max(decision.quota.burst_ns - debts_ns[0], 0) // decision.quota.emission_ns
-    return replace(decision, remaining=remaining, reset_ns=debts_ns[0], at_ns=now_ns, others_ns=tuple(debts_ns[1:]))
+def debts_of(decision: Decision) -> tuple[int, ...]:
+    """Return the times until each bucket that a decision charged is full, in the order of the charges."""
+    return decision.debts_ns or (decision.reset_ns,)
+
+
+def decision_after(
+    decision: Decision, charges: Sequence[Charge], debts_ns: Sequence[int], now_ns: int, *, is_chosen_anew: bool
+) -> Decision:
+    """Return an earlier decision, updated to the present debts of its buckets, whose `charges` are in the same order.
+
+    It is that of the same bucket or, if `is_chosen_anew`, of the tightest one.
+    """
+    if is_chosen_anew:
+        index = tightest_of(charges, debts_ns)
+    else:
+        index = next((index for index, charge in enumerate(charges) if charge.key == decision.key), 0)
+    quota, reset_ns = charges[index].quota, debts_ns[index]
+    return replace(
+        decision,
+        key=charges[index].key,
+        quota=quota,
+        remaining=max(quota.burst_ns - reset_ns, 0) // quota.emission_ns,
+        reset_ns=reset_ns,
+        at_ns=now_ns,
+        debts_ns=tuple(debts_ns) if len(debts_ns) > 1 else (),
+    )

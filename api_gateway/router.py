@@ -34,13 +34,14 @@ from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.attribution import ClientProgress
 from api_gateway.proxy.client_disconnect import DisconnectListener, DisconnectPoller
+from api_gateway.proxy.content_cost import ContentCost, ContentScan
 from api_gateway.proxy.cors import complete
 from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.fallback_runner import FallbackRunner
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.request_body import StreamedBody, body_too_large
 from api_gateway.proxy.route_table import RouteTable
-from api_gateway.proxy.sse import event_stream, is_event_stream
+from api_gateway.proxy.sse import EventStream, event_stream, is_event_stream
 from api_gateway.proxy.upstream_request import UpstreamRequest
 from api_gateway.proxy.websocket_tunnel import Tunnel
 from api_gateway.resilience.breaker_history import Transition
@@ -102,6 +103,7 @@ class Router:
         on_transition: Callable[[str, Transition], None],
         on_target_transition: Callable[[str, Target, Transition], None] = _ignore,
         on_cost: Callable[[Exchange, Sequence[bytes]], None] | None = None,
+        on_content_cost: Callable[[Exchange, ContentCost, float | None, bool], None] | None = None,
         on_retry: Callable[[str, str], None] | None = None,
         on_denial: Callable[[str, str], None] | None = None,
         on_fallback: Callable[[Exchange, GatewayError], None] | None = None,
@@ -111,11 +113,11 @@ class Router:
         """Set limits and callbacks.
 
         `protected` request fields are kept even if `Connection` names them; `never_trailing` are removed from trailers
-        of requests, `omit` from responses. Names are in lower case. `via` names this gateway.
-        `on_cost` is called with the values of X-Gateway-Cost before a
-        response's head is sent, `on_retry` with upstream and cause of each retry, `on_denial` with upstream and reason
-        of each retry that was denied, `on_fallback` with the error before a fallback responds. `observe_attempt`,
-        `on_transition` and `on_target_transition`: see `OutcomeReporter`.
+        of requests, `omit` from responses. Names are in lower case. `via` names this gateway. `on_cost` is called with
+        the values of X-Gateway-Cost before a response's head is sent, `on_content_cost` with what a response's content
+        states (`ContentScan`) before its end is sent, `on_retry` with upstream and cause of each retry, `on_denial`
+        with upstream and reason of each retry that was denied, `on_fallback` with the error before a fallback
+        responds. `observe_attempt`, `on_transition` and `on_target_transition`: see `OutcomeReporter`.
         """
         self.routes = routes
         self.upstream_clients = dict(upstream_clients)
@@ -133,6 +135,10 @@ class Router:
             on_target_transition=on_target_transition,
         )
         self.on_cost = on_cost or _ignore
+        self.on_content_cost = on_content_cost or _ignore
+        for route in routes:
+            if route.content_cost is not None:  # an exchange looks at routes of such upstreams only
+                self.upstream_clients[route.upstream].is_simple = False
         self.on_retry, self.on_denial = on_retry or _ignore, on_denial or _ignore
         self.on_fallback = on_fallback or _ignore
         self._fallback_runner = FallbackRunner(self.upstream_clients, self._attempts, self.on_fallback, clock)
@@ -163,21 +169,6 @@ class Router:
         if route.fallback is None:
             return attempts
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
-
-    def fall_back(
-        self,
-        plan: RequestPlan,
-        error: GatewayError,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> Awaitable[None]:
-        """Respond by the route's fallback, another upstream, after `error` of the fast path."""
-        exchange, route = plan.exchange, plan.route
-        assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
-        request = self._request(plan, scope, scope[SERVER_EXTENSION])
-        request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
-        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, _raise(error))
 
     def _request(self, plan: RequestPlan, scope: Scope, extension: ServerExtension | None) -> UpstreamRequest:
         return UpstreamRequest(plan, scope, extension, self.protected, self._never_trailing, self._via)
@@ -541,6 +532,29 @@ class Router:
             }
         )
         events = event_stream(request.extension, fields, stream)
+        if request.content_cost is None or COST in fields:
+            await self._relay_body(exchange, attempt, request, stream, send, events, None)
+        else:
+            scan = request.content_cost.scan(fields, partial(self.on_content_cost, exchange))
+            try:
+                await self._relay_body(exchange, attempt, request, stream, send, events, scan)
+            finally:
+                scan.end(is_complete=False)
+        if passes_trailers:
+            passed = forwardable_trailers(stream.trailers, self.protected)
+            await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
+
+    async def _relay_body(
+        self,
+        exchange: Exchange,
+        attempt: Attempt,
+        request: UpstreamRequest,
+        stream: UpstreamResponse | HttpxBody,
+        send: Send,
+        events: EventStream | None,
+        scan: ContentScan | None,
+    ) -> None:
+        """Forward the body piece by piece. `scan` ends before the last piece, so that the next request is later."""
         more = True
         while more:
             try:
@@ -553,15 +567,16 @@ class Router:
                     client = _client_progress(request.body, stream.reader_waited)
                     self._settle_overdue(exchange, attempt, request, client)
                 raise
+            if scan is not None:
+                scan.feed(piece)
+                if not more:
+                    scan.end(is_complete=True)
             if events is not None and events.on_piece(piece):
                 more = False
             exchange.bytes_out += len(piece)
             if not more:
                 self.outcomes.settle_success(attempt)
             await send({"type": "http.response.body", "body": piece, "more_body": more})
-        if passes_trailers:
-            passed = forwardable_trailers(stream.trailers, self.protected)
-            await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
 
     def _for_client(
         self,

@@ -14,14 +14,14 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import secrets
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -36,6 +36,7 @@ from api_gateway.http1.headers import fields_of
 from api_gateway.models import Quota
 from api_gateway.proxy.api_key_source import ApiKeySource
 from benchmarks.cases import CLIENT, Case
+from benchmarks.claims import Claim, ratio_verdict, verdict
 from benchmarks.load import Client, Failed, OpenLoop, alternating_costs, await_ready, percentile
 from benchmarks.processes import free_port, pinned, resident_bytes, running
 from benchmarks.upstream import upstream
@@ -46,6 +47,10 @@ MILLION_A_MINUTE = 1e6 / 60  # per second
 RATE = 50.0  # requests per second of the client with a key
 WRONG = 4_000  # different wrong keys
 _REFUSALS = (401, 429)
+CLAIMS = (
+    Claim("a key, compared with a bare id", "key: keys", "bare id: no keys", 2.0),
+    Claim("a key, compared with a bare id before", "key: keys", "bare id: before", 2.0),
+)
 
 
 def a_key() -> str:
@@ -72,11 +77,13 @@ def configuration(folder: Path, port: int, origin: int, key: str | None) -> dict
 
 
 @contextmanager
-def gateway(checkout: Path, folder: Path, origin: int, key: str | None) -> Iterator[tuple[int, int]]:
-    """Run the gateway of a checkout; yield its process id and port."""
+def gateway(
+    checkout: Path, folder: Path, origin: int, key: str | None, more: Mapping[str, Any] | None = None
+) -> Iterator[tuple[int, int]]:
+    """Run the gateway of a checkout, with `more` sections; yield its process id and port."""
     folder.mkdir()
     port, path = free_port(), folder / "gateway.json"
-    path.write_text(json.dumps(configuration(folder, port, origin, key)))  # JSON is YAML
+    path.write_text(json.dumps(configuration(folder, port, origin, key) | dict(more or {})))  # JSON is YAML
     command = [sys.executable, str(checkout / "run_gateway.py"), "--config", str(path)]
     with running(command, core=GATEWAY_CORE, port=port, folder=folder, env={"PYTHONPATH": str(checkout)}) as pid:
         await_ready(port)
@@ -120,15 +127,16 @@ async def times(count: int) -> dict[str, list[float]]:
             await store.write(f"client-{number}", Change(keys=KeyChange(remove=(digest_of(key),))))
         await store.close()
         await registry.load()
-        kinds: dict[str, Callable[[], bytes]] = {
-            "valid": partial(next, cycle(valid)),
-            "revoked": partial(next, cycle(revoked)),
-            "never existed": lambda: a_key().encode(),
+        # Each key is an object of its own, so that no kind is faster because its bytes are in a cache.
+        kinds = {
+            "valid": [bytes(bytearray(valid[number % len(valid)])) for number in range(count)],
+            "revoked": [bytes(bytearray(revoked[number % len(revoked)])) for number in range(count)],
+            "never existed": [a_key().encode() for _ in range(count)],
         }
         found: dict[str, list[float]] = {name: [] for name in kinds}
-        for _ in range(count):
-            for name, next_key in kinds.items():
-                fields = fields_of([(b"x-api-key", next_key())])
+        for number in range(count):
+            for name in random.sample(list(kinds), len(kinds)):
+                fields = fields_of([(b"x-api-key", kinds[name][number])])
                 began = time.perf_counter_ns()
                 claim = source.claim(fields)
                 assert claim is not None  # noqa: S101 - it is a key
@@ -224,6 +232,37 @@ def flood(seconds: float, scale: float) -> dict[str, Any]:
         return result
 
 
+def _print_costs(found: Mapping[str, Sequence[float]], rounds: int) -> None:
+    print(f"CPU time of a request in us, median and range of {rounds} rounds")  # noqa: T201 - a program
+    for name, values in found.items():
+        print(f"{name:25} {median(values):7.1f}  {min(values):7.1f} to {max(values):.1f}")  # noqa: T201
+    for claim in CLAIMS:
+        if claim.against in found:
+            print(verdict(claim, found))  # noqa: T201
+
+
+def _print_times(verified: Mapping[str, Sequence[float]]) -> None:
+    absent = verified["never existed"]
+    print("Verification of a key, us: median, 99th percentile, distance from keys that never existed")  # noqa: T201
+    for name, values in verified.items():
+        tail, apart = percentile(sorted(values), 0.99), distance(values, absent)
+        print(f"{name:25} {median(values):7.2f} {tail:7.2f} {apart:7.3f}")  # noqa: T201
+    halves = distance(absent[::2], absent[1::2])
+    print(f"distance of two halves of keys that never existed, which chance alone makes: {halves:.3f}")  # noqa: T201
+    for name in ("valid", "revoked"):
+        print(f"{name} / never existed: ratio of medians {median(verified[name]) / median(absent):.3f}")  # noqa: T201
+
+
+def _print_flood(result: Mapping[str, Sequence[float]], rate: float) -> None:
+    print(f"A flood of {rate:.0f} wrong keys per second; 99th percentiles, ms")  # noqa: T201
+    for name in ("quiet", "right keys", "wrong keys"):
+        print(f"{name:25} {median(result[name]):7.2f}  of {[round(value, 1) for value in result[name]]}")  # noqa: T201
+    wrong = median(result["wrong keys"])
+    print(ratio_verdict("p99 under wrong keys / its usual", wrong, median(result["quiet"]), 2.0))  # noqa: T201
+    print(ratio_verdict("p99 under wrong keys / under right keys", wrong, median(result["right keys"]), 2.0))  # noqa: T201
+    print(f"memory, MB                {[round(value, 1) for value in result['memory']]}")  # noqa: T201
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.api_keys", description=__doc__)
@@ -241,22 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             send_flood(int(port), float(rate), float(seconds), key)
             return 0
         if "costs" in chosen.parts:
-            found = costs(chosen.seconds, chosen.rounds, chosen.before)
-            print(f"CPU time of a request in us, median and range of {chosen.rounds} rounds")  # noqa: T201 - a program
-            for name, values in found.items():
-                print(f"{name:25} {median(values):7.1f}  {min(values):7.1f} to {max(values):.1f}")  # noqa: T201
+            _print_costs(costs(chosen.seconds, chosen.rounds, chosen.before), chosen.rounds)
         if "times" in chosen.parts:
-            verified = asyncio.run(times(chosen.count))
-            print("Verification of a key, us: median, 99th percentile, distance from keys that never existed")  # noqa: T201
-            for name, values in verified.items():
-                tail, apart = percentile(sorted(values), 0.99), distance(values, verified["never existed"])
-                print(f"{name:25} {median(values):7.2f} {tail:7.2f} {apart:7.3f}")  # noqa: T201
+            _print_times(asyncio.run(times(chosen.count)))
         if "flood" in chosen.parts:
-            result = flood(chosen.seconds * 3, chosen.scale)
-            print(f"A flood of {MILLION_A_MINUTE * chosen.scale:.0f} wrong keys per second; 99th percentiles, ms")  # noqa: T201
-            for name in ("quiet", "right keys", "wrong keys"):
-                print(f"{name:25} {median(result[name]):7.2f}  of {[round(value, 1) for value in result[name]]}")  # noqa: T201
-            print(f"memory, MB                {[round(value, 1) for value in result['memory']]}")  # noqa: T201
+            _print_flood(flood(chosen.seconds * 3, chosen.scale), MILLION_A_MINUTE * chosen.scale)
     except Failed as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 1

@@ -3,19 +3,28 @@
 `python -m benchmarks.limiter` compares the gateway's limiter with `limits`, throttled-py and pyrate-limiter (on PyPI),
 and with a minimal one: a tuple for each client in a dict. All keep their buckets in memory, read a clock for each
 decision, and never refuse here.
+
+`--limits` measures what a request costs instead that is charged to 1, 2, 3 and 5 limits: the decision, and its header
+fields. `--against FOLDER` alternates with the same measurement of another working tree, such as that of an earlier
+commit; limits that it does not have are left out.
 """
 
 import argparse
 import gc
 import importlib
+import os
 import statistics
+import subprocess
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import Charge, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 
@@ -23,6 +32,7 @@ TOKENS, SECONDS = 1_000_000, 3600  # a quota that is neither used up nor expires
 DECISIONS = 50_000
 WARM_CLIENTS = 100
 CLIENTS = 100_000
+LIMIT_COUNTS = (1, 2, 3, 5)
 
 Decide = Callable[[str], bool]
 
@@ -182,6 +192,55 @@ def installed() -> Iterator[Contestant]:
             yield one
 
 
+def seconds_of_limits(count: int, decisions: int = DECISIONS) -> tuple[float, float]:
+    """Return the microseconds of a decision on so many limits, and of the decision with its header fields.
+
+    The charges are remembered with the header set, as in the gateway.
+    """
+    quotas = [Quota.per_second(f"limit-{number}", TOKENS / SECONDS, TOKENS) for number in range(count)]
+    limiter, fields, clock = MemoryLimiter(quotas), RateLimitHeaders(), time.monotonic_ns
+    requests = [
+        [Charge(f"{quota.name}:client-{number}", quota, quota.cost_ns(1)) for quota in quotas]
+        for number in range(WARM_CLIENTS)
+    ]
+    lines: Callable[..., bytes] = fields.lines
+    with_charges = len(signature(lines).parameters) > 1  # an earlier version names one limit only
+    turns = max(1, decisions // WARM_CLIENTS)
+    began = time.perf_counter()
+    for _ in range(turns):
+        for charges in requests:
+            limiter.decide(charges, clock())
+    between = time.perf_counter()
+    for _ in range(turns):
+        for charges in requests:
+            decision = limiter.decide(charges, clock())
+            lines(decision, charges) if with_charges else lines(decision)
+    ended = time.perf_counter()
+    if not all(limiter.decide(charges, clock()).allowed for charges in requests):
+        raise RuntimeError("a client was refused, and a refusal takes a different time")
+    made = turns * WARM_CLIENTS / 1e6
+    return (between - began) / made, (ended - between) / made
+
+
+def measure_limits(trees: Sequence[str], rounds: int) -> str:
+    """Return a Markdown table of medians by number of limits for each working tree, measured in turn."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for _ in range(rounds):
+        for tree in trees:
+            for count in LIMIT_COUNTS:
+                command = [sys.executable, __file__, "--one", str(count)]
+                made = subprocess.run(  # noqa: S603 - this file
+                    command, env={**os.environ, "PYTHONPATH": tree}, check=True, capture_output=True, text=True
+                )
+                decision, whole = map(float, made.stdout.split())
+                found.setdefault((tree, count), []).append((decision, whole))
+    lines = ["| working tree | limits | µs/decision | µs/decision and header fields |", "|---|---:|---:|---:|"]
+    for (tree, count), figures in found.items():
+        decision, whole = (statistics.median(one) for one in zip(*figures, strict=True))
+        lines.append(f"| {tree} | {count} | {decision:.2f} | {whole:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(
@@ -189,7 +248,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="The rate limiter's decision, compared with limits, throttled-py and pyrate-limiter (PyPI).",
     )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--limits", action="store_true", help="a decision on several limits, see above")
+    parser.add_argument("--against", metavar="FOLDER", help="with --limits: another working tree to alternate with")
+    parser.add_argument("--one", type=int, metavar="COUNT", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.one is not None:
+        sys.stdout.write("{} {}\n".format(*seconds_of_limits(options.one)))
+        return 0
+    if options.limits:
+        own = str(Path(__file__).resolve().parents[1])
+        sys.stdout.write(measure_limits([own, *([options.against] if options.against else [])], options.rounds))
+        return 0
     sys.stdout.write(table(list(measure(list(installed()), options.rounds))))
     return 0
 

@@ -21,6 +21,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from benchmarks.cases import CLIENT, Case
+from benchmarks.claims import Claim, verdict
 from benchmarks.load import Failed, alternating_costs, await_ready
 from benchmarks.processes import free_port, running
 from benchmarks.upstream import upstream
@@ -30,6 +31,19 @@ GATEWAY_CORE, LOAD_CORE = 0, 1
 ISSUER, AUDIENCE = "https://issuer.test", "https://api.test"
 ALGORITHMS = ("RS256", "ES256", "EdDSA")
 TOKENS = 3_000  # more than the header sets that a gateway remembers
+CLAIMS = (
+    Claim("a remembered token", "ES256: tokens", "ES256: no tokens", 1.5),
+    Claim("a remembered token, compared with before", "ES256: tokens", "ES256: before", 1.5),
+    *(
+        Claim(
+            f"the first sight of a token, {name}",
+            f"{name}, new: tokens, none remembered",
+            f"{name}, new: no tokens",
+            250,
+        )
+        for name in ALGORITHMS
+    ),
+)
 _LUA = """
 local tokens, number = {}, 0
 for line in io.lines("%s") do tokens[#tokens + 1] = line end
@@ -134,6 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"CPU time of a request in us, median and range of {chosen.rounds} rounds; load {os.getloadavg()[0]:.1f}")  # noqa: T201
     for name, values in found.items():
         print(f"{name:45} {median(values):7.1f}  {min(values):7.1f} to {max(values):.1f}")  # noqa: T201
+    for claim in CLAIMS:
+        if claim.against in found:
+            print(verdict(claim, found))  # noqa: T201
     return 0
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import shutil
 import signal
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_generated = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
         if is_generated or cases[name] > MEASURED_CASES or name.startswith(UNMEASURED):
             item.add_marker(pytest.mark.no_cover)
+
+
+def pytest_collection_finish() -> None:
+    """Leave out all that was imported and collected when garbage is collected, in whichever callback it begins."""
+    gc.collect()
+    gc.freeze()
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -18,7 +18,7 @@ from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.errors import GatewayError
 from api_gateway.http1.asgi import SERVER_EXTENSION, FastPathHandler, InFlight
-from api_gateway.http1.fast_parser import lines_of, pairs_of, parse_request_head
+from api_gateway.http1.fast_parser import lines_of, parse_request_head
 from api_gateway.http1.request_head import RequestHead
 from tests.kit import LIMITS
 
@@ -205,17 +205,6 @@ class FakeExchange:
         self._client.transport.write(b"".join(response(self.number)))
         self._client.end_exchange(keep_alive=self.keep_alive)
 
-    def fall_back(self) -> None:
-        """Continue on the ASGI path."""
-        self._fast_path.exchanges.remove(self)
-        self.run_asgi()
-
-    def run_asgi(self) -> None:
-        method, path, query, lines, body = self._parts
-        self._client.run_asgi(
-            self._fast_path.app, method, path + query, pairs_of(lines), body, [], keep_alive=self.keep_alive
-        )
-
     def on_writable(self) -> None:
         assert self in self._fast_path.exchanges
 
@@ -277,7 +266,7 @@ class FakeFastPath:
         return []
 
     def try_handle(self, client: Any, received: bytes) -> bool:
-        """Respond at once (/w), begin an exchange (/e), or leave the request to the ASGI path (/r) or parser."""
+        """Respond at once (/w), begin an exchange (/e), or leave the request to the ASGI path or the parser."""
         parts = parse_request_head(received)
         if parts is None or b": " not in parts[3] or b"transfer-encoding" in parts[3].lower():
             return False
@@ -289,15 +278,13 @@ class FakeFastPath:
         return self._try(client, (head.method, path, mark + query, lines_of(head.headers), b""), is_parsed=True)
 
     def _try(self, client: Any, parts: tuple[str, bytes, bytes, bytes, bytes], *, is_parsed: bool) -> bool:
-        if parts[1][1:2] not in (b"w", b"e", b"r") or b"expect" in parts[3].lower():
+        if parts[1][1:2] not in (b"w", b"e") or b"expect" in parts[3].lower():
             return False
         exchange = FakeExchange(self, client, parts, int(parts[1][2:]), is_parsed=is_parsed)
         if exchange.left < 0 or (exchange.body is not None and parts[1][1:2] != b"e"):
             return False
         if parts[1][1:2] == b"w":
             client.write_response(b"".join(response(exchange.number)), keep_alive=exchange.keep_alive)
-        elif parts[1][1:2] == b"r":
-            exchange.run_asgi()
         else:
             exchange.begin()
         return True

@@ -5,6 +5,7 @@ What every limiter is held against. It shares no arithmetic with them.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
 
@@ -61,7 +62,7 @@ class ExactBuckets:
         return self._said(charge, level, now_ns)
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Charge every bucket or none; return the first one's decision, or the longest refusal."""
+        """Charge every bucket or none; return the tightest one's decision, or the longest refusal."""
         said = []
         for charge in charges:
             self.heal(charge.key, charge.quota, now_ns)
@@ -69,11 +70,22 @@ class ExactBuckets:
         refusals = [one for one in said if not one.allowed]
         if refusals:
             impossible = [one for one in refusals if one.wait_ns == NEVER_NS]
-            return impossible[0] if impossible else max(refusals, key=lambda one: one.wait_ns)
+            longest = impossible[0] if impossible else max(refusals, key=lambda one: one.wait_ns)
+            violated = tuple(one.quota for one in refusals) if len(charges) > 1 else ()
+            return replace(longest, violated=violated)
         for charge in charges:
             if charge.increment_ns:
                 self.owe(charge.key, self.owed(charge.key, now_ns) + charge.increment_ns, now_ns)
-        return said[0]
+        return said[self.tightest(charges, now_ns)]
+
+    def tightest(self, charges: Sequence[Charge], now_ns: int) -> int:
+        """Return which bucket has, after the charges, tokens for the fewest further such requests."""
+        further: list[tuple[bool, Fraction]] = []
+        for charge in charges:
+            level = self.level(charge.key, charge.quota, now_ns)
+            cost = Fraction(charge.increment_ns, charge.quota.emission_ns)
+            further.append((True, Fraction(0)) if cost == 0 else (False, level / cost))
+        return min(range(len(charges)), key=further.__getitem__)
 
     def _said(self, charge: Charge, level: Fraction, now_ns: int) -> Decision:
         quota = charge.quota

@@ -2,7 +2,8 @@
 
 A callback is identified by its outermost frame in the product, which is a new object for each call. It is reported if
 
-- the loop's thread used more than LIMIT seconds of CPU time between samples of the same callback, or
+- the loop's thread used more than LIMIT seconds of CPU time between samples of the same callback, or between two
+  samples without giving the interpreter lock to this thread, which had been waiting for it, or
 - it was asleep in one system call for longer than LIMIT: the number of voluntary context switches, the state and the
   callback are the same in samples that far apart. A thread that waits for a processor is not asleep, and one that
   waits for the interpreter lock wakes every few milliseconds; so a busy machine causes no reports.
@@ -32,7 +33,11 @@ import uvicorn
 
 LIMIT = 0.05  # seconds
 TRACED_FACTOR = 4  # in CPU time: the interpreter calls a trace function for each line when coverage is measured
+BUSY_FACTOR = 2  # in CPU time: hardware threads share a core, and processes its caches
 PERIOD = 0.01  # seconds between samples
+# Seconds of CPU time for each voluntary context switch above which a thread was in one call. The interpreter asks a
+# thread for the lock every 5 ms, and it waits each time it gives the lock: to any thread, not always to this one.
+ONE_CALL = 0.02
 PRODUCT = f"{Path(__file__).resolve().parents[1] / 'api_gateway'}/"
 
 Report = Callable[[str], None]
@@ -40,7 +45,8 @@ Report = Callable[[str], None]
 
 def cpu_limit() -> float:
     """Return the seconds of CPU time that a callback in this thread may use."""
-    return LIMIT * (TRACED_FACTOR if sys.gettrace() else 1)
+    is_busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
+    return LIMIT * (TRACED_FACTOR if sys.gettrace() else 1) * (BUSY_FACTOR if is_busy else 1)
 
 
 @dataclass(eq=False)
@@ -54,7 +60,8 @@ class Watched:
     cpu: float = 0.0  # at the first sample of this callback
     last: float = 0.0  # at the last sample
     asleep_since: float | None = None
-    switches: int = -1
+    switches: int = -1  # when it was last seen to fall asleep
+    all_switches: int = 0  # at the last sample
     cpu_limit: float = field(default_factory=cpu_limit)
     has_passed: bool = (
         False  # the callback scheduled at the first sample has run, so a coroutine may have been resumed
@@ -128,17 +135,19 @@ class LoopWatch:
     def _sample(self, watched: Watched, frame: FrameType | None, now: float, locked_out: float) -> None:
         cpu = watched.now()
         since_last, watched.last = cpu - watched.last, cpu
+        try:
+            state, switches = watched.state()
+        except OSError:  # a test has exhausted the descriptors
+            return
+        switched, watched.all_switches = switches - watched.all_switches, switches
         if frame is None or frame is not watched.frame or watched.has_passed:
             watched.start(frame, cpu)
-            if frame is not None and min(since_last, locked_out) > watched.cpu_limit + PERIOD:
+            is_one_call = since_last > switched * ONE_CALL
+            if frame is not None and is_one_call and min(since_last, locked_out) > watched.cpu_limit + PERIOD:
                 self._tell(watched, frame, f"{since_last * 1000:.0f} ms of CPU time in one call")
             return
         if cpu - watched.cpu > watched.cpu_limit:
             self._tell(watched, frame, f"{(cpu - watched.cpu) * 1000:.0f} ms of CPU time")
-            return
-        try:
-            state, switches = watched.state()
-        except OSError:  # a test has exhausted the descriptors
             return
         if state not in "SD" or switches != watched.switches:
             watched.switches, watched.asleep_since = switches, now if state in "SD" else None

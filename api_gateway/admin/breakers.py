@@ -4,8 +4,9 @@ from dataclasses import asdict
 
 from fastapi import APIRouter, Request, Response
 
+from api_gateway.admin.audit_log import AuditAction
 from api_gateway.admin.breaker_overrides import Override
-from api_gateway.admin.context import AdminContext, Guarded, who
+from api_gateway.admin.context import AdminContext, Audited, Guarded, who
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TOKEN, rendered
 from api_gateway.admin.views import target_health_view, utc, wall_time
 from api_gateway.errors import InvalidValue, NoRoute
@@ -58,7 +59,7 @@ async def circuit_breakers(context: Guarded) -> Response:
         **STORE_REFUSAL,
     },
 )
-async def set_mode(name: str, change: ModeChange, request: Request, context: Guarded) -> ModeChanged:
+async def set_mode(name: str, change: ModeChange, request: Request, context: Guarded, audit: Audited) -> ModeChanged:
     """Force a breaker open or closed, only observe it, or return it to `auto`.
 
     The mode lasts for `duration_seconds`, or until it is changed, and survives a restart. It is written to disk before
@@ -73,7 +74,10 @@ async def set_mode(name: str, change: ModeChange, request: Request, context: Gua
         until = None if change.duration_seconds is None else wall + change.duration_seconds
         override = Override(Mode(change.mode), wall, until, change.comment, who(request))
     before = await context.overrides.set(name, override)
-    return ModeChanged(name=name, previous=_mode_view(before), current=_mode_view(override))
+    changed = ModeChanged(name=name, previous=_mode_view(before), current=_mode_view(override))
+    views = (view.model_dump(exclude_none=True) for view in (changed.previous, changed.current))
+    await audit(AuditAction.BREAKER_MODE_SET, name, *views)
+    return changed
 
 
 @router.get(

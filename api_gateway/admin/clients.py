@@ -1,14 +1,16 @@
 """The endpoints at `/clients`: registered clients, their tiers, grants and buckets."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 
-from api_gateway.admin.context import AdminContext, ClientId, Guarded
+from api_gateway.admin.audit_log import AuditAction
+from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
 from api_gateway.admin.views import wall_time
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
+from api_gateway.limits.limit import OwnBucket, client_buckets, moved_buckets
 from api_gateway.metrics import Recorder
 from api_gateway.models import (
     NANOSECONDS,
@@ -23,6 +25,8 @@ from api_gateway.models import (
     GrantView,
     HeavyClient,
     HeavyClients,
+    LimitBucketView,
+    LimitReset,
     Quota,
     TierChange,
     TierChanged,
@@ -62,66 +66,87 @@ async def heaviest_clients(
     summary="Set a client's tier",
     responses=TIER_REFUSALS,
 )
-async def set_tier(client_id: ClientId, change: TierChange, context: Guarded) -> TierChanged:
+async def set_tier(client_id: ClientId, change: TierChange, context: Guarded, audit: Audited) -> TierChanged:
     """Register the client with a tier. It is stored before the response and applies to the client's next request.
 
     Gateways that share the store apply it within a second. The bucket keeps its filled fraction: an upgrade takes
     effect at once, and changing back and forth gains no tokens.
     """
     tier = _tier(context, change.tier)
-    return await _move_bucket(context, *await context.clients.set_tier(client_id, tier))
+    changed = await _move_bucket(context, *await context.clients.set_tier(client_id, tier))
+    await audit(AuditAction.TIER_SET, client_id, *_tiers_of(changed))
+    return changed
 
 
 @router.post("/clients/{client_id}/grants", summary="Grant a client a tier temporarily", responses=TIER_REFUSALS)
-async def grant(client_id: ClientId, request: GrantRequest, context: Guarded) -> GrantChanged:
+async def grant(client_id: ClientId, request: GrantRequest, context: Guarded, audit: Audited) -> GrantChanged:
     """Grant the client a tier until a given time. It overrides the client's own tier and replaces an earlier grant.
 
     Each gateway ends the grant by its own clock: if clocks differ, so do the times at which it ends.
     """
     tier, until = _tier(context, request.tier), _until(request, context.clocks.wall())
-    return await _regrant(context, until, *await context.clients.grant(client_id, tier, until))
+    changed = await _regrant(context, until, *await context.clients.grant(client_id, tier, until))
+    await audit(AuditAction.GRANT_SET, client_id, *_tiers_of(changed, until=changed.until))
+    return changed
 
 
 @router.delete("/clients/{client_id}/grants", summary="End a client's grant early", responses=STORE_REFUSAL)
-async def revoke(client_id: ClientId, context: Guarded) -> GrantChanged:
+async def revoke(client_id: ClientId, context: Guarded, audit: Audited) -> GrantChanged:
     """End the client's grant; its own tier applies again. Without a grant nothing changes."""
-    return await _regrant(context, None, *await context.clients.revoke(client_id))
+    changed = await _regrant(context, None, *await context.clients.revoke(client_id))
+    await audit(AuditAction.GRANT_ENDED, client_id, *_tiers_of(changed))
+    return changed
 
 
 @router.post(
     "/clients/{client_id}/reset",
-    summary="Fill a client's bucket",
+    summary="Fill a client's buckets",
     responses={503: {"description": "The store is unavailable.", **PROBLEM}},
 )
-async def reset(client_id: ClientId, context: Guarded) -> BucketReset:
-    """Fill the client's bucket to its capacity."""
+async def reset(client_id: ClientId, context: Guarded, audit: Audited) -> BucketReset:
+    """Fill the client's bucket, and its buckets of limits that count by client, or by client and route."""
     found = (await context.clients.inspect(client_id)).client
-    bucket_before = await _bucket(context, found)
-    await context.limiter.refill(found.key)
-    bucket_after = await _bucket(context, found)
+    buckets = _own_buckets(context, found)
+    before = await _inspected(context, buckets)
+    for bucket in buckets:
+        await context.limiter.refill(bucket.key)
+    after = await _inspected(context, buckets)
+    tokens = [
+        (_tokens(bucket.quota, one.reset_ns), _tokens(bucket.quota, other.reset_ns))
+        for bucket, one, other in zip(buckets, before, after, strict=True)
+    ]
+    views = ({"tokens": [pair[index] for pair in tokens]} for index in (0, 1))
+    await audit(AuditAction.BUCKETS_FILLED, client_id, *views)
     return BucketReset(
         client_id=client_id,
         tier=_tier_view(found.quota),
-        tokens_before=_tokens(found.quota, bucket_before.reset_ns),
-        tokens_after=_tokens(found.quota, bucket_after.reset_ns),
+        tokens_before=tokens[0][0],
+        tokens_after=tokens[0][1],
+        limits=[
+            LimitReset(limit=bucket.limit or "", route=bucket.route, tokens_before=one, tokens_after=other)
+            for bucket, (one, other) in zip(buckets[1:], tokens[1:], strict=True)
+        ],
     )
 
 
 @router.delete("/clients/{client_id}", summary="Return a client to the default tier", responses=STORE_REFUSAL)
-async def forget(client_id: ClientId, context: Guarded) -> TierChanged:
+async def forget(client_id: ClientId, context: Guarded, audit: Audited) -> TierChanged:
     """Remove the client's registration and its grant.
 
     The client then has the tier that the configuration gives it, else the default tier.
     """
-    return await _move_bucket(context, *await context.clients.delete(client_id))
+    changed = await _move_bucket(context, *await context.clients.delete(client_id))
+    await audit(AuditAction.CLIENT_REMOVED, client_id, *_tiers_of(changed))
+    return changed
 
 
-@router.get("/clients/{client_id}", summary="A client's tier and bucket")
+@router.get("/clients/{client_id}", summary="A client's tier and buckets")
 async def client(client_id: ClientId, context: Guarded) -> ClientView:
     """Return the client's tier and its tokens now. Every well-formed id has a bucket, so no id is unknown."""
     inspection = await context.clients.inspect(client_id)
     found, given = inspection.client, inspection.grant
-    bucket = await _bucket(context, found)
+    buckets = _own_buckets(context, found)
+    bucket, *others = await _inspected(context, buckets)
     return ClientView(
         client_id=client_id,
         tier=_tier_view(found.quota),
@@ -135,6 +160,16 @@ async def client(client_id: ClientId, context: Guarded) -> ClientView:
             capacity=found.quota.capacity,
             reset_after_seconds=round(bucket.reset_ns / NANOSECONDS, 3),
         ),
+        limits=[
+            LimitBucketView(
+                limit=own.limit or "",
+                route=own.route,
+                tokens=_tokens(own.quota, one.reset_ns),
+                capacity=own.quota.capacity,
+                reset_after_seconds=round(one.reset_ns / NANOSECONDS, 3),
+            )
+            for own, one in zip(buckets[1:], others, strict=True)
+        ],
     )
 
 
@@ -190,9 +225,10 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
 
 
 async def _move_bucket(context: AdminContext, before: Client, after: Client) -> TierChanged:
-    """Convert the bucket to the new tier, and report its tokens before and after."""
+    """Convert the buckets to the new tier, and report the tokens before and after of the tier's own."""
     bucket_before = await _bucket(context, before)
-    await context.limiter.move(before.key, before.quota, after.quota, context.clocks.monotonic_ns())
+    for key, old, new in moved_buckets(context.explainer.limits, before, after):
+        await context.limiter.move(key, old, new, context.clocks.monotonic_ns())
     bucket_after = await _bucket(context, after)
     return TierChanged(
         client_id=after.id,
@@ -202,6 +238,24 @@ async def _move_bucket(context: AdminContext, before: Client, after: Client) -> 
         tokens_after=_tokens(after.quota, bucket_after.reset_ns),
         persisted=True,
     )
+
+
+def _tiers_of(changed: TierChanged, **after: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return tier and tokens before and after a change, for the audit log; `after` has what else is in force."""
+    return (
+        {"tier": changed.previous.name, "tokens": changed.tokens_before},
+        {"tier": changed.current.name, "tokens": changed.tokens_after, **after},
+    )
+
+
+def _own_buckets(context: AdminContext, client: Client) -> list[OwnBucket]:
+    return client_buckets(context.explainer.limits, client, context.route_names)
+
+
+async def _inspected(context: AdminContext, buckets: list[OwnBucket]) -> list[Decision]:
+    """Return the state of each bucket, as a decision on cost 0."""
+    charges = [Charge(bucket.key, bucket.quota, 0) for bucket in buckets]
+    return await context.limiter.inspect(charges, context.clocks.monotonic_ns())
 
 
 async def _bucket(context: AdminContext, client: Client) -> Decision:

@@ -1,19 +1,21 @@
 """The context of the operator endpoints, and the FastAPI dependencies through which endpoints obtain it."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from api_gateway.admin.audit_log import AuditAction, AuditEntry, AuditLog
 from api_gateway.admin.breaker_overrides import BreakerOverrides
 from api_gateway.admin.explainer import Explainer
-from api_gateway.admin.gate import OPERATOR
+from api_gateway.admin.gate import OPERATOR, REQUEST_ID
 from api_gateway.admin.health_cache import HealthCache
 from api_gateway.admin.health_view import health_view
 from api_gateway.admin.operators import Operator
+from api_gateway.admin.views import wall_time
 from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import ClientIdInvalid, Forbidden
@@ -47,6 +49,7 @@ class AdminContext:
     clocks: Clocks
     explainer: Explainer
     overrides: BreakerOverrides
+    audit: AuditLog
     route_names: Sequence[str]
     accepts_keys: bool
     lifecycle: Lifecycle = Lifecycle.STARTING
@@ -86,6 +89,35 @@ def _client_id(client_id: str) -> str:
     return name
 
 
+def _address(request: Request) -> str:
+    return request.client.host if request.client is not None else "unknown"
+
+
+Audit = Callable[[AuditAction, str | None, Any, Any], Awaitable[None]]
+
+
+def _audit(request: Request) -> Audit:
+    """Return what records a change of this request: action, subject, what was in force before, and what is now."""
+    operator, context = _operator(request), _context(request)
+
+    def record(action: AuditAction, subject: str | None, before: Any, after: Any) -> Awaitable[None]:
+        return context.audit.record(
+            AuditEntry(
+                time=wall_time(context.clocks.wall()),
+                request_id=request.scope[REQUEST_ID],
+                operator=operator.name,
+                address=_address(request),
+                action=action,
+                subject=subject,
+                before=before,
+                after=after,
+            )
+        )
+
+    return record
+
+
+Audited = Annotated[Audit, Depends(_audit)]
 ClientId = Annotated[str, Depends(_client_id)]
 Guarded = Annotated[AdminContext, Depends(_guard)]
 Open = Annotated[AdminContext, Depends(_context)]
@@ -94,5 +126,5 @@ Open = Annotated[AdminContext, Depends(_context)]
 def who(request: Request) -> str:
     """Return the operator's name for the log: token and address, or the address alone for a local operator."""
     operator = _operator(request)
-    host = request.client.host if request.client is not None else "unknown"
+    host = _address(request)
     return host if operator.is_local else f"token '{operator.name}', from {host}"

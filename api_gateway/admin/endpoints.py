@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from api_gateway.admin import breakers, clients, configuration, explain, health, keys, metrics
+from api_gateway.admin import audit, breakers, clients, configuration, explain, health, keys, limits, metrics
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
@@ -26,11 +26,13 @@ from api_gateway.http1.request_paths import path_as_sent
 _ROUTERS = (
     health.router,
     configuration.router,
+    audit.router,
     metrics.router,
     breakers.router,
     explain.router,
     clients.overview_router,
     clients.router,
+    limits.router,
     keys.router,
 )
 

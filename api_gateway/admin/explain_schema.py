@@ -1,6 +1,6 @@
 """The bodies of `POST /explain`: a described request, and the explanation with all figures behind it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,11 @@ class ExplainRequest(RequestBody):
         description="Value of the field in which trusted proxies report clients: `server.forwarded.read`.",
         examples=["203.0.113.9, 10.0.0.2"],
     )
+    headers: dict[str, Annotated[str, Field(max_length=8_192, pattern=r"^[\x20-\x7e]*$")]] = Field(
+        default={}, description="Header fields that limits count by.", examples=[{"X-Tenant": "acme"}]
+    )
+    organisation: str | None = Field(default=None, description="That of the request's token, for limits.")
+    claims: dict[str, str] = Field(default={}, description="Claims of the request's token by path, for limits.")
 
 
 class AddressExplained(Body):
@@ -84,6 +89,13 @@ class BucketExplained(Body):
         description="Time until the bucket allows this request; 0: now, null: never."
     )
     reset_after_seconds: float = Field(description="Time until the bucket is full.")
+
+
+class LimitExplained(Body):
+    """A limit that does not apply to the request."""
+
+    name: str
+    detail: str = Field(description="Why it does not apply.")
 
 
 class UpstreamExplained(Body):
@@ -148,6 +160,7 @@ class Explanation(Body):
     limiting_bucket: str = Field(
         description="Key of the bucket that refuses longest or, if all allow, has tokens for the fewest such requests."
     )
+    limits_not_applied: list[LimitExplained] = Field(default=[], description="Other limits of the configuration.")
     candidate: BucketExplained | None = Field(description="Bucket of the candidate limits; it refuses nothing.")
     upstream: UpstreamExplained | None
     fallback: FallbackExplained | None

@@ -3,7 +3,7 @@
 `Admission.inspect` decides as it does for real requests; what this module adds are the figures.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote
@@ -18,6 +18,7 @@ from api_gateway.admin.explain_schema import (
     Explanation,
     FallbackExplained,
     LagExplained,
+    LimitExplained,
     RouteExplained,
     UpstreamExplained,
 )
@@ -25,14 +26,15 @@ from api_gateway.clients.api_keys import shown_id
 from api_gateway.errors import GatewayError, InvalidValue, Reason
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.limits.limit import Limit
 from api_gateway.middleware import is_proxied
-from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, TierView
+from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, Quota, TierView
 from api_gateway.proxy.admission import Admission, RequestPlan
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import Claim, Proof
+from api_gateway.proxy.limit_stage import DESCRIBED_CLAIM, DESCRIBED_ORGANISATION, RateLimitStage
 from api_gateway.proxy.route_table import Route
-from api_gateway.proxy.stages import RateLimitStage
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
@@ -108,6 +110,16 @@ class Explainer:
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"
 
+    @property
+    def limits(self) -> Sequence[Limit]:
+        """The limits besides those of tiers and addresses."""
+        return self._limits.limits
+
+    @property
+    def address_quota(self) -> Quota | None:
+        """The quota of the address limit, None if it is disabled."""
+        return self._limits.address_quota
+
     async def explain(self, request: ExplainRequest) -> Explanation:
         """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
         path = unquote(request.path.partition("?")[0])
@@ -120,6 +132,7 @@ class Explainer:
                 raise InvalidValue(
                     f"key_id: there is no API key {shown_id(request.key_id)}, or api_key is not a source."
                 )
+        facts.keyed = {**facts.keyed, **_described(request)}
         plan = Admission.plan(facts, request.method, path, request.path.encode("ascii"), self._clock_ns())
         error = await self._admission.inspect(plan)
         exchange, route, client = plan.exchange, plan.route, plan.exchange.client
@@ -138,6 +151,9 @@ class Explainer:
             route=None if route is None else self._route_view(route, exchange),
             buckets=[_bucket_view(bucket) for bucket in buckets],
             limiting_bucket=binding.charge.key,
+            limits_not_applied=[
+                LimitExplained(name=limit.name, detail=why) for limit, why in self._limits.lacking(plan)
+            ],
             candidate=await self._candidate(client, exchange),
             upstream=None if route is None else self._upstream_view(route, plan),
             fallback=fallback,
@@ -150,6 +166,7 @@ class Explainer:
 
     def _fields(self, request: ExplainRequest) -> Fields:
         fields = {b"host": [request.host.encode()]}
+        fields |= {name.lower().encode(): [value.encode()] for name, value in request.headers.items()}
         if request.client_id is not None:
             fields[self._headers.id_header] = [request.client_id.encode()]
         if request.forwarded is not None:
@@ -199,7 +216,7 @@ class Explainer:
         shadow = self._limits.shadow
         if shadow is None:
             return None
-        charges = shadow.charges(client, exchange.route, exchange.method, exchange.path, exchange.cost)
+        charges = shadow.charges(exchange, client)
         if not charges:
             return None
         decisions = await self._limiter.inspect(charges, self._clock_ns())
@@ -252,6 +269,12 @@ class Explainer:
         )
 
 
+def _described(request: ExplainRequest) -> dict[bytes, str]:
+    """Return what a described token says, as limits count by it."""
+    found = {DESCRIBED_CLAIM + path.encode(): value for path, value in request.claims.items()}
+    return found if request.organisation is None else {**found, DESCRIBED_ORGANISATION: request.organisation}
+
+
 _OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
     Reason.RATE_LIMITED: "limited",
     Reason.COST_EXCEEDS_CAPACITY: "exceeds_capacity",
@@ -296,7 +319,7 @@ def _bucket_view(bucket: _Bucket) -> BucketExplained:
     quota = charge.quota
     return BucketExplained(
         key=charge.key,
-        policy=quota.name.lower(),
+        policy=quota.policy,
         tokens=round((quota.burst_ns - bucket.debt_ns) / quota.emission_ns, 3),
         capacity=quota.capacity,
         cost=round(charge.increment_ns / quota.emission_ns, 6),

@@ -28,15 +28,17 @@ from api_gateway.errors import (
     Unauthorized,
     not_started,
 )
-from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, ASGIApp, Receive, Scope, Send
+from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, ASGIApp, Message, Receive, Scope, Send
 from api_gateway.http1.forwarded import X_FORWARDED_FOR, client_address
 from api_gateway.http1.headers import Fields, Network, ambiguity, fields_of, framing
 from api_gateway.http1.request_paths import first_segment, path_as_sent, target_of
 from api_gateway.proxy.problem_response import send_problem
+from api_gateway.proxy.request_id import given_request_id, new_request_id
 
 logger = logging.getLogger(__name__)
 
 OPERATOR = "gateway.operator"  # key of the admitted operator in the ASGI scope
+REQUEST_ID = "gateway.request_id"  # key of the id of an operator's request
 REASONS = ("missing_token", "invalid_token", "insufficient_role", "cross_site")  # of refusals
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _QUERIES = frozenset({"explain"})  # endpoints that change nothing although their method is POST
@@ -159,9 +161,11 @@ class OperatorGate:
             )
         check_content_type(method, fields)
         body = await read_body(fields, receive)
-        inner = {**scope, "method": "GET" if method == "HEAD" else method, "path": target.path, OPERATOR: operator}
+        identity = given_request_id(fields) or new_request_id()
+        inner = {**scope, "method": "GET" if method == "HEAD" else method, "path": target.path}
+        inner |= {OPERATOR: operator, REQUEST_ID: identity}
         inner.pop(SERVER_EXTENSION, None)  # refers to the connection, which the server must be able to free
-        await self.app(inner, replay(body, receive), send)
+        await self.app(inner, replay(body, receive), _with_field(send, b"x-request-id", identity.encode()))
         health = self._health()
         if needed is Role.OPERATE and health is not None:
             health.expire()
@@ -254,6 +258,17 @@ class OperatorGate:
             self._unidentified(scope, fields)  # counted and logged, but served the status
         self._limits.charge_view(self._address(scope, fields))
         await _respond(send, 200, body=await health.status_only(), kind=_JSON)
+
+
+def _with_field(send: Send, name: bytes, value: bytes) -> Send:
+    """Return `send` that adds a header field to the response."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (name, value)]
+        await send(message)
+
+    return sending
 
 
 async def _respond(

@@ -2,12 +2,21 @@
 
 from typing import Annotated
 
-from pydantic import AwareDatetime, Field
+from pydantic import AfterValidator, AwareDatetime, Field
 
 from api_gateway.models import Body, RequestBody
 
 _TEN_YEARS = 315_576_000
 _Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS)]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():  # a terminal would execute control sequences in a list of keys
+        raise ValueError("must have no control characters or line breaks")
+    return text
+
+
+_Label = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 
 
 class KeyTerms(RequestBody):
@@ -22,7 +31,7 @@ class KeyTerms(RequestBody):
 class KeyRequest(KeyTerms):
     """The body of POST /clients/{id}/keys."""
 
-    label: str = Field(default="", max_length=200, description="For whom or what the key is.", examples=["laptop"])
+    label: _Label = Field(default="", description="For whom or what the key is.", examples=["laptop"])
     routes: Annotated[list[str], Field(min_length=1, max_length=100)] | None = Field(
         default=None, description="Names of the routes that the key is valid for; null: all."
     )

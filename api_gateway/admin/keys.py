@@ -1,14 +1,14 @@
 """The endpoints at `/clients/{id}/keys`: API keys are created, listed, rotated and revoked."""
 
-import logging
 import secrets
 from collections.abc import Sequence
 from datetime import UTC
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
-from api_gateway.admin.context import AdminContext, ClientId, Guarded, who
+from api_gateway.admin.audit_log import AuditAction
+from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
 from api_gateway.admin.key_schema import (
     ClientKeys,
     KeyCreated,
@@ -27,8 +27,6 @@ from api_gateway.clients.api_keys import RANDOM_BYTES, ApiKey, digest_of, has_ke
 from api_gateway.clients.records import UNCHANGED, ClientRecord
 from api_gateway.errors import InvalidValue, NoRoute
 
-logger = logging.getLogger(__name__)
-
 MAX_VALID_KEYS = 32  # valid keys of one client
 _UNKNOWN_KEY: dict[int | str, dict[str, Any]] = {
     404: {"description": "The client has no key with this id.", **PROBLEM}
@@ -43,7 +41,7 @@ router = APIRouter(tags=["keys"], responses=CLIENT_REFUSALS, dependencies=[TOKEN
 
 @router.post("/clients/{client_id}/keys", summary="Create an API key", status_code=201, responses=_VALUES)
 async def create_key(
-    client_id: ClientId, body: KeyRequest, request: Request, response: Response, context: Guarded
+    client_id: ClientId, body: KeyRequest, response: Response, context: Guarded, audit: Audited
 ) -> KeyCreated:
     """Create a key, and show it once. It is stored before the response, as its SHA-256.
 
@@ -64,7 +62,7 @@ async def create_key(
     secret, key = _new(body.label, now, _expiry(body, now), routes)
     verified_only = UNCHANGED if body.verified_only is None else body.verified_only
     await context.clients.keys.create(client_id, key, verified_only=verified_only)
-    logger.info("client '%s': API key %s created by %s", client_id, key.id, who(request))
+    await audit(AuditAction.KEY_CREATED, client_id, None, {"key": key.id, "label": key.label})
     response.headers["cache-control"] = "no-store"
     return KeyCreated(**_created(context, client_id, secret, key))
 
@@ -105,7 +103,7 @@ async def client_keys(client_id: ClientId, context: Guarded) -> ClientKeys:
     responses={**_UNKNOWN_KEY, **_VALUES},
 )
 async def rotate_key(
-    client_id: ClientId, key_id: str, body: RotationRequest, request: Request, response: Response, context: Guarded
+    client_id: ClientId, key_id: str, body: RotationRequest, response: Response, context: Guarded, audit: Audited
 ) -> KeyRotated:
     """Create a key with the label and routes of another one, which stays valid for the overlap.
 
@@ -122,7 +120,8 @@ async def rotate_key(
     after = await context.clients.keys.rotate(client_id, old.digest, key, until)
     if key not in after.keys:
         raise _no_key(client_id, key_id)
-    logger.info("client '%s': API key %s replaced by %s by %s", client_id, old.id, key.id, who(request))
+    label = {"label": old.label}
+    await audit(AuditAction.KEY_ROTATED, client_id, {"key": old.id, **label}, {"key": key.id, **label})
     response.headers["cache-control"] = "no-store"
     return KeyRotated(
         **_created(context, client_id, secret, key), previous_id=old.id, previous_expires_at=wall_time(until)
@@ -132,7 +131,7 @@ async def rotate_key(
 @router.delete(
     "/clients/{client_id}/keys/{key_id}", summary="Revoke an API key", responses={**_UNKNOWN_KEY, **STORE_REFUSAL}
 )
-async def revoke_key(client_id: ClientId, key_id: str, request: Request, context: Guarded) -> KeyRevoked:
+async def revoke_key(client_id: ClientId, key_id: str, context: Guarded, audit: Audited) -> KeyRevoked:
     """Revoke a key at once, and within a second on all gateways that share the store.
 
     Its open streams and tunnels are ended within two seconds.
@@ -140,7 +139,7 @@ async def revoke_key(client_id: ClientId, key_id: str, request: Request, context
     record, _ = await context.clients.record_of(client_id)
     key = _stored(context, record, key_id, None)
     after = await context.clients.keys.revoke(client_id, key.digest)
-    logger.info("client '%s': API key %s revoked by %s", client_id, key.id, who(request))
+    await audit(AuditAction.KEY_REVOKED, client_id, {"key": key.id, "label": key.label}, None)
     now = context.clocks.wall()
     left = sum(one.is_valid_at(now) for one in (*after.keys, *context.clients.keys.configured_of(client_id)))
     return KeyRevoked(client_id=client_id, id=key.id, label=key.label, keys_left=left)
@@ -149,16 +148,13 @@ async def revoke_key(client_id: ClientId, key_id: str, request: Request, context
 @router.post(
     "/clients/{client_id}/verified-only", summary="Set whether a credential must prove an id", responses=_VALUES
 )
-async def require_proof(client_id: ClientId, body: ProofRequest, request: Request, context: Guarded) -> ProofChanged:
+async def require_proof(client_id: ClientId, body: ProofRequest, context: Guarded, audit: Audited) -> ProofChanged:
     """Set whether the client's id alone identifies the client, or only a credential does."""
+    was_verified_only = context.clients.by_id(client_id).is_verified_only
     await context.clients.keys.require_proof(client_id, verified_only=body.verified_only)
     is_verified_only = context.clients.by_id(client_id).is_verified_only
-    logger.info(
-        "client '%s': a credential %s prove the id, set by %s",
-        client_id,
-        "must" if is_verified_only else "need not",
-        who(request),
-    )
+    views = ({"verified_only": value} for value in (was_verified_only, is_verified_only))
+    await audit(AuditAction.PROOF_SET, client_id, *views)
     return ProofChanged(client_id=client_id, verified_only=is_verified_only)
 
 

@@ -24,10 +24,10 @@ from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
-from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
-from api_gateway.proxy.identified_headers import IdentifiedHeaders
+from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
+from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -35,7 +35,6 @@ from api_gateway.proxy.stages import (
     DecisionNumberStage,
     IdentityStage,
     LoadSheddingStage,
-    RateLimitStage,
     RouteStage,
 )
 from api_gateway.resilience.breaker_history import Transition
@@ -65,12 +64,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     cors = _cors(gateway)
     headers = _headers(gateway, sources, cors)
     router = _router(gateway, settlement, headers, server_headers)
-    limits = RateLimitStage(
-        limiter=gateway.limiter,
-        address_quota=gateway.address_quota,
-        exempt=config.address_limit.exempt,
-        shadow=_shadow(gateway),
-    )
+    limits = _limits(gateway)
     admission = _admission(gateway, router, limits, sources, cors)
     record = ExchangeMiddleware(
         AdmissionMiddleware(
@@ -112,6 +106,22 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return record, fast_path, explainer
 
 
+def _limits(gateway: Gateway) -> RateLimitStage:
+    exempt, shadow = gateway.config.address_limit.exempt, _shadow(gateway)
+    if not gateway.quotas.limits:
+        return RateLimitStage(
+            limiter=gateway.limiter, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
+        )
+    return LimitListStage(
+        limiter=gateway.limiter,
+        address_quota=gateway.address_quota,
+        exempt=exempt,
+        shadow=shadow,
+        limits=gateway.quotas.limits,
+        routes=gateway.table,
+    )
+
+
 def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | None) -> HeaderReader:
     config = gateway.config
     claims = frozenset[bytes]() if gateway.tokens is None else gateway.tokens.identity_fields
@@ -126,7 +136,12 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
         forwarding=forwarding_of(config.server.forwarded),
         sources=sources,
         identity_fields=claims | unproved,
-        rewritten=IdentifiedHeaders if claims else RewrittenHeaders,
+        limit_fields=frozenset(
+            part.removeprefix("header:").encode()
+            for limit in gateway.quotas.limits
+            for part in limit.key
+            if part.startswith("header:")
+        ),
     )
 
 
@@ -216,6 +231,7 @@ def _router(
         on_transition=_log_transition,
         on_target_transition=_log_target_transition,
         on_cost=settlement.on_cost,
+        on_content_cost=settlement.on_content_cost,
         on_retry=recorder.observe_retry,
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,

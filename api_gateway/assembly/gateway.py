@@ -25,6 +25,7 @@ from api_gateway.assembly.stores import (
     Quotas,
     hold_state_folder,
     limiter_of,
+    move_buckets,
     registry_of,
     requote,
 )
@@ -47,7 +48,7 @@ from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
-from api_gateway.models import Quota
+from api_gateway.models import Client, Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
@@ -110,8 +111,8 @@ class Gateway:
 
     @property
     def candidates(self) -> Mapping[str, Quota]:
-        """Candidate quotas by tier."""
-        return self.quotas.candidates
+        """Candidate quotas by the name of the quota in force."""
+        return self.quotas.all_candidates
 
     @property
     def upstream_clients(self) -> dict[str, UpstreamClient]:
@@ -267,6 +268,11 @@ class Assembly:
         """Have clients resolved anew, as a token that proved one may not be valid any more."""
         self.gateway.clients.bump_version()
 
+    def _on_client_change(self, before: Client, after: Client) -> None:
+        """Convert the buckets of a client whose tier has changed, under the limits in force."""
+        gateway = self.gateway
+        move_buckets(gateway.limiter, gateway.quotas.limits, before, after, self._clocks.monotonic_ns())
+
     def _build(self, plan: Plan, pseudonym: str) -> Gateway:
         config, quotas, clocks = plan.config, plan.quotas, self._clocks
         limiter = limiter_of(config, quotas.all, clocks)
@@ -283,7 +289,7 @@ class Assembly:
             priorities=plan.priorities,
             upstreams=upstreams,
             limiter=limiter,
-            clients=registry_of(config, quotas, limiter, clocks),
+            clients=registry_of(config, quotas, clocks, self._on_client_change),
             recorder=Recorder(
                 (route.name for route in plan.routes),
                 upstreams,

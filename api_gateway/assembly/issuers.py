@@ -34,12 +34,14 @@ class _Basis:
 
     section: JwtSection
     tiers: tuple[str, ...]
-    kept: tuple[str, ...]  # the paths of claims that routes require
+    kept: tuple[str, ...]  # the paths of claims that routes require, and limits count by
 
     @classmethod
     def of(cls, config: GatewayConfig) -> "_Basis":
         required = [path for route in config.routes if route.require is not None for path in route.require.claims]
-        return cls(config.identity.jwt, tuple(config.tiers), tuple(dict.fromkeys(required)))
+        parts = [part.partition(":") for limit in config.limits for part in limit.key]
+        counted = [path for kind, _, path in parts if kind == "claim"]
+        return cls(config.identity.jwt, tuple(config.tiers), tuple(dict.fromkeys([*required, *counted])))
 
 
 class Issuers:
@@ -246,9 +248,17 @@ class _Remote:
                 f"{url}: its issuer is {str(found.get('issuer'))[:200]!r}, not the configured {self._section.issuer!r}"
             )
         named = found.get("jwks_uri")
-        if not isinstance(named, str) or not self._section.permits(named):
+        if not isinstance(named, str) or not self._permits(named, url):
             raise KeysUnavailable(f"{url}: its jwks_uri is not an https URL, got {str(named)[:200]!r}")
         return named
+
+    def _permits(self, named: str, by: str) -> bool:
+        """Tell whether keys may be fetched from a URL that the document at `by` names.
+
+        A document of another machine must not have services of this one fetched, so loopback is no exception there.
+        """
+        is_secure = not self._section.allow_http and by.startswith("https:")
+        return self._section.permits(named) and not (is_secure and not named.startswith("https:"))
 
     async def _document(self, url: str) -> bytes:
         try:

@@ -1,6 +1,7 @@
 """Builds routes from their sections: costs, timeouts and fallbacks."""
 
 from api_gateway.proxy.address_rules import AddressRules
+from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.requirements import Requirement
@@ -8,8 +9,9 @@ from api_gateway.proxy.route_table import CostRule, Route
 from api_gateway.proxy.url_rewriting import UrlRewriter
 from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
+from api_gateway.settings.json_pointer import parse_pointer
 from api_gateway.settings.jwt import RequireSection
-from api_gateway.settings.routes import FallbackSection, RouteSection
+from api_gateway.settings.routes import CostFromSection, FallbackSection, RouteSection
 
 
 def cors_of(section: CorsSection | None) -> CorsPolicy | None:
@@ -47,6 +49,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
             for rule in section.costs
         ),
         candidate_cost=section.candidate_cost,
+        content_cost=None if section.cost_from is None else _content_cost(section.cost_from),
         timeout=section.timeout,
         min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
@@ -66,6 +69,10 @@ def _url_rewriter(section: RouteSection, prefix: str) -> UrlRewriter | None:
         (domain.lstrip(".").lower().encode(), new.encode()) for domain, new in section.cookie_domains.items()
     )
     return UrlRewriter(prefix.encode() if rewrites else b"", rewrites and section.rewrite_cookies, domains)
+
+
+def _content_cost(section: CostFromSection) -> ContentCost:
+    return ContentCost(parse_pointer(section.pointer), section.per, section.otherwise)
 
 
 def _requirement(section: RequireSection) -> Requirement:

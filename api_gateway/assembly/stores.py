@@ -5,10 +5,9 @@ import logging
 import multiprocessing
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 from api_gateway.assembly.identity import identity_rules
 from api_gateway.clients.records import ClientStore
@@ -17,9 +16,11 @@ from api_gateway.clients.registry import ClientRegistry, PreviousClients
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
+from api_gateway.limits.limit import Limit, limit_of, moved_buckets
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.settings.limits import AllowanceSection, LimitSection
 from api_gateway.storage.redis_session import StoreSession
 from api_gateway.system.clocks import Clocks
 from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder, own_folder
@@ -86,11 +87,15 @@ async def hold_state_folder(
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """The quotas of a configuration: by tier, candidates by tier, and of the address limit (None if disabled)."""
+    """The quotas of a configuration: by tier, candidates by tier, and of the address limit (None if disabled).
+
+    `limits` are the further limits with theirs.
+    """
 
     tiers: Mapping[str, Quota]
     candidates: Mapping[str, Quota]
     address: Quota | None
+    limits: tuple[Limit, ...] = ()
 
     @classmethod
     def of(cls, config: GatewayConfig) -> "Quotas":
@@ -104,12 +109,50 @@ class Quotas:
                 if tier.candidate is not None
             },
             Quota.per_second("address", limit.rate, limit.capacity) if limit.rate else None,
+            tuple([_limit(section) for section in config.limits]),
         )
 
     @property
     def all(self) -> list[Quota]:
         """All quotas, without their tiers."""
-        return [*self.tiers.values(), *self.candidates.values(), *([self.address] if self.address else [])]
+        further = [quota for limit in self.limits for quota in limit.all_quotas]
+        return [*self.tiers.values(), *self.candidates.values(), *([self.address] if self.address else []), *further]
+
+    @property
+    def all_candidates(self) -> dict[str, Quota]:
+        """The candidates by the name of the quota in force."""
+        found = dict(self.candidates)
+        for limit in self.limits:
+            found |= limit.candidates
+        return found
+
+
+def _limit(section: LimitSection) -> Limit:
+    """Return the limit that a section describes."""
+    given = [(tier, own) for tier, own in (section.tiers or {}).items() if own is not None]
+    quotas = {tier: quota for tier, own in given if (quota := _allowance(section, own, f"{section.name}:{tier}"))}
+    sections = {section.name: section, **{f"{section.name}:{tier}": own for tier, own in given}}
+    return Limit(
+        name=section.name,
+        key=tuple([part.lower() if part.startswith("header:") else part for part in section.key]),
+        quota=_allowance(section, section, section.name),
+        quotas=quotas,
+        tiers=None if section.tiers is None else frozenset(section.tiers),
+        routes=None if section.routes is None else frozenset(section.routes),
+        methods=None if section.methods is None else frozenset(section.methods),
+        cost=section.cost,
+        candidates={
+            name: Quota.per_second(f"{name} candidate", own.candidate.rate, own.candidate.capacity, section.name)
+            for name, own in sections.items()
+            if own.candidate is not None
+        },
+    )
+
+
+def _allowance(limit: LimitSection, section: AllowanceSection, name: str) -> Quota | None:
+    if section.rate is None or section.capacity is None:
+        return None
+    return Quota.per_second(name, section.rate, section.capacity, limit.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +168,26 @@ class PreviousQuotas:
         if kind == "peer":
             return self.quotas.address or present
         if kind == "candidate":
-            own = self.clients.quota_of(rest)
-            return self.quotas.candidates.get(own.name) or own
+            own = self.of(rest, present)
+            return self.quotas.all_candidates.get(own.name) or own
+        if kind == "limit":
+            return self._of_limit(key) or present
         return self.clients.quota_of(key)
 
+    def _of_limit(self, key: str) -> Quota | None:
+        """Return the former quota of a bucket of a limit; None if there was no such limit."""
+        name = limit_of(key)
+        limit = next((limit for limit in self.quotas.limits if limit.name == name), None)
+        if limit is None:
+            return None
+        tier = self.clients.quota_of(limit.client_key(key)).name if limit.is_by_client else ""
+        return limit.previous_quota(key, tier)
 
-def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks: Clocks) -> ClientRegistry:
-    """Build the client registry. Raises StartupError."""
+
+def registry_of(
+    config: GatewayConfig, quotas: Quotas, clocks: Clocks, on_change: Callable[[Client, Client], None]
+) -> ClientRegistry:
+    """Build the client registry; `on_change` converts the buckets of a client. Raises StartupError."""
     return ClientRegistry(
         quotas.tiers,
         config.default_tier,
@@ -142,7 +198,7 @@ def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks:
         wall_clock=clocks.wall,
         rules=identity_rules(config),
         outage_tolerance=config.identity.api_key.outage_tolerance,
-        on_change=partial(move_buckets, limiter, clocks.monotonic_ns),
+        on_change=on_change,
     )
 
 
@@ -212,6 +268,7 @@ def _session(config: GatewayConfig) -> StoreSession:
         raise StartupError(f"store.url: the files cannot be used: {error}") from error
 
 
-def move_buckets(limiter: Limiter, clock_ns: Callable[[], int], before: Client, after: Client) -> None:
-    """Change the quota of a client's bucket: another gateway has changed its tier, or its grant has expired."""
-    limiter.change_quota(before.key, before.quota, after.quota, clock_ns())
+def move_buckets(limiter: Limiter, limits: Iterable[Limit], before: Client, after: Client, now_ns: int) -> None:
+    """Change the quotas of a client's buckets: another gateway has changed its tier, or its grant has expired."""
+    for key, old, new in moved_buckets(limits, before, after):
+        limiter.change_quota(key, old, new, now_ns)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from api_gateway.clients.api_keys import KnownKey
 from api_gateway.clients.bloom_filter import BloomFilter
-from api_gateway.clients.records import ClientRecord, ClientSnapshot, key_entry
+from api_gateway.clients.records import ClientRecord, ClientSnapshot, key_entry, proof_entry
 from api_gateway.models import Client
 
 _ABSENT_SHARE = 10  # ids without a record may use one in this many places
@@ -61,6 +61,17 @@ class ClientCache:
         """Return whether the filter of ids excludes that the store has a record of a client."""
         return self._ids is not None and client_id not in self._ids
 
+    def may_need_proof(self, client_id: str, *, with_tier: bool) -> bool:
+        """Return whether the store may have a record that is not held, by which the id must be proved.
+
+        `with_tier`: the tier of a record may require it, so that any record counts.
+        """
+        if self.is_complete or client_id in self._records or client_id in self._absent:
+            return False
+        if self.surely_absent(client_id):
+            return False
+        return with_tier or not self.surely_absent(proof_entry(client_id))
+
     def start(self, snapshot: ClientSnapshot) -> None:
         """Initialise from a snapshot's metadata; its records are added by `put`."""
         self.is_complete = snapshot.is_complete
@@ -82,6 +93,8 @@ class ClientCache:
         self.note_id(record.id)
         for key in record.keys:
             self.note_id(key_entry(key.digest))
+        if record.verified_only or (record.keys and record.verified_only is None):
+            self.note_id(proof_entry(record.id))
 
     def put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:
         """Store a record unless the held one has the same or a higher version; return whether it was stored.

@@ -136,8 +136,8 @@ NO_CURSOR = Cursor("", 0)
 class ClientSnapshot:
     """Records of a store at `cursor` or later; `is_complete` is false if there were more than requested.
 
-    In that case `ids`, sized for the requested number, has the ids of all records, and `key_entry` of all keys; None
-    if they are unknown.
+    In that case `ids`, sized for the requested number, has the ids of all records, `key_entry` of all keys, and
+    `proof_entry` of all ids that must be proved; None if they are unknown.
     """
 
     records: Sequence[ClientRecord]
@@ -166,6 +166,11 @@ class WriteResult:
 def key_entry(digest: str) -> str:
     """Return the entry of a key among client ids, none of which begins with such a character."""
     return f"\0{digest}"
+
+
+def proof_entry(client_id: str) -> str:
+    """Return the entry of a client whose record says that its id must be proved; see `key_entry`."""
+    return f"\1{client_id}"
 
 
 class OutcomeUnknown(OSError):

@@ -30,6 +30,7 @@ from api_gateway.clients.records import (
     OutcomeUnknown,
     WriteResult,
     key_entry,
+    proof_entry,
 )
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.storage.redis_session import WRITE_REFUSALS, StoreError, StoreSession
@@ -105,6 +106,9 @@ class RedisClientStore:
                 ids.add(client_id.decode("ascii", "replace"))
             for digest in _digests_in(page.values()):
                 ids.add(key_entry(digest))
+            for client_id, text in page.items():
+                if b'"verified_only":true' in text or (b'"keys":' in text and b'"verified_only":' not in text):
+                    ids.add(proof_entry(client_id.decode("ascii", "replace")))
             if len(records) <= limit:
                 records |= {record.id: record for record in _records(page.items()) if not record.is_empty}
             if not cursor:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 from api_gateway.clients.cache import ClientCache
@@ -318,8 +319,17 @@ class ClientRegistry:
     # Resolution of ids and addresses
 
     def by_id(self, client_id: str) -> Client:
-        """Return the client with this id, as far as it is known in memory."""
-        return self._known.get(client_id) or self._fallback(client_id)
+        """Return the client with this id, as far as it is known in memory.
+
+        An id that the store may have a record of, which is not held and may require a proof, counts as requiring one.
+        """
+        known = self._known.get(client_id)
+        if known is not None:
+            return known
+        client = self._fallback(client_id)
+        if not client.is_verified_only and self._cache.may_need_proof(client_id, with_tier=bool(self._rules.tiers)):
+            return replace(client, is_verified_only=True)
+        return client
 
     def proved(self, client: Client, tier: str | None) -> Client:
         """Return a client whose id was proved. One that is not registered gets the tier that the credential states.

@@ -26,6 +26,7 @@ from api_gateway.clients.records import (
     Grant,
     WriteResult,
     key_entry,
+    proof_entry,
 )
 from api_gateway.system.state_folder import create_private, make_private
 
@@ -179,6 +180,9 @@ class SqliteClientStore:
             ids.add(client_id)
         for (digest,) in connection.execute("SELECT digest FROM client_keys"):
             ids.add(key_entry(digest))
+        proved = "verified_only = 1 OR (verified_only IS NULL AND keys IS NOT NULL)"
+        for (client_id,) in connection.execute(f"SELECT id FROM clients WHERE {proved}"):  # noqa: S608 - a constant
+            ids.add(proof_entry(client_id))
         return ids
 
     def _open(self) -> sqlite3.Connection:

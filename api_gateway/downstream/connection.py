@@ -21,7 +21,7 @@ from api_gateway.downstream.closing import break_off, close_connection, end_conn
 from api_gateway.downstream.draining import drain, drain_idle, owes_response
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.pipeline import HeldInput, Pipeline
-from api_gateway.downstream.plain_body import begin_body, take_over
+from api_gateway.downstream.plain_body import begin_body
 from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.request_input import RequestIntake, receive, replay_held
 from api_gateway.downstream.request_reader import RequestReader
@@ -169,7 +169,7 @@ class DownstreamConnection:
         self.client = client = self.client or peer_of(transport)
         if transport.get_extra_info("sslcontext") is not None:
             self.scheme = "https"
-        peer = client[0] if client and client is not UNIX_PEER else ""
+        peer = client[0] if client and client != UNIX_PEER else ""
         self.slot = slot = self.listener.slots.acquire(peer, self.limits.connections_per_peer)
         self._fast_path = getattr(self.app, "fast_path", None)
         if not slot.surplus:
@@ -341,25 +341,6 @@ class DownstreamConnection:
             self.become_idle()
         else:
             self.close()
-
-    def run_asgi(
-        self,
-        app: Any,
-        method: str,
-        target: bytes,
-        headers: HeaderList,
-        body: bytes,
-        trailers: HeaderList,
-        *,
-        keep_alive: bool,
-    ) -> None:
-        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it.
-
-        `body` is what has arrived of its body; the rest follows if `receive_body` was called for it.
-        """
-        cycle = self.cycle_of(RequestHead(method, target, headers, "1.1", len(body), keep_alive=keep_alive))
-        cycle.app, cycle.trailers = app, trailers
-        take_over(self, cycle, body)
 
     def become_idle(self) -> None:
         """Set the timeout for the next request; open the fast path if nothing of it has arrived."""

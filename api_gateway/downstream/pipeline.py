@@ -107,11 +107,11 @@ class Pipeline:
             self._idle_waiter.set_result(None)
 
     def drop_waiting(self) -> None:
-        """Drop the queued requests, except those from the fast path: the task must end their exchanges."""
+        """Drop the queued requests."""
         if self.waiting:
             for cycle in self.waiting:
                 cycle.disconnect()
-            self.waiting = deque(cycle for cycle in self.waiting if cycle.app is not None)
+            self.waiting = deque()
 
     async def _serve(self, owner: PipelineOwner) -> None:
         """Serve the queued requests in order until the connection is lost."""
@@ -125,13 +125,13 @@ class Pipeline:
             if owner.state.is_draining:
                 cycle.stop()
             try:
-                await (cycle.app or owner.app)(cycle.scope, cycle.receive, cycle.send)
+                await owner.app(cycle.scope, cycle.receive, cycle.send)
             except Exception:
                 logger.exception("the application failed")
             finally:
                 # These references form cycles, which only the garbage collector would free.
                 del cycle.scope[SERVER_EXTENSION]
-                cycle.on_shutdown = cycle.app = None
+                cycle.on_shutdown = None
             if not cycle.is_response_complete and not cycle.is_disconnected:
                 owner.on_unfinished(cycle)
         self.current = None  # breaks reference cycles

@@ -1,11 +1,10 @@
 """The body of a request on the fast path: counted behind a plain head, or read by the general parser.
 
 It belongs to the exchange in flight, then to what the exchange leaves behind: the rest of the body after an early
-response, or the request cycle of the ASGI path that takes over.
+response.
 """
 
 from api_gateway.downstream.owner import ConnectionOwner
-from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.states import ConnectionEvent
 from api_gateway.http1.asgi import BodyReceiver
 
@@ -36,25 +35,3 @@ def take_body(owner: ConnectionOwner, data: bytes) -> memoryview:
     else:
         owner.reader.sink.on_body_complete()
     return rest
-
-
-def take_over(owner: ConnectionOwner, cycle: RequestResponseCycle, body: bytes) -> None:
-    """Serve a request of the fast path on the ASGI path, with what has arrived of its body and what follows."""
-    owner.exchange = None
-    owner.accepts_plain = False
-    if body:
-        cycle.feed(body)
-    if owner.receiving is None:
-        cycle.end_body()
-    else:
-        cycle.continue_from(owner.receiving)
-        owner.receiving = cycle
-    owner.move(ConnectionEvent.FALL_BACK)
-    owner.pipeline.enqueue(owner, cycle)
-    if owner.state.is_ending:
-        return
-    owner.timeouts.apply(owner)
-    if owner.held.data:
-        owner.held.replay_soon(owner)
-    elif owner.state.is_held:
-        owner.move(ConnectionEvent.RELEASE)

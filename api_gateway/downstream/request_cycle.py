@@ -10,7 +10,6 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from api_gateway.http1.asgi import BodyReceiver
 from api_gateway.http1.headers import BODILESS, Fields, fields_of, http_date
 from api_gateway.http1.serializer import COLON, refuse_hidden_lines, render_response_head, status_line
 from api_gateway.models import HeaderList
@@ -64,7 +63,6 @@ class RequestResponseCycle:
 
     # Initial values are class attributes, which makes it cheaper to create a cycle for each request.
     upgrade = b""
-    app: Any = None  # the application that serves the request, if not the connection's
     on_disconnect: Callable[[], object] | None = None
     on_shutdown: Callable[[], object] | None = None
     is_stopping = False
@@ -110,11 +108,6 @@ class RequestResponseCycle:
         self._buffered += len(piece)
         self._wake()
         return self._buffered > REQUEST_HIGH_WATER
-
-    def continue_from(self, other: BodyReceiver) -> None:
-        """Receive what follows of a body whose beginning another receiver of the same request has received."""
-        self.awaits_continue = self._owes_continue = other.awaits_continue
-        self.body_rate, self.body_due, self.body_credit = other.body_rate, other.body_due, other.body_credit
 
     def end_body(self) -> None:
         """Mark the request as complete."""

@@ -30,7 +30,6 @@ class ConnectionEvent(IntEnum):
     EXCHANGE_BODY_COMPLETE = auto()  # that body is complete, and the exchange in flight
     EXCHANGE_ENDED = auto()  # the fast path has completed its response, and no input is held
     PLAIN_RESPONSE = auto()  # the fast path has responded to a complete request at once
-    FALL_BACK = auto()  # the ASGI path takes over a complete request from the fast path
     RESPONSE = auto()  # a response is complete; another request is queued
     LAST_RESPONSE = auto()  # a response is complete; no request is queued
     SWITCH = auto()  # 101: the connection carries another protocol
@@ -80,7 +79,6 @@ READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
         ConnectionEvent.HEAD_BEGUN: Reading.HEAD,
         ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
         ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
-        ConnectionEvent.FALL_BACK: Reading.IDLE,
         ConnectionEvent.DRAIN: Reading.IDLE,  # a head that begins from now on has a timeout of its own
         **_END,
     },
@@ -89,14 +87,12 @@ READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
         ConnectionEvent.HOLD: Reading.HELD,
         ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
         ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
-        ConnectionEvent.FALL_BACK: Reading.IDLE,
         **_END,
     },
     Reading.HEAD: {
         ConnectionEvent.HEAD_COMPLETE: Reading.BODY,
         ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
         ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
-        ConnectionEvent.FALL_BACK: Reading.IDLE,
         **_END,
     },
     Reading.BODY: {
@@ -104,14 +100,12 @@ READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
         ConnectionEvent.EXCHANGE_BEGUN: Reading.BODY,
         ConnectionEvent.EXCHANGE_BODY_COMPLETE: Reading.HELD,
         ConnectionEvent.EXCHANGE_ENDED: Reading.BODY,  # an early response
-        ConnectionEvent.FALL_BACK: Reading.BODY,
         **_END,
     },
     Reading.HELD: {
         ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
         ConnectionEvent.BODY_AWAITED: Reading.BODY,
         ConnectionEvent.EXCHANGE_ENDED: Reading.IDLE,
-        ConnectionEvent.FALL_BACK: Reading.HELD,
         ConnectionEvent.RELEASE: Reading.IDLE,
         ConnectionEvent.SWITCH: Reading.TUNNELLED,
         **_END,
@@ -120,7 +114,6 @@ READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
         ConnectionEvent.EXCHANGE_BEGUN: Reading.DISCARDING,
         ConnectionEvent.BODY_AWAITED: Reading.DISCARDING,
         ConnectionEvent.EXCHANGE_ENDED: Reading.DISCARDING,
-        ConnectionEvent.FALL_BACK: Reading.DISCARDING,
         ConnectionEvent.SWITCH: Reading.DISCARDING,
         ConnectionEvent.CLOSE: Reading.DISCARDING,
         ConnectionEvent.LOST: Reading.DISCARDING,
@@ -137,7 +130,6 @@ _LATE: Final = (
     *_LAST,
     ConnectionEvent.EXCHANGE_BEGUN,
     ConnectionEvent.BODY_AWAITED,
-    ConnectionEvent.FALL_BACK,
     ConnectionEvent.RESPONSE,
 )  # of one whose client leaves
 SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
@@ -145,7 +137,6 @@ SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
         ConnectionEvent.HEAD_COMPLETE: Service.SERVING,
         ConnectionEvent.EXCHANGE_BEGUN: Service.FORWARDING,
         ConnectionEvent.PLAIN_RESPONSE: Service.IDLE,
-        ConnectionEvent.FALL_BACK: Service.SERVING,
         ConnectionEvent.LINGER: Service.LINGERING,
         ConnectionEvent.CLOSE: Service.CLOSING,
         ConnectionEvent.LOST: Service.LOST,
@@ -155,7 +146,6 @@ SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
         ConnectionEvent.BODY_AWAITED: Service.FORWARDING,
         ConnectionEvent.EXCHANGE_ENDED: Service.IDLE,
         ConnectionEvent.LAST_RESPONSE: Service.IDLE,
-        ConnectionEvent.FALL_BACK: Service.SERVING,
         ConnectionEvent.CLOSE: Service.CLOSING,
         ConnectionEvent.LOST: Service.LOST,
     },

@@ -23,8 +23,9 @@ from api_gateway.proxy.exchange import (
     RETRY,
 )
 from api_gateway.resilience.retry import RetryDenied, retry_after_of
-from api_gateway.transport.connection import StaleConnection, UpstreamConnection
+from api_gateway.transport.connection import StaleConnection
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
+from api_gateway.transport.upstream_call import UpstreamCall
 from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
@@ -89,9 +90,7 @@ class AttemptingExchange(RelayingExchange):
         """Note that a connection is being opened, which matters for the refund."""
         self.exchange.has_begun = True
 
-    def _send(
-        self, connection: UpstreamConnection, upstream_client: UpstreamClient, attempt: Attempt, now: float
-    ) -> None:
+    def _send(self, connection: UpstreamCall, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         """Send the request on a connection."""
         plan, exchange, upload = self.plan, self.exchange, self.upload
         route, deadline = plan.route, plan.deadline
@@ -100,8 +99,8 @@ class AttemptingExchange(RelayingExchange):
             host = upstream_client.host_of(attempt.target, self._request_headers.facts.host_field)
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
-        if plan.facts.credentials and route is not None and route.forward_credentials:
-            host += b"\r\n%b" % plan.facts.credential_lines
+        if plan.facts.claim is not None:
+            host += self._credential_lines()
         if deadline is not None and deadline.is_forwarded:
             identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
         self.connection = connection
@@ -118,12 +117,26 @@ class AttemptingExchange(RelayingExchange):
         else:
             self._send_with_body(connection, upload, head)
 
-    def _send_with_body(self, connection: UpstreamConnection, upload: ExchangeBody, head: bytes) -> None:
+    def _credential_lines(self) -> bytes:
+        """Return the header lines for the upstream of a request with a credential, each after a line break.
+
+        They are what the credential states about the client, if the configuration names header fields for it, and the
+        credential itself, if the route forwards it.
+        """
+        facts, route = self.plan.facts, self.plan.route
+        lines = b"" if facts.proof is None else facts.proof.lines
+        if facts.credentials and route is not None and route.forward_credentials:
+            lines += b"\r\n%b" % facts.credential_lines
+        return lines
+
+    def _send_with_body(self, connection: UpstreamCall, upload: ExchangeBody, head: bytes) -> None:
         """Send a head and what has arrived of the body.
 
         The expectation of 100 (Continue) goes upstream only while the client waits for it.
         """
         expectation = self.plan.facts.expectation
+        if expectation and upload.awaits_continue and not connection.abilities.interim:
+            upload.send_continue()
         if expectation and not upload.awaits_continue:
             head = remove_lines(head, expectation)
         self.exchange.bytes_in = size = upload.received
@@ -141,8 +154,12 @@ class AttemptingExchange(RelayingExchange):
     def _fail(self, error: Exception) -> None:
         """End an attempt without a response; retry, fall back, or respond with its error."""
         exchange, attempt, router = self.exchange, self.attempt, self._context.router
-        assert attempt is not None and isinstance(error, httpx.TransportError)  # noqa: S101, PT018 - the only errors of transports
+        assert attempt is not None  # noqa: S101 - set before sending
         self.close()
+        if not isinstance(error, httpx.TransportError):  # a defect of another transport than the gateway's own
+            self.is_sent = True
+            self._refuse(self._context.record.internal_error(exchange, error))
+            return
         client_progress = NO_PROGRESS
         if self.upload is not None:
             client_progress = self._note_progress(self.upload)
@@ -157,7 +174,7 @@ class AttemptingExchange(RelayingExchange):
         failure = router.outcomes.on_failure(exchange, attempt, error, client_progress)
         failure.__cause__ = error
         exchange.has_begun |= self.is_sent
-        exchange.has_reached |= self.is_sent
+        exchange.has_reached |= self.is_sent and not failure.is_retry_safe
         if isinstance(failure, UpstreamFailed):
             delay = self._retry_delay(attempt, is_sent=not failure.is_retry_safe)
             if delay is not None:

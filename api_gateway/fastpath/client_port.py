@@ -3,8 +3,7 @@
 import asyncio
 from typing import Protocol
 
-from api_gateway.http1.asgi import ASGIApp, BodyReceiver, InFlight
-from api_gateway.models import HeaderList
+from api_gateway.http1.asgi import BodyReceiver, InFlight
 from api_gateway.proxy.header_facts import RewrittenHeaders
 
 
@@ -63,22 +62,4 @@ class Downstream(Protocol):
 
     def write_response(self, response: bytes, *, keep_alive: bool) -> None:
         """Send a complete response to a request for which `begin_exchange` was not called."""
-        ...
-
-    def run_asgi(
-        self,
-        app: ASGIApp,
-        method: str,
-        target: bytes,
-        headers: HeaderList,
-        body: bytes,
-        trailers: HeaderList,
-        *,
-        keep_alive: bool,
-    ) -> None:
-        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it.
-
-        `body` is what has arrived of its body; the rest follows if `receive_body` was called for it. `trailers` is
-        filled before its end.
-        """
         ...

@@ -60,7 +60,7 @@ class ExchangeContext:
         decision, closes = exchange.decision, "connection" in error.headers
         lines = b"x-request-id: %b\r\n%b%bdate: %b%b" % (
             exchange.id.encode(),
-            b"" if decision is None else self.limit_headers.lines(decision),
+            b"" if decision is None else self.limit_headers.lines(decision, exchange.charges),
             b"" if cors is None else cors.lines,
             http_date(int(time.time())),
             b"\r\n" if keep_alive or closes else b"\r\nconnection: close\r\n",
@@ -83,4 +83,4 @@ class ExchangeContext:
         """Return the header fields of every response: request id and, if there is a decision, the limits."""
         own = [(b"x-request-id", exchange.id.encode())]
         decision = exchange.decision
-        return own if decision is None else own + self.limit_headers.headers(decision)
+        return own if decision is None else own + self.limit_headers.headers(decision, exchange.charges)

@@ -20,7 +20,7 @@ from api_gateway.http1.headers import forwardable_interim, forwardable_trailers
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList
 from api_gateway.proxy.attribution import ClientProgress
-from api_gateway.transport.connection import UpstreamConnection
+from api_gateway.transport.upstream_call import UpstreamCall
 
 _HIGH_WATER = 65_536  # bytes kept without a connection before reading pauses, unless the retry policy keeps more
 _CONTINUE = 100
@@ -56,7 +56,8 @@ class ExchangeBody:
     # Initial values are class attributes, which makes it cheaper to create a body.
     is_replayable = True
     _keep = 0  # bytes that have been sent and are kept for another attempt
-    _connection: UpstreamConnection | None = None
+    _connection: UpstreamCall | None = None
+    _is_framed = False  # the present attempt gets it in chunks
     _waited = 0.0  # seconds, for the pieces that have arrived in this attempt
     _awaited_since: float | None = None  # loop time since which the upstream has waited for the next piece
     is_parsed = False  # the general parser reads it
@@ -129,13 +130,10 @@ class ExchangeBody:
         waited = self._waited if since is None else self._waited + self._client.loop.time() - since
         return ClientProgress(self.is_complete, since is not None, waited)
 
-    def kept(self) -> bytes:
-        """Return everything that has arrived, if `is_replayable`."""
-        return b"".join(self._pieces)
-
-    def begin(self, connection: UpstreamConnection) -> list[bytes]:
+    def begin(self, connection: UpstreamCall) -> list[bytes]:
         """Return what an attempt on `connection` sends with its head; what arrives from now on is sent at once."""
-        pieces = self._pieces if self.length is not None else self._chunks()
+        self._is_framed = self.length is None and connection.abilities.trailers
+        pieces = self._chunks() if self._is_framed else self._pieces
         if self.received > self._keep:
             self._pieces, self.is_replayable = [], False
         if self._waited or self._awaited_since is not None:
@@ -154,7 +152,7 @@ class ExchangeBody:
 
     def _end(self) -> bytes:
         """Return what ends the body: nothing, or the last chunk with the trailers that are forwarded."""
-        if self.length is not None:
+        if not self._is_framed:
             return b""
         trailers = self.trailer_fields and forwardable_trailers(
             self.trailer_fields, self._context.headers.never_trailing
@@ -177,7 +175,7 @@ class ExchangeBody:
         elif self.is_replayable:
             self._pieces, self.is_replayable = [], False
         self._end_wait()
-        connection.send_piece(piece if self.length is not None else _chunk(piece))
+        connection.send_piece(_chunk(piece) if self._is_framed else piece)
         if not connection.is_write_paused:
             self._awaited_since = self._client.loop.time()
 
@@ -214,7 +212,7 @@ class ExchangeBody:
         if self._owner is not None:
             return self._owner.on_body_piece(piece)
         if self._connection is not None:
-            self._connection.send_piece(piece if self.length is not None else _chunk(piece))
+            self._connection.send_piece(_chunk(piece) if self._is_framed else piece)
         return self._connection is not None and self._connection.is_write_paused
 
     def end_body(self) -> None:
@@ -253,6 +251,10 @@ class ExchangeBody:
             self._owner.on_continue()
         fields = forwardable_interim(headers, self._context.via)
         self._client.transport.write(render_response_head(status, reason, fields))
+
+    def send_continue(self) -> None:
+        """Ask the client for the body, for an upstream whose interim responses are not reported."""
+        self.on_interim(_CONTINUE, b"Continue", [])
 
     def trailers(self) -> HeaderList:
         """Return nothing: the framing of the body is not the concern of the upstream's connection."""

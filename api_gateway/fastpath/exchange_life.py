@@ -12,6 +12,7 @@ from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan
 from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
+from api_gateway.proxy.content_cost import ContentScan
 from api_gateway.proxy.exchange import (
     BODY,
     BODY_END,
@@ -72,6 +73,8 @@ class ExchangeLife(ProxyExchange):
     failed_target: str | None = None
     waited_before_head = 0.0  # seconds for which the attempt had waited for the client when the head arrived
     events: EventBoundaries | None = None  # of an event stream
+    is_watched = False  # the content of the response states its cost
+    scan: ContentScan | None = None  # of the content, from the head on
     task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
 
     def __init__(
@@ -290,6 +293,8 @@ class ExchangeLife(ProxyExchange):
                 timer.cancel()
         self.delay = self.probe = self.timer = None
         self.failure = None
+        if self.scan is not None:
+            self.scan.end(is_complete=False)
         if self.last is not None:
             self.last.close()
             self.last = None

@@ -3,7 +3,6 @@
 The tables are in `proxy.exchange`; the halves of an exchange are `attempting_exchange` and `relaying_exchange`.
 """
 
-from collections.abc import Awaitable
 from functools import partial
 from typing import Any
 
@@ -11,13 +10,7 @@ from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
 from api_gateway.fastpath.attempting_exchange import AttemptingExchange
 from api_gateway.fastpath.exchange_body import ExchangeBody
 from api_gateway.fastpath.response_head import static_response
-from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
-from api_gateway.http1.fast_parser import pairs_of
-from api_gateway.http1.headers import (
-    fields_of,
-)
-from api_gateway.middleware import EXCHANGE, ExchangeMiddleware
-from api_gateway.models import NANOSECONDS, Exchange, Outcome
+from api_gateway.models import NANOSECONDS, Outcome
 from api_gateway.proxy.admission import DirectResponse, Wait
 from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.exchange import (
@@ -25,7 +18,6 @@ from api_gateway.proxy.exchange import (
     BREAK,
     EXCHANGING,
     FALL_BACK,
-    HAND_OVER,
     NONE,
     PAUSED,
     REFUSE,
@@ -43,7 +35,7 @@ from api_gateway.upstreams.upstream_client import UpstreamClient
 class FastExchange(AttemptingExchange):
     """One request on the fast path, and the response to it: the actions that belong to the tables of `proxy.exchange`.
 
-    This class has admission, the choice of the upstream, the deadline, the fallback, and what goes to the ASGI path.
+    This class has admission, the choice of the upstream, the deadline, and the fallback.
     """
 
     def wait(self, question: Wait) -> None:
@@ -81,7 +73,7 @@ class FastExchange(AttemptingExchange):
             self._refuse(result)
 
     def forward(self) -> GatewayError | None:
-        """Send an admitted request, on an idle connection if there is one; hand over what the fast path cannot do.
+        """Send an admitted request, on an idle connection if there is one.
 
         Returns the error with which the gateway responds: the upstream refuses the request, or its deadline is over.
         """
@@ -93,9 +85,7 @@ class FastExchange(AttemptingExchange):
         exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
         key = exchange.client_key
         if not upstream_client.is_simple:
-            if not upstream_client.is_native:
-                self._hand_over()
-                return None
+            self.is_watched = route.content_cost is not None
             key = self._key(upstream_client)
         exchange.upstream = route.upstream
         if self.upload is not None and self.upload.is_too_large:
@@ -150,9 +140,6 @@ class FastExchange(AttemptingExchange):
         fallback, router = route.fallback, self._context.router
         if not self._applies(fallback, error):
             return error
-        if fallback.upstream is not None and not router.upstream_clients[fallback.upstream].is_native:
-            self._hand_over(error)
-            return None
         self.move(FALL_BACK)
         exchange = self.exchange
         note_failure(exchange, error)
@@ -222,7 +209,7 @@ class FastExchange(AttemptingExchange):
         add_failure(first, second)
         return first
 
-    # The deadline, and the ASGI path
+    # The deadline
 
     def _on_deadline(self, generation: int) -> None:
         """Respond with the error of the deadline, or by the fallback; once the response has begun, close instead."""
@@ -249,42 +236,3 @@ class FastExchange(AttemptingExchange):
         error = self._after(deadline_error(exchange, deadline))
         if error is not None:
             self._refuse(error)
-
-    def _hand_over(self, error: GatewayError | None = None) -> None:
-        """Let the ASGI path continue: from the start if no attempt was made, with the fallback after an `error`.
-
-        The error has settled the attempt. What has arrived of the body has been kept.
-        """
-        if self.upload is not None and not self.upload.is_complete:
-            self._begin()
-        self.move(HAND_OVER)
-        self._invalidate()
-        attempt, self.attempt = self.attempt, None
-        exchange, context = self.exchange, self._context
-        exchange.response_headers = context.response_headers(exchange)
-        router = context.router
-        kept, trailers = (b"", []) if self.upload is None else (self.upload.kept(), self.upload.trailer_fields)
-        if error is not None:
-            if attempt is not None:
-                attempt.release(context.clock())
-            go_on = partial(router.fall_back, self.plan, error)
-        else:
-            go_on = partial(router.forward, self.plan)
-        exchange.bytes_in = 0  # the ASGI path counts anew
-        self._client.run_asgi(
-            partial(_serve, context.record, exchange, go_on),
-            exchange.method,
-            self.plan.raw_target,
-            pairs_of(self._request_headers.received),
-            kept,
-            trailers,
-            keep_alive=self.keep_alive,
-        )
-
-
-def _serve(
-    record: ExchangeMiddleware, exchange: Exchange, go_on: ASGIApp, scope: Scope, receive: Receive, send: Send
-) -> Awaitable[None]:
-    """Continue an exchange on the ASGI path; this is the application given to `run_asgi`."""
-    scope[FIELDS], scope[EXCHANGE] = fields_of(scope["headers"]), exchange
-    return record.conclude(exchange, go_on, scope, receive, send)

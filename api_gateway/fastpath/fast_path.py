@@ -3,7 +3,7 @@
 Most requests wait for nothing but the rest of their body and the upstream's response. They need no ASGI scope, no
 coroutine and no task. A head that is not plain is left to the general parser, which offers it again with what it has
 read (`try_head`). Requests of HTTP/1.0, handshakes, and those that follow a request on the ASGI path are served there,
-by the same `Admission`. If an admitted request needs an upstream of another transport, it is handed over to that path.
+by the same `Admission`.
 `proxy.exchange` has the states of an exchange, `fast_exchange` the actions.
 """
 

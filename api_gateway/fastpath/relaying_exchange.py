@@ -1,5 +1,7 @@
 """The relaying half of an exchange on the fast path: the response, from its head to its end."""
 
+from functools import partial
+
 import httpx
 
 from api_gateway.errors import GatewayError
@@ -55,7 +57,7 @@ class RelayingExchange(ExchangeLife):
 
     def takes_chunks(self, status: int) -> bool:
         """Take plain chunks with their framing, except of a response that may be followed by another attempt."""
-        return status < _MIN_RETRIED_STATUS or not self._is_retried(status)
+        return not self.is_watched and (status < _MIN_RETRIED_STATUS or not self._is_retried(status))
 
     def on_complex_head(self) -> None:
         """Forward interim responses, and take no more than READ_SIZE at once: the parser's callbacks take time."""
@@ -126,7 +128,8 @@ class RelayingExchange(ExchangeLife):
             if final is not None:
                 self._refuse(final)
             return False
-        attempt.release_slot()
+        if self.connection is None or self.connection.abilities.upgrade:
+            attempt.release_slot()
         if b"content-encoding" not in self.fields:  # a coding hides the boundaries of events
             self.events = EventBoundaries()
         return True
@@ -166,9 +169,11 @@ class RelayingExchange(ExchangeLife):
             head = parsed_head(
                 self, exchange, context, rewriter, authorities, is_chunked=self.is_framed, keep_alive=self.keep_alive
             )
+        if self.is_watched and COST not in self.fields:
+            self._begin_scan()
         if exchange.fallback is not None:
             head = b"%b%b: %b\r\n\r\n" % (head[:-2], FALLBACK, exchange.fallback.encode())
-        if self.is_framed or self.chunks is not None:
+        if self.is_framed or self.chunks is not None or self.scan is not None:
             piece = self._take_piece()
         else:
             piece = self.take()
@@ -178,11 +183,23 @@ class RelayingExchange(ExchangeLife):
         else:
             self._client.transport.write(head + piece)
 
+    def _begin_scan(self) -> None:
+        """Read the cost in the content of the response."""
+        route = self.plan.route
+        if route is not None and route.content_cost is not None:
+            on_cost = partial(self._context.router.on_content_cost, self.exchange)
+            self.scan = route.content_cost.scan(self.fields, on_cost)
+            self.is_pending = True
+
     def _take_piece(self) -> bytes:
         """Remove and return what has arrived of the body, framed for the client."""
         piece, exchange = self.take(), self.exchange
         if self.events is not None:
             self.events.follow(piece)
+        if self.scan is not None:  # ends before the last piece is sent, so that the next request is later
+            self.scan.feed(piece)
+            if self.is_complete:
+                self.scan.end(is_complete=True)
         if self.chunks is not None:
             exchange.bytes_out = self.chunks.content
             return piece

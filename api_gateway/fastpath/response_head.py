@@ -38,7 +38,7 @@ def plain_head(
         passed,
         context.via_line,
         exchange.id.encode(),
-        context.limit_headers.lines(exchange.decision),
+        context.limit_headers.lines(exchange.decision, exchange.charges),
         b"" if response.has_date else b"date: %b\r\n" % http_date(int(time.time())),
         end,
     )

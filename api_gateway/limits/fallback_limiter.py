@@ -58,14 +58,21 @@ class FallbackLimiter:
             if charge.increment_ns:
                 self._debts.charge(charge, tat_ns, self.processes, now_ns, is_held=may_be_charged)
 
-    def settle(self, charges: Sequence[Charge], known: Iterable[int], decision: Decision, now_ns: int) -> Decision:
+    def settle(
+        self,
+        changes: Sequence[Charge],
+        known: Iterable[int],
+        decision: Decision,
+        now_ns: int,
+        settled_to: Sequence[Charge] = (),
+    ) -> Decision:
         """Settle a decision of this limiter; see `RateLimiter.settle`, and `decide` for `known`."""
-        after = self._limiter.settle([self._scaled(charge) for charge in charges], decision, now_ns)
+        after = self._limiter.settle([self._scaled(charge) for charge in changes], decision, now_ns, settled_to)
         after.remaining //= self.processes
-        for charge, tat_ns in zip(charges, known, strict=True):
+        for charge, tat_ns in zip(changes, known, strict=True):
             if charge.increment_ns < 0:
                 self._debts.refund(charge, -charge.increment_ns, self.processes, now_ns)
-            else:
+            elif charge.increment_ns:
                 self._debts.charge(charge, tat_ns, self.processes, now_ns, is_held=False)
         return after
 

@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from json.encoder import encode_basestring as quoted
 from typing import Any
 
 from api_gateway.errors import RateLimited, problem
 from api_gateway.models import Client, Quota
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 # Members of the problem details that differ between two refusals by the same quota, in their order.
 _VARYING = (
@@ -29,9 +32,18 @@ class LimitReached(RateLimited):
     """
 
     def __init__(
-        self, detail: str, retry_after: float, template: "RefusalTemplate", client: Client, cost: float, remaining: int
+        self,
+        detail: str,
+        retry_after: float,
+        template: "RefusalTemplate",
+        client: Client,
+        cost: float,
+        remaining: int,
+        violated: Sequence[Quota] = (),
     ) -> None:
+        """`violated` are the quotas that refuse the request, if there are several."""
         super().__init__(detail, retry_after=retry_after)
+        self._violated = violated
         self._template = template
         self._client = client
         self._cost = cost
@@ -40,10 +52,12 @@ class LimitReached(RateLimited):
     @property
     def extra(self) -> dict[str, Any]:
         """The extension members, see `GatewayError`."""
-        return members_of(self._template.quota, self._client, self._cost, self._remaining)
+        return members_of(self._template.quota, self._client, self._cost, self._remaining, self._violated)
 
     def body(self, instance: str, request_id: str) -> bytes:
         """Return the problem details in JSON, equal to those of `errors.problem`."""
+        if len(self._violated) > 1:
+            return _encode(problem(self, instance=instance, request_id=request_id)).encode()
         a, b, c, d, e, f, g, h, end = self._template.parts
         client = self._client
         seconds = math.ceil((self.retry_after or 0.0) * 1000) / 1000
@@ -60,9 +74,7 @@ class RefusalTemplate:
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
-        self.limits = (
-            f" is limited to {quota.capacity} tokens at once and {quota.rate:g} per second; this request costs "
-        )
+        self.limits = f"{quota.capacity} tokens at once and {quota.rate:g} per second; this request costs "
         sample = RateLimited("", retry_after=0.0, extra=members_of(quota, Client("", "", quota, "default"), 0.0, 0))
         members = problem(sample, instance="", request_id="")
         assert tuple(name for name in members if name in _VARYING) == _VARYING  # noqa: S101 - `body` has this order
@@ -73,11 +85,16 @@ class RefusalTemplate:
         return f"<RefusalTemplate of {self.quota.name}>"
 
 
-def members_of(quota: Quota, client: Client, cost: float, remaining: int) -> dict[str, Any]:
-    """Return the extension members of the problem details of a refusal by a quota."""
-    policy = quota.name.lower()
+def members_of(
+    quota: Quota, client: Client, cost: float, remaining: int, violated: Sequence[Quota] = ()
+) -> dict[str, Any]:
+    """Return the extension members of the problem details of a refusal by a quota.
+
+    `violated` are the quotas of all buckets that refuse, if there are several.
+    """
+    policy = quota.policy
     extra: dict[str, Any] = {
-        "violated-policies": [policy],
+        "violated-policies": [one.policy for one in violated] or [policy],
         "client_id": client.id,
         "tier": client.quota.name,
         "policy": policy,

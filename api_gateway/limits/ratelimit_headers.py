@@ -1,11 +1,13 @@
 """RateLimit header fields (draft-ietf-httpapi-ratelimit-headers-11), and the X-RateLimit fields in delta seconds.
 
-The constant parts are rendered once for each quota, so a response needs one formatting operation. Reads no clock.
+The constant parts are rendered once for each quota, and for each combination of quotas, so a response needs one
+formatting operation. Reads no clock.
 """
 
 import math
+from collections.abc import Sequence
 
-from api_gateway.models import NANOSECONDS, Decision, HeaderList, Quota
+from api_gateway.models import NANOSECONDS, Charge, Decision, HeaderList, Quota
 
 HEADER_NAMES = frozenset(
     {b"ratelimit-policy", b"ratelimit", b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"}
@@ -13,8 +15,11 @@ HEADER_NAMES = frozenset(
 _UP = NANOSECONDS - 1  # added before a division by NANOSECONDS, to round up
 
 
+_MOST_COMBINATIONS = 4096  # of limits that apply together; more are rendered anew
+
+
 class RateLimitHeaders:
-    """Renders decisions as header fields.
+    """Renders decisions as header fields: the remaining tokens of one bucket, and the policies of all.
 
     `r` is the number of whole tokens remaining, and `t` the time in which the quota refills as many: a client that
     spends r tokens in t seconds keeps to the rate. If no token remains, `t` is the time until there is one. For a
@@ -23,13 +28,14 @@ class RateLimitHeaders:
     """
 
     def __init__(self) -> None:
-        self._templates: dict[str, tuple[str, str]] = {}
+        self._templates: dict[str, tuple[str, str, str]] = {}
+        self._policies: dict[tuple[str, ...], str] = {}
 
     def __repr__(self) -> str:
         return f"<RateLimitHeaders of {sorted(self._templates)}>"
 
-    def lines(self, decision: Decision) -> bytes:
-        """Return the field lines in HTTP/1.1 format, each with its line break."""
+    def lines(self, decision: Decision, charges: Sequence[Charge] = ()) -> bytes:
+        """Return the field lines in HTTP/1.1 format, each with its line break; `charges` are those of the decision."""
         quota = decision.quota
         template = self._templates.get(quota.name)
         if template is None:
@@ -42,20 +48,36 @@ class RateLimitHeaders:
         else:
             until_ns = decision.reset_ns - quota.burst_ns + quota.emission_ns
         effective = (until_ns + _UP) // NANOSECONDS or 1
-        policy, limit = template
+        policy, own, limit = template
+        if len(charges) > 1:
+            names = tuple([charge.quota.name for charge in charges])
+            policy = self._policies.get(names) or self._join(names, charges)
         return (
-            f"{policy}{usable};t={effective}{limit}{left}\r\n"
+            f"{policy}{own}{usable};t={effective}{limit}{left}\r\n"
             f"x-ratelimit-reset: {(decision.reset_ns + _UP) // NANOSECONDS}\r\n"
         ).encode()
 
-    def headers(self, decision: Decision) -> HeaderList:
+    def headers(self, decision: Decision, charges: Sequence[Charge] = ()) -> HeaderList:
         """Return the fields as pairs of name and value."""
-        lines = (line.split(b": ", 1) for line in self.lines(decision).splitlines())
+        lines = (line.split(b": ", 1) for line in self.lines(decision, charges).splitlines())
         return [(name, value) for name, value in lines]
 
+    def _join(self, names: tuple[str, ...], charges: Sequence[Charge]) -> str:
+        """Return the line with the policies of all limits that apply together, and keep it."""
+        if len(self._policies) >= _MOST_COMBINATIONS:
+            self._policies.clear()
+        line = self._policies[names] = f"ratelimit-policy: {', '.join([_policy(one.quota) for one in charges])}\r\n"
+        return line
 
-def _template(quota: Quota) -> tuple[str, str]:
-    """Return what a quota determines of its field lines: what is before `r`, and what is between `t` and the rest."""
-    name, window = quota.name.lower(), math.ceil(quota.burst_ns / NANOSECONDS)
-    policy = f'ratelimit-policy: "{name}";q={quota.capacity};w={window}\r\nratelimit: "{name}";r='
-    return policy, f"\r\nx-ratelimit-limit: {quota.capacity}\r\nx-ratelimit-remaining: "
+
+def _policy(quota: Quota) -> str:
+    return f'"{quota.policy}";q={quota.capacity};w={math.ceil(quota.burst_ns / NANOSECONDS)}'
+
+
+def _template(quota: Quota) -> tuple[str, str, str]:
+    """Return what a quota determines of its field lines: its policy, what is before `r`, and what is behind `t`."""
+    return (
+        f"ratelimit-policy: {_policy(quota)}\r\n",
+        f'ratelimit: "{quota.policy}";r=',
+        f"\r\nx-ratelimit-limit: {quota.capacity}\r\nx-ratelimit-remaining: ",
+    )

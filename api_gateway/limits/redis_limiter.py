@@ -24,9 +24,10 @@ from api_gateway.limits.script_batcher import MAX_BATCH, ScriptBatcher
 from api_gateway.limits.script_ops import ChargeOp, MultiNodeCharge, PeekOp, SettleOp, refund_message
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, DecisionSource, LimiterState, Quota
 from api_gateway.rate_limiter import (
+    NEVER_NS,
     Refunds,
+    debts_of,
     decision_after,
-    decision_of,
     joint_decision,
     settled,
     take_each,
@@ -182,21 +183,26 @@ class RedisLimiter:
         self.batcher.submit(PeekOp(self, charge, now_ns, seen))
         return await seen
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
         """Send the settlement to the store without waiting for it; the result is as of the time of the decision."""
         if decision.source != "store":
-            known = [self.cache.last_tat(charge) for charge in charges]
-            return self.fallback.settle(charges, known, decision, now_ns)
+            known = [self.cache.last_tat(charge) for charge in changes]
+            return self.fallback.settle(changes, known, decision, now_ns, settled_to)
         at_ns = decision.at_ns
         debts_ns = []
-        for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
+        for charge, debt_ns in zip(changes, debts_of(decision), strict=True):
+            if not charge.increment_ns:  # a limit with a cost of its own
+                debts_ns.append(debt_ns)
+                continue
             tat_ns = at_ns + debt_ns
             charged_ns = tat_ns - self._recent_refunds.since(charge.key, at_ns)
             self.batcher.submit(SettleOp(self, charge, charged_ns))
             debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, charged_ns, at_ns) - at_ns)
             if charge.increment_ns < 0:
                 self._note_refund(charge.key, -charge.increment_ns)
-        return decision_after(decision, debts_ns, at_ns)
+        return decision_after(decision, settled_to or changes, debts_ns, at_ns, is_chosen_anew=bool(settled_to))
 
     async def refill(self, key: str) -> None:
         """Fill a bucket. Raises StoreUnavailable, after which the bucket may or may not be full."""
@@ -249,8 +255,7 @@ class RedisLimiter:
         if self.policy == "deny":
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
         self.fallback.record(charges, known, now_ns, may_be_charged=may_be_charged)
-        others_ns = tuple(charge.increment_ns for charge in charges[1:])
-        return decision_of(first, now_ns + first.increment_ns, 0, now_ns, "allow", others_ns)
+        return joint_decision(charges, [(now_ns + charge.increment_ns, 0) for charge in charges], now_ns, "allow")
 
     # Refusals from the cache, and refunds
 
@@ -260,9 +265,12 @@ class RedisLimiter:
         decision = joint_decision(charges, taken, now_ns, "deny_cache")
         if decision.allowed:
             return None
-        cached = self.cache.get(next(charge for charge in charges if charge.key == decision.key))
-        if cached is not None and decision.wait_ns > 0:  # a client that waits for `wait_ns` must then be allowed
-            decision.wait_ns += cached.latest_ns(now_ns) - cached.earliest_ns(now_ns)
+        if decision.wait_ns != NEVER_NS:  # a client that waits for `wait_ns` must then be allowed by every bucket
+            for charge in charges:
+                cached = self.cache.get(charge)
+                if cached is not None:
+                    latest_ns = cached.latest_ns(now_ns) + charge.increment_ns - now_ns - charge.quota.burst_ns
+                    decision.wait_ns = max(decision.wait_ns, latest_ns)
         return decision
 
     def _on_refund(self, message: str) -> None:

@@ -4,6 +4,7 @@ from typing import Final
 
 from api_gateway.errors import CostExceedsCapacity, GatewayError, StoreUnavailable
 from api_gateway.http1.headers import address_key
+from api_gateway.limits.limit import LIMIT_PREFIX
 from api_gateway.limits.limit_reached import LimitReached, RefusalTemplate, members_of
 from api_gateway.models import Decision, Exchange
 from api_gateway.rate_limiter import NEVER_NS
@@ -21,19 +22,24 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
         )
     assert client is not None  # noqa: S101 - the client is identified before the limiter runs
     cost, remaining = exchange.cost, decision.remaining
+    verb = "is limited to"
     if decision.key == client.key:
         holder = f"Client '{client.id}' (tier {quota.name})"
+    elif decision.key.startswith(LIMIT_PREFIX):
+        holder, verb = f"Limit '{quota.policy}'", "allows"
+        own = next((charge.own_cost for charge in exchange.charges if charge.key == decision.key), None)
+        cost = cost if own is None else own
     else:
         holder = f"Address '{address_key(exchange.peer)}'"
     if decision.wait_ns == NEVER_NS:
         return CostExceedsCapacity(
             f"{holder} has a bucket of {quota.capacity} tokens; this request costs {cost:g} tokens"
             " and can never be allowed.",
-            extra=members_of(quota, client, cost, remaining),
+            extra=members_of(quota, client, cost, remaining, decision.violated),
         )
     template = _TEMPLATES.get(quota.name)
     if template is None or template.quota is not quota:
         template = _TEMPLATES[quota.name] = RefusalTemplate(quota)
     wait = decision.retry_after or 0.0
-    detail = f"{holder}{template.limits}{cost:g}, {remaining} remain. Retry in {wait:.3f} s."
-    return LimitReached(detail, wait, template, client, cost, remaining)
+    detail = f"{holder} {verb} {template.limits}{cost:g}, {remaining} remain. Retry in {wait:.3f} s."
+    return LimitReached(detail, wait, template, client, cost, remaining, decision.violated)

@@ -10,7 +10,7 @@ from api_gateway.limits.deny_cache import DenyCache
 from api_gateway.limits.fallback_limiter import FallbackLimiter
 from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp
 from api_gateway.models import Charge, Decision
-from api_gateway.rate_limiter import decision_of, joint_decision, take, take_each
+from api_gateway.rate_limiter import decision_of, joint_decision, take, take_each, tightest_of
 from api_gateway.storage.redis_session import ScriptCall
 
 
@@ -41,7 +41,9 @@ class LimiterPort(Protocol):
         """Decide by the policy for outages."""
         ...
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
         """Settle a decision; see `RateLimiter.settle`."""
         ...
 
@@ -144,15 +146,18 @@ class MultiNodeCharge:
             return
         refusals = [known for known in decisions if not known.allowed]
         if not refusals:
-            first, *others = decisions
-            first.others_ns = tuple(other.reset_ns for other in others)
-            self._callback(first)
+            tightest = decisions[tightest_of(self._charges, [known.reset_ns for known in decisions])]
+            # Each node has a clock of its own: so that the sum with `at_ns` is right for each bucket.
+            tightest.debts_ns = tuple([known.reset_ns + known.at_ns - tightest.at_ns for known in decisions])
+            self._callback(tightest)
             return
         for charge, known in zip(self._charges, decisions, strict=True):
             if known.allowed and charge.increment_ns:
                 back = Charge(charge.key, charge.quota, -charge.increment_ns)
                 self._limiter.settle([back], known, self._now_ns)
-        self._callback(max(refusals, key=lambda known: (known.wait_ns < 0, known.wait_ns)))
+        longest = max(refusals, key=lambda known: (known.wait_ns < 0, known.wait_ns))
+        longest.violated = tuple([known.quota for known in refusals])
+        self._callback(longest)
 
 
 class PeekOp(ScriptOp):

@@ -145,7 +145,7 @@ def _call(options: argparse.Namespace, method: str, path: str, body: Mapping[str
     request = urllib.request.Request(  # noqa: S310 - the scheme is checked in `_access`
         url + path, method=method, headers=headers, data=None if body is None else json.dumps(body).encode()
     )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the token is for the gateway alone
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirection)  # the token is for this URL
     try:
         with opener.open(request, timeout=TIMEOUT) as response:
             return json.load(response)
@@ -154,6 +154,13 @@ def _call(options: argparse.Namespace, method: str, path: str, body: Mapping[str
             raise CommandFailed(f"{url}: {error.code}: {_detail(error.read())}") from None
     except (OSError, ValueError) as error:
         raise CommandFailed(f"{url}: no usable response: {error}") from None
+
+
+class _NoRedirection(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection, which would send the token to another server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Refuse to follow."""
 
 
 def _detail(body: bytes) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from api_gateway.errors import GatewayError
 from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
-from api_gateway.models import Charge, Decision, Exchange, Settlement
+from api_gateway.models import Charge, Exchange, Settlement
+from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.fallback import STATIC
 from api_gateway.rate_limiter import RateLimiter
 
@@ -66,10 +67,21 @@ class CostSettlement:
         else:
             self.settle(exchange, cost)
 
+    def on_content_cost(self, exchange: Exchange, terms: ContentCost, cost: float | None, is_complete: bool) -> None:  # noqa: FBT001 - a callback
+        """Settle to the cost that the content of a response states, or to that for a response without it (None).
+
+        A response that was cut off costs the higher of the two: what it states may be that of its beginning.
+        """
+        otherwise = exchange.cost if terms.otherwise is None else terms.otherwise
+        if cost is None:
+            self._recorder.settlements["unreadable"] += 1
+            cost = otherwise
+        self.settle(exchange, cost if is_complete else max(cost, otherwise))
+
     def on_failure(self, exchange: Exchange, error: GatewayError) -> None:
         """Refund the whole charge if nothing of the request was sent to an upstream and no response has begun."""
         if error.is_retry_safe and not exchange.status and not exchange.has_reached:
-            self.settle(exchange, 0.0)
+            self.settle(exchange, 0.0, is_whole=True)
 
     def on_fallback(self, exchange: Exchange, error: GatewayError) -> None:
         """Count a fallback that replaces the response after `error`, and refund a static one like the error itself.
@@ -81,29 +93,44 @@ class CostSettlement:
         if exchange.fallback == STATIC:
             self.on_failure(exchange, error)
 
-    def settle(self, exchange: Exchange, cost: float) -> None:
-        """Correct the charge of an admitted exchange to `cost` tokens."""
+    def settle(self, exchange: Exchange, cost: float, *, is_whole: bool = False) -> None:
+        """Correct the charges of an admitted exchange to `cost` tokens.
+
+        Limits with a cost of their own keep it, unless it `is_whole`: a refund of the whole charge.
+        """
         decision = exchange.decision
-        if decision is None or not decision.allowed or cost == exchange.cost:
+        if decision is None or not decision.allowed or (cost == exchange.cost and not is_whole):
+            return
+        charges, changes = _settled_to(exchange.charges, cost, is_whole=is_whole)
+        if not any(change.increment_ns for change in changes):
+            exchange.cost = cost
             return
         self._recorder.settlements["charged" if cost > exchange.cost else "refunded"] += 1
         now_ns = self._clock_ns()
         if self._next_number is not None:
             exchange.settlements += (Settlement(now_ns, self._next_number(), decision, exchange.cost, cost),)
-        exchange.cost = cost
-        exchange.decision = decision = self._change(exchange.charges, decision, cost, now_ns)
+        exchange.cost, exchange.charges = cost, charges
+        exchange.decision = decision = self._limiter.settle(changes, decision, now_ns, charges)
         if exchange.trial is not None and exchange.trial[1].allowed:
-            self._change(*exchange.trial, cost, now_ns)
+            trial, tried = exchange.trial
+            charges, changes = _settled_to(trial, cost, is_whole=is_whole)
+            exchange.trial = charges, self._limiter.settle(changes, tried, now_ns, charges)
         if exchange.response_headers:
             others = [pair for pair in exchange.response_headers if pair[0] not in HEADER_NAMES]
-            exchange.response_headers = others + self._limit_headers.headers(decision)
+            exchange.response_headers = others + self._limit_headers.headers(decision, exchange.charges)
 
-    def _change(self, charges: Sequence[Charge], decision: Decision, cost: float, now_ns: int) -> Decision:
-        """Correct the buckets from their charges to `cost`; return the decision with the new remaining tokens."""
-        changes = [
-            Charge(charge.key, charge.quota, charge.quota.cost_ns(cost) - charge.increment_ns) for charge in charges
-        ]
-        return self._limiter.settle(changes, decision, now_ns)
+
+def _settled_to(charges: Sequence[Charge], cost: float, *, is_whole: bool) -> tuple[list[Charge], list[Charge]]:
+    """Return the charges of a request of this cost, and how they differ from `charges`."""
+    after = []
+    for charge in charges:
+        own = cost if charge.own_cost is None or is_whole else charge.own_cost
+        after.append(Charge(charge.key, charge.quota, charge.quota.cost_ns(own), charge.own_cost))
+    changes = [
+        Charge(new.key, new.quota, new.increment_ns - old.increment_ns)
+        for new, old in zip(after, charges, strict=True)
+    ]
+    return after, changes
 
 
 def cost_of(given: Sequence[bytes]) -> float | None:

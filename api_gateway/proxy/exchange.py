@@ -22,7 +22,6 @@ ExchangePhase = Literal[
     "exchanging",
     "backing off",
     "falling back",
-    "handed over",
     "done",
     "aborted",
 ]
@@ -40,7 +39,6 @@ ExchangeEvent = Literal[
     "final",
     "fall back",
     "select",
-    "hand over",
     "continue",
     "body",
     "body pause",
@@ -65,7 +63,6 @@ CONNECTING: Final = "connecting"  # a connection is opened, or awaited from the 
 EXCHANGING: Final = "exchanging"  # the request is sent, the response arrives
 BACKING_OFF: Final = "backing off"  # the delay before a retry
 FALLING_BACK: Final = "falling back"  # the fallback of the route responds, or another upstream is asked
-HANDED_OVER: Final = "handed over"  # the ASGI path has the exchange and all that belongs to it
 DONE: Final = "done"  # the client has a complete response
 ABORTED: Final = "aborted"  # the connection of the client is closed without one
 
@@ -89,7 +86,6 @@ RETRY: Final = "retry"  # the attempt failed before the head, or with a status t
 FINAL: Final = "final"  # no target is available for the retry, so the response of the last attempt is final
 FALL_BACK: Final = "fall back"  # the upstream has failed, and the fallback of the route applies
 SELECT: Final = "select"  # another upstream, which is the fallback
-HAND_OVER: Final = "hand over"
 PAUSE: Final = "pause"
 BODY_PAUSE: Final = "body pause"  # as much is kept as may be, or the upstream reads more slowly than the client sends
 BODY_RESUME: Final = "body resume"
@@ -126,14 +122,12 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
         SEND: EXCHANGING,
         FINAL: EXCHANGING,
         FALL_BACK: FALLING_BACK,
-        HAND_OVER: HANDED_OVER,
         REFUSE: DONE,
     },
     CONNECTING: {
         SEND: EXCHANGING,
         RETRY: BACKING_OFF,
         FALL_BACK: FALLING_BACK,
-        HAND_OVER: HANDED_OVER,
         REFUSE: DONE,
         **_body_events(CONNECTING),
         **_STOPS,
@@ -148,7 +142,6 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
         CONNECT: CONNECTING,
         RETRY: BACKING_OFF,
         FALL_BACK: FALLING_BACK,
-        HAND_OVER: HANDED_OVER,
         BREAK: ABORTED,
         CONTINUE: EXCHANGING,
         **_body_events(EXCHANGING),
@@ -157,13 +150,11 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
     BACKING_OFF: {
         RESUME: SELECTING,
         FALL_BACK: FALLING_BACK,
-        HAND_OVER: HANDED_OVER,
         REFUSE: DONE,
         **_body_events(BACKING_OFF),
         **_STOPS,
     },
     FALLING_BACK: {SELECT: SELECTING, REFUSE: DONE},
-    HANDED_OVER: {},
     DONE: {},
     ABORTED: {},
 }
@@ -196,7 +187,6 @@ RESPONSES: Final[Mapping[ResponseState, Mapping[ExchangeEvent, ResponseState]]] 
         CONNECT: NONE,
         RETRY: NONE,
         FALL_BACK: NONE,
-        HAND_OVER: NONE,
         CLIENT_GONE: ABORTED,
         DRAIN: ABORTED,
         DEFECT: ABORTED,
@@ -234,7 +224,6 @@ COMBINATIONS: Final[Mapping[ExchangePhase, tuple[frozenset[RequestBodyState], fr
     EXCHANGING: (_UNENDED, frozenset({NONE, FLOWING, PAUSED})),
     BACKING_OFF: (_UNENDED, frozenset({NONE})),
     FALLING_BACK: (_UNENDED, frozenset({NONE})),
-    HANDED_OVER: (_UNENDED, frozenset({NONE})),
     DONE: (_ENDED, frozenset({COMPLETE})),
     ABORTED: (_ENDED, frozenset({ABORTED})),
 }

@@ -5,7 +5,7 @@ A plain head (see `http1.fast_parser`) is looked up by the bytes of its header l
 The module is long because both readings, of lines and of fields, must agree in what they forward.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ MAX_REMEMBERED = 1_024  # entries of each cache but the following
 MAX_NAMED = 16_384  # client ids with their facts, about 1 KB each
 MAX_FIRST = 256  # entries of the cache of whole header sections
 MAX_ID_BYTES = 128  # size of the largest client id
+NONE_KEYED: Mapping[bytes, str] = {}
+NONE_CHARGED: dict[tuple[str | None, str, float], list[Charge]] = {}  # replaced when the client is determined
 
 
 class HeaderFacts:
@@ -58,9 +60,10 @@ class HeaderFacts:
     `charges` for `client` and `cost`; -1 means not yet known. `stages` are what `admission`, the one that was used
     last, has to decide on such requests. `claim` is the credential that decides who the client is, None without one;
     `further` are others, which must be valid too. `credentials` are the header fields that have a credential of this
-    gateway. `proof` is what the claim proved, for the registry version `version`. `forged` are the header fields that
-    only the gateway may send to upstreams. `rest` are the facts of the other header fields, and `id_field` is the one
-    with the client id, if the two are read separately.
+    gateway. `proof` is what the claim proved, for the registry version `version`. `keyed` are the values of header
+    fields that limits count by (for `/explain`, also `:organisation` and `:claim:PATH`), `charged` the charges by
+    route, method and cost. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the
+    facts of the other header fields, and `id_field` is the one with the client id, if the two are read separately.
     """
 
     __slots__ = (
@@ -68,6 +71,7 @@ class HeaderFacts:
         "added",
         "admission",
         "ambiguity",
+        "charged",
         "charges",
         "claim",
         "client",
@@ -87,6 +91,7 @@ class HeaderFacts:
         "is_loop",
         "is_trusted",
         "keep_alive",
+        "keyed",
         "length",
         "name",
         "name_error",
@@ -152,6 +157,8 @@ class HeaderFacts:
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
         self.proof: Proof | None = None
+        self.keyed: Mapping[bytes, str] = NONE_KEYED
+        self.charged = NONE_CHARGED
         self.rest: HeaderFacts | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
@@ -177,11 +184,15 @@ class HeaderFacts:
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
         other.origin, other.preflight, other.forged = self.origin, self.preflight, self.forged
         other.forwarding, other.reported = self.forwarding, self.reported
+        other.keyed = self.keyed
         return other
 
 
 class RewrittenHeaders(NamedTuple):
-    """The header lines of a plain head as received, their meaning, and the lines as sent upstream."""
+    """The header lines of a plain head as received, their meaning, and the lines as sent upstream.
+
+    These do not depend on the credential, which is verified later.
+    """
 
     received: bytes
     facts: HeaderFacts
@@ -201,15 +212,15 @@ class HeaderReader:
         sources: IdentitySources = HEADER_AND_ADDRESS,
         reads_origin: bool = False,
         identity_fields: frozenset[bytes] = frozenset(),
-        rewritten: Callable[[bytes, HeaderFacts, bytes], RewrittenHeaders] = RewrittenHeaders,
         forwarding: Forwarding = BY_X_FORWARDED,
+        limit_fields: frozenset[bytes] = frozenset(),
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
         Credentials of `sources` are recognised, and not forwarded on the fast path; trailers with the names of their
         fields (`never_trailing`) never are. `reads_origin`: there are CORS policies, for which the origin of requests
         and their preflights matter. `identity_fields` (lower case) are set by the gateway for upstreams and removed
-        from requests; `rewritten` creates the result of `read_lines`.
+        from requests. `limit_fields` (lower case) are those that limits count by.
         """
         self.via = via or Via()
         self._sources = sources
@@ -219,13 +230,13 @@ class HeaderReader:
         self.protected = frozenset({self.id_header}) | identity_fields
         self.never_trailing = self.protected | sources.fields
         self._identity_fields = identity_fields
-        self._rewritten = rewritten
         self._max_body_bytes = max_body_bytes
         self.forwarding = forwarding
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
         self._reads_origin = reads_origin
-        inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset())
+        self._limit_fields = limit_fields
+        inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset()) | limit_fields
         self._inspected = InspectedHeaders(inspected)
         # False if the client id is in a header field that has another meaning too, or is not forwarded.
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset()) | identity_fields
@@ -257,6 +268,10 @@ class HeaderReader:
             facts.reported = client.hop
         if self._reads_origin:
             facts.origin, facts.preflight = origin_of(fields), preflight_of(fields)
+        if self._limit_fields:
+            facts.keyed = {
+                name: b", ".join(fields[name]).decode("latin-1") for name in self._limit_fields if fields.get(name)
+            }
         self._set_name(facts, fields)
         if self._markers:
             self._set_claim(facts, fields)
@@ -305,7 +320,7 @@ class HeaderReader:
         else:
             facts = (self._remembered if is_short else self._read_plain)(peer, scheme, tuple(found))
         return (
-            None if facts is None else self._rewritten(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
+            None if facts is None else RewrittenHeaders(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
         )
 
     def read_head(self, peer: str, scheme: str, head: RequestHead) -> RewrittenHeaders:
@@ -338,7 +353,7 @@ class HeaderReader:
         )
         kept = [pair for pair in headers if pair[0].lower() not in dropped]
         sent = lines_of([*kept, *added, self.via.field(head.version)])
-        return self._rewritten(lines_of(headers), facts, sent)
+        return RewrittenHeaders(lines_of(headers), facts, sent)
 
     def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
         """Return the facts, with the client id read separately from the other header fields.
@@ -348,7 +363,7 @@ class HeaderReader:
         names = [pair for pair in found if pair[0].lower() == self.id_header]
         if len(names) != 1 or not self._has_own_id_header:
             return self._read_plain(peer, scheme, found)
-        anonymous = self._anonymous(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
+        anonymous = self._anonymous(peer, scheme, tuple([pair for pair in found if pair != names[0]]))
         if anonymous is None:
             return None
         facts = self._named(anonymous, names[0])
@@ -375,24 +390,23 @@ class HeaderReader:
         rest = before.facts.rest
         line = b"\r\n%b: %b\r\n" % (name, value)
         start = before.received.find(line) + len(name) + 4
-        end = start + len(value) - len(before.received)  # counted from the end of the lines
-        given = lines[start:end]
+        end = len(lines) - (len(before.received) - start - len(value))
         if (
             rest is None
             or rest.owner is not self
-            or len(given) > MAX_ID_BYTES
+            or not 0 <= end - start <= MAX_ID_BYTES  # a slice that ends before its start raises if it is compiled
             or not lines.startswith(before.received[:start])
-            or not lines.endswith(before.received[end:])
+            or not lines.endswith(before.received[start + len(value) :])
         ):
             return None
         for marker in self._markers:
             if marker in lines:
                 return None
+        given = lines[start:end]
         facts = self._named(rest, (name, given))
         if facts is None:
             return None
-        sent = before[2].replace(line, b"\r\n%b: %b\r\n" % (name, given), 1)  # what `rewritten` was given
-        return self._rewritten(lines, facts, sent)
+        return RewrittenHeaders(lines, facts, before.sent.replace(line, b"\r\n%b: %b\r\n" % (name, given), 1))
 
     def _read_claimed(
         self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...], given: tuple[tuple[bytes, bytes], ...]

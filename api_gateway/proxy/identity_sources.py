@@ -34,8 +34,8 @@ class Proof:
     """What a verified credential proves: the client, until a time on the monotonic clock.
 
     `tier` is that of a client that is not registered; None is the default. `organisation` is written to the access
-    log. `fields` are header fields for upstreams, `lines` the same as bytes. `is_restricted`: `refusal` may return an
-    error.
+    log. `fields` are header fields for upstreams, `lines` the same, each after a line break. `is_restricted`:
+    `refusal` may return an error.
     """
 
     __slots__ = ("claim", "client_id", "expires_ns", "fields", "is_restricted", "lines", "organisation", "tier")
@@ -57,7 +57,7 @@ class Proof:
         self.tier = tier
         self.organisation = organisation
         self.fields = fields or []
-        self.lines = b"".join([b"%b: %b\r\n" % pair for pair in self.fields])
+        self.lines = b"".join([b"\r\n%b: %b" % pair for pair in self.fields])
         self.is_restricted = is_restricted
 
     def __repr__(self) -> str:

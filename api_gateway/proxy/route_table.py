@@ -5,11 +5,13 @@ may read differently (see `http1.request_paths`) costs as much as its dearest re
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
 from api_gateway.proxy.address_rules import AddressRules
+from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.requirements import Requirement
@@ -47,6 +49,7 @@ class CostRule:
 class Route:
     """A route. `host` and `methods` None match any; the first matching rule of `costs` replaces `cost` (tokens).
 
+    `content_cost` is where responses state their actual cost, None if their content is not read.
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
     if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the
@@ -63,6 +66,7 @@ class Route:
     cost: float = 1.0
     costs: tuple[CostRule, ...] = ()
     candidate_cost: float | None = None
+    content_cost: ContentCost | None = None
     timeout: float | None = None
     min_body_rate: float | None = None
     fallback: Fallback | None = None
@@ -160,6 +164,18 @@ class RouteTable:
                     raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
             prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
+
+    def read_as(self, host: str, method: str, path: str, raw_target: bytes) -> frozenset[str]:
+        """Return the names of the routes of all readings of a path; empty if it has only one reading."""
+        is_plain = not ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target)
+        if is_plain or not is_unusual(path):
+            return frozenset()
+        names = set()
+        with suppress(ValueError):
+            for reading in readings(raw_target.partition(b"?")[0].decode("latin-1")):
+                with suppress(NoRoute, MethodNotAllowed):
+                    names.add(self.find(host, method, reading, _READING)[0].name)
+        return frozenset(names)
 
     def at(self, host: str, path: str) -> Route | None:
         """Return the first route of the longest prefix of a path (percent-decoded), whichever its methods."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from api_gateway.limits.limit import LIMIT_PREFIX
 from api_gateway.metrics import Recorder
 from api_gateway.models import Charge, Client, Decision, Exchange, Quota
 from api_gateway.proxy.route_table import Route
@@ -12,8 +13,9 @@ from api_gateway.rate_limiter import RateLimiter
 class ShadowLimits:
     """Charges candidate quotas and costs to separate buckets, whose keys have the prefix `candidate:`.
 
-    If only tiers have candidates, only requests of those tiers are evaluated. If a cost has a candidate, all requests
-    are evaluated, because the cost of one request affects the client's later ones. Address limits are not evaluated.
+    All limits of a request are evaluated together, each with its candidate if it has one. Without a candidate among
+    them, the request is not evaluated. If a cost has a candidate, all requests are evaluated, because the cost of one
+    request affects the client's later ones. Address limits are not evaluated.
     """
 
     def __init__(
@@ -25,7 +27,7 @@ class ShadowLimits:
         candidates: Mapping[str, Quota],
         routes: Iterable[Route],
     ) -> None:
-        """`candidates` are the candidate quotas by name of the tier."""
+        """`candidates` are the candidate quotas by name of the quota in force: of a tier, or of a limit."""
         self._limiter = limiter
         self._clock_ns = clock_ns
         self._recorder = recorder
@@ -33,7 +35,7 @@ class ShadowLimits:
         self._routes = {route.name: route for route in routes if route.has_candidate}
 
     def __repr__(self) -> str:
-        return f"<ShadowLimits of tiers {sorted(self._candidates)} and routes {sorted(self._routes)}>"
+        return f"<ShadowLimits of {sorted(self._candidates)} and routes {sorted(self._routes)}>"
 
     @property
     def is_empty(self) -> bool:
@@ -44,7 +46,7 @@ class ShadowLimits:
         """Evaluate the candidates for an exchange that has a decision."""
         client = exchange.client
         assert client is not None  # noqa: S101 - a decision implies a client
-        charges = self.charges(client, exchange.route, exchange.method, exchange.path, exchange.cost)
+        charges = self.charges(exchange, client)
         if not charges:
             return
         now_ns = self._clock_ns()
@@ -54,17 +56,23 @@ class ShadowLimits:
         else:
             self._count(exchange, charges, trial)
 
-    def charges(self, client: Client, route: str | None, method: str, path: str, cost: float) -> list[Charge]:
-        """Return the candidate charges of a request whose cost in force is `cost`; empty without a candidate."""
-        quota = self._candidates.get(client.quota.name)
-        if quota is None and not self._routes:
+    def charges(self, exchange: Exchange, client: Client) -> list[Charge]:
+        """Return the candidate charges of an exchange with charges in force; empty without a candidate."""
+        further = [charge for charge in exchange.charges if charge.key.startswith(LIMIT_PREFIX)]
+        quotas = [client.quota, *(charge.quota for charge in further)]
+        if not self._routes and all(quota.name not in self._candidates for quota in quotas):
             return []
-        quota = quota or client.quota
-        tried = self._routes.get(route) if route is not None else None
+        cost, tried = exchange.cost, self._routes.get(exchange.route or "")
         if tried is not None:
-            candidate = tried.candidate_cost_of(method.upper(), path)
+            candidate = tried.candidate_cost_of(exchange.method.upper(), exchange.path)
             cost = cost if candidate is None else candidate
-        return [Charge(f"candidate:{client.key}", quota, quota.cost_ns(cost))]
+        own = Charge(client.key, client.quota, 0)
+        return [self._tried(charge, cost) for charge in (own, *further)]
+
+    def _tried(self, charge: Charge, cost: float) -> Charge:
+        quota = self._candidates.get(charge.quota.name) or charge.quota
+        increment_ns = quota.cost_ns(cost if charge.own_cost is None else charge.own_cost)
+        return Charge(f"candidate:{charge.key}", quota, increment_ns, charge.own_cost)
 
     def _count(self, exchange: Exchange, charges: Sequence[Charge], trial: Decision) -> None:
         exchange.trial = charges, trial
@@ -73,5 +81,7 @@ class ShadowLimits:
         assert decision is not None  # noqa: S101 - as in `observe`
         if decision.allowed and not trial.allowed:
             self._recorder.would_limit[client.quota.name] += 1
+            for quota in trial.violated or (trial.quota,):
+                self._recorder.would_refuse_by_limit[quota.policy.removesuffix(" candidate"), client.quota.name] += 1
         elif trial.allowed and not decision.allowed:
             self._recorder.would_allow[client.quota.name] += 1

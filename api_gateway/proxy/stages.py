@@ -1,9 +1,10 @@
-"""The stages of admission, each of which decides one thing. `assembly.data_plane` puts them in order."""
+"""The stages of admission, each of which decides one thing. `assembly.data_plane` puts them in order.
 
-import math
-from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache, partial
-from typing import Any
+The last one, which charges the rate limits, is in `limit_stage`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import (
@@ -15,17 +16,14 @@ from api_gateway.errors import (
     LoopDetected,
     MethodNotAllowed,
 )
-from api_gateway.http1.headers import address_key, is_within
+from api_gateway.http1.headers import address_key
 from api_gateway.http1.methods import KNOWN_METHODS, PROXIED_METHODS, REFUSED_METHODS
-from api_gateway.limits.refusal import refusal
-from api_gateway.models import Charge, Client, Decision, Quota
-from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
+from api_gateway.models import Client
+from api_gateway.proxy.admission import RequestPlan, StageResult, Wait
 from api_gateway.proxy.deadline import deadline_of
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, IdentitySources
 from api_gateway.proxy.route_table import Route, RouteTable, upstream_target
-from api_gateway.proxy.shadow_limits import ShadowLimits
-from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import PriorityClasses
@@ -257,97 +255,3 @@ class DecisionNumberStage(ReadOnlyStage):
     def inspect(self, _plan: RequestPlan) -> StageResult:
         """See `Stage`; nothing is numbered."""
         return None
-
-
-class RateLimitStage:
-    """Charges the client's bucket, and the address's bucket if the client is not registered: both or neither."""
-
-    def __init__(
-        self,
-        *,
-        limiter: RateLimiter,
-        address_quota: Quota | None,
-        exempt: Collection[Any],
-        shadow: ShadowLimits | None = None,
-    ) -> None:
-        """`address_quota` None disables the address limit; addresses in `exempt` networks have none.
-
-        `shadow` evaluates candidate limits.
-        """
-        self._limiter = limiter
-        self._decide_at_once = limiter.decide
-        self._address_quota = address_quota
-        self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
-        self.shadow = shadow
-
-    def decide(self, plan: RequestPlan) -> StageResult:
-        """Charge the request; the store is asked if this process cannot decide."""
-        exchange, facts = plan.exchange, plan.facts
-        if facts.client is exchange.client and facts.cost == exchange.cost:
-            charges = exchange.charges = facts.charges
-        else:
-            charges = self._set_charges(plan)
-        decision = self._decide_at_once(charges, plan.now_ns)
-        if decision is None:
-            return Wait(partial(self._ask, charges, plan.now_ns), self._on_decision)
-        if decision.allowed and self.shadow is None:
-            exchange.decision = decision
-            return None
-        return self._on_decision(plan, decision)
-
-    def inspect(self, plan: RequestPlan) -> StageResult:
-        """Ask for the decision of each bucket alone."""
-        if plan.exchange.client is None:  # inspected after a refusal
-            return None
-        return Wait.on(partial(self._limiter.inspect, self._set_charges(plan), plan.now_ns), self._on_inspected)
-
-    def concerns(self, _facts: HeaderFacts) -> bool:
-        """See `Stage`."""
-        return True
-
-    def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
-        """Return the charges of a request of `client` from the address `peer`; all or none must be charged."""
-        charges = [Charge(client.key, client.quota, client.quota.cost_ns(cost))]
-        quota = self._address_quota
-        if quota is not None and self.limits_address_of(client, peer):
-            charges.append(Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(cost)))
-        return charges
-
-    def charges_of_address(self, peer: str) -> list[Charge]:
-        """Return the charge of a failed attempt to prove an id; empty if the address has no limit."""
-        quota = self._address_quota
-        if quota is None or self._is_exempt(peer):
-            return []
-        return [Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(1))]
-
-    def limits_address_of(self, client: Client, peer: str) -> bool:
-        """Tell whether a request of `client` from the address `peer` is also charged to that address."""
-        return self._address_quota is not None and not client.is_registered and not self._is_exempt(peer)
-
-    def _set_charges(self, plan: RequestPlan) -> list[Charge]:
-        exchange, facts = plan.exchange, plan.facts
-        client = exchange.client
-        assert client is not None  # noqa: S101 - `IdentityStage` comes first
-        charges = exchange.charges = self.charges(client, exchange.peer, exchange.cost)
-        if facts.client is client:
-            facts.charges, facts.cost = charges, exchange.cost
-        return charges
-
-    def _ask(self, charges: list[Charge], now_ns: int, on_reply: OnReply) -> None:
-        self._limiter.decide_async(charges, now_ns, on_reply)
-
-    def _on_decision(self, plan: RequestPlan, decision: Decision) -> StageResult:
-        exchange = plan.exchange
-        exchange.decision = decision
-        if self.shadow is not None:
-            self.shadow.observe(exchange)
-        return None if decision.allowed else refusal(exchange, decision)
-
-    def _on_inspected(self, plan: RequestPlan, decisions: list[Decision]) -> StageResult:
-        plan.inspected = decisions
-        refused = [decision for decision in decisions if not decision.allowed]
-        return refusal(plan.exchange, max(refused, key=_wait_ns)) if refused else None
-
-
-def _wait_ns(decision: Decision) -> float:
-    return math.inf if decision.wait_ns == NEVER_NS else decision.wait_ns

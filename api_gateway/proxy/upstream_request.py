@@ -42,6 +42,7 @@ class UpstreamRequest:
         "_via",
         "authorities",
         "body",
+        "content_cost",
         "deadline",
         "expects_continue",
         "extension",
@@ -74,6 +75,7 @@ class UpstreamRequest:
         self.fields: Fields = scope[FIELDS]
         self.framing = framing(self.fields)
         self.body: StreamedBody | NoBody = NO_BODY
+        self.content_cost = None if plan.route is None else plan.route.content_cost
         self.url_rewriter = None if plan.route is None else plan.route.url_rewriter
         self.authorities = Authorities(())  # of the last attempt
         self.deadline = plan.deadline

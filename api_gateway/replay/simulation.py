@@ -16,8 +16,9 @@ from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, RequestPlan, Stage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.header_facts import HeaderFacts
+from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import UNKNOWN_TARGET, RouteTable
-from api_gateway.proxy.stages import RateLimitStage, RouteStage
+from api_gateway.proxy.stages import RouteStage
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.replay.log_lines import LogEvent
 

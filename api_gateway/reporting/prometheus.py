@@ -25,9 +25,10 @@ from api_gateway.reporting.process_figures import process_families
 from api_gateway.reporting.prometheus_families import (
     DURATION_BOUNDS,
     SingleMetric,
+    access_families,
     duration_histogram,
     family_in_pieces,
-    refusal_families,
+    limit_families,
     without_head,
 )
 from api_gateway.reporting.snapshot import WorkerSnapshot
@@ -116,7 +117,7 @@ class PrometheusExposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
-        yield from refusal_families(recorder)
+        yield from access_families(recorder)
 
     def _shown(self, series: Mapping[str, WindowedSeries]) -> list[tuple[str, WindowedSeries]]:
         return [(name, one) for name, one in series.items() if self._is_detailed or one.is_used]
@@ -157,6 +158,7 @@ class PrometheusExposition:
             for tier, count in by_tier.items():
                 family.add_metric([tier], count)
             yield family
+        yield from limit_families(self._recorder)
         settlements = CounterMetricFamily(
             "gateway_rate_limit_settlements", "Costs settled after the response.", labels=["result"]
         )

@@ -28,14 +28,20 @@ class SingleMetric:
         yield self._metric
 
 
-def refusal_families(recorder: Recorder) -> Iterator[Metric]:
-    """Yield the counters of rejected operators, and of client ids that were not proved."""
+def access_families(recorder: Recorder) -> Iterator[Metric]:
+    """Yield the counters of rejected operators and their changes, and of client ids that were not proved."""
     for name, words, label, counts in (
         (
             "gateway_operator_rejections",
             "Rejected requests to operator endpoints, by reason.",
             "reason",
             recorder.operator_rejections,
+        ),
+        (
+            "gateway_operator_changes",
+            "Changes by operators, by action.",
+            "action",
+            recorder.operator_changes,
         ),
         (
             "gateway_identity_would_refuse",
@@ -53,6 +59,26 @@ def refusal_families(recorder: Recorder) -> Iterator[Metric]:
         family = CounterMetricFamily(name, words, labels=[label])
         for value, count in counts.items():
             family.add_metric([value], count)
+        yield family
+
+
+def limit_families(recorder: Recorder) -> Iterator[Metric]:
+    """Yield the counters of refusals by limit and tier, in force and by candidates."""
+    for name, words, counts in (
+        (
+            "gateway_rate_limit_refusals",
+            "Refusals by limit; a request that several limits refuse counts for each.",
+            recorder.refusals_by_limit,
+        ),
+        (
+            "gateway_rate_limit_would_refuse",
+            "Allowed requests that the candidate of a limit would have refused.",
+            recorder.would_refuse_by_limit,
+        ),
+    ):
+        family = CounterMetricFamily(name, words, labels=["limit", "tier"])
+        for labels, count in counts.items():
+            family.add_metric(labels, count)
         yield family
 
 

@@ -85,12 +85,12 @@ class GradientController:
         """The limit in force: lowered during a baseline measurement."""
         if not self.is_measuring_baseline:
             return self.limit
-        return max(self.policy.min_limit, self.limit * MARGIN / self.policy.tolerance)
+        return max(float(self.policy.min_limit), self.limit * MARGIN / self.policy.tolerance)
 
     @property
     def unqueued(self) -> float:
         """The number of requests in flight that should leave no queue if the limit is right."""
-        return max(self.policy.min_limit, self.limit / self.policy.tolerance)
+        return max(float(self.policy.min_limit), self.limit / self.policy.tolerance)
 
     def add(self, seconds: float, now: float) -> bool:
         """Add a latency in seconds; return whether the window is full. No sample counts while a queue drains."""
@@ -146,7 +146,7 @@ class GradientController:
         self.is_measuring_baseline = False
 
     def _within(self, limit: float) -> float:
-        return min(max(limit, self.policy.min_limit), self.policy.max_limit)
+        return float(min(max(limit, self.policy.min_limit), self.policy.max_limit))
 
 
 def _trimmed_mean(samples: list[float]) -> float:

@@ -3,7 +3,7 @@
 Synchronous; `now` (monotonic seconds) is an argument. Memory, and the time to record a call, are constant.
 """
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 
 class Counts(NamedTuple):
@@ -46,7 +46,7 @@ class TimeWindow:
         "_width",
     )
 
-    SLICES = 10
+    SLICES: ClassVar = 10
 
     def __init__(self, span: float) -> None:
         self._span = span

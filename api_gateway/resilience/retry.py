@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from typing import ClassVar
 
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
@@ -92,8 +93,8 @@ class RetryBudget:
         "_share",
     )
 
-    RESERVE = 10.0
-    SPAN = 10.0  # seconds
+    RESERVE: ClassVar = 10.0
+    SPAN: ClassVar = 10.0  # seconds
 
     def __init__(self, share: float, floor: float = 0.0) -> None:
         self._share = share

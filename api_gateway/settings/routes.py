@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from api_gateway.http1.headers import BODILESS
 from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
+from api_gateway.settings.json_pointer import JsonPointer
 from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.setting_types import (
     CookieDomains,
@@ -28,6 +29,16 @@ class CostSection(Section):
     path: WholePath | None = None
     cost: float = Field(ge=0, le=1_000_000_000)
     candidate_cost: Cost | None = None
+
+
+class CostFromSection(Section):
+    """Where the content of a response states what the request cost; `cost` is then an estimate, which is reserved."""
+
+    pointer: JsonPointer = Field(description="JSON pointer to a number in a JSON response, or in events of a stream.")
+    per: float = Field(default=1, gt=0, le=1_000_000_000, description="How many of its units cost one token.")
+    otherwise: Cost | None = Field(
+        default=None, description="The cost of a response without the number; null: what was reserved."
+    )
 
 
 class FallbackSection(Section):
@@ -74,9 +85,10 @@ class RouteSection(Section):
     )
     methods: Methods | None = None
     host: Annotated[str, AfterValidator(_host)] | None = None
-    cost: float = Field(default=1, ge=0, le=1_000_000_000)
+    cost: float = Field(default=1.0, ge=0, le=1_000_000_000)
     candidate_cost: Cost | None = Field(default=None, description="Evaluated beside the cost and only counted.")
     costs: list[CostSection] = Field(default=[])
+    cost_from: CostFromSection | None = None
     timeout: Seconds | None = Field(
         default=None, description="Of the whole exchange, instead of the upstream's timeouts.total."
     )

@@ -13,6 +13,8 @@ from api_gateway.settings.clients import AddressLimitSection, CandidateSection, 
 from api_gateway.settings.cors import CorsSection, cors_findings, cors_warnings
 from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.identity import IdentitySection
+from api_gateway.settings.limit_rules import allowances, limit_findings
+from api_gateway.settings.limits import AllowanceSection, LimitSection
 from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.server import ServerSection
@@ -62,6 +64,8 @@ class ConfigSections(Protocol):
     @property
     def clients(self) -> Mapping[str, ClientSection]: ...  # noqa: D102
     @property
+    def limits(self) -> Sequence[LimitSection]: ...  # noqa: D102
+    @property
     def upstreams(self) -> Mapping[str, UpstreamSection]: ...  # noqa: D102
     @property
     def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
@@ -75,6 +79,8 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _token_findings(config)
     yield from _tier_findings(config)
     yield from _key_findings(config)
+    for key_path, message, depends_on in limit_findings(config):
+        yield _of_limit(config, key_path, message, depends_on)
     yield from _jwt_findings(config)
     if config.cors is not None:
         for key, message in cors_findings(config.cors):
@@ -132,16 +138,11 @@ def _store_findings(config: ConfigSections) -> Iterator[Finding]:
         yield Finding(("store", "clients"), message, depends_on=(("store", "url"), ("store", "url_file")))
     if not config.store.is_shared:
         return
-    terms: dict[KeyPath, TierSection | AddressLimitSection] = {
-        **{("tiers", name): tier for name, tier in config.tiers.items()},
-        ("address_limit",): config.address_limit,
-    }
-    for key_path, term in terms.items():
-        if term.rate and term.capacity / term.rate > MAX_BUDGET:
+    for key_path, term in _all_terms(config):
+        seconds = _fill_time(term)
+        if "candidate" not in key_path and seconds > MAX_BUDGET:
             yield Finding(
-                key_path,
-                f"takes {term.capacity / term.rate:g} s to fill; in a shared store a bucket may take at most"
-                f" {MAX_BUDGET} s",
+                key_path, f"takes {seconds:g} s to fill; in a shared store a bucket may take at most {MAX_BUDGET} s"
             )
 
 
@@ -162,7 +163,7 @@ def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
         message = f"no such tier, got {config.default_tier!r}; the tiers are {known}"
         yield Finding(("default_tier",), message, depends_on=(("tiers",), ("tiers", config.default_tier)))
     for key_path, terms in _all_terms(config):
-        seconds = terms.capacity / terms.rate if terms.rate else 0.0
+        seconds = _fill_time(terms)
         if seconds > MAX_FILL:
             yield Finding(key_path, f"the bucket must fill within {MAX_FILL:g} s (ten years), got {seconds:g}")
     for client_id, client in config.clients.items():
@@ -214,14 +215,25 @@ def _jwt_findings(config: ConfigSections) -> Iterator[Finding]:
             yield _of_route(route, place, message, (("identity", "sources"),))
 
 
-def _all_terms(
-    config: ConfigSections,
-) -> Iterator[tuple[KeyPath, TierSection | CandidateSection | AddressLimitSection]]:
+_Terms = TierSection | CandidateSection | AddressLimitSection | AllowanceSection
+
+
+def _fill_time(terms: _Terms) -> float:
+    """Return the seconds in which a bucket fills; 0 without a rate."""
+    return (terms.capacity or 0) / terms.rate if terms.rate else 0.0
+
+
+def _all_terms(config: ConfigSections) -> Iterator[tuple[KeyPath, _Terms]]:
     yield ("address_limit",), config.address_limit
     for name, tier in config.tiers.items():
         yield ("tiers", name), tier
         if tier.candidate is not None:
             yield ("tiers", name, "candidate"), tier.candidate
+    for index, limit in enumerate(config.limits):
+        for key_path, section in allowances(limit):
+            yield ("limits", str(index), *key_path), section
+            if section.candidate is not None:
+                yield ("limits", str(index), *key_path, "candidate"), section.candidate
 
 
 def _concurrency_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:
@@ -264,6 +276,14 @@ def _breaker_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iter
             f" {breaker.window_calls}",
             "minimum_calls",
         )
+
+
+def _of_limit(config: ConfigSections, key_path: KeyPath, message: str, depends_on: tuple[KeyPath, ...]) -> Finding:
+    """Return a finding whose place, given within `limits`, shows the name of the limit after its index."""
+    number, *rest = key_path
+    below = path_text(("", *rest)) if rest else ""
+    shown = f"limits[{number}] ({config.limits[int(number)].name}){below}"
+    return Finding(("limits", *key_path), message, shown, depends_on)
 
 
 def _of_route(route: RouteSection, key_path: KeyPath, message: str, depends_on: tuple[KeyPath, ...] = ()) -> Finding:
@@ -332,7 +352,7 @@ def _match_findings(route: RouteSection) -> Iterator[_Wrong]:
 
 
 def _cost_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wrong]:
-    largest = max((terms.capacity for key_path, terms in _all_terms(config) if key_path[0] == "tiers"), default=0)
+    largest = max((terms.capacity or 0 for key_path, terms in _all_terms(config) if key_path[0] == "tiers"), default=0)
     capacities = tuple(("tiers", name, "capacity") for name in config.tiers)
     costs: list[tuple[KeyPath, float | None]] = [(("cost",), route.cost), (("candidate_cost",), route.candidate_cost)]
     for number, rule in enumerate(route.costs):
@@ -347,6 +367,8 @@ def _cost_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wro
         if route.methods and rule.methods and not set(route.methods) & set(rule.methods):
             message = f"never match: the route takes {', '.join(route.methods)} only, got {', '.join(rule.methods)}"
             yield (*key_path, "methods"), message, ()
+    if route.cost_from is not None:
+        costs.append((("cost_from", "otherwise"), route.cost_from.otherwise))
     for setting, cost in costs:
         if cost is not None and cost > largest:
             message = f"above the capacity of every tier (at most {largest}), got {cost:g}"

@@ -29,6 +29,7 @@ _NEW_COOKIE_DOMAIN = r"^(|\.?[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252})$"
 CLIENT_ID = r"^[\x21-\x7e]{1,128}$"
 CLAIM_PATH = r"^[\x21-\x7e]{1,256}$"
 CLAIM_PREFIX = r"^[\x21-\x7e]{0,64}$"
+LIMIT_KEY = r"^(client|address|organisation|route|header:[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}|claim:[\x21-\x7e]{1,256})$"
 SCOPE = r"^[\x21\x23-\x5b\x5d-\x7e]{1,256}$"  # RFC 6749 section 3.3
 # Descriptions of the texts that match each pattern, for messages.
 PATTERNS = {
@@ -42,6 +43,10 @@ PATTERNS = {
     HASH_ON: "must be client, or header: with the name of a header field, as in header:X-Tenant",
     _COOKIE_DOMAIN: "must be a domain as in users.internal, or * for any other domain",
     _NEW_COOKIE_DOMAIN: "must be a domain as in example.com, or empty to remove it",
+    LIMIT_KEY: (
+        "must be client, address, organisation, route, header: with the name of a header field as in header:X-Tenant,"
+        " claim: with the path of a claim as in claim:team, or a list of these"
+    ),
     CLAIM_PATH: "must be the path of a claim, as in realm_access.roles or /https:~1~1example.com~1tier",
     CLAIM_PREFIX: "must be at most 64 visible ASCII characters",
     SCOPE: "must be one scope, without spaces, quotes and backslashes",

@@ -9,7 +9,7 @@ timer.
 import asyncio
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import httptools
 import httpx
@@ -21,6 +21,7 @@ from api_gateway.http1.chunked import ENDED, INVALID, NOT_PLAIN, ChunkedBody
 from api_gateway.http1.fast_parser import parse_response_head
 from api_gateway.http1.headers import BODILESS, fields_of, framing
 from api_gateway.models import HeaderList
+from api_gateway.transport.abilities import CallAbilities
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import LeanRequest, length_of, render_request_head
@@ -80,6 +81,8 @@ class UpstreamConnection:
     Any other response occupies these 64 KiB, RESPONSE_HIGH_WATER and one read of READ_SIZE here, and the same amount
     while it is written.
     """
+
+    abilities: ClassVar[CallAbilities] = CallAbilities(interim=True, trailers=True, upgrade=True)
 
     # Slots: the interpreter does not share the keys of more than 30 attributes, which makes each access slower.
     __slots__ = (

@@ -11,6 +11,7 @@ from api_gateway.http1.chunked import ChunkedBody
 from api_gateway.http1.fast_parser import pairs_of, reason_phrase
 from api_gateway.http1.headers import Fields, fields_of
 from api_gateway.models import HeaderList
+from api_gateway.transport.abilities import CallAbilities
 
 SWITCHING = 101
 
@@ -80,6 +81,11 @@ class ResponseSource(Protocol):
 
     loop: asyncio.AbstractEventLoop
     timer: DeadlineTimer
+
+    @property
+    def abilities(self) -> CallAbilities:
+        """What this kind of connection can do."""
+        ...
 
     def set_timer(self, name: str) -> None:
         """Start a timeout by name: `read` for the head, `idle` between body pieces."""

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import httpx
 
@@ -13,7 +13,9 @@ from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.resilience.retry import RetryDecider, RetryPolicy
 from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.httpx_call import HttpxCall
 from api_gateway.transport.request import Origin
+from api_gateway.transport.upstream_call import UpstreamCall
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 
@@ -52,7 +54,7 @@ class HostFields(dict[Target, bytes]):
 class UpstreamClient:
     """An upstream with its transport, timeouts and retries. By default there are no retries.
 
-    `is_native`: it is reached by the gateway's own transport; `is_simple`: and load balancing needs no header field.
+    `is_native`: it is reached by the gateway's own transport; `is_simple`: load balancing needs no header field.
 
     `hash_header` (lower case) is the header field whose value is the key for load balancing, instead of the client.
     `host_header` is the `Host` that the upstream gets: see `HostFields`.
@@ -96,7 +98,7 @@ class UpstreamClient:
     def _connect(self, transport: httpx.AsyncBaseTransport) -> None:
         self.transport = transport
         self.is_native = isinstance(transport, UpstreamTransport)
-        self._acquire_idle: dict[Target, Callable[[str | None], UpstreamConnection | None]] = {}
+        self._acquire_idle: dict[Target, Callable[[str | None], UpstreamCall | None]] = {}
 
     def _configure(
         self, timeouts: Timeouts, retries: RetryDecider, hash_header: bytes | None, host_header: str
@@ -107,7 +109,7 @@ class UpstreamClient:
         self.retries = retries
         self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
         self.hash_header = hash_header
-        self.is_simple = self.is_native and hash_header is None
+        self.is_simple = hash_header is None
         self.tunnel_timeout = timeouts.tunnel
         self.limits = _limits(timeouts)
 
@@ -178,12 +180,18 @@ class UpstreamClient:
             return []
         return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
 
-    def idle_connection(self, target: Target, holder: str | None) -> UpstreamConnection | None:
-        """Take an idle connection to `target` if there is one and the holder's share permits it, else None."""
+    def idle_connection(self, target: Target, holder: str | None) -> UpstreamCall | None:
+        """Take an idle connection to `target` if there is one and the holder's share permits it, else None.
+
+        If the transport is another one than the gateway's own, begin a call on that, which is always possible.
+        """
         take = self._acquire_idle.get(target)
         if take is None:
-            assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
-            take = self._acquire_idle[target] = self.transport.pool(self.origins[target]).acquire_idle
+            if isinstance(self.transport, UpstreamTransport):
+                take = self.transport.pool(self.origins[target]).acquire_idle
+            else:
+                take = partial(HttpxCall, self.transport, self.origins[target])
+            self._acquire_idle[target] = take
         return take(holder)
 
     async def connection(

@@ -79,7 +79,7 @@ def test_the_full_example_shows_the_defaults() -> None:
     """What examples/gateway.yaml says of a setting is what holds without it."""
     example = load_config(ROOT / "examples" / "gateway.yaml")
     default = GatewayConfig()
-    own = {"upstreams", "routes", "clients", "state_dir"}  # the last is by default the file's own
+    own = {"upstreams", "routes", "clients", "limits", "state_dir"}  # the last is by default the file's own
     assert example.model_dump(exclude=own) == default.model_dump(exclude=own)
     shown, plain = (
         example.upstreams[name].model_dump(exclude={"targets", "health_check"}) for name in ("users", "orders")
@@ -172,11 +172,60 @@ def test_what_is_compiled_exists_and_has_nothing_that_mypyc_cannot_compile() -> 
         source = (ROOT / path).read_text()
         assert "cached_property" not in source, path
         assert "from copy import" not in source, path
+        assert "@runtime_checkable" not in source, path
         for scope in (one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.AsyncFunctionDef)):
             assert not any(isinstance(one, ast.Yield) for one in ast.walk(scope)), f"{path}: {scope.name}"
         for kind in (one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.ClassDef)):
             several = [one for one in kind.body if isinstance(one, ast.Assign) and len(one.targets) > 1]
             assert not several, f"{path}: {kind.name} assigns several names at once"
+
+
+# Expressions with slices that cannot end before their start, and why.
+SLICES = {
+    "data[end - 2:end]": "at least the two bytes of the line break are expected",
+    "data[position:end]": "the end is searched from the position on",
+    "data[position:position + _MAX_LINE]": "of a constant size",
+    "head[13:head.index(b'\\r')]": "a plain status line has a space after the status, the 13th byte",
+    "received[start:end + 2]": "the end is searched from the start on",
+    "received[start:end]": "the end is searched from the start on",
+    "lines[start:end]": "the order is checked before",
+    "path[4:5]": "constants",
+    "target[len(prefix):len(prefix) + 1]": "of one byte",
+}
+
+
+def test_no_slice_of_bytes_in_what_is_compiled_ends_before_its_start() -> None:
+    """Interpreted, such a slice is empty. Compiled, it raises SystemError (mypyc 2.4: `CPyBytes_GetSlice`)."""
+    found: set[str] = set()
+    for path in compiled_modules():
+        for one in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(one, ast.Subscript) and isinstance(one.slice, ast.Slice):
+                has_both = one.slice.lower is not None and one.slice.upper is not None
+                found.update({ast.unparse(one)} if has_both and ast.unparse(one.slice) != "1:-1" else ())
+    assert found == set(SLICES)
+
+
+def test_what_is_compiled_has_the_same_attributes_of_classes() -> None:
+    """Compiled, an attribute of a class is one of its objects, unless it is a `ClassVar`."""
+    for path in compiled_modules():
+        for kind in (one for one in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(one, ast.ClassDef)):
+            if not any(base.endswith("Enum") for base in map(ast.unparse, kind.bases)):
+                assigned = [ast.unparse(one.targets[0]) for one in kind.body if isinstance(one, ast.Assign)]
+                constants = [name for name in assigned if name.isupper()]
+                assert not constants, f"{path}: {constants} of {kind.name} must be ClassVar"
+
+
+def test_nothing_inherits_from_a_named_tuple() -> None:
+    """A compiled function unpacks a named tuple, so it would not use what a subclass overrides."""
+    classes = [
+        (path, one)
+        for path in sorted((ROOT / "api_gateway").rglob("*.py"))
+        for one in ast.walk(ast.parse(path.read_text()))
+        if isinstance(one, ast.ClassDef)
+    ]
+    named = {one.name for _, one in classes if "NamedTuple" in map(ast.unparse, one.bases)}
+    for path, one in classes:
+        assert named.isdisjoint(map(ast.unparse, one.bases)), f"{path}: {one.name}"
 
 
 def test_no_class_inherits_across_the_border_of_what_is_compiled() -> None:

@@ -5,11 +5,15 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 
+import api_gateway
 from api_gateway import __version__, rate_limiter
+from api_gateway.models import Quota
+from api_gateway.rate_limiter import MemoryLimiter
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, free_port, reply
 from tests.kit import RawRequest as Request
 from tests.processes import ROOT, WAYS, config_file, fresh_process, process
@@ -31,6 +35,18 @@ def test_the_version_names_the_variant_that_runs(word: str, tmp_path: Path) -> N
         assert running.exit_code() == 0
     variant = "pure Python" if rate_limiter.__file__.endswith(".py") else "compiled"
     assert running.output == f"api-gateway {__version__} ({variant}, CPython {platform.python_version()})\n"
+
+
+def test_a_traceback_names_the_line_in_either_variant() -> None:
+    limiter = MemoryLimiter([Quota.per_second("one", 1, 1)])
+    with pytest.raises(AttributeError) as caught:
+        limiter.decide([object()], 0)  # type: ignore[list-item]
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    source = Path(api_gateway.__file__).with_name("rate_limiter.py").read_text().splitlines()
+    assert last.filename.endswith("api_gateway/rate_limiter.py")
+    assert last.name == "decide"
+    assert last.lineno is not None
+    assert "charge." in source[last.lineno - 1]
 
 
 @pytest.mark.parametrize("http", ["auto", "api_gateway.server:protocol"])

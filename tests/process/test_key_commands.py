@@ -148,6 +148,20 @@ def test_a_gateway_that_does_not_run_is_one_line_too(tmp_path: Path) -> None:
     assert f"{url}: no usable response" in command.errors
 
 
+def test_a_redirection_is_not_followed_as_the_token_is_for_one_server(tmp_path: Path) -> None:
+    other = RawUpstream(reply(b"{}"))
+    redirecting = RawUpstream(reply(b"", b"307 Temporary Redirect", headers=((b"Location", other.url.encode()),)))
+    (tmp_path / "token").write_text("secret-of-an-operator")
+    command = ("keys", "list", "acme", "--url", redirecting.url, "--token-file", str(tmp_path / "token"))
+    with process("-m", "api_gateway", *command, cwd=tmp_path) as one:
+        assert one.exit_code() == 1
+    assert "307" in one.errors
+    assert len(redirecting.requests) == 1
+    assert not other.requests
+    for server in (other, redirecting):
+        server.close()
+
+
 def test_a_key_for_the_configuration_is_generated_without_a_gateway(tmp_path: Path) -> None:
     with process("-m", "api_gateway", "keys", "generate", cwd=tmp_path) as command:
         assert command.exit_code() == 0

@@ -540,3 +540,17 @@ def test_a_signal_during_the_start_ends_nothing_and_is_heeded_afterwards(tmp_pat
         assert ask(f"{running.url}/api/x").status == 200
         assert running.terminate() == 0, running.errors
     up.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_by_an_operator_is_in_the_audit_log_of_every_worker(tmp_path: Path, workers: int) -> None:
+    with site(tmp_path, in_front_of("http://127.0.0.1:9"), "--workers", str(workers)) as one:
+        one.sections["tiers"]["POOR"]["capacity"] = 20
+        one.reload()
+        one.write()  # nothing has changed
+        assert one.operate("/reload", "POST").status == 200
+        for _ in range(4):  # each worker responds to some
+            same, changed = one.operate("/audit").json()["entries"]
+            assert {same["action"], changed["action"]} == {"configuration_reloaded"}
+            assert (changed["before"], changed["after"]) == ({"tiers.POOR.capacity": 10}, {"tiers.POOR.capacity": 20})
+            assert (same["before"], same["after"]) == ({}, {})

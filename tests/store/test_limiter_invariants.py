@@ -49,7 +49,7 @@ from api_gateway.limits.refusal import refusal
 from api_gateway.limits.script_batcher import CONNECTIONS, ScriptBatcher
 from api_gateway.limits.script_ops import ChargeOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
-from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter
+from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter, debts_of
 from api_gateway.settings.rules import MAX_BUDGET, MAX_FILL
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
@@ -269,7 +269,7 @@ class Walk(RuleBasedStateMachine):
         self.backend: Backend = self.make(QUOTAS)
         self.exact = ExactBuckets(self.backend.source)
         self.now_ns = START
-        self.held = {"a": FREE, "b": FREE, "c": SLOW, "{a}\0": THIRD}
+        self.held = {"a": FREE, "b": FREE, "c": SLOW, "{a}\0": THIRD, "limit:d:a|b": FREE, "limit:e:PAID:a": SLOW}
         self.open: list[Open] = []
         self.refunds: list[Refund] = []
 
@@ -281,8 +281,12 @@ class Walk(RuleBasedStateMachine):
             if key not in kept:
                 self.exact.forget(key)
 
-    def asked(self, keys: Sequence[str], share: float) -> list[Charge]:
-        return [charge(self.held[key], round(share * self.held[key].capacity, 2), key) for key in keys]
+    def asked(self, keys: Sequence[str], share: float, weights: Sequence[float] = ()) -> list[Charge]:
+        """Return charges of a share of each bucket, times its weight: limits may have costs of their own."""
+        weighted = zip(keys, (*weights, *([1] * len(keys))), strict=False)
+        return [
+            charge(self.held[key], round(share * weight * self.held[key].capacity, 2), key) for key, weight in weighted
+        ]
 
     def look(self, keys: Sequence[str]) -> None:
         """Ask for nothing, which heals what a clock that stepped back has left."""
@@ -293,13 +297,19 @@ class Walk(RuleBasedStateMachine):
     def kept_of_all_but(self, keys: set[str]) -> dict[str, Any]:
         return {key: value for key, value in self.backend.kept().items() if key not in keys}
 
-    keys = st.lists(st.sampled_from(("a", "a", "a", "b", "c", "{a}\0")), min_size=1, max_size=3, unique=True)
+    keys = st.lists(
+        st.sampled_from(("a", "a", "a", "b", "c", "{a}\0", "limit:d:a|b", "limit:e:PAID:a")),
+        min_size=1,
+        max_size=5,
+        unique=True,
+    )
+    weights = st.lists(st.sampled_from((0, 0.5, 1, 1, 2)), max_size=5)
     shares = st.sampled_from((0, 0.1, 0.1, 0.25, 0.5, 1, 1.01)) | st.floats(0, 1.2)
 
-    @rule(keys=keys, share=shares)
-    def decide(self, keys: list[str], share: float) -> None:
+    @rule(keys=keys, share=shares, weights=weights)
+    def decide(self, keys: list[str], share: float, weights: Sequence[float] = ()) -> None:
         self.begin()
-        asked = self.asked(keys, share)
+        asked = self.asked(keys, share, weights)
         healing = {
             key for key in keys if self.exact.level(key, self.held[key], self.now_ns) < -self.held[key].capacity
         }
@@ -336,7 +346,7 @@ class Walk(RuleBasedStateMachine):
         changes = [Charge(part.key, part.quota, int(part.increment_ns * factor)) for part in one.charges]
         owed = [self.exact.owed(change.key, self.now_ns) for change in changes]
         self.backend.settle(changes, one.decision, self.now_ns)
-        debts_ns = (one.decision.reset_ns, *one.decision.others_ns)
+        debts_ns = debts_of(one.decision)
         for change, debt_ns, owed_ns in zip(changes, debts_ns, owed, strict=True):
             looked = self.backend.decide([Charge(change.key, change.quota, 0)], self.now_ns)
             if change.increment_ns >= 0:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from api_gateway.clients.api_keys import ApiKey, KnownKey, digest_of, new_key
+from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.key_directory import KeyState
 from api_gateway.clients.records import UNCHANGED, Change, ClientStore, KeyChange, key_entry
 from api_gateway.clients.redis_store import RedisClientStore
@@ -17,7 +18,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.storage.redis_session import StoreSession
 from tests.kit import FakeClock, soon
-from tests.store_kit import StoreServer
+from tests.store_kit import CALM, StoreServer
 from tests.unit.test_client_registry import TIERS, following
 
 Open = Callable[[], ClientStore]
@@ -195,6 +196,39 @@ async def test_keys_that_do_not_fit_into_memory_are_looked_up(opened: Open) -> N
             digest = made(number).digest
             found = registry.keys.find(digest)
             assert (await registry.keys.look_up(digest) if found is KeyState.UNKNOWN else found) == expected
+
+
+async def test_an_id_that_needs_a_proof_needs_one_too_while_its_record_cannot_be_read(opened: Open) -> None:
+    """It does not fit into memory, and its look-up is late: nobody may claim it meanwhile."""
+    async with store_of(opened) as store:
+        for number in range(20):
+            await store.write(f"client-{number}", Change(keys=KeyChange(add=made(number))))
+            await store.write(f"open-{number}", Change(keys=KeyChange(add=made(100 + number)), verified_only=False))
+            await store.write(f"tier-{number}", Change(tier="BASIC"))
+    async with following(opened(), limit=25, deadline=CALM) as registry:  # a smaller filter would be full
+        registry.store_error = "unavailable"
+        keyed = [registry.try_get(f"client-{number}") for number in range(20)]
+        assert all(client is not None and client.is_verified_only for client in keyed)
+        for name in ("open", "tier", "invented"):
+            others = [registry.try_get(f"{name}-{number}") for number in range(20)]
+            refused = sum(client is not None and client.is_verified_only for client in others)
+            assert refused <= 4, f"{name}: all but few are known to need none"
+        registry.store_error = None
+        for number in range(20):
+            client = registry.try_get(f"open-{number}") or await registry.look_up(f"open-{number}")
+            assert not client.is_verified_only
+
+
+async def test_a_tier_that_needs_a_proof_needs_one_too_while_records_cannot_be_read(opened: Open) -> None:
+    async with store_of(opened) as store:
+        for number in range(20):
+            await store.write(f"tier-{number}", Change(tier="BASIC"))
+    async with following(opened(), limit=5, rules=IdentityRules(tiers=frozenset({"BASIC"}))) as registry:
+        registry.store_error = "unavailable"
+        clients = [registry.try_get(f"tier-{number}") for number in range(20)]
+        assert all(client is not None and client.is_verified_only for client in clients)
+        invented = [registry.by_id(f"invented-{number}").is_verified_only for number in range(100)]
+        assert sum(invented) <= 10
 
 
 async def test_a_key_expires_without_a_change_of_the_store(opened: Open) -> None:

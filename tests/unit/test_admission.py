@@ -25,12 +25,12 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Client, HeaderList, Quota
 from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan, Stage, StageResult, Wait
 from api_gateway.proxy.header_facts import HeaderFacts, HeaderReader
+from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.proxy.stages import (
     AmbiguityStage,
     DeadlineStage,
     IdentityStage,
-    RateLimitStage,
     RouteStage,
 )
 from api_gateway.rate_limiter import MemoryLimiter

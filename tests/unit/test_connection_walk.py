@@ -52,7 +52,6 @@ KINDS: tuple[Callable[[int], Request], ...] = (
     lambda number: get(number, b"w"),
     lambda number: get(number, b"e"),
     lambda number: get(number, b"e"),
-    lambda number: get(number, b"r"),
     lambda number: get(number, b"l", lines=b"X:1\r\n"),
     lambda number: get(number, b"g"),
     lambda number: get(number, b"p"),
@@ -112,7 +111,6 @@ class Life:
             (self.open_gate, 15),
             (self.stall, 3),
             (self.flush, 6),
-            (self.fall_back, 3),
             (self.begin_again, 2),
             (self.wait, 2),
             (self.drain, 1),
@@ -158,11 +156,6 @@ class Life:
         exchange = self._exchange()
         if exchange is not None:
             exchange.finish()
-
-    def fall_back(self) -> None:
-        exchange = self._exchange()
-        if exchange is not None:
-            exchange.fall_back()
 
     def begin_again(self) -> None:
         """Begin to forward after a reply of the store."""

@@ -44,8 +44,9 @@ from api_gateway.proxy.exchange import (
     successor,
 )
 from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
+from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import Route, RouteTable
-from api_gateway.proxy.stages import DeadlineStage, IdentityStage, RateLimitStage, RouteStage
+from api_gateway.proxy.stages import DeadlineStage, IdentityStage, RouteStage
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.resilience.breaker_policy import BreakerPolicy
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
@@ -228,7 +229,6 @@ class FakeDownstream:
         self.exchange: FastExchange | None = None
         self.begun: list[FastExchange] = []
         self.ends: list[bool] = []  # whether the connection is kept
-        self.apps: list[Any] = []
         self.body: BodyReceiver | None = None
         self.is_draining = self.is_read_paused = False
 
@@ -255,10 +255,6 @@ class FakeDownstream:
     def resume_reading(self) -> None:
         self.is_read_paused = False
 
-    def run_asgi(self, app: Any, *_: Any, **__: Any) -> None:
-        self.exchange = None
-        self.apps.append(app)
-
 
 class AskingLimiter:
     """A limiter whose decisions may take time, as those of a store do; it notes its settlements."""
@@ -278,9 +274,11 @@ class AskingLimiter:
         if self.replies_at_once:
             on_decision(decision)
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
-        self.settled.append(charges)
-        return self._limiter.settle(charges, decision, now_ns)
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
+        self.settled.append(changes)
+        return self._limiter.settle(changes, decision, now_ns, settled_to)
 
 
 class Body(NamedTuple):
@@ -499,13 +497,6 @@ async def backing_off(world: World) -> FastExchange:
     return exchange
 
 
-async def handed_over(world: World) -> FastExchange:
-    """A request for an upstream that is not reached by the gateway's own transport."""
-    world.upstream_client.is_simple = world.upstream_client.is_native = False
-    world.limiter.is_remote = world.limiter.replies_at_once = True  # so that the exchange has begun before
-    return world.request()
-
-
 async def done(world: World) -> FastExchange:
     exchange = await flowing(world)
     world.receive(b"half")
@@ -549,7 +540,6 @@ SITUATIONS: dict[str, tuple[Callable[[World], Any], States]] = {
     "paused": (paused, States(states.EXCHANGING, response=states.PAUSED)),
     "backing off": (backing_off, States(states.BACKING_OFF)),
     "falling back": (falling_back, States(states.FALLING_BACK)),
-    "handed over": (handed_over, States(states.HANDED_OVER)),
     "done": (done, States(states.DONE, response=states.COMPLETE)),
     "aborted": (aborted, States(states.ABORTED, response=states.ABORTED)),
 }
@@ -756,11 +746,6 @@ def test_an_event_in_a_state(
 def check_resources(world: World, exchange: FastExchange) -> None:
     """Check that an exchange holds what its phase may hold, and that an ended one has ended everything."""
     held = world.held()
-    if exchange.phase == states.HANDED_OVER:
-        assert held == {"exchange"}, "the ASGI path has it"
-        assert len(world.client.apps) == 1
-        assert exchange.attempt is None
-        return
     if exchange.phase in ENDED:
         if exchange.upload is not None and exchange.upload.is_body_continued:
             held.remove("connection")  # which gets the rest of the body

@@ -1,6 +1,7 @@
 """The keys of an issuer: fetched once for all, at a bounded rate, used while it is down, and replaced by rotation."""
 
 import asyncio
+import json
 import ssl
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -253,6 +254,26 @@ async def test_a_wrong_configuration_of_the_issuer_is_not_followed(
     await keys.fetched()
     assert keys.is_empty
     assert cause in str(keys.error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_fetched"),
+    [({"issuer": "https://sso.test"}, False), ({"issuer": "https://sso.test", "allow_http": True}, True)],
+)
+async def test_a_remote_configuration_does_not_have_services_of_this_machine_fetched(
+    clock: FakeClock, settings: dict[str, Any], *, is_fetched: bool
+) -> None:
+    fetched: list[str] = []
+
+    async def fetch(url: str, _context: Any) -> bytes:
+        fetched.append(url)
+        keys_of_document = {"issuer": "https://sso.test", "jwks_uri": "http://127.0.0.1:9000/keys"}
+        return json.dumps(keys_of_document).encode() if "well-known" in url else key_set(key_for("ES256"))
+
+    keys = keys_of("one", section(**settings), clock=clock, fetch=fetch)
+    await keys.fetched()
+    assert ("http://127.0.0.1:9000/keys" in fetched) is is_fetched
+    assert keys.is_empty is not is_fetched
 
 
 @pytest.mark.parametrize(

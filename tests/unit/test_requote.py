@@ -1,12 +1,16 @@
 """Buckets under changed quotas: each stays filled to the same fraction, however late it is used."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.models import Charge, Quota
+from api_gateway.assembly.stores import PreviousQuotas, Quotas
+from api_gateway.clients.registry import PreviousClients
+from api_gateway.config import from_values
+from api_gateway.models import Charge, Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 
 SECOND = 1_000_000_000
@@ -100,3 +104,58 @@ def test_changing_back_and_forth_gains_nothing() -> None:
         limiter.decide([charge(FREE)], START)
     requoted(limiter, [(FREE, PAID), (PAID, FREE)] * 3)
     assert limiter.decide([charge(FREE, 0)], START).remaining == 3
+
+
+# Limits, by name
+
+
+def limits_with(**terms: Any) -> dict[str, Any]:
+    limit = {"name": "own", "rate": 1, "capacity": 10} | terms
+    return {"limits": [limit], "clients": {"rich": {"tier": "PREMIUM"}}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key", "left"),
+    [
+        ({}, {"capacity": 30}, "limit:own:client:a", 12),
+        ({}, {"rate": 2}, "limit:own:client:a", 4),
+        ({"key": "address"}, {"key": "address", "capacity": 20}, "limit:own:192.0.2.7", 8),
+        ({}, {"tiers": {"PREMIUM": {"rate": 1, "capacity": 20}}}, "limit:own:client:rich", 8),
+        ({"tiers": {"PREMIUM": {"rate": 1, "capacity": 20}}}, {}, "limit:own:client:rich", 4),
+        (
+            {"key": "address", "tiers": {"PREMIUM": {"rate": 1, "capacity": 20}}},
+            {"key": "address", "tiers": {"PREMIUM": {"rate": 1, "capacity": 5}}},
+            "limit:own:PREMIUM:192.0.2.7",
+            2,
+        ),
+    ],
+)
+def test_the_buckets_of_a_limit_stay_filled_to_the_same_fraction(
+    before: dict[str, Any], after: dict[str, Any], key: str, left: int
+) -> None:
+    old, new = (Quotas.of(from_values(limits_with(**terms))) for terms in (before, after))
+    tier = "PREMIUM" if "rich" in key or "PREMIUM" in key else "FREE"
+    (was,), (now,) = ((one.quota_of(tier),) for quotas in (old, new) for one in quotas.limits)
+    assert was is not None
+    assert now is not None
+    rich = Client("rich", "client:rich", old.tiers["PREMIUM"], "configured")
+    clients = PreviousClients(old.tiers, old.tiers["FREE"], {}, {"rich": rich})
+    limiter = MemoryLimiter(old.all)
+    limiter.decide([charge(was, was.capacity * 0.6, key)], START)
+    limiter.change_quotas(new.all, PreviousQuotas(old, clients).of, START)
+    assert limiter.preview(charge(now, 0, key), START).remaining == left
+
+
+def test_a_limit_that_is_new_begins_with_full_buckets_and_a_candidates_are_converted_too() -> None:
+    candidate = {"candidate": {"rate": 1, "capacity": 4}}
+    old, new = (
+        Quotas.of(from_values(limits_with(**terms)))
+        for terms in (candidate, {"candidate": {"rate": 1, "capacity": 8}})
+    )
+    tried, now = old.limits[0].candidates["own"], new.limits[0].candidates["own"]
+    limiter = MemoryLimiter(old.all)
+    limiter.decide([charge(tried, 2, "candidate:limit:own:client:a")], START)
+    clients = PreviousClients(old.tiers, old.tiers["FREE"], {}, {})
+    limiter.change_quotas(new.all, PreviousQuotas(old, clients).of, START)
+    assert limiter.preview(charge(now, 0, "candidate:limit:own:client:a"), START).remaining == 4
+    assert limiter.preview(charge(now, 0, "limit:other:client:a"), START).remaining == 8

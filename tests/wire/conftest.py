@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.router import Router
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of, reply, running_gateway
 
 
@@ -51,15 +51,14 @@ def client(running: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
 
 
 @pytest.fixture
-def fast_path_spy(monkeypatch: pytest.MonkeyPatch, hand_overs: list[Any]) -> list[bool]:
-    """For each request that the fast path was offered, whether it was refused there, or given to an upstream."""
+def fast_path_spy(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each read that the fast path was offered, whether it has taken the request."""
     seen: list[bool] = []
     try_handle = FastPath.try_handle
 
     def noting(self: FastPath, downstream: Any, received: bytes) -> bool:
-        before = len(hand_overs)
         is_handled = try_handle(self, downstream, received)
-        seen.append(is_handled and len(hand_overs) == before)
+        seen.append(is_handled)
         return is_handled
 
     monkeypatch.setattr(FastPath, "try_handle", noting)
@@ -67,16 +66,16 @@ def fast_path_spy(monkeypatch: pytest.MonkeyPatch, hand_overs: list[Any]) -> lis
 
 
 @pytest.fixture
-def hand_overs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the fast path has given to the ASGI path: the applications that continue its requests."""
+def asgi_forwards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The plans of the requests that the ASGI path forwards."""
     seen: list[Any] = []
-    run_asgi = DownstreamConnection.run_asgi
+    forward = Router.forward
 
-    def noting(self: DownstreamConnection, app: Any, *request: Any, **options: Any) -> None:
-        seen.append(app)
-        run_asgi(self, app, *request, **options)
+    def noting(self: Router, plan: Any, *arguments: Any) -> Any:
+        seen.append(plan)
+        return forward(self, plan, *arguments)
 
-    monkeypatch.setattr(DownstreamConnection, "run_asgi", noting)
+    monkeypatch.setattr(Router, "forward", noting)
     return seen
 
 

@@ -27,13 +27,13 @@ from api_gateway.proxy.admission import Admission
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
     IdentityStage,
     LoadSheddingStage,
-    RateLimitStage,
     RouteStage,
 )
 from api_gateway.rate_limiter import MemoryLimiter

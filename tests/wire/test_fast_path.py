@@ -240,7 +240,7 @@ def test_a_response_is_the_same_on_both_paths(
     running: RunningGateway,
     up: RawUpstream,
     fast_path_spy: list[bool],
-    hand_overs: list[Any],
+    asgi_forwards: list[Any],
     answer: bytes,
     body: bytes,
     last: tuple[str, ...],
@@ -263,7 +263,7 @@ def test_a_response_is_the_same_on_both_paths(
             assert got.is_complete
             assert client.is_closed(within=0.05) == bool(last)
         assert fast_path_spy == [not extra]
-    assert not hand_overs
+    assert not asgi_forwards
     assert seen[0] == seen[1]
     assert seen[0][1] == (body if method == "GET" else b"")
     eventually(lambda: len(done) == 4 and is_calm(running, up), "all end")
@@ -305,7 +305,7 @@ def test_a_response_in_pieces_is_the_same_on_both_paths(
     client: RawClient,
     up: RawUpstream,
     fast_path_spy: list[bool],
-    hand_overs: list[Any],
+    asgi_forwards: list[Any],
     pieces: list[bytes],
 ) -> None:
     up.behave = says(*pieces, pause=0.01)
@@ -313,7 +313,7 @@ def test_a_response_in_pieces_is_the_same_on_both_paths(
     fast_path_spy.clear()
     seen = [client.get(headers=headers) for headers in ((), (ODD,), ())]
     assert fast_path_spy == [True, False, True]
-    assert not hand_overs
+    assert not asgi_forwards
     assert all(answer.is_complete for answer in seen)
     assert len({(normal(answer.head), answer.body) for answer in seen}) == 1
     eventually(lambda: len(done) == 3 and is_calm(running, up), "all end")
@@ -393,7 +393,7 @@ def test_a_response_that_is_not_plain_is_served_all_the_same(
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
-    running: RunningGateway, client: RawClient, up: RawUpstream, hand_overs: list[Any], method: str
+    running: RunningGateway, client: RawClient, up: RawUpstream, asgi_forwards: list[Any], method: str
 ) -> None:
     """The keep-alive race: nothing came, so what may be repeated is (RFC 9110 section 9.2.2)."""
     calls = []
@@ -409,7 +409,7 @@ def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
     up.behave = behave
     client.request(method, headers=("Content-Length: 0",))
     assert client.answer().status == (200 if method == "GET" else 502)
-    assert not hand_overs
+    assert not asgi_forwards
     eventually(lambda: is_calm(running, up), "nothing is held")
     assert len(up.requests) == (2 if method == "GET" else 1)
     eventually(lambda: len(done) == 1, "it is recorded")
@@ -574,7 +574,7 @@ def test_the_first_request_opens_a_connection_on_both_paths(
     gateway: StartGateway,
     up: RawUpstream,
     fast_path_spy: list[bool],
-    hand_overs: list[Any],
+    asgi_forwards: list[Any],
     method: str,
     headers: tuple[str, ...],
     body: bytes,
@@ -589,7 +589,7 @@ def test_the_first_request_opens_a_connection_on_both_paths(
         eventually(lambda: len(done) == 1 and is_calm(running, up), "it ends")  # noqa: B023 - called at once
         seen[-1] += tuple(getattr(done[0], name) for name in RECORDED)
     assert fast_path_spy == [True, False]
-    assert not hand_overs
+    assert not asgi_forwards
     assert seen[0] == seen[1]
 
 
@@ -777,7 +777,7 @@ def test_a_breaker_refuses_probes_and_recovers_equally_on_both_paths(
     gateway: StartGateway,
     up: RawUpstream,
     fast_path_spy: list[bool],
-    hand_overs: list[Any],
+    asgi_forwards: list[Any],
     caplog: pytest.LogCaptureFixture,
     headers: tuple[str, ...],
     ramp: float,
@@ -800,7 +800,7 @@ def test_a_breaker_refuses_probes_and_recovers_equally_on_both_paths(
         clocks.advance(ramp)
         assert client.get(headers=headers).status == 200
     assert fast_path_spy == [not headers] * 4
-    assert not hand_overs
+    assert not asgi_forwards
     eventually(lambda: len(done) == 4 and is_calm(running, up), "nothing is held")
     assert [(one.status, one.reason, one.attempts, one.upstream) for one in done] == [
         (500, None, 1, "up"),

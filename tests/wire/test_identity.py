@@ -220,6 +220,8 @@ def test_forgetting_a_client_revokes_its_keys(keyed: RunningGateway) -> None:
         ("/clients/acme/keys", {"expires_at": "2001-01-01T00:00:00Z"}, 422, "in the future"),
         ("/clients/acme/keys", {"expires_at": "2101-01-01T00:00:00Z", "expires_in_seconds": 5}, 422, "got both"),
         ("/clients/acme/keys", {"expires_in_seconds": 0}, 422, "expires_in_seconds"),
+        ("/clients/acme/keys", {"label": "a\x1b[2Jb"}, 422, "label"),
+        ("/clients/acme/keys", {"label": "a\nb"}, 422, "no control characters"),
         ("/clients/acme/keys/0123456789abcdef/rotate", {}, 404, "has no key '0123456789abcdef'"),
         ("/clients/a%20b/keys", {}, 400, "visible ASCII"),
     ],

@@ -24,6 +24,7 @@ GUARDED = [
     "/circuit-breakers/up/history",
     "/clients",
     "/clients/acme",
+    "/audit",
 ]
 
 
@@ -344,6 +345,7 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
     assert set(schema["paths"]) == {
         "/healthz",
         "/readyz",
+        "/audit",
         "/reload",
         "/health",
         "/metrics",
@@ -361,6 +363,8 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/clients/{client_id}/reset",
         "/clients/{client_id}",
         "/explain",
+        "/limits",
+        "/tiers",
     }
 
 

@@ -1,0 +1,147 @@
+"""The audit log: a line for each change that an operator makes, in one file that all workers of a gateway append to.
+
+A line is written after the change, in one write under a lock, and before the response is sent. When the file has
+`MAX_BYTES`, it becomes the former file, which replaces the one before: the log is bounded, and the last `MAX_BYTES`
+are always kept. A line that a killed process left unfinished is skipped.
+"""
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from api_gateway.models import Body
+from api_gateway.system.state_folder import make_private
+
+logger = logging.getLogger(__name__)
+
+AUDIT_FILE = "audit.jsonl"
+MAX_BYTES = 8 * 1024 * 1024
+
+
+class AuditAction(StrEnum):
+    """What an operator can change."""
+
+    TIER_SET = "tier_set"
+    GRANT_SET = "grant_set"
+    GRANT_ENDED = "grant_ended"
+    BUCKETS_FILLED = "buckets_filled"
+    CLIENT_REMOVED = "client_removed"
+    KEY_CREATED = "key_created"
+    KEY_ROTATED = "key_rotated"
+    KEY_REVOKED = "key_revoked"
+    PROOF_SET = "proof_set"
+    BREAKER_MODE_SET = "breaker_mode_set"
+    CONFIGURATION_RELOADED = "configuration_reloaded"
+
+
+class AuditEntry(Body):
+    """A change by an operator."""
+
+    time: str = Field(description="UTC, ISO 8601.")
+    request_id: str = Field(description="That of the response's X-Request-ID.")
+    operator: str = Field(description="The name of the token; `local` for a request from this machine without one.")
+    address: str = Field(description="The address that the request came from.")
+    action: AuditAction
+    subject: str | None = Field(description="The client or circuit breaker; null for the configuration.")
+    before: Any = Field(description="What was in force, without secrets.")
+    after: Any
+
+
+class AuditView(Body):
+    """The last changes."""
+
+    entries: list[AuditEntry] = Field(description="Newest first.")
+
+
+class AuditFile:
+    """The file `audit.jsonl` in the state folder, and the former file. All methods block."""
+
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+        self.path = folder / AUDIT_FILE
+        self.former = self.path.with_suffix(".1.jsonl")
+        self._max_bytes = max_bytes
+
+    def __repr__(self) -> str:
+        return f"<AuditFile [{self.path}]>"
+
+    def append(self, entry: AuditEntry) -> None:
+        """Write an entry to the disk. Raises OSError."""
+        make_private(self.path.parent)
+        with self._locked() as descriptor:
+            size = os.fstat(descriptor).st_size
+            is_whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+            line = b"\n" * (not is_whole) + entry.model_dump_json().encode() + b"\n"
+            os.write(descriptor, line)
+            os.fsync(descriptor)
+            if size + len(line) > self._max_bytes:
+                self.path.replace(self.former)
+
+    def last(self, count: int) -> list[AuditEntry]:
+        """Return the last entries, newest first. Raises OSError."""
+        return list(islice(self._entries(), count))
+
+    def _entries(self) -> Iterator[AuditEntry]:
+        for path in (self.path, self.former):
+            try:
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            except FileNotFoundError:
+                continue
+            for line in reversed(lines):
+                try:
+                    yield AuditEntry.model_validate(json.loads(line))
+                except (ValueError, ValidationError):
+                    continue  # unfinished, or of another version
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """Open the file for this process alone; another process may have replaced it meanwhile."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if self.path.exists() and os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                    yield descriptor
+                    return
+            finally:
+                os.close(descriptor)
+
+
+class AuditLog:
+    """Records changes in the file and in the gateway's log, and counts them by action."""
+
+    def __init__(self, file: AuditFile, counts: Counter[str]) -> None:
+        self._file = file
+        self._counts = counts
+        for action in AuditAction:
+            counts.setdefault(action.value, 0)
+
+    def __repr__(self) -> str:
+        return f"<AuditLog [{self._counts.total()} changes]>"
+
+    async def record(self, entry: AuditEntry) -> None:
+        """Record a change. It has been made, so a file that cannot be written is an error in the log alone."""
+        self._counts[entry.action.value] += 1
+        logger.info("audit: %s", entry.model_dump_json())
+        try:
+            await asyncio.to_thread(self._file.append, entry)
+        except OSError as error:
+            logger.error("%s: cannot record a change by an operator: %s", self._file.path, error.strerror)  # noqa: TRY400
+
+    async def last(self, count: int) -> list[AuditEntry]:
+        """Return the last changes, newest first; none if the file cannot be read, which is logged."""
+        try:
+            return await asyncio.to_thread(self._file.last, count)
+        except OSError as error:
+            logger.error("%s: cannot read the audit log: %s", self._file.path, error.strerror)  # noqa: TRY400
+            return []

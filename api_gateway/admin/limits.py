@@ -1,0 +1,197 @@
+"""The endpoints `/limits` and `/tiers`: what the configuration and the API say about limits, and live figures."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from api_gateway.admin.context import AdminContext, Guarded
+from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN
+from api_gateway.limits.limit import LIMIT_PREFIX, Limit, limit_of
+from api_gateway.metrics import Recorder
+from api_gateway.models import Body, Quota
+from api_gateway.rate_limiter import MemoryLimiter
+
+router = APIRouter(tags=["limits"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
+
+_SHOWN = 10  # buckets with the most refusals, for each limit
+_BATCH = 10_000  # keys counted before the event loop runs other tasks
+
+
+class AllowanceView(Body):
+    """What a limit allows."""
+
+    tier: str | None = Field(description="The tier whose clients have it; null: all others that the limit applies to.")
+    rate: float = Field(description="Tokens added per second.")
+    capacity: int = Field(description="Maximum number of tokens in a bucket.")
+
+
+class HeavyBucket(Body):
+    """A bucket with its refusals. The true count is at most `refusals`, and at least that minus the error bound."""
+
+    value: str = Field(description="Value of the key, such as an address; of several parts, with | between them.")
+    refusals: int
+    refusals_error_bound: int
+
+
+class LimitView(Body):
+    """A limit, and how it is used."""
+
+    name: str
+    kind: Literal["tier", "address", "limit"]
+    key: list[str] = Field(description="What has a bucket of its own; of several, each combination.")
+    allowances: list[AllowanceView]
+    routes: list[str] | None = Field(description="null: all.")
+    methods: list[str] | None = Field(description="null: all.")
+    cost: float | None = Field(description="Of a request in this limit; null: the cost by its route.")
+    configured_at: str = Field(description="The setting.", examples=["limits[0]", "tiers.FREE"])
+    buckets: int | None = Field(
+        description="Entries in memory, of which buckets have up to two; null if they are in a store."
+    )
+    refusals: int = Field(description="Refusals since the start.")
+    heaviest: list[HeavyBucket] = Field(description="Buckets with the most refusals, as far as they are known.")
+
+
+class Limits(Body):
+    """All limits, in the order in which a request is charged."""
+
+    limits: list[LimitView]
+
+
+class TierOverview(Body):
+    """A tier."""
+
+    name: str
+    rate: float = Field(description="Tokens added per second.")
+    capacity: int = Field(description="Maximum number of tokens in a bucket.")
+    default: bool = Field(description="True for the tier of clients that are not registered.")
+    limits: list[str] = Field(description="Names of further limits that apply to the tier.")
+
+
+class Tiers(Body):
+    """All tiers."""
+
+    tiers: list[TierOverview]
+
+
+@router.get("/limits", summary="All limits, with live figures")
+async def limits(context: Guarded) -> Limits:
+    """Return every limit: those of the tiers, of addresses, and of the configuration's list.
+
+    Figures are those of all workers.
+    """
+    recorder = (await context.aggregator.gather()).recorder
+    counts = await _counts(context)
+    explainer = context.explainer
+    views = [
+        _view(name.lower(), "tier", ["client"], [(name, quota)], f"tiers.{name}")
+        for name, quota in context.clients.tiers.items()
+    ]
+    address = explainer.address_quota
+    if address is not None:
+        views.append(_view("address", "address", ["address"], [(None, address)], "address_limit"))
+    views += [_limit_view(limit, index) for index, limit in enumerate(explainer.limits)]
+    return Limits(limits=[_with_figures(view, recorder, counts) for view in views])
+
+
+@router.get("/tiers", summary="All tiers")
+async def tiers(context: Guarded) -> Tiers:
+    """Return every tier, with the names of the further limits that apply to it."""
+    further = context.explainer.limits
+    return Tiers(
+        tiers=[
+            TierOverview(
+                name=name,
+                rate=quota.rate,
+                capacity=quota.capacity,
+                default=quota is context.clients.default,
+                limits=[limit.name for limit in further if limit.quota_of(name) is not None],
+            )
+            for name, quota in context.clients.tiers.items()
+        ]
+    )
+
+
+def _limit_view(limit: Limit, index: int) -> LimitView:
+    own: list[tuple[str | None, Quota]] = list(limit.quotas.items())
+    if limit.quota is not None:
+        own = [*own, *([(None, limit.quota)] if limit.tiers is None else _shared(limit, limit.quota))]
+    return _view(
+        limit.name,
+        "limit",
+        list(limit.key),
+        own,
+        f"limits[{index}]",
+        routes=None if limit.routes is None else sorted(limit.routes),
+        methods=None if limit.methods is None else sorted(limit.methods),
+        cost=limit.cost,
+    )
+
+
+def _shared(limit: Limit, quota: Quota) -> list[tuple[str | None, Quota]]:
+    return [(tier, quota) for tier in sorted(limit.tiers or ()) if tier not in limit.quotas]
+
+
+def _view(
+    name: str,
+    kind: Literal["tier", "address", "limit"],
+    key: list[str],
+    allowances: Sequence[tuple[str | None, Quota]],
+    configured_at: str,
+    *,
+    routes: list[str] | None = None,
+    methods: list[str] | None = None,
+    cost: float | None = None,
+) -> LimitView:
+    return LimitView(
+        name=name,
+        kind=kind,
+        key=key,
+        allowances=[AllowanceView(tier=tier, rate=quota.rate, capacity=quota.capacity) for tier, quota in allowances],
+        routes=routes,
+        methods=methods,
+        cost=cost,
+        configured_at=configured_at,
+        buckets=None,
+        refusals=0,
+        heaviest=[],
+    )
+
+
+def _with_figures(view: LimitView, recorder: Recorder, counts: dict[str, int] | None) -> LimitView:
+    refusals = sum(count for (name, _), count in recorder.refusals_by_limit.items() if name == view.name)
+    prefix = "peer:" if view.kind == "address" else f"{LIMIT_PREFIX}{view.name}:"
+    found = [] if view.kind == "tier" else recorder.limited_by_bucket.heaviest(len(recorder.limited_by_bucket))
+    heaviest = [
+        HeavyBucket(value=one.key[len(prefix) :], refusals=one.count, refusals_error_bound=one.error)
+        for one in islice((one for one in found if one.key.startswith(prefix)), _SHOWN)
+    ]
+    buckets = None if counts is None or view.kind == "tier" else counts.get(prefix, 0)
+    return view.model_copy(update={"refusals": refusals, "heaviest": heaviest, "buckets": buckets})
+
+
+async def _counts(context: AdminContext) -> dict[str, int] | None:
+    """Return the number of buckets by the prefix of their keys; None if they are in a store."""
+    if not isinstance(context.limiter, MemoryLimiter):
+        return None
+    counts: dict[str, int] = {}
+    for keys in context.limiter.bucket_keys():
+        rest = iter(keys)
+        while batch := list(islice(rest, _BATCH)):
+            _count(batch, counts)
+            await asyncio.sleep(0)
+    return counts
+
+
+def _count(keys: Iterable[str], counts: dict[str, int]) -> None:
+    for key in keys:
+        if key.startswith(LIMIT_PREFIX):
+            prefix = f"{LIMIT_PREFIX}{limit_of(key)}:"
+        elif key.startswith("peer:"):
+            prefix = "peer:"
+        else:
+            continue
+        counts[prefix] = counts.get(prefix, 0) + 1

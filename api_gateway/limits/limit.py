@@ -1,0 +1,120 @@
+"""A further limit: what has a bucket of its own, what a bucket allows, and which requests are charged. Pure."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from api_gateway.models import Client, Quota
+
+LIMIT_PREFIX = "limit:"  # of the keys of buckets
+_LONGEST_VALUE = 256  # characters of a value in a bucket's key
+_BY_CLIENT = ("client",)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit by the configuration.
+
+    `key` are the parts of a bucket's key, such as `client` or `header:x-tenant`: each combination of their values has
+    a bucket. `quota` is the allowance of tiers that have none in `quotas`; None if there are no such tiers. `tiers`,
+    `routes` and `methods` (upper case) are those that the limit applies to, None for all. `cost` is that of a request
+    in tokens, None for the cost by its route. `candidates` are candidate allowances by the name of the quota.
+    """
+
+    name: str
+    key: tuple[str, ...]
+    quota: Quota | None
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
+    tiers: frozenset[str] | None = None
+    routes: frozenset[str] | None = None
+    methods: frozenset[str] | None = None
+    cost: float | None = None
+    candidates: Mapping[str, Quota] = field(default_factory=dict)
+
+    @property
+    def all_quotas(self) -> list[Quota]:
+        """All allowances, with the candidates."""
+        return [*([] if self.quota is None else [self.quota]), *self.quotas.values(), *self.candidates.values()]
+
+    @property
+    def is_by_client(self) -> bool:
+        """True if each client has one bucket, which keeps its filled fraction when the client's tier changes."""
+        return self.key == _BY_CLIENT
+
+    def quota_of(self, tier: str) -> Quota | None:
+        """Return the allowance of a tier; None if the limit does not apply to it."""
+        if self.tiers is not None and tier not in self.tiers:
+            return None
+        return self.quotas.get(tier) or self.quota
+
+    def concerns(self, route: str | None, method: str) -> bool:
+        """Tell whether the limit applies to requests of a route with a method (in upper case)."""
+        return (self.routes is None or route in self.routes) and (self.methods is None or method in self.methods)
+
+    def bucket_key(self, values: Sequence[str], tier: str) -> str:
+        """Return the key of the bucket for the values of the key's parts.
+
+        If tiers have allowances of their own, each has its own bucket, unless the limit is by client.
+        """
+        owner = f"{tier}:" if self.quotas and not self.is_by_client else ""
+        return f"{LIMIT_PREFIX}{self.name}:{owner}{'|'.join([_escaped(value) for value in values])}"
+
+    def client_key(self, bucket_key: str) -> str:
+        """Return the key of the client's own bucket, of a bucket of a limit that is by client."""
+        value = bucket_key.removeprefix(f"{LIMIT_PREFIX}{self.name}:")
+        return value.replace("%7C", "|").replace("%25", "%")
+
+    def previous_quota(self, bucket_key: str, tier: str) -> Quota | None:
+        """Return the allowance that a bucket had; `tier` is that of the client if the limit is by client."""
+        if self.quotas and not self.is_by_client:
+            tier = bucket_key.removeprefix(f"{LIMIT_PREFIX}{self.name}:").partition(":")[0]
+        return self.quotas.get(tier) or self.quota
+
+
+def _escaped(value: str) -> str:
+    """Return a value in which no other combination of values ends; of a long one, the beginning and a digest."""
+    if len(value) > _LONGEST_VALUE:
+        digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        value = f"{value[:64]}…{digest}"
+    return value.replace("%", "%25").replace("|", "%7C") if "%" in value or "|" in value else value
+
+
+def limit_of(bucket_key: str) -> str:
+    """Return the name of the limit whose bucket has this key."""
+    return bucket_key.removeprefix(LIMIT_PREFIX).partition(":")[0]
+
+
+class OwnBucket(NamedTuple):
+    """A bucket that only one client has: key, allowance, limit (None: that of the tier), and its route if any."""
+
+    key: str
+    quota: Quota
+    limit: str | None = None
+    route: str | None = None
+
+
+def client_buckets(limits: Iterable[Limit], client: Client, routes: Sequence[str] = ()) -> list[OwnBucket]:
+    """Return the buckets that only a client has: that of its tier, and of limits by client, or by client and route.
+
+    `routes` are the names of all routes. The buckets of limits by client and something else are not among them, as
+    the values are not known.
+    """
+    tier, buckets = client.quota.name, [OwnBucket(client.key, client.quota)]
+    for limit in limits:
+        quota = limit.quota_of(tier)
+        if quota is not None and limit.is_by_client:
+            buckets.append(OwnBucket(limit.bucket_key((client.key,), tier), quota, limit.name))
+        elif quota is not None and set(limit.key) == {"client", "route"}:
+            for route in routes if limit.routes is None else sorted(limit.routes):
+                values = [client.key if part == "client" else route for part in limit.key]
+                buckets.append(OwnBucket(limit.bucket_key(values, tier), quota, limit.name, route))
+    return buckets
+
+
+def moved_buckets(limits: Iterable[Limit], before: Client, after: Client) -> list[tuple[str, Quota, Quota]]:
+    """Return the buckets of a client whose allowance a change of its tier changes: key, allowance before and after."""
+    limits = [limit for limit in limits if limit.is_by_client]
+    present = {bucket.key: bucket.quota for bucket in client_buckets(limits, after)}
+    old = client_buckets(limits, before)
+    return [(bucket.key, bucket.quota, present[bucket.key]) for bucket in old if bucket.key in present]

@@ -1,0 +1,112 @@
+"""The cost that the content of a response states, such as the tokens that a language model has used.
+
+Only responses of routes with `cost_from` are scanned, while they are forwarded. JSON and event streams are; also if
+they are compressed by gzip or deflate. For any other response, or one without a valid number, `otherwise` applies.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from api_gateway.http1.headers import Fields
+from api_gateway.proxy.event_scanner import EventScanner
+from api_gateway.proxy.json_scanner import JsonScanner
+
+MAX_CONTENT_COST = 1_000_000_000  # tokens
+MAX_DECODED = 8_388_608  # bytes of a compressed response, after decompression, that are scanned
+_SLICE = 65_536  # bytes that are decompressed at once
+_WINDOW = 47  # of zlib: the largest, for gzip and zlib formats
+_CODINGS = frozenset({b"gzip", b"x-gzip", b"deflate"})
+
+# The terms, the cost that was found, and whether the response is complete.
+OnCost = Callable[["ContentCost", float | None, bool], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ContentCost:
+    """Where a response states its cost.
+
+    `path` are the tokens of a JSON pointer to a number; `per` of its units cost one token. `otherwise` is the cost in
+    tokens if there is no such number, None for the cost that was reserved.
+    """
+
+    path: tuple[str, ...]
+    per: float = 1.0
+    otherwise: float | None = None
+
+    def scan(self, fields: Fields, on_cost: OnCost) -> "ContentScan":
+        """Begin to follow a response with these header fields; `on_cost` is called once, at its end."""
+        media_type = fields.get(b"content-type", (b"",))[0].partition(b";")[0].strip().lower()
+        coding = b",".join(fields.get(b"content-encoding", ())).strip().lower()
+        scanner: JsonScanner | EventScanner | None = None
+        if coding in (b"", b"identity") or coding in _CODINGS:
+            if media_type == b"text/event-stream":
+                scanner = EventScanner(self.path)
+            elif media_type.endswith((b"/json", b"+json")):
+                scanner = JsonScanner(self.path)
+        return ContentScan(self, scanner, on_cost, is_compressed=coding in _CODINGS)
+
+    def cost_of(self, value: float | None) -> float | None:
+        """Return the cost in tokens that a number states, None if it is none."""
+        if value is None or not 0 <= value / self.per <= MAX_CONTENT_COST:
+            return None
+        return round(value / self.per, 9)
+
+
+class ContentScan:
+    """Follows the content of one response. States: open, and over after `end`, which counts once."""
+
+    __slots__ = ("_cost", "_decoded", "_decompressor", "_on_cost", "_scanner", "is_over")
+
+    def __init__(
+        self,
+        cost: ContentCost,
+        scanner: JsonScanner | EventScanner | None,
+        on_cost: OnCost,
+        *,
+        is_compressed: bool,
+    ) -> None:
+        """`scanner` None: the response cannot be scanned."""
+        self._cost = cost
+        self._scanner = scanner
+        self._on_cost = on_cost
+        self._decompressor = zlib.decompressobj(_WINDOW) if is_compressed else None
+        self._decoded = 0
+        self.is_over = False
+
+    def __repr__(self) -> str:
+        return f"<ContentScan [{'over' if self.is_over else 'open'}] {self._scanner!r}>"
+
+    def feed(self, piece: bytes) -> None:
+        """Follow a forwarded piece."""
+        if self._scanner is None:
+            return
+        if self._decompressor is None:
+            self._scanner.feed(piece)
+            return
+        try:
+            self._feed_compressed(piece)
+        except zlib.error:
+            self._scanner = None
+
+    def _feed_compressed(self, piece: bytes) -> None:
+        while piece and self._scanner is not None and self._decompressor is not None:
+            content = self._decompressor.decompress(piece, _SLICE)
+            self._decoded += len(content)
+            if self._decoded > MAX_DECODED:
+                self._scanner = None
+                return
+            self._scanner.feed(content)
+            piece = self._decompressor.unconsumed_tail
+            if self._decompressor.eof:  # another member may follow (RFC 1952)
+                piece, self._decompressor = self._decompressor.unused_data, zlib.decompressobj(_WINDOW)
+
+    def end(self, *, is_complete: bool) -> None:
+        """Report the cost at the end of the response; if it was cut off, the last complete number."""
+        if self.is_over:
+            return
+        self.is_over = True
+        value = None
+        if self._scanner is not None:
+            value = self._scanner.finish() if is_complete else self._scanner.value
+        self._on_cost(self._cost, self._cost.cost_of(value), is_complete)

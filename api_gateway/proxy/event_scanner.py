@@ -1,0 +1,73 @@
+"""Finds one number in a stream of server-sent events (HTML standard, section 9.2) whose data are JSON texts.
+
+The data of each event pass through a `JsonScanner` as they arrive, so events may have any size; nothing is buffered.
+"""
+
+import re
+
+from api_gateway.proxy.json_scanner import JsonScanner
+
+_LINE_END = re.compile(rb"[\r\n]")
+_DATA = b"data:"
+
+
+class EventScanner:
+    """Follows a stream; `value` is the number in the last complete event that has one, None without one so far."""
+
+    __slots__ = ("_is_after_return", "_is_data", "_json", "_start", "value")
+
+    def __init__(self, path: tuple[str, ...]) -> None:
+        """`path` are the reference tokens of a JSON pointer."""
+        self.value: float | None = None
+        self._json = JsonScanner(path)
+        self._start: bytes | None = b""  # of a line; None once it is known whether the line `_is_data`
+        self._is_data = False
+        self._is_after_return = False  # a following line feed belongs to the same line end
+
+    def __repr__(self) -> str:
+        return f"<EventScanner {self.value}>"
+
+    def feed(self, piece: bytes) -> None:
+        """Follow a piece of the stream."""
+        at, end = 0, len(piece)
+        if self._is_after_return and end:
+            self._is_after_return = False
+            at = int(piece.startswith(b"\n"))
+        while at < end:
+            found = _LINE_END.search(piece, at)
+            self._line_part(piece[at : end if found is None else found.start()], is_over=found is not None)
+            if found is None:
+                return
+            at = found.end()
+            if found[0] == b"\r":
+                self._is_after_return = at == end
+                at += piece.startswith(b"\n", at)
+
+    def finish(self) -> float | None:
+        """Follow the end of the stream, which also ends an event; return the number."""
+        self._end_event()
+        return self.value
+
+    def _line_part(self, part: bytes, *, is_over: bool) -> None:
+        if self._start is not None:
+            part = self._start + part
+            if not part and is_over:
+                self._end_event()
+                return
+            if len(part) < len(_DATA) and not is_over:
+                self._start = part
+                return
+            self._start, self._is_data = None, part.startswith(_DATA)
+            part = part[len(_DATA) :]
+        if self._is_data:
+            self._json.feed(part)
+        if is_over:
+            if self._is_data:
+                self._json.feed(b"\n")
+            self._start = b""
+
+    def _end_event(self) -> None:
+        value = self._json.finish()
+        if value is not None:
+            self.value = value
+        self._json.restart()

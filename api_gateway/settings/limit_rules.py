@@ -1,0 +1,132 @@
+"""Rules on the section `limits`: names that collide, references, keys without a source, and costs never allowed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from api_gateway.http1.methods import REFUSED_METHODS
+from api_gateway.settings.clients import TierSection
+from api_gateway.settings.diagnostics import KeyPath, nearest
+from api_gateway.settings.identity import IdentitySection
+from api_gateway.settings.limits import AllowanceSection, LimitSection
+from api_gateway.settings.routes import RouteSection
+
+ADDRESS_POLICY = "address"  # the name of the address limit
+_CREDENTIALS = ("authorization", "proxy-authorization", "cookie")
+
+Found = tuple[KeyPath, str, tuple[KeyPath, ...]]  # place within `limits`, message, and what it depends on
+
+
+class LimitedSections(Protocol):
+    """The sections that the rules read."""
+
+    @property
+    def identity(self) -> IdentitySection: ...  # noqa: D102 - see `GatewayConfig`
+    @property
+    def tiers(self) -> Mapping[str, TierSection]: ...  # noqa: D102
+    @property
+    def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
+    @property
+    def limits(self) -> Sequence[LimitSection]: ...  # noqa: D102
+
+
+def limit_findings(config: LimitedSections) -> Iterator[Found]:
+    """Yield each mistake of a limit that cannot be found in one setting alone."""
+    taken = {name.lower(): f"the tier {name}" for name in config.tiers} | {ADDRESS_POLICY: "the address limit"}
+    for index, limit in enumerate(config.limits):
+        place: KeyPath = (str(index),)
+        other = taken.setdefault(limit.name.lower(), f"limits[{index}]")
+        if other != f"limits[{index}]":
+            message = f"is also the name of {other}, and responses name limits; choose another, got {limit.name!r}"
+            yield (*place, "name"), message, (("tiers",),)
+        for number, part in enumerate(limit.key):
+            problem = _key_problem(config.identity, part)
+            if problem is not None:
+                yield (*place, "key", str(number)), f"{problem}, got {part!r}", (("identity",),)
+        yield from _tier_findings(config, limit, place)
+        yield from _reference_findings(config, limit, place)
+        yield from _cost_findings(config, limit, place)
+
+
+def allowances(limit: LimitSection) -> Iterator[tuple[KeyPath, AllowanceSection]]:
+    """Yield the allowances of a limit with their places within it; that of the limit only if a request may have it."""
+    own = dict(limit.tiers or {})
+    if limit.is_given:
+        yield (), limit
+    for tier, section in own.items():
+        if section is not None and section.is_given:
+            yield ("tiers", tier), section
+
+
+def _key_problem(identity: IdentitySection, part: str) -> str | None:
+    kind, _, name = part.partition(":")
+    if kind == "header":
+        return _header_problem(identity, name.lower())
+    if kind in ("claim", "organisation") and "jwt" not in identity.sources:
+        return "needs jwt in identity.sources, as only tokens have claims"
+    if kind == "organisation" and all(one.organisation_claim is None for one in identity.jwt.issuers.values()):
+        return "needs organisation_claim of an issuer in identity.jwt.issuers"
+    return None
+
+
+def _header_problem(identity: IdentitySection, name: str) -> str | None:
+    if name in (*_CREDENTIALS, identity.api_key.header.lower()):
+        return "may have a credential; use client"
+    if name == identity.header.lower():
+        return "names the client; use client"
+    if any(name == header.lower() for issuer in identity.jwt.issuers.values() for header in issuer.headers):
+        return "is removed from requests, as the gateway sets it; use claim: with the path of its claim"
+    return None
+
+
+def _tier_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:
+    known, lacking = ", ".join(config.tiers), []
+    for tier, section in (limit.tiers or {}).items():
+        if tier not in config.tiers:
+            message = f"no such tier, got {tier!r}; the tiers are {known}"
+            yield (*place, "tiers", tier), message, (("tiers",), ("tiers", tier))
+        if section is None or not section.is_given:
+            lacking.append(tier)
+    if not limit.is_given and (limit.tiers is None or lacking):
+        whom = f" for the tiers {', '.join(lacking)}, or each of these its own" if lacking else ""
+        yield place, f"needs rate and capacity{whom}", ()
+
+
+def _reference_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:
+    routes = {route.name: route for route in config.routes}
+    for number, name in enumerate(limit.routes or ()):
+        if name not in routes:
+            hint = nearest(name, routes) or f"; the routes are {', '.join(routes)}"
+            message = f"no such route, got {name!r}{hint}"
+            yield (*place, "routes", str(number)), message, (("routes",),)
+    chosen = [routes[name] for name in limit.routes if name in routes] if limit.routes else list(routes.values())
+    for number, method in enumerate(limit.methods or ()):
+        if method in REFUSED_METHODS:
+            message = f"is never proxied, so it is never limited, got {method!r}"
+            yield (*place, "methods", str(number)), message, ()
+        elif chosen and all(route.methods is not None and method not in route.methods for route in chosen):
+            names = ", ".join(route.name for route in chosen)
+            message = f"none of the routes ({names}) takes this method, got {method!r}"
+            yield (*place, "methods", str(number)), message, (("routes",), (*place, "routes"))
+
+
+def _cost_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:
+    found = list(allowances(limit))
+    if not found:
+        return
+    below = [(key_path, section) for key_path, section in found if (section.capacity or 0) < (limit.cost or 0)]
+    for key_path, section in below:
+        message = (
+            f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.capacity}"
+        )
+        yield (*place, *key_path, "capacity"), message, ((*place, "cost"),)
+    if limit.cost is not None:
+        return
+    largest = max(section.capacity or 0 for _, section in found)
+    for route in config.routes:
+        is_chosen = limit.routes is None or route.name in limit.routes
+        if is_chosen and route.cost > largest:
+            message = (
+                f"must be at least {route.cost:g}, the cost of route {route.name!r}, or none of its requests is"
+                f" allowed; or set a cost of the limit, got {largest}"
+            )
+            yield (*place, "capacity"), message, (("routes",),)

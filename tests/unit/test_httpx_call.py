@@ -1,0 +1,137 @@
+"""A call on an httpx transport: its queue, its pauses, and its end."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from api_gateway.transport.httpx_call import QUEUE_HIGH_WATER, RUNNING, HttpxCall
+from api_gateway.transport.request import Origin
+from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, NoListener, UpstreamResponse
+
+
+class Scripted(httpx.AsyncBaseTransport):
+    """A transport that reads the request body as it is told, and responds with pieces."""
+
+    def __init__(
+        self, pieces: list[bytes], headers: dict[str, str] | None = None, error: Exception | None = None
+    ) -> None:
+        self._pieces = pieces
+        self._headers = headers
+        self._error = error
+        self.gate = asyncio.Event()
+        self.given = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await self.gate.wait()
+        assert isinstance(request.stream, httpx.AsyncByteStream)
+        self.body = b"".join([piece async for piece in request.stream])
+        if self._error is not None:
+            raise self._error
+        return httpx.Response(200, headers=self._headers, stream=Stream(self))
+
+
+class Stream(httpx.AsyncByteStream):
+    def __init__(self, transport: Scripted) -> None:
+        self._transport = transport
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._transport._pieces:
+            self._transport.given += 1
+            yield piece
+
+
+class Taken(UpstreamResponse):
+    """A response that notes its progress, and pauses after each piece if it is told to."""
+
+    pauses = False
+
+    def on_progress(self) -> None:
+        if self.pauses and self.connection is not None:
+            self.connection.pause_reading()
+
+
+async def turns(count: int = 10) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def call_on(transport: Scripted, listener: NoListener = NO_LISTENER) -> tuple[HttpxCall, Taken]:
+    call = HttpxCall(transport, Origin.of(httpx.URL("http://up.test")), None)
+    return call, Taken(call, "GET", NO_LIMITS, listener)
+
+
+HEAD = b"PUT /x HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n"
+
+
+async def test_the_queue_of_a_request_body_is_bounded() -> None:
+    writable: list[bool] = []
+
+    class Listener(NoListener):
+        def on_writable(self) -> None:
+            writable.append(call.is_write_paused)
+
+    transport = Scripted([b"ok"])
+    call, response = call_on(transport, Listener())
+    call.begin(response, [HEAD], 200_000)
+    call.send_piece(b"x" * QUEUE_HIGH_WATER)
+    assert not call.is_write_paused
+    call.send_piece(b"x" * (200_000 - QUEUE_HIGH_WATER))
+    assert call.is_write_paused
+    transport.gate.set()
+    await turns()
+    assert writable == [False]
+    call.end_body(b"")
+    await turns()
+    assert (response.is_complete, response.take(), transport.body) == (True, b"ok", b"x" * 200_000)
+
+
+async def test_no_piece_is_taken_while_reading_is_paused() -> None:
+    transport = Scripted([b"1", b"2", b"3"])
+    call, response = call_on(transport)
+    response.pauses = True
+    transport.gate.set()
+    call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
+    for count in (1, 2, 3):
+        await turns()
+        assert (transport.given, response.take()) == (count, str(count).encode())
+        call.resume_reading()
+    await turns()
+    assert response.is_complete
+
+
+@pytest.mark.parametrize(
+    ("pieces", "length", "cause"),
+    [([b"abc"], "2", "more bytes"), ([b"abc"], "4", "closed before"), ([], "1", "closed before")],
+)
+async def test_a_body_of_another_length_than_announced_is_an_error(
+    pieces: list[bytes], length: str, cause: str
+) -> None:
+    transport = Scripted(pieces, {"content-length": length})
+    call, response = call_on(transport)
+    transport.gate.set()
+    call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
+    await turns()
+    assert not response.is_complete
+    assert cause in str(response.error)
+
+
+async def test_closing_returns_at_once_and_reports_nothing() -> None:
+    call, response = call_on(Scripted([]))
+    call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
+    await turns()
+    assert len(RUNNING) == 1
+    response.close()
+    assert response.connection is None
+    await turns()
+    assert (response.error, response.is_complete, len(RUNNING)) == (None, False, 0)
+
+
+async def test_any_failure_of_a_transport_fails_the_response() -> None:
+    transport = Scripted([], error=ValueError("a defect"))
+    call, response = call_on(transport)
+    transport.gate.set()
+    call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
+    await turns()
+    assert isinstance(response.error, ValueError)
