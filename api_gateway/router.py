@@ -570,7 +570,7 @@ class Router:
             if scan is not None:
                 scan.feed(piece)
                 if not more:
-                    scan.end(is_complete=True)
+                    scan.end(is_complete=events is None or not events.is_ending)
             if events is not None and events.on_piece(piece):
                 more = False
             exchange.bytes_out += len(piece)

@@ -66,18 +66,14 @@ def break_off(owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
         close_connection(owner)
 
 
-def end_connection(owner: ConnectionOwner, *, has_input: bool) -> None:
-    """End the connection after its last response; linger if the client may still be sending."""
-    if has_input:
-        linger(owner)
-    else:
-        close_connection(owner)
-
-
 def linger(owner: ConnectionOwner) -> None:
-    """Half-close and discard input for LINGER_TIMEOUT, so that no reset destroys the response."""
+    """Half-close and discard input for LINGER_TIMEOUT, so that no reset destroys the last response.
+
+    For connections whose client may still be sending; others are closed.
+    """
     owner.move(ConnectionEvent.LINGER)
-    _stop(owner)
+    owner.discarded = 0
+    owner.stop_input()
     if owner.receiving is not None:
         owner.receiving.discard_body()  # no more of it is parsed
     if not owner.transport.can_write_eof():
@@ -91,14 +87,10 @@ def linger(owner: ConnectionOwner) -> None:
 def close_connection(owner: ConnectionOwner) -> None:
     """Close after the write buffer is flushed; abort if the client makes no progress within `idle_timeout`."""
     owner.move(ConnectionEvent.CLOSE)
-    _stop(owner)
-    owner.transport.close()
-    owner.timer.set(owner.limits.idle_timeout)
-
-
-def _stop(owner: ConnectionOwner) -> None:
     owner.discarded = 0
     owner.stop_input()
+    owner.transport.close()
+    owner.timer.set(owner.limits.idle_timeout)
 
 
 def discard_input(owner: ConnectionOwner, size: int) -> None:

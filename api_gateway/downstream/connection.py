@@ -17,7 +17,7 @@ import asyncio
 from typing import Any, Final
 
 from api_gateway.downstream.asgi_scope import ScopeBuilder, peer_of
-from api_gateway.downstream.closing import break_off, close_connection, end_connection, refuse_request
+from api_gateway.downstream.closing import break_off, close_connection, linger, refuse_request
 from api_gateway.downstream.draining import drain, drain_idle, owes_response
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.pipeline import HeldInput, Pipeline
@@ -190,7 +190,8 @@ class DownstreamConnection:
         self.slot.release()
         self.timer.stop()
         exchange, self.exchange = self.exchange, None
-        self.resume_writing()
+        if self.is_write_paused:
+            self.resume_writing()
         self.stop_input()
         if self._pipeline is not None:
             self._pipeline.wake()
@@ -320,8 +321,10 @@ class DownstreamConnection:
         if keep_alive:
             self.held.replay_soon(self)
             self.timeouts.apply(self)
+        elif self.receiving is None:
+            close_connection(self)
         else:
-            end_connection(self, has_input=self.receiving is not None)
+            linger(self)
 
     def receive_body(self, body: BodyReceiver, left: int) -> None:
         """Pass the rest of the body of the exchange in flight to `body`: `left` bytes, or (0) what is parsed."""
@@ -377,7 +380,10 @@ class DownstreamConnection:
         """Process the next request after a complete response, or close the connection."""
         self._server.state.total_requests += 1
         if not cycle.keep_alive and not self.state.is_ending:
-            end_connection(self, has_input=not cycle.is_body_complete)
+            if cycle.is_body_complete:
+                close_connection(self)
+            else:
+                linger(self)
             return
         self.move(ConnectionEvent.RESPONSE if self.pipeline.waiting else ConnectionEvent.LAST_RESPONSE)
         if self.state.is_ending:

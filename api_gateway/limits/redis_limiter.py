@@ -341,12 +341,12 @@ class RedisLimiter:
 
         In batches, with a pause after each, so that neither the store nor the event loop is blocked by many clients.
         """
-        for _ in range(REPORTS_PER_HEARTBEAT):
-            charges = self.fallback.unreported(MAX_BATCH)
-            if not charges or not self.batcher.is_usable:
+        charges = self.fallback.unreported(REPORTS_PER_HEARTBEAT * MAX_BATCH)
+        for first in range(0, len(charges), MAX_BATCH):
+            if not self.batcher.is_usable:
                 return
             now_ns = self.clock_ns()
-            for charge in charges:
+            for charge in charges[first : first + MAX_BATCH]:
                 self.batcher.submit(ChargeOp(self, [charge], now_ns, _ignore))
             await asyncio.sleep(REPORT_PAUSE)
 

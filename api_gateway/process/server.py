@@ -26,7 +26,7 @@ from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
 from api_gateway.main import create_app
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
-from api_gateway.process.listeners import Listeners, Sockets
+from api_gateway.process.listeners import Listeners, Sockets, watched
 from api_gateway.process.message_log import change_logging
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.watchdog import Watchdog
@@ -109,7 +109,8 @@ class GatewayServer(uvicorn.Server):
     def run_on(self, sockets: Sockets) -> None:
         """Serve on bound sockets."""
         self._sockets = sockets
-        super().run(sockets.public)
+        with watched(sockets.public) as public:
+            super().run(public)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving, the watchdog and the watch of files, and announce it."""

@@ -11,7 +11,7 @@ def note_failure(exchange: Exchange, error: GatewayError) -> None:
     """
     if isinstance(error, ClientDisconnected) and exchange.reason == Reason.CREDENTIALS_INVALID and exchange.credential:
         return
-    exchange.reason = error.reason.value
+    exchange.reason = str(error.reason)  # the attribute `value` of an enumeration is slow to read
     cause = "" if error.__cause__ is None else str(error.__cause__)
     exchange.detail = f"{error.detail} ({cause})" if cause else error.detail
     if isinstance(error, RequestRefused):  # which leaves nothing else to record

@@ -48,6 +48,11 @@ class EventStream:
     def __repr__(self) -> str:
         return f"<EventStream {self._events!r}>"
 
+    @property
+    def is_ending(self) -> bool:
+        """True once the server stops: the stream may end before the upstream ends it."""
+        return self._extension.is_stopping
+
     def on_piece(self, piece: bytes) -> bool:
         """Follow a forwarded piece; return whether the stream shall end after it."""
         self._events.follow(piece)

@@ -49,6 +49,7 @@ async def told(limiter: RedisLimiter, key: str = "client") -> bool:
 async def test_together_they_admit_what_one_bucket_holds(store: StoreServer) -> None:
     """To the token, by the store's clock: no more in any window, and no less over all."""
     async with gateways(store.url, FAST, count=4) as limiters, Lateness() as lateness:
+        await serving(limiters)
         seen = await hammer(limiters, charge(FAST), 1.2)
         # From the first: seconds since the epoch, as a double, would be exact to 240 ns only.
         first_ns = min(decision.at_ns for *_, decision in seen)

@@ -178,12 +178,46 @@ def test_a_client_that_leaves_pays_what_is_stated_otherwise(
     eventually(lambda: left(running) == pytest.approx(CAPACITY - 3, abs=0.1), "it is settled")
 
 
+@both_ways
+@pytest.mark.parametrize(("number", "cost"), [(1, 3), (7000, 7)])
+def test_a_stream_that_the_gateway_ends_when_it_stops_costs_no_less_than_is_stated_otherwise(
+    gateway: StartGateway, upstream: StartUpstream, way: str, number: int, cost: float
+) -> None:
+    """It ends between two events, for the client to continue elsewhere; what the next events state is not known."""
+    up = upstream()
+    running = gateway(configuration(up.url, otherwise=3))
+    done = finished(running)
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        piece = events(usage(number))
+        wire.send(HEAD % b"text/event-stream" + b"%x\r\n%b\r\n" % (len(piece), piece))
+        wire.read_until(b"never")  # until the gateway closes the connection
+        return False
+
+    up.behave = behave
+    with RawClient(running.port) as raw:
+        raw.request("GET", "/api/x", ("X-Client-ID: c", *WAYS[way]))
+        raw.read_until(b"}\n\n")
+        running.stop()
+        assert [one.cost for one in done] == [cost]
+
+
 def test_debt_delays_the_next_request(gateway: StartGateway, upstream: StartUpstream) -> None:
     up = upstream(as_json(usage(120_000)))
     running = gateway(configuration(up.url))
     assert get(running).status == 200
     assert left(running) == pytest.approx(-20, abs=0.1)
     assert get(running).status == 429
+
+
+def test_a_limit_with_a_cost_of_its_own_keeps_it(gateway: StartGateway, upstream: StartUpstream) -> None:
+    """So requests can be limited by their number besides what they have used."""
+    up = upstream(as_json(usage(5000)))
+    config = configuration(up.url)
+    config["limits"] = [{"name": "requests", "key": "client", "rate": 0.001, "capacity": 2, "cost": 1}]
+    running = gateway(config)
+    assert [get(running).status for _ in range(3)] == [200, 200, 429]
+    assert left(running) == pytest.approx(CAPACITY - 10, abs=0.1)
 
 
 def test_request_bodies_of_such_routes_arrive(gateway: StartGateway, upstream: StartUpstream) -> None:

@@ -1,17 +1,20 @@
 """The listening sockets of the workers: one port for all, not shared with other programs, and removable on request."""
 
+import asyncio
 import errno
 import os
 import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from api_gateway.process import listeners
-from api_gateway.process.listeners import bind_for, bind_path, leave_group
+from api_gateway.process.listeners import ACCEPTED_PER_TURN, bind_for, bind_path, leave_group, watched
 
 linux = pytest.mark.skipif(not listeners.IS_BALANCED, reason="the kernel does not balance there")
 
@@ -186,3 +189,40 @@ def test_what_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
         bind_path(1, str(path), 0o600)
     assert caught.value.errno == errno.EADDRINUSE
     assert path.read_text() == "data"
+
+
+def test_several_connections_are_accepted_in_one_turn_of_the_loop() -> None:
+    """And none any more once the server has closed its sockets, duplicates among them."""
+    count = 3 * ACCEPTED_PER_TURN
+
+    async def accepted_by_turn(sockets: list[socket.socket]) -> list[int]:
+        made: list[asyncio.Protocol] = []
+
+        def connection() -> asyncio.Protocol:
+            made.append(asyncio.Protocol())
+            return made[-1]
+
+        loop = asyncio.get_running_loop()
+        servers = [await loop.create_server(connection, sock=sock, backlog=count) for sock in sockets]
+        counts = [0]
+        while counts[-1] < count:
+            await asyncio.sleep(0)
+            counts.append(len(made))
+        for server in servers:
+            server.close()
+            await server.wait_closed()
+        return [after - before for before, after in pairwise(counts)]
+
+    with (
+        bound(1) as ((sock,),),
+        watched([sock]) as sockets,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        assert len({one.fileno() for one in sockets}) == len(sockets) == ACCEPTED_PER_TURN
+        port = sock.getsockname()[1]
+        sock.listen(count)
+        connect(port, count)
+        assert max(runner.run(accepted_by_turn(sockets))) == ACCEPTED_PER_TURN
+        sock.close()
+        with pytest.raises(ConnectionRefusedError):
+            connect(port, 1)
