@@ -44,6 +44,7 @@ from api_gateway.settings.server import LogSection, MetricsSection, ServerSectio
 from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
 from api_gateway.settings.store import StoreSection
 from api_gateway.settings.upstreams import UpstreamSection
+from api_gateway.settings.usage import UsageSection
 from api_gateway.system.state_folder import StateError, default_state_dir
 
 ENV_PREFIX = "GATEWAY_"
@@ -117,6 +118,7 @@ class GatewayConfig(BaseSettings):
     cors: CorsSection | None = Field(default=None, description="For all routes that have no setting of their own.")
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
+    usage: UsageSection = UsageSection()
 
     @property
     def is_demo(self) -> bool:

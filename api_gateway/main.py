@@ -289,4 +289,5 @@ def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregato
         audit=AuditLog(AuditFile(own_folder(gateway.config.state_dir)), gateway.recorder.operator_changes),
         route_names=gateway.route_names,
         accepts_keys=gateway.accepts_keys,
+        usage=gateway.usage,
     )

@@ -24,6 +24,7 @@ from api_gateway.http1.request_paths import unescaped
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.system.clocks import Clocks
+from api_gateway.usage.ledger import UsageLedger
 
 
 class Lifecycle(StrEnum):
@@ -52,6 +53,7 @@ class AdminContext:
     audit: AuditLog
     route_names: Sequence[str]
     accepts_keys: bool
+    usage: UsageLedger | None = None
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)
 

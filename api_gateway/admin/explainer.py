@@ -29,12 +29,14 @@ from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.limits.limit import Limit
 from api_gateway.middleware import is_proxied
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, Quota, TierView
-from api_gateway.proxy.admission import Admission, RequestPlan
+from api_gateway.proxy.admission import Admission, RequestPlan, Wait
+from api_gateway.proxy.credential_stages import CredentialStage
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import Claim, Proof
 from api_gateway.proxy.limit_stage import DESCRIBED_CLAIM, DESCRIBED_ORGANISATION, RateLimitStage
 from api_gateway.proxy.route_table import Route
+from api_gateway.proxy.stages import IdentityStage
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
@@ -98,6 +100,8 @@ class Explainer:
         """
         self._claim_of_key = claim_of_key
         self._admission = admission
+        identity = (CredentialStage, IdentityStage)
+        self._identification = Admission([stage for stage in admission.stages if isinstance(stage, identity)])
         self._headers = headers
         self._router = router
         self._limits = limits
@@ -106,6 +110,22 @@ class Explainer:
         self._header = header
         self._clock = clock
         self._clock_ns = clock_ns
+
+    async def client_of(self, peer: str, fields: Fields, version: str) -> Client:
+        """Identify the client of a real request as admission does, which charges wrong credentials to the address.
+
+        `peer` is the address of the connection. Raises GatewayError.
+        """
+        facts = self._headers.read(peer, fields, version)
+        exchange = Exchange("", "GET", "", facts.peer, self._clock())
+        plan = RequestPlan(exchange, facts, b"", self._clock_ns())
+        result = self._identification.decide(plan)
+        while isinstance(result, Wait):
+            result = Admission.resume(plan, result, await result.reply(), self._clock_ns())
+        if isinstance(result, GatewayError):
+            raise result
+        assert exchange.client is not None  # noqa: S101 - `IdentityStage` is one of the stages
+        return exchange.client
 
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"

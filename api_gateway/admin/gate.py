@@ -50,6 +50,7 @@ _ADVICE = (
     " operator-token in state_dir. If no token is configured, programs that the operator runs on this machine"
     " need none; the log has the reason if one is refused."
 )
+_OWN_USAGE = ("usage", "me")
 _MAX_LOGGED = 100  # characters of a path
 
 
@@ -138,6 +139,9 @@ class OperatorGate:
             raise LengthRequired(TRAILERS_MIXED)
         if view is not None:
             await self._show(view, scope, fields, send)
+            return
+        if target.segments == _OWN_USAGE:
+            await self._show_own_usage(scope, fields, receive, send)
             return
         method, first = scope["method"], target.segments[0]
         if not self.guards(scope) or self._is_hidden(scope):
@@ -236,6 +240,17 @@ class OperatorGate:
             raise MethodNotAllowed("This endpoint supports GET and HEAD.", headers=allow)
         else:
             await view(scope, fields, send)
+
+    async def _show_own_usage(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
+        """Pass a client's request for its own usage to the framework: it needs no operator, at any listener."""
+        if is_foreign(fields):
+            error = Forbidden("A web page of another origin made this request (Origin, Sec-Fetch-Site).")
+            raise self._refusal("cross_site", scope, error)
+        self._limits.charge_view(self._address(scope, fields))
+        body = await read_body(fields, receive)
+        inner = {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"], "path": "/usage/me"}
+        inner.pop(SERVER_EXTENSION, None)
+        await self.app(inner, replay(body, receive), send)
 
     async def _show_liveness(self, _scope: Scope, _fields: Fields, send: Send) -> None:
         await _respond(send, 200, body=b"ok\n", kind=_TEXT)

@@ -77,7 +77,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         ),
         clock=clocks.monotonic,
         recorder=recorder,
-        observers=[recorder.observe, *_access_logs(gateway)],
+        observers=[recorder.observe, *_records(gateway)],
         on_failure=settlement.on_failure,
         cors=cors,
     )
@@ -240,16 +240,33 @@ def _router(
     )
 
 
-def _access_logs(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    log = gateway.config.log
+def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+    """Return what records an exchange: the access log and the usage, as far as they are on, with one time for both."""
+    writers = _access_logs(gateway)
+    if gateway.usage is not None:
+        writers.append(gateway.usage.count_at)
+    if not writers:
+        return []
+    wall_clock = gateway.clocks.wall
+
+    def record(exchange: Exchange) -> None:
+        now = wall_clock()
+        for write in writers:
+            write(exchange, now)
+
+    return [record]
+
+
+def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
+    log, wall_clock = gateway.config.log, gateway.clocks.wall
     if not log.access:
         return []
-    output, wall = process_output().out, gateway.clocks.wall
+    output = process_output().out
     if log.format == "text" or (log.format == "auto" and output.is_terminal):
-        write = TextLog(wall, output.write, without_keys).write
+        write = TextLog(output.write, without_keys).write_at
     else:
         write_line = output.write if log.fields is None else with_fields(output.write, frozenset(log.fields))
-        write = AccessLog(wall, write_line, without_keys, gateway.numbers).write
+        write = AccessLog(wall_clock, write_line, without_keys, gateway.numbers).write_at
     return [write if log.sample_successes == 1 else sampled(write, log.sample_successes)]
 
 

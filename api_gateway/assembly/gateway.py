@@ -38,6 +38,7 @@ from api_gateway.assembly.upstreams import (
     plan_upstream,
     rerank,
 )
+from api_gateway.assembly.usage import start_usage, usage_of
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
@@ -65,6 +66,7 @@ from api_gateway.transport.http1_transport import UpstreamTransport
 from api_gateway.transport.shielded import ShieldedTransport
 from api_gateway.upstreams.dns import Resolve
 from api_gateway.upstreams.upstream_client import UpstreamClient
+from api_gateway.usage.ledger import UsageLedger
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Gateway:
     clocks: Clocks
     pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
     numbers: DecisionNumbers
+    usage: UsageLedger | None  # None if it is not counted
     tokens: JwtSource | None  # None unless tokens are a source of identities
     cors: CorsPolicy | None  # of routes without one of their own
     open_exchanges: OpenExchanges
@@ -190,6 +193,7 @@ class Assembly:
             claimable = gateway.clients.claimable_count
             if claimable and "header" in config.identity.sources:
                 logger.info("anyone who sends %s can claim %d registered clients", config.identity.header, claimable)
+            await start_usage(gateway.usage, stack)
             following = asyncio.create_task(gateway.clients.follow(), name="client store")
             stack.push_async_callback(_cancelled, following)
             if isinstance(gateway.limiter, RedisLimiter):
@@ -314,6 +318,7 @@ class Assembly:
             ),
             clocks=clocks,
             pseudonym=pseudonym,
+            usage=usage_of(config, clocks),
             numbers=DecisionNumbers(f"{self._source.getrandbits(32):08x}", clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
             cors=plan.cors,

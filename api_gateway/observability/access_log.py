@@ -10,7 +10,7 @@ from api_gateway.models import Clock, Decision, Exchange, Settlement
 from api_gateway.observability.decision_numbers import DecisionNumbers
 
 # The members of a line, in their order; some lines lack some.
-FIELDS = (
+LINE_FIELDS = (
     "time",
     "request_id",
     "client_address",
@@ -73,8 +73,11 @@ class AccessLog:
         self._from = self._until = 0.0
 
     def write(self, exchange: Exchange) -> None:
-        """Write the line of one finished exchange."""
-        now = self._wall_clock()
+        """Write the line of an exchange that has ended now."""
+        self.write_at(exchange, self._wall_clock())
+
+    def write_at(self, exchange: Exchange, now: float) -> None:
+        """Write the line of an exchange that has ended at `now`, in seconds since the epoch."""
         if not self._from <= now < self._until:
             self._set_timestamp(now)
         client, decision, reason, detail = exchange.client, exchange.decision, exchange.reason, exchange.detail

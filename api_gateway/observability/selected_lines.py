@@ -20,12 +20,12 @@ def with_fields(write_line: Callable[[str], object], fields: Collection[str]) ->
 
 
 def sampled(
-    write: Callable[[Exchange], None], share: float, draw: Callable[[], float] = random.random
-) -> Callable[[Exchange], None]:
+    write: Callable[[Exchange, float], None], share: float, draw: Callable[[], float] = random.random
+) -> Callable[[Exchange, float], None]:
     """Return what writes every response with an error or a reason, and a share of the others, at random."""
 
-    def write_some(exchange: Exchange) -> None:
+    def write_some(exchange: Exchange, now: float) -> None:
         if exchange.status >= _ERROR or exchange.reason is not None or draw() < share:
-            write(exchange)
+            write(exchange, now)
 
     return write_some

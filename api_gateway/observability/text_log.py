@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from datetime import datetime
 
-from api_gateway.models import Clock, Exchange
+from api_gateway.models import Exchange
 
 
 class TextLog:
@@ -13,19 +13,19 @@ class TextLog:
     change the direction of writing) is escaped.
     """
 
-    def __init__(
-        self, wall_clock: Clock, write_line: Callable[[str], object], redact: Callable[[str], str] = str
-    ) -> None:
+    def __init__(self, write_line: Callable[[str], object], redact: Callable[[str], str] = str) -> None:
         """`redact` returns a line without secrets that a client has put into a path or an id."""
-        self._wall_clock = wall_clock
         self._write_line = write_line
         self._redact = redact
 
-    def write(self, exchange: Exchange) -> None:
-        """Write the line of one finished exchange: time, status, request, duration, client, and what it went to."""
+    def write_at(self, exchange: Exchange, now: float) -> None:
+        """Write the line of one finished exchange: time, status, request, duration, client, and what it went to.
+
+        `now` is in seconds since the epoch.
+        """
         client, reason = exchange.client, exchange.reason
         parts = [
-            f"{datetime.fromtimestamp(self._wall_clock()).astimezone():%H:%M:%S.%f}"[:-3],
+            f"{datetime.fromtimestamp(now).astimezone():%H:%M:%S.%f}"[:-3],
             str(exchange.status),
             printable(exchange.method),
             printable(exchange.path),

@@ -24,6 +24,9 @@ NEEDS_RESTART = (
     "store.prefix",
     "store.clients",
     "store.max_cached_clients",
+    "usage.enabled",
+    "usage.retention_days",
+    "usage.max_unregistered_clients",
 )
 _KEYS = ("name", "url")  # that identify the items of a list
 _HIDDEN = "(secret)"

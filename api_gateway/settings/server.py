@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from api_gateway.observability.access_log import FIELDS
+from api_gateway.observability.access_log import LINE_FIELDS
 from api_gateway.settings.addresses import ForwardedSection
 from api_gateway.settings.setting_types import PSEUDONYM, FileMode, Host, Seconds, Section, TrustedProxy
 
@@ -76,8 +76,8 @@ class MetricsSection(Section):
 
 
 def _access_log_field(name: str) -> str:
-    if name not in FIELDS:
-        raise ValueError(f"must be a field of the access log: {', '.join(FIELDS)}; got {name!r}")
+    if name not in LINE_FIELDS:
+        raise ValueError(f"must be a field of the access log: {', '.join(LINE_FIELDS)}; got {name!r}")
     return name
 
 

@@ -1,17 +1,24 @@
-"""`api-gateway replay`: the log of a gateway process, replayed under its configuration, gives every decision again."""
+"""The log of a gateway process: replayed, it gives every decision again, and it agrees with the usage of clients."""
 
 import gzip
 import http.client
 import json
 import random
+import sqlite3
 import threading
+from collections import defaultdict
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from api_gateway.clients.api_keys import digest_of, new_key
 from api_gateway.config import load_config
 from api_gateway.replay.pipeline import replay_logs
-from tests.kit import PATIENCE, RawRequest, RawUpstream, Wire, eventually, refusing_url, reply
+from api_gateway.usage.ledger import USAGE_FILE
+from tests.kit import PATIENCE, Answer, RawRequest, RawUpstream, Wire, ask, eventually, refusing_url, reply
 from tests.processes import Running, process
 
 KEY = new_key(b"k" * 32)
@@ -28,6 +35,7 @@ clients: {{free: {{tier: FREE}}, pro: {{tier: PREMIUM}}, keyed: {{tier: BASIC, k
 identity: {{sources: [api_key, header, address]}}
 server: {{trusted_proxies: [127.0.0.1], max_event_loop_lag: null}}
 state_dir: {folder}
+usage: {{enabled: true}}
 """
 REQUESTS, CONNECTIONS = 300, 6
 
@@ -60,8 +68,20 @@ def load(port: int, seed: int) -> None:
     connection.close()
 
 
-def played(folder: Path) -> Running:
-    """Run a gateway under load until it has ended; return it with its output."""
+@dataclass
+class Played:
+    """What a gateway under load has left: its output, and the answers about usage at the end."""
+
+    folder: Path
+    running: Running
+    usage: Answer
+    own: Answer
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
+    """Run a gateway under load until it has ended."""
+    folder = tmp_path_factory.mktemp("played")
     up = RawUpstream(behaviour)
     config = folder / "gateway.yaml"
     digest = digest_of(KEY.encode())
@@ -74,9 +94,11 @@ def played(folder: Path) -> Running:
         for thread in threads:
             thread.join()
         eventually(lambda: len(running.logged) >= REQUESTS * CONNECTIONS, "every line is written")
+        usage = running.ask("/usage?by=client,route,day")
+        own = ask(f"{running.url}/usage/me?by=route", headers={"X-API-Key": KEY, "X-Forwarded-For": "192.0.2.99"})
         assert running.terminate() == 0, running.errors
     up.close()
-    return running
+    return Played(folder, running, usage, own)
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
@@ -86,9 +108,46 @@ def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
         return running.exit_code(), running.output, running.errors
 
 
-def test_a_replay_under_its_own_configuration_makes_every_decision_again(tmp_path: Path) -> None:
+SUMS = ("requests", "limited", "failed", "tokens", "bytes_received", "bytes_sent")
+
+
+def used(lines: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[float]]:
+    """Return the sums of log lines by client, route and day, in the order of `SUMS`."""
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0] * len(SUMS))
+    for line in lines:
+        client = f"address {line['client_id']}" if line["tier_source"] == "address" else line["client_id"] or ""
+        sums = found[client, line["route"] or "", line["time"][:10]]
+        is_limited = line["decision"] is not None and line["decision"]["wait_ns"] != 0
+        tokens = line["cost"] if line["decision"] is not None and not is_limited else 0
+        counted = (1, is_limited, line["status"] >= 500, tokens, line["bytes_received"], line["bytes_sent"])
+        sums[:] = [a + b for a, b in zip(sums, counted, strict=True)]
+    return found
+
+
+def test_the_usage_agrees_with_the_access_log_to_the_last_request(played: Played) -> None:
+    """By client, route and day, from the endpoints and from the file after the end; a client sees its own alone."""
+    lines = [line for line in played.running.logged if "request_id" in line]
+    expected = used(lines)
+    view = played.usage.json()
+    found = {(row["client"], row["route"], row["day"]): [row[name] for name in SUMS] for row in view["rows"]}
+    assert found == expected
+    assert view["total"]["requests"] == len(lines)
+    own = played.own.json()
+    assert own["client"] == "keyed"
+    assert {row["route"]: row["requests"] for row in own["rows"]} == {
+        route: sum(sums[0] for (client, one, _), sums in expected.items() if (client, one) == ("keyed", route))
+        for route in ("up", "gone", "")
+        if any(key[:2] == ("keyed", route) for key in expected)
+    }
+    (path,) = (played.folder / "state").rglob(USAGE_FILE)
+    with closing(sqlite3.connect(path)) as file:
+        (total,) = file.execute("SELECT sum(requests) FROM usage").fetchone()
+    assert total == len(lines)
+
+
+def test_a_replay_under_its_own_configuration_makes_every_decision_again(played: Played) -> None:
     """Also with settlements in both directions, refunds, credentials that are verified, and shared addresses."""
-    running = played(tmp_path)
+    tmp_path, running = played.folder, played.running
     lines = [line for line in running.logged if "request_id" in line]
     decided = [line for line in lines if line["decision"]]
     refused = [line for line in decided if line["decision"]["wait_ns"]]
@@ -110,11 +169,10 @@ def test_a_replay_under_its_own_configuration_makes_every_decision_again(tmp_pat
     ((least, greatest, count),) = part.spans.values()
     assert greatest - least + 1 == count, "every number is in the log once"
 
-    _check_command(tmp_path, running, len(decided))
 
-
-def _check_command(folder: Path, running: Running, decided: int) -> None:
-    """Replay the same log in pieces, in two processes, under tighter limits."""
+def test_the_command_replays_rotated_logs_in_several_processes_and_fails_a_pipeline(played: Played) -> None:
+    folder, running = played.folder, played.running
+    decided = len([line for line in running.logged if line.get("decision")])
     lines = running.stdout.read_bytes().splitlines(keepends=True)
     (folder / "access.log.2.gz").write_bytes(gzip.compress(b"".join(lines[: len(lines) // 3])))
     (folder / "access.log.1").write_bytes(b"".join(lines[len(lines) // 3 : -100]))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from api_gateway.config import GatewayConfig
 from api_gateway.models import Client, Decision, Exchange, Quota
-from api_gateway.observability.access_log import FIELDS, AccessLog
+from api_gateway.observability.access_log import LINE_FIELDS, AccessLog
 from api_gateway.observability.selected_lines import sampled, with_fields
 from api_gateway.observability.text_log import TextLog, printable
 from api_gateway.process.message_log import JsonFormatter, TextFormatter
@@ -32,7 +32,7 @@ def exchange(**fields: Any) -> Exchange:
 
 def line_of(**fields: Any) -> str:
     lines: list[str] = []
-    TextLog(lambda: 0.0, lines.append).write(exchange(**fields))
+    TextLog(lines.append).write_at(exchange(**fields), 0.0)
     (line,) = lines
     return line
 
@@ -76,16 +76,16 @@ def test_the_list_of_fields_is_that_of_a_line() -> None:
     lines: list[str] = []
     AccessLog(lambda: 0.0, lines.append).write(exchange())
     names = list(json.loads(lines[0]))
-    assert [name for name in FIELDS if name in names] == names
-    assert set(FIELDS) - set(names) == {"has_keys", "organisation", "credential_check"}
+    assert [name for name in LINE_FIELDS if name in names] == names
+    assert set(LINE_FIELDS) - set(names) == {"has_keys", "organisation", "credential_check"}
 
 
 def test_successes_are_sampled_and_errors_are_not() -> None:
     written: list[int] = []
-    write = sampled(lambda one: written.append(one.status), 0.1, random.Random(1).random)
+    write = sampled(lambda one, _: written.append(one.status), 0.1, random.Random(1).random)
     for _ in range(1000):
         for fields in ({"status": 200}, {"status": 404}, {"status": 503}, {"status": 201, "reason": "upstream_reset"}):
-            write(exchange(**fields))
+            write(exchange(**fields), 0.0)
     assert [written.count(status) for status in (404, 503, 201)] == [1000] * 3
     assert 60 < written.count(200) < 140
 

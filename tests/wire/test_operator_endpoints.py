@@ -363,6 +363,8 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/clients/{client_id}/reset",
         "/clients/{client_id}",
         "/explain",
+        "/usage",
+        "/usage/me",
         "/limits",
         "/tiers",
     }
@@ -378,7 +380,7 @@ def test_the_schema_says_which_endpoints_take_a_token(plain: RunningGateway) -> 
         for path, operations in schema["paths"].items()
         if any("security" not in operation for operation in operations.values())
     }
-    assert open_ones == {"/healthz", "/readyz", "/health"}
+    assert open_ones == {"/healthz", "/readyz", "/health", "/usage/me"}
 
 
 @pytest.mark.parametrize(

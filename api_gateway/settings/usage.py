@@ -1,0 +1,15 @@
+"""The section of the usage of clients."""
+
+from pydantic import Field
+
+from api_gateway.settings.setting_types import Section
+
+
+class UsageSection(Section):
+    """Whether the usage of clients is counted by day and route, and how much of it is kept."""
+
+    enabled: bool = False
+    retention_days: int = Field(default=400, ge=1, le=36_500)
+    max_unregistered_clients: int = Field(
+        default=10_000, ge=0, description="Counted by id each day, per process; the others are counted together."
+    )
