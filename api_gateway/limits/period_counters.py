@@ -140,7 +140,7 @@ class Warned(NamedTuple):
     key: str
     quota: PeriodQuota
     share: float
-    period: Period
+    period: CalendarPeriod
     used: int
     allowance: int
 

@@ -1,7 +1,7 @@
 """The counters of calendar quotas in one SQLite file, which is written behind the requests.
 
-A request does not wait for the disk. Counters that were changed are written every `QUOTA_WRITE_INTERVAL` seconds in one
-transaction, so the end of the process without notice (`kill -9`) forgets what was charged in less than `MAX_LOSS`
+A request does not wait for the disk. Counters that were changed are written every `QUOTA_WRITE_INTERVAL` seconds in
+one transaction, so the end of the process without notice (`kill -9`) forgets what was charged in less than `MAX_LOSS`
 seconds before it: those clients may use that much again. An orderly end forgets nothing.
 """
 
