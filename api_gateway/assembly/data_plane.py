@@ -17,6 +17,8 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.observability.selected_lines import sampled, with_fields
+from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
@@ -52,7 +54,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     limit_headers = RateLimitHeaders()
     settlement = CostSettlement(
-        limiter=gateway.limiter,
+        limiter=gateway.charging,
         clock_ns=clocks.monotonic_ns,
         recorder=recorder,
         limit_headers=limit_headers,
@@ -94,7 +96,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         headers=headers,
         router=router,
         limits=limits,
-        limiter=gateway.limiter,
+        limiter=gateway.charging,
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
         claim_of_key=sources.claim_of_key,
@@ -108,10 +110,10 @@ def _limits(gateway: Gateway) -> RateLimitStage:
     exempt, shadow = gateway.config.address_limit.exempt, _shadow(gateway)
     if not gateway.quotas.limits:
         return RateLimitStage(
-            limiter=gateway.limiter, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
+            limiter=gateway.charging, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
         )
     return LimitListStage(
-        limiter=gateway.limiter,
+        limiter=gateway.charging,
         address_quota=gateway.address_quota,
         exempt=exempt,
         shadow=shadow,
@@ -170,7 +172,7 @@ def _admission(
             CredentialStage(
                 clients=gateway.clients,
                 priorities=gateway.priorities,
-                limiter=gateway.limiter,
+                limiter=gateway.charging,
                 charges_of_address=limits.charges_of_address,
                 is_enforced=is_enforced,
                 on_observed=observer.on_observed,
@@ -239,20 +241,33 @@ def _router(
 
 
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    """Return the access log and the usage, as far as they are on; both have the same time of an exchange."""
-    usage, wall_clock = gateway.usage, gateway.clocks.wall
-    if not gateway.config.log.access:
-        return [] if usage is None else [usage.count]
-    log = AccessLog(wall_clock, process_output().out.write, without_keys, gateway.numbers)
-    if usage is None:
-        return [log.write]
+    """Return what records an exchange: the access log and the usage, as far as they are on, with one time for both."""
+    writers = _access_logs(gateway)
+    if gateway.usage is not None:
+        writers.append(gateway.usage.count_at)
+    if not writers:
+        return []
+    wall_clock = gateway.clocks.wall
 
     def record(exchange: Exchange) -> None:
         now = wall_clock()
-        log.write_at(exchange, now)
-        usage.count_at(exchange, now)
+        for write in writers:
+            write(exchange, now)
 
     return [record]
+
+
+def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
+    log, wall_clock = gateway.config.log, gateway.clocks.wall
+    if not log.access:
+        return []
+    output = process_output().out
+    if log.format == "text" or (log.format == "auto" and output.is_terminal):
+        write = TextLog(output.write, without_keys).write_at
+    else:
+        write_line = output.write if log.fields is None else with_fields(output.write, frozenset(log.fields))
+        write = AccessLog(wall_clock, write_line, without_keys, gateway.numbers).write_at
+    return [write if log.sample_successes == 1 else sampled(write, log.sample_successes)]
 
 
 def _next_number(gateway: Gateway) -> Callable[[], int] | None:
@@ -262,7 +277,7 @@ def _next_number(gateway: Gateway) -> Callable[[], int] | None:
 
 def _shadow(gateway: Gateway) -> ShadowLimits | None:
     shadow = ShadowLimits(
-        limiter=gateway.limiter,
+        limiter=gateway.charging,
         clock_ns=gateway.clocks.monotonic_ns,
         recorder=gateway.recorder,
         candidates=gateway.candidates,

@@ -2,6 +2,8 @@
 
 It serves no request. It holds what outlives a worker: the listening sockets, the embedded store, the demo services,
 and the counters of workers that have exited, so that counters never decrease.
+
+Long because what workers share is started, replaced and stopped in one order.
 """
 
 import asyncio
@@ -19,7 +21,8 @@ from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
-from api_gateway.process.server import set_log_level, stop_within, watchdog_of
+from api_gateway.process.message_log import change_logging
+from api_gateway.process.server import stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import ReloadOutcome, ReloadState
@@ -29,6 +32,7 @@ from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
 from api_gateway.system.held_signals import unblocked_signals
+from api_gateway.system.state_folder import own_folder
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +185,10 @@ class Supervisor:
             self._stack.push_async_callback(self._demo.stop)
         if not config.store.is_shared and self._store is None:
             try:
-                self._store = EmbeddedStore(find_server())
+                has_quotas = any(limit.period is not None for limit in config.limits)
+                self._store = EmbeddedStore(
+                    find_server(), own_folder(config.state_dir) / "store" if has_quotas else None
+                )
                 self._stack.push_async_callback(self._store.stop)
                 await self._store.start()
             except NoServer as error:
@@ -343,7 +350,7 @@ class Supervisor:
             for worker in workers:
                 worker.drains_within = _drains_within(config)
         self._watchdog.set_stop_timeout(stop_within(config.server, SUPERVISOR_STOP_MARGIN))
-        set_log_level(config.log.level)
+        change_logging(config.log)
 
     async def _roll(self) -> None:
         """Replace the workers one by one, each by one that is started beside it and runs the present code."""
@@ -352,10 +359,7 @@ class Supervisor:
             await self._reloader.idle()
             for slot in self._slots:
                 if not await self._replace(slot):
-                    logger.error(
-                        "rolling restart aborted: new worker %d did not start; the remaining workers keep serving",
-                        slot.number,
-                    )
+                    logger.error("rolling restart aborted: new worker %d did not start; the others serve", slot.number)
                     return
         finally:
             self._is_rolling = False

@@ -162,6 +162,9 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
             f"routes with a host ({', '.join(hosts)}): hosts are not logged; a request is taken to have the host of"
             " the route that it had"
         )
+    if candidate.limits:
+        names = ", ".join(limit.name for limit in candidate.limits)
+        yield f"limits ({names}): only the limits of tiers and of addresses are replayed; these refuse nothing here"
     if candidate.is_demo:
         yield "routes: the candidate configures none"
     for tier in sorted(replayed.unknown_tiers):

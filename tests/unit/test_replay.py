@@ -272,6 +272,15 @@ def test_what_the_log_does_not_suffice_for_is_reported(tmp_path: Path) -> None:
     assert found["agreement"]["candidate"]["compared"] == 0
 
 
+def test_limits_that_are_not_replayed_are_reported(tmp_path: Path) -> None:
+    limit = {"name": "login", "key": "address", "rate": 1, "capacity": 10}
+    candidate = config(limits=[limit])
+    traffic = Traffic()
+    traffic.request("a")
+    report = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
+    assert any(line.startswith("limits (login): ") for line in report["not_evaluable"]), report
+
+
 def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path: Path) -> None:
     traffic = Traffic()
     traffic.request("acme", path="/api/elsewhere")
