@@ -31,7 +31,7 @@ from api_gateway.replay.page import page_of
 from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import document_of, text_of
 from api_gateway.replay.sharding import shards
-from tests.unit.test_access_log import EXCHANGES, bare
+from tests.unit.test_access_log import EXCHANGES, OfAnOrganisation, bare
 
 SECOND = 1_000_000_000
 UP = {"upstreams": {"up": {"targets": [{"url": "http://127.0.0.1:1"}]}}}
@@ -270,6 +270,35 @@ def test_what_the_log_does_not_suffice_for_is_reported(tmp_path: Path) -> None:
     assert outage.startswith("1 decisions by local_share:")
     assert found["totals"]["refused_otherwise"] == 0, "the request has the host of its route"
     assert found["agreement"]["candidate"]["compared"] == 0
+
+
+def test_limits_on_values_that_are_not_logged_are_not_evaluated(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for index in range(8):
+        traffic.request(f"client-{index % 2}", "BASIC")
+    strict = {"rate": 1, "capacity": 1}
+    tenants = {"name": "tenants", "key": ["header:x-tenant", "client"], **strict}
+    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}])
+    found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
+    (note,) = found["not_evaluable"]
+    assert note == "limit tenants: its key has header:x-tenant, which is not logged; it is not evaluated"
+    assert (found["newly_limited_by"], found["totals"]["newly_limited"]) == ({"all": 7}, 7)
+
+
+def test_clients_of_an_organisation_share_its_limit_and_a_shard(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for index in range(9):
+        traffic.request(f"client-{index % 3}", "BASIC").credential = OfAnOrganisation()
+    issuer = {"issuer": "https://issuer.example", "audiences": ["api"], "organisation_claim": "org"}
+    candidate = config(
+        limits=[{"name": "teams", "key": "organisation", "rate": 1, "capacity": 4}],
+        identity={"sources": ["jwt", "header", "address"], "jwt": {"issuers": {"one": issuer}}},
+    )
+    found = replay_logs([log_of(tmp_path, traffic.lines())], candidate, None)
+    assert found.tally.newly_limited_by == {"teams": 5}
+    (part,) = found.parts
+    shard_of, _ = shards(part.counts, part.links, 3)
+    assert len({shard_of[f"c:client-{index}"] for index in range(3)}) == 1
 
 
 def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path: Path) -> None:
