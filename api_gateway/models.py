@@ -425,6 +425,24 @@ class HeavyClient(Body):
     bare_error_bound: int
 
 
+class RegisteredClient(Body):
+    """A registered client, and its tier."""
+
+    client_id: str
+    tier: str
+    tier_source: ClientSource
+    grant_until: str | None = Field(description="End of the grant, UTC, ISO 8601; null without a grant in force.")
+    keys: int = Field(description="API keys created by this API.")
+    verified_only: bool
+
+
+class RegisteredClients(Body):
+    """A page of all registered clients: those of the configuration, then those that only the client store has."""
+
+    clients: list[RegisteredClient]
+    next: str | None = Field(description="`after` of the next page; null: this is the last one.")
+
+
 class HeavyClients(Body):
     """The heaviest clients, highest count first."""
 

@@ -1,6 +1,7 @@
 """Quotas, and how the memory limiter keeps its buckets. test_limiter_invariants.py has what holds for all limiters."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from unittest.mock import patch
@@ -10,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
-from api_gateway.rate_limiter import NEVER_NS, OVERFLOW_SLOTS, MemoryLimiter, rescale, take
+from api_gateway.rate_limiter import NEVER_NS, OVERFLOW_SLOTS, MemoryLimiter, joint_decision, rescale, take, take_each
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.examples import examples
 
@@ -596,6 +597,36 @@ def test_all_buckets_of_a_request_are_settled_each_by_its_own_debt() -> None:
     after = limiter.settle(back, decision, START + SECOND)
     assert after.debts_ns == (0, 7 * SECOND)
     assert limiter.preview(Charge("b", SLOW, 0), START + SECOND).reset_ns == 7 * SECOND
+
+
+def test_a_settlement_reports_the_tightest_bucket_by_what_it_was_settled_to() -> None:
+    limiter = MemoryLimiter([FREE, SLOW])
+    asked = [charge(FREE, 1), charge(SLOW, 1, "b")]
+    decision = limiter.decide(asked, START)
+    assert decision.key == "a"
+    dear = [charge(FREE, 1), charge(SLOW, 28, "b")]
+    changes = [Charge("a", FREE, 0), Charge("b", SLOW, SLOW.cost_ns(27))]
+    after = limiter.settle(changes, decision, START, dear)
+    assert (after.key, after.quota, after.remaining, after.reset_ns) == ("b", SLOW, 2, 56 * SECOND)
+    assert after.debts_ns == (SECOND, 56 * SECOND)
+    same = limiter.settle([Charge("a", FREE, 0), Charge("b", SLOW, -SECOND)], after, START)
+    assert (same.key, same.reset_ns) == ("b", 55 * SECOND)
+
+
+@pytest.mark.parametrize(
+    ("costs", "key"),
+    [((1, 1, 1), "c"), ((1, 8, 0), "b"), ((0, 0, 1), "c"), ((0, 0, 0), "a"), ((5, 15, 3.5), "a")],
+)
+def test_the_tightest_bucket_has_tokens_for_the_fewest_further_requests(costs: Sequence[float], key: str) -> None:
+    asked = [charge(quota, cost, name) for quota, cost, name in zip((FREE, SLOW, THIRD), costs, "abc", strict=True)]
+    found = MemoryLimiter([FREE, SLOW, THIRD]).decide(asked, START)
+    assert found.key == key
+    further = [(one.quota.burst_ns - debt_ns, one) for one, debt_ns in zip(asked, found.debts_ns, strict=True)]
+    (chosen,) = (one for one in asked if one.key == key)
+    left_ns = next(left for left, one in further if one is chosen)
+    for other_ns, one in further:
+        assert not one.increment_ns or other_ns * chosen.increment_ns >= left_ns * one.increment_ns
+    assert found == joint_decision(asked, take_each([0, 0, 0], asked, START), START)
 
 
 def test_what_is_remembered_of_refunds_is_bounded_and_forgotten() -> None:

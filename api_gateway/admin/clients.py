@@ -28,6 +28,8 @@ from api_gateway.models import (
     LimitBucketView,
     LimitReset,
     Quota,
+    RegisteredClient,
+    RegisteredClients,
     TierChange,
     TierChanged,
     TierView,
@@ -39,18 +41,28 @@ overview_router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, depe
 router = APIRouter(tags=["clients"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])
 
 
-@overview_router.get("/clients", summary="The heaviest clients")
-async def heaviest_clients(
+@overview_router.get(
+    "/clients",
+    summary="The heaviest clients, or all registered clients",
+    responses={422: {"description": "No such tier, or no such position.", **PROBLEM}, **STORE_REFUSAL},
+)
+async def list_clients(
     context: Guarded,
     sort: Annotated[Literal["limited", "requests", "bare"], Query()] = "limited",
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
-) -> HeavyClients:
+    tier: Annotated[str | None, Query(description="Registered clients of this tier, * for any, in pages.")] = None,
+    after: Annotated[str, Query(description="With tier: `next` of the page before.", max_length=200)] = "",
+) -> HeavyClients | RegisteredClients:
     """Return the clients with the most requests, refusals by rate limits, or claims of a bare id, since the start.
 
-    A claim of a bare id is counted for clients that have keys or are verified only.
+    A claim of a bare id is counted for clients that have keys or are verified only. The counts are estimates from 1000
+    counters: every client with more than a thousandth of the total is included.
 
-    The counts are estimates from 1000 counters: every client with more than a thousandth of the total is included.
+    With `tier`, return registered clients instead, in pages of about `limit`: more if the store returns more at once,
+    fewer if few clients have the tier. A client that is registered throughout is in at least one page.
     """
+    if tier is not None:
+        return await _registered(context, None if tier == "*" else _tier(context, tier), after, limit)
     recorder = (await context.aggregator.gather()).recorder
     chosen = {
         "limited": recorder.limited_by_client,
@@ -171,6 +183,25 @@ async def client(client_id: ClientId, context: Guarded) -> ClientView:
             for own, one in zip(buckets[1:], others, strict=True)
         ],
     )
+
+
+async def _registered(context: AdminContext, tier: str | None, after: str, limit: int) -> RegisteredClients:
+    try:
+        found, position = await context.clients.page(after, limit, tier)
+    except ValueError:
+        raise InvalidValue(f"after: must be next of a page, got {after!r}.") from None
+    clients = [
+        RegisteredClient(
+            client_id=client.id,
+            tier=client.quota.name,
+            tier_source=client.source,
+            grant_until=wall_time(record.grant.until) if client.source == "granted" and record.grant else None,
+            keys=len(record.keys),
+            verified_only=client.is_verified_only,
+        )
+        for client, record in found
+    ]
+    return RegisteredClients(clients=clients, next=position)
 
 
 def _tier(context: AdminContext, name: str) -> str:

@@ -217,6 +217,14 @@ class ClientStore(Protocol):
         """Return the records of these clients in order, None for those without a record."""
         ...
 
+    async def scan(self, position: str, count: int) -> tuple[list[ClientRecord], str | None]:
+        """Return about `count` records behind a position, and the position behind them; None at the end.
+
+        "" is the beginning. A record that exists throughout is returned at least once. Raises ValueError for a
+        position that was not returned.
+        """
+        ...
+
     async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
         """Return the records of the clients that have these keys in order, None for a key that no client has."""
         ...

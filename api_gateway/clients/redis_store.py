@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 REDIS_POLL_INTERVAL = 0.5  # seconds between two polls for changes
 _WRITERS = 4  # concurrent changes; each needs a connection
 _PAGE = 1_000  # records read by one command
+_CURSOR_DIGITS = 20  # of a position in a hash, an unsigned 64-bit integer
 
 _WRITE = (Path(__file__).parent / "clients.lua").read_text()
 # Returns the outcome of a change, or cancels it if it has not been made: its command may still be in transit.
@@ -140,6 +141,13 @@ class RedisClientStore:
         """Return the records of these clients in order, None for those without a readable record."""
         texts = await self._call(self._client.hmget(self._records, *client_ids))
         return [text and _record(each.encode(), text) for each, text in zip(client_ids, texts, strict=True)]
+
+    async def scan(self, position: str, count: int) -> tuple[list[ClientRecord], str | None]:
+        """Return records in the order of the server's hash table; see `ClientStore.scan`."""
+        if position and not (position.isascii() and position.isdecimal() and len(position) <= _CURSOR_DIGITS):
+            raise ValueError(f"no position of the store: {position[:40]!r}")
+        cursor, page = await self._call(self._client.hscan(self._records, int(position or 0), count=count))
+        return _records(page.items()), str(int(cursor)) if int(cursor) else None
 
     async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
         """Return the records of the clients that have these keys in order, None for a key that no client has."""

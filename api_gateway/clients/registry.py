@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from api_gateway.clients.cache import ClientCache
+from api_gateway.clients.client_pages import ListedClient, client_page
 from api_gateway.clients.grant_expiry import Expiry, ExpiryQueue
 from api_gateway.clients.identity_rules import NO_RULES, IdentityRules
 from api_gateway.clients.key_directory import KeyDirectory
@@ -414,6 +415,19 @@ class ClientRegistry:
         if record is not None and is_confirmed:
             self._apply(record)
         return record or ClientRecord(client_id), is_confirmed
+
+    async def page(self, after: str, limit: int, tier: str | None) -> tuple[list[ListedClient], str | None]:
+        """Return a page of all registered clients; see `client_page`. Raises InvalidPosition and StoreUnavailable."""
+        try:
+            return await client_page(
+                self._store, self._configured, self._client_of, after=after, limit=limit, tier=tier
+            )
+        except OSError as error:
+            message = f"The registered clients cannot be read from {self._store.name}."
+            raise StoreUnavailable(message, retry_after=5) from error
+
+    def _client_of(self, record: ClientRecord) -> Client:
+        return self._resolve(record) or self._unregistered(record)
 
     async def inspect(self, client_id: str) -> ClientStatus:
         """Return a client as in the store, or as in memory if the store is unavailable (`is_confirmed` false)."""

@@ -112,6 +112,10 @@ class SqliteClientStore:
         """Return the records of these clients in order, None for those without a record."""
         return await self._run(self._look_up, client_ids)
 
+    async def scan(self, position: str, count: int) -> tuple[list[ClientRecord], str | None]:
+        """Return records in the order of ids; see `ClientStore.scan`."""
+        return await self._run(self._scan, position, count)
+
     async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
         """Return the records of the clients that have these keys in order, None for a key that no client has."""
         return await self._run(self._look_up_keys, digests)
@@ -253,6 +257,14 @@ class SqliteClientStore:
                 (after.version - MAX_KEPT_CHANGES, now),
             )
         return WriteResult(before, after, EPOCH)
+
+    def _scan(self, position: str, count: int) -> tuple[list[ClientRecord], str | None]:
+        rows = self._open_connection.execute(
+            f"SELECT {_COLUMNS} FROM clients WHERE id > ? ORDER BY id LIMIT ?",  # noqa: S608 - constant names
+            (position, count + 1),
+        ).fetchall()
+        records = [_record(row) for row in rows[:count]]
+        return records, records[-1].id if len(rows) > count else None
 
     def _look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
         connection, found = self._open_connection, []

@@ -11,30 +11,25 @@ from api_gateway.http1.asgi import BodyReceiver
 
 
 class BodyTimer:
-    """Computes when the next piece of a body is due. The credit of a body is kept in its request."""
+    """Computes when the next piece of a body is due. The credit of a body is kept in its request.
 
-    __slots__ = ("_limits", "_paused_at", "_received")
+    `received` is the number of bytes since the deadline was last set, which the owner counts.
+    """
+
+    __slots__ = ("_limits", "_paused_at", "received")
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self._limits = limits
-        self._received = 0  # bytes since the deadline was last set
+        self.received = 0
         self._paused_at = 0.0
 
     def __repr__(self) -> str:
-        return f"<BodyTimer [{self._received} bytes since the deadline was set]>"
-
-    def begin(self) -> None:
-        """Begin with the body of the next request."""
-        self._received = 0
-
-    def receive(self, size: int) -> None:
-        """Count a received piece."""
-        self._received += size
+        return f"<BodyTimer [{self.received} bytes since the deadline was set]>"
 
     def seconds_left(self, request: BodyReceiver, now: float) -> float:
         """Return the time within which the next piece is due, and update the request's credit."""
         limits = self._limits
-        received, self._received = self._received, 0
+        received, self.received = self.received, 0
         rate = self._rate(request)
         if not rate or request.awaits_continue:  # no minimum rate, or the client still awaits 100 (Continue)
             request.body_due = None

@@ -35,11 +35,11 @@ class ConnectionTimeouts:
 
     def begin_body(self) -> None:
         """Begin with the body of the next request."""
-        self._body.begin()
+        self._body.received = 0
 
     def receive_body(self, size: int) -> None:
         """Count a piece of the body."""
-        self._body.receive(size)
+        self._body.received += size
 
     def await_body(self, owner: ConnectionOwner) -> None:
         """Set the deadline of the next body piece, if a body is incomplete."""

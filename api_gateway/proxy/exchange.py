@@ -10,6 +10,7 @@ carry the generation of the exchange and are dropped if it has changed since: th
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import ClassVar, Final, Literal, NamedTuple
 
 from api_gateway.transport.response import UpstreamResponse
@@ -265,6 +266,14 @@ def successor(states: States, event: ExchangeEvent) -> States | None:
     return None if phase is None or body is None or response is None else States(phase, body, response)
 
 
+@cache  # some hundred combinations occur
+def _moved(
+    phase: ExchangePhase, request_body: RequestBodyState, response: ResponseState, event: ExchangeEvent
+) -> States | None:
+    """Return `successor` of these states, remembered: a body that arrives in pieces has several events."""
+    return successor(States(phase, request_body, response), event)
+
+
 class ProxyExchange(UpstreamResponse):
     """The states of one exchange; it is also the response of its upstream while it arrives.
 
@@ -285,7 +294,7 @@ class ProxyExchange(UpstreamResponse):
 
     def move(self, event: ExchangeEvent) -> None:
         """Change the states by an event. Raises IllegalEvent, and changes nothing, if they do not allow it."""
-        states = successor(self.states, event)
+        states = _moved(self.phase, self.request_body, self.response, event)
         if states is None:
             raise IllegalEvent(self.states, event)
         self.phase, self.request_body, self.response = states

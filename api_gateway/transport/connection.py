@@ -91,6 +91,7 @@ class UpstreamConnection:
         "_chunks",
         "_finishing",
         "_gathered",
+        "_gathered_size",
         "_head_begun",
         "_headers",
         "_is_reading_paused",
@@ -138,6 +139,7 @@ class UpstreamConnection:
         self._is_uploading = False  # the request body is incomplete
         self._upload: asyncio.Task[None] | None = None  # that reads it from a stream
         self._gathered: list[bytes] | None = None  # the beginning of a request with a body, before its first write
+        self._gathered_size = 0  # bytes
         self._finishing: ResponseListener | None = None  # of the complete response
         self._body_left: int | None = None  # bytes of the body to be sent; None if their number is unknown
         self._rest = 0  # bytes that may still be sent while finishing
@@ -181,7 +183,7 @@ class UpstreamConnection:
         else:
             self._response = response
             self._received = self._remaining = 0
-            self._gathered = [head]
+            self._gathered, self._gathered_size = [head], len(head)
             if response.listener.expects_continue:
                 self.set_timer("read")
             self._is_uploading = True
@@ -202,7 +204,8 @@ class UpstreamConnection:
             self._transport.write(piece)
             return
         self._gathered.append(piece)
-        if sum(map(len, self._gathered)) > MAX_GATHERED:
+        self._gathered_size += len(piece)
+        if self._gathered_size > MAX_GATHERED:
             self._flush()
 
     def start(self, response: UpstreamResponse, request: bytes, *further: bytes) -> None:
@@ -232,7 +235,7 @@ class UpstreamConnection:
         if response.listener.expects_continue:
             self.set_timer("read")
         if gathers:
-            self._gathered = [*request]
+            self._gathered, self._gathered_size = [*request], sum(map(len, request))
             self.loop.call_soon(self._flush)
         else:
             self._transport.writelines(request)

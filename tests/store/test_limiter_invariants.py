@@ -621,6 +621,35 @@ def test_a_batch_decides_as_one_after_the_other_would(requests: list[list[tuple[
     assert at_once.wire.store.values == one_by_one.wire.store.values
 
 
+def test_any_number_of_buckets_is_charged_in_one_call_of_the_script() -> None:
+    store = LuaStore(START // MICROSECOND)
+    limiter = LuaLimiter(store, QUOTAS)
+    calls: list[int] = []
+    call = store.call
+    store.call = lambda keys, *arguments: calls.append(len(list(keys))) or call(keys, *arguments)  # type: ignore[method-assign,func-returns-value]
+    asked = [charge(FREE, 1, f"limit:{number}:a") for number in range(5)]
+    decision = limiter.decided(asked, START)
+    assert (decision.allowed, len(decision.debts_ns), calls) == (True, 5, [5])
+
+
+def test_a_refusal_from_memory_waits_for_all_buckets() -> None:
+    """Also for one that allows the request by its earliest reading, and not by its latest."""
+    fleet = Fleet([0])
+    (limiter,) = fleet.limiters
+    spent = [charge(FREE, 10, "a"), charge(SLOW, 30, "b")]
+    limiter.decide_async(spent, fleet.clock_ns(0), lambda _: None)
+    fleet.execute(0)
+    fleet.pass_time(LONGEST_LAG_NS // 2)
+    limiter.wire.deliver()
+    fleet.pass_time(4 * SECOND - 1_000_000)
+    asked = [charge(FREE, 4.5, "a"), charge(SLOW, 2, "b")]
+    decision = fleet.decide(0, asked)
+    assert decision is not None
+    fleet.pass_time(up_to(MICROSECOND, decision.wait_ns))
+    for one in asked:
+        assert fleet.owed(one) + one.increment_ns <= one.quota.burst_ns
+
+
 # Change of tier
 
 
@@ -895,7 +924,8 @@ class Remembering(RuleBasedStateMachine):
         assert wait_ns > 0
         assert (decision.wait_ns == NEVER_NS) == (binding.increment_ns > binding.quota.burst_ns)
         if decision.wait_ns != NEVER_NS and self.known.get((number, binding.key)) == self.charged[binding.key]:
-            most_ns = wait_ns + 2 * LONGEST_LAG_NS + binding.quota.burst_ns // 250 + MICROSECOND
+            slowest_ns = max(one.quota.burst_ns for one in asked)  # all buckets must allow it afterwards
+            most_ns = wait_ns + 2 * LONGEST_LAG_NS + slowest_ns // 250 + MICROSECOND
             assert wait_ns <= decision.wait_ns <= most_ns
 
     @rule(number=numbers)

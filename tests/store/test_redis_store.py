@@ -373,3 +373,17 @@ async def test_all_keys_lie_on_one_node_of_a_cluster(store_server: StoreServer) 
     assert len(keys) == 4
     assert all(key.startswith("{gateway:clients}:") for key in keys), keys
     assert META in keys
+
+
+async def test_all_records_are_read_in_pages(store_server: StoreServer) -> None:
+    async with opened(store_server) as store:
+        for number in range(30):
+            await store.write(f"c{number}", Change(tier="BASIC"))
+        found: set[str] = set()
+        position: str | None = ""
+        while position is not None:
+            records, position = await store.scan(position, 10)
+            found |= {record.id for record in records}
+        assert found == {f"c{number}" for number in range(30)}
+        with pytest.raises(ValueError, match="no position"):
+            await store.scan("nowhere", 10)

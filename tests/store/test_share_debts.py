@@ -285,6 +285,18 @@ def test_a_report_whose_reply_is_lost_is_not_charged_twice() -> None:
     assert not client.fleet.limiters[0].fallback.has_debts
 
 
+def test_a_request_whose_reply_was_lost_is_not_charged_again() -> None:
+    """The store has executed it; what the share admits afterwards is charged, once."""
+    client = Client(2, TWENTY)
+    client.ask(0, 0)
+    assert client.ask(0, 5, is_heard=False)
+    client.connect(0, is_up=False)
+    assert client.ask(0, 2)
+    client.connect(0, is_up=True)
+    client.ask(0, 0)
+    assert client.store_owes() == pytest.approx(7 * TWENTY.emission_ns, abs=MILLISECOND)
+
+
 def test_debts_follow_a_change_of_quota_and_of_the_number_of_gateways() -> None:
     """The filled fraction is kept, as that of a bucket is."""
     debts = ShareDebts(TWENTY.burst_ns, 10)

@@ -394,3 +394,19 @@ async def test_of_a_hundred_thousand_clients_a_write_costs_what_it_costs_of_one(
     assert "clients_without_terms" in plan[0][-1], plan
     assert (await store.write("acme", Change(tier="BASIC"))).before == ClientRecord("acme")
     await store.close()
+
+
+async def test_all_records_are_read_in_pages(tmp_path: Path) -> None:
+    store = SqliteClientStore(tmp_path)
+    await store.load(10)
+    for number in range(30):
+        await store.write(f"c{number:02}", Change(tier="BASIC"))
+    pages, position = [], ""
+    while True:
+        records, end = await store.scan(position, 10)
+        pages.append([record.id for record in records])
+        if end is None:
+            break
+        position = end
+    assert pages == [[f"c{number:02}" for number in range(first, first + 10)] for first in (0, 10, 20)]
+    await store.close()

@@ -18,13 +18,14 @@ from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.errors import GatewayError
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import Message, Receive, Scope, Send
+from api_gateway.limits.limit import Limit
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan, Stage
 from api_gateway.proxy.header_facts import HeaderReader
-from api_gateway.proxy.limit_stage import RateLimitStage
+from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -55,6 +56,19 @@ ROUTES = [
     Route("never", "/api/never", "up", cost=50),
     Route("cut", "/api/cut", "up", cost=2, strip_prefix="/api/cut", host="cut.test"),
 ]
+LIMITS = (
+    Limit("team", ("header:x-team",), Quota.per_second("team", 3, 9)),
+    Limit(
+        "posts",
+        ("client", "route"),
+        Quota.per_second("posts", 1, 4),
+        {"PAID": Quota.per_second("posts:PAID", 2, 8, "posts")},
+        routes=frozenset({"plain", "cut"}),
+        methods=frozenset({"POST"}),
+        cost=1,
+    ),
+    Limit("all", ("route",), Quota.per_second("all", 30, 60), routes=frozenset({"plain"})),
+)
 ORDER = ("ambiguity", "identity", "route", "deadline", "shedding", "limits")
 
 
@@ -98,16 +112,23 @@ class RecordingRouter(Router):
 class Paths:
     """All that decides on requests, with stages in some order, on a clock that is moved by hand."""
 
-    def __init__(self, folder: Path, order: Sequence[str] = ORDER) -> None:
+    def __init__(self, folder: Path, order: Sequence[str] = ORDER, further: Sequence[Limit] = ()) -> None:
         self.now_ns = 1_000 * NANOSECONDS
-        self.limiter = limiter = MemoryLimiter([FREE, PAID, ADDRESS])
+        own = [quota for limit in further for quota in limit.all_quotas]
+        self.limiter = limiter = MemoryLimiter([FREE, PAID, ADDRESS, *own])
         priorities = PriorityClasses({"FREE": 1, "PAID": 2})
         self.shedder = EventLoopShedder(1.0, priorities, source=random.Random(1))
         upstream = Upstream("up", [Target("http://127.0.0.1:1")], CircuitBreaker(BreakerPolicy(), 0.0), round_robin)
         router = RecordingRouter(upstream)
-        headers = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=100)
+        headers = HeaderReader(
+            id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=100, limit_fields=frozenset({b"x-team"})
+        )
         clients = ClientRegistry({"FREE": FREE, "PAID": PAID}, "FREE", {"paid": "PAID"}, SqliteClientStore(folder))
         limits = RateLimitStage(limiter=limiter, address_quota=ADDRESS, exempt=())
+        if further:
+            limits = LimitListStage(
+                limiter=limiter, address_quota=ADDRESS, exempt=(), limits=further, routes=router.routes
+            )
         stages: dict[str, Stage] = {
             "ambiguity": AmbiguityStage(),
             "identity": IdentityStage(clients=clients, priorities=priorities),
@@ -210,7 +231,8 @@ def figures_of(exchange: Exchange) -> dict[str, Any]:
 
 def headers_of(request: ExplainRequest) -> list[tuple[bytes, bytes]]:
     named = [] if request.client_id is None else [(b"X-Client-ID", request.client_id.encode())]
-    return [(b"Host", request.host.encode()), *named]
+    others = [(name.encode(), value.encode()) for name, value in request.headers.items()]
+    return [(b"Host", request.host.encode()), *named, *others]
 
 
 def scope_of(request: ExplainRequest) -> Scope:
@@ -245,11 +267,15 @@ def assert_agree(told: dict[str, Any], protocol: dict[str, Any], asgi: dict[str,
     assert (told["reason"], told["status"]) == (protocol["reason"], protocol["status"])
 
 
-async def test_ten_thousand_requests_are_decided_alike_on_all_paths(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("further", "count"), [((), 10_000), (LIMITS, 4_000)], ids=["tiers", "list"])
+async def test_thousands_of_requests_are_decided_alike_on_all_paths(
+    tmp_path: Path, further: Sequence[Limit], count: int
+) -> None:
     choose = random.Random(14)
-    protocol, asgi = Paths(tmp_path), Paths(tmp_path)
+    protocol, asgi = Paths(tmp_path, further=further), Paths(tmp_path, further=further)
     reasons: Counter[str | None] = Counter()
-    for number in range(10_000):
+    charged: Counter[int] = Counter()
+    for number in range(count):
         if number % 500 == 0:
             for one in (protocol, asgi):
                 one.shed(is_on=number % 2_000 == 0)
@@ -275,17 +301,20 @@ async def test_ten_thousand_requests_are_decided_alike_on_all_paths(tmp_path: Pa
             ),
             host=choose.choice(("cut.test", "cut.test", "cut.test:80", "other.test", "other.test", "not/valid")),
             address=choose.choice(("192.0.2.7", "192.0.2.8", "2001:db8::1")),
+            headers=choose.choice(({}, {"X-Team": "red"}, {"X-Team": "blue"})),
         )
         told = await protocol.explained(request)
         got = await protocol.through_the_protocol(request)
         assert_agree(told, got, await asgi.through_asgi(request))
         reasons[got["reason"]] += 1
+        charged[len(got["charges"] or ())] += 1
     everything = {
         *("bad_request", "client_id_invalid", "no_route", "method_not_allowed"),
         *("overloaded", "rate_limited", "cost_exceeds_capacity"),
     }
     assert reasons.keys() == {None, *everything}
     assert min(reasons.values()) > 20, reasons
+    assert max(charged) == (5 if further else 2)
 
 
 @pytest.mark.parametrize(

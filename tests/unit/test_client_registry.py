@@ -87,6 +87,11 @@ class HeldStore:
         self.tell()
         return WriteResult(before, after, self.mark.epoch)
 
+    async def scan(self, position: str, count: int) -> tuple[list[ClientRecord], str | None]:
+        await self._reach()
+        ids = sorted(name for name in self.records if name > position)
+        return [self.records[name] for name in ids[:count]], ids[count - 1] if len(ids) > count else None
+
     async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
         await self._reach()
         record = self.records[client_id]
@@ -780,3 +785,33 @@ async def test_the_ends_of_replaced_grants_are_forgotten() -> None:
             await registry.grant("acme", "PREMIUM", 5000 + number)
         assert len(registry._expiries) <= 22
         assert tier_of(registry, "acme") == ("PREMIUM", "granted")
+
+
+# Pages
+
+
+async def every_page(registry: ClientRegistry, limit: int, tier: str | None) -> list[list[str]]:
+    pages, position = [], ""
+    while True:
+        found, following_position = await registry.page(position, limit, tier)
+        pages.append([one.client.id for one in found])
+        if following_position is None:
+            return pages
+        position = following_position
+
+
+async def test_pages_have_each_registered_client_once_whatever_is_held_in_memory() -> None:
+    store = HeldStore()
+    async with following(store, configured={"conf": "BASIC", "both": "BASIC"}, limit=2) as registry:
+        for number in range(9):
+            await registry.set_tier(f"c{number}", "PREMIUM" if number % 3 else "BASIC")
+        await registry.set_tier("both", "PREMIUM")
+        await registry.delete("c4")
+        names = [name for page in await every_page(registry, 2, None) for name in page]
+        assert sorted(names) == sorted({"conf", "both"} | {f"c{number}" for number in range(9)} - {"c4"})
+        assert len(set(names)) == len(names)
+        premium = [name for page in await every_page(registry, 2, "PREMIUM") for name in page]
+        assert sorted(premium) == ["both", "c1", "c2", "c5", "c7", "c8"]
+        store.failure = OSError("down")
+        with pytest.raises(StoreUnavailable):
+            await registry.page("", 10, None)

@@ -9,7 +9,8 @@ import pytest
 from api_gateway.errors import CostExceedsCapacity, GatewayError, RateLimited
 from api_gateway.limits.limit import Limit, client_buckets, limit_of, moved_buckets
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
-from api_gateway.models import NANOSECONDS, Charge, Client, Quota
+from api_gateway.limits.script_ops import MultiNodeCharge
+from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.limit_stage import MOST_REMEMBERED, LimitListStage
@@ -245,3 +246,51 @@ def test_the_buckets_of_a_client_by_route_are_known() -> None:
         ("limit:every:client:acme|login", "every", "login"),
     ]
     assert moved_buckets([pair], ACME, ACME) == [("client:acme", FREE, FREE)]
+
+
+# On a cluster
+
+
+class Nodes:
+    """The parts of a limiter whose buckets are on several nodes, each with a clock of its own."""
+
+    def __init__(self, *replies: Decision) -> None:
+        self.replies = list(replies)
+        self.settled: list[Charge] = []
+        self.batcher = self
+        self.store_key = str
+
+    def submit(self, op: Any) -> None:
+        op._on_decision(self.replies.pop(0))
+
+    def settle(self, changes: Sequence[Charge], _decision: Decision, _now_ns: int) -> None:
+        self.settled += changes
+
+
+def joint(charges: list[Charge], *replies: Decision) -> tuple[Decision, list[Charge]]:
+    found: list[Decision] = []
+    nodes = Nodes(*replies)
+    MultiNodeCharge(nodes, charges, 0, found.append).submit()  # type: ignore[arg-type]  # what it uses of a limiter
+    (decision,) = found
+    return decision, nodes.settled
+
+
+def test_on_a_cluster_the_tightest_bucket_is_reported_and_each_settled_on_its_own_clock() -> None:
+    charges = [Charge("client:acme", FREE, FREE.cost_ns(1)), Charge("limit:login:a", LOGIN, LOGIN.cost_ns(1))]
+    first = Decision("client:acme", FREE, True, 9, 0, FREE.cost_ns(1), 1_000, source="store")
+    other = Decision("limit:login:a", LOGIN, True, 2, 0, LOGIN.cost_ns(1), 3_000, source="store")
+    decision, settled = joint(charges, first, other)
+    assert (decision.key, decision.remaining, settled) == ("limit:login:a", 2, [])
+    assert [decision.at_ns + debt_ns for debt_ns in decision.debts_ns] == [
+        1_000 + FREE.cost_ns(1),
+        3_000 + LOGIN.cost_ns(1),
+    ]
+
+
+def test_on_a_cluster_a_refusal_refunds_the_others_and_names_all_that_refuse() -> None:
+    quotas = [FREE, LOGIN, TEAM]
+    charges = [Charge(quota.name, quota, quota.cost_ns(1)) for quota in quotas]
+    replies = [Decision(quota.name, quota, quota is FREE, 0, 0 if quota is FREE else 5, 5, 1_000) for quota in quotas]
+    decision, settled = joint(charges, *replies)
+    assert (decision.allowed, decision.violated) == (False, (LOGIN, TEAM))
+    assert [(change.key, change.increment_ns) for change in settled] == [("FREE", -FREE.cost_ns(1))]

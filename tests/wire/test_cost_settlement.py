@@ -342,3 +342,36 @@ def test_a_refusal_of_the_limiter_gives_nothing_back(gateway: StartGateway, upst
     statuses = [get(running, way).status for _ in range(15)]
     assert statuses == [200] * 10 + [429] * 5
     assert settled(running)["refunded"] == 0
+
+
+# Limits beside those of the tiers
+
+LIMITS = [
+    {"name": "tokens", "rate": 0.01, "capacity": 100, "routes": ["all"]},
+    {"name": "requests", "rate": 0.01, "capacity": 5, "cost": 1},
+]
+
+
+@both_ways
+def test_each_limit_is_settled_but_one_with_a_cost_of_its_own(
+    gateway: StartGateway, upstream: StartUpstream, way: str
+) -> None:
+    """And the response shows the limit that is then the tightest."""
+    up = upstream()
+    running = warm(gateway(in_front_of(up.url) | {"limits": LIMITS}))
+    assert get(running, way).all("ratelimit") == [b'"requests";r=4;t=400']
+    up.behave = costs(b"90")
+    answer = get(running, way)
+    assert answer.all("ratelimit") == [b'"tokens";r=9;t=900']
+    assert answer.all("ratelimit-policy") == [b'"free";q=100000;w=100, "tokens";q=100;w=10000, "requests";q=5;w=500']
+    shown = ask(f"{running.url}/clients/c").json()["limits"]
+    assert {one["limit"]: round(one["tokens"]) for one in shown} == {"tokens": 9, "requests": 3}
+    up.behave = costs(b"0")
+    assert get(running, way).all("ratelimit") == [b'"requests";r=2;t=200'], "it costs no tokens, and is a request"
+
+
+def test_a_request_that_reached_no_upstream_is_refunded_by_each_limit(gateway: StartGateway) -> None:
+    running = gateway(in_front_of("http://127.0.0.1:9") | {"limits": LIMITS})
+    assert get(running, "fast path").status >= 500
+    shown = ask(f"{running.url}/clients/c").json()["limits"]
+    assert {one["limit"]: round(one["tokens"]) for one in shown} == {"tokens": 100, "requests": 5}

@@ -254,3 +254,42 @@ def test_names_of_limits_differ_in_more_than_letter_case(tmp_path: Path) -> None
     path.write_text(json.dumps(in_front_of("http://127.0.0.1:9") | {"limits": [limit, limit | {"name": "ONE"}]}))
     with pytest.raises(ConfigError, match=r"limits\[1\] \(ONE\)\.name: is also the name of limits\[0\]"):
         load_config(path)
+
+
+# All registered clients
+
+
+def test_registered_clients_are_listed_in_pages(get: Get, running: RunningGateway) -> None:
+    for number in range(7):
+        answer = ask(
+            f"{running.url}/clients/listed-{number}/tier",
+            method="POST",
+            headers=TOKEN | {"Content-Type": "application/json"},
+            body=json.dumps({"tier": "BASIC" if number % 2 else "ENTERPRISE"}).encode(),
+        )
+        assert answer.status == 200
+
+    def pages(**query: str) -> tuple[list[dict[str, Any]], int]:
+        found: list[dict[str, Any]] = []
+        after, count = "", 0
+        while True:
+            text = "&".join(f"{name}={value}" for name, value in {**query, "after": after}.items())
+            page = get(f"/clients?{text}", **TOKEN).json()
+            found, count = found + page["clients"], count + 1
+            if page["next"] is None:
+                return found, count
+            after = page["next"]
+
+    every, count = pages(tier="*", limit="2")
+    listed = {one["client_id"]: one["tier"] for one in every}
+    assert count > 4
+    assert len(every) == len(listed)
+    assert {f"listed-{number}" for number in range(7)} | {"rich"} <= listed.keys()
+    assert all(one["tier_source"] in ("registered", "configured", "granted") for one in every)
+    rich = next(one for one in every if one["client_id"] == "rich")
+    assert (rich["tier"], rich["tier_source"], rich["keys"], rich["grant_until"]) == ("PREMIUM", "configured", 0, None)
+    basic, _ = pages(tier="basic", limit="100")
+    assert [one["client_id"] for one in basic] == ["listed-1", "listed-3", "listed-5"]
+    assert get("/clients?tier=gold", **TOKEN).status == 422
+    wrong = get("/clients?tier=*&after=nowhere", **TOKEN)
+    assert (wrong.status, json.loads(wrong.body)["detail"]) == (422, "after: must be next of a page, got 'nowhere'.")

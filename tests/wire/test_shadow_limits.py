@@ -160,6 +160,33 @@ def test_a_decision_of_the_store_counts_once_the_store_has_responded() -> None:
     assert trying.counted == (1, 0)
 
 
+LOGIN = Quota.per_second("login", 1, 9)
+CANDIDATES = {"login": Quota.per_second("login candidate", 1, 5, "login")}
+
+
+def request_of(trying: Trying, *further: Charge) -> Exchange:
+    exchange = Exchange("id", "GET", "/api/x", "192.0.2.7", 0.0, Client("c", "client:c", FREE, "default"))
+    exchange.route, exchange.cost = "r", 1
+    exchange.charges = [Charge("client:c", FREE, FREE.cost_ns(1)), *further]
+    exchange.decision = trying.limiter.decide(exchange.charges, trying.now_ns)
+    trying.shadow.observe(exchange)
+    return exchange
+
+
+def test_a_candidate_of_a_limit_is_evaluated_with_all_limits_of_the_request() -> None:
+    trying = Trying(candidates=CANDIDATES)
+    login = Charge("limit:login:192.0.2.7", LOGIN, LOGIN.cost_ns(1), 1)
+    for _ in range(12):
+        exchange = request_of(trying, login)
+    assert exchange.trial is not None
+    keys = [charge.key for charge in exchange.trial[0]]
+    assert keys == ["candidate:client:c", "candidate:limit:login:192.0.2.7"]
+    assert exchange.trial[1].quota is CANDIDATES["login"]
+    assert trying.recorder.would_limit == {"FREE": 4, "PAID": 0}
+    assert trying.recorder.would_refuse_by_limit == {("login", "FREE"): 4}
+    assert request_of(trying).trial is None, "none of its limits has a candidate"
+
+
 # Seen from outside
 
 

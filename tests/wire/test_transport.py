@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from api_gateway.transport import connection
-from api_gateway.transport.connection import MAX_REST
+from api_gateway.transport.connection import MAX_REST, UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport, probe, tls_context
 from api_gateway.transport.request import Origin
-from api_gateway.transport.response import NoListener
+from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, reply, soon
 
 StartUpstream = Callable[..., RawUpstream]
@@ -1346,3 +1346,33 @@ async def test_a_probe_without_a_response_raises(
     probing: Awaitable[int] = probe(transport, up.url, 0.2)
     with pytest.raises(httpx.TransportError):
         await asyncio.wait_for(probing, 2)
+
+
+async def test_a_piece_that_is_gathered_does_not_cost_a_look_at_all_others() -> None:
+    """A client may send a body in thousands of small pieces in one read."""
+    looks = 0
+
+    class Piece(bytes):
+        def __len__(self) -> int:
+            nonlocal looks
+            looks += 1
+            return super().__len__()
+
+    class Taker:
+        taken = 0
+
+        def writelines(self, pieces: Sequence[bytes]) -> None:
+            self.taken += sum(map(len, pieces))
+
+        def write(self, piece: bytes) -> None:
+            self.taken += len(piece)
+
+    upstream, taker = UpstreamConnection(asyncio.get_running_loop()), Taker()
+    upstream.connection_made(taker)  # type: ignore[arg-type]  # as far as it is used
+    response = UpstreamResponse(upstream, "POST", {}, NO_LISTENER)
+    upstream.begin(response, [b"head"], None, gathers=True)
+    for _ in range(5_000):
+        upstream.send_piece(Piece(b"x"))
+    await asyncio.sleep(0)
+    assert looks <= 10 * 5_000
+    assert taker.taken == len(b"head") + 5_000
