@@ -45,6 +45,7 @@ from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, 
 from api_gateway.settings.store import StoreSection
 from api_gateway.settings.upstreams import UpstreamSection
 from api_gateway.settings.usage import UsageSection
+from api_gateway.settings.webhook import WebhookSection
 from api_gateway.system.state_folder import StateError, default_state_dir
 
 ENV_PREFIX = "GATEWAY_"
@@ -112,6 +113,7 @@ class GatewayConfig(BaseSettings):
     default_tier: TierName = "FREE"
     clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
     limits: list[LimitSection] = Field(default=[], description="Besides those of tiers and addresses.")
+    webhook: WebhookSection = WebhookSection()
     upstreams: dict[Identifier, UpstreamSection] = {}
     routes: list[RouteSection] = []
     addresses: AddressesSection = AddressesSection()

@@ -27,6 +27,7 @@ _COUNTERS = (
     "would_refuse",
     "bare_client_ids",
     "settlements",
+    "quota_warnings",
     "operator_rejections",
     "operator_changes",
     "dropped_lines",
@@ -139,6 +140,7 @@ class Recorder:
         )  # admitted by identity.mode observe
         self.bare_client_ids: Counter[str] = Counter(dict.fromkeys(("admitted", "refused"), 0))
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
+        self.quota_warnings: Counter[str] = Counter()  # by the name of the limit
         places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
         self.operator_changes: Counter[str] = Counter()  # changes by operators, by action

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -85,6 +85,18 @@ class Charge:
     own_cost: float | None = None
 
 
+class Notice(NamedTuple):
+    """A client has reached a share of its allowance in the present period of a calendar quota.
+
+    `policy` names the quota in responses. `remaining` are whole tokens, and `seconds` the time until the period ends.
+    """
+
+    policy: str
+    share: float
+    remaining: int
+    seconds: int
+
+
 @dataclass(slots=True)
 class Decision:
     """The result of the limiter for one request: that of its tightest bucket, or of the one that refuses longest.
@@ -107,6 +119,7 @@ class Decision:
     debts_ns: tuple[int, ...] = field(default=(), compare=False)
     source: DecisionSource = "memory"
     violated: tuple[Quota, ...] = ()
+    notices: tuple[Notice, ...] = ()
 
     @property
     def retry_after(self) -> float | None:

@@ -36,6 +36,7 @@ class AuditAction(StrEnum):
     GRANT_SET = "grant_set"
     GRANT_ENDED = "grant_ended"
     BUCKETS_FILLED = "buckets_filled"
+    QUOTA_CHANGED = "quota_changed"
     CLIENT_REMOVED = "client_removed"
     KEY_CREATED = "key_created"
     KEY_ROTATED = "key_rotated"

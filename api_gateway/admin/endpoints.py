@@ -11,7 +11,19 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from api_gateway.admin import audit, breakers, clients, configuration, explain, health, keys, limits, metrics, usage
+from api_gateway.admin import (
+    audit,
+    breakers,
+    clients,
+    configuration,
+    explain,
+    health,
+    keys,
+    limits,
+    metrics,
+    quotas,
+    usage,
+)
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
@@ -34,6 +46,7 @@ _ROUTERS = (
     clients.router,
     limits.router,
     keys.router,
+    quotas.router,
     usage.router,
 )
 

@@ -27,6 +27,7 @@ from api_gateway.errors import GatewayError, InvalidValue, Reason
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.limits.limit import Limit
+from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.middleware import is_proxied
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, Quota, TierView
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
@@ -62,7 +63,9 @@ class _Bucket:
 
     @property
     def debt_ns(self) -> int:
-        """Nanoseconds until the bucket is full, without the charge, which is not made."""
+        """Nanoseconds until the bucket is full, without the charge, which is not made; of a counter, its period."""
+        if isinstance(self.charge.quota, PeriodQuota):
+            return self.decision.reset_ns
         return self.decision.reset_ns - (self.charge.increment_ns if self.decision.allowed else 0)
 
     @property
@@ -74,6 +77,8 @@ class _Bucket:
     def more(self) -> float:
         """How many such charges the bucket allows after this one."""
         left_ns = self.charge.quota.burst_ns - self.decision.reset_ns
+        if isinstance(self.charge.quota, PeriodQuota):
+            left_ns = self.decision.remaining * self.charge.quota.emission_ns - self.charge.increment_ns
         return left_ns / self.charge.increment_ns if self.charge.increment_ns else float("inf")
 
 
@@ -340,7 +345,9 @@ def _bucket_view(bucket: _Bucket) -> BucketExplained:
     return BucketExplained(
         key=charge.key,
         policy=quota.policy,
-        tokens=round((quota.burst_ns - bucket.debt_ns) / quota.emission_ns, 3),
+        tokens=float(decision.remaining)
+        if isinstance(quota, PeriodQuota)
+        else round((quota.burst_ns - bucket.debt_ns) / quota.emission_ns, 3),
         capacity=quota.capacity,
         cost=round(charge.increment_ns / quota.emission_ns, 6),
         allowed=decision.allowed,

@@ -11,6 +11,7 @@ from pydantic import Field
 from api_gateway.admin.context import AdminContext, Guarded
 from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit, limit_of
+from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.metrics import Recorder
 from api_gateway.models import Body, Quota
 from api_gateway.rate_limiter import MemoryLimiter
@@ -25,8 +26,11 @@ class AllowanceView(Body):
     """What a limit allows."""
 
     tier: str | None = Field(description="The tier whose clients have it; null: all others that the limit applies to.")
-    rate: float = Field(description="Tokens added per second.")
-    capacity: int = Field(description="Maximum number of tokens in a bucket.")
+    rate: float | None = Field(description="Tokens added per second; null for a calendar quota.")
+    capacity: int | None = Field(description="Maximum number of tokens in a bucket; null for a calendar quota.")
+    quota: int | None = Field(description="Tokens in each period; null for a bucket.")
+    period: Literal["hour", "day", "week", "month"] | None = Field(description="Of a calendar quota.")
+    time_zone: str | None = Field(description="Of a calendar quota.")
 
 
 class HeavyBucket(Body):
@@ -150,7 +154,7 @@ def _view(
         name=name,
         kind=kind,
         key=key,
-        allowances=[AllowanceView(tier=tier, rate=quota.rate, capacity=quota.capacity) for tier, quota in allowances],
+        allowances=[_allowance_view(tier, quota) for tier, quota in allowances],
         routes=routes,
         methods=methods,
         cost=cost,
@@ -159,6 +163,13 @@ def _view(
         refusals=0,
         heaviest=[],
     )
+
+
+def _allowance_view(tier: str | None, quota: Quota) -> AllowanceView:
+    if isinstance(quota, PeriodQuota):
+        unit, zone = quota.calendar.unit, quota.calendar.zone.key
+        return AllowanceView(tier=tier, rate=None, capacity=None, quota=quota.capacity, period=unit, time_zone=zone)
+    return AllowanceView(tier=tier, rate=quota.rate, capacity=quota.capacity, quota=None, period=None, time_zone=None)
 
 
 def _with_figures(view: LimitView, recorder: Recorder, counts: dict[str, int] | None) -> LimitView:

@@ -52,7 +52,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     limit_headers = RateLimitHeaders()
     settlement = CostSettlement(
-        limiter=gateway.limiter,
+        limiter=gateway.charging,
         clock_ns=clocks.monotonic_ns,
         recorder=recorder,
         limit_headers=limit_headers,
@@ -94,7 +94,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         headers=headers,
         router=router,
         limits=limits,
-        limiter=gateway.limiter,
+        limiter=gateway.charging,
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
         claim_of_key=sources.claim_of_key,
@@ -108,10 +108,10 @@ def _limits(gateway: Gateway) -> RateLimitStage:
     exempt, shadow = gateway.config.address_limit.exempt, _shadow(gateway)
     if not gateway.quotas.limits:
         return RateLimitStage(
-            limiter=gateway.limiter, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
+            limiter=gateway.charging, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
         )
     return LimitListStage(
-        limiter=gateway.limiter,
+        limiter=gateway.charging,
         address_quota=gateway.address_quota,
         exempt=exempt,
         shadow=shadow,
@@ -170,7 +170,7 @@ def _admission(
             CredentialStage(
                 clients=gateway.clients,
                 priorities=gateway.priorities,
-                limiter=gateway.limiter,
+                limiter=gateway.charging,
                 charges_of_address=limits.charges_of_address,
                 is_enforced=is_enforced,
                 on_observed=observer.on_observed,
@@ -262,7 +262,7 @@ def _next_number(gateway: Gateway) -> Callable[[], int] | None:
 
 def _shadow(gateway: Gateway) -> ShadowLimits | None:
     shadow = ShadowLimits(
-        limiter=gateway.limiter,
+        limiter=gateway.charging,
         clock_ns=gateway.clocks.monotonic_ns,
         recorder=gateway.recorder,
         candidates=gateway.candidates,

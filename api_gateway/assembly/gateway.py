@@ -3,6 +3,8 @@
 A `Gateway` is one configuration and its runtime objects. It is immutable: a reload builds the next one, which keeps
 objects by name (buckets, breakers, targets, pools, counters), creates new ones, and retires those not configured any
 more. `plan` does everything that can fail and changes nothing; `commit` neither waits nor fails.
+
+Long because the parts are started, changed and stopped in one order.
 """
 
 import asyncio
@@ -18,6 +20,7 @@ import httpx
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
 from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
+from api_gateway.assembly.quotas import QuotaKeeping
 from api_gateway.assembly.routes import cors_of, route_of
 from api_gateway.assembly.stores import (
     REPLACED_WITHIN,
@@ -55,6 +58,7 @@ from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.route_table import Route, RouteTable
+from api_gateway.rate_limiter import RateLimiter
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.system.clocks import Clocks
@@ -84,7 +88,9 @@ class Gateway:
     table: RouteTable
     priorities: PriorityClasses
     upstreams: Mapping[str, LiveUpstream]
-    limiter: Limiter
+    limiter: Limiter  # of buckets
+    charging: RateLimiter  # of requests: the same, or with counters of calendar quotas
+    keeping: QuotaKeeping
     clients: ClientRegistry
     recorder: Recorder
     overrides: BreakerOverrides
@@ -199,6 +205,9 @@ class Assembly:
             if isinstance(gateway.limiter, RedisLimiter):
                 stack.push_async_callback(gateway.limiter.close)
                 await gateway.limiter.start()
+            stack.push_async_callback(gateway.keeping.close)
+            await gateway.keeping.open(config)
+            gateway.keeping.follow_webhook(config.webhook)
             await gateway.overrides.refresh()
             modes = asyncio.create_task(gateway.overrides.follow_file(), name="modes of circuit breakers")
             stack.push_async_callback(_cancelled, modes)
@@ -216,6 +225,8 @@ class Assembly:
         """Do everything that can fail when applying a configuration; change nothing. Raises StartupError."""
         if config.is_demo:
             config = await self._with_demo(config)
+        if getattr(self, "gateway", None) is not None:
+            await self.gateway.keeping.open(config)
         return await asyncio.to_thread(self._plan, config)
 
     def _plan(self, config: GatewayConfig) -> Plan:
@@ -261,8 +272,10 @@ class Assembly:
             priorities=plan.priorities,
             upstreams=upstreams,
             tokens=plan.tokens,
+            charging=before.keeping.limiter(before.limiter, plan.quotas.limits, config),
             cors=plan.cors,
         )
+        before.keeping.follow_webhook(config.webhook)
         return self.gateway
 
     def _on_key_fetch(self, issuer: str, succeeded: bool) -> None:  # noqa: FBT001 - a callback
@@ -285,6 +298,18 @@ class Assembly:
             for name, one in plan.upstreams.items()
             if one is not None
         }
+        recorder = Recorder(
+            (route.name for route in plan.routes),
+            upstreams,
+            quotas.tiers,
+            config.metrics.percentiles,
+            clocks.monotonic(),
+            self._rejections,
+            *process_output().losses,
+            PARSED_HEADS,
+            ILLEGAL_EVENTS.counts,
+        )
+        keeping = QuotaKeeping(config, recorder, clocks)
         return Gateway(
             config=config,
             quotas=quotas,
@@ -293,18 +318,10 @@ class Assembly:
             priorities=plan.priorities,
             upstreams=upstreams,
             limiter=limiter,
+            charging=keeping.limiter(limiter, quotas.limits, config),
+            keeping=keeping,
             clients=registry_of(config, quotas, clocks, self._on_client_change),
-            recorder=Recorder(
-                (route.name for route in plan.routes),
-                upstreams,
-                quotas.tiers,
-                config.metrics.percentiles,
-                clocks.monotonic(),
-                self._rejections,
-                *process_output().losses,
-                PARSED_HEADS,
-                ILLEGAL_EVENTS.counts,
-            ),
+            recorder=recorder,
             overrides=BreakerOverrides(
                 OverrideFile(own_folder(config.state_dir)),
                 {name: live.upstream_client.upstream.breaker for name, live in upstreams.items()},

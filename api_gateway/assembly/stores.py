@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from zoneinfo import ZoneInfo
 
 from api_gateway.assembly.identity import identity_rules
 from api_gateway.clients.records import ClientStore
@@ -17,6 +18,8 @@ from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
+from api_gateway.limits.period_counters import PeriodQuota
+from api_gateway.limits.periods import Calendar
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
@@ -114,8 +117,9 @@ class Quotas:
 
     @property
     def all(self) -> list[Quota]:
-        """All quotas, without their tiers."""
-        further = [quota for limit in self.limits for quota in limit.all_quotas]
+        """All quotas of buckets, without their tiers."""
+        quotas = [quota for limit in self.limits for quota in limit.all_quotas]
+        further = [quota for quota in quotas if not isinstance(quota, PeriodQuota)]
         return [*self.tiers.values(), *self.candidates.values(), *([self.address] if self.address else []), *further]
 
     @property
@@ -150,6 +154,16 @@ def _limit(section: LimitSection) -> Limit:
 
 
 def _allowance(limit: LimitSection, section: AllowanceSection, name: str) -> Quota | None:
+    if section.quota is not None and limit.period is not None:
+        return PeriodQuota.of(
+            name,
+            section.quota,
+            Calendar(limit.period, ZoneInfo(limit.time_zone)),
+            limit.name,
+            is_from_start=limit.starts == "client",
+            carry_over=limit.carry_over,
+            warn_at=tuple(limit.warn_at),
+        )
     if section.rate is None or section.capacity is None:
         return None
     return Quota.per_second(name, section.rate, section.capacity, limit.name)

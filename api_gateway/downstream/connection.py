@@ -27,12 +27,13 @@ from api_gateway.downstream.request_input import RequestIntake, receive, replay_
 from api_gateway.downstream.request_reader import RequestReader
 from api_gateway.downstream.server_context import ServerContext
 from api_gateway.downstream.slots import SURPLUS_TIMEOUT
-from api_gateway.downstream.states import ILLEGAL_EVENTS, START, ConnectionEvent, ConnectionState, Reading
+from api_gateway.downstream.states import ILLEGAL_EVENTS, START, ConnectionEvent, ConnectionState, Reading, Service
 from api_gateway.downstream.timeouts import ConnectionTimeouts
 from api_gateway.errors import GatewayError
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.http1.asgi import SERVER_EXTENSION, UNIX_PEER, BodyReceiver, FastPathProvider, InFlight
 from api_gateway.http1.request_head import RequestHead
+from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList
 
 _EXCHANGE_BEGUN: Final = ConnectionEvent.EXCHANGE_BEGUN  # attributes of an enumeration are slow to read
@@ -184,6 +185,7 @@ class DownstreamConnection:
         """Release the connection's resources and abort its exchanges (asyncio callback)."""
         if self.state.is_lost:  # a tunnel that begins after the loss reports it again
             return
+        is_tunnelled = self.state.service is Service.TUNNELLING
         self.move(ConnectionEvent.LOST)
         connections: set[Any] = self._server.state.connections  # as above
         connections.discard(self)
@@ -199,7 +201,7 @@ class DownstreamConnection:
                 self._pipeline.current.disconnect()
         if self._reader is not None:
             self._reader.close()
-        if exchange is not None:
+        if exchange is not None and not is_tunnelled:  # a tunnel has both connections, and ends by itself
             exchange.on_client_disconnected()
         receiving, self.receiving = self.receiving, None
         if receiving is not None:
@@ -344,6 +346,10 @@ class DownstreamConnection:
             self.become_idle()
         else:
             self.close()
+
+    def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
+        """Send 101 for the exchange in flight and give up the transport, see `detach_transport`."""
+        return self.detach_transport(render_response_head(101, reason, headers))
 
     def become_idle(self) -> None:
         """Set the timeout for the next request; open the fast path if nothing of it has arrived."""

@@ -23,11 +23,12 @@ class RequestIntake:
     ASGI path. One without a body is offered at its end, one with a body when its head is complete.
     """
 
-    __slots__ = ("_offered", "_owner")
+    __slots__ = ("_is_taken", "_offered", "_owner")
 
     def __init__(self, owner: ConnectionOwner) -> None:
         self._owner = owner
         self._offered: RequestHead | None = None  # without a body, to be offered at its end
+        self._is_taken = False  # the fast path has taken the last one of those
 
     def __repr__(self) -> str:
         return f"<RequestIntake of {self._owner!r}>"
@@ -86,8 +87,10 @@ class RequestIntake:
         """End the request; offer it to the fast path if it had no body."""
         owner = self._owner
         head, self._offered = self._offered, None
+        self._is_taken = False
         if head is not None:
             if owner.app.fast_path.current.try_head(owner, head, []):
+                self._is_taken = True
                 return
             self._enqueue(head, [])
         request, owner.receiving = owner.receiving, None
@@ -104,8 +107,11 @@ class RequestIntake:
             owner.timeouts.apply(owner)
 
     def on_handshake(self) -> None:
-        """Hold the input after a WebSocket handshake until its response."""
-        self._owner.move(ConnectionEvent.HOLD)
+        """Hold the input after a WebSocket handshake until its response, as the fast path does with any request."""
+        if self._is_taken:
+            self._owner.reader.renew()
+        else:
+            self._owner.move(ConnectionEvent.HOLD)
 
     def refuse(self, error: GatewayError) -> None:
         """Refuse the request that is being read."""
@@ -117,7 +123,6 @@ def _is_for_fast_path(owner: ConnectionOwner, head: RequestHead) -> bool:
     state = owner.state
     return (
         head.version == "1.1"
-        and not head.upgrade
         and not owner.slot.surplus
         and not owner.is_write_paused
         and state.service is Service.IDLE

@@ -146,6 +146,7 @@ SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
         ConnectionEvent.BODY_AWAITED: Service.FORWARDING,
         ConnectionEvent.EXCHANGE_ENDED: Service.IDLE,
         ConnectionEvent.LAST_RESPONSE: Service.IDLE,
+        ConnectionEvent.SWITCH: Service.TUNNELLING,
         ConnectionEvent.CLOSE: Service.CLOSING,
         ConnectionEvent.LOST: Service.LOST,
     },
@@ -158,7 +159,10 @@ SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
         ConnectionEvent.CLOSE: Service.CLOSING,
         ConnectionEvent.LOST: Service.LOST,
     },
-    Service.TUNNELLING: {ConnectionEvent.LOST: Service.LOST},
+    Service.TUNNELLING: {
+        ConnectionEvent.LAST_RESPONSE: Service.TUNNELLING,  # the exchange was aborted; the transport follows
+        ConnectionEvent.LOST: Service.LOST,
+    },
     Service.LINGERING: {ConnectionEvent.CLOSE: Service.CLOSING, ConnectionEvent.LOST: Service.LOST},
     Service.CLOSING: {
         **dict.fromkeys(_LATE, Service.CLOSING),

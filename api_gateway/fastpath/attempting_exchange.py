@@ -37,14 +37,17 @@ class AttemptingExchange(RelayingExchange):
 
     def _start(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         """Begin an attempt: send the request on an idle connection, or open one."""
-        exchange = self.exchange
-        exchange.target, exchange.sent_at = attempt.target.url, now
-        exchange.attempts += 1
+        self._note_attempt(attempt, now)
         connection = upstream_client.idle_connection(attempt.target, self.plan.principal)
         if connection is None:
             self._begin_to_connect(upstream_client, attempt, now)
         else:
             self._send(connection, upstream_client, attempt, now)
+
+    def _note_attempt(self, attempt: Attempt, now: float) -> None:
+        exchange = self.exchange
+        exchange.target, exchange.sent_at = attempt.target.url, now
+        exchange.attempts += 1
 
     def _key(self, upstream_client: UpstreamClient) -> str:
         """Return the key for load balancing."""
@@ -67,9 +70,7 @@ class AttemptingExchange(RelayingExchange):
         if deadline is not None and not deadline.is_of_client:
             seconds = min(seconds, deadline.remaining(now) / 2)
         try:
-            connection = await upstream_client.connection(
-                attempt.target, self.plan.principal, seconds, self._on_connect, is_fresh=self.is_repeated
-            )
+            connection = await self._acquire(upstream_client, attempt, seconds)
         except Exception as error:  # noqa: BLE001 - any other than these is a defect, which is recorded
             if generation != self.generation:
                 return
@@ -85,6 +86,12 @@ class AttemptingExchange(RelayingExchange):
             return
         self.task = None
         self._send(connection, upstream_client, attempt, self._context.clock())
+
+    async def _acquire(self, upstream_client: UpstreamClient, attempt: Attempt, seconds: float) -> UpstreamCall:
+        """Open or await a connection. Raises httpx.TransportError."""
+        return await upstream_client.connection(
+            attempt.target, self.plan.principal, seconds, self._on_connect, is_fresh=self.is_repeated
+        )
 
     def _on_connect(self) -> None:
         """Note that a connection is being opened, which matters for the refund."""

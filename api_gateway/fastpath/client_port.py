@@ -4,6 +4,7 @@ import asyncio
 from typing import Protocol
 
 from api_gateway.http1.asgi import BodyReceiver, InFlight
+from api_gateway.models import HeaderList
 from api_gateway.proxy.header_facts import RewrittenHeaders
 
 
@@ -62,4 +63,8 @@ class Downstream(Protocol):
 
     def write_response(self, response: bytes, *, keep_alive: bool) -> None:
         """Send a complete response to a request for which `begin_exchange` was not called."""
+        ...
+
+    def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
+        """Send 101 and return the transport, with the bytes that the client has already sent in the new protocol."""
         ...

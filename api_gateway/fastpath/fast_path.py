@@ -2,7 +2,7 @@
 
 Most requests wait for nothing but the rest of their body and the upstream's response. They need no ASGI scope, no
 coroutine and no task. A head that is not plain is left to the general parser, which offers it again with what it has
-read (`try_head`). Requests of HTTP/1.0, handshakes, and those that follow a request on the ASGI path are served there,
+read (`try_head`). Requests of HTTP/1.0, and those that follow a request on the ASGI path are served there,
 by the same `Admission`.
 `proxy.exchange` has the states of an exchange, `fast_exchange` the actions.
 """
@@ -13,6 +13,7 @@ from api_gateway.errors import GatewayError
 from api_gateway.fastpath.client_port import Downstream
 from api_gateway.fastpath.context import ExchangeContext
 from api_gateway.fastpath.fast_exchange import FastExchange
+from api_gateway.fastpath.tunnelling_exchange import TunnellingExchange
 from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.request_head import RequestHead
@@ -85,7 +86,8 @@ class FastPath(ExchangeContext):
             result = self.admission.decide(plan)
         except Exception as error:  # noqa: BLE001 - as in `try_handle`
             result = self.record.internal_error(plan.exchange, error)
-        exchange = FastExchange(self, client, headers, plan, b"", trailers)
+        kind = TunnellingExchange if head.upgrade else FastExchange
+        exchange = kind(self, client, headers, plan, b"", trailers)
         if result is not None and isinstance(result, Wait):
             exchange.wait(result)
             return True

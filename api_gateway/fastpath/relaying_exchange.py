@@ -62,7 +62,7 @@ class RelayingExchange(ExchangeLife):
     def on_complex_head(self) -> None:
         """Forward interim responses, and take no more than READ_SIZE at once: the parser's callbacks take time."""
         if self.upload is None or self.upload.is_complete:
-            self.listener = _Interim(self._client, self._context.via)
+            self.listener = InterimListener(self._client, self._context.via)
         self.is_relayed = False
 
     def on_complex_chunk(self) -> None:
@@ -112,7 +112,15 @@ class RelayingExchange(ExchangeLife):
                 self.on_drain()
 
     def _begin_stream(self, attempt: Attempt) -> bool:
-        """Settle an attempt with an event stream, because its end shows nothing about the upstream.
+        """Settle an attempt with an event stream; return False if there is no place for it."""
+        if not self._leave_pool(attempt):
+            return False
+        if b"content-encoding" not in self.fields:  # a coding hides the boundaries of events
+            self.events = EventBoundaries()
+        return True
+
+    def _leave_pool(self, attempt: Attempt) -> bool:
+        """Settle an attempt with a tunnel or an event stream, because its end shows nothing about the upstream.
 
         Its connection is counted apart from those of requests. Return False if the holder's share of those is used up.
         """
@@ -120,19 +128,21 @@ class RelayingExchange(ExchangeLife):
         try:
             self.move_to_tunnels()
         except httpx.PoolTimeout as error:
-            self.exchange.has_reached = True  # the charge is kept, because the upstream has served the request
-            failure = translate(error, attempt.upstream.name)
-            failure.__cause__ = error.with_traceback(None)
-            self.close()
-            final = self._after(failure)
-            if final is not None:
-                self._refuse(final)
+            self._refuse_stream(attempt, error)
             return False
         if self.connection is None or self.connection.abilities.upgrade:
             attempt.release_slot()
-        if b"content-encoding" not in self.fields:  # a coding hides the boundaries of events
-            self.events = EventBoundaries()
         return True
+
+    def _refuse_stream(self, attempt: Attempt, error: httpx.TransportError) -> None:
+        """Respond with an error; the charge is kept, because the upstream has served the request."""
+        self.exchange.has_reached = True
+        failure = translate(error, attempt.upstream.name)
+        failure.__cause__ = error.with_traceback(None)
+        self.close()
+        final = self._after(failure)
+        if final is not None:
+            self._refuse(final)
 
     def _receive_more(self) -> None:
         """Receive more of the response as soon as the client reads."""
@@ -236,10 +246,11 @@ class RelayingExchange(ExchangeLife):
         self._end(self._context.clock(), Outcome.IGNORED, keep_alive=False)  # the attempt is settled already
 
 
-class _Interim(NoListener):
-    """Forwards interim responses."""
+class InterimListener(NoListener):
+    """Forwards interim responses. `upgrade`: the request asks for a switch of protocols."""
 
-    def __init__(self, client: Downstream, via: tuple[bytes, bytes]) -> None:
+    def __init__(self, client: Downstream, via: tuple[bytes, bytes], *, upgrade: bool = False) -> None:
+        self.upgrade = upgrade
         self._client = client
         self._via = via
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.models import Client, Quota
 
 LIMIT_PREFIX = "limit:"  # of the keys of buckets
@@ -103,6 +104,8 @@ def client_buckets(limits: Iterable[Limit], client: Client, routes: Sequence[str
     tier, buckets = client.quota.name, [OwnBucket(client.key, client.quota)]
     for limit in limits:
         quota = limit.quota_of(tier)
+        if isinstance(quota, PeriodQuota):  # has a counter instead of a bucket
+            continue
         if quota is not None and limit.is_by_client:
             buckets.append(OwnBucket(limit.bucket_key((client.key,), tier), quota, limit.name))
         elif quota is not None and set(limit.key) == {"client", "route"}:

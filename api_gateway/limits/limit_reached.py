@@ -7,6 +7,7 @@ from json.encoder import encode_basestring as quoted
 from typing import Any
 
 from api_gateway.errors import RateLimited, problem
+from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.models import Client, Quota
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -74,7 +75,7 @@ class RefusalTemplate:
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
-        self.limits = f"{quota.capacity} tokens at once and {quota.rate:g} per second; this request costs "
+        self.limits = f"{allowance_in_words(quota)}; this request costs "
         sample = RateLimited("", retry_after=0.0, extra=members_of(quota, Client("", "", quota, "default"), 0.0, 0))
         members = problem(sample, instance="", request_id="")
         assert tuple(name for name in members if name in _VARYING) == _VARYING  # noqa: S101 - `body` has this order
@@ -83,6 +84,18 @@ class RefusalTemplate:
 
     def __repr__(self) -> str:
         return f"<RefusalTemplate of {self.quota.name}>"
+
+
+def allowance_in_words(quota: Quota) -> str:
+    """Return in words what a quota allows."""
+    if isinstance(quota, PeriodQuota):
+        zone = (
+            f"{quota.calendar.unit} of the client"
+            if quota.is_from_start
+            else f"{quota.calendar.unit} ({quota.calendar.zone.key})"
+        )
+        return f"{quota.capacity} tokens in each {zone}"
+    return f"{quota.capacity} tokens at once and {quota.rate:g} per second"
 
 
 def members_of(
@@ -103,4 +116,7 @@ def members_of(
         "refill_per_second": quota.rate,
         "remaining": remaining,
     }
+    if isinstance(quota, PeriodQuota):
+        del extra["refill_per_second"]
+        extra["period"], extra["time_zone"] = quota.calendar.unit, quota.calendar.zone.key
     return extra

@@ -7,10 +7,13 @@ formatting operation. Reads no clock.
 import math
 from collections.abc import Sequence
 
+from api_gateway.limits.period_counters import PeriodQuota
+from api_gateway.limits.periods import PERIOD_LENGTHS
 from api_gateway.models import NANOSECONDS, Charge, Decision, HeaderList, Quota
 
 HEADER_NAMES = frozenset(
     {b"ratelimit-policy", b"ratelimit", b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"}
+    | {b"x-quota-warning"}
 )
 _UP = NANOSECONDS - 1  # added before a division by NANOSECONDS, to round up
 
@@ -22,13 +25,14 @@ class RateLimitHeaders:
     """Renders decisions as header fields: the remaining tokens of one bucket, and the policies of all.
 
     `r` is the number of whole tokens remaining, and `t` the time in which the quota refills as many: a client that
-    spends r tokens in t seconds keeps to the rate. If no token remains, `t` is the time until there is one. For a
+    spends r tokens in t seconds keeps to the rate. If no token remains, `t` is the time until there is one. Of a
+    calendar quota, `t` is the time until its period ends, and `w` the length of a period (of a month, 31 days). For a
     refused request `r` is 0 and `t` agrees with `Retry-After`; X-RateLimit-Remaining is what remains for cheaper
     requests.
     """
 
     def __init__(self) -> None:
-        self._templates: dict[str, tuple[str, str, str]] = {}
+        self._templates: dict[str, tuple[str, str, str, bool]] = {}
         self._policies: dict[tuple[str, ...], str] = {}
 
     def __repr__(self) -> str:
@@ -40,22 +44,28 @@ class RateLimitHeaders:
         template = self._templates.get(quota.name)
         if template is None:
             template = self._templates[quota.name] = _template(quota)
+        policy, own, limit, is_period = template
         left = usable = decision.remaining
         if decision.wait_ns > 0:
             usable, until_ns = 0, decision.wait_ns
+        elif is_period:
+            until_ns = decision.reset_ns
         elif left:
             until_ns = left * quota.emission_ns
         else:
             until_ns = decision.reset_ns - quota.burst_ns + quota.emission_ns
         effective = (until_ns + _UP) // NANOSECONDS or 1
-        policy, own, limit = template
         if len(charges) > 1:
             names = tuple([charge.quota.name for charge in charges])
             policy = self._policies.get(names) or self._join(names, charges)
-        return (
+        lines = (
             f"{policy}{own}{usable};t={effective}{limit}{left}\r\n"
             f"x-ratelimit-reset: {(decision.reset_ns + _UP) // NANOSECONDS}\r\n"
-        ).encode()
+        )
+        if decision.notices:
+            told = [f'"{one.policy}";at={one.share:g};r={one.remaining};t={one.seconds}' for one in decision.notices]
+            lines += f"x-quota-warning: {', '.join(told)}\r\n"
+        return lines.encode()
 
     def headers(self, decision: Decision, charges: Sequence[Charge] = ()) -> HeaderList:
         """Return the fields as pairs of name and value."""
@@ -71,13 +81,21 @@ class RateLimitHeaders:
 
 
 def _policy(quota: Quota) -> str:
-    return f'"{quota.policy}";q={quota.capacity};w={math.ceil(quota.burst_ns / NANOSECONDS)}'
+    if isinstance(quota, PeriodQuota):
+        window = PERIOD_LENGTHS[quota.calendar.unit]
+    else:
+        window = math.ceil(quota.burst_ns / NANOSECONDS)
+    return f'"{quota.policy}";q={quota.capacity};w={window}'
 
 
-def _template(quota: Quota) -> tuple[str, str, str]:
-    """Return what a quota determines of its field lines: its policy, what is before `r`, and what is behind `t`."""
+def _template(quota: Quota) -> tuple[str, str, str, bool]:
+    """Return what a quota determines of its field lines: its policy, what is before `r`, and what is behind `t`.
+
+    The last value tells whether it is a calendar quota.
+    """
     return (
         f"ratelimit-policy: {_policy(quota)}\r\n",
         f'ratelimit: "{quota.policy}";r=',
         f"\r\nx-ratelimit-limit: {quota.capacity}\r\nx-ratelimit-remaining: ",
+        isinstance(quota, PeriodQuota),
     )

@@ -5,7 +5,8 @@ from typing import Final
 from api_gateway.errors import CostExceedsCapacity, GatewayError, StoreUnavailable
 from api_gateway.http1.headers import address_key
 from api_gateway.limits.limit import LIMIT_PREFIX
-from api_gateway.limits.limit_reached import LimitReached, RefusalTemplate, members_of
+from api_gateway.limits.limit_reached import LimitReached, RefusalTemplate, allowance_in_words, members_of
+from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.models import Decision, Exchange
 from api_gateway.rate_limiter import NEVER_NS
 
@@ -32,9 +33,10 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
     else:
         holder = f"Address '{address_key(exchange.peer)}'"
     if decision.wait_ns == NEVER_NS:
+        is_period = isinstance(quota, PeriodQuota)
+        has = f"allows {allowance_in_words(quota)}" if is_period else f"has a bucket of {quota.capacity} tokens"
         return CostExceedsCapacity(
-            f"{holder} has a bucket of {quota.capacity} tokens; this request costs {cost:g} tokens"
-            " and can never be allowed.",
+            f"{holder} {has}; this request costs {cost:g} tokens and can never be allowed.",
             extra=members_of(quota, client, cost, remaining, decision.violated),
         )
     template = _TEMPLATES.get(quota.name)

@@ -1,18 +1,33 @@
--- Token buckets on the server. One call decides on many requests, in order, at one time of the server's clock.
+-- Token buckets and counters of calendar quotas on the server. One call decides on many requests, in order, at one time
+-- of the server's clock.
 --
 -- A bucket is one key. Its value is two decimal integers: the theoretical arrival time (nanoseconds since 1970; see
 -- rate_limiter.py) and the budget (nanoseconds) under which it was written. A key expires when its bucket is full, not
 -- earlier. Numbers in Lua are doubles, exact up to 2^53: enough for microseconds since 1970 and for nanoseconds from
 -- now, but not for nanoseconds since 1970. So the script calculates with a bucket's debt from now on.
 --
--- KEYS   the buckets
+-- A counter is one key. Its value is fifteen integers, see `limits/quota_ops.py`; amounts are thousandths of a token,
+-- times are seconds. The script decides as `limits/period_counters.py` does. It has no calendar: with each counter the
+-- caller gives the period that it expects to contain the server's time. If another period is needed, or the client's
+-- first period began at another time than the caller knows, nothing is charged, and the caller asks again.
+--
+-- KEYS   the buckets and counters
 -- ARGV   a sequence of operations; a bucket is given by its number among KEYS, times are nanoseconds:
 --          count, count * (bucket, budget, cost)    charge all of these buckets or none
 --          "debt", bucket, budget, change, most     charge `change`, or as much of it as leaves a debt of `most`
 --          "settle", bucket, budget, change, tat    charge afterwards, or refund what has not been refilled before `tat`
 --          "publish", channel, message              publish the message
+--          "all", buckets, counters, buckets * (bucket, budget, cost), counters * COUNTER
+--                                                   charge all of these buckets and counters or none
+--          "correct", COUNTER, start                charge or refund (below 0) afterwards, in the period from `start`
+--          "adjust", COUNTER, amount, until, carried, is_reset
+--                                                   add a top-up, set what was carried over (-1: not), begin anew (1)
+--        COUNTER is counter, unit, allowance, carry-over, start, end and earlier start of the period, begin (-1: of no
+--        importance), cost.
 -- Reply  the server's time in microseconds, then for each bucket of each operation except "debt" and "publish" its debt
---        before the charge ("settle": afterwards). The caller computes the decision from these by the same rule.
+--        before the charge ("settle": afterwards), and for each counter of "all" and "adjust" 1 if the caller must ask
+--        again, else 0, and its value before ("adjust": afterwards), or -1 for each integer. The caller computes the
+--        decision from these by the same rule.
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -75,6 +90,169 @@ local function take(at, count)
   return at + 3 * count
 end
 
+local UNIT, BEGAN, START, USED, CARRIED, DRAWN, PEAK, END, BEFORE, BALANCE, UNTIL = 1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 15
+local COUNT, FIELDS, ARGUMENTS = 5, 15, 9
+local NEW, NEXT, BETWEEN = -1, -2, -3 -- counts that do not exist yet: of a new counter, the latest, the one before
+local seconds = tonumber(time[1])
+local counters, changed = {}, {}
+
+local function counter_of(number)
+  if counters[number] == nil then
+    local fields, value = {}, redis.pcall('GET', KEYS[number])
+    if type(value) == 'string' then
+      for digits in string.gmatch(value, '%-?%d+') do fields[#fields + 1] = tonumber(digits) end
+    end
+    counters[number] = #fields == FIELDS and fields or false
+  end
+  return counters[number]
+end
+
+local function question(at)
+  local q = {}
+  for index = 0, ARGUMENTS - 1 do q[index + 1] = tonumber(ARGV[at + index]) end
+  return {counter = q[1], unit = q[2], allowance = q[3], carry = q[4], first = q[5], last = q[6], earlier = q[7],
+    began = q[8], cost = q[9]}
+end
+
+local function carried(q, counter, last) -- what the count at `last` leaves to the period that is asked for
+  local left = q.allowance
+  if counter[last] == q.earlier then left = left + counter[last + 2] - counter[last + 1] end
+  return math.min(math.max(left, 0), q.carry)
+end
+
+-- Returns the counter, the place of the count that is charged, and what is carried over to a new one; no place if the
+-- caller must ask again.
+local function resolve(q)
+  local counter = counter_of(q.counter)
+  if counter and counter[UNIT] ~= q.unit then counter = false end
+  if counter and counter[START] <= seconds and seconds < counter[END] then return counter, START, 0 end
+  if seconds < q.first or seconds >= q.last then return counter, nil, 0 end
+  if not counter then return counter, NEW, 0 end
+  if q.began >= 0 and q.began ~= counter[BEGAN] then return counter, nil, 0 end
+  if q.first > counter[START] then return counter, NEXT, carried(q, counter, START) end
+  if q.first == counter[START] or counter[BEFORE] < 0 then return counter, START, 0 end
+  if q.first > counter[BEFORE] then return counter, BETWEEN, carried(q, counter, BEFORE) end
+  return counter, BEFORE, 0
+end
+
+local function valid_balance(counter)
+  return seconds < counter[UNTIL] and counter[BALANCE] or 0
+end
+
+local function left_of(q, counter, place, extra)
+  local left = q.allowance + extra
+  if place > 0 then left = left + counter[place + 2] - counter[place + 1] end
+  if counter and counter[BALANCE] ~= 0 then left = math.max(left, 0) + valid_balance(counter) end
+  return left
+end
+
+-- Makes a count a part of its counter; returns both.
+local function attach(q, counter, place, extra)
+  changed[q.counter] = true
+  if place == NEW then
+    counter = {q.unit, q.began >= 0 and q.began or seconds, q.first, 0, 0, 0, 0, q.last, -1, 0, 0, 0, 0, 0, 0}
+    counters[q.counter] = counter
+    return counter, START
+  elseif place == NEXT then
+    for index = 0, COUNT - 1 do counter[BEFORE + index] = counter[START + index] end
+    counter[START], counter[USED], counter[CARRIED], counter[DRAWN], counter[PEAK] = q.first, 0, extra, 0, 0
+    counter[END] = q.last
+    return counter, START
+  elseif place == BETWEEN then
+    for index = 1, COUNT - 1 do counter[BEFORE + index] = 0 end
+    counter[BEFORE], counter[BEFORE + 2] = q.first, extra
+    return counter, BEFORE
+  end
+  return counter, place
+end
+
+local function use(q, counter, place, cost)
+  local free = math.max(q.allowance + counter[place + 2] - counter[place + 1], 0)
+  if cost > free and counter[BALANCE] ~= 0 then
+    local drawn = math.min(cost - free, valid_balance(counter))
+    counter[BALANCE] = counter[BALANCE] - drawn
+    counter[place + 3] = counter[place + 3] + drawn
+    cost = cost - drawn
+  end
+  counter[place + 1] = counter[place + 1] + cost
+  counter[place + 4] = math.max(counter[place + 4], counter[place + 1])
+end
+
+local function report(must_ask_again, counter)
+  reply[#reply + 1] = must_ask_again and 1 or 0
+  for index = 1, FIELDS do reply[#reply + 1] = counter and counter[index] or -1 end
+end
+
+local function take_all(at)
+  local passes, buckets, last = true, tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+  local asked = {}
+  local first_counter = at + 2 + 3 * buckets
+  for first = at + 2, first_counter - 3, 3 do
+    local budget = tonumber(ARGV[first + 1])
+    local debt = load(tonumber(ARGV[first]), budget)
+    reply[#reply + 1] = debt
+    passes = passes and debt + ARGV[first + 2] <= budget
+  end
+  for index = 1, last do
+    local q = question(first_counter + ARGUMENTS * (index - 1))
+    local counter, place, extra = resolve(q)
+    report(not place, counter)
+    passes = passes and place and (q.cost == 0 or q.cost <= left_of(q, counter, place, extra))
+    asked[index] = {q, counter, place, extra}
+  end
+  if passes then
+    for first = at + 2, first_counter - 3, 3 do
+      local bucket, cost = tonumber(ARGV[first]), tonumber(ARGV[first + 2])
+      if cost > 0 then charge(bucket, debts[bucket] + cost) end
+    end
+    for _, one in ipairs(asked) do
+      local q = one[1]
+      if q.cost > 0 then
+        local counter, place = attach(q, one[2], one[3], one[4])
+        use(q, counter, place, q.cost)
+      end
+    end
+  end
+  return first_counter + ARGUMENTS * last
+end
+
+local function correct(at)
+  local q, start = question(at), tonumber(ARGV[at + ARGUMENTS])
+  local counter, place, extra = resolve(q)
+  local kept = counter and (counter[START] == start and START or counter[BEFORE] == start and BEFORE)
+  local charged = kept or place or (counter and START)
+  if q.cost > 0 and charged then
+    counter, place = attach(q, counter, charged, extra)
+    local free = q.allowance + counter[place + 2] - counter[place + 1]
+    use(q, counter, place, math.min(q.cost, math.max(free + q.allowance, 0) + valid_balance(counter)))
+  elseif q.cost < 0 and kept then
+    changed[q.counter] = true
+    local drawn = math.min(-q.cost, counter[kept + 3])
+    counter[kept + 3] = counter[kept + 3] - drawn
+    if seconds < counter[UNTIL] then counter[BALANCE] = counter[BALANCE] + drawn end
+    counter[kept + 1] = math.max(counter[kept + 1] + q.cost + drawn, 0)
+  end
+  return at + ARGUMENTS + 1
+end
+
+local function adjust(at)
+  local q, after = question(at), at + ARGUMENTS
+  local counter, place, extra = resolve(q)
+  if place then
+    counter, place = attach(q, counter, place, extra)
+    local amount, ends, carry = tonumber(ARGV[after]), tonumber(ARGV[after + 1]), tonumber(ARGV[after + 2])
+    if amount > 0 then
+      local valid = valid_balance(counter)
+      counter[UNTIL] = valid > 0 and math.max(ends, counter[UNTIL]) or ends
+      counter[BALANCE] = valid + amount
+    end
+    if carry >= 0 then counter[place + 2] = carry end
+    if ARGV[after + 3] == '1' then counter[place + 1], counter[place + 4] = 0, 0 end
+  end
+  report(not place, counter)
+  return after + 4
+end
+
 local function add(at)
   local bucket, budget, most = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 3])
   local debt = load(bucket, budget)
@@ -102,6 +280,12 @@ while at <= #ARGV do
     at = add(at + 1)
   elseif operation == 'settle' then
     at = settle(at + 1)
+  elseif operation == 'all' then
+    at = take_all(at + 1)
+  elseif operation == 'correct' then
+    at = correct(at + 1)
+  elseif operation == 'adjust' then
+    at = adjust(at + 1)
   elseif operation == 'publish' then
     publications[#publications + 1] = at
     at = at + 3
@@ -121,6 +305,13 @@ for bucket in pairs(written) do
   else
     redis.call('DEL', KEYS[bucket])
   end
+end
+for number in pairs(changed) do
+  local counter, digits = counters[number], {}
+  for index = 1, FIELDS do digits[index] = string.format('%.0f', counter[index]) end
+  local past = math.max(counter[END] + 2 * (counter[END] - counter[START]) + 86400, counter[UNTIL])
+  redis.call('SET', KEYS[number], table.concat(digits, ' '),
+    'PXAT', string.format('%.0f', math.max(past, seconds) * 1000 + 999)) -- to the end of that second
 end
 for _, first in ipairs(publications) do
   redis.call('PUBLISH', ARGV[first + 1], ARGV[first + 2])

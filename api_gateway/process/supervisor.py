@@ -2,6 +2,8 @@
 
 It serves no request. It holds what outlives a worker: the listening sockets, the embedded store, the demo services,
 and the counters of workers that have exited, so that counters never decrease.
+
+Long because what workers share is started, replaced and stopped in one order.
 """
 
 import asyncio
@@ -29,6 +31,7 @@ from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
 from api_gateway.system.held_signals import unblocked_signals
+from api_gateway.system.state_folder import own_folder
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +184,10 @@ class Supervisor:
             self._stack.push_async_callback(self._demo.stop)
         if not config.store.is_shared and self._store is None:
             try:
-                self._store = EmbeddedStore(find_server())
+                has_quotas = any(limit.period is not None for limit in config.limits)
+                self._store = EmbeddedStore(
+                    find_server(), own_folder(config.state_dir) / "store" if has_quotas else None
+                )
                 self._stack.push_async_callback(self._store.stop)
                 await self._store.start()
             except NoServer as error:

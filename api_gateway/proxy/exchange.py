@@ -23,6 +23,7 @@ ExchangePhase = Literal[
     "exchanging",
     "backing off",
     "falling back",
+    "tunnelling",
     "done",
     "aborted",
 ]
@@ -49,6 +50,8 @@ ExchangeEvent = Literal[
     "data",
     "pause",
     "writable",
+    "switch",
+    "tunnel end",
     "end",
     "break",
     "client gone",
@@ -64,6 +67,7 @@ CONNECTING: Final = "connecting"  # a connection is opened, or awaited from the 
 EXCHANGING: Final = "exchanging"  # the request is sent, the response arrives
 BACKING_OFF: Final = "backing off"  # the delay before a retry
 FALLING_BACK: Final = "falling back"  # the fallback of the route responds, or another upstream is asked
+TUNNELLING: Final = "tunnelling"  # the connections carry another protocol
 DONE: Final = "done"  # the client has a complete response
 ABORTED: Final = "aborted"  # the connection of the client is closed without one
 
@@ -98,6 +102,8 @@ REPLY: Final = "reply"  # to a question of admission
 RESUME: Final = "resume"  # the delay before a retry has passed
 HEAD: Final = "head"
 DATA: Final = "data"
+SWITCH: Final = "switch"  # of protocols, by a 101
+TUNNEL_END: Final = "tunnel end"  # both connections are closed
 END: Final = "end"  # of the response, whose last part arrived
 BREAK: Final = "break"  # after the head was sent to the client, the upstream fails or the deadline passes
 WRITABLE: Final = "writable"  # the client reads on
@@ -138,6 +144,7 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
         DATA: EXCHANGING,
         PAUSE: EXCHANGING,
         WRITABLE: EXCHANGING,
+        SWITCH: TUNNELLING,
         END: DONE,
         REFUSE: DONE,
         CONNECT: CONNECTING,
@@ -156,12 +163,13 @@ PHASES: Final[Mapping[ExchangePhase, Mapping[ExchangeEvent, ExchangePhase]]] = {
         **_STOPS,
     },
     FALLING_BACK: {SELECT: SELECTING, REFUSE: DONE},
+    TUNNELLING: {TUNNEL_END: DONE, **_STOPS},
     DONE: {},
     ABORTED: {},
 }
 _ENDS: Final = (REFUSE, END, BREAK, CLIENT_GONE, DRAIN, DEFECT)
 REQUEST_BODIES: Final[Mapping[RequestBodyState, Mapping[ExchangeEvent, RequestBodyState]]] = {
-    NONE: dict.fromkeys(_ENDS, NONE),
+    NONE: {SWITCH: NONE, **dict.fromkeys(_ENDS, NONE)},
     WITHHELD: {CONTINUE: FLOWING, BODY: FLOWING, **dict.fromkeys(_ENDS, DISCARDED)},
     FLOWING: {
         CONTINUE: FLOWING,  # another one, or one that the client has not waited for
@@ -183,6 +191,7 @@ REQUEST_BODIES: Final[Mapping[RequestBodyState, Mapping[ExchangeEvent, RequestBo
 RESPONSES: Final[Mapping[ResponseState, Mapping[ExchangeEvent, ResponseState]]] = {
     NONE: {
         HEAD: FLOWING,
+        SWITCH: FLOWING,
         WRITABLE: NONE,  # an interim response may have filled the write buffer
         REFUSE: COMPLETE,
         CONNECT: NONE,
@@ -193,6 +202,7 @@ RESPONSES: Final[Mapping[ResponseState, Mapping[ExchangeEvent, ResponseState]]] 
         DEFECT: ABORTED,
     },
     FLOWING: {
+        TUNNEL_END: COMPLETE,
         DATA: FLOWING,
         PAUSE: PAUSED,
         WRITABLE: FLOWING,
@@ -225,6 +235,7 @@ COMBINATIONS: Final[Mapping[ExchangePhase, tuple[frozenset[RequestBodyState], fr
     EXCHANGING: (_UNENDED, frozenset({NONE, FLOWING, PAUSED})),
     BACKING_OFF: (_UNENDED, frozenset({NONE})),
     FALLING_BACK: (_UNENDED, frozenset({NONE})),
+    TUNNELLING: (frozenset({NONE}), frozenset({FLOWING})),
     DONE: (_ENDED, frozenset({COMPLETE})),
     ABORTED: (_ENDED, frozenset({ABORTED})),
 }
@@ -235,6 +246,7 @@ HELD_RESOURCES: Final[Mapping[ExchangePhase, frozenset[str]]] = {
     CONNECTING: frozenset({"attempt", "task", "timer"}),  # the timer is that of the deadline, if there is one
     EXCHANGING: frozenset({"attempt", "connection", "timer"}),
     BACKING_OFF: frozenset({"delay", "last response", "timer"}),
+    TUNNELLING: frozenset({"attempt", "task"}),  # the task has both transports
 }
 _OF_REQUEST_BODIES: Final = frozenset(event for events in REQUEST_BODIES.values() for event in events)
 _OF_RESPONSES: Final = frozenset(event for events in RESPONSES.values() for event in events)

@@ -29,8 +29,6 @@ class Tunnel:
         upstream: asyncio.Transport,
         idle_timeout: float,
     ) -> None:
-        self.bytes_in = 0  # from the client
-        self.bytes_out = 0  # to the client
         self.idle_timeout = idle_timeout
         self.timer = DeadlineTimer(loop, self.abort)
         self._ended: asyncio.Future[None] = loop.create_future()
@@ -41,6 +39,16 @@ class Tunnel:
 
     def __repr__(self) -> str:
         return f"<Tunnel [{self.bytes_in} bytes in, {self.bytes_out} bytes out]>"
+
+    @property
+    def bytes_in(self) -> int:
+        """The number of bytes from the client."""
+        return self._client.received
+
+    @property
+    def bytes_out(self) -> int:
+        """The number of bytes to the client."""
+        return self._upstream.received
 
     async def run(self, from_client: bytes, from_upstream: bytes) -> None:
         """Forward the bytes received before, then all others until the tunnel ends. Aborts it when cancelled."""
@@ -54,7 +62,6 @@ class Tunnel:
         finally:
             self.timer.stop()
             self.abort()
-            self.bytes_in, self.bytes_out = self._client.received, self._upstream.received
             self._client.release()
             self._upstream.release()
 

@@ -72,6 +72,9 @@ class LimiterView(Body):
     settlements: dict[str, int] = Field(
         description="Cost settlements after the response, by result: charged, refunded or unreadable."
     )
+    quota_warnings: dict[str, int] = Field(
+        description="Shares of calendar quotas that were reached (warn_at), by limit."
+    )
     buckets: int = Field(description="Buckets in memory; full buckets are dropped.")
     max_buckets: int
     overflow_decisions: int = Field(description="Decisions made on a shared bucket because the table was full.")

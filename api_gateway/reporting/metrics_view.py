@@ -182,6 +182,7 @@ def metrics_view(
             would_limit=dict(recorder.would_limit),
             would_allow=dict(recorder.would_allow),
             settlements=dict(recorder.settlements),
+            quota_warnings=dict(recorder.quota_warnings),
             buckets=buckets,
             max_buckets=bucket_limit,
             overflow_decisions=overflowed,
@@ -190,11 +191,7 @@ def metrics_view(
         ),
         circuit_breakers=breakers,
         output=OutputView(dropped_lines=dict(recorder.dropped_lines), write_errors=dict(recorder.write_errors)),
-        overload=OverloadView(
-            event_loop_lag_seconds=round(lag, 6),
-            upstreams=concurrency,
-            shed=shed,
-        ),
+        overload=OverloadView(event_loop_lag_seconds=round(lag, 6), upstreams=concurrency, shed=shed),
     )
 
 

@@ -80,6 +80,12 @@ def limit_families(recorder: Recorder) -> Iterator[Metric]:
         for labels, count in counts.items():
             family.add_metric(labels, count)
         yield family
+    warnings = CounterMetricFamily(
+        "gateway_quota_warnings", "Shares of calendar quotas that were reached (warn_at).", labels=["limit"]
+    )
+    for limit, count in recorder.quota_warnings.items():
+        warnings.add_metric([limit], count)
+    yield warnings
 
 
 def family_in_pieces(

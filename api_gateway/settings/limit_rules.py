@@ -88,7 +88,8 @@ def _tier_findings(config: LimitedSections, limit: LimitSection, place: KeyPath)
             lacking.append(tier)
     if not limit.is_given and (limit.tiers is None or lacking):
         whom = f" for the tiers {', '.join(lacking)}, or each of these its own" if lacking else ""
-        yield place, f"needs rate and capacity{whom}", ()
+        what = "rate and capacity" if limit.period is None else "a quota"
+        yield place, f"needs {what}{whom}", ()
 
 
 def _reference_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:
@@ -110,18 +111,16 @@ def _reference_findings(config: LimitedSections, limit: LimitSection, place: Key
 
 
 def _cost_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:
-    found = list(allowances(limit))
+    found, name = list(allowances(limit)), "capacity" if limit.period is None else "quota"
     if not found:
         return
-    below = [(key_path, section) for key_path, section in found if (section.capacity or 0) < (limit.cost or 0)]
+    below = [(key_path, section) for key_path, section in found if section.most < (limit.cost or 0)]
     for key_path, section in below:
-        message = (
-            f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.capacity}"
-        )
-        yield (*place, *key_path, "capacity"), message, ((*place, "cost"),)
+        message = f"must be at least the limit's cost, {limit.cost:g}, or no request is allowed, got {section.most}"
+        yield (*place, *key_path, name), message, ((*place, "cost"),)
     if limit.cost is not None:
         return
-    largest = max(section.capacity or 0 for _, section in found)
+    largest = max(section.most for _, section in found)
     for route in config.routes:
         is_chosen = limit.routes is None or route.name in limit.routes
         if is_chosen and route.cost > largest:
@@ -129,4 +128,4 @@ def _cost_findings(config: LimitedSections, limit: LimitSection, place: KeyPath)
                 f"must be at least {route.cost:g}, the cost of route {route.name!r}, or none of its requests is"
                 f" allowed; or set a cost of the limit, got {largest}"
             )
-            yield (*place, "capacity"), message, (("routes",),)
+            yield (*place, name), message, (("routes",),)

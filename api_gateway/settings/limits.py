@@ -1,27 +1,35 @@
 """The section `limits`: further limits of requests, besides those of the tiers and of addresses."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from api_gateway.settings.clients import CandidateSection
+from api_gateway.settings.diagnostics import nearest
 from api_gateway.settings.setting_types import LIMIT_KEY, Cost, Identifier, Methods, Section, TierName
 
 Names = Annotated[list[str], Field(min_length=1)]
 
 
 class AllowanceSection(Section):
-    """What a limit allows: `rate` in tokens per second, `capacity` in tokens; without both, see `LimitSection`."""
+    """What a limit allows: `rate` in tokens per second and `capacity` in tokens, or `quota`: tokens in each period.
+
+    Without any, see `LimitSection`.
+    """
 
     rate: float | None = Field(default=None, gt=0, le=1_000_000)
     capacity: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    quota: int | None = Field(default=None, ge=1, le=1_000_000_000_000, description="Tokens in each period.")
     candidate: CandidateSection | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> "AllowanceSection":
         if (self.rate is None) is not (self.capacity is None):
             raise ValueError(f"needs {'rate' if self.rate is None else 'capacity'} too")
+        if self.quota is not None and self.rate is not None:
+            raise ValueError("must have either rate and capacity, or quota; for both, write two limits")
         if self.candidate is not None and self.rate is None:
             raise ValueError("a candidate needs rate and capacity beside it")
         return self
@@ -29,7 +37,35 @@ class AllowanceSection(Section):
     @property
     def is_given(self) -> bool:
         """True if the section has an allowance."""
-        return self.rate is not None
+        return self.rate is not None or self.quota is not None
+
+    @property
+    def most(self) -> int:
+        """The most that one request can cost: the capacity or the quota, 0 without an allowance."""
+        return self.capacity or self.quota or 0
+
+
+def _time_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (OSError, ValueError, KeyError):  # a folder's name, a path, and one that does not exist
+        known = available_timezones()
+        if not known:
+            raise ValueError("no time zone is known: install the package tzdata") from None
+        hint = nearest(name, known) or "; names are those of the IANA database, as in Europe/Berlin"
+        raise ValueError(f"no such time zone{hint}") from None
+    return name
+
+
+def _ascending(shares: list[float]) -> list[float]:
+    if len(set(shares)) < len(shares):
+        raise ValueError("must not name a share twice")
+    return sorted(shares)
+
+
+TimeZone = Annotated[str, Field(max_length=64), AfterValidator(_time_zone)]
+Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=8), AfterValidator(_ascending)]
+_OF_QUOTAS = ("time_zone", "starts", "carry_over", "warn_at")
 
 
 def _parts(value: Any) -> Any:
@@ -56,7 +92,7 @@ class LimitSection(AllowanceSection):
     """A limit: whom it counts by, what it allows, and the requests that it applies to.
 
     `tiers` are the tiers that it applies to, as a list or with an allowance for each; a tier without one has that of
-    the limit.
+    the limit. With `period`, allowances are quotas, and the settings behind it apply.
     """
 
     name: Identifier
@@ -64,8 +100,35 @@ class LimitSection(AllowanceSection):
         list[Annotated[str, Field(pattern=LIMIT_KEY)]], BeforeValidator(_parts), Field(min_length=1, max_length=8)
     ] = Field(default=["client"], description="What has a bucket of its own; of a list, each combination.")
     tiers: Annotated[
-        dict[TierName, AllowanceSection | None] | None, BeforeValidator(_by_tier), Field(min_length=1)
+        Annotated[dict[TierName, AllowanceSection | None], Field(min_length=1)] | None, BeforeValidator(_by_tier)
     ] = Field(default=None, description="None: all tiers.")
     routes: Names | None = Field(default=None, description="Names of routes. None: all.")
     methods: Methods | None = Field(default=None, description="None: all.")
     cost: Cost | None = Field(default=None, description="Of a request in this limit. None: the cost by its route.")
+    period: Literal["hour", "day", "week", "month"] | None = Field(
+        default=None, description="That quotas are for. None: the limit has rate and capacity."
+    )
+    time_zone: TimeZone = Field(default="UTC", description="Of the periods, as in Europe/Berlin.")
+    starts: Literal["calendar", "client"] = Field(
+        default="calendar", description="Whether periods are those of the calendar, or begin with the first request."
+    )
+    carry_over: int = Field(
+        default=0, ge=0, le=1_000_000_000_000, description="Unused tokens that are added to the next period, at most."
+    )
+    warn_at: Shares = Field(default=[], description="Shares of the quota at which a warning is given.")
+
+    @model_validator(mode="after")
+    def _has_period(self) -> "LimitSection":
+        sections = [self, *[section for section in (self.tiers or {}).values() if section is not None]]
+        has_quota = any(section.quota is not None for section in sections)
+        if has_quota and self.period is None:
+            raise ValueError("a quota needs a period: hour, day, week or month")
+        if self.period is not None and any(section.rate is not None for section in sections):
+            raise ValueError("with a period, the allowance is a quota: remove rate and capacity, or write two limits")
+        if self.period is not None and not has_quota:
+            raise ValueError(f"a period needs a quota, in tokens in each {self.period}")
+        fields = type(self).model_fields  # those that are set explicitly, but to their defaults, are of no importance
+        alone = [name for name in _OF_QUOTAS if getattr(self, name) != fields[name].default]
+        if self.period is None and alone:
+            raise ValueError(f"{alone[0]} is for quotas: set quota and period too, or remove it")
+        return self

@@ -1,6 +1,7 @@
 """The embedded store: a Valkey or Redis server on a Unix socket, which a supervisor starts for its workers.
 
-The server writes nothing to disk and listens on no port. If it ends, it is restarted, empty. It runs as long as any
+The server listens on no port. It writes nothing to disk, unless it is to keep its content: then it appends to a log,
+of which at most the last second is lost if the machine fails. If it ends, it is restarted. It runs as long as any
 process holds its lifeline, a pipe.
 """
 
@@ -17,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from api_gateway.storage import server_guardian
+from api_gateway.system.state_folder import make_private
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ STORE_START_TIMEOUT = 10.0  # seconds within which the server must respond
 STORE_STOP_TIMEOUT = 5.0  # seconds after SIGTERM, and again after SIGKILL
 RESTART_DELAY = 0.5  # seconds between two starts
 _LONGEST_PATH = 100  # bytes; systems limit the path of a Unix socket to 104 or 108
-_OPTIONS = ("--port", "0", "--unixsocketperm", "700", "--save", "", "--appendonly", "no")
+_OPTIONS = ("--port", "0", "--unixsocketperm", "700", "--save", "")
 _MEMORY_OPTIONS = ("--maxmemory-policy", "noeviction", "--daemonize", "no", "--logfile", "")
 
 
@@ -59,8 +61,10 @@ class EmbeddedStore:
     States: not started, running, restarting (after the server has ended by itself), stopped.
     """
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, keep: Path | None = None) -> None:
+        """`keep` is the folder in which the server keeps its content; None: nowhere."""
         self._server = server
+        self._keep = keep
         self._folder = Path(tempfile.mkdtemp(prefix="api-gateway-"))  # mode 0700
         self._socket = self._folder / "store.sock"
         self.url = f"unix://{self._socket}"
@@ -103,11 +107,16 @@ class EmbeddedStore:
 
     async def _launch(self) -> None:
         command = [self._server, "--unixsocket", str(self._socket), *_OPTIONS, *_MEMORY_OPTIONS]
+        if self._keep is None:
+            command += ["--appendonly", "no", "--dir", str(self._folder)]
+        else:
+            make_private(self._keep)
+            command += ["--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(self._keep)]
         output, its_output = os.pipe()  # with a pipe of asyncio's, `wait` would also wait until all have closed it
         try:
             self._process = process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", server_guardian.__file__, str(self._watched), str(self._folder)),
-                *(*command, "--dir", str(self._folder)),
+                *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=its_output,
                 stderr=its_output,
@@ -147,8 +156,9 @@ class EmbeddedStore:
             code = await self._process.wait()
             await self._end(self._process)
             logger.error(
-                "embedded store exited (code %d), restarting empty: all buckets are full again; %s",
+                "embedded store exited (code %d), restarting%s; %s",
                 code,
+                " empty: all buckets are full again" if self._keep is None else "",
                 " | ".join(self._last_lines),
             )
             try:

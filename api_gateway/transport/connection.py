@@ -690,6 +690,7 @@ class UpstreamConnection:
     def detach_transport(self) -> asyncio.Transport:
         """Return the transport after a 101, with reading paused; the new owner must call `connection_lost`."""
         transport: asyncio.Transport = self._transport
+        self._detach()
         self.timer.stop()
         return transport
 

@@ -194,6 +194,11 @@ class UpstreamClient:
             self._acquire_idle[target] = take
         return take(holder)
 
+    def admit_tunnel(self, target: Target, holder: str | None) -> None:
+        """Refuse a tunnel before its handshake: raises ShareExceeded if the holder's share is used up."""
+        assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
+        self.transport.pool(self.origins[target]).admit_tunnel(holder)
+
     async def connection(
         self,
         target: Target,

@@ -22,6 +22,7 @@ from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.fastpath.exchange_body import ExchangeBody
 from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.fastpath.tunnelling_exchange import TunnellingExchange
 from api_gateway.http1.asgi import BodyReceiver, InFlight
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
@@ -214,6 +215,15 @@ class FakeTransport:
     def abort(self) -> None:
         self.is_aborted = True
 
+    def is_closing(self) -> bool:
+        return self.is_aborted
+
+    def get_protocol(self) -> None:
+        """There is none."""
+
+    def set_protocol(self, _protocol: Any) -> None:
+        """Do nothing: nothing arrives."""
+
 
 class FakeDownstream:
     """The client's side: it notes what the exchange asks of it."""
@@ -248,6 +258,9 @@ class FakeDownstream:
 
     def receive_body(self, body: BodyReceiver, left: int) -> None:
         self.body = body
+
+    def switch_protocols(self, reason: bytes, headers: Any) -> tuple[Any, bytes]:
+        return self.transport, b""
 
     def pause_reading(self) -> None:
         self.is_read_paused = True
@@ -439,8 +452,8 @@ class World:
     def held(self) -> set[str]:
         """Return what is held by an exchange."""
         busy = self.recorder.in_flight, self.target.in_flight, self.limit.in_flight, self.pool.shares.in_use
-        assert busy[1] == busy[2], "an attempt has a slot of the limit"
         exchange = self.client.begun[-1]
+        assert busy[1] == busy[2] or isinstance(exchange, TunnellingExchange), "an attempt has a slot of the limit"
         held = {"exchange"} if busy[0] else set()
         held |= {"timer"} if exchange.timer is not None else set()
         held |= {"task"} if exchange.task is not None else set()
@@ -497,6 +510,18 @@ async def backing_off(world: World) -> FastExchange:
     return exchange
 
 
+async def tunnelling(world: World) -> FastExchange:
+    await world.connect()
+    fields = [(b"Host", b"a"), (b"X-Client-ID", b"a"), (b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
+    head = RequestHead("GET", b"/api/x", fields, "1.1", 0, keep_alive=True)
+    head.upgrade = b"websocket"
+    assert world.fast_path.try_head(world.client, head, [])
+    await turns()
+    world.receive(b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+    await turns()
+    return world.client.begun[-1]
+
+
 async def done(world: World) -> FastExchange:
     exchange = await flowing(world)
     world.receive(b"half")
@@ -540,6 +565,7 @@ SITUATIONS: dict[str, tuple[Callable[[World], Any], States]] = {
     "paused": (paused, States(states.EXCHANGING, response=states.PAUSED)),
     "backing off": (backing_off, States(states.BACKING_OFF)),
     "falling back": (falling_back, States(states.FALLING_BACK)),
+    "tunnelling": (tunnelling, States(states.TUNNELLING, response=states.FLOWING)),
     "done": (done, States(states.DONE, response=states.COMPLETE)),
     "aborted": (aborted, States(states.ABORTED, response=states.ABORTED)),
 }
@@ -628,6 +654,10 @@ EXPECTED: dict[tuple[str, str], Expected] = {
     ("paused", "the drain ends"): Expected("aborted", "aborted", SUCCESS, (200, CUT)),
 }
 EXPECTED |= {
+    ("tunnelling", "the client leaves"): Expected("aborted", "aborted", SUCCESS, (499, LEFT)),
+    ("tunnelling", "the drain ends"): Expected("aborted", "aborted", SUCCESS, (101, CUT)),
+}
+EXPECTED |= {
     ("connecting", "the loss of the upstream"): Expected("backing off", "none", FAILURE),
     ("connecting", "the client leaves"): Expected("aborted", "aborted", IGNORED, (499, LEFT)),
     ("connecting", "the drain ends"): Expected("aborted", "aborted", IGNORED, (499, CUT)),
@@ -672,6 +702,8 @@ def body_state(body: Body, before: States) -> states.RequestBodyState:
 
 def is_deliverable(situation: str, event: str, body: Body) -> bool:
     """Tell whether a port may deliver an event; none delivers pieces of a body that is complete."""
+    if situation == "tunnelling" and body != NO_BODY:
+        return False  # a handshake has none
     if event == "the end of the body" and body.is_expected:
         return False  # a piece comes first
     return event not in OF_THE_BODY or bool(body.rest)

@@ -1,0 +1,242 @@
+"""The counters of calendar quotas in one SQLite file, which is written behind the requests.
+
+A request does not wait for the disk. Counters that were changed are written every `WRITE_INTERVAL` seconds in one
+transaction, so the end of the process without notice (`kill -9`) forgets what was charged in less than `MAX_LOSS`
+seconds before it: those clients may use that much again. An orderly end forgets nothing.
+"""
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+
+from api_gateway.eventloop.tasks import cancel_and_wait
+from api_gateway.limits.period_counters import Count, Counter, PeriodCounters, past_at
+from api_gateway.limits.periods import UNITS
+from api_gateway.models import Clock
+from api_gateway.system.state_folder import create_private, make_private
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+QUOTAS_FILE = "quotas.sqlite3"
+QUOTAS_SCHEMA = 1
+WRITE_INTERVAL = 0.4  # seconds between the end of a write and the next one
+MAX_LOSS = 1.0  # seconds; a write that takes longer than the rest is logged
+_STEP = 2000  # counters that are converted to rows before the event loop turns
+
+_COLUMNS = (
+    "key, unit, began, start, used, carried, drawn, peak, before_start, before_used, before_carried, before_drawn,"
+    " before_peak, balance, until, ends, past_at"
+)
+_TABLE = (
+    "CREATE TABLE counters (key TEXT PRIMARY KEY, unit TEXT NOT NULL, began INTEGER NOT NULL, start INTEGER NOT NULL,"
+    " used INTEGER NOT NULL, carried INTEGER NOT NULL, drawn INTEGER NOT NULL, peak INTEGER NOT NULL,"
+    " before_start INTEGER, before_used INTEGER, before_carried INTEGER, before_drawn INTEGER, before_peak INTEGER,"
+    " balance INTEGER NOT NULL, until INTEGER NOT NULL, ends INTEGER NOT NULL, past_at INTEGER NOT NULL) WITHOUT ROWID"
+)
+_INDEX = "CREATE INDEX counters_by_end ON counters (past_at)"
+_REMEDY = (
+    "it has what clients have used of their quotas: stop the gateway, then restore a backup, or move the file with its"
+    " -wal and -shm files away to begin with unused quotas"
+)
+
+CounterRow = tuple[str | int | None, ...]
+
+
+class PeriodStore:
+    """The file (WAL, full sync), accessed in a single thread. States: closed, and open from `load` until `close`."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / QUOTAS_FILE
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-store")
+        self._connection: sqlite3.Connection | None = None
+
+    def __repr__(self) -> str:
+        return f"<PeriodStore [{self.path}]>"
+
+    async def load(self, now: int, limit: int) -> list[tuple[str, Counter]]:
+        """Open the file, creating it, and return the counters with an effect at `now` (seconds), the latest first.
+
+        Raises OSError.
+        """
+        rows = await self._run(self._load, now, limit)
+        return [_counter(row) for row in rows]
+
+    async def write(self, rows: Sequence[CounterRow]) -> None:
+        """Store counters, in one transaction. Raises OSError if none was stored."""
+        await self._run(self._write, rows)
+
+    async def close(self) -> None:
+        """Close the file and end the thread."""
+        if self._connection is not None:
+            await self._run(self._connection.close)
+            self._connection = None
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise OSError(f"{self.path}: the file is corrupt: {error}; {_REMEDY}") from error
+            raise OSError(f"{self.path}: {error}") from error
+
+    # Executed in the thread of the store
+
+    def _load(self, now: int, limit: int) -> list[CounterRow]:
+        if self._connection is None:
+            self._connection = self._open()
+        self._connection.execute("DELETE FROM counters WHERE past_at < ?", (now,))
+        with closing(
+            self._connection.execute(
+                f"SELECT {_COLUMNS} FROM counters ORDER BY past_at DESC LIMIT ?",  # noqa: S608 - constant names
+                (limit,),
+            )
+        ) as found:
+            return found.fetchall()
+
+    def _open(self) -> sqlite3.Connection:
+        make_private(self.path.parent)
+        create_private(self.path)  # SQLite creates its other files with the same permissions
+        connection = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > QUOTAS_SCHEMA:
+            raise OSError(
+                f"{self.path} was written by a newer gateway (schema {version}, newest supported {QUOTAS_SCHEMA})"
+            )
+        if version < QUOTAS_SCHEMA:
+            for statement in ("BEGIN IMMEDIATE", _TABLE, _INDEX, f"PRAGMA user_version = {QUOTAS_SCHEMA}", "COMMIT"):
+                connection.execute(statement)
+
+    def _write(self, rows: Sequence[CounterRow]) -> None:
+        connection = self._connection
+        if connection is None:
+            raise sqlite3.ProgrammingError("the file is not open")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.executemany(
+                f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 17)})",  # noqa: S608 - constant
+                rows,
+            )
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+
+
+class PeriodJournal:
+    """Writes the changed counters of this process to their file, from `start` to `close`."""
+
+    def __init__(self, counters: PeriodCounters, store: PeriodStore, *, clock: Clock, wall_clock: Clock) -> None:
+        self.counters = counters
+        self.store = store
+        self.error: str | None = None
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<PeriodJournal of {self.store!r} [{len(self.counters.changed)} to write]>"
+
+    async def start(self) -> None:
+        """Read the counters, and write them from now on. Raises OSError."""
+        limit = self.counters.limit
+        stored = await self.store.load(int(self._wall_clock()), limit)
+        self.counters.restore(stored)
+        if len(stored) >= limit:
+            logger.warning("%s has %d counters or more; the oldest are not read", self.store.path, limit)
+        self._task = asyncio.create_task(self._run(), name="writing of quotas")
+
+    async def close(self) -> None:
+        """Write what has changed, and close the file."""
+        if self._task is not None:
+            await cancel_and_wait(self._task)
+            self._task = None
+            await self.write()
+        await self.store.close()
+
+    async def write(self) -> None:
+        """Write what has changed. An error is logged, and what was not written is written with the next changes."""
+        if not self.counters.changed:
+            return
+        began, changed = self._clock(), self.counters.take_changed()
+        try:
+            await asyncio.shield(self.store.write(await _rows(changed)))
+        except OSError as error:
+            self.counters.changed.update(key for key, _ in changed)
+            if self.error is None:
+                logger.error("quotas are not stored: %s", error)  # noqa: TRY400 - the message has the cause
+            self.error = str(error)
+        except asyncio.CancelledError:  # it may have been written, and is written again
+            self.counters.changed.update(key for key, _ in changed)
+            raise
+        else:
+            if self.error is not None:
+                logger.warning("quotas are stored again")
+            self.error = None
+            took = self._clock() - began
+            if took > MAX_LOSS - WRITE_INTERVAL:
+                logger.warning("%d quotas took %.1f s to be stored", len(changed), took)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(WRITE_INTERVAL)
+            await self.write()
+
+
+async def _rows(counters: Sequence[tuple[str, Counter]]) -> list[CounterRow]:
+    rows: list[CounterRow] = []
+    for index, (key, counter) in enumerate(counters, 1):
+        rows.append(_row(key, counter))
+        if index % _STEP == 0:
+            await asyncio.sleep(0)
+    return rows
+
+
+def _row(key: str, counter: Counter) -> CounterRow:
+    count, before = counter.count, counter.before
+    earlier: CounterRow = (None,) * 5
+    if before is not None:
+        earlier = (before.start, before.used, before.carried, before.drawn, before.peak)
+    return (
+        key,
+        counter.unit,
+        counter.began,
+        *(count.start, count.used, count.carried, count.drawn, count.peak),
+        *earlier,
+        counter.balance,
+        counter.until,
+        counter.end,
+        past_at(counter),
+    )
+
+
+def _counter(row: CounterRow) -> tuple[str, Counter]:
+    key, unit, began, *counts, balance, until, end, _ = row
+    latest, before = counts[:5], counts[5:]
+    counter = Counter(
+        next(one for one in UNITS if one == unit),
+        int(began or 0),
+        Count(*(int(value or 0) for value in latest)),
+        int(end or 0),
+        before=None if before[0] is None else Count(*(int(value or 0) for value in before)),
+        balance=int(balance or 0),
+        until=int(until or 0),
+    )
+    return str(key), counter

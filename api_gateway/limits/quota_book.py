@@ -1,0 +1,102 @@
+"""Where operators read and change the counters of calendar quotas: in this process, or in the store."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from api_gateway.errors import StoreUnavailable
+from api_gateway.limits.period_counters import MICROSECONDS, PeriodCounters, PeriodQuota, Standing, standing_of
+from api_gateway.limits.period_store import PeriodJournal
+from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
+
+
+class QuotaBook(Protocol):
+    """Counters by key. A change is stored when it is confirmed. Both methods raise StoreUnavailable."""
+
+    async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
+        """Return a counter as it is now, and the time in seconds since the epoch."""
+        ...
+
+    async def adjust(
+        self,
+        key: str,
+        quota: PeriodQuota,
+        *,
+        top_up: tuple[int, int] = (0, 0),
+        carried: int | None = None,
+        is_reset: bool = False,
+    ) -> tuple[Standing, int]:
+        """Add a top-up (amount, end), set what was carried over, or begin anew; return as `look`."""
+        ...
+
+
+class LocalBook:
+    """The counters of this process, and their file. Implements `QuotaBook`."""
+
+    def __init__(self, counters: PeriodCounters, journal: PeriodJournal, now_us: Callable[[], int]) -> None:
+        self._counters = counters
+        self._journal = journal
+        self._now_us = now_us
+
+    def __repr__(self) -> str:
+        return f"<LocalBook of {self._counters!r}>"
+
+    async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
+        """See `QuotaBook`."""
+        now_us = self._now_us()
+        return self._counters.standing(key, quota, now_us), now_us // MICROSECONDS
+
+    async def adjust(
+        self,
+        key: str,
+        quota: PeriodQuota,
+        *,
+        top_up: tuple[int, int] = (0, 0),
+        carried: int | None = None,
+        is_reset: bool = False,
+    ) -> tuple[Standing, int]:
+        """See `QuotaBook`."""
+        now_us = self._now_us()
+        amount, until = top_up
+        if amount:
+            self._counters.top_up(key, quota, amount, until, now_us)
+        if carried is not None:
+            self._counters.carry(key, quota, carried, now_us)
+        if is_reset:
+            self._counters.reset(key, quota, now_us)
+        await self._journal.write()
+        if self._journal.error is not None:
+            raise StoreUnavailable(f"The change applies, but is not stored yet: {self._journal.error}", retry_after=1)
+        return await self.look(key, quota)
+
+
+class StoreBook:
+    """The counters in the store. Implements `QuotaBook`."""
+
+    def __init__(self, limiter: StoreQuotaLimiter) -> None:
+        self._limiter = limiter
+
+    def __repr__(self) -> str:
+        return f"<StoreBook of {self._limiter!r}>"
+
+    async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
+        """See `QuotaBook`."""
+        return await self._of(key, quota, None)
+
+    async def adjust(
+        self,
+        key: str,
+        quota: PeriodQuota,
+        *,
+        top_up: tuple[int, int] = (0, 0),
+        carried: int | None = None,
+        is_reset: bool = False,
+    ) -> tuple[Standing, int]:
+        """See `QuotaBook`."""
+        return await self._of(key, quota, (*top_up, -1 if carried is None else carried, int(is_reset)))
+
+    async def _of(
+        self, key: str, quota: PeriodQuota, adjustment: tuple[int, int, int, int] | None
+    ) -> tuple[Standing, int]:
+        counter, clock_us = await self._limiter.counter(key, quota, adjustment)
+        now = clock_us // MICROSECONDS
+        return standing_of(key, quota, counter, now), now

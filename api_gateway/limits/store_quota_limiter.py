@@ -1,0 +1,263 @@
+"""The limiter of a configuration with calendar quotas whose buckets and counters are in a shared store.
+
+One script call charges all buckets and counters of a request, or none. The store's clock decides which period it is,
+so machines whose clocks differ share one period. While the store is unavailable, the policy for outages decides: by
+`local_share`, each process admits its share of what was left by its last reading. It is charged afterwards.
+"""
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from api_gateway.errors import StoreUnavailable
+from api_gateway.limits.period_counters import (
+    MICROSECONDS,
+    Counter,
+    PeriodQuota,
+    Standing,
+    Warned,
+    attach,
+    is_past,
+    settle,
+    standing_of,
+)
+from api_gateway.limits.quota_decisions import (
+    counter_decision,
+    joint_allowance,
+    of_buckets,
+    of_counters,
+    refusal_of,
+    without_counters,
+)
+from api_gateway.limits.quota_ops import CorrectOp, CounterOp, QuotaChargeOp
+from api_gateway.limits.redis_limiter import RedisLimiter
+from api_gateway.models import Charge, Clock, Decision, LimiterState, Quota
+from api_gateway.rate_limiter import debts_of
+
+
+class StoreQuotaLimiter:
+    """Charges buckets of `buckets`, and counters of calendar quotas in its store. Implements `RateLimiter`.
+
+    `known` are the last readings of counters, at most as many as buckets; the oldest is dropped first. `owed` is what
+    was admitted without the store: by key, the amount and the start of the period.
+    """
+
+    def __init__(
+        self,
+        buckets: RedisLimiter,
+        *,
+        prefix: str,
+        wall_clock: Clock,
+        on_warned: Callable[[Sequence[Warned]], None] = lambda _: None,
+    ) -> None:
+        self.buckets = buckets
+        self.known: dict[str, Counter] = {}
+        self.owed: dict[str, tuple[int, int]] = {}
+        self.offset_us = 0  # of the store's clock, which is ahead of this process's by this time
+        self.warn = on_warned
+        self._prefix = prefix
+        self._wall_clock = wall_clock
+        self.counter_key = lru_cache(maxsize=65_536)(self._hashed)
+
+    def __repr__(self) -> str:
+        return f"<StoreQuotaLimiter of {self.buckets!r} [{len(self.known)} counters known, {len(self.owed)} owed]>"
+
+    def __len__(self) -> int:
+        return len(self.buckets) + len(self.known)
+
+    @property
+    def bucket_limit(self) -> int:
+        """Maximum number of buckets."""
+        return self.buckets.bucket_limit
+
+    @property
+    def overflowed(self) -> int:
+        """Number of decisions on shared buckets."""
+        return self.buckets.overflowed
+
+    @overflowed.setter
+    def overflowed(self, _: int) -> None:
+        raise AttributeError("the limiter of the buckets counts")
+
+    def state(self) -> LimiterState:
+        """Return the state of the limiter of the buckets."""
+        return self.buckets.state()
+
+    def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Refuse from the cache of buckets, or decide by the policy for outages; None to ask the store."""
+        if not of_counters(charges):
+            return self.buckets.decide(charges, now_ns)
+        if not self.buckets.batcher.is_usable:
+            return self.decide_without_store(charges, may_be_charged=False)
+        decision = self.buckets.decide(of_buckets(charges), now_ns)
+        if decision is not None and not decision.violated:
+            decision.violated = (decision.quota,)
+        return decision
+
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
+        """Have the store decide."""
+        if of_counters(charges):
+            self.buckets.batcher.submit(QuotaChargeOp(self, charges, now_ns, on_decision))
+        else:
+            self.buckets.decide_async(charges, now_ns, on_decision)
+
+    async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
+        """Return each decision on its charge alone, without charging it."""
+        buckets = iter(await self.buckets.inspect(of_buckets(charges), now_ns))
+        return [
+            await self._inspect(charge, charge.quota, now_ns)
+            if isinstance(charge.quota, PeriodQuota)
+            else next(buckets)
+            for charge in charges
+        ]
+
+    def settle(
+        self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
+    ) -> Decision:
+        """Send the settlement to the store without waiting for it."""
+        counted = of_counters(changes)
+        if not counted:
+            return self.buckets.settle(changes, decision, now_ns, settled_to)
+        after = self.buckets.settle(
+            of_buckets(changes), without_counters(decision, changes), now_ns, of_buckets(settled_to)
+        )
+        starts, clock_us = debts_of(decision), self._store_us()
+        now, standings = clock_us // MICROSECONDS, []
+        for change, start in zip(changes, starts, strict=True):
+            if not isinstance(change.quota, PeriodQuota):
+                continue
+            if change.increment_ns and decision.source == "store":
+                self.buckets.batcher.submit(CorrectOp(self, change.key, change.quota, change.increment_ns, start))
+            elif change.increment_ns:
+                self._owe(change.key, change.increment_ns, start)
+            standing = self._standing(change.key, change.quota, now)
+            kept = standing.kept(start)
+            if kept is None and change.increment_ns > 0:
+                attach(standing)
+                self.known[change.key] = standing.counter
+            warned = settle(standing, kept, change.increment_ns, now)
+            if warned:
+                self.warn(warned)
+            standing = standing_of(change.key, change.quota, standing.counter, now)
+            standings.append(standing)
+        return joint_allowance(settled_to or changes, after, standings, clock_us, starts)
+
+    async def refill(self, key: str) -> None:
+        """Fill a bucket to its capacity."""
+        await self.buckets.refill(key)
+
+    async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+        """Convert a bucket to another quota; it keeps its filled fraction."""
+        await self.buckets.move(key, old, new, now_ns)
+
+    async def counter(
+        self, key: str, quota: PeriodQuota, adjustment: tuple[int, int, int, int] | None = None
+    ) -> tuple[Counter | None, int]:
+        """Return a counter, after an adjustment (see `CounterOp`), and the store's time in microseconds.
+
+        Raises StoreUnavailable.
+        """
+        found: asyncio.Future[tuple[Counter | None, int]] = asyncio.get_running_loop().create_future()
+
+        def on_counter(counter: Counter | None, clock_us: int) -> None:
+            if not found.done():
+                found.set_result((counter, clock_us))
+
+        self.buckets.batcher.submit(CounterOp(self, key, quota, on_counter, adjustment))
+        counter, clock_us = await found
+        if clock_us < 0:
+            raise StoreUnavailable("The store did not confirm the state of the quota.", retry_after=1)
+        return counter, clock_us
+
+    # See `quota_ops.CountersPort`
+
+    def began(self, key: str) -> int | None:
+        """Return when the first period of a key began, by the last reading."""
+        known = self.known.get(key)
+        return None if known is None or is_past(known, self.store_time()) else known.began
+
+    def store_time(self) -> int:
+        """Return the store's time in seconds, by the last reading."""
+        return self._store_us() // MICROSECONDS
+
+    def note(self, key: str, counter: Counter | None, clock_us: int) -> None:
+        """Keep a reading."""
+        self.offset_us = clock_us - self._now_us()
+        self.known.pop(key, None)
+        if counter is not None:
+            self.known[key] = counter
+            if len(self.known) > self.bucket_limit:
+                del self.known[next(iter(self.known))]
+
+    def take_owed(self, key: str) -> tuple[int, int]:
+        """Remove and return what was charged without the store."""
+        return self.owed.pop(key, (0, 0)) if self.owed else (0, 0)
+
+    def decide_without_store(self, charges: Sequence[Charge], *, may_be_charged: bool) -> Decision:
+        """Decide by the policy for outages: by `local_share`, by the share of what was left by the last reading."""
+        now_ns, now_us = self.buckets.clock_ns(), self._store_us()
+        of_tokens, counted = of_buckets(charges), of_counters(charges)
+        if self.buckets.policy == "local_share":
+            decisions = [
+                counter_decision(charge, self._share(charge.key, quota, now_us // MICROSECONDS), now_us, now_ns)
+                for charge, quota in counted
+            ]
+            if not all(decision.allowed for decision in decisions):
+                refused = refusal_of(decisions)
+                refused.source = "local_share"
+                return refused
+        decision = self.buckets.decide_without_store(of_tokens, now_ns, may_be_charged=may_be_charged)
+        if not decision.allowed:
+            return decision
+        standings = [self._standing(charge.key, quota, now_us // MICROSECONDS) for charge, quota in counted]
+        if not may_be_charged:
+            for (charge, _), standing in zip(counted, standings, strict=True):
+                self._owe(charge.key, charge.increment_ns, standing.count.start)
+        return joint_allowance(charges, decision, standings, now_us)
+
+    def _owe(self, key: str, change: int, start: int) -> None:
+        owed, since = self.owed.get(key, (0, start))
+        if since != start:  # of an earlier period: it is of no importance any more
+            owed = 0
+        if owed + change:
+            self.owed[key] = owed + change, start
+        else:
+            self.owed.pop(key, None)
+
+    def _share(self, key: str, quota: PeriodQuota, now: int) -> Standing:
+        """Return the standing of this process's share: of what was left by the last reading, without what it owes."""
+        standing = self._standing(key, quota, now)
+        owed, start = self.owed.get(key, (0, 0))
+        standing.left = standing.left // self.buckets.fallback.processes
+        if start == standing.count.start:
+            standing.left -= owed
+        return standing
+
+    def _standing(self, key: str, quota: PeriodQuota, now: int) -> Standing:
+        return standing_of(key, quota, self.known.get(key), now)
+
+    async def _inspect(self, charge: Charge, quota: PeriodQuota, now_ns: int) -> Decision:
+        try:
+            counter, clock_us = await self.counter(charge.key, quota)
+        except StoreUnavailable:
+            clock_us = self._store_us()
+            standing = self._share(charge.key, quota, clock_us // MICROSECONDS)
+            decision = counter_decision(charge, standing, clock_us, now_ns)
+            decision.source = "local_share"
+            return decision
+        standing = standing_of(charge.key, quota, counter, clock_us // MICROSECONDS)
+        decision = counter_decision(charge, standing, clock_us, clock_us * 1000)
+        decision.source = "store"
+        return decision
+
+    def _now_us(self) -> int:
+        return math.ceil(self._wall_clock() * MICROSECONDS)
+
+    def _store_us(self) -> int:
+        return self._now_us() + self.offset_us
+
+    def _hashed(self, key: str) -> str:
+        """Return the key of a counter in the store: of fixed length, without the client's id."""
+        return f"{self._prefix}:quota:{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
