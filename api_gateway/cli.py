@@ -17,7 +17,8 @@ from api_gateway.config import ENV_PREFIX, GatewayConfig, Loaded
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.process.config_watch import ConfigSource
 from api_gateway.process.key_commands import run_keys
-from api_gateway.process.server import GatewayServer, configure_logging
+from api_gateway.process.message_log import configure_logging
+from api_gateway.process.server import GatewayServer
 from api_gateway.process.start_check import file_errors, startup_errors, startup_warnings
 from api_gateway.process.supervisor import Supervisor
 from api_gateway.replay.command import run_replay
@@ -59,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     config = loaded.config
     if _report(loaded, file_errors(config)):
         return STARTUP_FAILED
-    configure_logging(config.log.level)
+    configure_logging(config.log)
     hint = former_state(config.state_dir, os.environ)
     if hint is not None:
         logger.warning(hint)

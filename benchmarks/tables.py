@@ -12,7 +12,8 @@ from api_gateway.assembly.gateway import Gateway
 from api_gateway.config import load_config
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
-from api_gateway.process.server import GatewayServer, configure_logging
+from api_gateway.process.message_log import configure_logging
+from api_gateway.process.server import GatewayServer
 
 
 def sizes(gateway: Gateway, fast_path: Any) -> dict[str, int]:
@@ -49,7 +50,7 @@ def series_of(recorder: Recorder) -> int:
 def main() -> int:
     """Run the gateway."""
     config = load_config(Path(sys.argv[1]))
-    configure_logging(config.log.level)
+    configure_logging(config.log)
     server = GatewayServer(config)
     app: Any = server._app
     app.add_api_route("/tables", lambda: sizes(app.state.gateway, app.fast_path.current))

@@ -1,8 +1,8 @@
 """The audit log: a line for each change that an operator makes, in one file that all workers of a gateway append to.
 
 A line is written after the change, in one write under a lock, and before the response is sent. When the file has
-`MAX_BYTES`, it becomes the former file, which replaces the one before: the log is bounded, and the last `MAX_BYTES`
-are always kept. A line that a killed process left unfinished is skipped.
+`AUDIT_FILE_BYTES`, it becomes the former file, which replaces the one before: the size is limited, and as many last
+bytes are always kept. A line that a killed process left unfinished is skipped.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from api_gateway.system.state_folder import make_private
 logger = logging.getLogger(__name__)
 
 AUDIT_FILE = "audit.jsonl"
-MAX_BYTES = 8 * 1024 * 1024
+AUDIT_FILE_BYTES = 8 * 1024 * 1024
 
 
 class AuditAction(StrEnum):
@@ -68,7 +68,7 @@ class AuditView(Body):
 class AuditFile:
     """The file `audit.jsonl` in the state folder, and the former file. All methods block."""
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, folder: Path, max_bytes: int = AUDIT_FILE_BYTES) -> None:
         self.path = folder / AUDIT_FILE
         self.former = self.path.with_suffix(".1.jsonl")
         self._max_bytes = max_bytes

@@ -17,6 +17,8 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.observability.selected_lines import sampled, with_fields
+from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
@@ -239,20 +241,33 @@ def _router(
 
 
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    """Return the access log and the usage, as far as they are on; both have the same time of an exchange."""
-    usage, wall_clock = gateway.usage, gateway.clocks.wall
-    if not gateway.config.log.access:
-        return [] if usage is None else [usage.count]
-    log = AccessLog(wall_clock, process_output().out.write, without_keys, gateway.numbers)
-    if usage is None:
-        return [log.write]
+    """Return what records an exchange: the access log and the usage, as far as they are on, with one time for both."""
+    writers = _access_logs(gateway)
+    if gateway.usage is not None:
+        writers.append(gateway.usage.count_at)
+    if not writers:
+        return []
+    wall_clock = gateway.clocks.wall
 
     def record(exchange: Exchange) -> None:
         now = wall_clock()
-        log.write_at(exchange, now)
-        usage.count_at(exchange, now)
+        for write in writers:
+            write(exchange, now)
 
     return [record]
+
+
+def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
+    log, wall_clock = gateway.config.log, gateway.clocks.wall
+    if not log.access:
+        return []
+    output = process_output().out
+    if log.format == "text" or (log.format == "auto" and output.is_terminal):
+        write = TextLog(output.write, without_keys).write_at
+    else:
+        write_line = output.write if log.fields is None else with_fields(output.write, frozenset(log.fields))
+        write = AccessLog(wall_clock, write_line, without_keys, gateway.numbers).write_at
+    return [write if log.sample_successes == 1 else sampled(write, log.sample_successes)]
 
 
 def _next_number(gateway: Gateway) -> Callable[[], int] | None:

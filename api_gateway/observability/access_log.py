@@ -9,6 +9,37 @@ from json.encoder import encode_basestring_ascii as quoted
 from api_gateway.models import Clock, Decision, Exchange, Settlement
 from api_gateway.observability.decision_numbers import DecisionNumbers
 
+# The members of a line, in their order; some lines lack some.
+LINE_FIELDS = (
+    "time",
+    "request_id",
+    "client_address",
+    "client_id",
+    "tier",
+    "tier_source",
+    "has_keys",
+    "organisation",
+    "method",
+    "path",
+    "status",
+    "reason",
+    "detail",
+    "source",
+    "route",
+    "upstream",
+    "target",
+    "attempts",
+    "retry_reasons",
+    "fallback",
+    "cost",
+    "remaining",
+    "bytes_received",
+    "bytes_sent",
+    "duration_ms",
+    "upstream_duration_ms",
+    "decision",
+    "credential_check",
+)
 _MICROSECONDS = 1_000_000
 _ORGANISATION = '"organisation":'
 _encode = json.JSONEncoder(separators=(",", ":")).encode

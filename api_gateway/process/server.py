@@ -20,7 +20,6 @@ import uvicorn
 from api_gateway.admin.context import Lifecycle
 from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
-from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.listener import change_protocol, protocol_of
@@ -28,6 +27,7 @@ from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
 from api_gateway.main import create_app
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, watched
+from api_gateway.process.message_log import change_logging
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.watchdog import Watchdog
 from api_gateway.reload.outcome import ReloadOutcome
@@ -37,16 +37,9 @@ from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.held_signals import unblocked_signals
-from api_gateway.system.output import LineHandler, process_output
 
 logger = logging.getLogger(__name__)
 
-# Log messages of uvicorn that the gateway or its access log replaces.
-_SILENCED = (
-    "ASGI callable returned without completing response.",
-    "Cancel %s running task(s)",
-    "Application startup failed. Exiting.",
-)
 ADMIN_CONNECTIONS = 256  # to the operator listener
 _STEP = 0.1  # seconds between checks of `force_exit`
 PROCESS_STOP_MARGIN = 3.0  # seconds that the process may take after its drain time
@@ -149,7 +142,7 @@ class GatewayServer(uvicorn.Server):
             change_protocol(factory, section)
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
         self._watchdog.set_stop_timeout(stop_within(section))
-        set_log_level(config.log.level)
+        change_logging(config.log)
 
     async def _open_admin_listener(self) -> None:
         """Serve the operator endpoints on their own sockets, if any; uvicorn closes those with the others."""
@@ -176,10 +169,12 @@ class GatewayServer(uvicorn.Server):
         """Stop: keep serving for `drain_delay` seconds, then drain."""
         if self._watching is not None:
             self._watching.cancel()
+        logger.info("draining: %d connections, new requests for %g s", len(self.server_state.connections), self._delay)
         until = time.monotonic() + self._delay
         while not self.force_exit and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110 - set by a signal
             await asyncio.sleep(min(left, _STEP))
         await super().shutdown(sockets)
+        logger.info("stopped")
 
     async def _wait_tasks_to_complete(self) -> None:
         """Wait until all requests have ended; when the drain time is over, abort the rest.
@@ -294,23 +289,3 @@ def _tune_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-
-
-def configure_logging(level: str, who: str = "") -> None:
-    """Log to standard error; `who` is a prefix that names the process."""
-    logging.basicConfig(
-        level=level.upper(),
-        handlers=[LineHandler(process_output().err, without_keys)],
-        format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
-        force=True,
-    )
-    # The startup message replaces uvicorn's messages about its start and end; its errors are logged.
-    logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")
-    # The gateway leaves a response incomplete if the upstream did; its own log has the reason.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith(_SILENCED))
-
-
-def set_log_level(level: str) -> None:
-    """Set the level of the log, and of uvicorn's."""
-    logging.getLogger().setLevel(level.upper())
-    logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")

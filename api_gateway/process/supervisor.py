@@ -21,7 +21,8 @@ from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
-from api_gateway.process.server import set_log_level, stop_within, watchdog_of
+from api_gateway.process.message_log import change_logging
+from api_gateway.process.server import stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import ReloadOutcome, ReloadState
@@ -349,7 +350,7 @@ class Supervisor:
             for worker in workers:
                 worker.drains_within = _drains_within(config)
         self._watchdog.set_stop_timeout(stop_within(config.server, SUPERVISOR_STOP_MARGIN))
-        set_log_level(config.log.level)
+        change_logging(config.log)
 
     async def _roll(self) -> None:
         """Replace the workers one by one, each by one that is started beside it and runs the present code."""
@@ -358,10 +359,7 @@ class Supervisor:
             await self._reloader.idle()
             for slot in self._slots:
                 if not await self._replace(slot):
-                    logger.error(
-                        "rolling restart aborted: new worker %d did not start; the remaining workers keep serving",
-                        slot.number,
-                    )
+                    logger.error("rolling restart aborted: new worker %d did not start; the others serve", slot.number)
                     return
         finally:
             self._is_rolling = False

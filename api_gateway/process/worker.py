@@ -9,7 +9,8 @@ from typing import Any
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.process.listeners import Sockets
-from api_gateway.process.server import GatewayServer, configure_logging
+from api_gateway.process.message_log import configure_logging
+from api_gateway.process.server import GatewayServer
 from api_gateway.reload.serialization import deserialized
 from api_gateway.reporting.worker_channel import REPLACED_SIGNAL, SupervisorChannel
 from api_gateway.system.output import redirected
@@ -25,7 +26,7 @@ def _serve(worker_config: dict[str, Any]) -> int:
     for number in (signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # only the supervisor handles them
     config = deserialized(worker_config["config"])
-    configure_logging(config.log.level, f"worker {worker_config['number']}: ")
+    configure_logging(config.log, f"worker {worker_config['number']}: ")
     server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]))
     public, admin = (
         [socket.socket(fileno=one) for one in worker_config[key]] for key in ("listeners", "admin_listeners")

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from api_gateway.observability.access_log import LINE_FIELDS
 from api_gateway.settings.addresses import ForwardedSection
 from api_gateway.settings.setting_types import PSEUDONYM, FileMode, Host, Seconds, Section, TrustedProxy
 
@@ -74,8 +75,27 @@ class MetricsSection(Section):
     percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = Field(default=[50, 90, 95, 99], min_length=1)
 
 
+def _access_log_field(name: str) -> str:
+    if name not in LINE_FIELDS:
+        raise ValueError(f"must be a field of the access log: {', '.join(LINE_FIELDS)}; got {name!r}")
+    return name
+
+
+AccessLogField = Annotated[str, AfterValidator(_access_log_field)]
+
+
 class LogSection(Section):
     """What is logged: messages from `level` up, and the access log."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    access: bool = Field(default=True, description="One JSON line for each proxied request.")
+    format: Literal["auto", "text", "json"] = Field(
+        default="auto",
+        description="Of messages and access log. auto: text; JSON for an access log that is not on a terminal.",
+    )
+    access: bool = Field(default=True, description="One line for each proxied request.")
+    fields: list[AccessLogField] | None = Field(
+        default=None, min_length=1, description="Fields of the access log in JSON, without the others. None: all."
+    )
+    sample_successes: float = Field(
+        default=1.0, ge=0, le=1, description="Share of the requests without an error that the access log has."
+    )

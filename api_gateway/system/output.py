@@ -61,6 +61,11 @@ class LineWriter:
     def __repr__(self) -> str:
         return f"<LineWriter {self._descriptor} [{len(self._entries)} queued, {self._pending} bytes]>"
 
+    @property
+    def is_terminal(self) -> bool:
+        """Return whether the descriptor is a terminal."""
+        return os.isatty(self._descriptor)
+
     def write(self, text: str) -> None:
         """Queue `text`, one or more whole lines. Never blocks; lines that do not fit are dropped and counted."""
         size = len(text) if text.isascii() else len(_encoded(text))

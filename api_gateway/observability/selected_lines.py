@@ -1,0 +1,31 @@
+"""Access logs that have fewer fields, or fewer lines."""
+
+import json
+import random
+from collections.abc import Callable, Collection
+
+from api_gateway.models import Exchange
+
+_ERROR = 400  # the first status of an error
+
+
+def with_fields(write_line: Callable[[str], object], fields: Collection[str]) -> Callable[[str], object]:
+    """Return what writes lines of JSON with only these fields, in their order in the line."""
+
+    def write(line: str) -> None:
+        members = {name: value for name, value in json.loads(line).items() if name in fields}
+        write_line(f"{json.dumps(members, separators=(',', ':'))}\n")
+
+    return write
+
+
+def sampled(
+    write: Callable[[Exchange, float], None], share: float, draw: Callable[[], float] = random.random
+) -> Callable[[Exchange, float], None]:
+    """Return what writes every response with an error or a reason, and a share of the others, at random."""
+
+    def write_some(exchange: Exchange, now: float) -> None:
+        if exchange.status >= _ERROR or exchange.reason is not None or draw() < share:
+            write(exchange, now)
+
+    return write_some

@@ -1,0 +1,48 @@
+"""The access log for people: a short line for each exchange."""
+
+from collections.abc import Callable
+from datetime import datetime
+
+from api_gateway.models import Exchange
+
+
+class TextLog:
+    """Passes each line to `write_line`, which must not block.
+
+    A line cannot affect a terminal: what is not printable in a value (line breaks, escape sequences, characters that
+    change the direction of writing) is escaped.
+    """
+
+    def __init__(self, write_line: Callable[[str], object], redact: Callable[[str], str] = str) -> None:
+        """`redact` returns a line without secrets that a client has put into a path or an id."""
+        self._write_line = write_line
+        self._redact = redact
+
+    def write_at(self, exchange: Exchange, now: float) -> None:
+        """Write the line of one finished exchange: time, status, request, duration, client, and what it went to.
+
+        `now` is in seconds since the epoch.
+        """
+        client, reason = exchange.client, exchange.reason
+        parts = [
+            f"{datetime.fromtimestamp(now).astimezone():%H:%M:%S.%f}"[:-3],
+            str(exchange.status),
+            printable(exchange.method),
+            printable(exchange.path),
+            f"{exchange.duration * 1000:.1f} ms",
+            "-" if client is None else f"{printable(client.id)} ({client.quota.name})",
+            "-" if exchange.upstream is None else f"-> {exchange.upstream}",
+        ]
+        if exchange.attempts > 1:
+            parts.append(f"{exchange.attempts} attempts")
+        if reason is not None:
+            parts.append(f"{reason}: {printable(exchange.detail)}" if exchange.detail else reason)
+            parts.append(f"[{printable(exchange.id)}]")
+        self._write_line(f"{self._redact('  '.join(parts))}\n")
+
+
+def printable(text: str) -> str:
+    """Return the text with what is not printable in the form of Python's escapes."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
