@@ -10,7 +10,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.models import NANOSECONDS
 from api_gateway.replay.log_lines import LogEvent
 from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
-from api_gateway.replay.simulation import ReplayedDecision, unlogged_parts
+from api_gateway.replay.simulation import ReplayedDecision, has_periods, unlogged_parts
 from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
@@ -165,6 +165,8 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
         )
     for limit in Quotas.of(candidate).limits:
         parts = unlogged_parts(limit)
+        if has_periods(limit):
+            yield f"limit {limit.name}: a quota of a calendar period, whose count before the log is not known"
         if parts:
             yield f"limit {limit.name}: its key has {', '.join(parts)}, which is not logged; it is not evaluated"
     if candidate.is_demo:

@@ -11,6 +11,7 @@ from api_gateway.clients.records import ClientStore
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.limits.limit import Limit, moved_buckets
+from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, ClientSource, Exchange
@@ -229,8 +230,13 @@ class Simulation:
 
 
 def evaluable(limits: Iterable[Limit]) -> list[Limit]:
-    """Return the limits by values that are logged."""
-    return [limit for limit in limits if not unlogged_parts(limit)]
+    """Return the limits by values that are logged, without those of calendar periods."""
+    return [limit for limit in limits if not unlogged_parts(limit) and not has_periods(limit)]
+
+
+def has_periods(limit: Limit) -> bool:
+    """Tell whether a limit counts in calendar periods, whose counters begin before the log."""
+    return any(isinstance(quota, PeriodQuota) for quota in limit.all_quotas)
 
 
 def unlogged_parts(limit: Limit) -> list[str]:

@@ -278,9 +278,11 @@ def test_limits_on_values_that_are_not_logged_are_not_evaluated(tmp_path: Path) 
         traffic.request(f"client-{index % 2}", "BASIC")
     strict = {"rate": 1, "capacity": 1}
     tenants = {"name": "tenants", "key": ["header:x-tenant", "client"], **strict}
-    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}])
+    monthly = {"name": "monthly", "key": "client", "quota": 1, "period": "month"}
+    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}, monthly])
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
-    (note,) = found["not_evaluable"]
+    note, other = found["not_evaluable"]
+    assert other == "limit monthly: a quota of a calendar period, whose count before the log is not known"
     assert note == "limit tenants: its key has header:x-tenant, which is not logged; it is not evaluated"
     assert (found["newly_limited_by"], found["totals"]["newly_limited"]) == ({"all": 7}, 7)
 
