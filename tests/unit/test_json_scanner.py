@@ -82,6 +82,7 @@ def test_it_finds_what_json_loads_finds_wherever_the_text_is_cut(
         (b'{"\\u0075sage":{"total\\u005ftokens":1.5e3}}', 1500),
         (b'{"x":"{\\"usage\\":{\\"total_tokens\\":1}}","usage":{"total_tokens":2}}', 2),
         (b'{"x":[{"usage":{"total_tokens":1}}]}', None),
+        (b'{"x":{"y":[1,[2]]},"usage":{"total_tokens":3}}', 3),
         (b'{"usage":[{"total_tokens":1}]}', None),
         (b'{"usage":{"total_tokens":true}}', None),
         (b'{"usage":{"total_tokens":-0}}', 0),
@@ -93,6 +94,13 @@ def test_it_finds_what_json_loads_finds_wherever_the_text_is_cut(
 def test_the_last_member_of_a_name_counts_and_only_a_number(text: bytes, expected: float | None) -> None:
     for cut in range(len(text) + 1):
         assert scanned(text, PATH, cut) == expected
+
+
+@pytest.mark.parametrize(("index", "expected"), [("0", None), ("1", 5), ("2", 7), ("3", None), ("01", None)])
+def test_elements_of_arrays_are_counted(index: str, expected: float | None) -> None:
+    text = b'[{"n":[]}, {"n":[4,5]}, {"n":[[6],7]}]'
+    for cut in range(len(text) + 1):
+        assert scanned(text, (index, "n", "1"), cut) == expected
 
 
 @given(text=st.binary(max_size=60) | st.text('{}[]":,\\ \n0a1usage', max_size=60).map(str.encode), path=paths)
