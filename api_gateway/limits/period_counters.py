@@ -7,6 +7,8 @@ A count belongs to one period and is never given twice. A counter keeps the coun
 been used in, and of the one before. If the clock steps back, requests are charged to the count of the period that it
 shows; if that is earlier than both, to the earlier one. So a step back gains no second allowance, and a step forward
 and back loses none. A counter is forgotten two periods and a day after its last period; a longer step is not undone.
+
+Long because counts, tables and the short way of a decision have to agree.
 """
 
 from collections import deque
