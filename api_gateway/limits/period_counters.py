@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from api_gateway.limits.periods import PERIOD_LENGTHS, Calendar, Period, Unit
+from api_gateway.limits.periods import PERIOD_LENGTHS, Calendar, CalendarPeriod, Unit
 from api_gateway.models import Quota
 
 UNITS_PER_TOKEN = 1000
@@ -57,7 +57,7 @@ class PeriodQuota(Quota):
         """The allowance in thousandths of a token."""
         return self.burst_ns
 
-    def period(self, began: int, now: int) -> Period:
+    def period(self, began: int, now: int) -> CalendarPeriod:
         """Return the period that contains `now`, for a client whose first request was at `began`."""
         return self.calendar.since(began, now) if self.is_from_start else self.calendar.at(now)
 
@@ -140,7 +140,7 @@ class Warned(NamedTuple):
     key: str
     quota: PeriodQuota
     share: float
-    period: Period
+    period: CalendarPeriod
     used: int
     allowance: int
 
@@ -372,7 +372,7 @@ def _warnings(standing: Standing, peak: int) -> list[Warned]:
     ]
 
 
-def _next(quota: PeriodQuota, last: Count, period: Period) -> Count:
+def _next(quota: PeriodQuota, last: Count, period: CalendarPeriod) -> Count:
     """Return the count of a period that is not the first; `last` is the one before it that was used."""
     left = quota.burst_ns
     if last.start == period.earlier:

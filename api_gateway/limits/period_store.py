@@ -1,7 +1,7 @@
 """The counters of calendar quotas in one SQLite file, which is written behind the requests.
 
-A request does not wait for the disk. Counters that were changed are written every `WRITE_INTERVAL` seconds in one
-transaction, so the end of the process without notice (`kill -9`) forgets what was charged in less than `MAX_LOSS`
+A request does not wait for the disk. Counters that were changed are written every `QUOTA_WRITE_INTERVAL` seconds in
+one transaction, so the end of the process without notice (`kill -9`) forgets what was charged in less than `MAX_LOSS`
 seconds before it: those clients may use that much again. An orderly end forgets nothing.
 """
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 QUOTAS_FILE = "quotas.sqlite3"
 QUOTAS_SCHEMA = 1
-WRITE_INTERVAL = 0.4  # seconds between the end of a write and the next one
+QUOTA_WRITE_INTERVAL = 0.4  # seconds between the end of a write and the next one
 MAX_LOSS = 1.0  # seconds; a write that takes longer than the rest is logged
 _STEP = 2000  # counters that are converted to rows before the event loop turns
 
@@ -191,12 +191,12 @@ class PeriodJournal:
                 logger.warning("quotas are stored again")
             self.error = None
             took = self._clock() - began
-            if took > MAX_LOSS - WRITE_INTERVAL:
+            if took > MAX_LOSS - QUOTA_WRITE_INTERVAL:
                 logger.warning("%d quotas took %.1f s to be stored", len(changed), took)
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(WRITE_INTERVAL)
+            await asyncio.sleep(QUOTA_WRITE_INTERVAL)
             await self.write()
 
 

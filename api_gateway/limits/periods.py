@@ -19,7 +19,7 @@ PERIOD_LENGTHS: dict[Unit, int] = {"hour": HOUR, "day": 24 * HOUR, "week": 168 *
 _DAYS: dict[Unit, int] = {"day": 1, "week": 7}
 
 
-class Period(NamedTuple):
+class CalendarPeriod(NamedTuple):
     """From `start` to the second before `end`. `earlier` is the start of the period before."""
 
     start: int
@@ -39,7 +39,7 @@ class Calendar:
     def __init__(self, unit: Unit, zone: ZoneInfo) -> None:
         self.unit: Unit = unit
         self.zone = zone
-        self._last = Period(0, 0, 0)
+        self._last = CalendarPeriod(0, 0, 0)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Calendar) and (self.unit, self.zone.key) == (other.unit, other.zone.key)
@@ -50,14 +50,14 @@ class Calendar:
     def __repr__(self) -> str:
         return f"<Calendar [{self.unit}, {self.zone.key}]>"
 
-    def at(self, now: int) -> Period:
+    def at(self, now: int) -> CalendarPeriod:
         """Return the period that contains `now`."""
         last = self._last
         if not last.start <= now < last.end:
             last = self._last = self._hour(now) if self.unit == "hour" else self._days(now)
         return last
 
-    def since(self, began: int, now: int) -> Period:
+    def since(self, began: int, now: int) -> CalendarPeriod:
         """Return the period that contains `now`, of those that begin at `began` and one unit after another.
 
         Days, weeks and months begin at the local time of `began`; a month without its day, on the last day that the
@@ -65,7 +65,7 @@ class Calendar:
         """
         if self.unit == "hour":
             start = now - (now - began) % HOUR
-            return Period(start, start + HOUR, start - HOUR)
+            return CalendarPeriod(start, start + HOUR, start - HOUR)
         first = self._local(began)
         passed = self._local(now) - first
         if self.unit == "month":
@@ -94,7 +94,7 @@ class Calendar:
             lambda at: self._local(at) >= local, _seconds(local.replace(tzinfo=self.zone, fold=1)), found
         )
 
-    def _days(self, now: int) -> Period:
+    def _days(self, now: int) -> CalendarPeriod:
         local = self._local(now)
         midnight = local.replace(hour=0, minute=0, second=0)
         if self.unit == "month":
@@ -104,9 +104,9 @@ class Calendar:
         monday = midnight - timedelta(days=midnight.weekday() if self.unit == "week" else 0)
         return _containing(lambda count: self.instant(monday + timedelta(days=days * count)), 0, now)
 
-    def _hour(self, now: int) -> Period:
+    def _hour(self, now: int) -> CalendarPeriod:
         start, end = self._hour_of(now)
-        return Period(start, end, self._hour_of(start - 1)[0])
+        return CalendarPeriod(start, end, self._hour_of(start - 1)[0])
 
     def _hour_of(self, now: int) -> tuple[int, int]:
         offset = self._offset(now)
@@ -146,7 +146,7 @@ def zone_of(name: str) -> ZoneInfo:
         raise ValueError(f"unknown time zone '{name}'") from error
 
 
-def _containing(begin: Callable[[int], int], index: int, now: int) -> Period:
+def _containing(begin: Callable[[int], int], index: int, now: int) -> CalendarPeriod:
     """Return the period that contains `now`; `begin` gives when each begins, and `index` is one that is near."""
     start, end = begin(index), begin(index + 1)
     while now >= end:
@@ -159,7 +159,7 @@ def _containing(begin: Callable[[int], int], index: int, now: int) -> Period:
     while earlier == start:  # a skipped date has no period
         index -= 1
         earlier = begin(index - 1)
-    return Period(start, end, earlier)
+    return CalendarPeriod(start, end, earlier)
 
 
 def _months_later(first: datetime, count: int) -> datetime:

@@ -15,7 +15,8 @@ DECISION, SETTLEMENT, CHECK = 0, 1, 2  # kinds
 
 # What follows (time, number, place, kind) in an event of any kind:
 # process, source of the decision, client id, source of the tier, address
-# and then in a decision: tier, has keys, method, path, route, cost, limits, limit, wait_ns, remaining, settlements
+# and then in a decision: tier, has keys, method, path, route, cost, limits, limit, wait_ns, remaining, settlements,
+# organisation
 # in a settlement: number of the decision, cost
 KIND, PROCESS, SOURCE, ID_OF_CLIENT, TIER_SOURCE, ADDRESS = 3, 4, 5, 6, 7, 8
 
@@ -23,7 +24,7 @@ _TEXT = r'"([^"\\]*)"'  # with an escape, the general parser is used
 _SKIPPED = r'(?:null|"[^"\\]*")'
 _HEAD = re.compile(
     rf'\{{"time":"[^"]*","request_id":"[^"\\]*","client_address":{_TEXT},"client_id":{_TEXT},"tier":{_TEXT}'
-    rf',"tier_source":"(\w+)"(,"has_keys":true)?(?:,"organisation":"[^"\\]*")?,"method":{_TEXT},"path":{_TEXT}'
+    rf',"tier_source":"(\w+)"(,"has_keys":true)?(?:,"organisation":{_TEXT})?,"method":{_TEXT},"path":{_TEXT}'
     rf',"status":\d+,"reason":{_SKIPPED},"detail":{_SKIPPED},"source":"\w+","route":(?:null|{_TEXT})'
 )
 _TAIL = re.compile(
@@ -47,13 +48,13 @@ def events_of(line: str, place: int) -> list[LogEvent]:
     if head is not None:
         tail = _TAIL.fullmatch(line, line.find(',"cost":', head.end()))
         if tail is not None:
-            address, client, tier, tier_source, keys, method, path, route = head.groups()
+            address, client, tier, tier_source, keys, organisation, method, path, route = head.groups()
             remaining, at_ns, number, process, source, limits, limit, wait_ns, cost = tail.groups()
             return [
                 (
                     *(int(at_ns), int(number), place, DECISION, process, source, client, tier_source, address),
                     *(tier, keys is not None, method, path, route, float(cost), limits, limit),
-                    *(int(wait_ns), int(remaining), 0),
+                    *(int(wait_ns), int(remaining), 0, organisation),
                 )
             ]
     return _events_of_any(line, place)
@@ -97,6 +98,7 @@ def _of_members(members: Mapping[str, Any], place: int) -> list[LogEvent]:
             *(_text(members["path"]), None if route is None else _text(route), float(decision["cost"])),
             *(json.dumps(decision["limits"], separators=(",", ":"))[1:-1], _text(decision["limit"])),
             *(int(decision["wait_ns"]), int(decision.get("remaining", members["remaining"])), len(settlements)),
+            None if members.get("organisation") is None else _text(members["organisation"]),
         )
     )
     for one in settlements:

@@ -20,7 +20,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.replay.external_sort import Run, RunWriter, merged
 from api_gateway.replay.log_files import BrokenFile, LogPart, blocks_of, log_parts
 from api_gateway.replay.log_lines import DECISION, KIND, PROCESS, SOURCE, ForeignLine, LogEvent, NotDecided, events_of
-from api_gateway.replay.sharding import AddressLimits, linked_address, shard_key, shards
+from api_gateway.replay.sharding import SharedBuckets, linked_address, linked_by_limits, shard_key, shards
 from api_gateway.replay.simulation import Simulation
 from api_gateway.replay.tally import ReplayTally
 
@@ -81,7 +81,7 @@ def replay_logs(
         jobs = (os.cpu_count() or 1) if sum(part.end - part.begin for part in parts) > SMALL else 1
     configs = [candidate] if current is None else [candidate, current]
     with tempfile.TemporaryDirectory(prefix="api-gateway-replay-", dir=folder) as name:
-        limits = AddressLimits(configs)
+        limits = SharedBuckets(configs)
         if jobs == 1:
             summaries = [read_part(part, index, Path(name), limits) for index, part in enumerate(parts)]
             found = [decide_shard(work) for work in _divided(candidate, current, summaries, 1)]
@@ -113,7 +113,7 @@ def _without_collections() -> Iterator[None]:
 # Reading
 
 
-def read_part(part: LogPart, index: int, folder: Path, limits: AddressLimits) -> PartSummary:
+def read_part(part: LogPart, index: int, folder: Path, limits: SharedBuckets) -> PartSummary:
     """Read a part of a log, and write its events as sorted runs."""
     summary = PartSummary(part)
     writer = RunWriter(folder, f"run-{index}")
@@ -121,7 +121,9 @@ def read_part(part: LogPart, index: int, folder: Path, limits: AddressLimits) ->
     with _without_collections():
         try:
             for lines, is_complete in blocks_of(part):
-                _read_lines(summary, writer, lines, index * _PLACES, is_limited, is_complete=is_complete)
+                _read_lines(
+                    summary, writer, lines, index * _PLACES, is_limited, limits.of_limits, is_complete=is_complete
+                )
         except BrokenFile as error:
             summary.broken = str(error)
         writer.flush()
@@ -135,6 +137,7 @@ def _read_lines(
     lines: Sequence[str],
     place: int,
     is_limited: Callable[[str], bool],
+    of_limits: frozenset[tuple[bool, bool]],
     *,
     is_complete: bool,
 ) -> None:
@@ -155,6 +158,10 @@ def _read_lines(
     summary.lines += len(lines)
     if found:
         _count(summary, found, is_limited)
+        if of_limits:
+            summary.links.update(
+                (shard_key(event), other) for event in found for other in linked_by_limits(event, of_limits)
+            )
         writer.add(found)
 
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from api_gateway.assembly.stores import Quotas
 from api_gateway.config import GatewayConfig
 from api_gateway.models import NANOSECONDS
 from api_gateway.replay.log_lines import LogEvent
 from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
-from api_gateway.replay.simulation import ReplayedDecision
+from api_gateway.replay.simulation import ReplayedDecision, has_periods, unlogged_parts
 from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
@@ -162,9 +163,12 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
             f"routes with a host ({', '.join(hosts)}): hosts are not logged; a request is taken to have the host of"
             " the route that it had"
         )
-    if candidate.limits:
-        names = ", ".join(limit.name for limit in candidate.limits)
-        yield f"limits ({names}): only the limits of tiers and of addresses are replayed; these refuse nothing here"
+    for limit in Quotas.of(candidate).limits:
+        parts = unlogged_parts(limit)
+        if has_periods(limit):
+            yield f"limit {limit.name}: a quota of a calendar period, whose count before the log is not known"
+        if parts:
+            yield f"limit {limit.name}: its key has {', '.join(parts)}, which is not logged; it is not evaluated"
     if candidate.is_demo:
         yield "routes: the candidate configures none"
     for tier in sorted(replayed.unknown_tiers):

@@ -1,24 +1,27 @@
 """Divides the clients of a log among processes, so that no bucket is in two of them.
 
 A request of a client that may be unregistered charges two buckets, its own and that of its address. Clients that have
-sent from one address therefore belong to one shard, with all addresses of each of them.
+sent from one address therefore belong to one shard, with all addresses of each of them. So do the clients that share
+a bucket of a limit that is not by client, such as all of an organisation; a limit by route alone leaves one shard.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from api_gateway.config import GatewayConfig
 from api_gateway.http1.headers import address_key, is_within
 from api_gateway.replay.log_lines import ADDRESS, CHECK, DECISION, ID_OF_CLIENT, KIND, TIER_SOURCE, LogEvent
 
-_LIMITS, _HAS_KEYS = 15, 10  # in an event of a decision
+_LIMITS, _HAS_KEYS, _ORGANISATION = 15, 10, 20  # in an event of a decision
 _key_of_address = lru_cache(maxsize=65_536)(address_key)
 
 
-class AddressLimits:
-    """Whether requests from an address are charged to its bucket, under any of several configurations."""
+class SharedBuckets:
+    """Which buckets a client shares with others under any of several configurations: of its address, and of limits."""
 
-    def __init__(self, configs: Iterable[GatewayConfig]) -> None:
+    def __init__(self, configs: Sequence[GatewayConfig]) -> None:
+        limits = [limit for config in configs for limit in config.limits if "client" not in limit.key]
+        self.of_limits = frozenset(("address" in limit.key, "organisation" in limit.key) for limit in limits)
         self._exempt = tuple(config.address_limit.exempt for config in configs if config.address_limit.rate)
 
     def apply_to(self, address: str) -> bool:
@@ -41,6 +44,16 @@ def linked_address(event: LogEvent, is_limited: Callable[[str], bool]) -> str | 
         return None
     address = event[ADDRESS]
     return f"a:{_key_of_address(address)}" if is_limited(address) else None
+
+
+def linked_by_limits(event: LogEvent, of_limits: Iterable[tuple[bool, bool]]) -> Iterator[str]:
+    """Yield the keys of what a decision may also charge by limits; their routes make no difference."""
+    if event[KIND] != DECISION:
+        return
+    for has_address, has_organisation in of_limits:
+        address = _key_of_address(event[ADDRESS]) if has_address else ""
+        organisation = (event[_ORGANISATION] or "") if has_organisation else ""
+        yield f"l:{has_address:d}{has_organisation:d}:{address}|{organisation}"
 
 
 def shards(counts: Mapping[str, int], links: Iterable[tuple[str, str]], number: int) -> tuple[dict[str, int], int]:

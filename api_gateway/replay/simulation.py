@@ -1,5 +1,6 @@
 """One configuration, deciding again on logged requests: real admission, limiter and settlement on a virtual clock."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, cast
 
@@ -9,14 +10,16 @@ from api_gateway.assembly.stores import Quotas, configured_clients
 from api_gateway.clients.records import ClientStore
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
+from api_gateway.limits.limit import Limit, moved_buckets
+from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
-from api_gateway.models import Client, ClientSource, Exchange, Quota
+from api_gateway.models import Client, ClientSource, Exchange
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, RequestPlan, Stage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.header_facts import HeaderFacts
-from api_gateway.proxy.limit_stage import RateLimitStage
+from api_gateway.proxy.limit_stage import DESCRIBED_ORGANISATION, LimitListStage, RateLimitStage
 from api_gateway.proxy.route_table import UNKNOWN_TARGET, RouteTable
 from api_gateway.proxy.stages import RouteStage
 from api_gateway.rate_limiter import MemoryLimiter
@@ -27,6 +30,9 @@ MAX_FACTS = 50_000  # clients whose charges are remembered
 SHARED = ""  # instead of a process: the buckets in a store
 REFUSED_OTHERWISE = -1  # outcome of a request that another stage than the limits refuses
 _UNLIMITED: Final = 1 << 62
+
+
+_ClientKey = tuple[str, str, str, bool, str | None]  # id, tier, source of the tier, has keys, organisation
 
 
 class ReplayedDecision(NamedTuple):
@@ -56,9 +62,7 @@ class _Buckets:
         # The table of a process is limited, that of a store is not.
         limit = _UNLIMITED if config.store.is_shared else config.store.max_buckets
         self.limiter = MemoryLimiter(simulation.quotas.all, bucket_limit=limit)
-        self.limits = RateLimitStage(
-            limiter=self.limiter, address_quota=simulation.quotas.address, exempt=config.address_limit.exempt
-        )
+        self.limits = simulation.stage_of(self.limiter)
         rules = address_rules(config.addresses)
         stages: list[Stage] = [
             *([] if rules is None else [AddressStage(rules)]),
@@ -75,7 +79,7 @@ class _Buckets:
         )
         self.facts: dict[tuple[Any, ...], HeaderFacts] = {}  # of clients whose address does not matter
         self.facts_by_address: dict[tuple[Any, ...], HeaderFacts] = {}
-        self.quotas: dict[str, Quota] = {}  # of the clients' buckets, by key
+        self.clients: dict[str, Client] = {}  # as they were last, by key
         self.open: dict[int, tuple[Exchange, int]] = {}  # with settlements to come, by number of the decision
 
 
@@ -98,9 +102,12 @@ class Simulation:
             cast("ClientStore", _NoStore()),
             rules=identity_rules(config),
         )
+        self.limits = evaluable(self.quotas.limits)
         self.unknown_tiers: set[str] = set()
-        self._clients: dict[tuple[str, str, str, bool], Client] = {}
-        self._has_address_rules = address_rules(config.addresses) is not None
+        self._clients: dict[_ClientKey, Client] = {}
+        self._is_by_address = address_rules(config.addresses) is not None or any(
+            "address" in limit.key for limit in self.limits
+        )
         self._buckets: dict[str, _Buckets] = {}
         self._exchange = Exchange("", "", "", "", 0.0)
         self._plan = RequestPlan(self._exchange, _facts(""), UNKNOWN_TARGET, 0)
@@ -111,11 +118,11 @@ class Simulation:
     def decide(self, event: LogEvent) -> ReplayedDecision:
         """Decide on a logged request."""
         at_ns, number, _, _, process, source, client_id, tier_source, address, *rest = event
-        tier, has_keys, method, path, route, _, limits, _, _, _, settlements = rest
+        tier, has_keys, method, path, route, _, limits, _, _, _, settlements, organisation = rest
         buckets = self._buckets_of(process, source)
         if limits == '"address"':  # of the verification of a credential
             return self._check(buckets, address, at_ns)
-        key = client_id, tier, tier_source, has_keys
+        key = client_id, tier, tier_source, has_keys, organisation
         facts = buckets.facts.get(key)
         if facts is None:  # the address matters, or the client is not remembered
             facts = buckets.facts_by_address.get((key, address)) or self._add_facts(buckets, key, address)
@@ -128,11 +135,12 @@ class Simulation:
         if self._hosts:
             facts.host = self._hosts.get(route, "")
         assert client is not None  # noqa: S101 - set with the facts
-        held = buckets.quotas.get(client.key)
-        if held is not client.quota:
-            if held is not None:  # the tier has changed meanwhile
-                buckets.limiter.change_quota(client.key, held, client.quota, at_ns)
-            buckets.quotas[client.key] = client.quota
+        held = buckets.clients.get(client.key)
+        if held is not client:
+            if held is not None and held.quota is not client.quota:  # the tier has changed meanwhile
+                for moved in moved_buckets(self.limits, held, client):
+                    buckets.limiter.change_quota(*moved, at_ns)
+            buckets.clients[client.key] = client
         buckets.admission.decide(plan)
         decision = exchange.decision
         if decision is None:
@@ -140,6 +148,15 @@ class Simulation:
         if settlements and decision.allowed:
             buckets.open[number] = exchange, settlements
         return ReplayedDecision(decision.allowed, decision.quota.name, decision.wait_ns, decision.remaining)
+
+    def stage_of(self, limiter: MemoryLimiter) -> RateLimitStage:
+        """Return the stage that charges all limits which can be evaluated."""
+        address_quota, exempt = self.quotas.address, self.config.address_limit.exempt
+        if not self.limits:
+            return RateLimitStage(limiter=limiter, address_quota=address_quota, exempt=exempt)
+        return LimitListStage(
+            limiter=limiter, address_quota=address_quota, exempt=exempt, limits=self.limits, routes=self.table
+        )
 
     def check(self, event: LogEvent) -> ReplayedDecision:
         """Charge the address of a logged request for the verification of its credential."""
@@ -173,24 +190,26 @@ class Simulation:
             found = self._buckets[name] = _Buckets(self)
         return found
 
-    def _add_facts(self, buckets: _Buckets, key: tuple[str, str, str, bool], address: str) -> HeaderFacts:
+    def _add_facts(self, buckets: _Buckets, key: _ClientKey, address: str) -> HeaderFacts:
         facts = _facts(address)
+        if key[4] is not None:
+            facts.keyed = {DESCRIBED_ORGANISATION: key[4]}
         client = facts.client = self._client(key)
         table, place = buckets.facts, cast("tuple[Any, ...]", key)
-        if self._has_address_rules or not client.is_registered:
+        if self._is_by_address or not client.is_registered:
             table, place = buckets.facts_by_address, (key, address)
         if len(table) >= MAX_FACTS:
             table.clear()
         table[place] = facts
         return facts
 
-    def _client(self, key: tuple[str, str, str, bool]) -> Client:
+    def _client(self, key: _ClientKey) -> Client:
         """Return the client of a request, resolved once."""
         client = self._clients.get(key)
         if client is None:
             if len(self._clients) >= MAX_FACTS:
                 self._clients.clear()
-            client = self._clients[key] = self._resolve(*key)
+            client = self._clients[key] = self._resolve(*key[:4])
         return client
 
     def _resolve(self, client_id: str, tier: str, tier_source: str, has_keys: bool) -> Client:  # noqa: FBT001 - of a log
@@ -208,6 +227,21 @@ class Simulation:
         if tier_source == "token":
             return self._registry.proved(client, tier)
         return client if quota is None else replace(client, quota=quota, source=cast("ClientSource", tier_source))
+
+
+def evaluable(limits: Iterable[Limit]) -> list[Limit]:
+    """Return the limits by values that are logged, without those of calendar periods."""
+    return [limit for limit in limits if not unlogged_parts(limit) and not has_periods(limit)]
+
+
+def has_periods(limit: Limit) -> bool:
+    """Tell whether a limit counts in calendar periods, whose counters begin before the log."""
+    return any(isinstance(quota, PeriodQuota) for quota in limit.all_quotas)
+
+
+def unlogged_parts(limit: Limit) -> list[str]:
+    """Return the parts of a limit's key whose values are not logged."""
+    return [part for part in limit.key if part not in ("client", "address", "organisation", "route")]
 
 
 def _facts(address: str) -> HeaderFacts:

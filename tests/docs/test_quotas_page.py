@@ -13,7 +13,7 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 
 from api_gateway.limits.period_counters import KEPT, KEPT_LONGER, OVERFLOW_COUNTERS
-from api_gateway.limits.period_store import QUOTAS_FILE, WRITE_INTERVAL
+from api_gateway.limits.period_store import QUOTA_WRITE_INTERVAL, QUOTAS_FILE
 from api_gateway.settings.limits import LimitSection
 from api_gateway.transport.webhooks import FIRST_DELAY, MAX_ATTEMPTS, MAX_QUEUED, MAX_WEBHOOK_DELAY
 from tests.kit import FakeClocks, RawUpstream, RunningGateway, ask, eventually, in_front_of, reply, running_gateway
@@ -136,7 +136,7 @@ def test_tokens_of_a_language_model_for_an_organisation(tmp_path: Path, up: RawU
 
 def test_the_numbers_of_the_page_are_those_of_the_code() -> None:
     assert (KEPT, KEPT_LONGER) == (2, 86_400)  # two periods and a day
-    assert f"written every {WRITE_INTERVAL:g} s" in PAGE
+    assert f"written every {QUOTA_WRITE_INTERVAL:g} s" in PAGE
     assert f"`{QUOTAS_FILE}`" in PAGE
     assert f"share {OVERFLOW_COUNTERS:,} counters" in PAGE
     assert f"At most {MAX_QUEUED:,} events wait" in PAGE

@@ -36,6 +36,10 @@ identity: {{sources: [api_key, header, address]}}
 server: {{trusted_proxies: [127.0.0.1], max_event_loop_lag: null}}
 state_dir: {folder}
 usage: {{enabled: true}}
+limits:
+  - {{name: own, key: [client, route], rate: 4, capacity: 9, tiers: {{FREE: null, PREMIUM: {{rate: 9, capacity: 9}}}}}}
+  - {{name: everyone, key: route, routes: [up], methods: [POST], rate: 25, capacity: 120, cost: 1}}
+  - {{name: nearby, key: [address, route], rate: 20, capacity: 100}}
 """
 REQUESTS, CONNECTIONS = 300, 6
 

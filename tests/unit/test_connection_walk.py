@@ -325,7 +325,7 @@ def test_line_breaks_without_end_are_refused() -> None:
 def test_a_half_closed_client_is_owed_no_response_to_an_incomplete_head() -> None:
     with Harness(LIFE) as harness:
         harness.client.receive(get(1, b"e").data)
-        harness.client.receive(get(2, b"l").data + b"GET /l3 HT")
+        harness.client.receive(get(2, b"l", lines=b"Connection: close\r\n").data + b"GET /l3 HT")
         harness.client.end()
         harness.app.fast_path.current.exchanges[0].finish()
         harness.turn(5)

@@ -82,6 +82,8 @@ def test_it_finds_what_json_loads_finds_wherever_the_text_is_cut(
         (b'{"\\u0075sage":{"total\\u005ftokens":1.5e3}}', 1500),
         (b'{"x":"{\\"usage\\":{\\"total_tokens\\":1}}","usage":{"total_tokens":2}}', 2),
         (b'{"x":[{"usage":{"total_tokens":1}}]}', None),
+        (b'{"x":{"y":[1,[2]]},"usage":{"total_tokens":3}}', 3),
+        (b'{"usage":{"x":[1]},"usage":{"total_tokens":3}}', 3),
         (b'{"usage":[{"total_tokens":1}]}', None),
         (b'{"usage":{"total_tokens":true}}', None),
         (b'{"usage":{"total_tokens":-0}}', 0),
@@ -93,6 +95,13 @@ def test_it_finds_what_json_loads_finds_wherever_the_text_is_cut(
 def test_the_last_member_of_a_name_counts_and_only_a_number(text: bytes, expected: float | None) -> None:
     for cut in range(len(text) + 1):
         assert scanned(text, PATH, cut) == expected
+
+
+@pytest.mark.parametrize(("index", "expected"), [("0", None), ("1", 5), ("2", 7), ("3", None), ("01", None)])
+def test_elements_of_arrays_are_counted(index: str, expected: float | None) -> None:
+    text = b'[{"n":[]}, {"n":[4,5]}, {"n":[[6],7]}]'
+    for cut in range(len(text) + 1):
+        assert scanned(text, (index, "n", "1"), cut) == expected
 
 
 @given(text=st.binary(max_size=60) | st.text('{}[]":,\\ \n0a1usage', max_size=60).map(str.encode), path=paths)
@@ -150,6 +159,7 @@ STREAMS = {
     "CRLF": (event(FIVE, "\r\n") + event({}, "\r\n"), 5),
     "CR": (event(FIVE, "\r") + event({}, "\r"), 5),
     "several data lines": ('data: {"usage":\ndata:{"total_tokens"\nid: 7\ndata: :5}}\n\n', 5),
+    "several data lines, CRLF": ('data: {"usage":\r\ndata:{"total_tokens"\r\ndata: :5}}\r\n\r\n', 5),
     "no blank line at the end": ('data: {"usage":{"total_tokens":5}}\n', 5),
     "other fields and comments": (':{"usage":{"total_tokens":1}}\nevent: x\nda\ndatas: 1\nretry: 5\n\n', None),
     "an empty stream": ("", None),
@@ -221,7 +231,7 @@ def test_json_is_scanned_and_nothing_else(media_type: bytes, expected: float | N
 @pytest.mark.parametrize("step", [1, 7, 10_000])
 def test_gzip_and_deflate_are_decompressed_and_other_codings_have_no_number(step: int) -> None:
     stream = STREAMS["the last of several"][0].encode() * 50
-    members = gzip.compress(stream[:100]) + gzip.compress(stream[100:])
+    members = gzip.compress(stream[:60]) + gzip.compress(stream[60:])
     as_events = (b"content-type", b"text/event-stream; charset=utf-8")
     assert cost_of(members, as_events, (b"content-encoding", b"GZIP"), step=step) == 9
     assert cost_of(zlib.compress(TEXT), (b"content-encoding", b"deflate"), step=step) == 1500

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from api_gateway.limits.periods import HOUR, PERIOD_LENGTHS, UNITS, Calendar, Period, Unit, zone_of
+from api_gateway.limits.periods import HOUR, PERIOD_LENGTHS, UNITS, Calendar, CalendarPeriod, Unit, zone_of
 
 ZONES = (
     "UTC",
@@ -224,4 +224,4 @@ def test_an_unknown_zone_is_an_error_that_names_it() -> None:
 
 def test_a_calendar_shows_its_unit_and_zone() -> None:
     assert repr(Calendar("month", ZoneInfo("Europe/Berlin"))) == "<Calendar [month, Europe/Berlin]>"
-    assert Calendar("month", ZoneInfo("UTC")).at(0) == Period(0, 31 * 24 * HOUR, -31 * 24 * HOUR)
+    assert Calendar("month", ZoneInfo("UTC")).at(0) == CalendarPeriod(0, 31 * 24 * HOUR, -31 * 24 * HOUR)

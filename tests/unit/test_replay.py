@@ -31,7 +31,7 @@ from api_gateway.replay.page import page_of
 from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import document_of, text_of
 from api_gateway.replay.sharding import shards
-from tests.unit.test_access_log import EXCHANGES, bare
+from tests.unit.test_access_log import EXCHANGES, OfAnOrganisation, bare
 
 SECOND = 1_000_000_000
 UP = {"upstreams": {"up": {"targets": [{"url": "http://127.0.0.1:1"}]}}}
@@ -272,13 +272,35 @@ def test_what_the_log_does_not_suffice_for_is_reported(tmp_path: Path) -> None:
     assert found["agreement"]["candidate"]["compared"] == 0
 
 
-def test_limits_that_are_not_replayed_are_reported(tmp_path: Path) -> None:
-    limit = {"name": "login", "key": "address", "rate": 1, "capacity": 10}
-    candidate = config(limits=[limit])
+def test_limits_on_values_that_are_not_logged_are_not_evaluated(tmp_path: Path) -> None:
     traffic = Traffic()
-    traffic.request("a")
-    report = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
-    assert any(line.startswith("limits (login): ") for line in report["not_evaluable"]), report
+    for index in range(8):
+        traffic.request(f"client-{index % 2}", "BASIC")
+    strict = {"rate": 1, "capacity": 1}
+    tenants = {"name": "tenants", "key": ["header:x-tenant", "client"], **strict}
+    monthly = {"name": "monthly", "key": "client", "quota": 1, "period": "month"}
+    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}, monthly])
+    found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
+    note, other = found["not_evaluable"]
+    assert other == "limit monthly: a quota of a calendar period, whose count before the log is not known"
+    assert note == "limit tenants: its key has header:x-tenant, which is not logged; it is not evaluated"
+    assert (found["newly_limited_by"], found["totals"]["newly_limited"]) == ({"all": 7}, 7)
+
+
+def test_clients_of_an_organisation_share_its_limit_and_a_shard(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for index in range(9):
+        traffic.request(f"client-{index % 3}", "BASIC").credential = OfAnOrganisation()
+    issuer = {"issuer": "https://issuer.example", "audiences": ["api"], "organisation_claim": "org"}
+    candidate = config(
+        limits=[{"name": "teams", "key": "organisation", "rate": 1, "capacity": 4}],
+        identity={"sources": ["jwt", "header", "address"], "jwt": {"issuers": {"one": issuer}}},
+    )
+    found = replay_logs([log_of(tmp_path, traffic.lines())], candidate, None)
+    assert found.tally.newly_limited_by == {"teams": 5}
+    (part,) = found.parts
+    shard_of, _ = shards(part.counts, part.links, 3)
+    assert len({shard_of[f"c:client-{index}"] for index in range(3)}) == 1
 
 
 def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path: Path) -> None:
