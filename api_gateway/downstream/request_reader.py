@@ -1,6 +1,8 @@
 """The general parser of requests: llhttp, fed piece by piece, with limits on sizes and with methods of any name.
 
 llhttp knows only some methods. It gets POST in place of others, so that their bodies are framed alike.
+
+Long because the callbacks of llhttp and what feeds it share its state.
 """
 
 import logging
