@@ -141,6 +141,46 @@ def test_foreign_lines_are_counted_and_named_and_never_end_a_replay(tmp_path: Pa
 # Files
 
 
+HOSTILE = (
+    *("null", "true", "-2", "1e999", "NaN", "1" + "0" * 400, "9" * 5000, "..", "--", '"x"', '""', "[]", "{}", "1e300"),
+    *('"\\ud800"', '"\\u0000\\u001b[31m\\u202e"', f'"{"A" * 50_000}"', '"<script>"', '"%zz"', '["address"]'),
+    *(f'[{{"at_ns":1,"number":2,"cost":{cost}}}]' for cost in ("NaN", "1e999", "-5")),
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["at_ns", "number", "process", "source", "limits", "limit", "wait_ns", "cost", "remaining", "settlements"]
+)
+def test_no_value_of_a_decision_ends_a_replay_or_reaches_a_terminal(tmp_path: Path, name: str) -> None:
+    traffic = Traffic()
+    traffic.request("acme")
+    (line,) = traffic.lines()
+    for value in HOSTILE:
+        members = json.loads(line)
+        (members if name == "remaining" else members["decision"])[name] = "@"
+        changed = json.dumps(members, separators=(",", ":")).replace('"@"', value) + "\n"
+        found = reported(replay_logs([log_of(tmp_path, [changed, line])], config(), None), config())
+        assert found["log"]["lines"] == 2
+        assert found["totals"]["decisions"] + found["log"]["foreign_lines"] == 2
+        assert all(len(message) < 500 for message in found["log"]["messages"])
+        assert text_of(found, 20).replace("\n", "").isprintable()
+        assert "<script>" not in page_of(found)
+
+
+def test_no_value_of_a_client_ends_a_replay_or_reaches_a_terminal(tmp_path: Path) -> None:
+    traffic = Traffic()
+    traffic.request("acme")
+    (line,) = traffic.lines()
+    for name in ("client_address", "client_id", "tier", "tier_source", "organisation", "method", "path", "route"):
+        for value in HOSTILE:
+            changed = json.dumps(json.loads(line) | {name: "@"}, separators=(",", ":")).replace('"@"', value) + "\n"
+            found = reported(replay_logs([log_of(tmp_path, [changed, line])], config(), None), config())
+            text = text_of(found, 20)
+            assert text.replace("\n", "").isprintable()
+            assert len(text) < 10_000
+            assert "<script>" not in page_of(found)
+
+
 @given(st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=30), st.integers(1, 50))
 def test_each_line_belongs_to_one_part(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], size: int
@@ -378,6 +418,8 @@ def test_a_condition_is_evaluated(text: str, holds: object) -> None:
         ("tier + 'x' == 'Ax'", "a number is needed, got text"),
         ("True", "Constant is not allowed"),
         ("requests > 1\x00", "--fail-if: "),
+        ("requests > 1or limited > 1", "column 12 .*invalid decimal literal"),
+        ('client == "\\d"', "invalid escape sequence"),
         ("(" * 400 + "1" + ")" * 400, "--fail-if"),
         ("1 < " * MAX_LENGTH + "2", f"at most {MAX_LENGTH} characters"),
     ],
@@ -387,9 +429,17 @@ def test_a_mistake_in_a_condition_names_its_place(text: str, cause: str) -> None
         ClientCondition(text)
 
 
-def test_a_division_by_zero_names_the_client() -> None:
-    with pytest.raises(ReplayError, match="division by zero for client 'acme'"):
-        ClientCondition("requests / newly_allowed > 1").holds(FIGURES)
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("requests / newly_allowed > 1", "division by zero"),
+        (f"longest_wait_seconds * {'9' * 400} > 1", "a number is too large"),
+        (f"{'9' * 400} / requests > 1", "a number is too large"),
+    ],
+)
+def test_what_cannot_be_computed_names_the_client(text: str, cause: str) -> None:
+    with pytest.raises(ReplayError, match=f"{cause} for client 'acme'"):
+        ClientCondition(text).holds(FIGURES)
 
 
 # The page and the command
