@@ -97,13 +97,16 @@ def _log(parts: Sequence[PartSummary]) -> Document:
         for process, (least, greatest, count) in part.spans.items():
             held = spans.get(process, (least, greatest, 0))
             spans[process] = min(held[0], least), max(held[1], greatest), held[2] + count
+    repeated = sum(max(count - (greatest - least + 1), 0) for least, greatest, count in spans.values())
+    if repeated:
+        messages.append(f"{repeated} or more decisions occur twice: the logs overlap, and the result is wrong")
     return {
         "files": list(dict.fromkeys(str(part.part.path) for part in parts)),
         "lines": sum(part.lines for part in parts),
         "foreign_lines": sum(part.foreign for part in parts),
         "incomplete_lines": sum(part.incomplete for part in parts),
         "not_decided": sum(part.not_decided for part in parts),
-        "missing_decisions": sum(greatest - least + 1 - count for least, greatest, count in spans.values()),
+        "missing_decisions": sum(max(greatest - least + 1 - count, 0) for least, greatest, count in spans.values()),
         "processes": len(spans),
         "sources": dict(sources),
         "begin": time_of(begin_ns),
