@@ -6,6 +6,7 @@ bytes are always kept. A line that a killed process left unfinished is skipped.
 """
 
 import asyncio
+import errno
 import fcntl
 import json
 import logging
@@ -83,7 +84,9 @@ class AuditFile:
             size = os.fstat(descriptor).st_size
             is_whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
             line = b"\n" * (not is_whole) + entry.model_dump_json().encode() + b"\n"
-            os.write(descriptor, line)
+            written = os.write(descriptor, line)
+            if written < len(line):  # the disk is full; what has been written is no entry
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
             if size + len(line) > self._max_bytes:
                 self.path.replace(self.former)
@@ -101,7 +104,7 @@ class AuditFile:
             for line in reversed(lines):
                 try:
                     yield AuditEntry.model_validate(json.loads(line))
-                except (ValueError, ValidationError):
+                except (ValueError, ValidationError, RecursionError):
                     continue  # unfinished, or of another version
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_line_breaks_in_values_do_not_break_a_line(tmp_path: Path) -> None:
     assert file.path.read_bytes().count(b"\n") == 1
 
 
-@pytest.mark.parametrize("rest", [b'{"time": "2026', b'{"time": 1}\n', b"\xff\xfe\n", b"\n\n"])
+@pytest.mark.parametrize("rest", [b'{"time": "2026', b'{"time": 1}\n', b"\xff\xfe\n", b"\n\n", b"[" * 100_000 + b"\n"])
 def test_an_unfinished_or_foreign_line_costs_only_itself(tmp_path: Path, rest: bytes) -> None:
     file = AuditFile(tmp_path)
     file.append(entry(1))
@@ -79,6 +80,18 @@ def test_several_processes_lose_no_entry_when_the_file_is_replaced(tmp_path: Pat
         process.join(120)
         assert process.exitcode == 0
     assert sorted(numbers(AuditFile(tmp_path))) == list(range(300))
+
+
+def test_a_part_of_an_entry_that_a_full_disk_leaves_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, write = AuditFile(tmp_path), os.write
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, line: write(descriptor, line[: len(line) // 2]))
+        with pytest.raises(OSError, match="No space left on device"):
+            file.append(entry(1))
+    file.append(entry(2))
+    assert numbers(file) == [2]
 
 
 async def test_a_change_is_logged_and_counted_even_if_the_file_cannot_be_written(

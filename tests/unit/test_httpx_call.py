@@ -15,11 +15,16 @@ class Scripted(httpx.AsyncBaseTransport):
     """A transport that reads the request body as it is told, and responds with pieces."""
 
     def __init__(
-        self, pieces: list[bytes], headers: dict[str, str] | None = None, error: Exception | None = None
+        self,
+        pieces: list[bytes],
+        headers: dict[str, str] | list[tuple[bytes, bytes]] | None = None,
+        error: Exception | None = None,
+        reason: bytes = b"OK",
     ) -> None:
         self._pieces = pieces
         self._headers = headers
         self._error = error
+        self._reason = reason
         self.gate = asyncio.Event()
         self.given = 0
 
@@ -29,7 +34,9 @@ class Scripted(httpx.AsyncBaseTransport):
         self.body = b"".join([piece async for piece in request.stream])
         if self._error is not None:
             raise self._error
-        return httpx.Response(200, headers=self._headers, stream=Stream(self))
+        return httpx.Response(
+            200, headers=self._headers, stream=Stream(self), extensions={"reason_phrase": self._reason}
+        )
 
 
 class Stream(httpx.AsyncByteStream):
@@ -115,6 +122,33 @@ async def test_a_body_of_another_length_than_announced_is_an_error(
     await turns()
     assert not response.is_complete
     assert cause in str(response.error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        *(([(b"x-a", b"1%b2" % octet)], b"OK") for octet in (b"\r\n", b"\n", b"\r", b"\x00", b"\r\n\r\n")),
+        *(([(name, b"1")], b"OK") for name in (b"x a", b"x:a", b"x\r\nb", b"", b"x\x00", b"\xe9")),
+        *(
+            ([(b"content-length", length)], b"OK")
+            for length in (b"x", b"-1", b"+1", b"1_0", b"", b"1, 2", b"9" * 5000)
+        ),
+        ([(b"content-length", b"1"), (b"content-length", b"2")], b"OK"),
+        ([(b"transfer-encoding", b"chunked"), (b"content-length", b"\xb2")], b"OK"),
+        ([], b"OK\r\nx-a: 1"),
+    ],
+)
+async def test_a_head_that_a_client_would_read_differently_is_an_error(
+    fields: list[tuple[bytes, bytes]], reason: bytes
+) -> None:
+    for method in (b"GET", b"HEAD"):
+        transport = Scripted([b"1"], fields, reason=reason)
+        call, response = call_on(transport)
+        transport.gate.set()
+        call.start(response, method + b" /x HTTP/1.1\r\nhost: a\r\n\r\n")
+        await turns()
+        assert not response.is_head_complete
+        assert "an invalid" in str(response.error)
 
 
 async def test_closing_returns_at_once_and_reports_nothing() -> None:
