@@ -21,7 +21,7 @@ MOST_TOKENS = 1_000_000_000_000
 class TopUpRequest(RequestBody):
     """The body of POST /clients/{id}/quotas/{name}/top-up."""
 
-    amount: int = Field(description="Tokens that are added.", ge=1, le=MOST_TOKENS, examples=[5000])
+    amount: int = Field(strict=True, description="Tokens that are added.", ge=1, le=MOST_TOKENS, examples=[5000])
     expires: Instant | None = Field(
         default=None,
         description="ISO 8601 with UTC offset; null: at the end of the present period.",
@@ -32,7 +32,9 @@ class TopUpRequest(RequestBody):
 class CarryOverRequest(RequestBody):
     """The body of POST /clients/{id}/quotas/{name}/carry-over."""
 
-    amount: int = Field(description="Tokens that the present period has besides the quota.", ge=0, le=MOST_TOKENS)
+    amount: int = Field(
+        strict=True, description="Tokens that the present period has besides the quota.", ge=0, le=MOST_TOKENS
+    )
 
 
 class QuotaView(Body):

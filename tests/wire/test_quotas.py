@@ -348,6 +348,15 @@ def test_the_sum_of_top_ups_is_limited(gateways: Any) -> None:
     assert gateway.quota()["top_up"] == 10**12
 
 
+@pytest.mark.parametrize("amount", [True, "5", 1.5, None])
+@pytest.mark.parametrize("action", ["top-up", "carry-over"])
+def test_an_amount_is_a_whole_number(gateways: Any, action: str, amount: Any) -> None:
+    gateway = gateways(MONTHLY)
+    answer = gateway.call("POST", f"/clients/acme/quotas/monthly/{action}", {"amount": amount})
+    assert (answer.status, answer.json()["detail"][:12]) == (422, "body.amount:")
+    assert gateway.quota()["remaining"] == 10
+
+
 def test_the_list_of_limits_counts_the_counters_of_quotas(gateways: Any) -> None:
     gateway = gateways(MONTHLY, {"name": "own", "rate": 10, "capacity": 100})
     assert [gateway.get(name).status for name in "abc"] == [200] * 3
