@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Body
 from api_gateway.system.state_folder import make_private
 
@@ -143,9 +144,9 @@ class AuditLog:
             logger.error("%s: cannot record a change by an operator: %s", self._file.path, error.strerror)  # noqa: TRY400
 
     async def last(self, count: int) -> list[AuditEntry]:
-        """Return the last changes, newest first; none if the file cannot be read, which is logged."""
+        """Return the last changes, newest first. Raises StoreUnavailable if the file cannot be read, and logs why."""
         try:
             return await asyncio.to_thread(self._file.last, count)
         except OSError as error:
             logger.error("%s: cannot read the audit log: %s", self._file.path, error.strerror)  # noqa: TRY400
-            return []
+            raise StoreUnavailable("The audit log cannot be read.", retry_after=1) from error

@@ -15,7 +15,7 @@ from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
 
-MAX_CELL, MAX_LINE = 200, 2000  # characters of the text
+MAX_CELL, MAX_TEXT_LINE = 200, 2000  # characters of the text
 
 UNKNOWN = (
     (
@@ -258,7 +258,7 @@ def text_of(document: Document, shown: int) -> str:
     rate = log["lines"] / document["seconds"] if document["seconds"] else 0
     how = f"{document['seconds']:.1f} s, {rate:,.0f} lines a second; decided in {document['processes']} processes"
     lines += ["", how]
-    return "\n".join([_printable(line, MAX_LINE) for line in lines]) + "\n"
+    return "\n".join([_printable(line, MAX_TEXT_LINE) for line in lines]) + "\n"
 
 
 def _agreement_lines(agreements: Mapping[str, Any]) -> Iterator[str]:
