@@ -6,12 +6,13 @@ Long because all layers know this module, and none needs another for a value of 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 HeaderList = list[tuple[bytes, bytes]]
 Clock = Callable[[], float]  # monotonic seconds
@@ -319,6 +320,16 @@ class RequestBody(Body):
     model_config = ConfigDict(str_max_length=65_536)
 
 
+def _has_utc(time: datetime) -> datetime:
+    if not _FIRST_TIME <= time <= _LAST_TIME:
+        raise ValueError("must be from 1970-01-01T00:00:00Z to 9999-12-31T23:59:59Z")
+    return time
+
+
+_FIRST_TIME, _LAST_TIME = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+Instant = Annotated[AwareDatetime, AfterValidator(_has_utc)]  # can be shown in UTC, and as seconds since the epoch
+
+
 class TierChange(RequestBody):
     """The body of POST /clients/{id}/tier."""
 
@@ -329,7 +340,7 @@ class GrantRequest(RequestBody):
     """The body of POST /clients/{id}/grants: a tier, and either its end or its duration."""
 
     tier: str = Field(description="Name of a configured tier, in any case.", examples=["PREMIUM"])
-    until: AwareDatetime | None = Field(
+    until: Instant | None = Field(
         default=None, description="End of the grant, ISO 8601 with UTC offset.", examples=["2026-12-01T00:00:00Z"]
     )
     duration_seconds: float | None = Field(default=None, description="Duration of the grant.", gt=0, le=3_200_000_000)

@@ -6,6 +6,7 @@ bytes are always kept. A line that a killed process left unfinished is skipped.
 """
 
 import asyncio
+import errno
 import fcntl
 import json
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Body
 from api_gateway.system.state_folder import make_private
 
@@ -83,7 +85,9 @@ class AuditFile:
             size = os.fstat(descriptor).st_size
             is_whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
             line = b"\n" * (not is_whole) + entry.model_dump_json().encode() + b"\n"
-            os.write(descriptor, line)
+            written = os.write(descriptor, line)
+            if written < len(line):  # the disk is full; what has been written is no entry
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
             if size + len(line) > self._max_bytes:
                 self.path.replace(self.former)
@@ -101,7 +105,7 @@ class AuditFile:
             for line in reversed(lines):
                 try:
                     yield AuditEntry.model_validate(json.loads(line))
-                except (ValueError, ValidationError):
+                except (ValueError, ValidationError, RecursionError):
                     continue  # unfinished, or of another version
 
     @contextmanager
@@ -140,9 +144,9 @@ class AuditLog:
             logger.error("%s: cannot record a change by an operator: %s", self._file.path, error.strerror)  # noqa: TRY400
 
     async def last(self, count: int) -> list[AuditEntry]:
-        """Return the last changes, newest first; none if the file cannot be read, which is logged."""
+        """Return the last changes, newest first. Raises StoreUnavailable if the file cannot be read, and logs why."""
         try:
             return await asyncio.to_thread(self._file.last, count)
         except OSError as error:
             logger.error("%s: cannot read the audit log: %s", self._file.path, error.strerror)  # noqa: TRY400
-            return []
+            raise StoreUnavailable("The audit log cannot be read.", retry_after=1) from error

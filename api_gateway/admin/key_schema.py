@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, AwareDatetime, Field
+from pydantic import AfterValidator, Field
 
-from api_gateway.models import Body, RequestBody
+from api_gateway.models import Body, Instant, RequestBody
 
 _TEN_YEARS = 315_576_000
 _Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS)]
@@ -22,7 +22,7 @@ _Label = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 class KeyTerms(RequestBody):
     """When a new key expires: at a time, after a time, or never."""
 
-    expires_at: AwareDatetime | None = Field(
+    expires_at: Instant | None = Field(
         default=None, description="ISO 8601 with UTC offset.", examples=["2027-12-01T00:00:00Z"]
     )
     expires_in_seconds: _Seconds | None = None

@@ -53,7 +53,7 @@ class LimitView(Body):
     cost: float | None = Field(description="Of a request in this limit; null: the cost by its route.")
     configured_at: str = Field(description="The setting.", examples=["limits[0]", "tiers.FREE"])
     buckets: int | None = Field(
-        description="Entries in memory, of which buckets have up to two; null if they are in a store."
+        description="Entries in memory, of which buckets have up to two and quotas one; null if they are in a store."
     )
     refusals: int = Field(description="Refusals since the start.")
     heaviest: list[HeavyBucket] = Field(description="Buckets with the most refusals, as far as they are known.")
@@ -189,7 +189,7 @@ async def _counts(context: AdminContext) -> dict[str, int] | None:
     if not isinstance(context.limiter, MemoryLimiter):
         return None
     counts: dict[str, int] = {}
-    for keys in context.limiter.bucket_keys():
+    for keys in (*context.limiter.bucket_keys(), context.quotas().keys()):
         rest = iter(keys)
         while batch := list(islice(rest, _BATCH)):
             _count(batch, counts)

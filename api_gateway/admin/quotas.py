@@ -3,7 +3,7 @@
 from typing import Literal
 
 from fastapi import APIRouter
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from api_gateway.admin.audit_log import AuditAction
 from api_gateway.admin.context import AdminContext, Audit, Audited, ClientId, Guarded
@@ -11,7 +11,7 @@ from api_gateway.admin.openapi import CLIENT_REFUSALS, TIER_REFUSALS, TOKEN
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.period_counters import UNITS_PER_TOKEN, PeriodQuota, Standing
-from api_gateway.models import Body, RequestBody
+from api_gateway.models import Body, Instant, RequestBody
 
 router = APIRouter(tags=["quotas"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])
 
@@ -21,8 +21,8 @@ MOST_TOKENS = 1_000_000_000_000
 class TopUpRequest(RequestBody):
     """The body of POST /clients/{id}/quotas/{name}/top-up."""
 
-    amount: int = Field(description="Tokens that are added.", ge=1, le=MOST_TOKENS, examples=[5000])
-    expires: AwareDatetime | None = Field(
+    amount: int = Field(strict=True, description="Tokens that are added.", ge=1, le=MOST_TOKENS, examples=[5000])
+    expires: Instant | None = Field(
         default=None,
         description="ISO 8601 with UTC offset; null: at the end of the present period.",
         examples=["2027-03-01T00:00:00Z"],
@@ -32,7 +32,9 @@ class TopUpRequest(RequestBody):
 class CarryOverRequest(RequestBody):
     """The body of POST /clients/{id}/quotas/{name}/carry-over."""
 
-    amount: int = Field(description="Tokens that the present period has besides the quota.", ge=0, le=MOST_TOKENS)
+    amount: int = Field(
+        strict=True, description="Tokens that the present period has besides the quota.", ge=0, le=MOST_TOKENS
+    )
 
 
 class QuotaView(Body):
@@ -82,6 +84,11 @@ async def top_up(client_id: ClientId, name: str, request: TopUpRequest, context:
             f"body.expires: must be in the future, got {wall_time(until)}; the time is {wall_time(now)}."
         )
     before_view = _view(name, quota, *before)
+    if before_view.top_up + request.amount > MOST_TOKENS:
+        raise InvalidValue(
+            f"body.amount: {before_view.top_up:g} tokens are left of earlier top-ups, and the sum must be at most"
+            f" {MOST_TOKENS:g}, got {request.amount}."
+        )
     amount = request.amount * UNITS_PER_TOKEN
     after = _view(name, quota, *await context.quotas().adjust(key, quota, top_up=(amount, until)))
     return await _recorded(audit, client_id, before_view, after)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from calendar import monthrange
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
@@ -53,7 +54,7 @@ class _Period:
         first: Annotated[date | None, Query(alias="from", description="First day, UTC.")] = None,
         last: Annotated[date | None, Query(alias="to", description="Last day, UTC; included.")] = None,
         month: Annotated[
-            str | None, Query(pattern=r"^\d{4}-(0[1-9]|1[0-2])$", description="Instead of both: a month.")
+            str | None, Query(pattern=r"^[1-9][0-9]{3}-(0[1-9]|1[0-2])$", description="Instead of both: a month.")
         ] = None,
     ) -> None:
         """Raises InvalidValue if the parameters contradict each other."""
@@ -62,7 +63,7 @@ class _Period:
             if first is not None or last is not None:
                 raise InvalidValue("month: cannot be combined with from and to.")
             first = date.fromisoformat(f"{month}-01")
-            last = (first + timedelta(days=31)).replace(day=1) - timedelta(days=1)
+            last = first.replace(day=monthrange(first.year, first.month)[1])
         self.first, self.last = first or (last or today).replace(day=1), last or today
         if self.first > self.last:
             raise InvalidValue(f"from: must not be after to, got {self.first} and {self.last}.")

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 _MAX_LISTED = 256  # elements of a claim that is a list
 _MISSING = object()
+Value = TypeVar("Value", str, int, bool, str | int | bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,22 @@ class ClaimPath:
         """Return the value if it is text or an integer, as text; None otherwise."""
         found = self.value(claims)
         if isinstance(found, str):
-            return found
+            return _text(found)
         return str(found) if isinstance(found, int) and not isinstance(found, bool) else None
 
     def values(self, claims: Mapping[str, Any]) -> tuple[str | int | bool, ...]:
         """Return the elements of a claim that is a list, or its only value."""
         found = self.value(claims)
         if isinstance(found, list):
-            return tuple([one for one in found[:_MAX_LISTED] if isinstance(one, str | int | bool)])
-        return (found,) if isinstance(found, str | int | bool) else ()
+            return tuple([_text(one) for one in found[:_MAX_LISTED] if isinstance(one, str | int | bool)])
+        return (_text(found),) if isinstance(found, str | int | bool) else ()
+
+
+def _text(value: Value) -> Value:
+    """Return a claim's value; in text, lone surrogates (RFC 8259 section 8.2), which no file can have, are escaped."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode(errors="backslashreplace").decode()
+    return value
 
 
 def scopes_of(claims: Mapping[str, Any], paths: Sequence[ClaimPath]) -> frozenset[str]:

@@ -1,6 +1,8 @@
 """The general parser of requests: llhttp, fed piece by piece, with limits on sizes and with methods of any name.
 
 llhttp knows only some methods. It gets POST in place of others, so that their bodies are framed alike.
+
+Long because the callbacks of llhttp and what feeds it share its state.
 """
 
 import logging
@@ -101,6 +103,7 @@ class RequestReader:
     __slots__ = (
         "_body_left",
         "_chunks",
+        "_content",
         "_expects_continue",
         "_head_end",
         "_headers",
@@ -137,6 +140,7 @@ class RequestReader:
         self._overhead = 0  # bytes of a chunked body's framing, above CHUNK_OVERHEAD for each byte of content
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._piece = 0  # size of the piece that is being parsed
+        self._content: list[bytes] = []  # of the body in that piece, which may be many small chunks
 
     def __repr__(self) -> str:
         return f"<RequestReader [{'stopped' if self._is_stopped else self._part.name.lower()}]>"
@@ -239,8 +243,19 @@ class RequestReader:
             size = upgrade.args[0]
             self._on_upgrade()
         except httptools.HttpParserError as error:
+            self._deliver()
             self._on_error(error)
+        else:
+            self._deliver()
         return size
+
+    def _deliver(self) -> None:
+        """Report the content of the piece at once: thousands of chunks cost the loop as much as one."""
+        content = self._content
+        if content and not self._is_stopped:
+            body = content[0] if len(content) == 1 else b"".join(content)
+            content.clear()
+            self.sink.on_body_piece(body)
 
     def _on_error(self, error: httptools.HttpParserError) -> None:
         """Refuse malformed HTTP with 400; an exception in a parser callback is the gateway's fault: 500."""
@@ -340,7 +355,7 @@ class RequestReader:
         self.sink.on_request(head, self._trailers)
 
     def on_body(self, body: bytes) -> None:
-        """Report a body piece (parser callback)."""
+        """Take a piece of a body, which `_deliver` reports (parser callback)."""
         self._unparsed = 0
         if self._is_stopped or self._part is not Part.BODY:
             return
@@ -348,11 +363,12 @@ class RequestReader:
             self._overhead = max(0, self._overhead - CHUNK_OVERHEAD * len(body))
         else:
             self._body_left -= len(body)
-        self.sink.on_body_piece(body)
+        self._content.append(body)
 
     def on_message_complete(self) -> None:
         """End the request; the next head may follow in the same piece (parser callback)."""
         self._unparsed = 0
+        self._deliver()  # may stop the reader
         if self._is_stopped or self._part is not Part.BODY:
             return
         self._part = Part.START

@@ -12,7 +12,8 @@ MAX_CHUNKS = 256  # in one read; more are left to the parser, whose loop over ch
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 _SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,8}\r?)?")
 _LINE_BREAK = b"\r\n"
-_ANY_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")  # further digits are an error of the parser
+_ANY_SIZE = re.compile(rb"0*[0-9A-Fa-f]{1,16}")  # further digits are an error of the parser
+_ZEROS = re.compile(rb"0*(?=0)")  # that do not matter
 _MAX_LINE = 32  # bytes that are held of an incomplete line, of which only the size and the emptiness matter
 _LAST_BEGUN = (b"", b"\r")  # what may follow the size of the last chunk if its end has not arrived
 
@@ -140,7 +141,7 @@ class ChunkedEnd:
                 continue
             end = data.find(b"\n", position)
             if end < 0:
-                self._line = (self._line + data[position : position + _MAX_LINE])[:_MAX_LINE]
+                self._line = _ZEROS.sub(b"", self._line + data[position:], 1)[:_MAX_LINE]
                 return None
             line, self._line = self._line + data[position:end], b""
             position = end + 1

@@ -7,16 +7,18 @@ A count belongs to one period and is never given twice. A counter keeps the coun
 been used in, and of the one before. If the clock steps back, requests are charged to the count of the period that it
 shows; if that is earlier than both, to the earlier one. So a step back gains no second allowance, and a step forward
 and back loses none. A counter is forgotten two periods and a day after its last period; a longer step is not undone.
+
+Long because counts, tables and the short way of a decision have to agree.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from api_gateway.limits.periods import PERIOD_LENGTHS, Calendar, CalendarPeriod, Unit
-from api_gateway.models import Quota
+from api_gateway.models import Charge, Quota
 
 UNITS_PER_TOKEN = 1000
 MICROSECONDS = 1_000_000
@@ -173,6 +175,31 @@ class PeriodCounters:
             counter = self._overflow.get(_slot(key, quota))
         return standing_of(key, quota, counter, now_us // MICROSECONDS)
 
+    def present(self, charges: Sequence[Charge], now: int) -> list[tuple[Charge, Counter]] | None:
+        """Return the charges of counters, each with its counter, if all of these are in the simple state; else None.
+
+        In that state the latest count is that of the present period and allows the charge, there are no top-ups, and
+        no share to be warned of is reached. Then a charge changes `used` and `peak` alone.
+        """
+        counters, found = self.counters, []
+        for charge in charges:
+            quota = charge.quota
+            if type(quota) is not PeriodQuota:
+                continue
+            counter = counters.get(charge.key)
+            if counter is None or counter.balance or counter.unit != quota.calendar.unit:
+                return None
+            count = counter.count
+            used, allowance = count.used + charge.increment_ns, quota.burst_ns + count.carried
+            if used > allowance or not count.start <= now < counter.end:
+                return None
+            if quota.warn_at:
+                share = quota.warn_at[0] * allowance
+                if used >= share or count.peak >= share:
+                    return None
+            found.append((charge, counter))
+        return found
+
     def charge(self, standing: Standing, cost: int, now_us: int) -> list[Warned]:
         """Charge a cost that the standing allows, right after it was determined; return what it makes known."""
         if not cost:
@@ -185,8 +212,12 @@ class PeriodCounters:
         """Charge (above 0) or refund (below 0) the difference of a cost that was charged in the period from `start`.
 
         Never refuses: the allowance may be exceeded by up to a second one. What was charged in a period that the
-        counter no longer keeps is not refunded, and a charge is then made in the present period.
+        counter no longer keeps is not refunded, and a charge is then made in the present period. If counts have begun
+        anew since the charge, with another unit of periods, nothing is changed.
         """
+        held = self.counters.get(key)
+        if held is not None and held.unit != quota.calendar.unit:
+            return []
         standing = self.standing(key, quota, now_us)
         kept = standing.kept(start) if key in self.counters else None
         if change > 0 and kept is None:

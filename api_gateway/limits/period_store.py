@@ -40,6 +40,8 @@ _TABLE = (
     " balance INTEGER NOT NULL, until INTEGER NOT NULL, ends INTEGER NOT NULL, past_at INTEGER NOT NULL) WITHOUT ROWID"
 )
 _INDEX = "CREATE INDEX counters_by_end ON counters (past_at)"
+_REMOVE = "DELETE FROM counters WHERE key IN (SELECT key FROM counters WHERE past_at < ? ORDER BY past_at LIMIT ?)"
+_LEAST_REMOVED = 1000  # by one write, and as many as it stores if that is more: so they do not accumulate
 _REMEDY = (
     "it has what clients have used of their quotas: stop the gateway, then restore a backup, or move the file with its"
     " -wal and -shm files away to begin with unused quotas"
@@ -67,9 +69,12 @@ class PeriodStore:
         rows = await self._run(self._load, now, limit)
         return [_counter(row) for row in rows]
 
-    async def write(self, rows: Sequence[CounterRow]) -> None:
-        """Store counters, in one transaction. Raises OSError if none was stored."""
-        await self._run(self._write, rows)
+    async def write(self, rows: Sequence[CounterRow], now: int) -> None:
+        """Store counters, and remove some without an effect at `now`, in one transaction.
+
+        Raises OSError if none was stored.
+        """
+        await self._run(self._write, rows, now)
 
     async def close(self) -> None:
         """Close the file and end the thread."""
@@ -124,7 +129,7 @@ class PeriodStore:
             for statement in ("BEGIN IMMEDIATE", _TABLE, _INDEX, f"PRAGMA user_version = {QUOTAS_SCHEMA}", "COMMIT"):
                 connection.execute(statement)
 
-    def _write(self, rows: Sequence[CounterRow]) -> None:
+    def _write(self, rows: Sequence[CounterRow], now: int) -> None:
         connection = self._connection
         if connection is None:
             raise sqlite3.ProgrammingError("the file is not open")
@@ -134,6 +139,7 @@ class PeriodStore:
                 f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 17)})",  # noqa: S608 - constant
                 rows,
             )
+            connection.execute(_REMOVE, (now, max(len(rows), _LEAST_REMOVED)))
             connection.execute("COMMIT")
         except BaseException:
             connection.execute("ROLLBACK")
@@ -177,7 +183,7 @@ class PeriodJournal:
             return
         began, changed = self._clock(), self.counters.take_changed()
         try:
-            await asyncio.shield(self.store.write(await _rows(changed)))
+            await asyncio.shield(self.store.write(await _rows(changed), int(self._wall_clock())))
         except OSError as error:
             self.counters.changed.update(key for key, _ in changed)
             if self.error is None:

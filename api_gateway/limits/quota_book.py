@@ -10,7 +10,11 @@ from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 
 
 class QuotaBook(Protocol):
-    """Counters by key. A change is stored when it is confirmed. Both methods raise StoreUnavailable."""
+    """Counters by key. A change is stored when it is confirmed. `look` and `adjust` raise StoreUnavailable."""
+
+    def keys(self) -> list[str]:
+        """Return the keys of the counters in this process; empty if they are in the store."""
+        ...
 
     async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
         """Return a counter as it is now, and the time in seconds since the epoch."""
@@ -39,6 +43,10 @@ class LocalBook:
 
     def __repr__(self) -> str:
         return f"<LocalBook of {self._counters!r}>"
+
+    def keys(self) -> list[str]:
+        """See `QuotaBook`."""
+        return list(self._counters.counters)
 
     async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
         """See `QuotaBook`."""
@@ -77,6 +85,10 @@ class StoreBook:
 
     def __repr__(self) -> str:
         return f"<StoreBook of {self._limiter!r}>"
+
+    def keys(self) -> list[str]:
+        """See `QuotaBook`."""
+        return []
 
     async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
         """See `QuotaBook`."""

@@ -3,10 +3,10 @@
 Buckets are those of another limiter. Counters are in this process, so both are charged in one step that does not wait.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from math import ceil
 
-from api_gateway.limits.period_counters import MICROSECONDS, PeriodCounters, PeriodQuota, Standing, Warned
+from api_gateway.limits.period_counters import MICROSECONDS, Counter, PeriodCounters, PeriodQuota, Standing, Warned
 from api_gateway.limits.quota_decisions import (
     counter_decision,
     joint_allowance,
@@ -64,10 +64,53 @@ class QuotaLimiter:
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """Charge all buckets and counters, or none."""
-        counted = of_counters(charges)
-        if not counted:
+        tokens = [charge for charge in charges if type(charge.quota) is not PeriodQuota]
+        if len(tokens) == len(charges):
             return self.buckets.decide(charges, now_ns)
-        now_us = self.now_us()
+        now_us = ceil(self._wall_clock() * MICROSECONDS)
+        present = self.counters.present(charges, now_us // MICROSECONDS)
+        if present is None:
+            return self.decide_in_any_state(charges, now_us, now_ns)
+        decision = self.buckets.decide(tokens, now_ns)
+        if not decision.allowed:
+            decision.violated = decision.violated or (decision.quota,)
+            return decision
+        left, cost = decision.quota.burst_ns - decision.reset_ns, tokens[0].increment_ns
+        if len(tokens) > 1:
+            cost = next(charge.increment_ns for charge in tokens if charge.key == decision.key)
+        decision.debts_ns = self._charge(charges, present, decision.debts_ns or (decision.reset_ns,))
+        for charge, counter in present:  # as `joint_allowance` does
+            count, increment, quota = counter.count, charge.increment_ns, charge.quota
+            rest = quota.burst_ns + count.carried - count.used
+            if rest * cost < left * increment:
+                left, cost, decision.key, decision.quota = rest, increment, charge.key, quota
+                decision.remaining = rest // quota.emission_ns
+                decision.reset_ns = (counter.end * MICROSECONDS - now_us) * 1000
+        return decision
+
+    def _charge(
+        self, charges: Sequence[Charge], present: Sequence[tuple[Charge, Counter]], debts_ns: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Charge counters in the simple state (see `PeriodCounters.present`).
+
+        `debts_ns` are those of the buckets; returns those of all charges.
+        """
+        for charge, counter in present:
+            if charge.increment_ns:
+                count = counter.count
+                count.used = used = count.used + charge.increment_ns
+                count.peak = max(count.peak, used)
+                self.counters.changed.add(charge.key)
+        if len(present) == 1 and present[0][0] is charges[-1]:
+            return (*debts_ns, present[0][1].count.start)
+        buckets, counters = iter(debts_ns), iter(present)
+        return tuple(
+            [next(counters)[1].count.start if type(one.quota) is PeriodQuota else next(buckets) for one in charges]
+        )
+
+    def decide_in_any_state(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> Decision:
+        """Charge all buckets and counters, or none; `decide` is the same in less time for most requests."""
+        counted = of_counters(charges)
         standings = self._standings(counted, now_us)
         for (charge, _), standing in zip(counted, standings, strict=True):
             if standing.wait_us(charge.increment_ns, now_us):
@@ -121,7 +164,7 @@ class QuotaLimiter:
 
     def now_us(self) -> int:
         """Return the wall clock in microseconds, rounded up, so that a rounded second is not before its beginning."""
-        return math.ceil(self._wall_clock() * MICROSECONDS)
+        return ceil(self._wall_clock() * MICROSECONDS)
 
     def _standings(self, counted: Sequence[tuple[Charge, PeriodQuota]], now_us: int) -> list[Standing]:
         return [self.counters.standing(charge.key, quota, now_us) for charge, quota in counted]

@@ -41,7 +41,7 @@ class StoreQuotaLimiter:
     """Charges buckets of `buckets`, and counters of calendar quotas in its store. Implements `RateLimiter`.
 
     `known` are the last readings of counters, at most as many as buckets; the oldest is dropped first. `owed` is what
-    was admitted without the store: by key, the amount and the start of the period.
+    was admitted without the store: by key, the amount and the start of the period; limited in the same way.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class StoreQuotaLimiter:
         decision = self.buckets.decide(of_buckets(charges), now_ns)
         if decision is not None and not decision.violated:
             decision.violated = (decision.quota,)
-        return decision
+        return None if decision is not None and self._may_refuse(charges) else decision
 
     def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
         """Have the store decide."""
@@ -205,6 +205,8 @@ class StoreQuotaLimiter:
                 for charge, quota in counted
             ]
             if not all(decision.allowed for decision in decisions):
+                fallback, cache = self.buckets.fallback, self.buckets.cache
+                decisions += [fallback.inspect(charge, cache.last_tat(charge), now_ns) for charge in of_tokens]
                 refused = refusal_of(decisions)
                 refused.source = "local_share"
                 return refused
@@ -217,12 +219,22 @@ class StoreQuotaLimiter:
                 self._owe(charge.key, charge.increment_ns, standing.count.start)
         return joint_allowance(charges, decision, standings, now_us)
 
+    def _may_refuse(self, charges: Sequence[Charge]) -> bool:
+        """Tell whether a counter refuses a request, too, by the last readings: its wait may be the longer one."""
+        now_us = self._store_us()
+        return any(
+            self._standing(charge.key, quota, now_us // MICROSECONDS).wait_us(charge.increment_ns, now_us)
+            for charge, quota in of_counters(charges)
+        )
+
     def _owe(self, key: str, change: int, start: int) -> None:
         owed, since = self.owed.get(key, (0, start))
         if since != start:  # of an earlier period: it is of no importance any more
             owed = 0
         if owed + change:
             self.owed[key] = owed + change, start
+            if len(self.owed) > self.bucket_limit:
+                del self.owed[next(iter(self.owed))]
         else:
             self.owed.pop(key, None)
 

@@ -218,6 +218,8 @@ end
 
 local function correct(at)
   local q, start = question(at), tonumber(ARGV[at + ARGUMENTS])
+  local held = counter_of(q.counter)
+  if held and held[UNIT] ~= q.unit then return at + ARGUMENTS + 1 end -- counts have begun anew since the charge
   local counter, place, extra = resolve(q)
   local kept = counter and (counter[START] == start and START or counter[BEFORE] == start and BEFORE)
   local charged = kept or place or (counter and START)

@@ -5,6 +5,8 @@ from datetime import datetime
 
 from api_gateway.models import Exchange
 
+MAX_VALUE = 500  # characters of a path or detail; JSON has all of them
+
 
 class TextLog:
     """Passes each line to `write_line`, which must not block.
@@ -28,7 +30,7 @@ class TextLog:
             f"{datetime.fromtimestamp(now).astimezone():%H:%M:%S.%f}"[:-3],
             str(exchange.status),
             printable(exchange.method),
-            printable(exchange.path),
+            self._value(exchange.path),
             f"{exchange.duration * 1000:.1f} ms",
             "-" if client is None else f"{printable(client.id)} ({client.quota.name})",
             "-" if exchange.upstream is None else f"-> {exchange.upstream}",
@@ -36,9 +38,14 @@ class TextLog:
         if exchange.attempts > 1:
             parts.append(f"{exchange.attempts} attempts")
         if reason is not None:
-            parts.append(f"{reason}: {printable(exchange.detail)}" if exchange.detail else reason)
+            parts.append(f"{reason}: {self._value(exchange.detail)}" if exchange.detail else reason)
             parts.append(f"[{printable(exchange.id)}]")
         self._write_line(f"{self._redact('  '.join(parts))}\n")
+
+    def _value(self, text: str) -> str:
+        """Return a value as it is shown. Secrets are removed first: the beginning of one would not be recognised."""
+        text = self._redact(printable(text))
+        return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
 
 
 def printable(text: str) -> str:

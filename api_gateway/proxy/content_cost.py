@@ -14,7 +14,10 @@ from api_gateway.proxy.json_scanner import JsonScanner
 
 MAX_CONTENT_COST = 1_000_000_000  # tokens
 MAX_DECODED = 8_388_608  # bytes of a compressed response, after decompression, that are scanned
-_SLICE = 65_536  # bytes that are decompressed at once
+_SLICE = 16_384  # bytes that are decompressed at once
+# Steps of the scanner, of some 1 µs each, that a compressed response may take at once, and that each byte of it adds.
+# Without a limit, 8 KB that decompress to 8 MiB of small values would take seconds, in which nothing else is served.
+_STEPS_AT_ONCE, _STEPS_PER_BYTE = 50_000, 20
 _WINDOW = 47  # of zlib: the largest, for gzip and zlib formats
 _CODINGS = frozenset({b"gzip", b"x-gzip", b"deflate"})
 
@@ -56,7 +59,7 @@ class ContentCost:
 class ContentScan:
     """Follows the content of one response. States: open, and over after `end`, which counts once."""
 
-    __slots__ = ("_cost", "_decoded", "_decompressor", "_on_cost", "_scanner", "is_over")
+    __slots__ = ("_cost", "_decoded", "_decompressor", "_on_cost", "_scanner", "_steps", "is_over")
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class ContentScan:
         self._on_cost = on_cost
         self._decompressor = zlib.decompressobj(_WINDOW) if is_compressed else None
         self._decoded = 0
+        self._steps = _STEPS_AT_ONCE  # that may be taken; of a compressed response
         self.is_over = False
 
     def __repr__(self) -> str:
@@ -90,13 +94,17 @@ class ContentScan:
             self._scanner = None
 
     def _feed_compressed(self, piece: bytes) -> None:
+        self._steps = min(self._steps + len(piece) * _STEPS_PER_BYTE, _STEPS_AT_ONCE)
         while piece and self._scanner is not None and self._decompressor is not None:
             content = self._decompressor.decompress(piece, _SLICE)
             self._decoded += len(content)
-            if self._decoded > MAX_DECODED:
+            before = self._scanner.steps
+            if self._decoded <= MAX_DECODED:
+                self._scanner.feed(content)
+            self._steps -= self._scanner.steps - before
+            if self._decoded > MAX_DECODED or self._steps < 0:
                 self._scanner = None
                 return
-            self._scanner.feed(content)
             piece = self._decompressor.unconsumed_tail
             if self._decompressor.eof:  # another member may follow (RFC 1952)
                 piece, self._decompressor = self._decompressor.unused_data, zlib.decompressobj(_WINDOW)

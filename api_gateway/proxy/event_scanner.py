@@ -14,7 +14,7 @@ _DATA = b"data:"
 class EventScanner:
     """Follows a stream; `value` is the number in the last complete event that has one, None without one so far."""
 
-    __slots__ = ("_is_after_return", "_is_data", "_json", "_start", "value")
+    __slots__ = ("_is_after_return", "_is_data", "_json", "_lines", "_start", "value")
 
     def __init__(self, path: tuple[str, ...]) -> None:
         """`path` are the reference tokens of a JSON pointer."""
@@ -23,9 +23,15 @@ class EventScanner:
         self._start: bytes | None = b""  # of a line; None once it is known whether the line `_is_data`
         self._is_data = False
         self._is_after_return = False  # a following line feed belongs to the same line end
+        self._lines = 0
 
     def __repr__(self) -> str:
         return f"<EventScanner {self.value}>"
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that have been taken, see `JsonScanner`; each line is one too."""
+        return self._lines + self._json.steps
 
     def feed(self, piece: bytes) -> None:
         """Follow a piece of the stream."""
@@ -49,6 +55,7 @@ class EventScanner:
         return self.value
 
     def _line_part(self, part: bytes, *, is_over: bool) -> None:
+        self._lines += 1
         if self._start is not None:
             part = self._start + part
             if not part and is_over:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from api_gateway.config import CONFIG_VARIABLE, GatewayConfig, load_config
@@ -18,6 +19,7 @@ from api_gateway.settings.diagnostics import ConfigError
 
 MATCHED = 1  # exit code: the condition of --fail-if is true of a client
 SHOWN_CLIENTS = 20  # clients
+MAX_DIGITS = 9  # of a number of clients or processes
 
 
 def run_replay(arguments: Sequence[str]) -> int:
@@ -27,7 +29,13 @@ def run_replay(arguments: Sequence[str]) -> int:
         return _run(options)
     except (ReplayError, ConfigError) as error:
         print(error, file=sys.stderr)
-        return STARTUP_FAILED
+    except BrokenPipeError:  # of standard output; what it holds must not be written again at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+    except BrokenProcessPool:
+        print("a process of the replay has ended; with fewer (--jobs) it needs less memory", file=sys.stderr)
+    return STARTUP_FAILED
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -49,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     if options.html is not None:
         _write(options.html, page_of(document))
-    print(json.dumps(document, indent=2) if options.json else text_of(document, options.clients), end="")
+    print(json.dumps(document, indent=2) if options.json else text_of(document, options.clients), end="", flush=True)
     if not matched:
         return 0
     shown = ", ".join(map(repr, matched[:SHOWN_CLIENTS])) + (", ..." if len(matched) > SHOWN_CLIENTS else "")
@@ -75,10 +83,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isascii() or not text.isdigit() or not 0 < len(text) <= MAX_DIGITS or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:

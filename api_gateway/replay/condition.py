@@ -5,6 +5,7 @@ Parsed as a Python expression of which only some forms are allowed; nothing is e
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from itertools import pairwise
@@ -55,11 +56,13 @@ class ClientCondition:
         return f"<ClientCondition {self.text}>"
 
     def holds(self, figures: Mapping[str, Any]) -> bool:
-        """Return whether the condition is true of these figures. Raises ReplayError for a division by zero."""
+        """Return whether the condition is true of these figures. Raises ReplayError if it cannot be computed."""
         try:
             return bool(self._evaluate(figures))
         except ZeroDivisionError:
             raise ReplayError(f"--fail-if: division by zero for client {figures['client']!r}") from None
+        except OverflowError:
+            raise ReplayError(f"--fail-if: a number is too large for client {figures['client']!r}") from None
 
 
 class _Parser:
@@ -72,7 +75,10 @@ class _Parser:
         if len(self._text) > MAX_LENGTH:
             raise ReplayError(f"--fail-if: at most {MAX_LENGTH} characters, got {len(self._text)}")
         try:
-            tree = ast.parse(self._text.strip(), mode="eval")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", SyntaxWarning)  # such as of 0x1for, or of an unknown escape
+                warnings.simplefilter("error", DeprecationWarning)  # the same before Python 3.12
+                tree = ast.parse(self._text.strip(), mode="eval")
             kind, evaluate = self._node(tree.body)
         except SyntaxError as error:
             column = error.offset or len(self._text.strip()) + 1  # 0: at the end

@@ -11,6 +11,9 @@ from typing import Any
 
 LogEvent = tuple[Any, ...]
 
+MAX_WHOLE = 10**19  # above all times and numbers of a log; nanoseconds of the year 2286
+_MAX_CAUSE = 200  # characters of the reason why a line is foreign, which may contain a value of it
+
 DECISION, SETTLEMENT, CHECK = 0, 1, 2  # kinds
 
 # What follows (time, number, place, kind) in an event of any kind:
@@ -21,6 +24,7 @@ DECISION, SETTLEMENT, CHECK = 0, 1, 2  # kinds
 KIND, PROCESS, SOURCE, ID_OF_CLIENT, TIER_SOURCE, ADDRESS = 3, 4, 5, 6, 7, 8
 
 _TEXT = r'"([^"\\]*)"'  # with an escape, the general parser is used
+_COST = r"\d{1,30}(?:\.\d{1,30})?(?:e[+-]?\d{1,2})?"
 _SKIPPED = r'(?:null|"[^"\\]*")'
 _HEAD = re.compile(
     rf'\{{"time":"[^"]*","request_id":"[^"\\]*","client_address":{_TEXT},"client_id":{_TEXT},"tier":{_TEXT}'
@@ -28,9 +32,9 @@ _HEAD = re.compile(
     rf',"status":\d+,"reason":{_SKIPPED},"detail":{_SKIPPED},"source":"\w+","route":(?:null|{_TEXT})'
 )
 _TAIL = re.compile(
-    r',"cost":[^,]*,"remaining":(\d+),"bytes_received":\d+,"bytes_sent":\d+,"duration_ms":[^,]*'
-    r',"upstream_duration_ms":[^,]*,"decision":\{"at_ns":(\d+),"number":(\d+),"process":"(\w+)","source":"(\w+)"'
-    rf',"limits":\[([^\]\\]*)\],"limit":{_TEXT},"wait_ns":(-?\d+),"cost":([\d.e+-]+)\}}\}}\s*'
+    r',"cost":[^,]*,"remaining":(\d{1,18}),"bytes_received":\d+,"bytes_sent":\d+,"duration_ms":[^,]*'
+    r',"upstream_duration_ms":[^,]*,"decision":\{"at_ns":(\d{1,19}),"number":(\d{1,18}),"process":"(\w+)","source":"(\w+)"'
+    rf',"limits":\[([^\]\\]*)\],"limit":{_TEXT},"wait_ns":(-1|\d{{1,19}}),"cost":({_COST})\}}\}}\s*'
 )
 
 
@@ -72,7 +76,8 @@ def _events_of_any(line: str, place: int) -> list[LogEvent]:
     try:
         return _of_members(members, place)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ForeignLine(f"has no usable decision: {type(error).__name__}: {error}") from None
+        cause = f"has no usable decision: {type(error).__name__}: {error}"
+        raise ForeignLine(cause if len(cause) <= _MAX_CAUSE else f"{cause[:_MAX_CAUSE]}...") from None
 
 
 def _of_members(members: Mapping[str, Any], place: int) -> list[LogEvent]:
@@ -80,7 +85,7 @@ def _of_members(members: Mapping[str, Any], place: int) -> list[LogEvent]:
     found: list[LogEvent] = []
     address = _text(members["client_address"])
     if check is not None:
-        times = int(check["at_ns"]), int(check["number"])
+        times = _whole(check["at_ns"]), _whole(check["number"])
         found.append((*times, place, CHECK, _text(check["process"]), _text(check["source"]), "", "", address))
     if decision is None:
         if found:
@@ -89,21 +94,22 @@ def _of_members(members: Mapping[str, Any], place: int) -> list[LogEvent]:
     process, source = _text(decision["process"]), _text(decision["source"])
     client, tier_source = _text(members["client_id"]), _text(members["tier_source"])
     settlements = decision.get("settlements", [])
-    number, what = int(decision["number"]), (process, source, client, tier_source, address)
+    number, what = _whole(decision["number"]), (process, source, client, tier_source, address)
     route = members["route"]
     found.append(
         (
-            *(int(decision["at_ns"]), number, place, DECISION, *what),
+            *(_whole(decision["at_ns"]), number, place, DECISION, *what),
             *(_text(members["tier"]), members.get("has_keys") is True, _text(members["method"])),
-            *(_text(members["path"]), None if route is None else _text(route), float(decision["cost"])),
+            *(_text(members["path"]), None if route is None else _text(route), _cost(decision["cost"])),
             *(json.dumps(decision["limits"], separators=(",", ":"))[1:-1], _text(decision["limit"])),
-            *(int(decision["wait_ns"]), int(decision.get("remaining", members["remaining"])), len(settlements)),
+            *(_whole(decision["wait_ns"], -1), _whole(decision.get("remaining", members["remaining"]))),
+            len(settlements),
             None if members.get("organisation") is None else _text(members["organisation"]),
         )
     )
     for one in settlements:
-        times = int(one["at_ns"]), int(one["number"])
-        found.append((*times, place, SETTLEMENT, *what, number, float(one["cost"])))
+        times = _whole(one["at_ns"]), _whole(one["number"])
+        found.append((*times, place, SETTLEMENT, *what, number, _cost(one["cost"])))
     return found
 
 
@@ -111,3 +117,19 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, got {value!r}")
     return value
+
+
+def _whole(value: object, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < MAX_WHOLE:
+        raise ValueError(f"expected a whole number from {least} to {MAX_WHOLE:.0e}, got {_shown(value)}")
+    return value
+
+
+def _cost(value: object) -> float:
+    if type(value) not in (int, float) or not 0 <= value < MAX_WHOLE:  # type: ignore[operator]  # a number by its type
+        raise ValueError(f"expected a cost, got {_shown(value)}")
+    return float(value)  # type: ignore[arg-type]  # likewise
+
+
+def _shown(value: object) -> str:
+    return "a number of many digits" if isinstance(value, int) and abs(value) >= MAX_WHOLE else repr(value)

@@ -62,7 +62,7 @@ def page_of(document: Document) -> str:
         _table(_COLUMNS, [[client[name] for name in _COLUMNS] for client in document["clients"][:MAX_CLIENTS]]),
         _notes("Not evaluable", document["not_evaluable"]),
         _notes("Not known", document["cannot_know"]),
-        _notes("Lines that are not of the access log", log["messages"]),
+        _notes("Of the logs", log["messages"]),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

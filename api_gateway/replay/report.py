@@ -15,6 +15,8 @@ from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
 
+MAX_CELL, MAX_TEXT_LINE = 200, 2000  # characters of the text
+
 UNKNOWN = (
     (
         "A client that is refused behaves differently: it may wait, repeat the request, or give up. The replay sends"
@@ -95,13 +97,16 @@ def _log(parts: Sequence[PartSummary]) -> Document:
         for process, (least, greatest, count) in part.spans.items():
             held = spans.get(process, (least, greatest, 0))
             spans[process] = min(held[0], least), max(held[1], greatest), held[2] + count
+    repeated = sum(max(count - (greatest - least + 1), 0) for least, greatest, count in spans.values())
+    if repeated:
+        messages.append(f"{repeated} or more decisions occur twice: the logs overlap, and the result is wrong")
     return {
         "files": list(dict.fromkeys(str(part.part.path) for part in parts)),
         "lines": sum(part.lines for part in parts),
         "foreign_lines": sum(part.foreign for part in parts),
         "incomplete_lines": sum(part.incomplete for part in parts),
         "not_decided": sum(part.not_decided for part in parts),
-        "missing_decisions": sum(greatest - least + 1 - count for least, greatest, count in spans.values()),
+        "missing_decisions": sum(max(greatest - least + 1 - count, 0) for least, greatest, count in spans.values()),
         "processes": len(spans),
         "sources": dict(sources),
         "begin": time_of(begin_ns),
@@ -253,7 +258,7 @@ def text_of(document: Document, shown: int) -> str:
     rate = log["lines"] / document["seconds"] if document["seconds"] else 0
     how = f"{document['seconds']:.1f} s, {rate:,.0f} lines a second; decided in {document['processes']} processes"
     lines += ["", how]
-    return "\n".join(lines) + "\n"
+    return "\n".join([_printable(line, MAX_TEXT_LINE) for line in lines]) + "\n"
 
 
 def _agreement_lines(agreements: Mapping[str, Any]) -> Iterator[str]:
@@ -268,7 +273,7 @@ def _agreement_lines(agreements: Mapping[str, Any]) -> Iterator[str]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Return rows in columns; the first column is aligned left."""
     cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
-    cells = [[_printable(cell) for cell in row] for row in cells]
+    cells = [[_printable(cell, MAX_CELL) for cell in row] for row in cells]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     return [
         "  ".join(
@@ -279,6 +284,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     ]
 
 
-def _printable(cell: str) -> str:
-    """Return a cell without what controls a terminal: ids are those that clients sent."""
-    return "".join(char if char.isprintable() else "?" for char in cell)
+def _printable(text: str, limit: int) -> str:
+    """Return a text, shortened, without what controls a terminal: ids are those that clients sent."""
+    if len(text) > limit:
+        text = f"{text[: limit - 3]}..."
+    return "".join(char if char.isprintable() else "?" for char in text)

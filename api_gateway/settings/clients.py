@@ -4,9 +4,9 @@ import re
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated
 
-from pydantic import AfterValidator, AwareDatetime, Field
+from pydantic import AfterValidator, Field
 
-from api_gateway.models import KEY_PREFIX
+from api_gateway.models import KEY_PREFIX, Instant
 from api_gateway.settings.setting_types import Identifier, NetworkSetting, Section, TierName
 
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
@@ -57,7 +57,7 @@ class KeySection(Section):
     """An API key that is registered by the configuration: its digest, which is no secret."""
 
     digest: Annotated[str, AfterValidator(_digest)] = Field(description="SHA-256 of the key, in hexadecimal digits.")
-    expires_at: AwareDatetime | None = Field(default=None, description="ISO 8601 with UTC offset. None: never.")
+    expires_at: Instant | None = Field(default=None, description="ISO 8601 with UTC offset. None: never.")
     routes: list[str] | None = Field(default=None, min_length=1, description="Names of routes. None: all.")
 
 

@@ -77,7 +77,7 @@ class MetricsSection(Section):
 
 def _access_log_field(name: str) -> str:
     if name not in LINE_FIELDS:
-        raise ValueError(f"must be a field of the access log: {', '.join(LINE_FIELDS)}; got {name!r}")
+        raise ValueError(f"must be a field of the access log: {', '.join(LINE_FIELDS)}")
     return name
 
 

@@ -492,9 +492,7 @@ class UpstreamConnection:
                 self._on_malformed(response, data, str(error))
             return
         except httptools.HttpParserUpgrade as upgrade:
-            response.leftover = data[upgrade.args[0] :]
-            self.pause_reading()
-            response.on_progress()
+            self._on_upgrade(response, data[upgrade.args[0] :])
             return
         if self._response is not response or response.error is not None:  # it has failed within the call
             return
@@ -508,6 +506,13 @@ class UpstreamConnection:
             self._fail(response, _TOO_LONG)
         else:
             self._on_progress(response)
+
+    def _on_upgrade(self, response: UpstreamResponse, leftover: bytes) -> None:
+        """Begin a switch of protocols, unless it was not asked for: then the response has failed within the parser."""
+        if self._response is response and response.error is None:
+            response.leftover = leftover
+            self.pause_reading()
+            response.on_progress()
 
     def _on_malformed(self, response: UpstreamResponse, data: bytes, cause: str) -> None:
         """Fail the response, unless only its trailers are malformed or its head can be repaired.

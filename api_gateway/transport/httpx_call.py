@@ -5,6 +5,7 @@ the task and returns at once; `RUNNING` has the tasks that have not ended.
 """
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import ClassVar, Final
@@ -13,11 +14,15 @@ import httpx
 
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.http1.fast_parser import pairs_of
-from api_gateway.http1.headers import BODILESS, fields_of, framing
+from api_gateway.http1.headers import BODILESS, Fields, fields_of, framing
+from api_gateway.models import HeaderList
 from api_gateway.transport.abilities import CallAbilities
 from api_gateway.transport.request import NO_BODY, Origin
 from api_gateway.transport.response import UpstreamResponse
 
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_LENGTH = re.compile(rb"[0-9]{1,18}")
 QUEUE_HIGH_WATER = 65_536  # bytes of a request body that are queued before reading from the client pauses
 RUNNING: Final[set["asyncio.Task[None]"]] = set()  # of all calls; the event loop holds tasks by weak references only
 
@@ -174,13 +179,13 @@ class HttpxCall:
             raise httpx.RemoteProtocolError(f"status {status}")
         fields = fields_of(headers)
         reason = answer.extensions.get("reason_phrase") or httpx.codes.get_reason_phrase(status).encode()
+        length = _checked_length(headers, fields, reason)
         response.set_head(status, reason, headers, fields)
         response.version, response.keeps_alive = answer.http_version.removeprefix("HTTP/"), True
         if not response.is_to_head and status not in BODILESS:
-            response.is_counted = b"transfer-encoding" not in fields and b"content-length" in fields
+            response.is_counted = length is not None
             response.on_progress()
-            stream = _counted(answer, int(fields[b"content-length"][0]) if response.is_counted else None)
-            async for piece in stream:
+            async for piece in _counted(answer, length):
                 if self._response is None:
                     return
                 self._response.append(piece)
@@ -246,6 +251,23 @@ class HttpxCall:
         self._response = None
         if self._task is not None:
             self._task.cancel()
+
+
+def _checked_length(headers: HeaderList, fields: Fields, reason: bytes) -> int | None:
+    """Return the length of the body, None if the head states none.
+
+    Raises RemoteProtocolError for a head that a client would read differently. Not every transport checks it: HTTP/2
+    permits what would be the end of a line or of the head in HTTP/1.1.
+    """
+    for name, value in headers:
+        if _NAME.fullmatch(name) is None or _CONTROL.search(value) is not None:
+            raise httpx.RemoteProtocolError(f"an invalid header field {name[:50]!r}")
+    if _CONTROL.search(reason) is not None:
+        raise httpx.RemoteProtocolError("an invalid reason phrase")
+    lengths = set(fields.get(b"content-length", ()))
+    if len(lengths) > 1 or any(_LENGTH.fullmatch(length) is None for length in lengths):
+        raise httpx.RemoteProtocolError("an invalid Content-Length")
+    return int(lengths.pop()) if lengths and b"transfer-encoding" not in fields else None
 
 
 async def _counted(answer: httpx.Response, length: int | None) -> AsyncIterator[bytes]:

@@ -184,7 +184,6 @@ def test_what_is_compiled_exists_and_has_nothing_that_mypyc_cannot_compile() -> 
 SLICES = {
     "data[end - 2:end]": "at least the two bytes of the line break are expected",
     "data[position:end]": "the end is searched from the position on",
-    "data[position:position + _MAX_LINE]": "of a constant size",
     "head[13:head.index(b'\\r')]": "a plain status line has a space after the status, the 13th byte",
     "received[start:end + 2]": "the end is searched from the start on",
     "received[start:end]": "the end is searched from the start on",

@@ -48,11 +48,13 @@ def quota(tokens: int, unit: Unit = "month", zone: str = "UTC", **more: Any) -> 
 class Machine:
     """A gateway with the store, whose clock is ahead of the store's by `skew` seconds."""
 
-    def __init__(self, store: LuaStore, quotas: Sequence[Quota], skew: float = 0.0, processes: int = 1) -> None:
+    def __init__(
+        self, store: LuaStore, quotas: Sequence[Quota], skew: float = 0.0, processes: int = 1, **more: Any
+    ) -> None:
         self.store, self.quotas, self.skew = store, quotas, skew
         self.warned: list[Warned] = []
         buckets = [one for one in quotas if not isinstance(one, PeriodQuota)]
-        self.buckets = LuaLimiter(store, buckets, processes=processes)
+        self.buckets = LuaLimiter(store, buckets, processes=processes, **more)
         self.limiter = StoreQuotaLimiter(
             self.buckets,
             prefix="test",
@@ -222,6 +224,54 @@ def test_a_settlement_without_the_store_corrects_what_is_charged_afterwards() ->
     machine.buckets.wire.is_up = True
     assert machine.decide(0).allowed
     assert machine.spend_all() == 80
+
+
+def test_a_bucket_that_is_known_to_refuse_does_not_hide_the_longer_wait_of_a_quota() -> None:
+    store = LuaStore(NOW)
+    slow = Quota.per_second("SLOW", 1, 2)
+    machine = Machine(store, (slow, quota(2)), remembers=True)
+    assert [machine.decide().allowed for _ in range(2)] == [True, True]
+    for _ in range(2):
+        refused = machine.decide()
+        assert refused.wait_ns == 12 * HOUR * NANOSECONDS
+        assert [one.name for one in refused.violated] == ["SLOW", "month"]
+    other = Machine(store, (slow, quota(3)), remembers=True)
+    assert [other.decide(key="b").allowed for _ in range(3)] == [True, True, False]
+    assert other.decide(key="b").source == "deny_cache"
+
+
+def test_without_the_store_the_wait_is_the_longest_of_quotas_and_buckets() -> None:
+    store = LuaStore(NOW + HOUR // 2 * MICROSECONDS + (HOUR // 2 - 5) * MICROSECONDS)  # five seconds to the next hour
+    slow = Quota.per_second("SLOW", 0.01, 2)
+    machine = Machine(store, (slow, quota(2, "hour")))
+    machine.buckets.wire.is_up = False
+    assert [machine.decide().allowed for _ in range(2)] == [True, True]
+    refused = machine.decide()
+    assert (refused.key, refused.wait_ns) == ("SLOW:a", 100 * NANOSECONDS)
+    assert [one.name for one in refused.violated] == ["hour", "SLOW"]
+    store.now_us += 100 * MICROSECONDS
+    assert machine.decide().allowed
+
+
+def test_what_is_owed_to_an_unavailable_store_is_limited() -> None:
+    machine = Machine(LuaStore(NOW), (ROOMY, quota(100)))
+    machine.buckets.wire.is_up = False
+    limit = machine.limiter.bucket_limit
+    for number in range(limit + 50):
+        machine.limiter._owe(f"invented {number}", 1000, 0)
+    assert len(machine.limiter.owed) == limit
+
+
+def test_a_charge_from_before_a_change_of_the_period_does_not_begin_counts_in_the_store_anew() -> None:
+    store = LuaStore(NOW)
+    daily = PeriodQuota.of("q", 5, Calendar("day", ZoneInfo("UTC")))
+    monthly = PeriodQuota.of("q", 3, Calendar("month", ZoneInfo("UTC")))
+    before, after = Machine(store, (ROOMY, daily)), Machine(store, (ROOMY, monthly))
+    earlier = before.decide()
+    assert after.spend_all() == 3
+    before.settle(earlier, 1, 2)
+    before.settle(earlier, 1, 0)
+    assert after.spend_all() == 0
 
 
 # Against the counters in memory

@@ -2,12 +2,14 @@
 
 import logging
 import multiprocessing
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from api_gateway.admin.audit_log import AuditAction, AuditEntry, AuditFile, AuditLog
+from api_gateway.errors import StoreUnavailable
 
 
 def entry(number: int, comment: str = "") -> AuditEntry:
@@ -43,7 +45,7 @@ def test_line_breaks_in_values_do_not_break_a_line(tmp_path: Path) -> None:
     assert file.path.read_bytes().count(b"\n") == 1
 
 
-@pytest.mark.parametrize("rest", [b'{"time": "2026', b'{"time": 1}\n', b"\xff\xfe\n", b"\n\n"])
+@pytest.mark.parametrize("rest", [b'{"time": "2026', b'{"time": 1}\n', b"\xff\xfe\n", b"\n\n", b"[" * 100_000 + b"\n"])
 def test_an_unfinished_or_foreign_line_costs_only_itself(tmp_path: Path, rest: bytes) -> None:
     file = AuditFile(tmp_path)
     file.append(entry(1))
@@ -81,6 +83,18 @@ def test_several_processes_lose_no_entry_when_the_file_is_replaced(tmp_path: Pat
     assert sorted(numbers(AuditFile(tmp_path))) == list(range(300))
 
 
+def test_a_part_of_an_entry_that_a_full_disk_leaves_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, write = AuditFile(tmp_path), os.write
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, line: write(descriptor, line[: len(line) // 2]))
+        with pytest.raises(OSError, match="No space left on device"):
+            file.append(entry(1))
+    file.append(entry(2))
+    assert numbers(file) == [2]
+
+
 async def test_a_change_is_logged_and_counted_even_if_the_file_cannot_be_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -90,7 +104,8 @@ async def test_a_change_is_logged_and_counted_even_if_the_file_cannot_be_written
     assert counts == dict.fromkeys(map(str, AuditAction), 0)
     with caplog.at_level(logging.INFO):
         await log.record(entry(1))
-        assert await log.last(10) == []
+        with pytest.raises(StoreUnavailable, match="The audit log cannot be read"):  # not: nothing was changed
+            await log.last(10)
     assert counts["tier_set"] == 1
     assert f"audit: {entry(1).model_dump_json()}" in caplog.text
     assert "cannot record a change by an operator" in caplog.text

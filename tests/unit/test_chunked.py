@@ -120,6 +120,22 @@ def test_the_end_of_a_body_is_where_the_general_parser_finds_it(data: st.DataObj
     assert found == len(body)
 
 
+@pytest.mark.parametrize("zeros", [14, 15, 16, 17, 40])
+def test_zeros_before_a_size_do_not_matter_in_however_many_reads_it_arrives(zeros: int) -> None:
+    """If they did, the content would be taken for a size: of a chunk without end, or for the end of the body."""
+    body = (
+        b"0" * zeros + b"1c\r\n" + b"abFFFFFF\r\n\r\n0\r\n\r\n".ljust(28, b"x") + b"\r\n" + b"0" * zeros + b"0\r\n\r\n"
+    )
+    assert _read(body) is True
+    text = body + b"GET / HTTP/1.1\r\n\r\n"
+    for cut in range(1, len(body)):
+        end = ChunkedEnd()
+        assert end.find(text[:cut]) is None
+        assert end.find(text[cut:]) == len(body) - cut
+    end = ChunkedEnd()
+    assert [end.find(body[index : index + 1]) for index in range(len(body))] == [None] * (len(body) - 1) + [1]
+
+
 @given(st.lists(LINES, max_size=8))
 def test_no_other_end_is_found_than_that_of_the_general_parser(lines: list[bytes]) -> None:
     text = b"\r\n".join([*lines, b""])

@@ -1,27 +1,34 @@
 """A call on an httpx transport: its queue, its pauses, and its end."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import pytest
 
 from api_gateway.transport.httpx_call import QUEUE_HIGH_WATER, RUNNING, HttpxCall
 from api_gateway.transport.request import Origin
-from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, NoListener, UpstreamResponse
+from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, UpstreamResponse
 
 
 class Scripted(httpx.AsyncBaseTransport):
     """A transport that reads the request body as it is told, and responds with pieces."""
 
     def __init__(
-        self, pieces: list[bytes], headers: dict[str, str] | None = None, error: Exception | None = None
+        self,
+        pieces: list[bytes],
+        headers: dict[str, str] | list[tuple[bytes, bytes]] | None = None,
+        error: Exception | None = None,
+        reason: bytes = b"OK",
     ) -> None:
         self._pieces = pieces
         self._headers = headers
         self._error = error
+        self._reason = reason
         self.gate = asyncio.Event()
         self.given = 0
+        self.on_piece: Callable[[], None] | None = None  # called before each piece is given
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await self.gate.wait()
@@ -29,7 +36,9 @@ class Scripted(httpx.AsyncBaseTransport):
         self.body = b"".join([piece async for piece in request.stream])
         if self._error is not None:
             raise self._error
-        return httpx.Response(200, headers=self._headers, stream=Stream(self))
+        return httpx.Response(
+            200, headers=self._headers, stream=Stream(self), extensions={"reason_phrase": self._reason}
+        )
 
 
 class Stream(httpx.AsyncByteStream):
@@ -39,17 +48,9 @@ class Stream(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._transport._pieces:
             self._transport.given += 1
+            if self._transport.on_piece is not None:
+                self._transport.on_piece()
             yield piece
-
-
-class Taken(UpstreamResponse):
-    """A response that notes its progress, and pauses after each piece if it is told to."""
-
-    pauses = False
-
-    def on_progress(self) -> None:
-        if self.pauses and self.connection is not None:
-            self.connection.pause_reading()
 
 
 async def turns(count: int = 10) -> None:
@@ -57,9 +58,9 @@ async def turns(count: int = 10) -> None:
         await asyncio.sleep(0)
 
 
-def call_on(transport: Scripted, listener: NoListener = NO_LISTENER) -> tuple[HttpxCall, Taken]:
+def call_on(transport: Scripted, listener: Any = NO_LISTENER) -> tuple[HttpxCall, UpstreamResponse]:
     call = HttpxCall(transport, Origin.of(httpx.URL("http://up.test")), None)
-    return call, Taken(call, "GET", NO_LIMITS, listener)
+    return call, UpstreamResponse(call, "GET", NO_LIMITS, listener)
 
 
 HEAD = b"PUT /x HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n"
@@ -68,7 +69,10 @@ HEAD = b"PUT /x HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n"
 async def test_the_queue_of_a_request_body_is_bounded() -> None:
     writable: list[bool] = []
 
-    class Listener(NoListener):
+    class Listener:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(NO_LISTENER, name)
+
         def on_writable(self) -> None:
             writable.append(call.is_write_paused)
 
@@ -90,7 +94,7 @@ async def test_the_queue_of_a_request_body_is_bounded() -> None:
 async def test_no_piece_is_taken_while_reading_is_paused() -> None:
     transport = Scripted([b"1", b"2", b"3"])
     call, response = call_on(transport)
-    response.pauses = True
+    transport.on_piece = call.pause_reading
     transport.gate.set()
     call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
     for count in (1, 2, 3):
@@ -115,6 +119,33 @@ async def test_a_body_of_another_length_than_announced_is_an_error(
     await turns()
     assert not response.is_complete
     assert cause in str(response.error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        *(([(b"x-a", b"1%b2" % octet)], b"OK") for octet in (b"\r\n", b"\n", b"\r", b"\x00", b"\r\n\r\n")),
+        *(([(name, b"1")], b"OK") for name in (b"x a", b"x:a", b"x\r\nb", b"", b"x\x00", b"\xe9")),
+        *(
+            ([(b"content-length", length)], b"OK")
+            for length in (b"x", b"-1", b"+1", b"1_0", b"", b"1, 2", b"9" * 5000)
+        ),
+        ([(b"content-length", b"1"), (b"content-length", b"2")], b"OK"),
+        ([(b"transfer-encoding", b"chunked"), (b"content-length", b"\xb2")], b"OK"),
+        ([], b"OK\r\nx-a: 1"),
+    ],
+)
+async def test_a_head_that_a_client_would_read_differently_is_an_error(
+    fields: list[tuple[bytes, bytes]], reason: bytes
+) -> None:
+    for method in (b"GET", b"HEAD"):
+        transport = Scripted([b"1"], fields, reason=reason)
+        call, response = call_on(transport)
+        transport.gate.set()
+        call.start(response, method + b" /x HTTP/1.1\r\nhost: a\r\n\r\n")
+        await turns()
+        assert not response.is_head_complete
+        assert "an invalid" in str(response.error)
 
 
 async def test_closing_returns_at_once_and_reports_nothing() -> None:

@@ -247,6 +247,50 @@ def test_the_decompressed_size_is_limited() -> None:
     assert cost_of(bomb, (b"content-encoding", b"gzip"), step=len(bomb)) is None
 
 
+MANY = 3_000_000  # repetitions that compress to some thousand bytes
+
+
+@pytest.mark.parametrize(
+    ("media_type", "text"),
+    [
+        (b"application/json", b"{" + b'"a":1,' * (MANY // 3)),
+        (b"application/json", b'{"x":[' + b"[]" * MANY),
+        (b"text/event-stream", b"data:1\n\n" * (MANY // 4)),
+        (b"text/event-stream", b"\n" * MANY),
+    ],
+    ids=["members", "arrays", "events", "lines"],
+)
+def test_the_work_for_a_compressed_response_is_limited(media_type: bytes, text: bytes) -> None:
+    """In one piece, which nothing else can interrupt, and in many."""
+    found: list[Any] = []
+    for step in (10_000, 1):
+        scan = ContentCost(PATH).scan(
+            {b"content-type": [media_type], b"content-encoding": [b"gzip"]}, lambda *args: found.append(args[1:])
+        )
+        scanner: Any = scan._scanner
+        bomb = gzip.compress(text)
+        for begin in range(0, len(bomb), step):
+            scan.feed(bomb[begin : begin + step])
+        assert scanner.steps < 100_000 + 20 * len(bomb)
+        scan.end(is_complete=True)
+    assert found == [(None, True)] * 2
+
+
+def test_a_long_compressed_stream_of_events_is_read() -> None:
+    compressor, found = zlib.compressobj(wbits=31), []
+    scan = ContentCost(PATH).scan(
+        {b"content-type": [b"text/event-stream"], b"content-encoding": [b"gzip"]}, lambda *args: found.append(args[1])
+    )
+    event = (
+        b'data: {"id":"c-1","object":"chunk","created":1700000000,"choices":[{"index":0,"delta":{"content":"%d"}}]}'
+    )
+    for number in range(10_000):
+        scan.feed(compressor.compress(event % number + b"\n\n") + compressor.flush(zlib.Z_SYNC_FLUSH))
+    scan.feed(compressor.compress(b"data: " + TEXT + b"\n\ndata: [DONE]\n\n") + compressor.flush())
+    scan.end(is_complete=True)
+    assert found == [1500]
+
+
 def test_a_response_that_was_cut_off_has_what_was_complete() -> None:
     assert cost_of(TEXT[:-1], is_complete=False) == 1500
     assert cost_of(TEXT[:-2], is_complete=False) is None  # the number may go on

@@ -81,10 +81,10 @@ async def test_what_could_not_be_written_is_written_later(tmp_path: Path, caplog
     class Failing(PeriodStore):
         fails = True
 
-        async def write(self, rows: Any) -> None:
+        async def write(self, rows: Any, now: int) -> None:
             if self.fails:
                 raise OSError("disk full")
-            await super().write(rows)
+            await super().write(rows, now)
 
     store = Failing(tmp_path)
     writing = journal(tmp_path, store=store)
@@ -98,6 +98,25 @@ async def test_what_could_not_be_written_is_written_later(tmp_path: Path, caplog
     await writing.close()
     assert "stored again" in caplog.text
     assert set(await stored(tmp_path)) == {"a", "b"}
+
+
+async def test_counters_that_have_ended_are_removed_while_others_are_written(tmp_path: Path) -> None:
+    """A file does not grow with the keys that clients have invented since the start."""
+    writing = journal(tmp_path)
+    await writing.start()
+    store = writing.store
+    for number in range(3):
+        for index in range(2000):
+            spend(writing.counters, f"{number} {index}", quota=HOURLY)
+        await writing.write()
+        writing.counters.counters.clear()
+        await store.write([], NOW + 26 * HOUR)
+    spend(writing.counters, "a", quota=HOURLY, now=NOW + 100 * HOUR)
+    for _ in range(4):
+        await store.write([], NOW + 100 * HOUR)
+    await writing.close()
+    with closing(sqlite3.connect(tmp_path / "quotas.sqlite3")) as other:
+        assert other.execute("SELECT key FROM counters").fetchall() == [("a",)]
 
 
 async def test_changes_are_written_without_an_end(tmp_path: Path) -> None:
@@ -126,4 +145,4 @@ async def test_a_file_that_cannot_be_used_is_an_error_that_says_why(tmp_path: Pa
     with pytest.raises(OSError, match=r"newer gateway \(schema 9, newest supported 1\)"):
         await stored(tmp_path)
     with pytest.raises(OSError, match="not open"):
-        await PeriodStore(tmp_path).write([])
+        await PeriodStore(tmp_path).write([], NOW)

@@ -246,3 +246,68 @@ def _check_wait(gateway: Gateway, model: Model, cost: float, key: str, wait_ns: 
         trial.used = model.used.copy()
         now = (gateway.wall_ns + later_ns) // NANOSECONDS
         assert trial.decide(gateway.charges(cost, key), gateway.now_ns + later_ns, now) == is_allowed
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(deadline=None)
+def test_the_short_way_of_a_decision_gives_the_same_result(seed: int) -> None:
+    """Requests, settlements, top-ups, other quotas, steps of the clock: decisions, counters and warnings are equal."""
+    source = random.Random(seed)
+    more: dict[str, Any] = {
+        "carry_over": source.choice((0, 5)),
+        "warn_at": source.choice(((), (0.5, 1.0))),
+        "is_from_start": source.random() < 0.3,
+    }
+    kinds = [
+        FREE,
+        Quota.per_second("OTHER", 100, 1000),
+        quota(source.randint(1, 40), "hour", **more),
+        quota(60, "day"),
+    ]
+    source.shuffle(kinds)
+    short, whole = Gateway(*kinds), Gateway(*kinds)
+    decisions: list[tuple[Decision, Decision, float, list[Quota]]] = []
+    for _ in range(60):
+        step = source.choice((0, 0, 0, 0.3, 60, HOUR / 2, HOUR, 25 * HOUR, -HOUR / 2, -2 * HOUR))
+        for one in (short, whole):
+            one.now_ns += round(max(step, 0) * NANOSECONDS)
+            one.wall_ns += round(step * NANOSECONDS)
+        what = source.random()
+        if what < 0.8:
+            cost, key = source.choice((0, 0.5, 1, 1, 1, 2, 7)), source.choice("aaab")
+            ours = short.decide(cost, key)
+            theirs = whole.limiter.decide_in_any_state(whole.charges(cost, key), whole.limiter.now_us(), whole.now_ns)
+            assert ours == theirs
+            assert (ours.debts_ns, ours.at_ns) == (theirs.debts_ns, theirs.at_ns)
+            if ours.allowed and key == "a":
+                decisions.append((ours, theirs, cost, list(short.quotas)))
+        elif what < 0.9 and decisions:
+            ours, theirs, cost, charged = decisions.pop(source.randrange(len(decisions)))
+            if charged == list(short.quotas):
+                after = source.choice((0, cost / 2, cost + 3))
+                assert short.settle(ours, cost, after) == whole.settle(theirs, cost, after)
+        elif what < 0.95:
+            amount, until = source.randint(1, 5) * 1000, short.limiter.now_us() // 1_000_000 + HOUR
+            for one in (short, whole):
+                period = next(one for one in one.quotas if one.name == "hour")
+                assert isinstance(period, PeriodQuota)
+                one.limiter.counters.top_up("hour:a", period, amount, until, one.limiter.now_us())
+        else:  # as a reload does
+            kinds = [quota(source.randint(1, 40), "hour", **more) if one.name == "hour" else one for one in kinds]
+            short.quotas = whole.quotas = tuple(kinds)
+        assert short.limiter.counters.counters == whole.limiter.counters.counters
+        assert short.limiter.counters.changed == whole.limiter.counters.changed
+        assert short.warned == whole.warned
+
+
+def test_a_charge_from_before_a_change_of_the_period_does_not_begin_counts_anew() -> None:
+    gateway = Gateway(FREE, quota(5, "day", name="q"))
+    earlier = gateway.decide()
+    old = gateway.quotas
+    gateway.quotas = (FREE, quota(3, "month", name="q"))
+    assert [gateway.decide().allowed for _ in range(4)] == [True] * 3 + [False]
+    gateway.quotas = old
+    gateway.settle(earlier, 1, 2)
+    gateway.settle(earlier, 1, 0)
+    gateway.quotas = (FREE, quota(3, "month", name="q"))
+    assert not gateway.decide().allowed

@@ -5,8 +5,11 @@ import gzip
 import hashlib
 import html
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +142,46 @@ def test_foreign_lines_are_counted_and_named_and_never_end_a_replay(tmp_path: Pa
 
 
 # Files
+
+
+HOSTILE = (
+    *("null", "true", "-2", "1e999", "NaN", "1" + "0" * 400, "9" * 5000, "..", "--", '"x"', '""', "[]", "{}", "1e300"),
+    *('"\\ud800"', '"\\u0000\\u001b[31m\\u202e"', f'"{"A" * 50_000}"', '"<script>"', '"%zz"', '["address"]'),
+    *(f'[{{"at_ns":1,"number":2,"cost":{cost}}}]' for cost in ("NaN", "1e999", "-5")),
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["at_ns", "number", "process", "source", "limits", "limit", "wait_ns", "cost", "remaining", "settlements"]
+)
+def test_no_value_of_a_decision_ends_a_replay_or_reaches_a_terminal(tmp_path: Path, name: str) -> None:
+    traffic = Traffic()
+    traffic.request("acme")
+    (line,) = traffic.lines()
+    for value in HOSTILE:
+        members = json.loads(line)
+        (members if name == "remaining" else members["decision"])[name] = "@"
+        changed = json.dumps(members, separators=(",", ":")).replace('"@"', value) + "\n"
+        found = reported(replay_logs([log_of(tmp_path, [changed, line])], config(), None), config())
+        assert found["log"]["lines"] == 2
+        assert found["totals"]["decisions"] + found["log"]["foreign_lines"] == 2
+        assert all(len(message) < 500 for message in found["log"]["messages"])
+        assert text_of(found, 20).replace("\n", "").isprintable()
+        assert "<script>" not in page_of(found)
+
+
+def test_no_value_of_a_client_ends_a_replay_or_reaches_a_terminal(tmp_path: Path) -> None:
+    traffic = Traffic()
+    traffic.request("acme")
+    (line,) = traffic.lines()
+    for name in ("client_address", "client_id", "tier", "tier_source", "organisation", "method", "path", "route"):
+        for value in HOSTILE:
+            changed = json.dumps(json.loads(line) | {name: "@"}, separators=(",", ":")).replace('"@"', value) + "\n"
+            found = reported(replay_logs([log_of(tmp_path, [changed, line])], config(), None), config())
+            text = text_of(found, 20)
+            assert text.replace("\n", "").isprintable()
+            assert len(text) < 10_000
+            assert "<script>" not in page_of(found)
 
 
 @given(st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=30), st.integers(1, 50))
@@ -378,6 +421,8 @@ def test_a_condition_is_evaluated(text: str, holds: object) -> None:
         ("tier + 'x' == 'Ax'", "a number is needed, got text"),
         ("True", "Constant is not allowed"),
         ("requests > 1\x00", "--fail-if: "),
+        ("requests > 1or limited > 1", "column 12 .*invalid decimal literal"),
+        ('client == "\\d"', "invalid escape sequence"),
         ("(" * 400 + "1" + ")" * 400, "--fail-if"),
         ("1 < " * MAX_LENGTH + "2", f"at most {MAX_LENGTH} characters"),
     ],
@@ -387,9 +432,17 @@ def test_a_mistake_in_a_condition_names_its_place(text: str, cause: str) -> None
         ClientCondition(text)
 
 
-def test_a_division_by_zero_names_the_client() -> None:
-    with pytest.raises(ReplayError, match="division by zero for client 'acme'"):
-        ClientCondition("requests / newly_allowed > 1").holds(FIGURES)
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("requests / newly_allowed > 1", "division by zero"),
+        (f"longest_wait_seconds * {'9' * 400} > 1", "a number is too large"),
+        (f"{'9' * 400} / requests > 1", "a number is too large"),
+    ],
+)
+def test_what_cannot_be_computed_names_the_client(text: str, cause: str) -> None:
+    with pytest.raises(ReplayError, match=f"{cause} for client 'acme'"):
+        ClientCondition(text).holds(FIGURES)
 
 
 # The page and the command
@@ -435,3 +488,39 @@ def test_the_command_fails_with_the_place_of_what_is_wrong(tmp_path: Path, capsy
     assert "none.yaml" in capsys.readouterr().err
     assert main(["replay", log, *options, "--html", str(tmp_path / "no" / "page.html")]) == 3
     assert "page.html: cannot be written" in capsys.readouterr().err
+
+
+def test_the_command_never_fails_as_if_the_condition_were_true(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 is that of a condition, also if a folder or the output cannot be written."""
+    traffic = Traffic()
+    traffic.request("acme")
+    log, candidate = str(log_of(tmp_path, traffic.lines())), tmp_path / "new.yaml"
+    candidate.write_text('upstreams: {up: {targets: [{url: "http://127.0.0.1:1"}]}}\n')
+    command = ["replay", log, "--config", str(candidate)]
+    assert main([*command, "--temporary", str(tmp_path / "none")]) == 3
+    assert re.fullmatch(r".*none.*: no such file or directory\n", capsys.readouterr().err)
+    for value in ("0", "-1", "x", "9" * 5000):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "--jobs", value])
+        assert "argument --jobs: expected a whole number from 1, got" in capsys.readouterr().err
+    ended = [sys.executable, "-m", "api_gateway", *command]
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(ended, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (found.returncode, found.stderr) == (3, "output: no space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(ended, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (3, "")
+
+
+def test_a_log_that_is_given_twice_is_reported(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for _ in range(5):
+        traffic.request("acme")
+    log = log_of(tmp_path, traffic.lines())
+    found = reported(replay_logs([log, log], config(), None), config())["log"]
+    assert found["missing_decisions"] == 0
+    assert found["messages"] == ["5 or more decisions occur twice: the logs overlap, and the result is wrong"]

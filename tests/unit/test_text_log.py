@@ -12,7 +12,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.models import Client, Decision, Exchange, Quota
 from api_gateway.observability.access_log import LINE_FIELDS, AccessLog
 from api_gateway.observability.selected_lines import sampled, with_fields
-from api_gateway.observability.text_log import TextLog, printable
+from api_gateway.observability.text_log import MAX_VALUE, TextLog, printable
 from api_gateway.process.message_log import JsonFormatter, TextFormatter
 
 HOSTILE = "a\x1b[31mred\r\nforged line\x00\u202egnp.exe\u2028<script>alert(1)</script>"
@@ -58,6 +58,23 @@ def test_a_line_is_inert(field: str) -> None:
     assert line.endswith("\n")
     assert line[:-1].isprintable()
     assert "\\x1b[31mred\\r\\nforged line" in line
+
+
+@pytest.mark.parametrize("field", ["path", "detail"])
+def test_a_line_stays_short_whatever_a_client_sends(field: str) -> None:
+    line = line_of(**{"reason": "no_route", "detail": "x", field: "/\x1b" * 30_000})
+    assert len(line) < 700
+    assert line[:-1].isprintable()
+    assert "..." in line
+
+
+def test_no_part_of_a_secret_is_left_where_a_path_is_shortened() -> None:
+    lines: list[str] = []
+    for length in range(MAX_VALUE - 20, MAX_VALUE + 2):
+        TextLog(lines.append, lambda text: text.replace("secret", "-")).write_at(
+            exchange(path="/" * length + "secret" * 4), 0.0
+        )
+    assert not any("s" in line.split("/", 1)[1].split("  ")[0] for line in lines)
 
 
 def test_what_is_printable_stays() -> None:

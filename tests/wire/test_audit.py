@@ -22,8 +22,13 @@ CHANGES: list[tuple[str, str, dict[str, Any] | None, AuditAction]] = [
     ("DELETE", "/clients/acme", None, AuditAction.CLIENT_REMOVED),
     ("POST", "/circuit-breakers/up", {"mode": "observe", "comment": "why"}, AuditAction.BREAKER_MODE_SET),
 ]
-# Tested with a gateway that has a file: `process/test_reload.py`.
-ELSEWHERE = {("POST", "/reload"): AuditAction.CONFIGURATION_RELOADED}
+# Tested with gateways that have a file or quotas: `process/test_reload.py`, `wire/test_quotas.py`.
+ELSEWHERE = {
+    ("POST", "/reload"): AuditAction.CONFIGURATION_RELOADED,
+    ("POST", "/clients/{client_id}/quotas/{name}/top-up"): AuditAction.QUOTA_CHANGED,
+    ("POST", "/clients/{client_id}/quotas/{name}/carry-over"): AuditAction.QUOTA_CHANGED,
+    ("POST", "/clients/{client_id}/quotas/{name}/reset"): AuditAction.QUOTA_CHANGED,
+}
 
 
 @pytest.fixture(scope="module")

@@ -312,3 +312,53 @@ def test_a_quota_in_a_cluster_and_a_webhook_without_a_secret_are_mistakes() -> N
         GatewayConfig.model_validate(sections | {"webhook": {"url": "https://receiver.example/hook"}})
     with pytest.raises(ValueError, match="must be 24 to 64 random bytes"):
         GatewayConfig.model_validate(sections | {"webhook": {"url": "https://r.example/", "secret": "short"}})
+
+
+@pytest.mark.parametrize(
+    "time", ["9999-12-31T23:59:59-12:00", "9999-12-31T23:59:59.9999999Z", "0001-01-01T00:00:00+12:00"]
+)
+def test_a_time_that_cannot_be_shown_in_utc_is_refused_and_changes_nothing(gateways: Any, time: str) -> None:
+    gateway = gateways(MONTHLY)
+    gateway.get()
+    before = gateway.quota()
+    client = "/clients/acme"
+    for path, body in (
+        (f"{client}/quotas/monthly/top-up", {"amount": 5, "expires": time}),
+        (f"{client}/grants", {"tier": "PREMIUM", "until": time}),
+        (f"{client}/keys", {"expires_at": time}),
+    ):
+        answer = gateway.call("POST", path, body)
+        assert (answer.status, "1970-01-01T00:00:00Z to 9999-12-31T23:59:59Z" in answer.json()["detail"]) == (
+            422,
+            True,
+        )
+    assert gateway.quota() == before
+    assert gateway.call("GET", client).status == 200
+    last = {"amount": 5, "expires": "9999-12-31T23:59:59Z"}
+    assert gateway.call("POST", f"{client}/quotas/monthly/top-up", last).json()["top_up"] == 5
+
+
+def test_the_sum_of_top_ups_is_limited(gateways: Any) -> None:
+    gateway = gateways(MONTHLY)
+    path, most = "/clients/acme/quotas/monthly/top-up", {"amount": 10**12}
+    assert gateway.call("POST", path, most).status == 200
+    refused = gateway.call("POST", path, {"amount": 1})
+    assert (refused.status, refused.json()["reason"]) == (422, "invalid_value")
+    assert "1e+12 tokens are left of earlier top-ups" in refused.json()["detail"]
+    assert gateway.quota()["top_up"] == 10**12
+
+
+@pytest.mark.parametrize("amount", [True, "5", 1.5, None])
+@pytest.mark.parametrize("action", ["top-up", "carry-over"])
+def test_an_amount_is_a_whole_number(gateways: Any, action: str, amount: Any) -> None:
+    gateway = gateways(MONTHLY)
+    answer = gateway.call("POST", f"/clients/acme/quotas/monthly/{action}", {"amount": amount})
+    assert (answer.status, answer.json()["detail"][:12]) == (422, "body.amount:")
+    assert gateway.quota()["remaining"] == 10
+
+
+def test_the_list_of_limits_counts_the_counters_of_quotas(gateways: Any) -> None:
+    gateway = gateways(MONTHLY, {"name": "own", "rate": 10, "capacity": 100})
+    assert [gateway.get(name).status for name in "abc"] == [200] * 3
+    listed = {one["name"]: one["buckets"] for one in gateway.call("GET", "/limits").json()["limits"]}
+    assert (listed["monthly"], listed["own"]) == (3, 3)

@@ -79,6 +79,20 @@ def has_body(up: RawUpstream, size: int) -> bool:
     return len(up.requests[-1].body) == size
 
 
+@WAYS
+def test_the_request_behind_a_chunk_whose_size_begins_with_zeros_is_a_request(
+    client: RawClient, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    """Also if the content, read from an earlier position, looks like the size of another chunk."""
+    content = b"abcFFFFFFF\r\nabcd"
+    client.request("PUT", headers=(CHUNKED, *headers))
+    client.send(
+        b"%017x\r\n%b\r\n" % (len(content), content) + b"0" * 20 + b"\r\n\r\nGET /api/y HTTP/1.1\r\nHost: a\r\n\r\n"
+    )
+    assert [client.answer().body for _ in range(2)] == [b"ok", b"ok"]
+    assert [request.body for request in up.requests] == [content, b""]
+
+
 def is_calm(running: RunningGateway) -> bool:
     targets = running.live.upstreams["up"].targets
     return running.live.recorder.in_flight == 0 and all(target.in_flight == 0 for target in targets)

@@ -57,6 +57,8 @@ def test_operators_see_all_clients_in_three_forms(gateway: RunningGateway) -> No
     statement = ask(f"{gateway.url}/usage?month={today()[:7]}&by=route&client=keyed", headers=OPERATOR).json()
     assert [(row["route"], row["requests"], row["tokens"]) for row in statement["rows"]] == [("all", 3, 3)]
     assert ask(f"{gateway.url}/usage?month=1999-02&by=", headers=OPERATOR).json()["total"]["requests"] == 0
+    last = ask(f"{gateway.url}/usage?month=9999-12&by=", headers=OPERATOR).json()
+    assert (last["from"], last["to"]) == ("9999-12-01", "9999-12-31")
 
 
 def test_a_client_sees_its_own_usage_as_it_is_identified(gateway: RunningGateway) -> None:
@@ -85,6 +87,8 @@ def test_what_is_not_a_clients_own_is_refused(gateway: RunningGateway) -> None:
         ("by=color", "by: must be some of client, route, day, each once, got 'color'"),
         ("by=day,day", "each once"),
         ("month=2026-13", "month"),
+        ("month=0000-01", "month"),
+        ("month=%D9%A2%D9%A0%D9%A2%D9%A6-01", "month"),  # digits, but not of ASCII
         ("month=2026-01&from=2026-01-01", "month: cannot be combined"),
         ("from=2026-02-02&to=2026-02-01", "from: must not be after to"),
         ("from=yesterday", "from"),

@@ -1,5 +1,6 @@
 """WebSockets through the gateway: the handshake as HTTP, then a tunnel byte for byte, and nothing left at the end."""
 
+import logging
 import socket
 import struct
 import threading
@@ -470,6 +471,28 @@ def test_an_upstream_that_is_down_is_a_502(client: RawClient) -> None:
 def test_an_upgrade_that_was_not_requested_is_a_502(client: RawClient, headers: tuple[str, ...]) -> None:
     client.request("GET", "/api/x", headers)
     assert reason(client.answer()) == (502, "upstream_protocol_error")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"POST /api/x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
+        b"PUT /api/x HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nContent-Length: 2\r\n\r\nhi",
+        b"POST /api/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        b"GET /api/x HTTP/1.1\r\nHost:  a\r\nUpgrade: websocket\r\n\r\n",
+        b"GET /api/x HTTP/1.1\r\nHost: a\r\n\r\n",
+    ],
+    ids=["content", "content and upgrade", "chunks", "general parser", "plain"],
+)
+def test_what_follows_a_101_that_was_not_requested_is_no_event_of_the_exchange(
+    client: RawClient, up: RawUpstream, caplog: pytest.LogCaptureFixture, request_: bytes
+) -> None:
+    up.behave = accepting(until_it_ends, behind=b"early")
+    client.send(request_)
+    assert reason(client.answer()) == (502, "upstream_protocol_error")
+    up.behave = reply()
+    assert client.get().status == 200
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_a_101_without_an_upgrade_field_is_a_502(client: RawClient, up: RawUpstream) -> None:
