@@ -56,7 +56,6 @@ class ExchangeBody:
     # Initial values are class attributes, which makes it cheaper to create a body.
     is_replayable = True
     _keep = 0  # bytes that have been sent and are kept for another attempt
-    _connection: UpstreamCall | None = None
     _is_framed = False  # the present attempt gets it in chunks
     _waited = 0.0  # seconds, for the pieces that have arrived in this attempt
     _awaited_since: float | None = None  # loop time since which the upstream has waited for the next piece
@@ -80,6 +79,7 @@ class ExchangeBody:
         """`first` is what has arrived with the head, `length` the bytes of the whole body, None if it is chunked."""
         self._client = client
         self._context = context
+        self._connection: UpstreamCall | None = None  # a class attribute of this type is not set if it is compiled
         self._pieces = [first] if first else []
         self.received = len(first)  # bytes
         self.length = length  # bytes; None: it is chunked

@@ -1,14 +1,15 @@
 """A call on an httpx transport: its queue, its pauses, and its end."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import pytest
 
 from api_gateway.transport.httpx_call import QUEUE_HIGH_WATER, RUNNING, HttpxCall
 from api_gateway.transport.request import Origin
-from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, NoListener, UpstreamResponse
+from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, UpstreamResponse
 
 
 class Scripted(httpx.AsyncBaseTransport):
@@ -27,6 +28,7 @@ class Scripted(httpx.AsyncBaseTransport):
         self._reason = reason
         self.gate = asyncio.Event()
         self.given = 0
+        self.on_piece: Callable[[], None] | None = None  # called before each piece is given
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await self.gate.wait()
@@ -46,17 +48,9 @@ class Stream(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._transport._pieces:
             self._transport.given += 1
+            if self._transport.on_piece is not None:
+                self._transport.on_piece()
             yield piece
-
-
-class Taken(UpstreamResponse):
-    """A response that notes its progress, and pauses after each piece if it is told to."""
-
-    pauses = False
-
-    def on_progress(self) -> None:
-        if self.pauses and self.connection is not None:
-            self.connection.pause_reading()
 
 
 async def turns(count: int = 10) -> None:
@@ -64,9 +58,9 @@ async def turns(count: int = 10) -> None:
         await asyncio.sleep(0)
 
 
-def call_on(transport: Scripted, listener: NoListener = NO_LISTENER) -> tuple[HttpxCall, Taken]:
+def call_on(transport: Scripted, listener: Any = NO_LISTENER) -> tuple[HttpxCall, UpstreamResponse]:
     call = HttpxCall(transport, Origin.of(httpx.URL("http://up.test")), None)
-    return call, Taken(call, "GET", NO_LIMITS, listener)
+    return call, UpstreamResponse(call, "GET", NO_LIMITS, listener)
 
 
 HEAD = b"PUT /x HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n"
@@ -75,7 +69,10 @@ HEAD = b"PUT /x HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n"
 async def test_the_queue_of_a_request_body_is_bounded() -> None:
     writable: list[bool] = []
 
-    class Listener(NoListener):
+    class Listener:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(NO_LISTENER, name)
+
         def on_writable(self) -> None:
             writable.append(call.is_write_paused)
 
@@ -97,7 +94,7 @@ async def test_the_queue_of_a_request_body_is_bounded() -> None:
 async def test_no_piece_is_taken_while_reading_is_paused() -> None:
     transport = Scripted([b"1", b"2", b"3"])
     call, response = call_on(transport)
-    response.pauses = True
+    transport.on_piece = call.pause_reading
     transport.gate.set()
     call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
     for count in (1, 2, 3):
