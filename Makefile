@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--custom-compile-command "make lock"
-.PHONY: help check format unit wire test interop cover compiled run load bench scale chaos soak fuzz probe heads lives lock audit
+.PHONY: help check format unit wire test heavy interop cover compiled run load bench scale chaos soak fuzz probe heads lives lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,6 +18,8 @@ wire:    ## tests on real sockets, with a gateway in the test process
 	pytest tests/wire
 test:    ## all tests, except those that build environments or use all cores (pytest -n 0 -m "install or heavy")
 	pytest
+heavy:   ## tests that need all cores: benchmarks and chaos, each for seconds
+	pytest -n 0 -m heavy
 interop: ## tests with real peers (extra "interop"; npm packages in the folder INTEROP_NODE_MODULES)
 	pytest -n 0 -m interop tests/interop
 cover:   ## tests with coverage by module

@@ -456,6 +456,7 @@ def checked(peer: Peer, command: list[str]) -> list[str] | None:
     }.get(name)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.features], ids=lambda peer: peer.name)
 def test_an_installed_peer_accepts_its_configuration_for_every_case(
     peer: Peer, tmp_path: Path, certificates: Path
