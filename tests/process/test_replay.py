@@ -29,7 +29,7 @@ upstreams:
 routes:
   - {{name: up, path: /api/up, upstream: up, strip_prefix: /api, costs: [{{path: /api/up/x, cost: 4}}]}}
   - {{name: gone, path: /api/gone, upstream: gone, cost: 2.5}}
-tiers: {{FREE: {{rate: 6, capacity: 12}}, PREMIUM: {{rate: 40, capacity: 90}}}}
+tiers: {{FREE: {{rate: 2, capacity: 12}}, PREMIUM: {{rate: 40, capacity: 90}}}}
 address_limit: {{rate: 3, capacity: 15, exempt: []}}
 clients: {{free: {{tier: FREE}}, pro: {{tier: PREMIUM}}, keyed: {{tier: BASIC, keys: {{one: {{digest: {digest}}}}}}}}}
 identity: {{sources: [api_key, header, address]}}
