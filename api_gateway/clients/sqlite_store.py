@@ -6,13 +6,10 @@ Changes by other processes are detected by `PRAGMA data_version`, which only rea
 
 import asyncio
 import json
-import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from api_gateway.clients.api_keys import api_keys_of, keys_as_json
 from api_gateway.clients.bloom_filter import BloomFilter
@@ -28,9 +25,7 @@ from api_gateway.clients.records import (
     key_entry,
     proof_entry,
 )
-from api_gateway.system.state_folder import create_private, make_private
-
-T = TypeVar("T")
+from api_gateway.storage.sqlite_file import Connection, SqliteFile, stored_schema, transaction
 
 SCHEMA_VERSION = 3
 _WITHOUT_KEYS = 2  # the schema before
@@ -68,7 +63,6 @@ _REMEDY = (
     "it has the tiers and grants that operators have set: stop the gateway, then restore a backup, or move the file"
     " with its -wal and -shm files away to start without them"
 )
-_CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at, keys, verified_only"
 _KINDS = (str, str | None, str | None, float | None, int, float, str | None, int | None)  # types of the columns
 
@@ -84,55 +78,55 @@ class SqliteClientStore:
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / CLIENTS_FILE
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="client-store")
-        self._connection: sqlite3.Connection | None = None
+        self._file = SqliteFile(self.path, self._prepare, thread_name="client-store", remedy=_REMEDY)
 
     def __repr__(self) -> str:
         return f"<SqliteClientStore [{self.path}]>"
 
     async def load(self, limit: int) -> ClientSnapshot:
         """Open the file, creating it or migrating its schema, and read at most `limit` records."""
-        return await self._run(self._load, limit)
+        await self._file.open()
+        return await self._file.run(self._load, limit)
 
     async def write(self, client_id: str, change: Change) -> WriteResult:
         """Make a change, which is on disk on return. Raises OSError if it was not made."""
-        written = await self._run(self._write, client_id, change, None)
+        written = await self._file.run(self._write, client_id, change, None)
         assert written is not None  # noqa: S101 - an unconditional change is always made
         return written
 
     async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
         """Remove an expired grant if the record is still at `version`; None if nothing was changed."""
-        return await self._run(self._write, client_id, Change(grant=None), version)
+        return await self._file.run(self._write, client_id, Change(grant=None), version)
 
     async def changes(self, since: Cursor) -> Changes | None:
         """Return the changes since a cursor; None if the kept changes do not include it."""
-        return await self._run(self._changes, since)
+        return await self._file.run(self._changes, since)
 
     async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
         """Return the records of these clients in order, None for those without a record."""
-        return await self._run(self._look_up, client_ids)
+        return await self._file.run(self._look_up, client_ids)
 
     async def scan(self, position: str, count: int) -> tuple[list[ClientRecord], str | None]:
         """Return records in the order of ids; see `ClientStore.scan`."""
-        return await self._run(self._scan, position, count)
+        return await self._file.run(self._scan, position, count)
 
     async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
         """Return the records of the clients that have these keys in order, None for a key that no client has."""
-        return await self._run(self._look_up_keys, digests)
+        return await self._file.run(self._look_up_keys, digests)
 
     async def note_key_uses(self, uses: Mapping[str, int]) -> None:
         """Store when keys were last used, in seconds since the epoch by digest."""
-        await self._run(self._note_key_uses, uses)
+        await self._file.run(self._note_key_uses, uses)
 
     async def key_uses(self, digests: Sequence[str]) -> dict[str, int]:
         """Return when these keys were last used, of those that were."""
-        return await self._run(self._key_uses, digests)
+        return await self._file.run(self._key_uses, digests)
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
         """Await `on_news` at once, and within `SQLITE_POLL_INTERVAL` seconds of a change, until cancelled."""
         seen = None  # the first call of `on_news` is unconditional: the file may have changed since it was loaded
         while True:
-            current = await self._run(self._data_version)
+            current = await self._file.run(self._data_version)
             if current != seen:
                 seen = current
                 await on_news()
@@ -140,43 +134,25 @@ class SqliteClientStore:
 
     async def close(self) -> None:
         """Close the file and end the thread."""
-        if self._connection is not None:
-            await self._run(self._connection.close)
-            self._connection = None
-        self._thread.shutdown(wait=False)
-
-    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-        except (sqlite3.Error, ValueError, RuntimeError) as error:  # RuntimeError: the thread has ended
-            if _is_of_corrupt_file(error):
-                raise OSError(f"{self.path}: the file is corrupt: {_printable(error)}; {_REMEDY}") from error
-            raise OSError(f"{self.path}: {_printable(error)}") from error
+        await self._file.close()
 
     # Executed in the thread of the store
 
-    @property
-    def _open_connection(self) -> sqlite3.Connection:
-        if self._connection is None:
-            raise sqlite3.ProgrammingError("the client store is not open")
-        return self._connection
-
     def _load(self, limit: int) -> ClientSnapshot:
-        if self._connection is None:
-            self._connection = self._open()
-        with _transaction(self._connection, "BEGIN"):
-            version = _latest(self._connection)
-            rows = self._connection.execute(
+        connection = self._file.connection
+        with transaction(connection, "BEGIN"):
+            version = _latest(connection)
+            rows = connection.execute(
                 f"SELECT {_COLUMNS} FROM clients WHERE grant_tier IS NOT NULL OR NOT ({_IS_BARE})"  # noqa: S608 - constant names
                 " ORDER BY version DESC LIMIT ?",
                 (limit + 1,),
             ).fetchall()
             is_complete = len(rows) <= limit
-            ids = None if is_complete or not limit else self._ids(self._connection, limit)
+            ids = None if is_complete or not limit else self._ids(connection, limit)
         records = [_record(row) for row in reversed(rows[:limit])]
         return ClientSnapshot(records, Cursor(EPOCH, version), is_complete, ids)
 
-    def _ids(self, connection: sqlite3.Connection, limit: int) -> BloomFilter:
+    def _ids(self, connection: Connection, limit: int) -> BloomFilter:
         ids = BloomFilter(limit)
         for (client_id,) in connection.execute("SELECT id FROM clients"):
             if not isinstance(client_id, str):
@@ -189,27 +165,10 @@ class SqliteClientStore:
             ids.add(proof_entry(client_id))
         return ids
 
-    def _open(self) -> sqlite3.Connection:
-        make_private(self.path.parent)
-        create_private(self.path)  # SQLite creates its other files with the same permissions
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            self._prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
+    def _prepare(self, connection: Connection) -> None:
         """Migrate the file to the current schema, in one transaction: another process may do the same."""
-        with _transaction(connection, "BEGIN IMMEDIATE"):
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise OSError(
-                    f"{self.path} was written by a newer gateway (schema {version}, newest supported {SCHEMA_VERSION})"
-                )
+        with transaction(connection):
+            version = stored_schema(connection, self.path, SCHEMA_VERSION)
             if version == SCHEMA_VERSION:
                 return
             if version == _WITHOUT_KEYS:
@@ -229,8 +188,8 @@ class SqliteClientStore:
 
     def _write(self, client_id: str, change: Change, of_version: int | None) -> WriteResult | None:
         """Make a change; with `of_version` only if the record has that version and its grant has expired."""
-        connection, now = self._open_connection, time.time()
-        with _transaction(connection, "BEGIN IMMEDIATE"):
+        connection, now = self._file.connection, time.time()
+        with transaction(connection):
             before = self._find(client_id) or ClientRecord(client_id)
             if of_version is not None and not (
                 before.version == of_version and before.grant is not None and before.grant.until <= now
@@ -259,7 +218,7 @@ class SqliteClientStore:
         return WriteResult(before, after, EPOCH)
 
     def _scan(self, position: str, count: int) -> tuple[list[ClientRecord], str | None]:
-        rows = self._open_connection.execute(
+        rows = self._file.connection.execute(
             f"SELECT {_COLUMNS} FROM clients WHERE id > ? ORDER BY id LIMIT ?",  # noqa: S608 - constant names
             (position, count + 1),
         ).fetchall()
@@ -267,22 +226,22 @@ class SqliteClientStore:
         return records, records[-1].id if len(rows) > count else None
 
     def _look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
-        connection, found = self._open_connection, []
+        connection, found = self._file.connection, []
         for digest in digests:
             row = connection.execute("SELECT client_id FROM client_keys WHERE digest = ?", (digest,)).fetchone()
             found.append(None if row is None else self._find(row[0]))
         return found
 
     def _note_key_uses(self, uses: Mapping[str, int]) -> None:
-        with _transaction(self._open_connection, "BEGIN IMMEDIATE"):
-            self._open_connection.executemany(
+        with transaction(self._file.connection):
+            self._file.connection.executemany(
                 "INSERT INTO key_uses (digest, used_at) VALUES (?, ?)"
                 " ON CONFLICT (digest) DO UPDATE SET used_at = max(used_at, excluded.used_at)",
                 list(uses.items()),
             )
 
     def _key_uses(self, digests: Sequence[str]) -> dict[str, int]:
-        connection, found = self._open_connection, {}
+        connection, found = self._file.connection, {}
         for digest in digests:
             row = connection.execute("SELECT used_at FROM key_uses WHERE digest = ?", (digest,)).fetchone()
             if row is not None:
@@ -290,8 +249,8 @@ class SqliteClientStore:
         return found
 
     def _changes(self, since: Cursor) -> Changes | None:
-        connection = self._open_connection
-        with _transaction(connection, "BEGIN"):
+        connection = self._file.connection
+        with transaction(connection, "BEGIN"):
             version = _latest(connection)
             if since.version < version - MAX_KEPT_CHANGES or since.version > version or since.epoch != EPOCH:
                 return None
@@ -306,15 +265,15 @@ class SqliteClientStore:
 
     def _find(self, client_id: str) -> ClientRecord | None:
         statement = f"SELECT {_COLUMNS} FROM clients WHERE id = ?"  # noqa: S608 - constant names
-        row = self._open_connection.execute(statement, (client_id,)).fetchone()
+        row = self._file.connection.execute(statement, (client_id,)).fetchone()
         return None if row is None else _record(row)
 
     def _data_version(self) -> int:
-        (version,) = self._open_connection.execute("PRAGMA data_version").fetchone()
+        (version,) = self._file.connection.execute("PRAGMA data_version").fetchone()
         return int(version)
 
 
-def _index_keys(connection: sqlite3.Connection, before: ClientRecord, after: ClientRecord) -> None:
+def _index_keys(connection: Connection, before: ClientRecord, after: ClientRecord) -> None:
     """Let the index of keys have those of a changed record."""
     if before.keys == after.keys:
         return
@@ -326,32 +285,7 @@ def _index_keys(connection: sqlite3.Connection, before: ClientRecord, after: Cli
     connection.executemany("INSERT OR REPLACE INTO client_keys (digest, client_id) VALUES (?, ?)", rows)
 
 
-@contextmanager
-def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
-    connection.execute(begin)
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _is_of_corrupt_file(error: Exception) -> bool:
-    """Return whether an error shows a corrupt file: its structure, text that is not UTF-8, or a value's type."""
-    if isinstance(error, sqlite3.Error):
-        code = getattr(error, "sqlite_errorcode", None)  # errors raised by the Python module have none
-        return "decode to UTF-8" in str(error) if code is None else code & 0xFF in _CORRUPT
-    return isinstance(error, ValueError)
-
-
-def _printable(error: Exception) -> str:
-    """Return an error's message with escapes, in one line: it may quote arbitrary content of a corrupt file."""
-    return str(error).encode("unicode_escape").decode()
-
-
-def _latest(connection: sqlite3.Connection) -> int:
+def _latest(connection: Connection) -> int:
     """Return the version of the last change. The row with it is never deleted, so versions are not reused."""
     (version,) = connection.execute("SELECT coalesce(max(version), 0) FROM clients").fetchone()
     if not isinstance(version, int):

@@ -7,21 +7,17 @@ seconds before it: those clients may use that much again. An orderly end forgets
 
 import asyncio
 import logging
-import sqlite3
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
 
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.period_counters import Count, Counter, PeriodCounters, past_at
 from api_gateway.limits.periods import UNITS
 from api_gateway.models import Clock
-from api_gateway.system.state_folder import create_private, make_private
+from api_gateway.storage.sqlite_file import Connection, SqliteFile, stored_schema, transaction
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 QUOTAS_FILE = "quotas.sqlite3"
 QUOTAS_SCHEMA = 1
@@ -55,8 +51,7 @@ class PeriodStore:
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / QUOTAS_FILE
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-store")
-        self._connection: sqlite3.Connection | None = None
+        self._file = SqliteFile(self.path, self._prepare, thread_name="quota-store", remedy=_REMEDY)
 
     def __repr__(self) -> str:
         return f"<PeriodStore [{self.path}]>"
@@ -66,84 +61,47 @@ class PeriodStore:
 
         Raises OSError.
         """
-        rows = await self._run(self._load, now, limit)
-        return [_counter(row) for row in rows]
+        await self._file.open()
+        return await self._file.run(self._load, now, limit)
 
     async def write(self, rows: Sequence[CounterRow], now: int) -> None:
         """Store counters, and remove some without an effect at `now`, in one transaction.
 
         Raises OSError if none was stored.
         """
-        await self._run(self._write, rows, now)
+        await self._file.run(self._write, rows, now)
 
     async def close(self) -> None:
         """Close the file and end the thread."""
-        if self._connection is not None:
-            await self._run(self._connection.close)
-            self._connection = None
-        self._thread.shutdown(wait=False)
-
-    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-        except sqlite3.DatabaseError as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                raise OSError(f"{self.path}: the file is corrupt: {error}; {_REMEDY}") from error
-            raise OSError(f"{self.path}: {error}") from error
+        await self._file.close()
 
     # Executed in the thread of the store
 
-    def _load(self, now: int, limit: int) -> list[CounterRow]:
-        if self._connection is None:
-            self._connection = self._open()
-        self._connection.execute("DELETE FROM counters WHERE past_at < ?", (now,))
+    def _load(self, now: int, limit: int) -> list[tuple[str, Counter]]:
+        connection = self._file.connection
+        connection.execute("DELETE FROM counters WHERE past_at < ?", (now,))
         with closing(
-            self._connection.execute(
+            connection.execute(
                 f"SELECT {_COLUMNS} FROM counters ORDER BY past_at DESC LIMIT ?",  # noqa: S608 - constant names
                 (limit,),
             )
         ) as found:
-            return found.fetchall()
+            return [_counter(row) for row in found]
 
-    def _open(self) -> sqlite3.Connection:
-        make_private(self.path.parent)
-        create_private(self.path)  # SQLite creates its other files with the same permissions
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            self._prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > QUOTAS_SCHEMA:
-            raise OSError(
-                f"{self.path} was written by a newer gateway (schema {version}, newest supported {QUOTAS_SCHEMA})"
-            )
-        if version < QUOTAS_SCHEMA:
-            for statement in ("BEGIN IMMEDIATE", _TABLE, _INDEX, f"PRAGMA user_version = {QUOTAS_SCHEMA}", "COMMIT"):
-                connection.execute(statement)
+    def _prepare(self, connection: Connection) -> None:
+        with transaction(connection):  # another process may do the same
+            if stored_schema(connection, self.path, QUOTAS_SCHEMA) < QUOTAS_SCHEMA:
+                for statement in (_TABLE, _INDEX, f"PRAGMA user_version = {QUOTAS_SCHEMA}"):
+                    connection.execute(statement)
 
     def _write(self, rows: Sequence[CounterRow], now: int) -> None:
-        connection = self._connection
-        if connection is None:
-            raise sqlite3.ProgrammingError("the file is not open")
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        connection = self._file.connection
+        with transaction(connection):
             connection.executemany(
                 f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 17)})",  # noqa: S608 - constant
                 rows,
             )
             connection.execute(_REMOVE, (now, max(len(rows), _LEAST_REMOVED)))
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
 
 
 class PeriodJournal:
@@ -236,8 +194,11 @@ def _row(key: str, counter: Counter) -> CounterRow:
 def _counter(row: CounterRow) -> tuple[str, Counter]:
     key, unit, began, *counts, balance, until, end, _ = row
     latest, before = counts[:5], counts[5:]
+    known = next((one for one in UNITS if one == unit), None)
+    if known is None:
+        raise ValueError(f"counter {key!r:.200}: there is no period of the unit {unit!r:.200}")
     counter = Counter(
-        next(one for one in UNITS if one == unit),
+        known,
         int(began or 0),
         Count(*(int(value or 0) for value in latest)),
         int(end or 0),

@@ -5,22 +5,17 @@ What is added is committed before it counts as written, so `kill -9` loses at mo
 
 import asyncio
 import logging
-import sqlite3
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from api_gateway.models import Clock, Exchange
-from api_gateway.system.state_folder import create_private, make_private
+from api_gateway.storage.sqlite_file import Connection, SqliteFile, transaction
 from api_gateway.usage.counts import COUNTED, DAY, Key, UsageCounts
-
-Result = TypeVar("Result")
 
 USAGE_FILE = "usage.sqlite3"
 WRITE_INTERVAL = 1.0  # seconds between two writes, and so the most that `kill -9` loses
-BUSY_TIMEOUT = 5.0  # seconds to wait for another process
 _GROUPS = {"client": "client", "route": "route", "day": "day"}
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS usage (day INTEGER NOT NULL, client TEXT NOT NULL, route TEXT NOT NULL,"
@@ -62,8 +57,7 @@ class UsageLedger:
         self._counts = UsageCounts(max_unregistered)
         self._wall_clock = wall_clock
         self._retention_days = retention_days
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="usage")
-        self._connection: sqlite3.Connection | None = None
+        self._file = SqliteFile(self.path, self._prepare, thread_name="usage", synchronous="NORMAL")
         self._pruned_day = -1
         self._error = ""  # of the last write
 
@@ -80,7 +74,7 @@ class UsageLedger:
 
     async def open(self) -> None:
         """Open the file, creating it if necessary. Raises OSError."""
-        self._connection = await self._run(self._opened)
+        await self._file.open()
 
     async def run(self) -> None:
         """Write once a second, until cancelled."""
@@ -94,7 +88,7 @@ class UsageLedger:
         if not rows:
             return
         try:
-            await self._run(self._add, rows)
+            await self._file.run(self._add, rows)
         except OSError as error:
             self._counts.put_back(rows)
             if str(error) != self._error:
@@ -106,51 +100,26 @@ class UsageLedger:
     async def ask(self, question: UsageQuestion) -> list[dict[str, Any]]:
         """Write what has been counted; return the rows of a question, in order. Raises OSError and TooManyRows."""
         await self.flush()
-        return await self._run(self._ask, question)
+        return await self._file.run(self._ask, question)
 
     async def close(self) -> None:
         """Write what has been counted and close the file."""
-        if self._connection is not None:
+        if self._file.is_open:
             await self.flush()
-            await self._run(self._connection.close)
-            self._connection = None
-        self._thread.shutdown(wait=False)
+        await self._file.close()
 
     # In the thread
 
-    async def _run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-        except sqlite3.Error as error:
-            raise OSError(f"{self.path}: {error}") from error
-
-    def _opened(self) -> sqlite3.Connection:
-        make_private(self.path.parent)
-        create_private(self.path)
-        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+    def _prepare(self, connection: Connection) -> None:
         connection.execute(_TABLE)
-        return connection
-
-    @property
-    def _open_connection(self) -> sqlite3.Connection:
-        if self._connection is None:
-            raise OSError(f"{self.path}: is not open")
-        return self._connection
 
     def _add(self, rows: Mapping[Key, Sequence[float]]) -> None:
-        connection = self._open_connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        connection = self._file.connection
+        with transaction(connection):
             connection.executemany(_ADD, [(*key, *counted) for key, counted in rows.items()])
             self._prune(connection)
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
 
-    def _prune(self, connection: sqlite3.Connection) -> None:
+    def _prune(self, connection: Connection) -> None:
         """Delete days that are not kept any more, once a day."""
         today = int(self._wall_clock() // DAY)
         if today != self._pruned_day:
@@ -161,7 +130,7 @@ class UsageLedger:
         groups = [_GROUPS[name] for name in question.by]
         grouping = f" GROUP BY {', '.join(groups)} ORDER BY {', '.join(groups)}" if groups else ""
         sums = ", ".join(f"coalesce(sum({name}), 0)" for name in COUNTED)
-        found = self._open_connection.execute(
+        found = self._file.connection.execute(
             f"SELECT {', '.join([*groups, sums])} FROM usage WHERE day BETWEEN ? AND ?"  # noqa: S608 - constant names
             f" AND (? IS NULL OR client = ?){grouping} LIMIT ?",
             (question.first_day, question.last_day, question.client, question.client, question.limit + 1),

@@ -44,9 +44,9 @@ async def rotate(place, last_step, until):
 
     store = opened(place)
     await store.load(10)
-    if hasattr(store, "_connection"):
-        store._connection.set_trace_callback(step)
-        store._connection.set_progress_handler(step, 25)
+    if hasattr(store, "_file"):
+        store._file.connection.set_trace_callback(step)
+        store._file.connection.set_progress_handler(step, 25)
     else:
         store._client.hget, store._client.eval = stepping(store._client.hget), stepping(store._client.eval)
     change = KeyChange(add=NEW, expire=((OLD.digest, until),), requires=OLD.digest)

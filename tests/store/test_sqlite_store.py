@@ -370,8 +370,7 @@ async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> Non
 async def test_the_file_has_a_write_ahead_log_and_waits_for_the_disk(tmp_path: Path) -> None:
     store = SqliteClientStore(tmp_path)
     await store.load(1)
-    connection = store._connection
-    assert connection is not None
+    connection = store._file.connection
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
     assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)

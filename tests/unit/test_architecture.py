@@ -45,7 +45,7 @@ LIBRARIES = {
     "pydantic": {"admin", "config", "models", "reload", "reporting", "settings"},
     "pydantic_settings": {"config"},
     "redis": {"storage"},
-    "sqlite3": {"clients", "limits", "usage"},
+    "sqlite3": {"storage"},
     "starlette": {"admin", "assembly"},
     "uvicorn": {"demo", "downstream", "process"},
     "yaml": {"settings"},
