@@ -72,7 +72,8 @@ _OF_HOSTS = frozenset(
         "workers.dev",
     }
 )
-_PRIVATE = frozenset({"internal", "intranet", "lan", "local", "localhost", "test"})  # names that nobody can register
+# Top-level names below which no name can be registered.
+_PRIVATE = frozenset({"internal", "intranet", "lan", "local", "localhost", "test"})
 
 
 OriginPattern = Annotated[str, AfterValidator(_origin)]

@@ -173,6 +173,6 @@ def test_without_the_store_known_keys_are_accepted_for_the_stated_time(
         print(f"accepted for {took:.1f} s after the store became unavailable, of {tolerance:g} s stated")
         answer = places[0].client.get("/api/up", (f"X-API-Key: {made['key']}",))
         assert json.loads(answer.body)["reason"] == "store_unavailable"
-        assert places[1].client.get("/api/up").status == 200, "who has no key is served"
+        assert places[1].client.get("/api/up").status == 200, "a client without a key is served"
         store_server.resume()
         until_all(places, made["key"], 200)

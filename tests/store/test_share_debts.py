@@ -153,7 +153,7 @@ def test_a_client_at_its_limit_gets_no_more_by_an_outage(
 ) -> None:
     """At most 2 % above C + r·d, and no less than 2 % below: the shares admit what one bucket would.
 
-    Of a request whose reply was lost nobody knows whether the store has admitted it.
+    It is not known whether the store has admitted a request whose reply was lost.
     """
     client = Client(count)
     unknown = at_its_limit(client, 30, outage, are_replies_lost=are_replies_lost)
