@@ -20,6 +20,7 @@ from api_gateway.replay.pipeline import replay_logs
 
 TIERS = {"FREE": (1, 10), "BASIC": (5, 50), "PREMIUM": (20, 200)}
 IN_PROGRESS = 200  # requests at the same time, which end in any order
+ENDED_AT = 1_700_000_000.0  # seconds since the epoch, of all requests
 GAP_NS = 2_000_000  # the longest time between two requests
 UP = {"upstreams": {"up": {"targets": [{"url": "http://127.0.0.1:1"}]}}}
 
@@ -36,7 +37,7 @@ def write_log(path: Path, lines: int, clients: int) -> None:
     numbers, now_ns = DecisionNumbers("1", lambda: 0, lambda: 1_700_000_000.0), 1_000_000_000
     open_ones: list[Exchange] = []
     with path.open("w") as file:
-        log = AccessLog(lambda: 1_700_000_000.0, file.write, numbers=numbers)
+        log = AccessLog(file.write, numbers=numbers)
         for index in range(lines):
             now_ns += rng.randrange(1, GAP_NS)
             client = known[int(rng.random() ** 2 * clients)]
@@ -51,9 +52,9 @@ def write_log(path: Path, lines: int, clients: int) -> None:
             if len(open_ones) > IN_PROGRESS:
                 place = rng.randrange(IN_PROGRESS)
                 open_ones[place], open_ones[-1] = open_ones[-1], open_ones[place]
-                log.write(open_ones.pop())
+                log.write(open_ones.pop(), ENDED_AT)
         for exchange in open_ones:
-            log.write(exchange)
+            log.write(exchange, ENDED_AT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

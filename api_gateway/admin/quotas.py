@@ -10,7 +10,7 @@ from api_gateway.admin.context import AdminContext, Audit, Audited, ClientId, Gu
 from api_gateway.admin.openapi import CLIENT_REFUSALS, TIER_REFUSALS, TOKEN
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import InvalidValue
-from api_gateway.limits.period_counters import UNITS_PER_TOKEN, PeriodQuota, Standing
+from api_gateway.limits.period_counters import UNITS_PER_TOKEN, Adjustment, PeriodQuota, Standing
 from api_gateway.models import Body, Instant, RequestBody
 
 router = APIRouter(tags=["quotas"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])
@@ -90,7 +90,7 @@ async def top_up(client_id: ClientId, name: str, request: TopUpRequest, context:
             f" {MOST_TOKENS:g}, got {request.amount}."
         )
     amount = request.amount * UNITS_PER_TOKEN
-    after = _view(name, quota, *await context.quotas().adjust(key, quota, top_up=(amount, until)))
+    after = _view(name, quota, *await context.quotas().adjust(key, quota, Adjustment(amount, until)))
     return await _recorded(audit, client_id, before_view, after)
 
 
@@ -104,7 +104,7 @@ async def carry_over(
     key, quota = await _quota(context, client_id, name)
     before = _view(name, quota, *await context.quotas().look(key, quota))
     carried = request.amount * UNITS_PER_TOKEN
-    after = _view(name, quota, *await context.quotas().adjust(key, quota, carried=carried))
+    after = _view(name, quota, *await context.quotas().adjust(key, quota, Adjustment(carried=carried)))
     return await _recorded(audit, client_id, before, after)
 
 
@@ -113,7 +113,7 @@ async def reset_quota(client_id: ClientId, name: str, context: Guarded, audit: A
     """Let nothing be used of the present period. Top-ups that were used are not given back."""
     key, quota = await _quota(context, client_id, name)
     before = _view(name, quota, *await context.quotas().look(key, quota))
-    after = _view(name, quota, *await context.quotas().adjust(key, quota, is_reset=True))
+    after = _view(name, quota, *await context.quotas().adjust(key, quota, Adjustment(is_reset=1)))
     return await _recorded(audit, client_id, before, after)
 
 

@@ -244,7 +244,7 @@ def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
     """Return what records an exchange: the access log and the usage, as far as they are on, with one time for both."""
     writers = _access_logs(gateway)
     if gateway.usage is not None:
-        writers.append(gateway.usage.count_at)
+        writers.append(gateway.usage.count)
     if not writers:
         return []
     wall_clock = gateway.clocks.wall
@@ -258,15 +258,15 @@ def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
 
 
 def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
-    log, wall_clock = gateway.config.log, gateway.clocks.wall
+    log = gateway.config.log
     if not log.access:
         return []
     output = process_output().out
     if log.format == "text" or (log.format == "auto" and output.is_terminal):
-        write = TextLog(output.write, without_keys).write_at
+        write = TextLog(output.write, without_keys).write
     else:
         write_line = output.write if log.fields is None else with_fields(output.write, frozenset(log.fields))
-        write = AccessLog(wall_clock, write_line, without_keys, gateway.numbers).write_at
+        write = AccessLog(write_line, without_keys, gateway.numbers).write
     return [write if log.sample_successes == 1 else sampled(write, log.sample_successes)]
 
 

@@ -139,6 +139,9 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         gateway.upstreams.items(), lambda _, live: transitions_of(live.upstream_client.upstream)
     )
     resources = yield from each(gateway.upstreams.items(), lambda _, live: live.upstream_client.resources())
+    yield  # as many files as are open are counted in a step of their own
+    process = figures_of_this_process()
+    yield
     return WorkerSnapshot(
         worker="",
         recorder=gateway.recorder,
@@ -152,5 +155,5 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         lag=gateway.event_loop_shedder.lag,
         tasks=len(asyncio.all_tasks()),
         resources=[one for found in resources.values() for one in found],
-        process=figures_of_this_process(),
+        process=process,
     )

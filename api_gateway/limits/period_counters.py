@@ -12,7 +12,7 @@ Long because counts, tables and the short way of a decision have to agree.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
@@ -54,11 +54,6 @@ class PeriodQuota(Quota):
         rate = tokens / PERIOD_LENGTHS[calendar.unit]
         return cls(name, rate, tokens, UNITS_PER_TOKEN, tokens * UNITS_PER_TOKEN, policy, calendar, **more)
 
-    @property
-    def units(self) -> int:
-        """The allowance in thousandths of a token."""
-        return self.burst_ns
-
     def period(self, began: int, now: int) -> CalendarPeriod:
         """Return the period that contains `now`, for a client whose first request was at `began`."""
         return self.calendar.since(began, now) if self.is_from_start else self.calendar.at(now)
@@ -97,6 +92,18 @@ class Counter:
     def valid_balance(self, now: int) -> int:
         """Return what can be used of the top-ups."""
         return self.balance if now < self.until else 0
+
+
+class Adjustment(NamedTuple):
+    """A change of a counter by an operator: a top-up with its end, what is carried over, or a count that begins anew.
+
+    `carried` -1 leaves what was carried over; `is_reset` 1 lets nothing be used.
+    """
+
+    amount: int = 0
+    until: int = 0
+    carried: int = -1
+    is_reset: int = 0
 
 
 @dataclass(slots=True)
@@ -269,10 +276,6 @@ class PeriodCounters:
             if key not in self.counters:
                 self._order.append(key)
             self.counters[key] = counter
-
-    def of_prefix(self, prefix: str) -> Iterator[tuple[str, Counter]]:
-        """Yield the counters whose keys begin so."""
-        return ((key, counter) for key, counter in self.counters.items() if key.startswith(prefix))
 
     def _attach(self, standing: Standing) -> Count:
         """Make the count of a standing a part of its counter, and the counter a part of the table."""

@@ -138,14 +138,6 @@ class Calendar:
         return high
 
 
-def zone_of(name: str) -> ZoneInfo:
-    """Return the time zone of a name such as Europe/Berlin. Raises ValueError."""
-    try:
-        return ZoneInfo(name)
-    except (OSError, ValueError, KeyError) as error:  # a folder's name, a path, and one that does not exist
-        raise ValueError(f"unknown time zone '{name}'") from error
-
-
 def _containing(begin: Callable[[int], int], index: int, now: int) -> CalendarPeriod:
     """Return the period that contains `now`; `begin` gives when each begins, and `index` is one that is near."""
     start, end = begin(index), begin(index + 1)

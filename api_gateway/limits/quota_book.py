@@ -4,7 +4,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from api_gateway.errors import StoreUnavailable
-from api_gateway.limits.period_counters import MICROSECONDS, PeriodCounters, PeriodQuota, Standing, standing_of
+from api_gateway.limits.period_counters import (
+    MICROSECONDS,
+    Adjustment,
+    PeriodCounters,
+    PeriodQuota,
+    Standing,
+    standing_of,
+)
 from api_gateway.limits.period_store import PeriodJournal
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 
@@ -20,16 +27,8 @@ class QuotaBook(Protocol):
         """Return a counter as it is now, and the time in seconds since the epoch."""
         ...
 
-    async def adjust(
-        self,
-        key: str,
-        quota: PeriodQuota,
-        *,
-        top_up: tuple[int, int] = (0, 0),
-        carried: int | None = None,
-        is_reset: bool = False,
-    ) -> tuple[Standing, int]:
-        """Add a top-up (amount, end), set what was carried over, or begin anew; return as `look`."""
+    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
+        """Change a counter; return as `look`."""
         ...
 
 
@@ -53,23 +52,14 @@ class LocalBook:
         now_us = self._now_us()
         return self._counters.standing(key, quota, now_us), now_us // MICROSECONDS
 
-    async def adjust(
-        self,
-        key: str,
-        quota: PeriodQuota,
-        *,
-        top_up: tuple[int, int] = (0, 0),
-        carried: int | None = None,
-        is_reset: bool = False,
-    ) -> tuple[Standing, int]:
+    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
         """See `QuotaBook`."""
         now_us = self._now_us()
-        amount, until = top_up
-        if amount:
-            self._counters.top_up(key, quota, amount, until, now_us)
-        if carried is not None:
-            self._counters.carry(key, quota, carried, now_us)
-        if is_reset:
+        if adjustment.amount:
+            self._counters.top_up(key, quota, adjustment.amount, adjustment.until, now_us)
+        if adjustment.carried >= 0:
+            self._counters.carry(key, quota, adjustment.carried, now_us)
+        if adjustment.is_reset:
             self._counters.reset(key, quota, now_us)
         await self._journal.write()
         if self._journal.error is not None:
@@ -94,21 +84,11 @@ class StoreBook:
         """See `QuotaBook`."""
         return await self._of(key, quota, None)
 
-    async def adjust(
-        self,
-        key: str,
-        quota: PeriodQuota,
-        *,
-        top_up: tuple[int, int] = (0, 0),
-        carried: int | None = None,
-        is_reset: bool = False,
-    ) -> tuple[Standing, int]:
+    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
         """See `QuotaBook`."""
-        return await self._of(key, quota, (*top_up, -1 if carried is None else carried, int(is_reset)))
+        return await self._of(key, quota, adjustment)
 
-    async def _of(
-        self, key: str, quota: PeriodQuota, adjustment: tuple[int, int, int, int] | None
-    ) -> tuple[Standing, int]:
+    async def _of(self, key: str, quota: PeriodQuota, adjustment: Adjustment | None) -> tuple[Standing, int]:
         counter, clock_us = await self._limiter.counter(key, quota, adjustment)
         now = clock_us // MICROSECONDS
         return standing_of(key, quota, counter, now), now

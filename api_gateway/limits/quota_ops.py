@@ -11,6 +11,7 @@ from typing import Protocol
 from api_gateway.limits.period_counters import (
     MICROSECONDS,
     UNITS_PER_TOKEN,
+    Adjustment,
     Count,
     Counter,
     PeriodQuota,
@@ -231,13 +232,10 @@ class CounterOp(ScriptOp):
         key: str,
         quota: PeriodQuota,
         on_counter: Callable[[Counter | None, int], None],
-        adjustment: tuple[int, int, int, int] | None = None,
+        adjustment: Adjustment | None = None,
         asked: int = 1,
     ) -> None:
-        """`on_counter` gets the counter and the store's time in microseconds; of a failure, None and -1.
-
-        `adjustment` are the amount of a top-up, when it ends, what is carried over (-1: unchanged), and 1 for a reset.
-        """
+        """`on_counter` gets the counter and the store's time in microseconds; of a failure, None and -1."""
         super().__init__(limiter.counter_key(key))
         self._limiter = limiter
         self._key = key

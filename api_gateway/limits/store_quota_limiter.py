@@ -14,6 +14,7 @@ from functools import lru_cache
 from api_gateway.errors import StoreUnavailable
 from api_gateway.limits.period_counters import (
     MICROSECONDS,
+    Adjustment,
     Counter,
     PeriodQuota,
     Standing,
@@ -153,9 +154,9 @@ class StoreQuotaLimiter:
         await self.buckets.move(key, old, new, now_ns)
 
     async def counter(
-        self, key: str, quota: PeriodQuota, adjustment: tuple[int, int, int, int] | None = None
+        self, key: str, quota: PeriodQuota, adjustment: Adjustment | None = None
     ) -> tuple[Counter | None, int]:
-        """Return a counter, after an adjustment (see `CounterOp`), and the store's time in microseconds.
+        """Return a counter, after an adjustment, and the store's time in microseconds.
 
         Raises StoreUnavailable.
         """

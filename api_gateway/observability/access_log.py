@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as quoted
 
-from api_gateway.models import Clock, Decision, Exchange, Settlement
+from api_gateway.models import Decision, Exchange, Settlement
 from api_gateway.observability.decision_numbers import DecisionNumbers
 
 # The members of a line, in their order; some lines lack some.
@@ -54,7 +54,6 @@ class AccessLog:
 
     def __init__(
         self,
-        wall_clock: Clock,
         write_line: Callable[[str], object],
         redact: Callable[[str], str] = str,
         numbers: DecisionNumbers | None = None,
@@ -67,16 +66,11 @@ class AccessLog:
         self._epoch_ns = self._numbers.since_epoch(0)
         self._process = f',"process":{quoted(self._numbers.process)}'
         self._redact = redact
-        self._wall_clock = wall_clock
         self._write_line = write_line
         self._timestamp = ""  # of the times from `_from` until before `_until`, within one millisecond
         self._from = self._until = 0.0
 
-    def write(self, exchange: Exchange) -> None:
-        """Write the line of an exchange that has ended now."""
-        self.write_at(exchange, self._wall_clock())
-
-    def write_at(self, exchange: Exchange, now: float) -> None:
+    def write(self, exchange: Exchange, now: float) -> None:
         """Write the line of an exchange that has ended at `now`, in seconds since the epoch."""
         if not self._from <= now < self._until:
             self._set_timestamp(now)

@@ -5,7 +5,7 @@ percentiles are, too.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -215,6 +215,10 @@ class WindowedSeries:
         for tally in (self._past, *self._slices.values()):
             merged.add(tally)
         return merged
+
+    def sum_of(self, figure: Callable[[Tally], int]) -> int:
+        """Return the sum of a figure since the start; unlike `total`, this merges no buckets."""
+        return sum(map(figure, (self._past, *self._slices.values())))
 
     def last(self, span: float, now: float) -> Tally:
         """Return the tally of the last `span` seconds: the current slice and the full ones before it."""

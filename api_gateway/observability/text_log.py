@@ -20,7 +20,7 @@ class TextLog:
         self._write_line = write_line
         self._redact = redact
 
-    def write_at(self, exchange: Exchange, now: float) -> None:
+    def write(self, exchange: Exchange, now: float) -> None:
         """Write the line of one finished exchange: time, status, request, duration, client, and what it went to.
 
         `now` is in seconds since the epoch.

@@ -23,6 +23,8 @@ from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 DESCRIBED_ORGANISATION, DESCRIBED_CLAIM = b":organisation", b":claim:"
 MOST_REMEMBERED = 8  # combinations of route, method and cost of one header set, about 150 bytes for each limit
 
+_BY_LIMITS = -2.0  # instead of `HeaderFacts.cost`, if `HeaderFacts.charged` has the charges
+
 ValueOf = Callable[[RequestPlan], str | None]
 
 
@@ -149,18 +151,6 @@ class LimitListStage(RateLimitStage):
         """See `RateLimitStage`."""
         return [limit for limit, _ in self._limits]
 
-    def decide(self, plan: RequestPlan) -> StageResult:
-        """Charge the request; the store is asked if this process cannot decide."""
-        exchange = plan.exchange
-        charges = self._charges_of(plan)
-        decision = self._decide_at_once(charges, plan.now_ns)
-        if decision is None:
-            return Wait(partial(self._ask, charges, plan.now_ns), self._on_decision)
-        if decision.allowed and self.shadow is None:
-            exchange.decision = decision
-            return None
-        return self._on_decision(plan, decision)
-
     def lacking(self, plan: RequestPlan) -> list[tuple[Limit, str]]:
         """See `RateLimitStage`."""
         client, found = plan.exchange.client, []
@@ -179,17 +169,18 @@ class LimitListStage(RateLimitStage):
         return found
 
     def _set_charges(self, plan: RequestPlan) -> list[Charge]:
-        return self._charges_of(plan)
+        """Set and return the charges of a request, which are remembered with its header set.
 
-    def _charges_of(self, plan: RequestPlan) -> list[Charge]:
-        """Set and return the charges of a request, which are remembered with its header set."""
+        `decide` always comes here: the charges do not depend on the cost alone, so `facts.cost` is never that of a
+        request.
+        """
         exchange, facts = plan.exchange, plan.facts
         names = self._route_names(plan)
         if facts.client is not exchange.client or len(names) > 1:
             charges = exchange.charges = self._compute(plan, names)
             return charges
-        if facts.cost == -1.0:  # the client was determined anew
-            facts.charged, facts.cost = {}, 0.0
+        if facts.cost != _BY_LIMITS:  # the client was determined anew
+            facts.charged, facts.cost = {}, _BY_LIMITS
         key = exchange.route, exchange.method, exchange.cost
         known = facts.charged.get(key)
         if known is None:

@@ -64,11 +64,7 @@ class UsageLedger:
     def __repr__(self) -> str:
         return f"<UsageLedger [{self.path}, {self._counts!r}]>"
 
-    def count(self, exchange: Exchange) -> None:
-        """Count an exchange that has ended now."""
-        self._counts.count(exchange, self._wall_clock())
-
-    def count_at(self, exchange: Exchange, now: float) -> None:
+    def count(self, exchange: Exchange, now: float) -> None:
         """Count an exchange that has ended at `now`, in seconds since the epoch."""
         self._counts.count(exchange, now)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from api_gateway.limits.period_counters import (
     MICROSECONDS,
+    Adjustment,
     Counter,
     PeriodCounters,
     PeriodQuota,
@@ -168,13 +169,13 @@ async def test_top_ups_carry_over_and_resets_are_stored() -> None:
     machine, other = (Machine(store, (ROOMY, quota(10))) for _ in range(2))
     assert machine.spend_all() == 10
     end = NOW // MICROSECONDS + 2 * DAY
-    counter = await other.counter(adjustment=(5000, end, -1, 0))
+    counter = await other.counter(adjustment=Adjustment(5000, end))
     assert counter is not None
     assert (counter.balance, counter.until) == (5000, end)
     assert machine.spend_all() == 5
-    await other.counter(adjustment=(0, 0, 3000, 0))
+    await other.counter(adjustment=Adjustment(carried=3000))
     assert machine.spend_all() == 3
-    await other.counter(adjustment=(0, 0, -1, 1))
+    await other.counter(adjustment=Adjustment(is_reset=1))
     assert machine.spend_all() == 13
     assert await other.counter("nobody") is None
 
@@ -327,17 +328,17 @@ def test_the_script_decides_as_the_counters_in_memory_do(seed: int) -> None:
             memory.settle(changes, theirs, passed_ns, machine.charges(after))
         elif kind < 0.95:
             amount, until = source.randrange(1, 9) * 1000, store.now_us // MICROSECONDS + source.randrange(40 * DAY)
-            _adjust(machine, (amount, until, -1, 0))
+            _adjust(machine, Adjustment(amount, until))
             memory.counters.top_up(f"{period.name}:a", period, amount, until, store.now_us)
         else:
-            _adjust(machine, (0, 0, -1, 1))
+            _adjust(machine, Adjustment(is_reset=1))
             memory.counters.reset(f"{period.name}:a", period, store.now_us)
         in_store, in_memory = _state(machine, period), _kept(memory.counters.counters.get(f"{period.name}:a"), store)
         assert in_store == in_memory, f"{in_store} {in_memory} after {kind}"
     assert [(one.share, one.period) for one in machine.warned] == [(one.share, one.period) for one in warned]
 
 
-def _adjust(machine: Machine, adjustment: tuple[int, int, int, int]) -> None:
+def _adjust(machine: Machine, adjustment: Adjustment) -> None:
     (period,) = [one for one in machine.quotas if isinstance(one, PeriodQuota)]
     machine.buckets.batcher.submit(
         CounterOp(machine.limiter, f"{period.name}:a", period, lambda _counter, _clock: None, adjustment)

@@ -18,9 +18,9 @@ FREE = Quota.per_second("FREE", 1, 10)
 def logged(*exchanges: Exchange) -> list[dict[str, Any]]:
     """Return what is written of these, one object a line."""
     written: list[str] = []
-    log = AccessLog(lambda: 1_700_000_000.25, written.append)
+    log = AccessLog(written.append)
     for exchange in exchanges:
-        log.write(exchange)
+        log.write(exchange, 1_700_000_000.25)
     text = "".join(written)
     assert text.isascii()
     lines = text.split("\n")
@@ -271,10 +271,10 @@ def documented(exchange: Exchange, now: float) -> str:
 def test_the_time_of_each_line_is_its_own_whatever_the_clock_does(first: float, steps: list[float]) -> None:
     """The log renders a time once for each millisecond."""
     now, written = first, list[str]()
-    log = AccessLog(lambda: now, written.append)
+    log = AccessLog(written.append)
     for step in (0.0, *steps):
         now = max(0.0, now + step)
-        log.write(bare())
+        log.write(bare(), now)
         assert written[-1] == documented(bare(), now)
 
 
@@ -282,13 +282,13 @@ def test_times_of_decisions_are_since_the_epoch_whatever_the_wall_clock_does() -
     """The store's are so already; others are converted by one difference, which keeps their order."""
     wall, monotonic, written = 1_700_000_000.5, 7_000, list[str]()
     numbers = DecisionNumbers("0", lambda: monotonic, lambda: wall)
-    log = AccessLog(lambda: wall, written.append, numbers=numbers)
+    log = AccessLog(written.append, numbers=numbers)
     exchange = bare()
     for source, at_ns in (("memory", 8_000), ("store", 8_000), ("memory", 9_000)):
         wall -= 100
         exchange.decision = Decision("k", FREE, True, 1, 0, 0, at_ns, source=source)  # type: ignore[arg-type]
         exchange.number = numbers.next()
-        log.write(exchange)
+        log.write(exchange, wall)
     decisions = [json.loads(line)["decision"] for line in written]
     assert [one["at_ns"] for one in decisions] == [1_700_000_000_500_001_000, 8_000, 1_700_000_000_500_002_000]
     assert [one["number"] for one in decisions] == [1, 2, 3]
@@ -300,5 +300,5 @@ def test_times_of_decisions_are_since_the_epoch_whatever_the_wall_clock_does() -
 @example(bare('"\\', "/api/\x7f\ud800"), 1_700_000_000.9999999)
 def test_a_line_is_that_of_the_general_encoder(exchange: Exchange, now: float) -> None:
     written: list[str] = []
-    AccessLog(lambda: now, written.append).write(exchange)
+    AccessLog(written.append).write(exchange, now)
     assert written == [documented(exchange, now)]

@@ -70,9 +70,9 @@ class Traffic:
     def lines(self, seed: int = 1) -> list[str]:
         """Return the lines, in a random order of completion."""
         written: list[str] = []
-        log = AccessLog(lambda: 1_700_000_000.0, written.append, numbers=self.numbers)
+        log = AccessLog(written.append, numbers=self.numbers)
         for exchange in random.Random(seed).sample(self.exchanges, len(self.exchanges)):
-            log.write(exchange)
+            log.write(exchange, 1_700_000_000.0)
         return written
 
 
@@ -94,7 +94,7 @@ def reported(found: Replayed, candidate: GatewayConfig, current: GatewayConfig |
 def test_both_parsers_read_the_same_of_every_line(exchange: Exchange) -> None:
     """The fast one leaves what it does not know to the general one, which reads any JSON."""
     written: list[str] = []
-    AccessLog(lambda: 0.0, written.append).write(exchange)
+    AccessLog(written.append).write(exchange, 0.0)
 
     def read(parse: Any) -> list[LogEvent] | type:
         try:

@@ -181,7 +181,7 @@ def options() -> Iterator[str]:
 
 def log_fields() -> Iterator[str]:
     lines: list[str] = []
-    AccessLog(lambda: 0.0, lines.append).write(Exchange("1", "GET", "/", "192.0.2.1", 0.0))
+    AccessLog(lines.append).write(Exchange("1", "GET", "/", "192.0.2.1", 0.0), 0.0)
     yield from json.loads(lines[0])
 
 

@@ -74,7 +74,7 @@ async def test_several_processes_add_to_one_file_and_what_is_written_survives(tm
     await other.open()
     assert one.path.stat().st_mode & 0o777 == 0o600
     for index in range(20):
-        (one if index % 2 else other).count(ended(f"client-{index % 3}"))
+        (one if index % 2 else other).count(ended(f"client-{index % 3}"), NOW)
         if index % 5 == 0:
             await asyncio.gather(one.flush(), other.flush())
     await other.flush()
@@ -96,12 +96,12 @@ async def test_a_write_that_fails_is_made_later_and_nothing_is_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = ledger(tmp_path)
-    one.count(ended())
+    one.count(ended(), NOW)
     await one.flush()
     await one.flush()
     assert len(caplog.messages) == 1, "the same failure is logged once"
     assert "is not open; it is kept in memory" in caplog.messages[0]
-    one.count(ended())
+    one.count(ended(), NOW)
     await one.open()
     assert (await one.ask(question()))[0]["requests"] == 2
     await one.close()
@@ -111,7 +111,7 @@ async def test_days_beyond_the_retention_are_deleted(tmp_path: Path) -> None:
     one = ledger(tmp_path, retention_days=30)
     await one.open()
     for days in (0, 29, 30, 400):
-        one.count_at(ended(), NOW - days * DAY)
+        one.count(ended(), NOW - days * DAY)
     assert [row["day"] for row in await one.ask(question("day"))] == [19_971, 20_000]
     await one.close()
 
@@ -120,7 +120,7 @@ async def test_a_result_is_complete_or_an_error(tmp_path: Path) -> None:
     one = ledger(tmp_path)
     await one.open()
     for index in range(5):
-        one.count(ended(str(index)))
+        one.count(ended(str(index)), NOW)
     assert len(await one.ask(question("client", limit=5))) == 5
     with pytest.raises(TooManyRows):
         await one.ask(question("client", limit=4))
