@@ -5,24 +5,22 @@ same time and are driven in turns, so that ratios hold on a machine that is not 
 another commit, whose gateway is measured too.
 """
 
-import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.api_keys import LOAD_CORE, ROOT, gateway
 from benchmarks.cases import ORIGIN, Case
-from benchmarks.claims import Claim, verdict
-from benchmarks.load import Failed, alternating_costs
+from benchmarks.claims import Claim, print_costs
+from benchmarks.load import alternating_costs
 from benchmarks.upstream import upstream
 
 POLICY: dict[str, Any] = {"cors": {"origins": [ORIGIN], "credentials": True}}
 PAGE, PLAIN = "with Origin", "without Origin"
+CLAIMS = [Claim(f"CORS, a request {case}", f"{case}: policy", f"{case}: no policy", 1.0) for case in (PAGE, PLAIN)]
 
 
 def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[float]]:
@@ -44,22 +42,7 @@ def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table and the claims."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cors", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--before", type=Path, help="a checkout of another commit")
-    chosen = parser.parse_args(arguments)
-    try:
-        found = measure(chosen.seconds, chosen.rounds, chosen.before)
-    except Failed as error:
-        print(error, file=sys.stderr)  # noqa: T201 - a program
-        return 1
-    print(f"CPU time of a request in us, median and range of {chosen.rounds} rounds; load {os.getloadavg()[0]:.1f}")  # noqa: T201
-    for name, values in found.items():
-        print(f"{name:30} {median(values):7.1f}  {min(values):7.1f} to {max(values):.1f}")  # noqa: T201
-    for case in (PAGE, PLAIN):
-        print(verdict(Claim(f"CORS, a request {case}", f"{case}: policy", f"{case}: no policy", 1.0), found))  # noqa: T201
-    return 0
+    return print_costs("benchmarks.cors", __doc__, measure, CLAIMS, arguments)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,21 @@ the same time and are driven in turns, so that ratios hold on a machine that is 
 another commit, whose gateway is measured too; it receives the same header fields. Needs the extra jwt.
 """
 
-import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from joserfc import jwt
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from benchmarks.cases import CLIENT, Case
-from benchmarks.claims import Claim, verdict
-from benchmarks.load import Failed, alternating_costs, await_ready
+from benchmarks.claims import Claim, print_costs
+from benchmarks.load import alternating_costs, await_ready
 from benchmarks.processes import free_port, running
 from benchmarks.upstream import upstream
 
@@ -134,24 +131,8 @@ def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokens", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--before", type=Path, help="a checkout of another commit")
-    chosen = parser.parse_args(arguments)
-    try:
-        found = measure(chosen.seconds, chosen.rounds, chosen.before)
-    except Failed as error:
-        print(error, file=sys.stderr)  # noqa: T201 - a program
-        return 1
-    print(f"CPU time of a request in us, median and range of {chosen.rounds} rounds; load {os.getloadavg()[0]:.1f}")  # noqa: T201
-    for name, values in found.items():
-        print(f"{name:45} {median(values):7.1f}  {min(values):7.1f} to {max(values):.1f}")  # noqa: T201
-    for claim in CLAIMS:
-        if claim.against in found:
-            print(verdict(claim, found))  # noqa: T201
-    return 0
+    """Measure, and print the table and the claims."""
+    return print_costs("benchmarks.tokens", __doc__, measure, CLAIMS, arguments)
 
 
 if __name__ == "__main__":

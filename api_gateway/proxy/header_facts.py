@@ -339,10 +339,19 @@ class HeaderReader:
         facts.host_field = fields.get(b"host", (b"",))[0]
         withheld = {name.lower() for name, _ in facts.credentials}
         facts.credentials = [pair for pair in headers if pair[0].lower() in withheld]
-        replaced = replaced_fields(self.forwarding, facts.is_trusted)
-        dropped = stripped_headers(self.protected, replaced) | self._identity_fields | withheld
+        dropped, added = self._rewriting(facts, fields, peer, scheme)
+        dropped |= withheld
         if b"connection" in fields:
             dropped |= connection_options(fields[b"connection"]) - self.protected - {b"transfer-encoding"}
+        kept = [pair for pair in headers if pair[0].lower() not in dropped]
+        sent = lines_of([*kept, *added, self.via.field(head.version)])
+        return RewrittenHeaders(lines_of(headers), facts, sent)
+
+    def _rewriting(
+        self, facts: HeaderFacts, fields: Fields, peer: str, scheme: str
+    ) -> tuple[frozenset[bytes], HeaderList]:
+        """Return the names of fields that are removed from any request, and the fields that are added to this one."""
+        replaced = replaced_fields(self.forwarding, facts.is_trusted)
         added = forwarding_fields(
             fields,
             peer=peer,
@@ -351,9 +360,7 @@ class HeaderReader:
             forwarding=self.forwarding,
             reported=facts.reported,
         )
-        kept = [pair for pair in headers if pair[0].lower() not in dropped]
-        sent = lines_of([*kept, *added, self.via.field(head.version)])
-        return RewrittenHeaders(lines_of(headers), facts, sent)
+        return stripped_headers(self.protected, replaced) | self._identity_fields, added
 
     def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
         """Return the facts, with the client id read separately from the other header fields.
@@ -446,18 +453,9 @@ class HeaderReader:
         facts.expectation = [pair for pair in found if pair[0].lower() == b"expect"] if b"expect" in fields else []
         facts.request_id = given_request_id(fields)
         facts.host_field = fields.get(b"host", (b"",))[0]
-        replaced = replaced_fields(self.forwarding, facts.is_trusted)
-        dropped = stripped_headers(self.protected, replaced) | self._identity_fields
+        dropped, added = self._rewriting(facts, fields, peer, scheme)
         facts.dropped = [pair for pair in found if pair[0].lower() in dropped]
-        forwarding = forwarding_fields(
-            fields,
-            peer=peer,
-            scheme=scheme,
-            is_trusted=facts.is_trusted,
-            forwarding=self.forwarding,
-            reported=facts.reported,
-        )
-        facts.added = b"".join([b"%b: %b\r\n" % pair for pair in (*forwarding, self.via.field("1.1"))])
+        facts.added = b"".join([b"%b: %b\r\n" % pair for pair in (*added, self.via.field("1.1"))])
         return facts
 
     def _set_name(self, facts: HeaderFacts, fields: Fields) -> None:
