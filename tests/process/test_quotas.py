@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from api_gateway.limits.period_store import MAX_LOSS
-from tests.kit import RawUpstream, ask
+from tests.kit import Answer, RawUpstream, ask, eventually
 from tests.processes import Running, process
 
 QUOTA = 100_000
@@ -40,8 +40,16 @@ def written(folder: Path, url: str, **more: Any) -> list[str]:
 
 
 def used(running: Running) -> float:
-    """Return what the client has used."""
-    (quota,) = running.ask("/clients/acme/quotas").json()["quotas"]
+    """Return what the client has used. A store that has just started may miss its deadline, which is 503."""
+    answers: list[Answer] = []
+
+    def responds() -> bool:
+        answers.append(running.ask("/clients/acme/quotas"))
+        assert answers[-1].status in (200, 503), answers[-1].body
+        return answers[-1].status == 200
+
+    eventually(responds, "the store responds in time")
+    (quota,) = answers[-1].json()["quotas"]
     return float(quota["used"])
 
 
