@@ -77,13 +77,15 @@ class Charge:
     """One bucket that a request is charged to: its key and quota, and the cost as refill time.
 
     In a cost settlement, an `increment_ns` below 0 is a refund. `own_cost` is the cost in tokens if it is that of the
-    limit, whatever the request costs; None if it is that of the request.
+    limit, whatever the request costs; None if it is that of the request. `is_unverified`: anyone could have invented
+    the key, as it has the id of a client that is not registered, an address, or the value of a header field.
     """
 
     key: str
     quota: Quota
     increment_ns: int
     own_cost: float | None = None
+    is_unverified: bool = False
 
 
 class Notice(NamedTuple):

@@ -11,6 +11,7 @@ from api_gateway.models import Client, Quota
 LIMIT_PREFIX = "limit:"  # of the keys of buckets
 _LONGEST_VALUE = 256  # characters of a value in a bucket's key
 _BY_CLIENT = ("client",)
+_VERIFIED_PARTS = ("client", "route", "organisation")  # and claims; those of clients that are registered
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,15 @@ class Limit:
     def is_by_client(self) -> bool:
         """True if each client has one bucket, which keeps its filled fraction when the client's tier changes."""
         return self.key == _BY_CLIENT
+
+    def is_unverified(self, client: Client) -> bool:
+        """Tell whether anyone could have invented the key of a bucket of this limit for a client.
+
+        Routes, organisations and claims have been verified; header fields and addresses never are.
+        """
+        if any(part not in _VERIFIED_PARTS and not part.startswith("claim:") for part in self.key):
+            return True
+        return "client" in self.key and not client.is_registered
 
     def quota_of(self, tier: str) -> Quota | None:
         """Return the allowance of a tier; None if the limit does not apply to it."""

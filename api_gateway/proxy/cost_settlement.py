@@ -125,9 +125,10 @@ def _settled_to(charges: Sequence[Charge], cost: float, *, is_whole: bool) -> tu
     after = []
     for charge in charges:
         own = cost if charge.own_cost is None or is_whole else charge.own_cost
-        after.append(Charge(charge.key, charge.quota, charge.quota.cost_ns(own), charge.own_cost))
+        cost_ns = charge.quota.cost_ns(own)
+        after.append(Charge(charge.key, charge.quota, cost_ns, charge.own_cost, charge.is_unverified))
     changes = [
-        Charge(new.key, new.quota, new.increment_ns - old.increment_ns)
+        Charge(new.key, new.quota, new.increment_ns - old.increment_ns, is_unverified=new.is_unverified)
         for new, old in zip(after, charges, strict=True)
     ]
     return after, changes

@@ -203,7 +203,7 @@ class LimitListStage(RateLimitStage):
             if len(values) == len(parts):
                 key = limit.bucket_key(values, client.quota.name)
                 increment_ns = quota.cost_ns(cost if limit.cost is None else limit.cost)
-                charges.append(Charge(key, quota, increment_ns, limit.cost))
+                charges.append(Charge(key, quota, increment_ns, limit.cost, limit.is_unverified(client)))
         return charges
 
     def _route_names(self, plan: RequestPlan) -> Sequence[str | None]:
