@@ -7,10 +7,10 @@ from typing import Any
 
 from api_gateway.assembly.stores import Quotas
 from api_gateway.config import GatewayConfig
-from api_gateway.models import NANOSECONDS
+from api_gateway.models import NANOSECONDS, Decision
 from api_gateway.replay.log_lines import LogEvent
 from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
-from api_gateway.replay.simulation import ReplayedDecision, has_periods, unlogged_parts
+from api_gateway.replay.simulation import has_periods, unlogged_parts
 from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
@@ -149,14 +149,14 @@ def _agreement(agreement: Agreement) -> Document:
     }
 
 
-def _difference(event: LogEvent, outcome: ReplayedDecision) -> Document:
+def _difference(event: LogEvent, outcome: Decision | None) -> Document:
     return {
         "time": time_of(event[0]),
         "client": event[6],
         "in_log": {"limit": event[16], "wait_ns": event[17], "remaining": event[18]},
-        "replayed": {"limit": outcome.limit, "wait_ns": outcome.wait_ns, "remaining": outcome.remaining}
-        if outcome.limit
-        else "refused by another rule",
+        "replayed": "refused by another rule"
+        if outcome is None
+        else {"limit": outcome.quota.name, "wait_ns": outcome.wait_ns, "remaining": outcome.remaining},
     }
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 
 from api_gateway.cli import main
 from api_gateway.config import GatewayConfig, from_values
-from api_gateway.models import Charge, Client, Exchange, Quota
+from api_gateway.models import Charge, Client, Decision, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.proxy.stages import RouteStage
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.replay import log_lines
+from api_gateway.replay import log_lines, simulation
 from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.external_sort import RunWriter, merged
@@ -34,6 +36,7 @@ from api_gateway.replay.page import page_of
 from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import document_of, text_of
 from api_gateway.replay.sharding import shards
+from api_gateway.replay.simulation import Simulation
 from tests.unit.test_access_log import EXCHANGES, OfAnOrganisation, bare
 
 SECOND = 1_000_000_000
@@ -247,6 +250,43 @@ def test_a_log_in_any_order_and_in_any_files_gives_the_same_decisions(tmp_path: 
     assert agreement.same == agreement.compared == 3_000
     assert found.tally.limited_by_current == found.tally.limited_in_log == len(refused)
     assert found.tally.newly_limited_by.keys() == {"BASIC"}
+
+
+def test_what_is_remembered_of_a_client_and_a_path_changes_no_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most decisions repeat the ones before of the same client, path and method; all stages give the same."""
+    traffic, rng = Traffic(), random.Random(9)
+    for _ in range(4_000):
+        name, after = f"client-{rng.randrange(6)}", rng.random() * 0.02
+        path = rng.choice(["/api/up/x", "/api/up/y", "/api/dear/z", "/api/nowhere", "/api/up/../dear"])
+        exchange = traffic.request(name, rng.choice(["FREE", "BASIC", "BASIC"]), after=after, path=path)
+        exchange.peer = f"192.0.2.{rng.randrange(3)}"
+        exchange.method = rng.choice(["GET", "POST"])
+        if rng.random() < 0.5:
+            assert exchange.client is not None
+            exchange.client = replace(exchange.client, source=rng.choice(["default", "granted", "configured"]))
+    log = log_of(tmp_path, traffic.lines())
+    routes = [
+        {"name": "up", "path": "/api/up", "upstream": "up", "costs": [{"methods": ["POST"], "cost": 2}]},
+        {"name": "dear", "path": "/api/dear", "upstream": "up", "cost": 3},
+    ]
+    candidate = config(routes=routes, address_limit={"rate": 5, "capacity": 10, "exempt": []})
+
+    def figures() -> dict[str, Any]:
+        found = reported(replay_logs([log], candidate, config()), candidate, config())
+        return {name: found[name] for name in found if name != "seconds"}
+
+    remembered = figures()
+    assert remembered["totals"]["refused_otherwise"] > 0
+    assert remembered["newly_limited_by"].keys() >= {"FREE", "address"}
+    monkeypatch.setattr(simulation._RememberedRoutes, "decide", RouteStage.decide)
+    monkeypatch.setattr(Simulation, "decide", _by_stages)
+    assert figures() == remembered
+
+
+def _by_stages(self: Simulation, event: LogEvent) -> Decision | None:
+    return self._decide_by_stages(self._buckets_of(event[4], event[5]), event)
 
 
 def test_each_process_of_a_gateway_without_a_store_has_buckets_of_its_own(tmp_path: Path) -> None:
