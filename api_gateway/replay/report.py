@@ -170,8 +170,11 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
         )
     for limit in Quotas.of(candidate).limits:
         parts = unlogged_parts(limit)
-        if has_periods(limit):
-            yield f"limit {limit.name}: a quota of a calendar period, whose count before the log is not known"
+        if has_periods(limit) and not parts:
+            yield (
+                f"limit {limit.name}: what was used of its calendar period before the log is not known, and counts as"
+                " unused; changes by operators are not in the log"
+            )
         if parts:
             yield f"limit {limit.name}: its key has {', '.join(parts)}, which is not logged; it is not evaluated"
     if candidate.is_demo:

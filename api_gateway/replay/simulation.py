@@ -11,7 +11,8 @@ from api_gateway.clients.records import ClientStore
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.limits.limit import Limit, moved_buckets
-from api_gateway.limits.period_counters import PeriodQuota
+from api_gateway.limits.period_counters import MICROSECONDS, PeriodCounters, PeriodQuota
+from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, ClientSource, Decision, Exchange, Quota
@@ -22,7 +23,7 @@ from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.limit_stage import DESCRIBED_ORGANISATION, LimitListStage, RateLimitStage
 from api_gateway.proxy.route_table import UNKNOWN_TARGET, Route, RouteTable
 from api_gateway.proxy.stages import RouteStage
-from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.replay.log_lines import LogEvent
 
 MAX_PROCESSES = 64  # whose buckets are held at the same time; those of the least recent ones are dropped
@@ -79,7 +80,10 @@ class _Buckets:
         config = simulation.config
         # The table of a process is limited, that of a store is not.
         limit = _UNLIMITED if config.store.is_shared else config.store.max_buckets
-        self.limiter = MemoryLimiter(simulation.quotas.all, bucket_limit=limit)
+        self.memory = MemoryLimiter(simulation.quotas.all, bucket_limit=limit)
+        self.limiter: MemoryLimiter | QuotaLimiter = self.memory
+        if simulation.counters is not None:
+            self.limiter = QuotaLimiter(self.memory, simulation.counters, wall_clock=lambda: simulation.wall)
         self.limits = simulation.stage_of(self.limiter)
         rules = address_rules(config.addresses)
         stages: list[Stage] = [
@@ -103,12 +107,16 @@ class _Buckets:
 
 
 class Simulation:
-    """Decides on events in their order. Buckets are full at first; each process has its own, except with a store."""
+    """Decides on events in their order. Buckets are full at first; each process has its own, except with a store.
+
+    Counters of calendar quotas outlive a process, so all processes of a log have the same ones.
+    """
 
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
         self.quotas = Quotas.of(config)
         self.now_ns = 0
+        self.wall = 0.0  # seconds since the epoch, which decide about calendar periods
         self.recorder = Recorder((), (), (), (50.0,), 0.0)
         # The prefix is removed for the upstream only, and from the target as it was sent, which is not logged.
         routes = [replace(route_of(section), strip_prefix="") for section in config.routes]
@@ -122,6 +130,9 @@ class Simulation:
             rules=identity_rules(config),
         )
         self.limits = evaluable(self.quotas.limits)
+        has_counters = any(isinstance(quota, PeriodQuota) for limit in self.limits for quota in limit.all_quotas)
+        most = _UNLIMITED if config.store.is_shared else config.store.max_buckets
+        self.counters = PeriodCounters(most) if has_counters else None
         self.unknown_tiers: set[str] = set()
         self._clients: dict[_ClientKey, Client] = {}
         self._is_by_address = address_rules(config.addresses) is not None or any(
@@ -161,7 +172,8 @@ class Simulation:
 
     def _decide_by_stages(self, buckets: _Buckets, event: LogEvent) -> Decision | None:
         at_ns, number, _, _, _, _, client_id, tier_source, address, tier, has_keys, method, path, route, *rest = event
-        settlements, organisation = rest[-2:]
+        settlements, organisation, wall_us = rest[-3:]
+        self._set_wall(wall_us or -(-at_ns // 1000))
         key = client_id, tier, tier_source, has_keys, organisation
         facts = self._facts_of(buckets, key, address)
         exchange = Exchange("", "", "", "", 0.0) if settlements else self._exchange
@@ -196,10 +208,14 @@ class Simulation:
         if held is not client:
             if held is not None and held.quota is not client.quota:
                 for moved in moved_buckets(self.limits, held, client):
-                    buckets.limiter.change_quota(*moved, at_ns)
+                    buckets.memory.change_quota(*moved, at_ns)
             buckets.clients[client.key] = client
 
-    def stage_of(self, limiter: MemoryLimiter) -> RateLimitStage:
+    def _set_wall(self, now_us: int) -> None:
+        """Set the wall clock so that the limiter, which rounds it up, has this time in microseconds."""
+        self.wall = (now_us - 0.4) / MICROSECONDS
+
+    def stage_of(self, limiter: RateLimiter) -> RateLimitStage:
         """Return the stage that charges all limits which can be evaluated."""
         address_quota, exempt = self.quotas.address, self.config.address_limit.exempt
         if not self.limits:
@@ -222,13 +238,14 @@ class Simulation:
         if count > 1:
             buckets.open[number] = exchange, count - 1
         self.now_ns = event[0]
+        self._set_wall(-(-event[0] // 1000))
         buckets.settlement.settle(exchange, cost)
 
     def _check(self, buckets: _Buckets, address: str, at_ns: int) -> Decision:
         charges = buckets.limits.charges_of_address(address)
         if not charges:
             return Decision("", _NO_QUOTA, True, 0, 0, 0)
-        return buckets.limiter.decide(charges, at_ns)
+        return buckets.memory.decide(charges, at_ns)
 
     def _buckets_of(self, process: str, source: str) -> _Buckets:
         name = process if source == "memory" else SHARED
@@ -285,12 +302,12 @@ class Simulation:
 
 
 def evaluable(limits: Iterable[Limit]) -> list[Limit]:
-    """Return the limits by values that are logged, without those of calendar periods."""
-    return [limit for limit in limits if not unlogged_parts(limit) and not has_periods(limit)]
+    """Return the limits by values that are logged."""
+    return [limit for limit in limits if not unlogged_parts(limit)]
 
 
 def has_periods(limit: Limit) -> bool:
-    """Tell whether a limit counts in calendar periods, whose counters begin before the log."""
+    """Tell whether a limit counts in calendar periods, which begin before the log."""
     return any(isinstance(quota, PeriodQuota) for quota in limit.all_quotas)
 
 

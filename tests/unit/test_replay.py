@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import html
 import json
+import math
 import os
 import random
 import re
@@ -155,17 +156,22 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize(
-    "name", ["at_ns", "number", "process", "source", "limits", "limit", "wait_ns", "cost", "remaining", "settlements"]
+    "name",
+    [
+        *("at_ns", "number", "process", "source", "limits", "limit", "wait_ns", "cost", "remaining", "settlements"),
+        "wall_us",
+    ],
 )
 def test_no_value_of_a_decision_ends_a_replay_or_reaches_a_terminal(tmp_path: Path, name: str) -> None:
     traffic = Traffic()
     traffic.request("acme")
     (line,) = traffic.lines()
+    counted = config(limits=[{"name": "daily", "quota": 2, "period": "day", "starts": "client"}])
     for value in HOSTILE:
         members = json.loads(line)
         (members if name == "remaining" else members["decision"])[name] = "@"
         changed = json.dumps(members, separators=(",", ":")).replace('"@"', value) + "\n"
-        found = reported(replay_logs([log_of(tmp_path, [changed, line])], config(), None), config())
+        found = reported(replay_logs([log_of(tmp_path, [changed, line])], counted, None), counted)
         assert found["log"]["lines"] == 2
         assert found["totals"]["decisions"] + found["log"]["foreign_lines"] == 2
         assert all(len(message) < 500 for message in found["log"]["messages"])
@@ -361,13 +367,42 @@ def test_limits_on_values_that_are_not_logged_are_not_evaluated(tmp_path: Path) 
         traffic.request(f"client-{index % 2}", "BASIC")
     strict = {"rate": 1, "capacity": 1}
     tenants = {"name": "tenants", "key": ["header:x-tenant", "client"], **strict}
-    monthly = {"name": "monthly", "key": "client", "quota": 1, "period": "month"}
-    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}, monthly])
+    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}])
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
-    note, other = found["not_evaluable"]
-    assert other == "limit monthly: a quota of a calendar period, whose count before the log is not known"
+    (note,) = found["not_evaluable"]
     assert note == "limit tenants: its key has header:x-tenant, which is not logged; it is not evaluated"
     assert (found["newly_limited_by"], found["totals"]["newly_limited"]) == ({"all": 7}, 7)
+
+
+def test_calendar_quotas_are_evaluated_by_the_wall_clock_of_the_log_across_restarts(tmp_path: Path) -> None:
+    """A period ends when the logged wall clock says so; counters outlive a process, buckets do not."""
+    before, after = Traffic("a"), Traffic("b", start_ns=400 * SECOND)
+    midnight = 1_700_006_400
+    for traffic, walls in ((before, (-10, -9, -8.5, 0)), (after, (1, 2, 3))):
+        for wall in walls:
+            exchange = traffic.request("acme", after=1)
+            assert exchange.decision is not None
+            exchange.charges = [*exchange.charges, Charge("limit:daily:client:acme", traffic.quotas["FREE"], 0)]
+            exchange.decision.wall_us = round((midnight + wall) * 1_000_000)
+    candidate = config(limits=[{"name": "daily", "quota": 2, "period": "day"}])
+    log = log_of(tmp_path, before.lines() + after.lines())
+    assert '"wall_us":1700006391500000' in log.read_text()
+    found = reported(replay_logs([log], candidate, None), candidate)
+    (client,) = found["clients"]
+    assert (client["requests"], client["limits"]) == (7, {"daily": 3})
+    assert client["longest_wait_seconds"] == 86_400 - 2
+    (note,) = found["not_evaluable"]
+    assert note.startswith("limit daily: what was used of its calendar period before the log is not known")
+
+
+def test_the_time_of_a_period_is_logged_to_the_microsecond() -> None:
+    """The simulation gives it to the limiter, which rounds up, without an error of rounding."""
+    one = Simulation(config(limits=[{"name": "daily", "quota": 2, "period": "day"}]))
+    rng = random.Random(3)
+    for _ in range(10_000):
+        now_us = rng.randrange(10**15, 4 * 10**15)
+        one._set_wall(now_us)
+        assert math.ceil(one.wall * 1_000_000) == now_us
 
 
 def test_clients_of_an_organisation_share_its_limit_and_a_shard(tmp_path: Path) -> None:
