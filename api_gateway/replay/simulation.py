@@ -48,11 +48,11 @@ class _NoStore:
         return None
 
 
-class _RememberedRoutes(RouteStage):
+class _RememberedRoutes:
     """Determines the route and the cost of a method and a path once: logs have the same ones again and again."""
 
     def __init__(self, routes: RouteTable) -> None:
-        super().__init__(routes)
+        self.stage = RouteStage(routes)
         self._found: dict[tuple[str, str, str], tuple[Route | None, float]] = {}
 
     def decide(self, plan: RequestPlan) -> StageResult:
@@ -61,7 +61,7 @@ class _RememberedRoutes(RouteStage):
         key = plan.facts.host, exchange.method, exchange.path
         found = self._found.get(key)
         if found is None:
-            outcome = super().decide(plan)
+            outcome = self.stage.decide(plan)
             if outcome is None:
                 if len(self._found) >= MAX_FACTS:
                     self._found.clear()
@@ -71,6 +71,14 @@ class _RememberedRoutes(RouteStage):
         assert route is not None  # noqa: S101 - only found ones are remembered
         exchange.route = route.name
         return None
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """See `Stage`."""
+        return self.stage.inspect(plan)
+
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return self.stage.concerns(facts)
 
 
 class _Buckets:

@@ -25,7 +25,6 @@ from api_gateway.config import GatewayConfig, from_values
 from api_gateway.models import Charge, Client, Decision, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
-from api_gateway.proxy.stages import RouteStage
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.replay import log_lines, simulation
 from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
@@ -286,7 +285,7 @@ def test_what_is_remembered_of_a_client_and_a_path_changes_no_decision(
     remembered = figures()
     assert remembered["totals"]["refused_otherwise"] > 0
     assert remembered["newly_limited_by"].keys() >= {"FREE", "address"}
-    monkeypatch.setattr(simulation._RememberedRoutes, "decide", RouteStage.decide)
+    monkeypatch.setattr(simulation._RememberedRoutes, "decide", lambda self, plan: self.stage.decide(plan))
     monkeypatch.setattr(Simulation, "decide", _by_stages)
     assert figures() == remembered
 
