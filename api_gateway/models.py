@@ -88,6 +88,13 @@ class Charge:
     is_unverified: bool = False
 
 
+class ConcurrencySlot(NamedTuple):
+    """One of the requests that a concurrency limit allows in flight: of which key, and the limit's quota."""
+
+    key: str
+    quota: Quota
+
+
 class Notice(NamedTuple):
     """A client has reached a share of its allowance in the present period of a calendar quota.
 
@@ -279,6 +286,7 @@ class Exchange:
     number: int = 0
     settlements: tuple[Settlement, ...] = ()
     credential_check: tuple[int, Decision] | None = None  # number and decision
+    slots: tuple[ConcurrencySlot, ...] = ()  # of concurrency limits, held until the end of the exchange
 
     @property
     def client_key(self) -> str:
@@ -373,6 +381,15 @@ class LimitBucketView(BucketView):
     route: str | None = Field(description="null unless the limit counts by client and route.")
 
 
+class SlotView(Body):
+    """The requests of a client that are in flight, as a concurrency limit counts them."""
+
+    limit: str
+    route: str | None = Field(description="null unless the limit counts by client and route.")
+    in_flight: int
+    concurrent: int = Field(description="Maximum number of requests in flight.")
+
+
 class GrantView(Body):
     """A grant in force."""
 
@@ -397,6 +414,9 @@ class ClientView(Body):
     bucket: BucketView
     limits: list[LimitBucketView] = Field(
         default=[], description="Buckets of limits that count by client, or by client and route."
+    )
+    concurrency: list[SlotView] = Field(
+        default=[], description="Concurrency limits that count by client, or by client and route."
     )
 
 
