@@ -41,7 +41,7 @@ limits:
   - {{name: own, key: [client, route], rate: 4, capacity: 9, tiers: {{FREE: null, PREMIUM: {{rate: 9, capacity: 9}}}}}}
   - {{name: everyone, key: route, routes: [up], methods: [POST], rate: 25, capacity: 120, cost: 1}}
   - {{name: nearby, key: [address, route], rate: 20, capacity: 100}}
-  - {{name: daily, key: [client, route], quota: 60, period: day, tiers: [PREMIUM, BASIC], warn_at: [0.9]}}
+  - {{name: daily, key: [client, route], quota: 20, period: day, tiers: [BASIC], warn_at: [0.9]}}
 """
 REQUESTS, CONNECTIONS = 300, 3  # of each half, between which a snapshot is taken
 
