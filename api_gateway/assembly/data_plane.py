@@ -28,6 +28,7 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
+from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -37,6 +38,7 @@ from api_gateway.proxy.stages import (
     LoadSheddingStage,
     RouteStage,
 )
+from api_gateway.proxy.traced_outcomes import TracedOutcomes
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.resilience.breaker_policy import Mode
 from api_gateway.router import Router
@@ -77,9 +79,10 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         ),
         clock=clocks.monotonic,
         recorder=recorder,
-        observers=[recorder.observe, *_records(gateway)],
+        observers=[recorder.observe, *gateway.tracing.observers, *_records(gateway)],
         on_failure=settlement.on_failure,
         cors=cors,
+        tracer=gateway.tracing.tracer,
     )
     fast_path = FastPath(
         record=record,
@@ -90,6 +93,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
         cors=cors,
+        tracer=gateway.tracing.tracer,
     )
     explainer = Explainer(
         admission=admission,
@@ -237,6 +241,7 @@ def _router(
         on_fallback=settlement.on_fallback,
         priorities=gateway.priorities,
         lag=gateway.event_loop_shedder,
+        reporter=OutcomeReporter if gateway.tracing.tracer is None else TracedOutcomes,
     )
 
 
