@@ -149,7 +149,14 @@ class QuotaLimiter:
         warned: list[Warned] = []
         for change, start in zip(changes, starts, strict=True):
             if isinstance(change.quota, PeriodQuota) and change.increment_ns:
-                warned += self.counters.settle(change.key, change.quota, change.increment_ns, start, now_us)
+                warned += self.counters.settle(
+                    change.key,
+                    change.quota,
+                    change.increment_ns,
+                    start,
+                    now_us,
+                    is_unverified=change.is_unverified,
+                )
         if warned:
             self._on_warned(warned)
         return joint_allowance(settled_to or changes, after, self._standings(counted, now_us), now_us, starts)
@@ -167,7 +174,10 @@ class QuotaLimiter:
         return ceil(self._wall_clock() * MICROSECONDS)
 
     def _standings(self, counted: Sequence[tuple[Charge, PeriodQuota]], now_us: int) -> list[Standing]:
-        return [self.counters.standing(charge.key, quota, now_us) for charge, quota in counted]
+        return [self._standing(charge, quota, now_us) for charge, quota in counted]
+
+    def _standing(self, charge: Charge, quota: PeriodQuota, now_us: int) -> Standing:
+        return self.counters.standing(charge.key, quota, now_us, is_unverified=charge.is_unverified)
 
     def _refusal(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> Decision:
         """Return the longest refusal, of the counters and of the buckets."""
@@ -175,7 +185,7 @@ class QuotaLimiter:
 
     def _previews(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> list[Decision]:
         return [
-            counter_decision(charge, self.counters.standing(charge.key, charge.quota, now_us), now_us, now_ns)
+            counter_decision(charge, self._standing(charge, charge.quota, now_us), now_us, now_ns)
             if isinstance(charge.quota, PeriodQuota)
             else self.buckets.preview(charge, now_ns)
             for charge in charges

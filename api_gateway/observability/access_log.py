@@ -114,6 +114,8 @@ class AccessLog:
         """Return what is needed to make the decision again: time, number, limits, and changes of its cost."""
         charges = exchange.charges
         names = (charges[0].quota.name,) if len(charges) == 1 else tuple([charge.quota.name for charge in charges])
+        if not decision.quota.rate:  # a concurrency limit has refused the request, and nothing was charged
+            names = ()
         cost, rest = exchange.cost, ""
         if exchange.settlements:
             rest = f',"settlements":[{",".join(map(self._settlement, exchange.settlements))}]'

@@ -34,7 +34,7 @@ _HEAD = re.compile(
 _TAIL = re.compile(
     r',"cost":[^,]*,"remaining":(\d{1,18}),"bytes_received":\d+,"bytes_sent":\d+,"duration_ms":[^,]*'
     r',"upstream_duration_ms":[^,]*,"decision":\{"at_ns":(\d{1,19}),"number":(\d{1,18}),"process":"(\w+)","source":"(\w+)"'
-    rf',"limits":\[([^\]\\]*)\],"limit":{_TEXT},"wait_ns":(-1|\d{{1,19}}),"cost":({_COST})\}}\}}\s*'
+    rf',"limits":\[([^\]\\]+)\],"limit":{_TEXT},"wait_ns":(-1|\d{{1,19}}),"cost":({_COST})\}}\}}\s*'
 )
 
 
@@ -43,7 +43,12 @@ class ForeignLine(Exception):
 
 
 class NotDecided(Exception):
-    """The request of a line did not get to the rate limits."""
+    """The request of a line did not get to the rate limits.
+
+    `numbered` is process and number of the decision if a concurrency limit has refused it, which charged nothing.
+    """
+
+    numbered: tuple[str, int] | None = None
 
 
 def events_of(line: str, place: int) -> list[LogEvent]:
@@ -92,6 +97,10 @@ def _of_members(members: Mapping[str, Any], place: int) -> list[LogEvent]:
             return found
         raise NotDecided
     process, source = _text(decision["process"]), _text(decision["source"])
+    if decision["limits"] == [] and not found:
+        other = NotDecided()
+        other.numbered = process, _whole(decision["number"])
+        raise other
     client, tier_source = _text(members["client_id"]), _text(members["tier_source"])
     settlements = decision.get("settlements", [])
     number, what = _whole(decision["number"]), (process, source, client, tier_source, address)

@@ -146,8 +146,11 @@ def _read_lines(
     for number, line in enumerate(lines, before + 1):
         try:
             found += events_of(line, place + number)
-        except NotDecided:
+        except NotDecided as other:
             summary.not_decided += 1
+            if other.numbered is not None:
+                process, own = other.numbered
+                _extend(summary, process, [own])
         except ForeignLine as error:
             if not is_complete and number == before + len(lines):
                 summary.incomplete += 1
@@ -175,12 +178,17 @@ def _count(summary: PartSummary, events: Sequence[LogEvent], is_limited: Callabl
             links.add((key, other))
         numbers.setdefault(event[PROCESS], []).append(event[1])
     for process, given in numbers.items():
-        least, greatest, count = summary.spans.get(process, (given[0], given[0], 0))
-        summary.spans[process] = min(least, *given), max(greatest, *given), count + len(given)
+        _extend(summary, process, given)
     numbers.clear()
     times = [event[0] for event in events]
     summary.begin_ns, summary.end_ns = min(summary.begin_ns, *times), max(summary.end_ns, *times)
     summary.sources.update([event[SOURCE] for event in events if event[KIND] == DECISION])
+
+
+def _extend(summary: PartSummary, process: str, given: Sequence[int]) -> None:
+    """Note that decisions of a process have these numbers."""
+    least, greatest, count = summary.spans.get(process, (given[0], given[0], 0))
+    summary.spans[process] = min(least, *given), max(greatest, *given), count + len(given)
 
 
 # Deciding

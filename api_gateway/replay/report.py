@@ -168,7 +168,13 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
             f"routes with a host ({', '.join(hosts)}): hosts are not logged; a request is taken to have the host of"
             " the route that it had"
         )
-    for limit in Quotas.of(candidate).limits:
+    quotas = Quotas.of(candidate)
+    for limit in quotas.concurrency:
+        yield (
+            f"limit {limit.name}: requests in flight, which depend on how long the upstream takes; requests that it"
+            " refused did not get to the other limits"
+        )
+    for limit in quotas.limits:
         parts = unlogged_parts(limit)
         if has_periods(limit):
             yield f"limit {limit.name}: a quota of a calendar period, whose count before the log is not known"

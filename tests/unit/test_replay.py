@@ -164,10 +164,22 @@ def test_no_value_of_a_decision_ends_a_replay_or_reaches_a_terminal(tmp_path: Pa
         changed = json.dumps(members, separators=(",", ":")).replace('"@"', value) + "\n"
         found = reported(replay_logs([log_of(tmp_path, [changed, line])], config(), None), config())
         assert found["log"]["lines"] == 2
-        assert found["totals"]["decisions"] + found["log"]["foreign_lines"] == 2
+        assert found["totals"]["decisions"] + found["log"]["foreign_lines"] + found["log"]["not_decided"] == 2
         assert all(len(message) < 500 for message in found["log"]["messages"])
         assert text_of(found, 20).replace("\n", "").isprintable()
         assert "<script>" not in page_of(found)
+
+
+def test_a_refusal_by_a_concurrency_limit_charges_nothing_and_is_not_missing(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for _ in range(3):
+        traffic.request("acme")
+    lines = traffic.lines()
+    members = json.loads(lines[1])
+    members["decision"] |= {"limits": [], "limit": "five", "wait_ns": 1_000_000_000}
+    changed = [lines[0], json.dumps(members, separators=(",", ":")) + "\n", lines[2]]
+    found = reported(replay_logs([log_of(tmp_path, changed)], config(), None), config())
+    assert (found["totals"]["decisions"], found["log"]["not_decided"], found["log"]["missing_decisions"]) == (2, 1, 0)
 
 
 def test_no_value_of_a_client_ends_a_replay_or_reaches_a_terminal(tmp_path: Path) -> None:
