@@ -81,13 +81,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         ),
         clock=clocks.monotonic,
         recorder=recorder,
-        # Every data plane returns slots, as a request ends under the configuration that it began with.
-        observers=[
-            *([gateway.slots.release] if gateway.quotas.concurrency else []),
-            recorder.observe,
-            *gateway.tracing.observers,
-            *_records(gateway),
-        ],
+        observers=_observers(gateway),
         on_failure=settlement.on_failure,
         cors=cors,
         tracer=gateway.tracing.tracer,
@@ -262,6 +256,15 @@ def _router(
         lag=gateway.event_loop_shedder,
         reporter=OutcomeReporter if gateway.tracing.tracer is None else TracedOutcomes,
     )
+
+
+def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+    """Return what is told of each ended exchange.
+
+    Every data plane returns slots, as a request ends under the configuration that it began with.
+    """
+    slots = [gateway.slots.release] if gateway.quotas.concurrency else []
+    return [*slots, gateway.recorder.observe, *gateway.tracing.observers, *_records(gateway)]
 
 
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
