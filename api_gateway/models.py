@@ -117,7 +117,8 @@ class Decision:
     allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns` is the time until the
     bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets, and `debts_ns`, the
     times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its time. `violated` are the
-    quotas of all buckets that refuse, if there are several buckets.
+    quotas of all buckets that refuse, if there are several buckets. `wall_us`, in microseconds since the epoch, is the
+    time that decided which calendar period it was; only counters of this process set it.
     """
 
     key: str
@@ -131,6 +132,7 @@ class Decision:
     source: DecisionSource = "memory"
     violated: tuple[Quota, ...] = ()
     notices: tuple[Notice, ...] = ()
+    wall_us: int = field(init=False, repr=False, compare=False)
 
     @property
     def retry_after(self) -> float | None:

@@ -19,8 +19,25 @@ from pathlib import Path
 from api_gateway.config import GatewayConfig
 from api_gateway.replay.external_sort import Run, RunWriter, merged
 from api_gateway.replay.log_files import BrokenFile, LogPart, blocks_of, log_parts
-from api_gateway.replay.log_lines import DECISION, KIND, PROCESS, SOURCE, ForeignLine, LogEvent, NotDecided, events_of
-from api_gateway.replay.sharding import SharedBuckets, linked_address, linked_by_limits, shard_key, shards
+from api_gateway.replay.log_lines import (
+    DECISION,
+    KIND,
+    PROCESS,
+    SOURCE,
+    TIER_SOURCE,
+    ForeignLine,
+    LogEvent,
+    NotDecided,
+    events_of,
+)
+from api_gateway.replay.sharding import (
+    UNREGISTERED,
+    SharedBuckets,
+    linked_address,
+    linked_by_limits,
+    shard_key,
+    shards,
+)
 from api_gateway.replay.simulation import Simulation
 from api_gateway.replay.tally import ReplayTally
 
@@ -173,10 +190,15 @@ def _count(summary: PartSummary, events: Sequence[LogEvent], is_limited: Callabl
     for event in events:
         key = shard_key(event)
         counts[key] = counts.get(key, 0) + 1
-        other = linked_address(event, is_limited)
-        if other is not None:
-            links.add((key, other))
-        numbers.setdefault(event[PROCESS], []).append(event[1])
+        if event[TIER_SOURCE] in UNREGISTERED:
+            other = linked_address(event, is_limited)
+            if other is not None:
+                links.add((key, other))
+        process, number = event[PROCESS], event[1]
+        if process in numbers:
+            numbers[process].append(number)
+        else:
+            numbers[process] = [number]
     for process, given in numbers.items():
         _extend(summary, process, given)
     numbers.clear()
