@@ -1,5 +1,6 @@
 """The thread that exports traces, what it sends, and OpenTelemetry's environment variables."""
 
+import json
 import random
 import socket
 import sys
@@ -19,6 +20,7 @@ from api_gateway.config import GatewayConfig, from_values, load_config
 from api_gateway.errors import StartupError
 from api_gateway.models import Exchange, Trace
 from api_gateway.observability import trace_exporter
+from api_gateway.observability.access_log import LINE_FIELDS, AccessLog
 from api_gateway.observability.trace_exporter import EXPORT_BATCH, MAX_DELIVERIES, RESULTS, TraceExporter
 from api_gateway.observability.trace_sender import Delivery, OtlpSender
 from api_gateway.observability.tracing import Sampling
@@ -340,6 +342,17 @@ def test_secrets_in_paths_are_redacted() -> None:
     encoder = encoding.SpanEncoder({}, "1", redact=lambda text: text.replace("/x", "/***"))
     own, attempt = spans_of(encoder.request([traced(attempts=1)], 0.0)[0])
     assert (own.attributes["url.path"], attempt.attributes["url.full"]) == ("/api/***", "http://10.0.0.1:81/***")
+
+
+def test_the_access_log_has_the_trace_id_while_tracing_is_on() -> None:
+    lines: list[str] = []
+    log = AccessLog(lines.append)
+    log.write(traced(), 1000.0)
+    log.write(traced(trace=None), 1000.0)
+    first, second = map(json.loads, lines)
+    assert first["trace_id"] == f"{1:032x}"
+    assert list(first) == [name for name in LINE_FIELDS if name in first]
+    assert "trace_id" not in second
 
 
 # Settings and environment

@@ -461,11 +461,3 @@ def test_metrics_have_the_spans_and_exemplars(client: RawClient, running: Runnin
     assert line.startswith('gateway_http_request_duration_seconds_bucket{le="')
     plain = ask(f"{running.url}/metrics?format=prometheus", headers={"Authorization": f"Bearer {TOKEN}"})
     assert TRACE.encode() not in plain.body, "the older format has no exemplars"
-
-
-def test_the_access_log_has_the_trace_id(tmp_path: Path, up: RawUpstream, received: Collector, capfd: Any) -> None:
-    own = {"tracing": {"enabled": True, "endpoint": received.url}, "log": {"access": True, "format": "json"}}
-    with running_gateway(in_front_of(up.url) | own, tmp_path) as running:
-        ask(f"{running.url}/api/x", headers={"traceparent": PARENT[13:]})
-    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
-    assert [line["trace_id"] for line in lines] == [TRACE]
