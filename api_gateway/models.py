@@ -79,13 +79,22 @@ class Charge:
     """One bucket that a request is charged to: its key and quota, and the cost as refill time.
 
     In a cost settlement, an `increment_ns` below 0 is a refund. `own_cost` is the cost in tokens if it is that of the
-    limit, whatever the request costs; None if it is that of the request.
+    limit, whatever the request costs; None if it is that of the request. `is_unverified`: anyone could have invented
+    the key, as it has the id of a client that is not registered, an address, or the value of a header field.
     """
 
     key: str
     quota: Quota
     increment_ns: int
     own_cost: float | None = None
+    is_unverified: bool = False
+
+
+class ConcurrencySlot(NamedTuple):
+    """One of the requests that a concurrency limit allows in flight: of which key, and the limit's quota."""
+
+    key: str
+    quota: Quota
 
 
 class AttemptFailure(NamedTuple):
@@ -124,7 +133,8 @@ class Decision:
     allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns` is the time until the
     bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets, and `debts_ns`, the
     times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its time. `violated` are the
-    quotas of all buckets that refuse, if there are several buckets.
+    quotas of all buckets that refuse, if there are several buckets. `wall_us`, in microseconds since the epoch, is the
+    time that decided which calendar period it was; only counters of this process set it.
     """
 
     key: str
@@ -138,6 +148,7 @@ class Decision:
     source: DecisionSource = "memory"
     violated: tuple[Quota, ...] = ()
     notices: tuple[Notice, ...] = ()
+    wall_us: int = field(init=False, repr=False, compare=False)
 
     @property
     def retry_after(self) -> float | None:
@@ -294,6 +305,7 @@ class Exchange:
     settlements: tuple[Settlement, ...] = ()
     failures: tuple[AttemptFailure, ...] = ()
     credential_check: tuple[int, Decision] | None = None  # number and decision
+    slots: tuple[ConcurrencySlot, ...] = ()  # of concurrency limits, held until the end of the exchange
 
     @property
     def client_key(self) -> str:
@@ -388,6 +400,15 @@ class LimitBucketView(BucketView):
     route: str | None = Field(description="null unless the limit counts by client and route.")
 
 
+class SlotView(Body):
+    """The requests of a client that are in flight, as a concurrency limit counts them."""
+
+    limit: str
+    route: str | None = Field(description="null unless the limit counts by client and route.")
+    in_flight: int
+    concurrent: int = Field(description="Maximum number of requests in flight.")
+
+
 class GrantView(Body):
     """A grant in force."""
 
@@ -412,6 +433,9 @@ class ClientView(Body):
     bucket: BucketView
     limits: list[LimitBucketView] = Field(
         default=[], description="Buckets of limits that count by client, or by client and route."
+    )
+    concurrency: list[SlotView] = Field(
+        default=[], description="Concurrency limits that count by client, or by client and route."
     )
 
 

@@ -99,6 +99,14 @@ def limit_families(recorder: Recorder) -> Iterator[Metric]:
     for limit, count in recorder.quota_warnings.items():
         warnings.add_metric([limit], count)
     yield warnings
+    in_flight = GaugeMetricFamily(
+        "gateway_concurrency_limit_requests_in_flight",
+        "Requests in flight that hold a slot of a concurrency limit.",
+        labels=["limit"],
+    )
+    for limit, count in recorder.in_flight_by_limit.items():
+        in_flight.add_metric([limit], count)
+    yield in_flight
 
 
 def family_in_pieces(
