@@ -236,7 +236,15 @@ def _limits(decision: Decided) -> list[Row]:
                 "spent_by": None,
             }
         )
-    return rows
+    charged = {one.name for one in decision.charges}
+    return rows + [_without_figures(decision, name) for name in decision.refusing if name not in charged]
+
+
+def _without_figures(decision: Decided, name: str) -> Row:
+    """Return the row of a concurrency limit that refused: of the requests in flight, nothing is kept."""
+    figures = dict.fromkeys(("capacity", "refill_per_second", "tokens_before", "tokens_after", "spent_by"))
+    wait = _seconds_to_wait(decision.wait_ns) if name == decision.limit else None
+    return {"limit": name, "cost": 1, "allowed": False, "retry_after_seconds": wait} | figures
 
 
 def _wait_ns(charged: Charged, tokens: float | None) -> int:

@@ -243,6 +243,7 @@ class RequestHistory:
             decision.allowed,
             decision.source,
             quota.policy,
+            decision.key,
             decision.remaining,
             decision.wait_ns,
             charged,

@@ -41,13 +41,15 @@ class Settled(NamedTuple):
 class Decided(NamedTuple):
     """The decision of the limiter on one request, before settlements.
 
-    `limit` is the limit that it is about, `refusing` are all that refused. `debts_ns` are the times until each bucket
+    `limit` is the limit that it is about, `key` that of its bucket, `refusing` are all that refused: also concurrency
+    limits, which are not among those charged. `debts_ns` are the times until each bucket
     of `charged` (values of `Charged`) was full, after the decision.
     """
 
     allowed: bool
     source: DecisionSource
     limit: str
+    key: str
     remaining: int
     wait_ns: int
     charged: tuple[Values, ...]
@@ -124,6 +126,8 @@ def cost_of(charged: Charged) -> float:
 def tokens_after(decision: Decided) -> list[float | None]:
     """Return the tokens of each limit right after the decision; None if the decision does not state them."""
     charges = decision.charges
+    if all(one.key != decision.key for one in charges):  # the decision is about a concurrency limit
+        return [None for _ in charges]
     counted = [one for one in charges if not one.is_calendar]
     of_all = len(decision.debts_ns) == len(charges)
     debts = iter(decision.debts_ns if of_all or len(decision.debts_ns) == len(counted) else ())

@@ -71,8 +71,8 @@ class LimitDecided(Body):
     """One limit, and what was decided on its state. Figures that are not known any more are null."""
 
     limit: str
-    capacity: float
-    refill_per_second: float | None = Field(description="null for calendar quotas.")
+    capacity: float | None = Field(description="null for concurrency limits, which have no tokens.")
+    refill_per_second: float | None = Field(description="null for calendar quotas and concurrency limits.")
     cost: float
     allowed: bool
     tokens_before: float | None

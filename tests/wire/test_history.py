@@ -1,6 +1,7 @@
 """GET /history and GET /explain/{request_id}: what was decided about past requests, and who had spent the tokens."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from api_gateway.clients.api_keys import new_key
 from tests.kit import (
+    PATIENCE,
     FakeClocks,
     RawUpstream,
     RunningGateway,
@@ -174,6 +176,30 @@ def test_a_settlement_is_shown_with_the_decision_before_it(tmp_path: Path, up: R
         assert (limit["tokens_before"], limit["cost"], limit["tokens_after"]) == (3, 1, 2)
         refused = explained(running, send(running, X_Client_ID="acme").headers["x-request-id"])
         assert [one["cost"] for one in refused["limits"][0]["spent_by"]["requests"]] == [3]
+
+
+def test_a_refusal_by_a_concurrency_limit_names_it_without_tokens(tmp_path: Path, up: RawUpstream) -> None:
+    held = threading.Event()
+
+    def hold(wire: Any, _request: Any) -> None:
+        held.wait(PATIENCE)
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    up.behave = hold
+    limits = [{"name": "parallel", "key": "client", "concurrent": 1}]
+    with running_gateway(sections(up.url, limits=limits), tmp_path) as running:
+        first = threading.Thread(target=send, args=(running,), kwargs={"X_Client_ID": "acme"})
+        first.start()
+        eventually(lambda: bool(up.requests), "the first request is in flight")
+        refused = send(running, X_Client_ID="acme")
+        held.set()
+        first.join()
+        request = explained(running, refused.headers["x-request-id"])
+        assert (refused.status, request["decision"]["limit"]) == (429, "parallel")
+        found = {one["limit"]: one for one in request["limits"]}
+        assert (found["free"]["allowed"], found["free"]["tokens_before"]) == (True, None)
+        assert (found["parallel"]["allowed"], found["parallel"]["spent_by"]) == (False, None)
+        assert found["parallel"]["retry_after_seconds"] is not None
 
 
 def test_an_unknown_id_is_told_what_is_kept_and_for_how_long(tmp_path: Path, up: RawUpstream) -> None:
