@@ -24,6 +24,7 @@ from api_gateway.http1.request_paths import unescaped
 from api_gateway.limits.concurrency import SlotLedger
 from api_gateway.limits.quota_book import QuotaBook
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.observability.request_history import RequestHistory
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.system.clocks import Clocks
@@ -58,6 +59,7 @@ class AdminContext:
     accepts_keys: bool
     quotas: Callable[[], QuotaBook]
     numbers: DecisionNumbers
+    history: RequestHistory
     slots: SlotLedger
     usage: UsageLedger | None = None
     lifecycle: Lifecycle = Lifecycle.STARTING
