@@ -12,13 +12,13 @@ Long because counts, tables and the short way of a decision have to agree.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 from zoneinfo import ZoneInfo
 
 from api_gateway.limits.periods import PERIOD_LENGTHS, Calendar, CalendarPeriod, Unit
-from api_gateway.models import Charge, Quota
+from api_gateway.models import Quota
 
 UNITS_PER_TOKEN = 1000
 MICROSECONDS = 1_000_000
