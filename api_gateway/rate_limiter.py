@@ -537,11 +537,20 @@ def joint_decision(
         decision = decision_of(charges[binding], *taken[binding], now_ns, source)
         if len(charges) > 1:
             decision.violated = tuple([charges[index].quota for index in refusals])
+            decision.debts_ns = _present_debts(charges, taken, now_ns)
         return decision
     debts_ns = [max(tat_ns - now_ns, 0) for tat_ns, _ in taken]
     index = tightest_of(charges, debts_ns)
     all_ns = tuple(debts_ns) if len(charges) > 1 else ()
     return decision_of(charges[index], *taken[index], now_ns, source, all_ns)
+
+
+def _present_debts(charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int) -> tuple[int, ...]:
+    """Return the times until buckets are full that are not charged, as some of them refuse."""
+    charged = zip(charges, taken, strict=True)
+    return tuple(
+        [max(tat_ns - (0 if wait_ns else one.increment_ns) - now_ns, 0) for one, (tat_ns, wait_ns) in charged]
+    )
 
 
 def decision_of(
