@@ -44,6 +44,7 @@ from api_gateway.settings.secret import Unusable
 from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
 from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
 from api_gateway.settings.store import StoreSection
+from api_gateway.settings.tracing import TracingSection
 from api_gateway.settings.upstreams import UpstreamSection
 from api_gateway.settings.usage import UsageSection
 from api_gateway.settings.webhook import WebhookSection
@@ -122,6 +123,7 @@ class GatewayConfig(BaseSettings):
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
     usage: UsageSection = UsageSection()
+    tracing: TracingSection = TracingSection()
     _origins: Mapping[KeyPath, str] = PrivateAttr(default={})
 
     def __eq__(self, other: object) -> bool:

@@ -4,6 +4,7 @@ Long because all layers know this module, and none needs another for a value of 
 """
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -77,13 +78,22 @@ class Charge:
     """One bucket that a request is charged to: its key and quota, and the cost as refill time.
 
     In a cost settlement, an `increment_ns` below 0 is a refund. `own_cost` is the cost in tokens if it is that of the
-    limit, whatever the request costs; None if it is that of the request.
+    limit, whatever the request costs; None if it is that of the request. `is_unverified`: anyone could have invented
+    the key, as it has the id of a client that is not registered, an address, or the value of a header field.
     """
 
     key: str
     quota: Quota
     increment_ns: int
     own_cost: float | None = None
+    is_unverified: bool = False
+
+
+class ConcurrencySlot(NamedTuple):
+    """One of the requests that a concurrency limit allows in flight: of which key, and the limit's quota."""
+
+    key: str
+    quota: Quota
 
 
 class Notice(NamedTuple):
@@ -107,7 +117,8 @@ class Decision:
     allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns` is the time until the
     bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets, and `debts_ns`, the
     times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its time. `violated` are the
-    quotas of all buckets that refuse, if there are several buckets.
+    quotas of all buckets that refuse, if there are several buckets. `wall_us`, in microseconds since the epoch, is the
+    time that decided which calendar period it was; only counters of this process set it.
     """
 
     key: str
@@ -121,6 +132,7 @@ class Decision:
     source: DecisionSource = "memory"
     violated: tuple[Quota, ...] = ()
     notices: tuple[Notice, ...] = ()
+    wall_us: int = field(init=False, repr=False, compare=False)
 
     @property
     def retry_after(self) -> float | None:
@@ -225,6 +237,60 @@ class Settlement:
 
 
 @dataclass(slots=True)
+class AttemptTrace:
+    """An attempt as its span has it. Times are monotonic seconds.
+
+    `target` is the URL of the target, `path` the request target that it got, and `breaker` the state of the upstream's
+    circuit breaker at the start. `status` is 0 without a response, `error` the reason of a failure; `ended` is None if
+    the attempt ended with the exchange, or with a response that was followed by another attempt.
+    """
+
+    span_id: str
+    upstream: str
+    target: str
+    path: bytes
+    breaker: Enum
+    started: float
+    head_at: float | None = None
+    status: int = 0
+    error: str | None = None
+    ended: float | None = None
+
+
+@dataclass(slots=True)
+class Trace:
+    """The trace context of an exchange (W3C Trace Context), and its attempts. Ids are in lower-case hexadecimal.
+
+    `parent_id` is the span of the client, empty if the trace begins here; `link` are trace and span of a client whose
+    trace is not continued. `flags` are those sent upstream, in two digits. `state` is the client's `tracestate`.
+    `next_id` is the span of the first attempt. `host`, `scheme` and `version` are those of the request.
+    """
+
+    trace_id: str
+    span_id: str
+    next_id: str
+    parent_id: str
+    flags: str
+    is_sampled: bool
+    state: bytes = b""
+    link: tuple[str, str] | None = None
+    host: str = ""
+    scheme: str = "http"
+    version: str = "1.1"
+    attempts: list[AttemptTrace] = field(default_factory=list)
+
+    def begin_attempt(self, upstream: str, target: str, path: bytes, breaker: Enum, now: float) -> None:
+        """Add an attempt that begins at `now`."""
+        span_id = self.next_id if not self.attempts else secrets.token_hex(8)
+        self.attempts.append(AttemptTrace(span_id, upstream, target, path, breaker, now))
+
+    def fields(self) -> bytes:
+        """Return the header lines for the upstream of the last attempt, each after a line break."""
+        line = f"\r\ntraceparent: 00-{self.trace_id}-{self.attempts[-1].span_id}-{self.flags}".encode()
+        return b"%b\r\ntracestate: %b" % (line, self.state) if self.state else line
+
+
+@dataclass(slots=True)
 class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.
 
@@ -275,6 +341,8 @@ class Exchange:
     number: int = 0
     settlements: tuple[Settlement, ...] = ()
     credential_check: tuple[int, Decision] | None = None  # number and decision
+    trace: Trace | None = None  # None if tracing is off
+    slots: tuple[ConcurrencySlot, ...] = ()  # of concurrency limits, held until the end of the exchange
 
     @property
     def client_key(self) -> str:
@@ -369,6 +437,15 @@ class LimitBucketView(BucketView):
     route: str | None = Field(description="null unless the limit counts by client and route.")
 
 
+class SlotView(Body):
+    """The requests of a client that are in flight, as a concurrency limit counts them."""
+
+    limit: str
+    route: str | None = Field(description="null unless the limit counts by client and route.")
+    in_flight: int
+    concurrent: int = Field(description="Maximum number of requests in flight.")
+
+
 class GrantView(Body):
     """A grant in force."""
 
@@ -393,6 +470,9 @@ class ClientView(Body):
     bucket: BucketView
     limits: list[LimitBucketView] = Field(
         default=[], description="Buckets of limits that count by client, or by client and route."
+    )
+    concurrency: list[SlotView] = Field(
+        default=[], description="Concurrency limits that count by client, or by client and route."
     )
 
 

@@ -64,8 +64,11 @@ class QuotaViews(Body):
 @router.get("/clients/{client_id}/quotas", summary="A client's calendar quotas")
 async def quotas(client_id: ClientId, context: Guarded) -> QuotaViews:
     """Return the calendar quotas that count by client, as they are now. Nothing is charged."""
-    found = await _quotas(context, client_id)
-    views = [_view(name, quota, *await context.quotas().look(key, quota)) for name, (key, quota) in found.items()]
+    found, is_unverified = await _quotas(context, client_id)
+    views = [
+        _view(name, quota, *await context.quotas().look(key, quota, is_unverified=is_unverified))
+        for name, (key, quota) in found.items()
+    ]
     return QuotaViews(client_id=client_id, quotas=views)
 
 
@@ -125,19 +128,22 @@ async def _recorded(audit: Audit, client_id: str, before: QuotaView, after: Quot
     return after
 
 
-async def _quotas(context: AdminContext, client_id: str) -> dict[str, tuple[str, PeriodQuota]]:
-    """Return the key and the quota of each limit that is a quota by client and applies to this client."""
+async def _quotas(context: AdminContext, client_id: str) -> tuple[dict[str, tuple[str, PeriodQuota]], bool]:
+    """Return the key and the quota of each limit that is a quota by client and applies to this client.
+
+    The second result tells whether anyone could have invented the client's id.
+    """
     client = (await context.clients.inspect(client_id)).client
     found = {}
     for limit in context.explainer.limits:
         quota = limit.quota_of(client.quota.name)
         if limit.is_by_client and isinstance(quota, PeriodQuota):
             found[limit.name] = limit.bucket_key((client.key,), client.quota.name), quota
-    return found
+    return found, not client.is_registered
 
 
 async def _quota(context: AdminContext, client_id: str, name: str) -> tuple[str, PeriodQuota]:
-    found = await _quotas(context, client_id)
+    found, _ = await _quotas(context, client_id)
     if name not in found:
         names = ", ".join(found) or "none"
         raise InvalidValue(

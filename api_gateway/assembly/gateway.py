@@ -32,6 +32,7 @@ from api_gateway.assembly.stores import (
     registry_of,
     requote,
 )
+from api_gateway.assembly.tracing import Tracing, TracingPlan, tracing_plan
 from api_gateway.assembly.upstreams import (
     LiveUpstream,
     TlsByFiles,
@@ -50,6 +51,7 @@ from api_gateway.downstream.states import ILLEGAL_EVENTS
 from api_gateway.errors import StartupError
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
+from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
@@ -91,6 +93,7 @@ class Gateway:
     limiter: Limiter  # of buckets
     charging: RateLimiter  # of requests: the same, or with counters of calendar quotas
     keeping: QuotaKeeping
+    slots: LocalSlots  # of concurrency limits, that requests of this process hold
     clients: ClientRegistry
     recorder: Recorder
     overrides: BreakerOverrides
@@ -102,6 +105,7 @@ class Gateway:
     tokens: JwtSource | None  # None unless tokens are a source of identities
     cors: CorsPolicy | None  # of routes without one of their own
     open_exchanges: OpenExchanges
+    tracing: Tracing
 
     @property
     def address_quota(self) -> Quota | None:
@@ -141,6 +145,7 @@ class Plan:
     upstreams: Mapping[str, UpstreamPlan | None]
     tokens: JwtSource | None
     cors: CorsPolicy | None
+    tracing: TracingPlan | None
 
 
 class Assembly:
@@ -190,6 +195,7 @@ class Assembly:
             await hold_state_folder(config, stack, replaced_within)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
+            stack.push_async_callback(gateway.tracing.close)
             stack.push_async_callback(self._issuers.close)
             self._issuers.follow(gateway.tokens)
             try:
@@ -244,7 +250,15 @@ class Assembly:
         ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
         tokens = self._issuers.plan(config, None if before is None else before.tokens)
         return Plan(
-            config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams, tokens, cors
+            config,
+            Quotas.of(config),
+            routes,
+            RouteTable(routes),
+            PriorityClasses(ranks),
+            upstreams,
+            tokens,
+            cors,
+            tracing_plan(config),
         )
 
     def commit(self, plan: Plan) -> Gateway:
@@ -259,10 +273,12 @@ class Assembly:
         before.recorder.extend(
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
+        before.slots.follow(limit.name for limit in plan.quotas.concurrency)
         before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
         self._issuers.follow(plan.tokens)
+        before.tracing.follow(plan.tracing, config)
         self.gateway = replace(
             before,
             config=config,
@@ -310,6 +326,10 @@ class Assembly:
             ILLEGAL_EVENTS.counts,
         )
         keeping = QuotaKeeping(config, recorder, clocks)
+        tracing = Tracing(recorder, clocks)
+        tracing.follow(plan.tracing, config)
+        slots = LocalSlots(recorder.in_flight_by_limit)
+        slots.follow(limit.name for limit in quotas.concurrency)
         return Gateway(
             config=config,
             quotas=quotas,
@@ -320,6 +340,7 @@ class Assembly:
             limiter=limiter,
             charging=keeping.limiter(limiter, quotas.limits, config),
             keeping=keeping,
+            slots=slots,
             clients=registry_of(config, quotas, clocks, self._on_client_change),
             recorder=recorder,
             overrides=BreakerOverrides(
@@ -340,6 +361,7 @@ class Assembly:
             tokens=plan.tokens,
             cors=plan.cors,
             open_exchanges=OpenExchanges(),
+            tracing=tracing,
         )
 
     # Upstreams

@@ -111,6 +111,11 @@ class IssuerKeys:
             return True
         return self._clock() - self._asked_at >= self._interval
 
+    async def look_for_new(self) -> None:
+        """Wait for keys on behalf of a request, if there can be new ones: the fetch it saw may have ended since."""
+        if self.may_find():
+            await self.fetched()
+
     async def fetched(self) -> None:
         """Wait for the fetch in progress, or start one. Returns too if it fails; see `error`."""
         if self._fetch is None:

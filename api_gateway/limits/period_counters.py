@@ -78,7 +78,8 @@ class Counter:
     """The counts of one client and quota, and the balance of its top-ups, which can be used until `until`.
 
     `end` is that of the period of `count`. `began` is when the client's first period began. A counter of another unit
-    than the quota's is replaced by a new one; another time zone applies from the next period on.
+    than the quota's is replaced by a new one; another time zone applies from the next period on. `is_unverified`: its
+    key may have been invented.
     """
 
     unit: Unit
@@ -88,6 +89,7 @@ class Counter:
     before: Count | None = None
     balance: int = 0
     until: int = 0
+    is_unverified: bool = False
 
     def valid_balance(self, now: int) -> int:
         """Return what can be used of the top-ups."""
@@ -110,7 +112,7 @@ class Adjustment(NamedTuple):
 class Standing:
     """A counter at one instant: the count that a request is charged to, the end of its period, and what is left.
 
-    `is_new`: the count is not part of the counter until it is charged.
+    `is_new`: the count is not part of the counter until it is charged. `is_unverified`: see `Charge`.
     """
 
     key: str
@@ -120,6 +122,7 @@ class Standing:
     end: int
     left: int
     is_new: bool
+    is_unverified: bool = False
 
     def kept(self, start: int) -> Count | None:
         """Return the count of the period from `start`; None if the counter does not have it."""
@@ -156,31 +159,43 @@ class Warned(NamedTuple):
 
 @dataclass(slots=True)
 class PeriodCounters:
-    """Counters by key: at most `limit`, after which new keys share `OVERFLOW_COUNTERS` of them, selected by hash.
+    """Counters by key: at most `limit` of verified keys, and as many of unverified ones (see `Charge`).
 
-    A shared counter admits no more for all its keys together than for one. `changed` are the keys that were changed
-    since the last call of `take_changed`; shared counters are not among them.
+    Beyond that, new keys of a kind share `OVERFLOW_COUNTERS` counters of each quota, selected by hash: a shared
+    counter admits no more for all its keys together than for one. The kinds share nothing, so invented keys take no
+    room from verified ones and use up no allowance of theirs. A key whose client is registered meanwhile keeps its
+    counter.
+
+    `unverified` is the number of counters of unverified keys. `changed` are the keys that were changed since the last
+    call of `take_changed`; shared counters are not among them.
     """
 
     limit: int
     overflowed: int = 0
+    unverified: int = 0
     counters: dict[str, Counter] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
-    _overflow: dict[tuple[str, int], Counter] = field(default_factory=dict)
+    _overflow: dict[tuple[str, int, bool], Counter] = field(default_factory=dict)
     _order: deque[str] = field(default_factory=deque)
 
     def __repr__(self) -> str:
-        return f"<PeriodCounters [{len(self)} of {self.limit}, {self.overflowed} overflowed]>"
+        verified = len(self) - self.unverified
+        return (
+            f"<PeriodCounters [{verified} verified and {self.unverified} other keys, each of {self.limit},"
+            f" {self.overflowed} overflowed]>"
+        )
 
     def __len__(self) -> int:
         return len(self.counters)
 
-    def standing(self, key: str, quota: PeriodQuota, now_us: int) -> Standing:
+    def standing(self, key: str, quota: PeriodQuota, now_us: int, *, is_unverified: bool = False) -> Standing:
         """Return the counter of a key at an instant; nothing is changed."""
         counter = self.counters.get(key)
         if counter is None and self._overflow:
-            counter = self._overflow.get(_slot(key, quota))
-        return standing_of(key, quota, counter, now_us // MICROSECONDS)
+            counter = self._overflow.get(_slot(key, quota, is_unverified))
+        standing = standing_of(key, quota, counter, now_us // MICROSECONDS)
+        standing.is_unverified = is_unverified
+        return standing
 
     def present(self, charges: Sequence[Charge], now: int) -> list[tuple[Charge, Counter]] | None:
         """Return the charges of counters, each with its counter, if all of these are in the simple state; else None.
@@ -215,7 +230,16 @@ class PeriodCounters:
         self.changed.add(standing.key)
         return use(standing, cost, now_us // MICROSECONDS)
 
-    def settle(self, key: str, quota: PeriodQuota, change: int, start: int, now_us: int) -> list[Warned]:
+    def settle(
+        self,
+        key: str,
+        quota: PeriodQuota,
+        change: int,
+        start: int,
+        now_us: int,
+        *,
+        is_unverified: bool = False,
+    ) -> list[Warned]:
         """Charge (above 0) or refund (below 0) the difference of a cost that was charged in the period from `start`.
 
         Never refuses: the allowance may be exceeded by up to a second one. What was charged in a period that the
@@ -225,7 +249,7 @@ class PeriodCounters:
         held = self.counters.get(key)
         if held is not None and held.unit != quota.calendar.unit:
             return []
-        standing = self.standing(key, quota, now_us)
+        standing = self.standing(key, quota, now_us, is_unverified=is_unverified)
         kept = standing.kept(start) if key in self.counters else None
         if change > 0 and kept is None:
             self._attach(standing)
@@ -269,19 +293,33 @@ class PeriodCounters:
         return [(key, self.counters[key]) for key in changed if key in self.counters]
 
     def restore(self, stored: Iterable[tuple[str, Counter]]) -> None:
-        """Add counters that were stored, up to the limit."""
+        """Add counters that were stored, up to the limits."""
         for key, counter in stored:
-            if len(self.counters) >= self.limit:
-                break
-            if key not in self.counters:
-                self._order.append(key)
-            self.counters[key] = counter
+            if self._has_room(is_unverified=counter.is_unverified):
+                self._put(key, counter)
 
     def _attach(self, standing: Standing) -> Count:
         """Make the count of a standing a part of its counter, and the counter a part of the table."""
+        counter = standing.counter
         if attach(standing):
-            self._add(standing.key, standing.quota, standing.counter)
+            counter.is_unverified = standing.is_unverified
+            self._add(standing.key, standing.quota, counter)
+        elif counter.is_unverified and not standing.is_unverified and self._has_room(is_unverified=False):
+            counter.is_unverified = False  # its client has been registered meanwhile
+            self.unverified -= 1
         return standing.count
+
+    def _has_room(self, *, is_unverified: bool) -> bool:
+        return (self.unverified if is_unverified else len(self.counters) - self.unverified) < self.limit
+
+    def _put(self, key: str, counter: Counter) -> None:
+        held = self.counters.get(key)
+        if held is None:
+            self._order.append(key)
+        else:
+            self.unverified -= held.is_unverified
+        self.counters[key] = counter
+        self.unverified += counter.is_unverified
 
     def _add(self, key: str, quota: PeriodQuota, counter: Counter) -> None:
         now = counter.count.start
@@ -290,14 +328,13 @@ class PeriodCounters:
             held = self.counters.get(oldest)
             if held is not None and not is_past(held, now):
                 self._order.append(oldest)
-            else:
-                self.counters.pop(oldest, None)
-        if len(self.counters) < self.limit or key in self.counters:
-            if key not in self.counters:
-                self._order.append(key)
-            self.counters[key] = counter
+            elif held is not None:
+                del self.counters[oldest]
+                self.unverified -= held.is_unverified
+        if key in self.counters or self._has_room(is_unverified=counter.is_unverified):
+            self._put(key, counter)
         else:
-            self._overflow[_slot(key, quota)] = counter
+            self._overflow[_slot(key, quota, counter.is_unverified)] = counter
             self.overflowed += 1
 
 
@@ -311,8 +348,8 @@ def past_at(counter: Counter) -> int:
     return max(counter.end + KEPT * (counter.end - counter.count.start) + KEPT_LONGER, counter.until)
 
 
-def _slot(key: str, quota: PeriodQuota) -> tuple[str, int]:
-    return quota.name, hash(key) % OVERFLOW_COUNTERS
+def _slot(key: str, quota: PeriodQuota, is_unverified: bool) -> tuple[str, int, bool]:  # noqa: FBT001 - part of a key
+    return quota.name, hash(key) % OVERFLOW_COUNTERS, is_unverified
 
 
 def standing_of(key: str, quota: PeriodQuota, counter: Counter | None, now: int) -> Standing:

@@ -20,21 +20,23 @@ from api_gateway.storage.sqlite_file import Connection, SqliteFile, stored_schem
 logger = logging.getLogger(__name__)
 
 QUOTAS_FILE = "quotas.sqlite3"
-QUOTAS_SCHEMA = 1
+QUOTAS_SCHEMA = 2
 QUOTA_WRITE_INTERVAL = 0.4  # seconds between the end of a write and the next one
 MAX_LOSS = 1.0  # seconds; a write that takes longer than the rest is logged
 _STEP = 2000  # counters that are converted to rows before the event loop turns
 
 _COLUMNS = (
     "key, unit, began, start, used, carried, drawn, peak, before_start, before_used, before_carried, before_drawn,"
-    " before_peak, balance, until, ends, past_at"
+    " before_peak, balance, until, ends, past_at, is_unverified"
 )
 _TABLE = (
     "CREATE TABLE counters (key TEXT PRIMARY KEY, unit TEXT NOT NULL, began INTEGER NOT NULL, start INTEGER NOT NULL,"
     " used INTEGER NOT NULL, carried INTEGER NOT NULL, drawn INTEGER NOT NULL, peak INTEGER NOT NULL,"
     " before_start INTEGER, before_used INTEGER, before_carried INTEGER, before_drawn INTEGER, before_peak INTEGER,"
-    " balance INTEGER NOT NULL, until INTEGER NOT NULL, ends INTEGER NOT NULL, past_at INTEGER NOT NULL) WITHOUT ROWID"
+    " balance INTEGER NOT NULL, until INTEGER NOT NULL, ends INTEGER NOT NULL, past_at INTEGER NOT NULL,"
+    " is_unverified INTEGER NOT NULL DEFAULT 1) WITHOUT ROWID"
 )
+_ADD_COLUMN = "ALTER TABLE counters ADD COLUMN is_unverified INTEGER NOT NULL DEFAULT 1"  # to schema 1
 _INDEX = "CREATE INDEX counters_by_end ON counters (past_at)"
 _REMOVE = "DELETE FROM counters WHERE key IN (SELECT key FROM counters WHERE past_at < ? ORDER BY past_at LIMIT ?)"
 _LEAST_REMOVED = 1000  # by one write, and as many as it stores if that is more: so they do not accumulate
@@ -59,7 +61,7 @@ class PeriodStore:
     async def load(self, now: int, limit: int) -> list[tuple[str, Counter]]:
         """Open the file, creating it, and return the counters with an effect at `now` (seconds), the latest first.
 
-        Raises OSError.
+        These are at most `limit` of verified keys, and as many others. Raises OSError.
         """
         await self._file.open()
         return await self._file.run(self._load, now, limit)
@@ -80,25 +82,31 @@ class PeriodStore:
     def _load(self, now: int, limit: int) -> list[tuple[str, Counter]]:
         connection = self._file.connection
         connection.execute("DELETE FROM counters WHERE past_at < ?", (now,))
-        with closing(
-            connection.execute(
-                f"SELECT {_COLUMNS} FROM counters ORDER BY past_at DESC LIMIT ?",  # noqa: S608 - constant names
-                (limit,),
-            )
-        ) as found:
-            return [_counter(row) for row in found]
+        counters: list[tuple[str, Counter]] = []
+        for condition in ("NOT is_unverified", "is_unverified"):
+            with closing(
+                connection.execute(
+                    f"SELECT {_COLUMNS} FROM counters WHERE {condition}"  # noqa: S608 - constant names
+                    " ORDER BY past_at DESC LIMIT ?",
+                    (limit,),
+                )
+            ) as found:
+                counters += [_counter(row) for row in found]
+        return counters
 
     def _prepare(self, connection: Connection) -> None:
         with transaction(connection):  # another process may do the same
-            if stored_schema(connection, self.path, QUOTAS_SCHEMA) < QUOTAS_SCHEMA:
-                for statement in (_TABLE, _INDEX, f"PRAGMA user_version = {QUOTAS_SCHEMA}"):
+            version = stored_schema(connection, self.path, QUOTAS_SCHEMA)
+            if version < QUOTAS_SCHEMA:
+                changes = (_ADD_COLUMN,) if version else (_TABLE, _INDEX)
+                for statement in (*changes, f"PRAGMA user_version = {QUOTAS_SCHEMA}"):
                     connection.execute(statement)
 
     def _write(self, rows: Sequence[CounterRow], now: int) -> None:
         connection = self._file.connection
         with transaction(connection):
             connection.executemany(
-                f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 17)})",  # noqa: S608 - constant
+                f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 18)})",  # noqa: S608 - constant
                 rows,
             )
             connection.execute(_REMOVE, (now, max(len(rows), _LEAST_REMOVED)))
@@ -123,7 +131,8 @@ class PeriodJournal:
         limit = self.counters.limit
         stored = await self.store.load(int(self._wall_clock()), limit)
         self.counters.restore(stored)
-        if len(stored) >= limit:
+        unverified = sum(counter.is_unverified for _, counter in stored)
+        if max(unverified, len(stored) - unverified) >= limit:
             logger.warning("%s has %d counters or more; the oldest are not read", self.store.path, limit)
         self._task = asyncio.create_task(self._run(), name="writing of quotas")
 
@@ -188,11 +197,12 @@ def _row(key: str, counter: Counter) -> CounterRow:
         counter.until,
         counter.end,
         past_at(counter),
+        int(counter.is_unverified),
     )
 
 
 def _counter(row: CounterRow) -> tuple[str, Counter]:
-    key, unit, began, *counts, balance, until, end, _ = row
+    key, unit, began, *counts, balance, until, end, _, is_unverified = row
     latest, before = counts[:5], counts[5:]
     known = next((one for one in UNITS if one == unit), None)
     if known is None:
@@ -205,5 +215,6 @@ def _counter(row: CounterRow) -> tuple[str, Counter]:
         before=None if before[0] is None else Count(*(int(value or 0) for value in before)),
         balance=int(balance or 0),
         until=int(until or 0),
+        is_unverified=bool(is_unverified),
     )
     return str(key), counter

@@ -23,12 +23,12 @@ class QuotaBook(Protocol):
         """Return the keys of the counters in this process; empty if they are in the store."""
         ...
 
-    async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
-        """Return a counter as it is now, and the time in seconds since the epoch."""
+    async def look(self, key: str, quota: PeriodQuota, *, is_unverified: bool = False) -> tuple[Standing, int]:
+        """Return a counter as it is now, and the time in seconds since the epoch. `is_unverified`: see `Charge`."""
         ...
 
     async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
-        """Change a counter; return as `look`."""
+        """Change a counter; return as `look`. A new one has the room of verified keys, as an operator has named it."""
         ...
 
 
@@ -47,10 +47,10 @@ class LocalBook:
         """See `QuotaBook`."""
         return list(self._counters.counters)
 
-    async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
+    async def look(self, key: str, quota: PeriodQuota, *, is_unverified: bool = False) -> tuple[Standing, int]:
         """See `QuotaBook`."""
         now_us = self._now_us()
-        return self._counters.standing(key, quota, now_us), now_us // MICROSECONDS
+        return self._counters.standing(key, quota, now_us, is_unverified=is_unverified), now_us // MICROSECONDS
 
     async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
         """See `QuotaBook`."""
@@ -80,7 +80,13 @@ class StoreBook:
         """See `QuotaBook`."""
         return []
 
-    async def look(self, key: str, quota: PeriodQuota) -> tuple[Standing, int]:
+    async def look(
+        self,
+        key: str,
+        quota: PeriodQuota,
+        *,
+        is_unverified: bool = False,  # noqa: ARG002 - the store has room for all
+    ) -> tuple[Standing, int]:
         """See `QuotaBook`."""
         return await self._of(key, quota, None)
 

@@ -70,8 +70,11 @@ class QuotaLimiter:
         now_us = ceil(self._wall_clock() * MICROSECONDS)
         present = self.counters.present(charges, now_us // MICROSECONDS)
         if present is None:
-            return self.decide_in_any_state(charges, now_us, now_ns)
+            decision = self.decide_in_any_state(charges, now_us, now_ns)
+            decision.wall_us = now_us
+            return decision
         decision = self.buckets.decide(tokens, now_ns)
+        decision.wall_us = now_us
         if not decision.allowed:
             decision.violated = decision.violated or (decision.quota,)
             return decision
@@ -149,7 +152,14 @@ class QuotaLimiter:
         warned: list[Warned] = []
         for change, start in zip(changes, starts, strict=True):
             if isinstance(change.quota, PeriodQuota) and change.increment_ns:
-                warned += self.counters.settle(change.key, change.quota, change.increment_ns, start, now_us)
+                warned += self.counters.settle(
+                    change.key,
+                    change.quota,
+                    change.increment_ns,
+                    start,
+                    now_us,
+                    is_unverified=change.is_unverified,
+                )
         if warned:
             self._on_warned(warned)
         return joint_allowance(settled_to or changes, after, self._standings(counted, now_us), now_us, starts)
@@ -167,7 +177,10 @@ class QuotaLimiter:
         return ceil(self._wall_clock() * MICROSECONDS)
 
     def _standings(self, counted: Sequence[tuple[Charge, PeriodQuota]], now_us: int) -> list[Standing]:
-        return [self.counters.standing(charge.key, quota, now_us) for charge, quota in counted]
+        return [self._standing(charge, quota, now_us) for charge, quota in counted]
+
+    def _standing(self, charge: Charge, quota: PeriodQuota, now_us: int) -> Standing:
+        return self.counters.standing(charge.key, quota, now_us, is_unverified=charge.is_unverified)
 
     def _refusal(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> Decision:
         """Return the longest refusal, of the counters and of the buckets."""
@@ -175,7 +188,7 @@ class QuotaLimiter:
 
     def _previews(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> list[Decision]:
         return [
-            counter_decision(charge, self.counters.standing(charge.key, charge.quota, now_us), now_us, now_ns)
+            counter_decision(charge, self._standing(charge, charge.quota, now_us), now_us, now_ns)
             if isinstance(charge.quota, PeriodQuota)
             else self.buckets.preview(charge, now_ns)
             for charge in charges

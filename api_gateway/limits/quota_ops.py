@@ -111,7 +111,8 @@ def read_counter(reply: Iterator[int]) -> tuple[bool, Counter | None]:
         Count(*latest),
         end,
         None if before[0] == _NONE else Count(*before),
-        *rest[-2:],
+        rest[-2],
+        rest[-1],
     )
     return is_unanswered, counter
 

@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from api_gateway.errors import CostExceedsCapacity, GatewayError, StoreUnavailable
+from api_gateway.errors import ConcurrencyExceeded, CostExceedsCapacity, GatewayError, StoreUnavailable
 from api_gateway.http1.headers import address_key
+from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import LIMIT_PREFIX
 from api_gateway.limits.limit_reached import LimitReached, RefusalTemplate, allowance_in_words, members_of
 from api_gateway.limits.period_counters import PeriodQuota
@@ -23,6 +24,14 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
         )
     assert client is not None  # noqa: S101 - the client is identified before the limiter runs
     cost, remaining = exchange.cost, decision.remaining
+    if isinstance(quota, ConcurrencyQuota):
+        wait = decision.retry_after or 0.0
+        allowed = allowance_in_words(quota)
+        return ConcurrencyExceeded(
+            f"Limit '{quota.policy}' allows {allowed}. Retry in about {wait:.0f} s, when one has ended.",
+            retry_after=wait,
+            extra=members_of(quota, client, cost, 0, decision.violated),
+        )
     verb = "is limited to"
     if decision.key == client.key:
         holder = f"Client '{client.id}' (tier {quota.name})"

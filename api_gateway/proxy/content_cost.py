@@ -115,6 +115,7 @@ class ContentScan:
             return
         self.is_over = True
         value = None
+        is_complete = is_complete or (isinstance(self._scanner, EventScanner) and self._scanner.is_done)
         if self._scanner is not None:
             value = self._scanner.finish() if is_complete else self._scanner.value
         self._on_cost(self._cost, self._cost.cost_of(value), is_complete)

@@ -9,16 +9,23 @@ from api_gateway.proxy.json_scanner import JsonScanner
 
 _LINE_END = re.compile(rb"[\r\n]")
 _DATA = b"data:"
+_DONE = b"[DONE]"  # the data of the event with which services like OpenAI's end a stream
+_KEPT = 16  # bytes of an event's data that are kept to recognise it
 
 
 class EventScanner:
-    """Follows a stream; `value` is the number in the last complete event that has one, None without one so far."""
+    """Follows a stream; `value` is the number in the last complete event that has one, None without one so far.
 
-    __slots__ = ("_is_after_return", "_is_data", "_json", "_lines", "_start", "value")
+    `is_done` is true once an event has said that it is the last one; many clients leave then, before the stream ends.
+    """
+
+    __slots__ = ("_begun", "_is_after_return", "_is_data", "_json", "_lines", "_start", "is_done", "value")
 
     def __init__(self, path: tuple[str, ...]) -> None:
         """`path` are the reference tokens of a JSON pointer."""
         self.value: float | None = None
+        self.is_done = False
+        self._begun = b""  # how the data of the event begin
         self._json = JsonScanner(path)
         self._start: bytes | None = b""  # of a line; None once it is known whether the line `_is_data`
         self._is_data = False
@@ -67,14 +74,21 @@ class EventScanner:
             self._start, self._is_data = None, part.startswith(_DATA)
             part = part[len(_DATA) :]
         if self._is_data:
-            self._json.feed(part)
+            self._data(part)
         if is_over:
             if self._is_data:
-                self._json.feed(b"\n")
+                self._data(b"\n")
             self._start = b""
+
+    def _data(self, part: bytes) -> None:
+        self._json.feed(part)
+        if len(self._begun) < _KEPT:
+            self._begun = (self._begun + part[:_KEPT])[:_KEPT]
 
     def _end_event(self) -> None:
         value = self._json.finish()
         if value is not None:
             self.value = value
+        self.is_done = self.is_done or self._begun.strip() == _DONE
+        self._begun = b""
         self._json.restart()

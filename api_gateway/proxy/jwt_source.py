@@ -124,7 +124,7 @@ class JwtSource:
 
     async def _verify_with_new_keys(self, claim: Claim) -> Proof | GatewayError:
         """Wait for the keys of the token's issuer, and verify it with them."""
-        await self._keys_of(claim).fetched()
+        await self._keys_of(claim).look_for_new()
         found = self._result(claim)
         return self._unknown_key(claim, found) if isinstance(found, KeyNeeded) else found
 

@@ -77,6 +77,17 @@ async def test_all_who_wait_share_one_fetch(keys: IssuerKeys, issuer: Issuer) ->
     assert (issuer.loads, len(found(keys))) == (1, 1)
 
 
+async def test_a_request_that_saw_a_fetch_which_has_ended_starts_no_other(keys: IssuerKeys, issuer: Issuer) -> None:
+    issuer.gate = asyncio.Event()
+    fetch = asyncio.create_task(keys.fetched())
+    await soon(lambda: issuer.loads > 0, "a fetch")
+    assert keys.may_find()  # what a request sees that is to wait
+    issuer.gate.set()
+    await fetch
+    await keys.look_for_new()
+    assert (issuer.loads, len(found(keys))) == (1, 1)
+
+
 async def test_one_who_leaves_does_not_end_the_fetch_for_the_others(keys: IssuerKeys, issuer: Issuer) -> None:
     issuer.gate = asyncio.Event()
     waiting = [asyncio.create_task(keys.fetched()) for _ in range(2)]

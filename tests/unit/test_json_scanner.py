@@ -187,6 +187,30 @@ def test_an_event_that_was_cut_off_does_not_count() -> None:
     assert scanner.value == 5
 
 
+DONE = {
+    "data: [DONE]\n\n": True,
+    "data:[DONE]\r\n\r\n": True,
+    "id: 7\ndata: [DONE] \n\n" + event({}): True,
+    "data: [DONE]\n": False,  # the event may go on
+    'data: "[DONE]"\n\n': False,
+    "data: [DONE], almost\n\n": False,
+    "data: [DONE\ndata: ]\n\n": False,
+    "[DONE]\n\n": False,
+    ": [DONE]\n\n": False,
+    "data: " + " " * 20 + "[DONE]\n\n": False,
+}
+
+
+@pytest.mark.parametrize(("text", "is_done"), DONE.items(), ids=map(repr, DONE))
+def test_the_event_that_ends_a_stream_is_recognised(text: str, *, is_done: bool) -> None:
+    stream = (event(FIVE) + text).encode()
+    for cut in range(len(stream) + 1):
+        scanner = EventScanner(PATH)
+        scanner.feed(stream[:cut])
+        scanner.feed(stream[cut:])
+        assert (scanner.is_done, scanner.value) == (is_done, 5)
+
+
 # Responses
 
 

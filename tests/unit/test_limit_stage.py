@@ -111,6 +111,23 @@ def test_a_route_with_several_readings_is_charged_by_each() -> None:
     assert [charge.key for charge in plan.exchange.charges][1:] == ["limit:login:192.0.2.7"]
 
 
+def test_a_key_that_anyone_could_have_invented_is_charged_as_such() -> None:
+    keys = (("client",), ("address",), ("organisation",), ("client", "route"), ("client", "header:x-team"))
+    limits = [Limit("-".join([part.partition(":")[0] for part in key]), key, TEAM) for key in keys]
+    limited = Limited(*limits)
+
+    def unverified(client: Client) -> set[str]:
+        plan, _ = limited.ask(client=client, team="red", organisation="acme")
+        assert len(plan.exchange.charges) == 1 + len(limits)
+        return {limit_of(charge.key) for charge in plan.exchange.charges[1:] if charge.is_unverified}
+
+    assert unverified(ACME) == {"address", "client-header"}
+    invented = replace(ACME, id="new", key="client:new", source="default")
+    assert unverified(invented) == unverified(ACME) | {"client", "client-route"}
+    assert unverified(replace(invented, has_keys=True)) == unverified(ACME)
+    assert unverified(replace(invented, source="token")) == unverified(ACME)
+
+
 def test_all_buckets_are_charged_or_none() -> None:
     limited = Limited(BY_TEAM, BY_ADDRESS)
     assert limited.admitted(path="/api/login", method="POST", team="red") == 3

@@ -396,13 +396,67 @@ def test_counters_that_have_ended_make_room_and_further_keys_share_counters() ->
     assert set(counters.counters) == {f"c{number}" for number in range(10)}
 
 
-def charged(counters: PeriodCounters, key: str, quota: PeriodQuota, now_us: int) -> bool:
+def charged(
+    counters: PeriodCounters, key: str, quota: PeriodQuota, now_us: int, *, is_unverified: bool = False
+) -> bool:
     """Make a request; return whether it is admitted."""
-    standing = counters.standing(key, quota, now_us)
+    standing = counters.standing(key, quota, now_us, is_unverified=is_unverified)
     if standing.wait_us(UNITS_PER_TOKEN, now_us):
         return False
     counters.charge(standing, UNITS_PER_TOKEN, now_us)
     return True
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_invented_keys_take_no_room_and_no_allowance_from_verified_ones(is_before: bool) -> None:  # noqa: FBT001
+    quota, counters = monthly(2), PeriodCounters(50)
+    invented = [f"invented {number}" for number in range(20_000)]
+
+    def attack() -> None:
+        for key in invented:
+            charged(counters, key, quota, NOW, is_unverified=True)
+
+    if is_before:
+        attack()
+    for number in range(50):
+        assert [charged(counters, f"known {number}", quota, NOW) for _ in range(3)] == [True, True, False]
+    attack()
+    assert len(counters) == 100
+    assert counters.unverified == 50
+    for number in range(50):
+        assert not charged(counters, f"known {number}", quota, NOW)
+        assert counters.standing(f"known {number}", quota, NOW).left == 0
+    assert not charged(counters, invented[-1], quota, NOW, is_unverified=True), "their shared counters are used up"
+    # Verified keys above the limit share counters, but none with invented keys.
+    more = [charged(counters, f"further {number}", quota, NOW) for number in range(100)]
+    assert sum(more) > 90
+    assert len(counters) == 100
+    # What was used up stays so when the period ends, and ended counters of both kinds make room.
+    later = NOW + 200 * DAY * MICROSECONDS
+    for number in range(60):
+        assert charged(counters, f"new {number}", quota, later)
+        charged(counters, f"new invented {number}", quota, later, is_unverified=True)
+    assert (len(counters), counters.unverified) == (100, 50)
+
+
+def test_a_settlement_of_an_invented_key_takes_no_room_either() -> None:
+    quota, counters = monthly(2), PeriodCounters(10)
+    for number in range(1000):
+        counters.settle(f"invented {number}", quota, UNITS_PER_TOKEN, 0, NOW, is_unverified=True)
+    assert (len(counters), counters.unverified) == (10, 10)
+    assert all(charged(counters, f"known {number}", quota, NOW) for number in range(10))
+    assert (len(counters), counters.unverified) == (20, 10)
+
+
+def test_a_client_that_is_registered_later_keeps_its_count_and_moves_to_the_room_of_verified_keys() -> None:
+    quota, counters = monthly(2, "day"), PeriodCounters(1)
+    assert charged(counters, "a", quota, NOW, is_unverified=True)
+    assert [charged(counters, "a", quota, NOW) for _ in range(2)] == [True, False]
+    assert counters.unverified == 0
+    assert charged(counters, "b", quota, NOW, is_unverified=True)
+    assert (len(counters), counters.overflowed) == (2, 0)
+    assert charged(counters, "b", quota, NOW)  # there is no room for another verified one: it stays
+    assert (len(counters), counters.unverified, counters.overflowed) == (2, 1, 0)
 
 
 def test_only_what_was_changed_is_to_be_stored() -> None:
@@ -413,4 +467,4 @@ def test_only_what_was_changed_is_to_be_stored() -> None:
     assert client.counters.take_changed() == []
     assert not client.spend()
     assert client.counters.take_changed() == []  # refusals change nothing
-    assert repr(client.counters) == "<PeriodCounters [1 of 1000, 0 overflowed]>"
+    assert repr(client.counters) == "<PeriodCounters [1 verified and 0 other keys, each of 1000, 0 overflowed]>"

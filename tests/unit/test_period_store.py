@@ -26,9 +26,18 @@ def journal(folder: Path, now: float = NOW, limit: int = 100, **more: Any) -> Pe
     )
 
 
-def spend(counters: PeriodCounters, key: str, cost: int = 1000, now: int = NOW, quota: PeriodQuota = QUOTA) -> None:
+def spend(
+    counters: PeriodCounters,
+    key: str,
+    cost: int = 1000,
+    now: int = NOW,
+    quota: PeriodQuota = QUOTA,
+    *,
+    is_unverified: bool = False,
+) -> None:
     """Charge a cost."""
-    counters.charge(counters.standing(key, quota, now * MICROSECONDS), cost, now * MICROSECONDS)
+    standing = counters.standing(key, quota, now * MICROSECONDS, is_unverified=is_unverified)
+    counters.charge(standing, cost, now * MICROSECONDS)
 
 
 async def stored(folder: Path, now: float = NOW, limit: int = 100) -> dict[str, Counter]:
@@ -75,6 +84,36 @@ async def test_no_more_counters_are_read_than_memory_may_have(
     await writing.close()
     assert set(await stored(tmp_path, limit=2)) == {"a3", "a4"}
     assert "2 counters or more" in caplog.text
+
+
+async def test_invented_keys_do_not_displace_others_at_a_start(tmp_path: Path) -> None:
+    """Also if the limit has been lowered, and the invented ones have been used last."""
+    writing = journal(tmp_path)
+    await writing.start()
+    for number in range(3):
+        spend(writing.counters, f"known {number}")
+    for number in range(50):
+        spend(writing.counters, f"invented {number}", now=NOW + 40 * 24 * HOUR, is_unverified=True)
+    before = dict(writing.counters.counters)
+    await writing.close()
+    found = await stored(tmp_path, limit=4)
+    assert {key for key in found if key.startswith("known")} == {"known 0", "known 1", "known 2"}
+    assert (len(found), sum(counter.is_unverified for counter in found.values())) == (7, 4)
+    assert all(before[key] == counter for key, counter in found.items())
+
+
+async def test_a_file_of_an_earlier_version_is_read_and_its_keys_count_as_unverified(tmp_path: Path) -> None:
+    writing = journal(tmp_path)
+    await writing.start()
+    spend(writing.counters, "a")
+    await writing.close()
+    with sqlite3.connect(tmp_path / "quotas.sqlite3") as other:
+        other.execute("ALTER TABLE counters DROP COLUMN is_unverified")
+        other.execute("PRAGMA user_version = 1")
+    other.close()
+    found = await stored(tmp_path)
+    assert (found["a"].count.used, found["a"].is_unverified) == (1000, True)
+    assert set(await stored(tmp_path)) == {"a"}
 
 
 async def test_what_could_not_be_written_is_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +181,7 @@ async def test_a_file_that_cannot_be_used_is_an_error_that_says_why(tmp_path: Pa
     with sqlite3.connect(tmp_path / "quotas.sqlite3") as other:
         other.execute("PRAGMA user_version = 9")
     other.close()
-    with pytest.raises(OSError, match=r"newer gateway \(schema 9, newest supported 1\)"):
+    with pytest.raises(OSError, match=r"newer gateway \(schema 9, newest supported 2\)"):
         await stored(tmp_path)
     with pytest.raises(OSError, match="not open"):
         await PeriodStore(tmp_path).write([], NOW)

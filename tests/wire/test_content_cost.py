@@ -159,6 +159,27 @@ def test_a_response_that_breaks_off_costs_no_less_than_is_stated_otherwise(
 
 
 @both_ways
+def test_a_client_that_leaves_after_the_event_that_ends_a_stream_pays_what_it_states(
+    gateway: StartGateway, upstream: StartUpstream, way: str
+) -> None:
+    """As many clients do, although the last bytes of the stream are still to come."""
+    up = upstream()
+    running = gateway(configuration(up.url, otherwise=3))
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        piece = events(usage(500), b"[DONE]")
+        wire.send(HEAD % b"text/event-stream" + b"%x\r\n%b\r\n" % (len(piece), piece))
+        wire.read_until(b"never")  # until the gateway closes the connection
+        return False
+
+    up.behave = behave
+    with RawClient(running.port) as raw:
+        raw.request("GET", "/api/x", ("X-Client-ID: c", *WAYS[way]))
+        raw.read_until(b"[DONE]\n\n")
+    eventually(lambda: left(running) == pytest.approx(CAPACITY - 0.5, abs=0.1), "it is settled")
+
+
+@both_ways
 @pytest.mark.parametrize("media_type", [b"text/event-stream", b"application/json"])
 def test_a_client_that_leaves_pays_what_is_stated_otherwise(
     gateway: StartGateway, upstream: StartUpstream, way: str, media_type: bytes

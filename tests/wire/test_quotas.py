@@ -362,3 +362,25 @@ def test_the_list_of_limits_counts_the_counters_of_quotas(gateways: Any) -> None
     assert [gateway.get(name).status for name in "abc"] == [200] * 3
     listed = {one["name"]: one["buckets"] for one in gateway.call("GET", "/limits").json()["limits"]}
     assert (listed["monthly"], listed["own"]) == (3, 3)
+
+
+def test_invented_ids_never_refuse_a_registered_client_nor_one_with_a_key(gateways: Any) -> None:
+    gateway = gateways(
+        {"name": "monthly", "quota": 3, "period": "month"},
+        store={"max_buckets": 4},
+        address_limit={"rate": 0},
+        clients={"acme": {}},
+    )
+    key = gateway.call("POST", "/clients/shop/keys", {}).json()["key"]
+    for number in range(200):
+        gateway.get(f"invented-{number}")
+    assert gateway.statuses(4) == [200, 200, 200, 429]
+    with_key = [ask(f"{gateway.running.url}/api/x", headers={"X-API-Key": key}).status for _ in range(4)]
+    assert with_key == [200, 200, 200, 429]
+    for number in range(200, 300):
+        gateway.get(f"invented-{number}")
+    assert (gateway.quota()["remaining"], gateway.quota("shop")["remaining"]) == (0, 0)
+    assert gateway.get().status == 429
+    listed = {one["name"]: one["buckets"] for one in gateway.call("GET", "/limits").json()["limits"]}
+    assert listed["monthly"] == 6, "two of registered clients, and four of invented ids"
+    assert gateway.call("POST", "/clients/invented-299/quotas/monthly/top-up", {"amount": 1}).status == 200
