@@ -13,6 +13,7 @@ from api_gateway.admin.feed import FRAME_SECONDS, Watcher, event
 from api_gateway.admin.gate import OPERATOR, SERVER
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 from api_gateway.errors import RateLimited
+from api_gateway.reporting.problems import REFUSALS
 
 MAX_WATCHERS = 50  # of one process
 MAX_STREAM_SECONDS = 3600.0  # then the page connects again
@@ -50,7 +51,12 @@ async def _stream(request: Request, context: AdminContext) -> AsyncIterator[byte
     end = context.clocks.monotonic() + MAX_STREAM_SECONDS
     feed.watchers += 1
     try:
-        hello = {"operator": operator.name, "role": operator.role.value, "version": context.version}
+        hello = {
+            "operator": operator.name,
+            "role": operator.role.value,
+            "version": context.version,
+            "refusals": sorted(REFUSALS),
+        }
         yield event("hello", json.dumps(hello))
         while context.clocks.monotonic() < end:
             for one in watcher.events(await feed.frame()):

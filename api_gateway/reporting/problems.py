@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import quote
 
-from api_gateway.errors import Reason
+from api_gateway.errors import GatewayError, Reason
 from api_gateway.reporting.snapshot import Status, TargetSnapshot, UpstreamSnapshot, WorkerSnapshot
 from api_gateway.reporting.traffic_history import Point
 from api_gateway.resilience.breaker_policy import Mode, State
@@ -22,6 +22,16 @@ HIGH_ERRORS = 0.05
 HIGH_LAG = 0.1  # seconds
 _LONGEST = 300  # characters of an error of another program
 _SHED, _NO_KEYS = Reason.OVERLOADED.value, Reason.ISSUER_UNAVAILABLE.value
+
+
+def _kinds(base: type[GatewayError]) -> Iterator[type[GatewayError]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+# The reasons of responses 4xx; all others are those of errors 5xx.
+REFUSALS = frozenset(kind.reason.value for kind in _kinds(GatewayError) if kind.status < 500)  # noqa: PLR2004 - the class
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +117,9 @@ def _of_traffic(points: Sequence[Point]) -> Iterator[Found]:
         yield Found("warn", f"{refused / requests:.0%} of the last minute's requests were refused{kind}.", "#/clients")
 
 
-_REFUSALS = frozenset(
-    {
-        *("rate_limited", "cost_exceeds_capacity", "address_denied", "no_route", "method_not_allowed"),
-        *("client_id_invalid", "unauthorized", "forbidden", "credentials_required", "credentials_invalid"),
-        *("credentials_insufficient", "body_too_large", "headers_too_large", "length_required", "request_timeout"),
-        *("bad_request", "invalid_value", "client_disconnected"),
-    }
-)
-
-
 def _most(kinds: Mapping[str, int], *, gateway_refusals: bool) -> str:
     """Return the most frequent kind, for the end of a sentence."""
-    chosen = {kind: count for kind, count in kinds.items() if (kind in _REFUSALS) is gateway_refusals}
+    chosen = {kind: count for kind, count in kinds.items() if (kind in REFUSALS) is gateway_refusals}
     return f", mostly {max(chosen, key=chosen.__getitem__)}" if chosen else ""
 
 

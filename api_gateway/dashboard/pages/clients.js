@@ -74,7 +74,7 @@ export function clients(main, argument, signal) {
 function client(place, id, tiers) {
   const abort = new AbortController(), { signal } = abort;
   const base = `/clients/${segment(id)}`;
-  const status = h("span", {}), facts = h("dl", { class: "facts" }), buckets = h("div", { class: "buckets" }), problem = h("div", {});
+  const status = h("span", {}), facts = h("dl", { class: "facts" }), buckets = h("div", { class: "buckets" }), concurrency = h("div", { class: "buckets" }), problem = h("div", {});
   const keys = h("div", { class: "stack" }), quotas = h("div", { class: "buckets" }), quotaPanel = h("section", { class: "panel", hidden: true }, h("header", {}, h("h2", {}, "Calendar quotas")), quotas);
   const options = () => tiers.map((one) => [one, one]);
   let view = null, isVerified = false;
@@ -83,7 +83,7 @@ function client(place, id, tiers) {
   const endGrant = change("End the grant", { text: "The client's own tier applies again.", request: () => ({ method: "DELETE", path: `${base}/grants` }) });
   put(place,
     h("div", { class: "head" }, h("a", { class: "back", href: "#/clients" }, "‹ All clients"), h("h1", {}, id), status), problem,
-    h("section", { class: "panel" }, h("header", {}, h("h2", {}, "Limits"), h("span", { class: "muted small push" }, "live")), buckets),
+    h("section", { class: "panel" }, h("header", {}, h("h2", {}, "Limits"), h("span", { class: "muted small push" }, "live")), h("div", { class: "stack" }, buckets, concurrency)),
     h("section", { class: "panel stack" }, h("header", {}, h("h2", {}, "Tier")), facts,
       h("div", { class: "actions" },
         change("Set tier", { text: "The client is registered with this tier, which applies to its next request.", fields: () => [field("Tier", { options: options(), value: view?.tier.name ?? tiers[0] })], request: ([tier]) => ({ method: "POST", path: `${base}/tier`, body: { tier: tier.value } }) }),
@@ -113,6 +113,8 @@ function client(place, id, tiers) {
         put(buckets, [...bars.values()].map((one) => one.element));
       }
       for (const one of all) bars.get(one.name).set(one);
+      put(concurrency, (view.concurrency ?? []).map((one) => h("div", { class: "bucket" }, h("header", {}, h("b", {}, one.route ? `${one.limit}, route ${one.route}` : one.limit), h("span", { class: "muted" }, "requests in flight"), h("span", { class: "num" }, `${number(one.in_flight)} of ${number(one.concurrent)}`)),
+        h("div", { class: "bar" }, h("i", { class: one.in_flight >= one.concurrent ? "fail" : null, style: { width: `${Math.min(100, (one.in_flight / one.concurrent) * 100)}%` } })))));
     } catch (error) {
       if (error.name !== "AbortError") put(problem, failure(error));
     }

@@ -85,6 +85,9 @@ function decisions(view) {
       h("div", { class: "bar" }, h("i", { class: one.allowed ? "" : "fail", style: { width: `${left * 100}%` } })),
       `${number(one.tokens)} of ${number(one.capacity)} tokens, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, one.key === view.limiting_bucket && view.buckets.length > 1 ? "This one decides." : null));
   }
+  for (const one of view.concurrency ?? []) {
+    steps.push(step(one.allowed ? "ok" : "fail", `Limit ${one.policy}`, one.allowed ? "admits another" : "full", `${number(one.in_flight)} of ${number(one.concurrent)} requests are in flight`));
+  }
   for (const one of view.limits_not_applied) steps.push(step("skipped", `Limit ${one.name}`, "does not apply", one.detail));
   if (view.upstream) {
     const up = view.upstream, limit = up.concurrency;

@@ -7,7 +7,6 @@ import { stream, watch } from "../stream.js";
 
 const SHOWN = 5; // problems, until all are asked for
 const COLORS = ["--s1", "--s2", "--s4", "--s5", "--s3", "--s6", "--s7"];
-const REFUSALS = new Set(["rate_limited", "cost_exceeds_capacity", "address_denied", "no_route", "method_not_allowed", "client_id_invalid", "unauthorized", "forbidden", "credentials_required", "credentials_invalid", "credentials_insufficient", "body_too_large", "headers_too_large", "length_required", "request_timeout", "bad_request", "invalid_value", "client_disconnected"]);
 
 export function overview(main, _, signal) {
   const figure = (label) => {
@@ -79,7 +78,7 @@ export function overview(main, _, signal) {
     const byKind = sums(points, "kinds"), most = byKind[0]?.[1] ?? 1;
     put(kinds, byKind.length ? byKind.slice(0, 12).map(([name, one]) => [
       h("span", { class: "mono", title: name }, name),
-      h("span", { class: "bar" }, h("i", { class: REFUSALS.has(name) ? "warn" : "fail", style: { width: `${(one / most) * 100}%` } })),
+      h("span", { class: "bar" }, h("i", { class: stream.hello.refusals.includes(name) ? "warn" : "fail", style: { width: `${(one / most) * 100}%` } })),
       h("span", {}, number(one))]) : h("p", { class: "empty" }, "No refusals and no errors in the last hour."));
   };
   watch(signal, update);
