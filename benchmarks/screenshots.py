@@ -128,9 +128,9 @@ def simulated_hour(now: float) -> TrafficHistory:
     recorder = Recorder(SERVICES, SERVICES, quotas, (50, 90, 99), 0.0)
     for number in range(HISTORY_POINTS):
         at = number * POINT_SECONDS
-        level = 22 + 9 * math.sin(number / 46) + 4 * math.sin(number / 9) + source.gauss(0, 1.4)
+        level = 31 + 7 * math.sin(number / 46) + 3 * math.sin(number / 9) + source.gauss(0, 0.9)
         outage = number in OUTAGE
-        for _ in range(max(1, round(level * 4))):
+        for _ in range(round(level * POINT_SECONDS)):
             tier = source.choices(list(quotas), (5, 3, 4, 1))[0]
             client = Client(tier, tier, quotas[tier], "registered")
             exchange = Exchange("", "GET", "/", "", at, client=client, route=source.choice(SERVICES))

@@ -111,10 +111,14 @@ def _of_traffic(points: Sequence[Point]) -> Iterator[Found]:
         return
     if errors / requests >= HIGH_ERRORS:
         kind = _most(kinds, gateway_refusals=False)
-        yield Found("fail", f"{errors / requests:.0%} of the last minute's requests had an error 5xx{kind}.", "#/")
+        yield Found(
+            "fail", f"{_percent(errors, requests)} of the last minute's requests had an error 5xx{kind}.", "#/"
+        )
     if refused / requests >= HIGH_REFUSALS:
         kind = _most(kinds, gateway_refusals=True)
-        yield Found("warn", f"{refused / requests:.0%} of the last minute's requests were refused{kind}.", "#/clients")
+        yield Found(
+            "warn", f"{_percent(refused, requests)} of the last minute's requests were refused{kind}.", "#/clients"
+        )
 
 
 def _most(kinds: Mapping[str, int], *, gateway_refusals: bool) -> str:
@@ -158,6 +162,10 @@ def _of_target(name: str, target: TargetSnapshot, link: str, *, is_alone: bool) 
 
 def _upstream_link(name: str) -> str:
     return f"#/upstreams/{quote(name, safe='')}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole * 100:.0f} %"
 
 
 def _short(text: str | None) -> str:

@@ -25,6 +25,7 @@ PERCENTILES = (50, 90, 99)
 Point = dict[str, Any]
 
 _DISCONNECTED = 499
+_EARLY = 1.0  # seconds
 
 
 class TrafficHistory:
@@ -107,9 +108,12 @@ class _Totals:
 
 
 def seconds_to_next(now: float) -> float:
-    """Return the seconds until the next point is due: `REPORT_DELAY` after a multiple of `POINT_SECONDS`."""
-    due = (math.floor((now - REPORT_DELAY) / POINT_SECONDS) + 1) * POINT_SECONDS + REPORT_DELAY
-    return due - now
+    """Return the seconds until the next point is due: `REPORT_DELAY` after a multiple of `POINT_SECONDS`.
+
+    A point that is due within a second counts as taken, because timers may end early.
+    """
+    passed = math.floor((now - REPORT_DELAY + _EARLY) / POINT_SECONDS)
+    return (passed + 1) * POINT_SECONDS + REPORT_DELAY - now
 
 
 def _latencies(recorders: Iterable[Recorder], now: float) -> Steps[dict[int, int]]:

@@ -124,14 +124,14 @@ CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
         snapshot(),
         [point(requests=100, errors=30, kinds={"upstream_timeout": 30})],
         "fail",
-        "30% of the last minute's requests had an error 5xx, mostly upstream_timeout.",
+        "30 % of the last minute's requests had an error 5xx, mostly upstream_timeout.",
         "#/",
     ),
     (
         snapshot(),
         [point(requests=100, refused=40, kinds={"rate_limited": 40})],
         "warn",
-        "40% of the last minute's requests were refused, mostly rate_limited.",
+        "40 % of the last minute's requests were refused, mostly rate_limited.",
         "#/clients",
     ),
     (

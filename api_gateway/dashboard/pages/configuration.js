@@ -92,5 +92,5 @@ function reloaded(one) {
 
 function differences(changes) {
   const text = (value) => (value === null ? "not set" : typeof value === "string" ? value : JSON.stringify(value));
-  return h("div", { class: "change" }, changes.map((one) => [h("code", {}, one.setting, one.needs_restart && [" ", h("span", { class: "tag" }, "after a restart")]), one.secret ? h("span", { class: "muted" }, "secret") : h("del", { class: "mono" }, text(one.old)), h("span", { class: "muted", "aria-label": "becomes" }, "→"), one.secret ? h("span", { class: "muted" }, "changed") : h("ins", { class: "mono" }, text(one.new))]));
+  return h("div", { class: "change" }, changes.map((one) => [h("code", {}, one.setting, one.needs_restart && [" ", h("span", { class: "tag" }, "after a restart")]), one.secret ? h("span", { class: "muted" }, "secret") : h("del", { class: "mono" }, text(one.old)), h("span", { class: "muted arrow", "aria-hidden": "true" }, "→"), one.secret ? h("span", { class: "muted" }, "changed") : h("ins", { class: "mono" }, text(one.new))]));
 }

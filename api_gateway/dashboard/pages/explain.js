@@ -18,7 +18,7 @@ export function explain(main, argument, signal) {
   const forwarded = field("Forwarded addresses", { placeholder: "203.0.113.9, 10.0.0.2" });
   const headers = field("Header fields, one on a line", { type: "textarea", placeholder: "X-Tenant: acme", full: true });
   const command = curlBlock("POST", "/explain", {});
-  const result = h("section", { class: "panel", "aria-live": "polite" }, h("header", {}, h("h2", {}, "Order of decisions")), h("p", { class: "empty" }, "Describe a request. Nothing is charged, sent or changed."));
+  const result = h("section", { class: "panel result", "aria-live": "polite" }, h("header", {}, h("h2", {}, "Order of decisions")), h("p", { class: "empty" }, "Describe a request. Nothing is charged, sent or changed."));
   const id = h("input", { type: "search", placeholder: "Request id, from X-Request-ID or the problem details", "aria-label": "Request id", autocomplete: "off", spellcheck: "false" });
   const found = h("div", { class: "stack", "aria-live": "polite" });
 
@@ -37,6 +37,7 @@ export function explain(main, argument, signal) {
     event.preventDefault();
     try {
       put(result, h("header", {}, h("h2", {}, "Order of decisions")), decisions(await call("POST", "/explain", body(), { signal })));
+      if (!matchMedia("(min-width: 1081px)").matches) result.scrollIntoView({ block: "start" });
     } catch (error) {
       if (error.name !== "AbortError") put(result, h("header", {}, h("h2", {}, "Order of decisions")), failure(error));
     }
