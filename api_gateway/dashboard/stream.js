@@ -25,6 +25,7 @@ class Stream extends EventTarget {
   connect() {
     this.abort?.abort();
     this.run += 1;
+    this.#set("connecting");
     this.#follow(this.run);
   }
 

@@ -218,7 +218,7 @@ def test_an_upstream_that_fails_is_seen_while_the_page_is_open(browser: Any, sit
         page.locator(".machine .now", has_text="Open").wait_for()
         page.get_by_text("3 calls that failed before").click()
         page.get_by_text("status 503").last.wait_for()
-        assert "threshold reached" in page.locator(".machine .label.last").inner_text()
+        assert "threshold reached" in page.locator(".machine .label.last").text_content()
         site.users.behave = reply()
 
 
