@@ -25,6 +25,8 @@ from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
 from api_gateway.limits.concurrency import SlotLedger
 from api_gateway.limits.quota_book import QuotaBook
+from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.observability.request_history import RequestHistory
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.system.clocks import Clocks
@@ -59,6 +61,8 @@ class AdminContext:
     accepts_keys: bool
     quotas: Callable[[], QuotaBook]
     configuration: GatewayConfig
+    numbers: DecisionNumbers
+    history: RequestHistory
     slots: SlotLedger
     usage: UsageLedger | None = None
     lifecycle: Lifecycle = Lifecycle.STARTING

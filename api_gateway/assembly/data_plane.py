@@ -62,7 +62,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock_ns=clocks.monotonic_ns,
         recorder=recorder,
         limit_headers=limit_headers,
-        next_number=_next_number(gateway),
+        next_number=_next_number(gateway) or (_unnumbered if gateway.config.history.enabled else None),
     )
     sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
     cors = _cors(gateway)
@@ -268,10 +268,12 @@ def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
 
 
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    """Return what records an exchange: the access log and the usage, as far as they are on, with one time for both."""
+    """Return what records an exchange: access log, usage and history, as far as they are on, with one time for all."""
     writers = _access_logs(gateway)
     if gateway.usage is not None:
         writers.append(gateway.usage.count)
+    if gateway.config.history.enabled:
+        writers.append(gateway.history.record)
     if not writers:
         return []
     wall_clock = gateway.clocks.wall
@@ -300,6 +302,11 @@ def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
 def _next_number(gateway: Gateway) -> Callable[[], int] | None:
     """Return what numbers decisions, which only the access log needs."""
     return gateway.numbers.next if gateway.config.log.access else None
+
+
+def _unnumbered() -> int:
+    """Return the number of a settlement that only the history records, which needs no numbers."""
+    return 0
 
 
 def _shadow(gateway: Gateway) -> ShadowLimits | None:

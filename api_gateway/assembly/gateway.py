@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import httpx
 
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
+from api_gateway.assembly.history import history_limits
 from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.quotas import QuotaKeeping
@@ -56,6 +57,7 @@ from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.observability.request_history import RequestHistory
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.proxy.open_exchanges import OpenExchanges
@@ -102,6 +104,7 @@ class Gateway:
     pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
     numbers: DecisionNumbers
     usage: UsageLedger | None  # None if it is not counted
+    history: RequestHistory
     tokens: JwtSource | None  # None unless tokens are a source of identities
     cors: CorsPolicy | None  # of routes without one of their own
     open_exchanges: OpenExchanges
@@ -275,6 +278,7 @@ class Assembly:
         )
         before.slots.follow(limit.name for limit in plan.quotas.concurrency)
         before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
+        before.history.change(history_limits(config))
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
         self._issuers.follow(plan.tokens)
@@ -357,6 +361,7 @@ class Assembly:
             clocks=clocks,
             pseudonym=pseudonym,
             usage=usage_of(config, clocks),
+            history=RequestHistory(history_limits(config)),
             numbers=DecisionNumbers(f"{self._source.getrandbits(32):08x}", clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
             cors=plan.cors,

@@ -258,6 +258,7 @@ class WorkerSnapshot:
     resources: list[ResourceState] = field(default_factory=list)
     process: dict[str, float] = field(default_factory=dict)  # see `process_figures`
     points: list[Point] = field(default_factory=list)  # the traffic of the last hour, of all workers
+    history: dict[str, int] = field(default_factory=dict)  # records of requests by outcome, and their `bytes`
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "WorkerSnapshot":
@@ -301,6 +302,7 @@ class WorkerSnapshot:
             "resources": list(resources.values()),
             "process": self.process,
             "points": self.points,
+            "history": self.history,
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -321,6 +323,7 @@ class WorkerSnapshot:
         self.tasks = state["tasks"]
         self.process = state["process"]
         self.points = state["points"]
+        self.history = state["history"]
         self.configuration = ReloadState.from_state(state["configuration"])
         resources = yield from each(enumerate(state["resources"]), lambda _, resource: ResourceState(**resource))
         self.resources = list(resources.values())
@@ -340,6 +343,7 @@ class WorkerSnapshot:
         self.recorder.in_flight = self.recorder.waiting_traces = self.buckets = self.tasks = 0
         self.lag = 0.0
         self.process = figures_at_end(self.process)
+        self.history = dict.fromkeys(self.history, 0)
         self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
 
 
