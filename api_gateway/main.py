@@ -197,7 +197,6 @@ def create_app(
             await installation.start(settings, _admin_context, aggregator or SingleProcess())
             app.state.admin_context.lifecycle = Lifecycle.SERVING
             watch = _credential_watch(assembly, listener, open_connections)
-            # With several workers, the supervisor samples the traffic of all.
             async with watch.running(), installation.sampling(is_alone=not isinstance(aggregator, SupervisorChannel)):
                 yield
             app.state.admin_context.lifecycle = Lifecycle.DRAINING

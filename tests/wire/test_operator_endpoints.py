@@ -346,6 +346,8 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/healthz",
         "/readyz",
         "/audit",
+        "/configuration",
+        "/dashboard/events",
         "/history",
         "/explain/{request_id}",
         "/reload",
