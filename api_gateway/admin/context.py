@@ -23,7 +23,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import ClientIdInvalid, Forbidden
 from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
-from api_gateway.limits.concurrency import SlotLedger
+from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.limits.quota_book import QuotaBook
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.observability.request_history import RequestHistory
@@ -63,7 +63,7 @@ class AdminContext:
     configuration: GatewayConfig
     numbers: DecisionNumbers
     history: RequestHistory
-    slots: SlotLedger
+    slots: LocalSlots
     usage: UsageLedger | None = None
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)
