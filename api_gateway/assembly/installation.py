@@ -138,7 +138,7 @@ class Installation:
 
     @asynccontextmanager
     async def sampling(self, *, is_alone: bool) -> AsyncIterator[None]:
-        """Sample the traffic of this process within this block, if it is alone; of several workers the supervisor does."""
+        """Sample the traffic within this block, if this process is alone; of several the supervisor does."""
         if not is_alone:
             yield
             return
