@@ -58,7 +58,7 @@ MUTANTS = (
             "debt_ns - quota.burst_ns - 1, held_debt_ns, now_ns)",
             f"{_INVARIANTS}::test_every_decision_is_that_of_an_exact_token_bucket",
         ),
-        ("            if debt_ns > burst_ns:\n", "            if debt_ns >= burst_ns:\n", _MEMORY),
+        ("            if debt_ns > burst_ns:\n", "            if debt_ns > 2 * burst_ns:\n", _MEMORY),
         (
             "if (not refused and charge.increment_ns) or after_ns < tat_ns:",
             "if charge.increment_ns:",
@@ -72,7 +72,7 @@ MUTANTS = (
         (
             "further = (charge.quota.burst_ns - debts_ns[index]) / increment_ns",
             "further = charge.quota.burst_ns - debts_ns[index]",
-            f"{_MEMORY}::test_a_settlement_reports_the_tightest_bucket_by_what_it_was_settled_to",
+            f"{_MEMORY}::test_the_tightest_of_buckets_with_different_rates_is_that_of_the_fewest_requests",
         ),
         (
             "further = (burst_ns - debt_ns) / increment_ns",
