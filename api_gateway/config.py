@@ -34,6 +34,7 @@ from api_gateway.settings.environment import (
     read_env_file,
     read_environment,
 )
+from api_gateway.settings.history import HistorySection
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limits import LimitSection
 from api_gateway.settings.repair import errors_of_repaired
@@ -122,6 +123,7 @@ class GatewayConfig(BaseSettings):
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
     usage: UsageSection = UsageSection()
+    history: HistorySection = HistorySection()
     tracing: TracingSection = TracingSection()
 
     @property

@@ -8,6 +8,7 @@ from starlette.datastructures import State
 
 from api_gateway.admin.context import AdminContext, Lifecycle
 from api_gateway.admin.gate import Access, OperatorGate
+from api_gateway.admin.history_queries import HistoryQueries
 from api_gateway.assembly.data_plane import data_plane_of
 from api_gateway.assembly.gateway import Assembly, Gateway, Plan
 from api_gateway.config import GatewayConfig
@@ -79,6 +80,7 @@ class Installation:
         self._app.state.gateway = gateway
         self._app.state.admin_context = context(gateway, explainer, aggregator)
         aggregator.register(self.snapshot, self)
+        aggregator.answer_by(HistoryQueries(gateway.history, gateway.clocks.wall).answer)
 
     async def prepare(self, values: dict[str, Any]) -> None:
         """See `worker_channel.Configured`."""
@@ -157,4 +159,11 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         tasks=len(asyncio.all_tasks()),
         resources=[one for found in resources.values() for one in found],
         process=process,
+        history=_history_figures(gateway),
     )
+
+
+def _history_figures(gateway: Gateway) -> dict[str, int]:
+    sizes = gateway.history.sizes()
+    counts: dict[str, int] = {outcome: count for outcome, (count, _) in sizes.items()}
+    return counts | {"bytes": sum(size for _, size in sizes.values())}

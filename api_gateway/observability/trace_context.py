@@ -7,7 +7,6 @@ from typing import NamedTuple
 from api_gateway.models import HeaderList
 
 SAMPLED, RANDOM = 1, 2  # flags
-TRACE_FIELDS = frozenset({b"traceparent", b"tracestate"})
 # A version other than 00 may have further parts, which are ignored; ff is invalid, and so are ids of zeros.
 _IDS = rb"-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
 _PARENT = re.compile(rb"(?:00|(?!00|ff)[0-9a-f]{2}(?=.{53}(?:-|\Z)))" + _IDS + rb"(?P<more>-.*)?", re.DOTALL)
@@ -91,11 +90,6 @@ def split_pairs(headers: HeaderList) -> tuple[HeaderList, ParentContext | None, 
         else:
             kept.append(pair)
     return kept, *_context(parents, states)
-
-
-def without_trace_fields(headers: HeaderList) -> HeaderList:
-    """Return header fields without the trace context."""
-    return [pair for pair in headers if pair[0].lower() not in TRACE_FIELDS]
 
 
 def _context(parents: list[bytes], states: list[bytes]) -> tuple[ParentContext | None, bytes]:

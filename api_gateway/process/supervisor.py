@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 DRAIN_MARGIN = 3.5  # seconds that a worker may take after its drain time; its own watchdog ends it sooner
 SUPERVISOR_STOP_MARGIN = 4.5  # seconds that the supervisor may take after that time
 REPORT_MARGIN = 3.0  # seconds that a blocked worker has, after `worker_timeout`, to log its stack and exit
+QUERY_ROUND_TIMEOUT = 1.5  # seconds for the workers to answer a question
 GATHER_ROUND_TIMEOUT = 0.5  # seconds for the workers to report; after that their last reports are used
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
 COMMIT_TIMEOUT = 5.0  # seconds for a worker to apply it
@@ -71,6 +72,7 @@ class CounterLedger:
     retired: WorkerSnapshot = field(default_factory=lambda: merge([]))
     configuration: Callable[[], ReloadState] = ReloadState
     _requested: int = 0
+    _asked: int = 0
     _running: "asyncio.Task[dict[str, Any]] | None" = None
     _next: "asyncio.Task[dict[str, Any]] | None" = None
 
@@ -82,6 +84,17 @@ class CounterLedger:
         if self._next is None:
             self._next = asyncio.create_task(self._round(self._running), name="gathering")
         return await asyncio.shield(self._next)
+
+    async def query(self, question: dict[str, Any]) -> tuple[list[str], bool]:
+        """Put a question to all workers that serve; return their answers as JSON, and whether none is missing."""
+        self._asked += 1
+        replies = [worker.ask(self._asked, question) for worker in self.workers if worker.is_serving]
+        if replies:
+            await asyncio.wait(replies, timeout=QUERY_ROUND_TIMEOUT)
+        answers = [reply.result() for reply in replies if reply.done()]
+        for reply in replies:
+            reply.cancel()
+        return [answer for answer in answers if answer is not None], len(answers) == len(replies)
 
     def retire(self, worker: WorkerHandle) -> None:
         """Keep the counters of a worker that has exited, and drop the rest of its snapshot."""
@@ -255,6 +268,7 @@ class Supervisor:
                 inherited,
                 self._ledger.gather,
                 self.reload,
+                self._ledger.query,
                 server.worker_timeout + REPORT_MARGIN,
             )
         except (

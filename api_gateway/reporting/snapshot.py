@@ -256,6 +256,7 @@ class WorkerSnapshot:
     configuration: ReloadState = field(default_factory=ReloadState)
     resources: list[ResourceState] = field(default_factory=list)
     process: dict[str, float] = field(default_factory=dict)  # see `process_figures`
+    history: dict[str, int] = field(default_factory=dict)  # records of requests by outcome, and their `bytes`
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "WorkerSnapshot":
@@ -298,6 +299,7 @@ class WorkerSnapshot:
             "configuration": asdict(self.configuration),
             "resources": list(resources.values()),
             "process": self.process,
+            "history": self.history,
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -317,6 +319,7 @@ class WorkerSnapshot:
         self.lag = state["lag"]
         self.tasks = state["tasks"]
         self.process = state["process"]
+        self.history = state["history"]
         self.configuration = ReloadState.from_state(state["configuration"])
         resources = yield from each(enumerate(state["resources"]), lambda _, resource: ResourceState(**resource))
         self.resources = list(resources.values())
@@ -336,6 +339,7 @@ class WorkerSnapshot:
         self.recorder.in_flight = self.recorder.waiting_traces = self.buckets = self.tasks = 0
         self.lag = 0.0
         self.process = figures_at_end(self.process)
+        self.history = dict.fromkeys(self.history, 0)
         self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
 
 

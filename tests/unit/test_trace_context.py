@@ -15,7 +15,6 @@ from api_gateway.observability.trace_context import (
     split_lines,
     split_pairs,
     state_of,
-    without_trace_fields,
 )
 from api_gateway.observability.tracing import Sampling, Tracer
 from api_gateway.resilience.breaker_policy import State
@@ -121,7 +120,6 @@ def test_both_fields_are_removed_from_lines_and_nothing_else() -> None:
     assert split_lines(b"\r\nx-traceparent: a\r\n") == (b"\r\nx-traceparent: a\r\n", None, b"")
     pairs = [(b"Host", b"x"), (b"TraceParent", VALID), (b"TRACESTATE", b" a=1")]
     assert split_pairs(pairs) == ([(b"Host", b"x")], context, b"a=1")
-    assert without_trace_fields(pairs) == [(b"Host", b"x")]
 
 
 @given(

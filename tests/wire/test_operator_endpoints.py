@@ -346,6 +346,8 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/healthz",
         "/readyz",
         "/audit",
+        "/history",
+        "/explain/{request_id}",
         "/reload",
         "/health",
         "/metrics",
@@ -370,6 +372,7 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/usage",
         "/usage/me",
         "/limits",
+        "/limits/snapshot",
         "/tiers",
     }
 
