@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from api_gateway.observability.request_history import MAX_TEXT
+from api_gateway.observability.request_history import MAX_RECORDED_TEXT
 from api_gateway.reporting.history_schema import ExplainedRequest, LimitDecided
 from api_gateway.settings.history import HistorySection
 from tests.kit import RawUpstream, in_front_of, reply, running_gateway
@@ -54,4 +54,4 @@ def test_the_members_and_numbers_of_the_page_are_those_of_the_code() -> None:
     members = re.findall(r"^\| `([\w.\[\]]+)` \|", PAGE, flags=re.MULTILINE)
     known = {*ExplainedRequest.model_fields, *(f"limits[].{name}" for name in LimitDecided.model_fields)}
     assert set(members) <= known
-    assert f"cut after {MAX_TEXT:,} characters" in PAGE
+    assert f"cut after {MAX_RECORDED_TEXT:,} characters" in PAGE
