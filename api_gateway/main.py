@@ -287,6 +287,7 @@ def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregato
         explainer=explainer,
         overrides=gateway.overrides,
         quotas=gateway.keeping.book,
+        numbers=gateway.numbers,
         history=gateway.history,
         slots=gateway.slots,
         audit=AuditLog(AuditFile(own_folder(gateway.config.state_dir)), gateway.recorder.operator_changes),

@@ -314,15 +314,14 @@ class Exchange:
     Times are monotonic seconds. Fields are set phase by phase: client, route, decision, attempts, response.
     `credential` is what proved the client's id, if anything (`proxy.identity_sources.Proof`).
     `status` is that of the response, 499 if the client disconnected before it; `source` is the origin of the response.
-    `response_headers` are the gateway's own fields, for any response. `charges` are those of `decision`; `trial` has
-    charges and decision of the candidate limits. `has_begun`: a connection to an upstream was opened or attempted;
-    `has_reached`: a part of the request may have reached an upstream that then failed. `shed_by` has the upstreams
-    that refused because of load (None: the gateway). `retried` has the causes of retries. `fallback` is the fallback
-    that responded instead of the route's upstream; `reason` and `detail` are then those of the upstream's failure.
-    `cors` has the CORS fields of any response, None if the route has no policy. `number` is that of the decision
-    (`observability.decision_numbers`), 0 if decisions are not numbered; `settlements` are changes of its cost,
-    `failures` are the attempts that have failed, and `credential_check` is the charge of the address for the
-    verification of a credential.
+    `charges` are those of `decision`; `trial` has charges and decision of the candidate limits. `has_begun`: a
+    connection to an upstream was opened or attempted; `has_reached`: a part of the request may have reached an
+    upstream that then failed. `shed_by` has the upstreams that refused because of load (None: the gateway). `retried`
+    has the causes of retries. `fallback` is the fallback that responded instead of the route's upstream; `reason` and
+    `detail` are then those of the upstream's failure. `cors` has the CORS fields of any response, None if the route
+    has no policy. `number` is that of the decision (`observability.decision_numbers`), 0 if decisions are not
+    numbered; `settlements` are changes of its cost, `failures` are the attempts that have failed, and
+    `credential_check` is the charge of the address for the verification of a credential.
     """
 
     id: str
@@ -346,7 +345,6 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     finished: float = 0.0
-    response_headers: HeaderList = field(default_factory=list)
     charges: Sequence[Charge] = ()
     trial: tuple[Sequence[Charge], Decision] | None = None
     has_reached: bool = False

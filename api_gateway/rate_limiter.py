@@ -275,6 +275,10 @@ class MemoryLimiter:
         yield list(self._table.current)
         yield list(self._table.previous)
 
+    def tats(self) -> dict[str, int]:
+        """Return the TATs of all buckets used since the last change of quotas; those of full ones may be past."""
+        return {**self._table.previous, **self._table.current}
+
     def state(self) -> LimiterState:
         """Return the state of a limiter without a store."""
         return LimiterState()
@@ -424,6 +428,7 @@ class MemoryLimiter:
         """Set the TAT of a bucket to `tat_ns` if that is later than the present one."""
         self._advance(now_ns)  # otherwise the next decision could drop the generation that this is stored in
         if tat_ns > self._load(key, quota):
+            self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # a debt may exceed the budget
             self._store(key, tat_ns)
 
     def _load(self, key: str, quota: Quota) -> int:

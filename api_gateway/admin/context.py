@@ -21,8 +21,9 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import ClientIdInvalid, Forbidden
 from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
-from api_gateway.limits.concurrency import SlotLedger
+from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.limits.quota_book import QuotaBook
+from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.observability.request_history import RequestHistory
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
@@ -57,8 +58,9 @@ class AdminContext:
     route_names: Sequence[str]
     accepts_keys: bool
     quotas: Callable[[], QuotaBook]
+    numbers: DecisionNumbers
     history: RequestHistory
-    slots: SlotLedger
+    slots: LocalSlots
     usage: UsageLedger | None = None
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)

@@ -53,6 +53,7 @@ from api_gateway.errors import StartupError
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.concurrency import LocalSlots
+from api_gateway.limits.concurrency_leases import LeasedSlots
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
@@ -214,6 +215,9 @@ class Assembly:
             if isinstance(gateway.limiter, RedisLimiter):
                 stack.push_async_callback(gateway.limiter.close)
                 await gateway.limiter.start()
+            if isinstance(gateway.slots, LeasedSlots):
+                stack.push_async_callback(gateway.slots.close)
+                await gateway.slots.start()
             stack.push_async_callback(gateway.keeping.close)
             await gateway.keeping.open(config)
             gateway.keeping.follow_webhook(config.webhook)
@@ -298,6 +302,12 @@ class Assembly:
         before.keeping.follow_webhook(config.webhook)
         return self.gateway
 
+    def _slots(self, config: GatewayConfig, limiter: Limiter, recorder: Recorder) -> LocalSlots:
+        if not isinstance(limiter, RedisLimiter):
+            return LocalSlots(recorder.in_flight_by_limit)
+        name = f"{self._source.getrandbits(64):016x}"
+        return LeasedSlots(recorder.in_flight_by_limit, limiter, worker=name, prefix=config.store.prefix)
+
     def _on_key_fetch(self, issuer: str, succeeded: bool) -> None:  # noqa: FBT001 - a callback
         self.gateway.recorder.observe_key_fetch(issuer, succeeded=succeeded)
 
@@ -332,7 +342,7 @@ class Assembly:
         keeping = QuotaKeeping(config, recorder, clocks)
         tracing = Tracing(recorder, clocks)
         tracing.follow(plan.tracing, config)
-        slots = LocalSlots(recorder.in_flight_by_limit)
+        slots = self._slots(config, limiter, recorder)
         slots.follow(limit.name for limit in quotas.concurrency)
         return Gateway(
             config=config,

@@ -88,8 +88,3 @@ def without_trace_pairs(headers: HeaderList) -> tuple[HeaderList, list[bytes], l
         else:
             kept.append(pair)
     return kept, parents, states
-
-
-def without_trace_fields(headers: HeaderList) -> HeaderList:
-    """Return header fields without the trace context."""
-    return without_trace_pairs(headers)[0]

@@ -372,6 +372,7 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/usage",
         "/usage/me",
         "/limits",
+        "/limits/snapshot",
         "/tiers",
     }
 
