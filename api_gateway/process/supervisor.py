@@ -30,6 +30,7 @@ from api_gateway.reload.reloader import ApplyError, Reloader, refused_reload
 from api_gateway.reload.serialization import serialized
 from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
+from api_gateway.reporting.traffic_history import TrafficHistory, seconds_to_next
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
 from api_gateway.system.held_signals import unblocked_signals
 from api_gateway.system.service_manager import ServiceManager
@@ -71,6 +72,7 @@ class CounterLedger:
     workers: list[WorkerHandle] = field(default_factory=list)
     retired: WorkerSnapshot = field(default_factory=lambda: merge([]))
     configuration: Callable[[], ReloadState] = ReloadState
+    history: TrafficHistory = field(default_factory=TrafficHistory)
     _requested: int = 0
     _asked: int = 0
     _running: "asyncio.Task[dict[str, Any]] | None" = None
@@ -112,7 +114,15 @@ class CounterLedger:
             await asyncio.wait(replies, timeout=GATHER_ROUND_TIMEOUT)
         merged = merge([self.retired, *(worker.snapshot for worker in self.workers)])
         merged.configuration = self.configuration()
+        merged.points = self.history.points
         return merged.state()
+
+    async def sample_traffic(self) -> None:
+        """Add a point to the history of traffic every `POINT_SECONDS`, until cancelled."""
+        while True:
+            await asyncio.sleep(seconds_to_next(time.monotonic()))
+            recorders = [self.retired.recorder, *(worker.snapshot.recorder for worker in self.workers)]
+            self.history.sample(recorders, time.monotonic(), time.time())
 
 
 class Supervisor:
@@ -198,6 +208,7 @@ class Supervisor:
             for slot in self._slots:
                 group.create_task(self._respawn(slot), name=f"post {slot.number}")
             group.create_task(self._serve_signals(), name="signals")
+            group.create_task(self._ledger.sample_traffic(), name="history of traffic")
             if self._watch is not None:
                 group.create_task(self._watch.run(), name="watch")
 

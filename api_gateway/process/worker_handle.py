@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -213,7 +213,7 @@ class WorkerHandle:
             self.cut_off = message["cut_off"]
             self._resolve(None)
         elif message["kind"] == "gather":
-            self._reply_later(self._reply_to_gather(message["id"], message["with_histories"]))
+            self._reply_later(self._reply_to_gather(message))
         else:
             self._resolve(message["replies"])
 
@@ -243,10 +243,12 @@ class WorkerHandle:
         if not self._writer.is_closing():
             self._writer.write(encode("answers", id=number, answers=answers, is_complete=is_complete))
 
-    async def _reply_to_gather(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - a field of the message
-        snapshot = await self._gather()
-        if not with_histories:
+    async def _reply_to_gather(self, message: Mapping[str, Any]) -> None:
+        number, snapshot = message["id"], await self._gather()
+        if not message["with_histories"]:
             snapshot = {**snapshot, "histories": {}}
+        if not message["with_points"]:
+            snapshot = {**snapshot, "points": []}
         parts = list(split(snapshot))
         for count, part in enumerate(parts, 1):
             if self._writer.is_closing():

@@ -79,8 +79,11 @@ class Aggregator(Protocol):
         """Reload the configuration in all workers or none. `origin` names the cause, for the log."""
         ...
 
-    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
-        """Return the merged snapshot of all workers; with the histories of breakers, which are large, on request."""
+    async def gather(self, *, with_histories: bool = False, with_points: bool = False) -> WorkerSnapshot:
+        """Return the merged snapshot of all workers.
+
+        With the histories of breakers and the points of the last hour's traffic, which are large, on request.
+        """
         ...
 
 
@@ -104,8 +107,8 @@ class SingleProcess:
         """Set the source of snapshots, and the object that applies configurations."""
         self._take_snapshot, self._reconfigurable = take_snapshot, configured
 
-    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:  # noqa: ARG002 - always included
-        """Return the snapshot of this process, with histories."""
+    async def gather(self, *, with_histories: bool = False, with_points: bool = False) -> WorkerSnapshot:  # noqa: ARG002 - always included
+        """Return the snapshot of this process, with histories and points."""
         return await paced(self._take_snapshot())
 
     async def reload(self, origin: str) -> ReloadOutcome:
@@ -170,7 +173,7 @@ class SupervisorChannel:
             self._writer.close()
             await self._writer.wait_closed()
 
-    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
+    async def gather(self, *, with_histories: bool = False, with_points: bool = False) -> WorkerSnapshot:
         """Return the merged snapshot of all workers from the supervisor.
 
         The supervisor keeps all counts, so none that was shown decreases when a worker ends. For the same reason, if
@@ -180,7 +183,7 @@ class SupervisorChannel:
         self._number = number = self._number + 1
         response = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
-            await self._send_snapshot("gather", id=number, with_histories=with_histories)
+            await self._send_snapshot("gather", id=number, with_histories=with_histories, with_points=with_points)
             async with asyncio.timeout(GATHER_TIMEOUT):
                 self._last = await response
         except TimeoutError:
