@@ -8,6 +8,7 @@ from tests.processes import config_file, process
 SETTINGS = """
 tiers: {FREE: {rate: 0.01, capacity: 12}}
 server: {workers: 2}
+store: {decision_timeout: 10, timeout: 10}
 """
 
 

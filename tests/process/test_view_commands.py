@@ -24,7 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[Running]:
     up = RawUpstream(reply(b"fine"))
-    path = config_file(folder, up.url, f"state_dir: {folder / 'state'}\ntiers: {{FREE: {{rate: 0.001, capacity: 2}}}}")
+    tiers = "tiers: {FREE: {rate: 0.001, capacity: 2}}"
+    store = "store: {decision_timeout: 10, timeout: 10}"  # else a busy machine divides the tokens among the workers
+    path = config_file(folder, up.url, f"state_dir: {folder / 'state'}\n{tiers}\n{store}")
     with process("-m", "api_gateway", "--config", path, "--port", "0", "--workers", "2", cwd=folder) as one:
         assert one.url
         yield one
