@@ -27,7 +27,7 @@ from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeader
 class FastPath(ExchangeContext):
     """Admits plain requests; see the module. Has no state but configuration."""
 
-    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911 - each branch is one reason
+    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911, PLR0912 - each branch is one reason
         """Start or refuse the received request and return True, or change nothing and return False.
 
         `received` is everything that one read returned: one complete head with a part of the body of its request at
@@ -40,9 +40,12 @@ class FastPath(ExchangeContext):
         headers = client.last_headers
         if headers is None or headers.received != lines or headers.facts.owner is not self.headers:
             headers = self._read(client, lines)
-        if headers is None or len(body) > headers.facts.length:  # type: ignore[operator]  # a plain head has a length
+        if headers is None:
             return False
-        if len(received) - len(body) > client.limits.header_bytes:
+        facts, received_length = headers.facts, len(body)
+        if received_length > facts.length:  # type: ignore[operator]  # a plain head has a length
+            return False
+        if len(received) - received_length > client.limits.header_bytes:
             return False
         path = raw_path.decode("ascii")
         if "%" in path:
@@ -50,7 +53,7 @@ class FastPath(ExchangeContext):
         if not is_proxied(path):
             return False
         target = raw_path + query if query else raw_path
-        plan = self.admission.plan(headers.facts, method, path, target, self.clock_ns())
+        plan = self.admission.plan(facts, method, path, target, self.clock_ns())
         self.record.begin(plan.exchange)
         try:
             result = self.admission.decide(plan)
@@ -65,7 +68,7 @@ class FastPath(ExchangeContext):
             result = exchange.forward()
         if result is None:
             return True
-        if len(body) == headers.facts.length:
+        if received_length == facts.length:
             self._refuse(client, plan, result)
         else:
             (exchange or FastExchange(self, client, headers, plan, body)).refuse(result)
