@@ -7,7 +7,8 @@
     │   ├── CredentialsRequired, CredentialsInvalid, CredentialsInsufficient
     │   ├── NoRoute, MethodNotAllowed
     │   ├── BodyTooLarge, HeadersTooLarge, LengthRequired, RequestTimeout
-    │   └── RateLimited, CostExceedsCapacity, AddressDenied
+    │   ├── RateLimited, ConcurrencyExceeded
+    │   └── CostExceedsCapacity, AddressDenied
     ├── Unavailable         no attempt was made: 503
     │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable, IssuerUnavailable
     │   └── Overloaded
@@ -20,7 +21,7 @@
     ├── InternalError       a defect of the gateway: 500
     └── ClientDisconnected  the client has disconnected: 499 in the log
 
-Errors are not sent or logged here; `problem` renders the problem details (RFC 9457).
+Errors are not sent or logged here; `problem` renders the problem details (RFC 9457). Long because it is one tree.
 """
 
 import math
@@ -45,6 +46,7 @@ class Reason(StrEnum):
     """The closed list of reasons: the same word in problem details, access log, metrics and documentation."""
 
     RATE_LIMITED = "rate_limited"
+    CONCURRENCY_EXCEEDED = "concurrency_exceeded"
     COST_EXCEEDS_CAPACITY = "cost_exceeds_capacity"
     ADDRESS_DENIED = "address_denied"
     CIRCUIT_OPEN = "circuit_open"
@@ -224,6 +226,14 @@ class RateLimited(RequestRefused):
 
     status = 429
     reason = Reason.RATE_LIMITED
+    problem_type = QUOTA_EXCEEDED
+
+
+class ConcurrencyExceeded(RequestRefused):
+    """As many requests as a limit allows are in flight; `retry_after` is an estimate."""
+
+    status = 429
+    reason = Reason.CONCURRENCY_EXCEEDED
     problem_type = QUOTA_EXCEEDED
 
 

@@ -287,6 +287,7 @@ def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregato
         explainer=explainer,
         overrides=gateway.overrides,
         quotas=gateway.keeping.book,
+        slots=gateway.slots,
         audit=AuditLog(AuditFile(own_folder(gateway.config.state_dir)), gateway.recorder.operator_changes),
         route_names=gateway.route_names,
         accepts_keys=gateway.accepts_keys,

@@ -28,6 +28,7 @@ _COUNTERS = (
     "bare_client_ids",
     "settlements",
     "quota_warnings",
+    "in_flight_by_limit",
     "operator_rejections",
     "operator_changes",
     "dropped_lines",
@@ -141,6 +142,7 @@ class Recorder:
         self.bare_client_ids: Counter[str] = Counter(dict.fromkeys(("admitted", "refused"), 0))
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         self.quota_warnings: Counter[str] = Counter()  # by the name of the limit
+        self.in_flight_by_limit: Counter[str] = Counter()  # requests that hold a slot of a concurrency limit
         places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
         self.operator_changes: Counter[str] = Counter()  # changes by operators, by action

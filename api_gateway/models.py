@@ -88,6 +88,13 @@ class Charge:
     is_unverified: bool = False
 
 
+class ConcurrencySlot(NamedTuple):
+    """One of the requests that a concurrency limit allows in flight: of which key, and the limit's quota."""
+
+    key: str
+    quota: Quota
+
+
 class Notice(NamedTuple):
     """A client has reached a share of its allowance in the present period of a calendar quota.
 
@@ -109,7 +116,8 @@ class Decision:
     allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns` is the time until the
     bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets, and `debts_ns`, the
     times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its time. `violated` are the
-    quotas of all buckets that refuse, if there are several buckets.
+    quotas of all buckets that refuse, if there are several buckets. `wall_us`, in microseconds since the epoch, is the
+    time that decided which calendar period it was; only counters of this process set it.
     """
 
     key: str
@@ -123,6 +131,7 @@ class Decision:
     source: DecisionSource = "memory"
     violated: tuple[Quota, ...] = ()
     notices: tuple[Notice, ...] = ()
+    wall_us: int = field(init=False, repr=False, compare=False)
 
     @property
     def retry_after(self) -> float | None:
@@ -277,6 +286,7 @@ class Exchange:
     number: int = 0
     settlements: tuple[Settlement, ...] = ()
     credential_check: tuple[int, Decision] | None = None  # number and decision
+    slots: tuple[ConcurrencySlot, ...] = ()  # of concurrency limits, held until the end of the exchange
 
     @property
     def client_key(self) -> str:
@@ -371,6 +381,15 @@ class LimitBucketView(BucketView):
     route: str | None = Field(description="null unless the limit counts by client and route.")
 
 
+class SlotView(Body):
+    """The requests of a client that are in flight, as a concurrency limit counts them."""
+
+    limit: str
+    route: str | None = Field(description="null unless the limit counts by client and route.")
+    in_flight: int
+    concurrent: int = Field(description="Maximum number of requests in flight.")
+
+
 class GrantView(Body):
     """A grant in force."""
 
@@ -395,6 +414,9 @@ class ClientView(Body):
     bucket: BucketView
     limits: list[LimitBucketView] = Field(
         default=[], description="Buckets of limits that count by client, or by client and route."
+    )
+    concurrency: list[SlotView] = Field(
+        default=[], description="Concurrency limits that count by client, or by client and route."
     )
 
 

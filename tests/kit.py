@@ -95,6 +95,16 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
+@contextmanager
+def case(*names: object) -> Iterator[None]:
+    """Name one of the cases that a test goes through, if it fails."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"in the case {' - '.join(map(str, names))}")
+        raise
+
+
 def stalled(measure: Callable[[], int], pause: float = 0.2) -> int:
     """Return what `measure` gives once it has not grown for `pause` seconds."""
     before = -1

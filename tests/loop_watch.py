@@ -69,6 +69,8 @@ class Watched:
     is_reported: bool = False
 
     def __post_init__(self) -> None:
+        # Opened once: it is read a hundred times a second, and a test may exhaust the descriptors.
+        self._status = os.open(f"/proc/self/task/{self.native}/status", os.O_RDONLY | os.O_CLOEXEC)
         self._clock = time.pthread_getcpuclockid(self.ident)
         self.last = self.now()
 
@@ -88,9 +90,14 @@ class Watched:
 
     def state(self) -> tuple[str, int]:
         """Return the thread's state in the kernel, and its number of voluntary context switches."""
-        lines = Path(f"/proc/self/task/{self.native}/status").read_text().splitlines()
-        found = dict(line.split(":", 1) for line in lines)
-        return found["State"].split()[0], int(found["voluntary_ctxt_switches"])
+        status = os.pread(self._status, 4096, 0)
+        _, _, after = status.partition(b"\nState:\t")
+        switches = status[status.rindex(b"\nvoluntary_ctxt_switches:") :].split(maxsplit=2)[1]
+        return chr(after[0]), int(switches)
+
+    def close(self) -> None:
+        """End the observation."""
+        os.close(self._status)
 
 
 class LoopWatch:
@@ -105,6 +112,7 @@ class LoopWatch:
 
     def begin(self) -> None:
         """Watch the running loop of this thread."""
+        self.end()
         with self._lock:
             self._watched[threading.get_ident()] = Watched(asyncio.get_running_loop())
             self._has_loops.set()
@@ -112,7 +120,9 @@ class LoopWatch:
     def end(self) -> None:
         """Stop watching this thread."""
         with self._lock:
-            self._watched.pop(threading.get_ident(), None)
+            watched = self._watched.pop(threading.get_ident(), None)
+            if watched is not None:
+                watched.close()
             if not self._watched:
                 self._has_loops.clear()
 
@@ -135,10 +145,7 @@ class LoopWatch:
     def _sample(self, watched: Watched, frame: FrameType | None, now: float, locked_out: float) -> None:
         cpu = watched.now()
         since_last, watched.last = cpu - watched.last, cpu
-        try:
-            state, switches = watched.state()
-        except OSError:  # a test has exhausted the descriptors
-            return
+        state, switches = watched.state()
         switched, watched.all_switches = switches - watched.all_switches, switches
         if frame is None or frame is not watched.frame or watched.has_passed:
             watched.start(frame, cpu)
@@ -198,11 +205,12 @@ LOOP_CODE = {asyncio.Runner.run.__code__, asyncio.BaseEventLoop.run_forever.__co
 def install(report: Report) -> LoopWatch:
     """Watch the loop of each uvicorn server of this process while it serves."""
     watch = LoopWatch(report)
-    main_loop, serve = uvicorn.Server.main_loop, uvicorn.Server.serve
+    on_tick, serve = uvicorn.Server.on_tick, uvicorn.Server.serve
 
-    async def watched_main_loop(self: uvicorn.Server) -> None:
-        watch.begin()
-        await main_loop(self)
+    async def watched_tick(self: uvicorn.Server, counter: int) -> bool:
+        if counter == 0:
+            watch.begin()
+        return await on_tick(self, counter)
 
     async def watched_serve(self: uvicorn.Server, sockets: Any = None) -> None:
         try:
@@ -210,7 +218,7 @@ def install(report: Report) -> LoopWatch:
         finally:
             watch.end()
 
-    uvicorn.Server.main_loop = watched_main_loop  # type: ignore[method-assign]
+    uvicorn.Server.on_tick = watched_tick  # type: ignore[method-assign]
     uvicorn.Server.serve = watched_serve  # type: ignore[method-assign]
     return watch
 

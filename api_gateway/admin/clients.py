@@ -10,7 +10,7 @@ from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSE
 from api_gateway.admin.views import wall_time
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
-from api_gateway.limits.limit import OwnBucket, client_buckets, moved_buckets
+from api_gateway.limits.limit import OwnBucket, client_buckets, limits_of_client, moved_buckets
 from api_gateway.metrics import Recorder
 from api_gateway.models import (
     NANOSECONDS,
@@ -19,6 +19,7 @@ from api_gateway.models import (
     Charge,
     Client,
     ClientView,
+    ConcurrencySlot,
     Decision,
     GrantChanged,
     GrantRequest,
@@ -30,6 +31,7 @@ from api_gateway.models import (
     Quota,
     RegisteredClient,
     RegisteredClients,
+    SlotView,
     TierChange,
     TierChanged,
     TierView,
@@ -182,6 +184,7 @@ async def client(client_id: ClientId, context: Guarded) -> ClientView:
             )
             for own, one in zip(buckets[1:], others, strict=True)
         ],
+        concurrency=await _slots(context, found),
     )
 
 
@@ -281,6 +284,16 @@ def _tiers_of(changed: TierChanged, **after: str | None) -> tuple[dict[str, Any]
 
 def _own_buckets(context: AdminContext, client: Client) -> list[OwnBucket]:
     return client_buckets(context.explainer.limits, client, context.route_names)
+
+
+async def _slots(context: AdminContext, client: Client) -> list[SlotView]:
+    """Return the client's requests in flight, by each concurrency limit that counts by client, or client and route."""
+    own = limits_of_client(context.explainer.concurrency, client, context.route_names)
+    uses = await context.slots.look([ConcurrencySlot(one.key, one.quota) for one in own])
+    return [
+        SlotView(limit=one.limit or "", route=one.route, in_flight=use.in_flight, concurrent=one.quota.capacity)
+        for one, use in zip(own, uses, strict=True)
+    ]
 
 
 async def _inspected(context: AdminContext, buckets: list[OwnBucket]) -> list[Decision]:

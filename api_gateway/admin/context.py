@@ -21,6 +21,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import ClientIdInvalid, Forbidden
 from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
+from api_gateway.limits.concurrency import SlotLedger
 from api_gateway.limits.quota_book import QuotaBook
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
@@ -55,6 +56,7 @@ class AdminContext:
     route_names: Sequence[str]
     accepts_keys: bool
     quotas: Callable[[], QuotaBook]
+    slots: SlotLedger
     usage: UsageLedger | None = None
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)

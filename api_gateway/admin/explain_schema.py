@@ -91,6 +91,16 @@ class BucketExplained(Body):
     reset_after_seconds: float = Field(description="Time until the bucket is full.")
 
 
+class SlotExplained(Body):
+    """The requests in flight that a concurrency limit counts together with this one."""
+
+    key: str
+    policy: str = Field(description="Name of the limit.")
+    in_flight: int
+    concurrent: int = Field(description="Maximum number of requests in flight.")
+    allowed: bool = Field(description="True if the limit admits another request now.")
+
+
 class LimitExplained(Body):
     """A limit that does not apply to the request."""
 
@@ -160,6 +170,7 @@ class Explanation(Body):
     limiting_bucket: str = Field(
         description="Key of the bucket that refuses longest or, if all allow, has tokens for the fewest such requests."
     )
+    concurrency: list[SlotExplained] = Field(default=[], description="Concurrency limits that apply to the request.")
     limits_not_applied: list[LimitExplained] = Field(default=[], description="Other limits of the configuration.")
     candidate: BucketExplained | None = Field(description="Bucket of the candidate limits; it refuses nothing.")
     upstream: UpstreamExplained | None

@@ -20,6 +20,7 @@ from api_gateway.admin.explain_schema import (
     LagExplained,
     LimitExplained,
     RouteExplained,
+    SlotExplained,
     UpstreamExplained,
 )
 from api_gateway.clients.api_keys import shown_id
@@ -141,6 +142,11 @@ class Explainer:
         return self._limits.limits
 
     @property
+    def concurrency(self) -> Sequence[Limit]:
+        """The limits of requests in flight."""
+        return self._limits.concurrency
+
+    @property
     def address_quota(self) -> Quota | None:
         """The quota of the address limit, None if it is disabled."""
         return self._limits.address_quota
@@ -176,6 +182,16 @@ class Explainer:
             route=None if route is None else self._route_view(route, exchange),
             buckets=[_bucket_view(bucket) for bucket in buckets],
             limiting_bucket=binding.charge.key,
+            concurrency=[
+                SlotExplained(
+                    key=use.slot.key,
+                    policy=use.slot.quota.policy,
+                    in_flight=use.in_flight,
+                    concurrent=use.slot.quota.capacity,
+                    allowed=use.is_free,
+                )
+                for use in plan.slot_uses
+            ],
             limits_not_applied=[
                 LimitExplained(name=limit.name, detail=why) for limit, why in self._limits.lacking(plan)
             ],
@@ -302,6 +318,7 @@ def _described(request: ExplainRequest) -> dict[bytes, str]:
 
 _OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
     Reason.RATE_LIMITED: "limited",
+    Reason.CONCURRENCY_EXCEEDED: "limited",
     Reason.COST_EXCEEDS_CAPACITY: "exceeds_capacity",
 }
 

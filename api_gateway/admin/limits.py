@@ -10,6 +10,7 @@ from pydantic import Field
 
 from api_gateway.admin.context import AdminContext, Guarded
 from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN
+from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit, limit_of
 from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.metrics import Recorder
@@ -31,6 +32,7 @@ class AllowanceView(Body):
     quota: int | None = Field(description="Tokens in each period; null for a bucket.")
     period: Literal["hour", "day", "week", "month"] | None = Field(description="Of a calendar quota.")
     time_zone: str | None = Field(description="Of a calendar quota.")
+    concurrent: int | None = Field(description="Requests of one key in flight, of a concurrency limit.")
 
 
 class HeavyBucket(Body):
@@ -55,6 +57,7 @@ class LimitView(Body):
     buckets: int | None = Field(
         description="Entries in memory, of which buckets have up to two and quotas one; null if they are in a store."
     )
+    in_flight: int | None = Field(description="Requests in flight, of a concurrency limit.")
     refusals: int = Field(description="Refusals since the start.")
     heaviest: list[HeavyBucket] = Field(description="Buckets with the most refusals, as far as they are known.")
 
@@ -97,14 +100,15 @@ async def limits(context: Guarded) -> Limits:
     address = explainer.address_quota
     if address is not None:
         views.append(_view("address", "address", ["address"], [(None, address)], "address_limit"))
-    views += [_limit_view(limit, index) for index, limit in enumerate(explainer.limits)]
+    further = sorted([*explainer.limits, *explainer.concurrency], key=lambda limit: limit.index)
+    views += [_limit_view(limit) for limit in further]
     return Limits(limits=[_with_figures(view, recorder, counts) for view in views])
 
 
 @router.get("/tiers", summary="All tiers")
 async def tiers(context: Guarded) -> Tiers:
     """Return every tier, with the names of the further limits that apply to it."""
-    further = context.explainer.limits
+    further = sorted([*context.explainer.limits, *context.explainer.concurrency], key=lambda limit: limit.index)
     return Tiers(
         tiers=[
             TierOverview(
@@ -119,7 +123,7 @@ async def tiers(context: Guarded) -> Tiers:
     )
 
 
-def _limit_view(limit: Limit, index: int) -> LimitView:
+def _limit_view(limit: Limit) -> LimitView:
     own: list[tuple[str | None, Quota]] = list(limit.quotas.items())
     if limit.quota is not None:
         own = [*own, *([(None, limit.quota)] if limit.tiers is None else _shared(limit, limit.quota))]
@@ -128,7 +132,7 @@ def _limit_view(limit: Limit, index: int) -> LimitView:
         "limit",
         list(limit.key),
         own,
-        f"limits[{index}]",
+        f"limits[{limit.index}]",
         routes=None if limit.routes is None else sorted(limit.routes),
         methods=None if limit.methods is None else sorted(limit.methods),
         cost=limit.cost,
@@ -160,16 +164,20 @@ def _view(
         cost=cost,
         configured_at=configured_at,
         buckets=None,
+        in_flight=None,
         refusals=0,
         heaviest=[],
     )
 
 
 def _allowance_view(tier: str | None, quota: Quota) -> AllowanceView:
+    values: dict[str, float | str] = {"rate": quota.rate, "capacity": quota.capacity}
     if isinstance(quota, PeriodQuota):
-        unit, zone = quota.calendar.unit, quota.calendar.zone.key
-        return AllowanceView(tier=tier, rate=None, capacity=None, quota=quota.capacity, period=unit, time_zone=zone)
-    return AllowanceView(tier=tier, rate=quota.rate, capacity=quota.capacity, quota=None, period=None, time_zone=None)
+        calendar = quota.calendar
+        values = {"quota": quota.capacity, "period": calendar.unit, "time_zone": calendar.zone.key}
+    elif isinstance(quota, ConcurrencyQuota):
+        values = {"concurrent": quota.capacity}
+    return AllowanceView.model_validate({**dict.fromkeys(AllowanceView.model_fields), "tier": tier, **values})
 
 
 def _with_figures(view: LimitView, recorder: Recorder, counts: dict[str, int] | None) -> LimitView:
@@ -180,8 +188,10 @@ def _with_figures(view: LimitView, recorder: Recorder, counts: dict[str, int] | 
         HeavyBucket(value=one.key[len(prefix) :], refusals=one.count, refusals_error_bound=one.error)
         for one in islice((one for one in found if one.key.startswith(prefix)), _SHOWN)
     ]
-    buckets = None if counts is None or view.kind == "tier" else counts.get(prefix, 0)
-    return view.model_copy(update={"refusals": refusals, "heaviest": heaviest, "buckets": buckets})
+    in_flight = recorder.in_flight_by_limit.get(view.name) if view.kind == "limit" else None
+    buckets = None if counts is None or view.kind == "tier" or in_flight is not None else counts.get(prefix, 0)
+    figures = {"refusals": refusals, "heaviest": heaviest, "buckets": buckets, "in_flight": in_flight}
+    return view.model_copy(update=figures)
 
 
 async def _counts(context: AdminContext) -> dict[str, int] | None:

@@ -13,6 +13,7 @@ from api_gateway.clients.api_keys import without_keys
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
+from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
@@ -21,6 +22,7 @@ from api_gateway.observability.selected_lines import sampled, with_fields
 from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
+from api_gateway.proxy.concurrency_stage import ConcurrencyStage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
@@ -52,7 +54,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     `server_headers` are header fields that the server adds to responses, so those of upstreams are omitted.
     """
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
-    limit_headers = RateLimitHeaders()
+    limit_headers = ConcurrencyHeaders() if gateway.quotas.concurrency else RateLimitHeaders()
     settlement = CostSettlement(
         limiter=gateway.charging,
         clock_ns=clocks.monotonic_ns,
@@ -77,7 +79,12 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         ),
         clock=clocks.monotonic,
         recorder=recorder,
-        observers=[recorder.observe, *_records(gateway)],
+        # Every data plane returns slots, as a request ends under the configuration that it began with.
+        observers=[
+            *([gateway.slots.release] if gateway.quotas.concurrency else []),
+            recorder.observe,
+            *_records(gateway),
+        ],
         on_failure=settlement.on_failure,
         cors=cors,
     )
@@ -108,6 +115,17 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
 
 def _limits(gateway: Gateway) -> RateLimitStage:
     exempt, shadow = gateway.config.address_limit.exempt, _shadow(gateway)
+    if gateway.quotas.concurrency:
+        return ConcurrencyStage(
+            limiter=gateway.charging,
+            address_quota=gateway.address_quota,
+            exempt=exempt,
+            shadow=shadow,
+            limits=gateway.quotas.limits,
+            concurrency=gateway.quotas.concurrency,
+            routes=gateway.table,
+            slots=gateway.slots,
+        )
     if not gateway.quotas.limits:
         return RateLimitStage(
             limiter=gateway.charging, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
@@ -138,7 +156,7 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
         identity_fields=claims | unproved,
         limit_fields=frozenset(
             part.removeprefix("header:").encode()
-            for limit in gateway.quotas.limits
+            for limit in (*gateway.quotas.limits, *gateway.quotas.concurrency)
             for part in limit.key
             if part.startswith("header:")
         ),

@@ -50,6 +50,7 @@ from api_gateway.downstream.states import ILLEGAL_EVENTS
 from api_gateway.errors import StartupError
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
+from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
@@ -91,6 +92,7 @@ class Gateway:
     limiter: Limiter  # of buckets
     charging: RateLimiter  # of requests: the same, or with counters of calendar quotas
     keeping: QuotaKeeping
+    slots: LocalSlots  # of concurrency limits, that requests of this process hold
     clients: ClientRegistry
     recorder: Recorder
     overrides: BreakerOverrides
@@ -259,6 +261,7 @@ class Assembly:
         before.recorder.extend(
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
+        before.slots.follow(limit.name for limit in plan.quotas.concurrency)
         before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
@@ -310,6 +313,8 @@ class Assembly:
             ILLEGAL_EVENTS.counts,
         )
         keeping = QuotaKeeping(config, recorder, clocks)
+        slots = LocalSlots(recorder.in_flight_by_limit)
+        slots.follow(limit.name for limit in quotas.concurrency)
         return Gateway(
             config=config,
             quotas=quotas,
@@ -320,6 +325,7 @@ class Assembly:
             limiter=limiter,
             charging=keeping.limiter(limiter, quotas.limits, config),
             keeping=keeping,
+            slots=slots,
             clients=registry_of(config, quotas, clocks, self._on_client_change),
             recorder=recorder,
             overrides=BreakerOverrides(

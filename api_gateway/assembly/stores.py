@@ -5,9 +5,11 @@ import logging
 import multiprocessing
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from zoneinfo import ZoneInfo
 
 from api_gateway.assembly.identity import identity_rules
@@ -17,6 +19,7 @@ from api_gateway.clients.registry import ClientRegistry, PreviousClients
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
+from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
 from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.limits.periods import Calendar
@@ -92,13 +95,14 @@ async def hold_state_folder(
 class Quotas:
     """The quotas of a configuration: by tier, candidates by tier, and of the address limit (None if disabled).
 
-    `limits` are the further limits with theirs.
+    `limits` are the further limits of tokens with theirs, `concurrency` those of requests in flight.
     """
 
     tiers: Mapping[str, Quota]
     candidates: Mapping[str, Quota]
     address: Quota | None
     limits: tuple[Limit, ...] = ()
+    concurrency: tuple[Limit, ...] = ()
 
     @classmethod
     def of(cls, config: GatewayConfig) -> "Quotas":
@@ -112,7 +116,7 @@ class Quotas:
                 if tier.candidate is not None
             },
             Quota.per_second("address", limit.rate, limit.capacity) if limit.rate else None,
-            tuple([_limit(section) for section in config.limits]),
+            *_limits(config.limits),
         )
 
     @property
@@ -131,10 +135,21 @@ class Quotas:
         return found
 
 
-def _limit(section: LimitSection) -> Limit:
+def _limits(sections: Sequence[LimitSection]) -> tuple[tuple[Limit, ...], tuple[Limit, ...]]:
+    """Return the limits of tokens, and those of requests in flight."""
+    limits = [_limit(section, index) for index, section in enumerate(sections)]
+    of_slots = [section.concurrent is not None for section in sections]
+    return tuple(compress(limits, map(not_, of_slots))), tuple(compress(limits, of_slots))
+
+
+def _limit(section: LimitSection, index: int) -> Limit:
     """Return the limit that a section describes."""
     given = [(tier, own) for tier, own in (section.tiers or {}).items() if own is not None]
     quotas = {tier: quota for tier, own in given if (quota := _allowance(section, own, f"{section.name}:{tier}"))}
+    quotas |= {
+        tier: ConcurrencyQuota.of(f"{section.name}:{tier}", number, section.name)
+        for tier, number in section.concurrent_by_tier.items()
+    }
     sections = {section.name: section, **{f"{section.name}:{tier}": own for tier, own in given}}
     return Limit(
         name=section.name,
@@ -150,6 +165,7 @@ def _limit(section: LimitSection) -> Limit:
             for name, own in sections.items()
             if own.candidate is not None
         },
+        index=index,
     )
 
 
@@ -164,6 +180,8 @@ def _allowance(limit: LimitSection, section: AllowanceSection, name: str) -> Quo
             carry_over=limit.carry_over,
             warn_at=tuple(limit.warn_at),
         )
+    if section is limit and isinstance(limit.concurrent, int):
+        return ConcurrencyQuota.of(name, limit.concurrent, limit.name)
     if section.rate is None or section.capacity is None:
         return None
     return Quota.per_second(name, section.rate, section.capacity, limit.name)

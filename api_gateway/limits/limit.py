@@ -21,7 +21,8 @@ class Limit:
     `key` are the parts of a bucket's key, such as `client` or `header:x-tenant`: each combination of their values has
     a bucket. `quota` is the allowance of tiers that have none in `quotas`; None if there are no such tiers. `tiers`,
     `routes` and `methods` (upper case) are those that the limit applies to, None for all. `cost` is that of a request
-    in tokens, None for the cost by its route. `candidates` are candidate allowances by the name of the quota.
+    in tokens, None for the cost by its route. `candidates` are candidate allowances by the name of the quota, and
+    `index` is the place in the configuration's list.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Limit:
     methods: frozenset[str] | None = None
     cost: float | None = None
     candidates: Mapping[str, Quota] = field(default_factory=dict)
+    index: int = 0
 
     @property
     def all_quotas(self) -> list[Quota]:
@@ -111,7 +113,12 @@ def client_buckets(limits: Iterable[Limit], client: Client, routes: Sequence[str
     `routes` are the names of all routes. The buckets of limits by client and something else are not among them, as
     the values are not known.
     """
-    tier, buckets = client.quota.name, [OwnBucket(client.key, client.quota)]
+    return [OwnBucket(client.key, client.quota), *limits_of_client(limits, client, routes)]
+
+
+def limits_of_client(limits: Iterable[Limit], client: Client, routes: Sequence[str]) -> list[OwnBucket]:
+    """Return what only a client has of limits by client, or by client and route: buckets, or slots."""
+    tier, buckets = client.quota.name, list[OwnBucket]()
     for limit in limits:
         quota = limit.quota_of(tier)
         if isinstance(quota, PeriodQuota):  # has a counter instead of a bucket

@@ -7,6 +7,7 @@ from json.encoder import encode_basestring as quoted
 from typing import Any
 
 from api_gateway.errors import RateLimited, problem
+from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.models import Client, Quota
 
@@ -102,6 +103,8 @@ class QuotaTemplate:
 
 def allowance_in_words(quota: Quota) -> str:
     """Return in words what a quota allows."""
+    if isinstance(quota, ConcurrencyQuota):
+        return f"{quota.capacity} requests in flight" if quota.capacity > 1 else "one request in flight"
     if isinstance(quota, PeriodQuota):
         zone = (
             f"{quota.calendar.unit} of the client"
@@ -130,6 +133,10 @@ def members_of(
         "refill_per_second": quota.rate,
         "remaining": remaining,
     }
+    if isinstance(quota, ConcurrencyQuota):
+        for name in ("cost", "refill_per_second", "remaining"):
+            del extra[name]
+        extra["in_flight"] = quota.capacity
     if isinstance(quota, PeriodQuota):
         del extra["refill_per_second"]
         extra["period"], extra["time_zone"] = quota.calendar.unit, quota.calendar.zone.key

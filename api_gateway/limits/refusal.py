@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from api_gateway.errors import CostExceedsCapacity, GatewayError, StoreUnavailable
+from api_gateway.errors import ConcurrencyExceeded, CostExceedsCapacity, GatewayError, StoreUnavailable
 from api_gateway.http1.headers import address_key
+from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import LIMIT_PREFIX
 from api_gateway.limits.limit_reached import (
     LimitReached,
@@ -32,6 +33,14 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
         )
     assert client is not None  # noqa: S101 - the client is identified before the limiter runs
     cost, remaining, key = exchange.cost, decision.remaining, decision.key
+    if isinstance(quota, ConcurrencyQuota):
+        wait = decision.retry_after or 0.0
+        allowed = allowance_in_words(quota)
+        return ConcurrencyExceeded(
+            f"Limit '{quota.policy}' allows {allowed}. Retry in about {wait:.0f} s, when one has ended.",
+            retry_after=wait,
+            extra=members_of(quota, client, cost, 0, decision.violated),
+        )
     is_named = key.startswith(LIMIT_PREFIX)
     if is_named:
         own = next((charge.own_cost for charge in exchange.charges if charge.key == key), None)

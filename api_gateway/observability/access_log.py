@@ -111,12 +111,19 @@ class AccessLog:
         """Return what is needed to make the decision again: time, number, limits, and changes of its cost."""
         charges = exchange.charges
         names = (charges[0].quota.name,) if len(charges) == 1 else tuple([charge.quota.name for charge in charges])
+        if not decision.quota.rate:  # a concurrency limit has refused the request, and nothing was charged
+            names = ()
         cost, rest = exchange.cost, ""
+        # Of a decision about a calendar period; other decisions have no such attribute.
+        wall_us = getattr(decision, "wall_us", None) if len(charges) > 1 else None
         if exchange.settlements:
             rest = f',"settlements":[{",".join(map(self._settlement, exchange.settlements))}]'
             first = exchange.settlements[0]
             cost, decision = first.charged, first.decision
             rest = f',"remaining":{decision.remaining}{rest}'
+            wall_us = getattr(decision, "wall_us", None)
+        if wall_us is not None:
+            rest = f',"wall_us":{wall_us}{rest}'
         at_ns = decision.at_ns if decision.source == "store" else decision.at_ns + self._epoch_ns
         return (
             f'{{"at_ns":{at_ns},"number":{exchange.number}{self._process}'

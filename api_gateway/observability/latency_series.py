@@ -16,6 +16,7 @@ _GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
 _LOG_GAMMA = math.log(_GAMMA)
 _log, _ceil = math.log, math.ceil
 _FLOOR = 1e-6  # seconds; lower values count as this
+_LIMITED = ("rate_limited", "concurrency_exceeded")  # reasons
 SLICE = 5.0  # seconds by which the sliding windows move
 WINDOWS = {"last_60s": 60.0, "last_5m": 300.0}
 _SLICES = int(max(WINDOWS.values()) / SLICE)
@@ -109,7 +110,7 @@ class Tally:
                 self.upstream_errors += 1
             else:
                 self.gateway_errors += 1
-        elif exchange.reason == "rate_limited":
+        elif exchange.reason is not None and exchange.reason in _LIMITED:
             self.limited += 1
 
     def time(self, seconds: float) -> None:

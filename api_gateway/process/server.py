@@ -63,6 +63,7 @@ class GatewayServer(uvicorn.Server):
         is_watched: bool = False,
     ) -> None:
         """`is_watched`: a change of the files of `read` triggers a reload. The others are as in `create_app`."""
+        self._stop_requested = asyncio.Event()
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels still in progress at the end of the drain time
@@ -114,9 +115,9 @@ class GatewayServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving, the watchdog and the watch of files, and announce it."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            self._loop = asyncio.get_running_loop()
             await self._open_admin_listener()
             self._watchdog.watch()
             _tune_garbage_collection()
@@ -125,6 +126,23 @@ class GatewayServer(uvicorn.Server):
                 self.begin_reload("SIGHUP")
             if self._watch is not None:
                 self._watching = self._loop.create_task(self._watch.run(), name="watch")
+
+    @property
+    def should_exit(self) -> bool:
+        """Whether the server is to stop. May be set in any thread, and by a signal handler."""
+        return self._should_exit
+
+    @should_exit.setter
+    def should_exit(self, value: bool) -> None:
+        self._should_exit = value
+        if value and self.started:  # else it is checked after the start
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                self._loop.call_soon_threadsafe(self._stop_requested.set)
+
+    async def main_loop(self) -> None:
+        """Serve until `should_exit` is set, which uvicorn's version checks ten times a second."""
+        if not await self.on_tick(0):
+            await self._stop_requested.wait()
 
     def begin_reload(self, origin: str) -> None:
         """Start a reload in a task; its outcome is logged. `origin` names who requested it."""
@@ -173,8 +191,19 @@ class GatewayServer(uvicorn.Server):
         until = time.monotonic() + self._delay
         while not self.force_exit and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110 - set by a signal
             await asyncio.sleep(min(left, _STEP))
-        await super().shutdown(sockets)
+        await self._close(sockets)
         logger.info("stopped")
+
+    async def _close(self, sockets: list[socket.socket] | None) -> None:
+        """Accept no connection any more, and end the open ones; without any, this takes no time."""
+        for listener in (*self.servers, *(sockets or ())):
+            listener.close()
+        for _ in range(2):  # a connection that has just been accepted is set up
+            await asyncio.sleep(0)
+        if self.server_state.connections or self.server_state.tasks:
+            await super().shutdown(sockets)
+        elif not self.force_exit:
+            await self.lifespan.shutdown()
 
     async def _wait_tasks_to_complete(self) -> None:
         """Wait until all requests have ended; when the drain time is over, abort the rest.

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from api_gateway.errors import GatewayError
+from api_gateway.limits.concurrency import SlotUse
 from api_gateway.models import NANOSECONDS, Decision, Exchange, HeaderList
 from api_gateway.proxy.deadline import Deadline
 from api_gateway.proxy.header_facts import HeaderFacts
@@ -25,7 +26,7 @@ class RequestPlan:
 
     `raw_target` is the request target as received, `target` that for the upstream. `now_ns` (of the monotonic clock)
     is the time of the last step: the arrival of the request or of a reply. `inspected` are the decisions of the
-    buckets, each alone; only `Admission.inspect` sets them.
+    buckets, each alone, and `slot_uses` the slots of concurrency limits; only `Admission.inspect` sets them.
     """
 
     __slots__ = (
@@ -38,6 +39,7 @@ class RequestPlan:
         "priority",
         "raw_target",
         "route",
+        "slot_uses",
         "target",
     )
 
@@ -46,6 +48,7 @@ class RequestPlan:
     principal: str | None  # for circuit breakers and fair shares
     priority: int
     inspected: Sequence[Decision]
+    slot_uses: Sequence[SlotUse]
 
     def __init__(self, exchange: Exchange, facts: HeaderFacts, raw_target: bytes, now_ns: int) -> None:
         self.exchange = exchange
@@ -180,6 +183,7 @@ class Admission:
         All stages are inspected, also after a refusal, so that the plan has all figures.
         """
         plan.route, plan.principal, plan.priority, plan.inspected = None, None, 0, ()
+        plan.slot_uses = ()
         first: GatewayError | None = None
         for inspect in self._inspect:
             outcome = inspect(plan)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from api_gateway.errors import GatewayError
+from api_gateway.limits.concurrency import SlottedCharges
 from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.models import Charge, Exchange, Settlement
@@ -122,7 +123,7 @@ class CostSettlement:
 
 def _settled_to(charges: Sequence[Charge], cost: float, *, is_whole: bool) -> tuple[list[Charge], list[Charge]]:
     """Return the charges of a request of this cost, and how they differ from `charges`."""
-    after = []
+    after: list[Charge] = []
     for charge in charges:
         own = cost if charge.own_cost is None or is_whole else charge.own_cost
         cost_ns = charge.quota.cost_ns(own)
@@ -131,6 +132,8 @@ def _settled_to(charges: Sequence[Charge], cost: float, *, is_whole: bool) -> tu
         Charge(new.key, new.quota, new.increment_ns - old.increment_ns, is_unverified=new.is_unverified)
         for new, old in zip(after, charges, strict=True)
     ]
+    if isinstance(charges, SlottedCharges):  # which a settlement does not change
+        after = SlottedCharges(after, charges.slots)
     return after, changes
 
 

@@ -54,6 +54,11 @@ class RateLimitStage:
         """The limits besides those of tiers and addresses."""
         return ()
 
+    @property
+    def concurrency(self) -> Sequence[Limit]:
+        """The limits of requests in flight."""
+        return ()
+
     def lacking(self, plan: RequestPlan) -> list[tuple[Limit, str]]:  # noqa: ARG002 - there are none
         """Return the limits that do not apply to a request, each with the reason in words."""
         return []
@@ -153,10 +158,15 @@ class LimitListStage(RateLimitStage):
 
     def lacking(self, plan: RequestPlan) -> list[tuple[Limit, str]]:
         """See `RateLimitStage`."""
+        return self._lacking(plan, self._limits)
+
+    def _lacking(
+        self, plan: RequestPlan, limits: Sequence[tuple[Limit, tuple[ValueOf, ...]]]
+    ) -> list[tuple[Limit, str]]:
         client, found = plan.exchange.client, []
         assert client is not None  # noqa: S101 - `IdentityStage` comes first
         names, method, tier = self._route_names(plan), plan.exchange.method.upper(), client.quota.name
-        for limit, values in self._limits:
+        for limit, values in limits:
             missing = [part for part, value in zip(limit.key, values, strict=True) if value(plan) is None]
             if limit.quota_of(tier) is None:
                 found.append((limit, f"not for the tier {tier}"))
@@ -199,8 +209,8 @@ class LimitListStage(RateLimitStage):
             quota = limit.quota_of(client.quota.name)
             if quota is None or not any(limit.concerns(name, method) for name in names):
                 continue
-            values = [value for part in parts if (value := part(plan)) is not None]
-            if len(values) == len(parts):
+            values = values_of(parts, plan)
+            if values is not None:
                 key = limit.bucket_key(values, client.quota.name)
                 increment_ns = quota.cost_ns(cost if limit.cost is None else limit.cost)
                 charges.append(Charge(key, quota, increment_ns, limit.cost, limit.is_unverified(client)))
@@ -214,6 +224,12 @@ class LimitListStage(RateLimitStage):
             if others:
                 return [exchange.route, *(others - {exchange.route})]
         return (exchange.route,)
+
+
+def values_of(parts: Sequence[ValueOf], plan: RequestPlan) -> list[str] | None:
+    """Return the values of the parts of a limit's key; None if the request lacks one."""
+    values = [value for part in parts if (value := part(plan)) is not None]
+    return values if len(values) == len(parts) else None
 
 
 def part_reader(part: str) -> ValueOf:

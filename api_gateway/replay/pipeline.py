@@ -19,8 +19,25 @@ from pathlib import Path
 from api_gateway.config import GatewayConfig
 from api_gateway.replay.external_sort import Run, RunWriter, merged
 from api_gateway.replay.log_files import BrokenFile, LogPart, blocks_of, log_parts
-from api_gateway.replay.log_lines import DECISION, KIND, PROCESS, SOURCE, ForeignLine, LogEvent, NotDecided, events_of
-from api_gateway.replay.sharding import SharedBuckets, linked_address, linked_by_limits, shard_key, shards
+from api_gateway.replay.log_lines import (
+    DECISION,
+    KIND,
+    PROCESS,
+    SOURCE,
+    TIER_SOURCE,
+    ForeignLine,
+    LogEvent,
+    NotDecided,
+    events_of,
+)
+from api_gateway.replay.sharding import (
+    UNREGISTERED,
+    SharedBuckets,
+    linked_address,
+    linked_by_limits,
+    shard_key,
+    shards,
+)
 from api_gateway.replay.simulation import Simulation
 from api_gateway.replay.tally import ReplayTally
 
@@ -146,8 +163,11 @@ def _read_lines(
     for number, line in enumerate(lines, before + 1):
         try:
             found += events_of(line, place + number)
-        except NotDecided:
+        except NotDecided as other:
             summary.not_decided += 1
+            if other.numbered is not None:
+                process, own = other.numbered
+                _extend(summary, process, [own])
         except ForeignLine as error:
             if not is_complete and number == before + len(lines):
                 summary.incomplete += 1
@@ -170,17 +190,27 @@ def _count(summary: PartSummary, events: Sequence[LogEvent], is_limited: Callabl
     for event in events:
         key = shard_key(event)
         counts[key] = counts.get(key, 0) + 1
-        other = linked_address(event, is_limited)
-        if other is not None:
-            links.add((key, other))
-        numbers.setdefault(event[PROCESS], []).append(event[1])
+        if event[TIER_SOURCE] in UNREGISTERED:
+            other = linked_address(event, is_limited)
+            if other is not None:
+                links.add((key, other))
+        process, number = event[PROCESS], event[1]
+        if process in numbers:
+            numbers[process].append(number)
+        else:
+            numbers[process] = [number]
     for process, given in numbers.items():
-        least, greatest, count = summary.spans.get(process, (given[0], given[0], 0))
-        summary.spans[process] = min(least, *given), max(greatest, *given), count + len(given)
+        _extend(summary, process, given)
     numbers.clear()
     times = [event[0] for event in events]
     summary.begin_ns, summary.end_ns = min(summary.begin_ns, *times), max(summary.end_ns, *times)
     summary.sources.update([event[SOURCE] for event in events if event[KIND] == DECISION])
+
+
+def _extend(summary: PartSummary, process: str, given: Sequence[int]) -> None:
+    """Note that decisions of a process have these numbers."""
+    least, greatest, count = summary.spans.get(process, (given[0], given[0], 0))
+    summary.spans[process] = min(least, *given), max(greatest, *given), count + len(given)
 
 
 # Deciding

@@ -7,10 +7,10 @@ from typing import Any
 
 from api_gateway.assembly.stores import Quotas
 from api_gateway.config import GatewayConfig
-from api_gateway.models import NANOSECONDS
+from api_gateway.models import NANOSECONDS, Decision
 from api_gateway.replay.log_lines import LogEvent
 from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
-from api_gateway.replay.simulation import ReplayedDecision, has_periods, unlogged_parts
+from api_gateway.replay.simulation import has_periods, unlogged_parts
 from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
@@ -149,14 +149,14 @@ def _agreement(agreement: Agreement) -> Document:
     }
 
 
-def _difference(event: LogEvent, outcome: ReplayedDecision) -> Document:
+def _difference(event: LogEvent, outcome: Decision | None) -> Document:
     return {
         "time": time_of(event[0]),
         "client": event[6],
         "in_log": {"limit": event[16], "wait_ns": event[17], "remaining": event[18]},
-        "replayed": {"limit": outcome.limit, "wait_ns": outcome.wait_ns, "remaining": outcome.remaining}
-        if outcome.limit
-        else "refused by another rule",
+        "replayed": "refused by another rule"
+        if outcome is None
+        else {"limit": outcome.quota.name, "wait_ns": outcome.wait_ns, "remaining": outcome.remaining},
     }
 
 
@@ -168,10 +168,19 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
             f"routes with a host ({', '.join(hosts)}): hosts are not logged; a request is taken to have the host of"
             " the route that it had"
         )
-    for limit in Quotas.of(candidate).limits:
+    quotas = Quotas.of(candidate)
+    for limit in quotas.concurrency:
+        yield (
+            f"limit {limit.name}: requests in flight, which depend on how long the upstream takes; requests that it"
+            " refused did not get to the other limits"
+        )
+    for limit in quotas.limits:
         parts = unlogged_parts(limit)
-        if has_periods(limit):
-            yield f"limit {limit.name}: a quota of a calendar period, whose count before the log is not known"
+        if has_periods(limit) and not parts:
+            yield (
+                f"limit {limit.name}: what was used of its calendar period before the log is not known, and counts as"
+                " unused; changes by operators are not in the log"
+            )
         if parts:
             yield f"limit {limit.name}: its key has {', '.join(parts)}, which is not logged; it is not evaluated"
     if candidate.is_demo:

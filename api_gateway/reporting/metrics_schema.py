@@ -75,6 +75,7 @@ class LimiterView(Body):
     quota_warnings: dict[str, int] = Field(
         description="Shares of calendar quotas that were reached (warn_at), by limit."
     )
+    in_flight: dict[str, int] = Field(description="Requests in flight, by concurrency limit.")
     buckets: int = Field(description="Buckets in memory; full buckets are dropped.")
     max_buckets: int
     overflow_decisions: int = Field(description="Decisions made on a shared bucket because the table was full.")

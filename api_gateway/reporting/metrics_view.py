@@ -183,6 +183,7 @@ def metrics_view(
             would_allow=dict(recorder.would_allow),
             settlements=dict(recorder.settlements),
             quota_warnings=dict(recorder.quota_warnings),
+            in_flight=dict(recorder.in_flight_by_limit),
             buckets=buckets,
             max_buckets=bucket_limit,
             overflow_decisions=overflowed,

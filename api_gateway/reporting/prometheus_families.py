@@ -6,7 +6,7 @@ from functools import cache
 from itertools import accumulate, islice
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from api_gateway.metrics import Recorder
 from api_gateway.observability.latency_series import Tally, WindowedSeries, bucket_of, value_of
@@ -86,6 +86,14 @@ def limit_families(recorder: Recorder) -> Iterator[Metric]:
     for limit, count in recorder.quota_warnings.items():
         warnings.add_metric([limit], count)
     yield warnings
+    in_flight = GaugeMetricFamily(
+        "gateway_concurrency_limit_requests_in_flight",
+        "Requests in flight that hold a slot of a concurrency limit.",
+        labels=["limit"],
+    )
+    for limit, count in recorder.in_flight_by_limit.items():
+        in_flight.add_metric([limit], count)
+    yield in_flight
 
 
 def family_in_pieces(

@@ -231,8 +231,8 @@ def _value_at(value: Any, key_path: KeyPath) -> Any:
 
 
 def path_of_error(detail: ErrorDetails) -> KeyPath:
-    """Return the place of one of pydantic's errors; a wrong key is located by the key itself."""
-    return tuple(str(part) for part in detail["loc"] if part != "[key]")
+    """Return the place of one of pydantic's errors; a wrong key is located by itself, a variant by its setting."""
+    return tuple(str(part) for part in detail["loc"] if not str(part).startswith("["))
 
 
 def describe_errors(

@@ -48,7 +48,10 @@ def limit_findings(config: LimitedSections) -> Iterator[Found]:
 
 
 def allowances(limit: LimitSection) -> Iterator[tuple[KeyPath, AllowanceSection]]:
-    """Yield the allowances of a limit with their places within it; that of the limit only if a request may have it."""
+    """Yield the allowances of a limit with their places within it; that of the limit only if a request may have it.
+
+    A concurrency limit has none.
+    """
     own = dict(limit.tiers or {})
     if limit.is_given:
         yield (), limit
@@ -86,10 +89,35 @@ def _tier_findings(config: LimitedSections, limit: LimitSection, place: KeyPath)
             yield (*place, "tiers", tier), message, (("tiers",), ("tiers", tier))
         if section is None or not section.is_given:
             lacking.append(tier)
-    if not limit.is_given and (limit.tiers is None or lacking):
+    if limit.concurrent is not None:
+        yield from _concurrency_findings(config, limit, place)
+    elif not limit.is_given and (limit.tiers is None or lacking):
         whom = f" for the tiers {', '.join(lacking)}, or each of these its own" if lacking else ""
-        what = "rate and capacity" if limit.period is None else "a quota"
+        what = "rate and capacity, a quota, or concurrent" if limit.period is None else "a quota"
         yield place, f"needs {what}{whom}", ()
+
+
+def _concurrency_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:
+    """Yield each tier that has a number and no such limit, or the limit and no number."""
+    given = limit.concurrent_by_tier
+    if not given:
+        return
+    known = ", ".join(config.tiers)
+    for tier in given:
+        key_path: KeyPath = (*place, "concurrent", tier)
+        if tier not in config.tiers:
+            yield key_path, f"no such tier, got {tier!r}; the tiers are {known}", (("tiers",),)
+        elif limit.tiers is not None and tier not in limit.tiers:
+            message = f"the limit does not apply to this tier: add it to tiers or remove it, got {given[tier]}"
+            yield key_path, message, ((*place, "tiers"),)
+    lacking = [tier for tier in limit.tiers or config.tiers if tier not in given and tier in config.tiers]
+    if lacking:
+        shown = ", ".join(f"{tier}: {number}" for tier, number in given.items())
+        message = (
+            f"has no number for {', '.join(lacking)}: add one, or name in tiers those that the limit applies to,"
+            f" got {{{shown}}}"
+        )
+        yield (*place, "concurrent"), message, (("tiers",), (*place, "tiers"))
 
 
 def _reference_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from api_gateway.settings.clients import CandidateSection
 from api_gateway.settings.diagnostics import nearest
 from api_gateway.settings.setting_types import LIMIT_KEY, Cost, Identifier, Methods, Section, TierName
 
 Names = Annotated[list[str], Field(min_length=1)]
+Requests = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class AllowanceSection(Section):
@@ -88,11 +89,24 @@ def _by_tier(value: Any) -> Any:
     return value
 
 
+def _kind_of(value: Any) -> str:
+    """Return the tag of a value of `Concurrent`, which `diagnostics.place_of` leaves out."""
+    return "[by tier]" if isinstance(value, Mapping) else "[number]"
+
+
+Concurrent = Annotated[
+    Annotated[Requests, Tag("[number]")]
+    | Annotated[dict[TierName, Requests], Field(min_length=1), BeforeValidator(_by_tier), Tag("[by tier]")],
+    Discriminator(_kind_of),
+]
+
+
 class LimitSection(AllowanceSection):
     """A limit: whom it counts by, what it allows, and the requests that it applies to.
 
     `tiers` are the tiers that it applies to, as a list or with an allowance for each; a tier without one has that of
-    the limit. With `period`, allowances are quotas, and the settings behind it apply.
+    the limit. With `period`, allowances are quotas, and the settings behind it apply. With `concurrent`, there are no
+    other allowances.
     """
 
     name: Identifier
@@ -116,6 +130,31 @@ class LimitSection(AllowanceSection):
         default=0, ge=0, le=1_000_000_000_000, description="Unused tokens that are added to the next period, at most."
     )
     warn_at: Shares = Field(default=[], description="Shares of the quota at which a warning is given.")
+    concurrent: Concurrent | None = Field(
+        default=None, description="Requests in flight at the same time, for all tiers or each; instead of tokens."
+    )
+
+    @property
+    def concurrent_by_tier(self) -> dict[str, int]:
+        """The requests in flight of each tier that has a number of its own."""
+        return self.concurrent if isinstance(self.concurrent, dict) else {}
+
+    @model_validator(mode="after")
+    def _is_concurrency_alone(self) -> "LimitSection":
+        if self.concurrent is None:
+            return self
+        sections = {"": self, **{f"tiers.{name}: ": section for name, section in (self.tiers or {}).items()}}
+        for place, section in sections.items():
+            for name in ("rate", "capacity", "quota", "candidate"):
+                if section is not None and getattr(section, name) is not None:
+                    raise ValueError(
+                        f"{place}a limit with concurrent has no {name}: remove it, or write two limits,"
+                        f" got {getattr(section, name) if name != 'candidate' else 'one'}"
+                    )
+        for name in ("period", "cost"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"concurrent counts requests, not tokens: remove {name}, got {getattr(self, name)}")
+        return self
 
     @model_validator(mode="after")
     def _has_period(self) -> "LimitSection":

@@ -133,6 +133,16 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
 
 
 def _store_findings(config: ConfigSections) -> Iterator[Finding]:
+    for index, limit in enumerate(config.limits):
+        if limit.concurrent is not None and (config.store.is_shared or config.server.workers > 1):
+            message = "counts the requests of one process: set server.workers to 1 and store.url to memory://, or"
+            yield _of_limit(
+                config,
+                (str(index), "concurrent"),
+                f"{message} remove the limit, got {config.server.workers} workers and"
+                f" {'a shared store' if config.store.is_shared else 'memory://'}",
+                (("server", "workers"), ("store", "url")),
+            )
     if config.store.clients == "store" and not config.store.is_shared:
         message = "memory:// does not survive a restart; keep clients in a file with sqlite or auto, got 'store'"
         yield Finding(("store", "clients"), message, depends_on=(("store", "url"), ("store", "url_file")))

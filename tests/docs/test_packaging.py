@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 import api_gateway
 from api_gateway.config import GatewayConfig, load_config
+from tests import sources
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -173,9 +174,10 @@ def test_what_is_compiled_exists_and_has_nothing_that_mypyc_cannot_compile() -> 
         assert "cached_property" not in source, path
         assert "from copy import" not in source, path
         assert "@runtime_checkable" not in source, path
-        for scope in (one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.AsyncFunctionDef)):
+        nodes = sources.nodes()[ROOT / path]
+        for scope in (one for one in nodes if isinstance(one, ast.AsyncFunctionDef)):
             assert not any(isinstance(one, ast.Yield) for one in ast.walk(scope)), f"{path}: {scope.name}"
-        for kind in (one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.ClassDef)):
+        for kind in (one for one in nodes if isinstance(one, ast.ClassDef)):
             several = [one for one in kind.body if isinstance(one, ast.Assign) and len(one.targets) > 1]
             assert not several, f"{path}: {kind.name} assigns several names at once"
 
@@ -197,7 +199,7 @@ def test_no_slice_of_bytes_in_what_is_compiled_ends_before_its_start() -> None:
     """Interpreted, such a slice is empty. Compiled, it raises SystemError (mypyc 2.4: `CPyBytes_GetSlice`)."""
     found: set[str] = set()
     for path in compiled_modules():
-        for one in ast.walk(ast.parse((ROOT / path).read_text())):
+        for one in sources.nodes()[ROOT / path]:
             if isinstance(one, ast.Subscript) and isinstance(one.slice, ast.Slice):
                 has_both = one.slice.lower is not None and one.slice.upper is not None
                 found.update({ast.unparse(one)} if has_both and ast.unparse(one.slice) != "1:-1" else ())
@@ -207,7 +209,7 @@ def test_no_slice_of_bytes_in_what_is_compiled_ends_before_its_start() -> None:
 def test_what_is_compiled_has_the_same_attributes_of_classes() -> None:
     """Compiled, an attribute of a class is one of its objects, unless it is a `ClassVar`."""
     for path in compiled_modules():
-        for kind in (one for one in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(one, ast.ClassDef)):
+        for kind in (one for one in sources.nodes()[ROOT / path] if isinstance(one, ast.ClassDef)):
             if not any(base.endswith("Enum") for base in map(ast.unparse, kind.bases)):
                 assigned = [ast.unparse(one.targets[0]) for one in kind.body if isinstance(one, ast.Assign)]
                 constants = [name for name in assigned if name.isupper()]
@@ -217,10 +219,7 @@ def test_what_is_compiled_has_the_same_attributes_of_classes() -> None:
 def test_nothing_inherits_from_a_named_tuple() -> None:
     """A compiled function unpacks a named tuple, so it would not use what a subclass overrides."""
     classes = [
-        (path, one)
-        for path in sorted((ROOT / "api_gateway").rglob("*.py"))
-        for one in ast.walk(ast.parse(path.read_text()))
-        if isinstance(one, ast.ClassDef)
+        (path, one) for path, nodes in sources.nodes().items() for one in nodes if isinstance(one, ast.ClassDef)
     ]
     named = {one.name for _, one in classes if "NamedTuple" in map(ast.unparse, one.bases)}
     for path, one in classes:
@@ -235,8 +234,8 @@ def test_no_class_inherits_across_the_border_of_what_is_compiled() -> None:
     compiled = set(compiled_modules())
     places: dict[str, list[str]] = {}
     classes: list[tuple[str, ast.ClassDef]] = []
-    for path in sorted((ROOT / "api_gateway").rglob("*.py")):
-        for one in ast.walk(ast.parse(path.read_text())):
+    for path, nodes in sources.nodes().items():
+        for one in nodes:
             if isinstance(one, ast.ClassDef) and "NamedTuple" not in map(ast.unparse, one.bases):
                 classes.append((str(path.relative_to(ROOT)), one))
                 places.setdefault(one.name, []).append(classes[-1][0])

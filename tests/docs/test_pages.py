@@ -22,6 +22,7 @@ from api_gateway.reporting.upstream_schema import HealthView
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.fair_shares import share_refusal
 from api_gateway.resilience.priorities import PriorityClasses
+from tests import sources
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
@@ -140,8 +141,8 @@ def test_every_file_it_names_exists(name: str) -> None:
 def defined() -> set[str]:
     """Return the names of all classes, functions, variables and constants of the package."""
     known: set[str] = set()
-    for path in (ROOT / "api_gateway").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for nodes in sources.nodes().values():
+        for node in nodes:
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 known.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

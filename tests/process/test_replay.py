@@ -40,6 +40,7 @@ limits:
   - {{name: own, key: [client, route], rate: 4, capacity: 9, tiers: {{FREE: null, PREMIUM: {{rate: 9, capacity: 9}}}}}}
   - {{name: everyone, key: route, routes: [up], methods: [POST], rate: 25, capacity: 120, cost: 1}}
   - {{name: nearby, key: [address, route], rate: 20, capacity: 100}}
+  - {{name: daily, key: [client, route], quota: 60, period: day, tiers: [PREMIUM, BASIC], warn_at: [0.9]}}
 """
 REQUESTS, CONNECTIONS = 300, 6
 
@@ -155,7 +156,7 @@ def test_a_replay_under_its_own_configuration_makes_every_decision_again(played:
     lines = [line for line in running.logged if "request_id" in line]
     decided = [line for line in lines if line["decision"]]
     refused = [line for line in decided if line["decision"]["wait_ns"]]
-    assert {line["decision"]["limit"] for line in refused} >= {"FREE", "address"}
+    assert {line["decision"]["limit"] for line in refused} >= {"FREE", "address", "daily"}
     assert {line["cost"] for line in decided if "settlements" in line["decision"]} >= {0.0, 0.5, 3.0, 7.0}
     assert any("credential_check" in line for line in lines)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import sources
+from tests.sources import PACKAGE
+
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "api_gateway"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- layers: begin -->\n", "<!-- layers: end -->"
 
@@ -123,15 +125,16 @@ def package_of(module: str) -> str:
 @cache
 def modules() -> dict[str, ast.Module]:
     """Return the modules by name; not read before a test needs them, as every process collects this file."""
-    return {module_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    return {module_name(path): tree for path, tree in sources.trees().items()}
 
 
 @cache
 def nodes() -> list[tuple[str, ast.AST]]:
     """Return each node with the name of its module."""
-    return [(name, node) for name, tree in modules().items() for node in ast.walk(tree)]
+    return [(name, node) for name, tree in modules().items() for node in sources.nodes()[_paths()[tree]]]
 
 
+@cache
 def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Return each function with the name of its module."""
     return [(name, node) for name, node in nodes() if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -141,7 +144,7 @@ def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
 def imports(tree: ast.Module) -> frozenset[str]:
     """Return every module imported, wherever the import stands, with imported names as if they were modules."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in sources.nodes()[_paths()[tree]]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -149,6 +152,11 @@ def imports(tree: ast.Module) -> frozenset[str]:
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return frozenset(found)
+
+
+@cache
+def _paths() -> dict[ast.Module, Path]:
+    return {tree: path for path, tree in sources.trees().items()}
 
 
 def own_imports(tree: ast.Module) -> Iterator[str]:
@@ -201,11 +209,11 @@ def test_modules_have_no_cycles() -> None:
 
 
 def test_imports_stand_at_the_top() -> None:
+    inside = {(name, line) for name, one in functions() for line in range(one.lineno, (one.end_lineno or 0) + 1)}
     hidden = [
         f"{name}, line {node.lineno}"
-        for name, function in functions()
-        for node in ast.walk(function)
-        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name, node in nodes()
+        if isinstance(node, ast.Import | ast.ImportFrom) and (name, node.lineno) in inside
     ]
     assert not hidden, "imports inside functions"
 
@@ -249,7 +257,7 @@ def test_functions_stay_short() -> None:
 
 
 def test_a_module_says_what_it_is_for_and_why_it_is_long() -> None:
-    lengths = {module_name(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    lengths = {module_name(path): len(path.read_text().splitlines()) for path in sources.trees()}
     for name, tree in modules().items():
         text = ast.get_docstring(tree) or ""
         assert text.splitlines()[:1] != [], f"{name} has no docstring"

@@ -38,6 +38,7 @@ SENT = [cls for cls in CONCRETE if cls is not errors.ClientDisconnected]
 
 DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     errors.RateLimited: (429, "rate_limited"),
+    errors.ConcurrencyExceeded: (429, "concurrency_exceeded"),
     errors.CostExceedsCapacity: (403, "cost_exceeds_capacity"),
     errors.CircuitOpen: (503, "circuit_open"),
     errors.NoHealthyUpstream: (503, "no_healthy_upstream"),
@@ -187,7 +188,9 @@ def test_every_error_that_is_sent_has_a_problem_with_a_type_and_its_title(cls: t
     if issubclass(cls, Unavailable):
         assert body["type"] == REDUCED_CAPACITY
     else:
-        assert body["type"] == (QUOTA_EXCEEDED if cls is errors.RateLimited else "about:blank")
+        assert body["type"] == (
+            QUOTA_EXCEEDED if cls in (errors.RateLimited, errors.ConcurrencyExceeded) else "about:blank"
+        )
     assert body["title"].isascii()
 
 

@@ -6,7 +6,7 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -61,6 +61,7 @@ from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
+from tests.kit import case
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 BEGIN, END = "<!-- exchange: begin -->\n", "<!-- exchange: end -->"
@@ -688,9 +689,8 @@ BODIES = pytest.mark.parametrize(
         *("chunked body", "chunked body to be asked for"),
     ],
 )
-PAIRS = pytest.mark.parametrize(
-    ("situation", "event"), [pytest.param(*pair, id=" - ".join(pair)) for pair in product(SITUATIONS, EVENTS)]
-)
+# The events of a situation are the cases of one test: most of them take less time than a test of their own.
+IN_EVERY_SITUATION = pytest.mark.parametrize("situation", SITUATIONS)
 
 
 def body_state(body: Body, before: States) -> states.RequestBodyState:
@@ -742,13 +742,11 @@ def test_every_pair_that_the_tables_allow_has_an_expectation() -> None:
 
 
 @BODIES
-@PAIRS
-def test_an_event_in_a_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, event: str, body: Body
-) -> None:
+@IN_EVERY_SITUATION
+def test_an_event_in_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, body: Body) -> None:
     """Attribution, charge and record are as expected, and whatever is not held in the new phase has been returned."""
 
-    async def run() -> None:
+    async def run(event: str) -> None:
         world = World(tmp_path, monkeypatch, body)
         begin, before = SITUATIONS[situation]
         exchange = await begin(world)
@@ -772,7 +770,18 @@ def test_an_event_in_a_state(
         assert bool(world.limiter.settled) == is_refunded, "the charge stays if anything was sent"
         check_resources(world, exchange)
 
-    asyncio.run(run())
+    for event in EVENTS:
+        with case(situation, event):
+            asyncio.run(run(event))
+
+
+def illegal_events(situation: str, body: Body) -> Iterator[str]:
+    """Yield the events that a port may deliver, and that the tables do not allow."""
+    has_ended = SITUATIONS[situation][1].phase in ENDED
+    for event in EVENTS:
+        is_possible = event != "the deadline passes" and is_deliverable(situation, event, body)
+        if is_possible and not is_legal(situation, event, body) and not (event in OF_THE_BODY and has_ended):
+            yield event
 
 
 def check_resources(world: World, exchange: FastExchange) -> None:
@@ -792,24 +801,18 @@ def check_resources(world: World, exchange: FastExchange) -> None:
 
 
 @BODIES
-@PAIRS
+@IN_EVERY_SITUATION
 def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     situation: str,
-    event: str,
     body: Body,
 ) -> None:
-    if is_legal(situation, event, body) or event == "the deadline passes":
-        return
-    if not is_deliverable(situation, event, body) or (
-        event in OF_THE_BODY and SITUATIONS[situation][1].phase in ENDED
-    ):
-        return
     monkeypatch.setattr(ProxyExchange, "is_strict", False)
+    (tmp_path / "other").mkdir()
 
-    async def run() -> None:
+    async def run(event: str) -> None:
         world = World(tmp_path, monkeypatch, body)
         other = World(tmp_path / "other", monkeypatch)
         undisturbed = await flowing(other)
@@ -828,9 +831,11 @@ def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
             check_resources(world, exchange)
         assert undisturbed.phase == states.EXCHANGING
 
-    (tmp_path / "other").mkdir()
-    asyncio.run(run())
-    assert caplog.text.count("is not allowed while") in (1, 2), "each state and event once"
+    for event in illegal_events(situation, body):
+        with case(situation, event):
+            caplog.clear()
+            asyncio.run(run(event))
+            assert caplog.text.count("is not allowed while") in (1, 2), "each state and event once"
 
 
 @BODIES

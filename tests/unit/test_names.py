@@ -2,11 +2,12 @@
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2] / "api_gateway"
+from tests import sources
+from tests.sources import PACKAGE
 
 REASONS = {
     "T": "a type variable, whose name says nothing by convention",
@@ -32,28 +33,31 @@ def defined_names(tree: ast.Module) -> Iterator[str]:
 
 
 @cache
-def duplicates(folder: Path) -> dict[str, list[str]]:
-    """Return the names that several modules below a folder define, and which modules those are."""
+def duplicates_of_the_package() -> dict[str, list[str]]:
+    """Return the names that several modules of the package define, and which modules those are."""
+    return duplicates(sources.trees(), PACKAGE)
+
+
+def duplicates(trees: Mapping[Path, ast.Module], folder: Path) -> dict[str, list[str]]:
+    """Return the names that several of these modules below a folder define, and which modules those are."""
     modules = defaultdict(list)
-    for path in sorted(folder.rglob("*.py")):
-        for name in set(defined_names(ast.parse(path.read_text()))):
+    for path, tree in trees.items():
+        for name in set(defined_names(tree)):
             modules[name].append(path.relative_to(folder).as_posix())
     return {name: found for name, found in modules.items() if len(found) > 1}
 
 
 def test_a_public_name_is_defined_once_or_has_a_reason() -> None:
-    unexplained = {name: found for name, found in duplicates(PACKAGE).items() if name not in REASONS}
+    unexplained = {name: found for name, found in duplicates_of_the_package().items() if name not in REASONS}
     assert not unexplained, "rename all but one of them, or state in REASONS why they share the name"
 
 
 def test_every_reason_is_still_needed() -> None:
-    assert not REASONS.keys() - duplicates(PACKAGE).keys()
+    assert not REASONS.keys() - duplicates_of_the_package().keys()
 
 
 def test_definitions_are_found_in_every_form(tmp_path: Path) -> None:
-    for module in ("one.py", "two.py"):
-        (tmp_path / module).write_text(
-            "class A: ...\ndef b(): ...\nasync def c(): ...\nD, E = 1, 2\nF: int = 3\n_g = 4\n"
-        )
-    assert duplicates(tmp_path) == {name: ["one.py", "two.py"] for name in "AbcDEF"}
-    assert not duplicates(tmp_path / "missing")
+    tree = ast.parse("class A: ...\ndef b(): ...\nasync def c(): ...\nD, E = 1, 2\nF: int = 3\n_g = 4\n")
+    both = {tmp_path / module: tree for module in ("one.py", "two.py")}
+    assert duplicates(both, tmp_path) == {name: ["one.py", "two.py"] for name in "AbcDEF"}
+    assert not duplicates({tmp_path / "one.py": tree}, tmp_path)

@@ -5,12 +5,14 @@ import gzip
 import hashlib
 import html
 import json
+import math
 import os
 import random
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ from hypothesis import strategies as st
 
 from api_gateway.cli import main
 from api_gateway.config import GatewayConfig, from_values
-from api_gateway.models import Charge, Client, Exchange, Quota
+from api_gateway.models import Charge, Client, Decision, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.replay import log_lines
+from api_gateway.replay import log_lines, simulation
 from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.external_sort import RunWriter, merged
@@ -34,6 +36,7 @@ from api_gateway.replay.page import page_of
 from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import document_of, text_of
 from api_gateway.replay.sharding import shards
+from api_gateway.replay.simulation import Simulation
 from tests.unit.test_access_log import EXCHANGES, OfAnOrganisation, bare
 
 SECOND = 1_000_000_000
@@ -152,22 +155,39 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize(
-    "name", ["at_ns", "number", "process", "source", "limits", "limit", "wait_ns", "cost", "remaining", "settlements"]
+    "name",
+    [
+        *("at_ns", "number", "process", "source", "limits", "limit", "wait_ns", "cost", "remaining", "settlements"),
+        "wall_us",
+    ],
 )
 def test_no_value_of_a_decision_ends_a_replay_or_reaches_a_terminal(tmp_path: Path, name: str) -> None:
     traffic = Traffic()
     traffic.request("acme")
     (line,) = traffic.lines()
+    counted = config(limits=[{"name": "daily", "quota": 2, "period": "day", "starts": "client"}])
     for value in HOSTILE:
         members = json.loads(line)
         (members if name == "remaining" else members["decision"])[name] = "@"
         changed = json.dumps(members, separators=(",", ":")).replace('"@"', value) + "\n"
-        found = reported(replay_logs([log_of(tmp_path, [changed, line])], config(), None), config())
+        found = reported(replay_logs([log_of(tmp_path, [changed, line])], counted, None), counted)
         assert found["log"]["lines"] == 2
-        assert found["totals"]["decisions"] + found["log"]["foreign_lines"] == 2
+        assert found["totals"]["decisions"] + found["log"]["foreign_lines"] + found["log"]["not_decided"] == 2
         assert all(len(message) < 500 for message in found["log"]["messages"])
         assert text_of(found, 20).replace("\n", "").isprintable()
         assert "<script>" not in page_of(found)
+
+
+def test_a_refusal_by_a_concurrency_limit_charges_nothing_and_is_not_missing(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for _ in range(3):
+        traffic.request("acme")
+    lines = traffic.lines()
+    members = json.loads(lines[1])
+    members["decision"] |= {"limits": [], "limit": "five", "wait_ns": 1_000_000_000}
+    changed = [lines[0], json.dumps(members, separators=(",", ":")) + "\n", lines[2]]
+    found = reported(replay_logs([log_of(tmp_path, changed)], config(), None), config())
+    assert (found["totals"]["decisions"], found["log"]["not_decided"], found["log"]["missing_decisions"]) == (2, 1, 0)
 
 
 def test_no_value_of_a_client_ends_a_replay_or_reaches_a_terminal(tmp_path: Path) -> None:
@@ -249,6 +269,43 @@ def test_a_log_in_any_order_and_in_any_files_gives_the_same_decisions(tmp_path: 
     assert found.tally.newly_limited_by.keys() == {"BASIC"}
 
 
+def test_what_is_remembered_of_a_client_and_a_path_changes_no_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most decisions repeat the ones before of the same client, path and method; all stages give the same."""
+    traffic, rng = Traffic(), random.Random(9)
+    for _ in range(4_000):
+        name, after = f"client-{rng.randrange(6)}", rng.random() * 0.02
+        path = rng.choice(["/api/up/x", "/api/up/y", "/api/dear/z", "/api/nowhere", "/api/up/../dear"])
+        exchange = traffic.request(name, rng.choice(["FREE", "BASIC", "BASIC"]), after=after, path=path)
+        exchange.peer = f"192.0.2.{rng.randrange(3)}"
+        exchange.method = rng.choice(["GET", "POST"])
+        if rng.random() < 0.5:
+            assert exchange.client is not None
+            exchange.client = replace(exchange.client, source=rng.choice(["default", "granted", "configured"]))
+    log = log_of(tmp_path, traffic.lines())
+    routes = [
+        {"name": "up", "path": "/api/up", "upstream": "up", "costs": [{"methods": ["POST"], "cost": 2}]},
+        {"name": "dear", "path": "/api/dear", "upstream": "up", "cost": 3},
+    ]
+    candidate = config(routes=routes, address_limit={"rate": 5, "capacity": 10, "exempt": []})
+
+    def figures() -> dict[str, Any]:
+        found = reported(replay_logs([log], candidate, config()), candidate, config())
+        return {name: found[name] for name in found if name != "seconds"}
+
+    remembered = figures()
+    assert remembered["totals"]["refused_otherwise"] > 0
+    assert remembered["newly_limited_by"].keys() >= {"FREE", "address"}
+    monkeypatch.setattr(simulation._RememberedRoutes, "decide", lambda self, plan: self.stage.decide(plan))
+    monkeypatch.setattr(Simulation, "decide", _by_stages)
+    assert figures() == remembered
+
+
+def _by_stages(self: Simulation, event: LogEvent) -> Decision | None:
+    return self._decide_by_stages(self._buckets_of(event[4], event[5]), event)
+
+
 def test_each_process_of_a_gateway_without_a_store_has_buckets_of_its_own(tmp_path: Path) -> None:
     """Such as after a restart; their numbers begin anew, and a number that is not in the log is reported."""
     before, after = Traffic("a"), Traffic("b", start_ns=2 * SECOND)
@@ -321,13 +378,42 @@ def test_limits_on_values_that_are_not_logged_are_not_evaluated(tmp_path: Path) 
         traffic.request(f"client-{index % 2}", "BASIC")
     strict = {"rate": 1, "capacity": 1}
     tenants = {"name": "tenants", "key": ["header:x-tenant", "client"], **strict}
-    monthly = {"name": "monthly", "key": "client", "quota": 1, "period": "month"}
-    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}, monthly])
+    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}])
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
-    note, other = found["not_evaluable"]
-    assert other == "limit monthly: a quota of a calendar period, whose count before the log is not known"
+    (note,) = found["not_evaluable"]
     assert note == "limit tenants: its key has header:x-tenant, which is not logged; it is not evaluated"
     assert (found["newly_limited_by"], found["totals"]["newly_limited"]) == ({"all": 7}, 7)
+
+
+def test_calendar_quotas_are_evaluated_by_the_wall_clock_of_the_log_across_restarts(tmp_path: Path) -> None:
+    """A period ends when the logged wall clock says so; counters outlive a process, buckets do not."""
+    before, after = Traffic("a"), Traffic("b", start_ns=400 * SECOND)
+    midnight = 1_700_006_400
+    for traffic, walls in ((before, (-10, -9, -8.5, 0)), (after, (1, 2, 3))):
+        for wall in walls:
+            exchange = traffic.request("acme", after=1)
+            assert exchange.decision is not None
+            exchange.charges = [*exchange.charges, Charge("limit:daily:client:acme", traffic.quotas["FREE"], 0)]
+            exchange.decision.wall_us = round((midnight + wall) * 1_000_000)
+    candidate = config(limits=[{"name": "daily", "quota": 2, "period": "day"}])
+    log = log_of(tmp_path, before.lines() + after.lines())
+    assert '"wall_us":1700006391500000' in log.read_text()
+    found = reported(replay_logs([log], candidate, None), candidate)
+    (client,) = found["clients"]
+    assert (client["requests"], client["limits"]) == (7, {"daily": 3})
+    assert client["longest_wait_seconds"] == 86_400 - 2
+    (note,) = found["not_evaluable"]
+    assert note.startswith("limit daily: what was used of its calendar period before the log is not known")
+
+
+def test_the_time_of_a_period_is_logged_to_the_microsecond() -> None:
+    """The simulation gives it to the limiter, which rounds up, without an error of rounding."""
+    one = Simulation(config(limits=[{"name": "daily", "quota": 2, "period": "day"}]))
+    rng = random.Random(3)
+    for _ in range(10_000):
+        now_us = rng.randrange(10**15, 4 * 10**15)
+        one._set_wall(now_us)
+        assert math.ceil(one.wall * 1_000_000) == now_us
 
 
 def test_clients_of_an_organisation_share_its_limit_and_a_shard(tmp_path: Path) -> None:

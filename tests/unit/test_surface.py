@@ -9,7 +9,7 @@ import ast
 import json
 import re
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 from prometheus_client.core import Metric
 from pydantic import BaseModel
 
-import api_gateway
 from api_gateway import cli
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import GatewayError, Reason, problem
@@ -28,10 +27,10 @@ from api_gateway.observability.access_log import AccessLog
 from api_gateway.reporting.process_figures import FIGURES
 from api_gateway.reporting.prometheus import PrometheusExposition
 from api_gateway.reporting.snapshot import WorkerSnapshot
+from tests import sources
 
 SNAPSHOT = Path(__file__).parent / "surface.txt"
 METRICS_PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
-PACKAGE = Path(api_gateway.__file__).parent
 
 # Where the names of a table's rows come from data: names of upstreams, tiers, statuses and the like.
 ANY = "*"
@@ -123,12 +122,12 @@ def endpoints() -> Iterator[str]:
 def problem_members() -> Iterator[str]:
     """Yield the members of problem details: those that every one may have, and those that `extra` adds."""
     members = problem(GatewayError("", retry_after=1.0), instance="/", request_id="1")
-    extra = {key for path in PACKAGE.rglob("*.py") for key in _extra_keys(ast.parse(path.read_text()))}
+    extra = {key for found in sources.nodes().values() for key in _extra_keys(found)}
     yield from sorted({*members, *extra})
 
 
-def _extra_keys(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _extra_keys(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         is_named = isinstance(node, ast.keyword) and node.arg == "extra"
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -188,8 +187,8 @@ def log_fields() -> Iterator[str]:
 def header_fields() -> Iterator[str]:
     """Yield the gateway's own header fields, which are spelt in its code."""
     found: set[str] = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for nodes in sources.nodes().values():
+        for node in nodes:
             if isinstance(node, ast.Constant) and isinstance(node.value, bytes):
                 text = node.value.decode("latin-1")
                 found.update(re.findall(r"(?:^|\n)((?:x-|ratelimit)[a-z-]*)(?=$|: )", text))

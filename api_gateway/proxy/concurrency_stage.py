@@ -1,0 +1,107 @@
+"""The stage of admission that charges a request to all its limits, and takes a slot of each concurrency limit.
+
+It does all of it or nothing. The slots are held until the exchange ends: `LocalSlots.release` is one of the observers
+of ended exchanges, which are called once for every exchange, whatever ends it.
+"""
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+from api_gateway.errors import GatewayError
+from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
+from api_gateway.limits.limit import Limit
+from api_gateway.limits.refusal import refusal
+from api_gateway.models import Charge, ConcurrencySlot, Decision, Quota
+from api_gateway.proxy.admission import RequestPlan, StageResult, Wait
+from api_gateway.proxy.limit_stage import LimitListStage, part_reader, values_of
+from api_gateway.proxy.route_table import RouteTable
+from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.rate_limiter import RateLimiter
+
+
+class ConcurrencyStage(LimitListStage):
+    """Charges all limits of tokens and takes a slot of each concurrency limit: all or none."""
+
+    def __init__(
+        self,
+        *,
+        limiter: RateLimiter,
+        address_quota: Quota | None,
+        exempt: Collection[Any],
+        limits: Sequence[Limit],
+        concurrency: Sequence[Limit],
+        routes: RouteTable,
+        slots: LocalSlots,
+        shadow: ShadowLimits | None = None,
+    ) -> None:
+        """See `LimitListStage`. `concurrency` are the limits of requests in flight, `slots` who holds them."""
+        super().__init__(
+            limiter=limiter, address_quota=address_quota, exempt=exempt, limits=limits, routes=routes, shadow=shadow
+        )
+        self._concurrency = tuple([(limit, tuple([part_reader(part) for part in limit.key])) for limit in concurrency])
+        self._is_by_route = self._is_by_route or any(limit.routes is not None for limit in concurrency)
+        self.slots = slots
+
+    @property
+    def concurrency(self) -> Sequence[Limit]:
+        """See `RateLimitStage`."""
+        return [limit for limit, _ in self._concurrency]
+
+    def lacking(self, plan: RequestPlan) -> list[tuple[Limit, str]]:
+        """See `RateLimitStage`."""
+        return super().lacking(plan) + self._lacking(plan, self._concurrency)
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Refuse the request if a slot is missing, else charge it, and take the slots if it is admitted."""
+        charges = self._set_charges(plan)
+        if not isinstance(charges, SlottedCharges):
+            return self._charge(plan, charges)
+        refused = self.slots.refusal(charges.slots, plan.now_ns)
+        if refused is not None:
+            plan.exchange.decision = refused
+            return refusal(plan.exchange, refused)
+        outcome = self._charge(plan, charges)
+        if outcome is None:  # buckets in memory decide at once
+            self.slots.take(plan.exchange, charges.slots)
+        return outcome
+
+    def _charge(self, plan: RequestPlan, charges: list[Charge]) -> StageResult:
+        decision = self._decide_at_once(charges, plan.now_ns)
+        if decision is None:
+            return Wait(partial(self._ask, charges, plan.now_ns), self._on_decision)
+        return self._on_decision(plan, decision)
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """Ask for what is in flight, and for the decision of each bucket alone."""
+        if plan.exchange.client is None:  # inspected after a refusal
+            return None
+        charges = self._set_charges(plan)
+        if not isinstance(charges, SlottedCharges):
+            return super().inspect(plan)
+        return Wait.on(partial(self.slots.look, charges.slots), self._on_looked)
+
+    def _on_looked(self, plan: RequestPlan, uses: list[SlotUse]) -> StageResult:
+        plan.slot_uses = uses
+        refused = None
+        if not all(use.is_free for use in uses):
+            refused = refusal(plan.exchange, refusal_of_slots(uses, self.slots, plan.now_ns))
+        inspect = partial(self._limiter.inspect, plan.exchange.charges, plan.now_ns)
+        return Wait.on(inspect, partial(self._on_both, refused))
+
+    def _on_both(self, refused: GatewayError | None, plan: RequestPlan, decisions: list[Decision]) -> StageResult:
+        outcome = self._on_inspected(plan, decisions)
+        return outcome if refused is None else refused
+
+    def _compute(self, plan: RequestPlan, names: Sequence[str | None]) -> list[Charge]:
+        charges, slots = super()._compute(plan, names), []
+        client, method = plan.exchange.client, plan.exchange.method.upper()
+        assert client is not None  # noqa: S101 - `IdentityStage` comes first
+        tier = client.quota.name
+        for limit, parts in self._concurrency:
+            quota = limit.quota_of(tier)
+            if quota is not None and any(limit.concerns(name, method) for name in names):
+                values = values_of(parts, plan)
+                if values is not None:
+                    slots.append(ConcurrencySlot(limit.bucket_key(values, tier), quota))
+        return SlottedCharges(charges, tuple(slots)) if slots else charges
