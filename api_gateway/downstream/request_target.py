@@ -14,7 +14,7 @@ def origin_form(method: str, target: bytes) -> tuple[bytes, bytes | None]:
     The absolute form of `*` has neither path nor query. Raises ValueError for a target with a fragment, or one that
     is neither in origin form, nor in absolute form, nor, for OPTIONS, `*` (section 3.2.4).
     """
-    if b"#" in target:
+    if ord("#") in target:
         raise ValueError("it contains a fragment")
     if target.startswith(b"/") or (target == b"*" and method == "OPTIONS"):
         return target, None
