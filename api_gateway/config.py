@@ -43,6 +43,7 @@ from api_gateway.settings.secret import Unusable
 from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
 from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
 from api_gateway.settings.store import StoreSection
+from api_gateway.settings.tracing import TracingSection
 from api_gateway.settings.upstreams import UpstreamSection
 from api_gateway.settings.usage import UsageSection
 from api_gateway.settings.webhook import WebhookSection
@@ -121,6 +122,7 @@ class GatewayConfig(BaseSettings):
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
     usage: UsageSection = UsageSection()
+    tracing: TracingSection = TracingSection()
 
     @property
     def is_demo(self) -> bool:

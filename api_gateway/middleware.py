@@ -27,6 +27,7 @@ from api_gateway.http1.request_head import RequestHead
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.models import Clock, Exchange, HeaderList
+from api_gateway.observability.tracing import Tracer
 from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.cors import origin_of
 from api_gateway.proxy.cors_stages import CorsPolicies
@@ -130,10 +131,11 @@ class ExchangeMiddleware:
         observers: Sequence[Observer],
         on_failure: Callable[[Exchange, GatewayError], None] | None = None,
         cors: CorsPolicies | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`on_failure` is called before an error is sent, so that a refund shows in the rate limit fields.
 
-        `cors` are the CORS policies, None if there are none.
+        `cors` are the CORS policies, None if there are none. `tracer` None: tracing is off.
         """
         self.app = app
         self._clock = clock
@@ -141,6 +143,7 @@ class ExchangeMiddleware:
         self._observers = tuple(observers)
         self._on_failure = on_failure
         self._cors = cors
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -149,6 +152,13 @@ class ExchangeMiddleware:
         identity = given_request_id(fields) or new_request_id()
         exchange = self.begin(Exchange(identity, scope["method"], scope["path"], peer, self._clock()))
         exchange.response_headers.append((b"x-request-id", exchange.id.encode()))
+        if self._tracer is not None:
+            scope["headers"], exchange.trace = trace = self._tracer.begin_parsed(scope["headers"])
+            trace[1].host, trace[1].scheme, trace[1].version = (
+                host_name(fields),
+                scope["scheme"],
+                scope["http_version"],
+            )
         scope[EXCHANGE] = exchange
         await self.conclude(exchange, self.app, scope, receive, send)
 
@@ -184,7 +194,7 @@ class ExchangeMiddleware:
             if cors is not None:
                 headers = [*headers, *cors.pairs]
         exchange.bytes_out = await send_problem(
-            error, send, instance=exchange.path, request_id=exchange.id, headers=headers
+            error, send, instance=exchange.path, request_id=exchange.id, headers=headers, trace=exchange.trace
         )
 
     @staticmethod

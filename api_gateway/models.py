@@ -4,6 +4,7 @@ Long because all layers know this module, and none needs another for a value of 
 """
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -236,6 +237,60 @@ class Settlement:
 
 
 @dataclass(slots=True)
+class AttemptTrace:
+    """An attempt as its span has it. Times are monotonic seconds.
+
+    `target` is the URL of the target, `path` the request target that it got, and `breaker` the state of the upstream's
+    circuit breaker at the start. `status` is 0 without a response, `error` the reason of a failure; `ended` is None if
+    the attempt ended with the exchange, or with a response that was followed by another attempt.
+    """
+
+    span_id: str
+    upstream: str
+    target: str
+    path: bytes
+    breaker: Enum
+    started: float
+    head_at: float | None = None
+    status: int = 0
+    error: str | None = None
+    ended: float | None = None
+
+
+@dataclass(slots=True)
+class Trace:
+    """The trace context of an exchange (W3C Trace Context), and its attempts. Ids are in lower-case hexadecimal.
+
+    `parent_id` is the span of the client, empty if the trace begins here; `link` are trace and span of a client whose
+    trace is not continued. `flags` are those sent upstream, in two digits. `state` is the client's `tracestate`.
+    `next_id` is the span of the first attempt. `host`, `scheme` and `version` are those of the request.
+    """
+
+    trace_id: str
+    span_id: str
+    next_id: str
+    parent_id: str
+    flags: str
+    is_sampled: bool
+    state: bytes = b""
+    link: tuple[str, str] | None = None
+    host: str = ""
+    scheme: str = "http"
+    version: str = "1.1"
+    attempts: list[AttemptTrace] = field(default_factory=list)
+
+    def begin_attempt(self, upstream: str, target: str, path: bytes, breaker: Enum, now: float) -> None:
+        """Add an attempt that begins at `now`."""
+        span_id = self.next_id if not self.attempts else secrets.token_hex(8)
+        self.attempts.append(AttemptTrace(span_id, upstream, target, path, breaker, now))
+
+    def fields(self) -> bytes:
+        """Return the header lines for the upstream of the last attempt, each after a line break."""
+        line = f"\r\ntraceparent: 00-{self.trace_id}-{self.attempts[-1].span_id}-{self.flags}".encode()
+        return b"%b\r\ntracestate: %b" % (line, self.state) if self.state else line
+
+
+@dataclass(slots=True)
 class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.
 
@@ -286,6 +341,7 @@ class Exchange:
     number: int = 0
     settlements: tuple[Settlement, ...] = ()
     credential_check: tuple[int, Decision] | None = None  # number and decision
+    trace: Trace | None = None  # None if tracing is off
     slots: tuple[ConcurrencySlot, ...] = ()  # of concurrency limits, held until the end of the exchange
 
     @property

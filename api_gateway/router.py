@@ -109,6 +109,7 @@ class Router:
         on_fallback: Callable[[Exchange, GatewayError], None] | None = None,
         priorities: PriorityClasses = SINGLE_PRIORITY,
         lag: EventLoopShedder | None = None,
+        reporter: type[OutcomeReporter] = OutcomeReporter,
     ) -> None:
         """Set limits and callbacks.
 
@@ -117,7 +118,8 @@ class Router:
         the values of X-Gateway-Cost before a response's head is sent, `on_content_cost` with what a response's content
         states (`ContentScan`) before its end is sent, `on_retry` with upstream and cause of each retry, `on_denial`
         with upstream and reason of each retry that was denied, `on_fallback` with the error before a fallback
-        responds. `observe_attempt`, `on_transition` and `on_target_transition`: see `OutcomeReporter`.
+        responds. `observe_attempt`, `on_transition` and `on_target_transition`: see `OutcomeReporter`; `reporter` is
+        its class, another one if attempts are traced.
         """
         self.routes = routes
         self.upstream_clients = dict(upstream_clients)
@@ -128,7 +130,7 @@ class Router:
         self._via = via or Via()
         self._omit = omit
         self._omit_with_length = omit | {b"content-length"}
-        self.outcomes = OutcomeReporter(
+        self.outcomes = reporter(
             clock=clock,
             observe_attempt=observe_attempt,
             on_transition=on_transition,
@@ -436,6 +438,11 @@ class Router:
     ) -> httpx.Response:
         """Send the request to one target and return the response with its head; settle the attempt if that fails."""
         now = self._clock()
+        if exchange.trace is not None:
+            upstream = attempt.upstream
+            exchange.trace.begin_attempt(
+                upstream.name, attempt.target.url, request.target, upstream.breaker.state, now
+            )
         outgoing = request.render(exchange, upstream_client, attempt.target, now)
         exchange.target, exchange.sent_at = attempt.target.url, now
         try:

@@ -30,6 +30,7 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
+from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -39,6 +40,7 @@ from api_gateway.proxy.stages import (
     LoadSheddingStage,
     RouteStage,
 )
+from api_gateway.proxy.traced_outcomes import TracedOutcomes
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.resilience.breaker_policy import Mode
 from api_gateway.router import Router
@@ -79,14 +81,10 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         ),
         clock=clocks.monotonic,
         recorder=recorder,
-        # Every data plane returns slots, as a request ends under the configuration that it began with.
-        observers=[
-            *([gateway.slots.release] if gateway.quotas.concurrency else []),
-            recorder.observe,
-            *_records(gateway),
-        ],
+        observers=_observers(gateway),
         on_failure=settlement.on_failure,
         cors=cors,
+        tracer=gateway.tracing.tracer,
     )
     fast_path = FastPath(
         record=record,
@@ -97,6 +95,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
         cors=cors,
+        tracer=gateway.tracing.tracer,
     )
     explainer = Explainer(
         admission=admission,
@@ -255,7 +254,17 @@ def _router(
         on_fallback=settlement.on_fallback,
         priorities=gateway.priorities,
         lag=gateway.event_loop_shedder,
+        reporter=OutcomeReporter if gateway.tracing.tracer is None else TracedOutcomes,
     )
+
+
+def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+    """Return what is told of each ended exchange.
+
+    Every data plane returns slots, as a request ends under the configuration that it began with.
+    """
+    slots = [gateway.slots.release] if gateway.quotas.concurrency else []
+    return [*slots, gateway.recorder.observe, *gateway.tracing.observers, *_records(gateway)]
 
 
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:

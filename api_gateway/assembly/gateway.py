@@ -32,6 +32,7 @@ from api_gateway.assembly.stores import (
     registry_of,
     requote,
 )
+from api_gateway.assembly.tracing import Tracing, TracingPlan, tracing_plan
 from api_gateway.assembly.upstreams import (
     LiveUpstream,
     TlsByFiles,
@@ -104,6 +105,7 @@ class Gateway:
     tokens: JwtSource | None  # None unless tokens are a source of identities
     cors: CorsPolicy | None  # of routes without one of their own
     open_exchanges: OpenExchanges
+    tracing: Tracing
 
     @property
     def address_quota(self) -> Quota | None:
@@ -143,6 +145,7 @@ class Plan:
     upstreams: Mapping[str, UpstreamPlan | None]
     tokens: JwtSource | None
     cors: CorsPolicy | None
+    tracing: TracingPlan | None
 
 
 class Assembly:
@@ -192,6 +195,7 @@ class Assembly:
             await hold_state_folder(config, stack, replaced_within)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
+            stack.push_async_callback(gateway.tracing.close)
             stack.push_async_callback(self._issuers.close)
             self._issuers.follow(gateway.tokens)
             try:
@@ -246,7 +250,15 @@ class Assembly:
         ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
         tokens = self._issuers.plan(config, None if before is None else before.tokens)
         return Plan(
-            config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams, tokens, cors
+            config,
+            Quotas.of(config),
+            routes,
+            RouteTable(routes),
+            PriorityClasses(ranks),
+            upstreams,
+            tokens,
+            cors,
+            tracing_plan(config),
         )
 
     def commit(self, plan: Plan) -> Gateway:
@@ -266,6 +278,7 @@ class Assembly:
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
         self._issuers.follow(plan.tokens)
+        before.tracing.follow(plan.tracing, config)
         self.gateway = replace(
             before,
             config=config,
@@ -313,6 +326,8 @@ class Assembly:
             ILLEGAL_EVENTS.counts,
         )
         keeping = QuotaKeeping(config, recorder, clocks)
+        tracing = Tracing(recorder, clocks)
+        tracing.follow(plan.tracing, config)
         slots = LocalSlots(recorder.in_flight_by_limit)
         slots.follow(limit.name for limit in quotas.concurrency)
         return Gateway(
@@ -346,6 +361,7 @@ class Assembly:
             tokens=plan.tokens,
             cors=plan.cors,
             open_exchanges=OpenExchanges(),
+            tracing=tracing,
         )
 
     # Upstreams

@@ -141,6 +141,7 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
     resources = yield from each(gateway.upstreams.items(), lambda _, live: live.upstream_client.resources())
     yield  # as many files as are open are counted in a step of their own
     process = figures_of_this_process()
+    gateway.recorder.waiting_traces = gateway.tracing.waiting
     yield
     return WorkerSnapshot(
         worker="",

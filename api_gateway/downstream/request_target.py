@@ -24,7 +24,7 @@ def origin_form(method: str, target: bytes) -> tuple[bytes, bytes | None]:
     url = cast("Any", httptools.parse_url(target))  # its stub says that a port is always there
     if not url.host:
         raise ValueError("it contains no host")
-    host = b"[%b]" % url.host if b":" in url.host else url.host
+    host = b"[%b]" % url.host if ord(":") in url.host else url.host
     authority = host if url.port is None else b"%b:%d" % (host, url.port)
     rest = absolute[1] or b""
     if method == "OPTIONS" and not rest:

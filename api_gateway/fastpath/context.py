@@ -9,6 +9,7 @@ from api_gateway.http1.serializer import COLON, status_line
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeMiddleware
 from api_gateway.models import Clock, Exchange, HeaderList
+from api_gateway.observability.tracing import Tracer
 from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
 from api_gateway.proxy.cors_stages import CorsPolicies
 from api_gateway.proxy.header_facts import HeaderReader
@@ -30,8 +31,12 @@ class ExchangeContext:
         clock: Clock,
         clock_ns: Callable[[], int],
         cors: CorsPolicies | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """`clock` (seconds) and `clock_ns` read the same monotonic clock. `cors` None: there are no CORS policies."""
+        """`clock` (seconds) and `clock_ns` read the same monotonic clock.
+
+        `cors` None: there are no CORS policies. `tracer` None: tracing is off.
+        """
         self.record = record
         self.admission = admission
         self.headers = headers
@@ -40,6 +45,7 @@ class ExchangeContext:
         self.clock_ns = clock_ns
         self.limit_headers = limit_headers
         self.cors = cors
+        self.tracer = tracer
         self.via_field = headers.via.field
         self.via = headers.via.field("1.1")
         self.via_line = b"\r\n%b: %b\r\n" % self.via
@@ -65,7 +71,9 @@ class ExchangeContext:
             http_date(int(time.time())),
             b"\r\n" if keep_alive or closes else b"\r\nconnection: close\r\n",
         )
-        head, body = problem_message(error, instance=exchange.path, request_id=exchange.id, lines=lines)
+        head, body = problem_message(
+            error, instance=exchange.path, request_id=exchange.id, lines=lines, trace=exchange.trace
+        )
         exchange.bytes_out = len(body)
         return head if exchange.method == "HEAD" else head + body, keep_alive and not closes
 

@@ -18,7 +18,7 @@ from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.middleware import is_proxied
-from api_gateway.models import HeaderList
+from api_gateway.models import HeaderList, Trace
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.cors import origin_of
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeaders
@@ -27,7 +27,7 @@ from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeader
 class FastPath(ExchangeContext):
     """Admits plain requests; see the module. Has no state but configuration."""
 
-    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911, PLR0912 - each branch is one reason
+    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911, PLR0912 - each branch is a reason
         """Start or refuse the received request and return True, or change nothing and return False.
 
         `received` is everything that one read returned: one complete head with a part of the body of its request at
@@ -37,6 +37,9 @@ class FastPath(ExchangeContext):
         if parts is None:
             return False
         method, raw_path, query, lines, body = parts
+        trace: Trace | None = None
+        if self.tracer is not None:  # without the fields that differ in each request, the lines are often the same
+            lines, trace = self.tracer.begin(lines)
         headers = client.last_headers
         if headers is None or headers.received != lines or headers.facts.owner is not self.headers:
             headers = self._read(client, lines)
@@ -54,6 +57,9 @@ class FastPath(ExchangeContext):
             return False
         target = raw_path + query if query else raw_path
         plan = self.admission.plan(facts, method, path, target, self.clock_ns())
+        if trace is not None:
+            trace.host, trace.scheme = facts.host, client.scheme
+            plan.exchange.trace = trace
         self.record.begin(plan.exchange)
         try:
             result = self.admission.decide(plan)
@@ -82,8 +88,14 @@ class FastPath(ExchangeContext):
         path = unquote(head.target.partition(b"?")[0].decode("ascii"))
         if not is_proxied(path) or (head.method == "OPTIONS" and _has_field(head.headers, b"max-forwards")):
             return False
+        trace: Trace | None = None
+        if self.tracer is not None:
+            head.headers, trace = self.tracer.begin_parsed(head.headers)
         headers = self.headers.read_head(client.client[0] if client.client else "unknown", client.scheme, head)
         plan = self.admission.plan(headers.facts, head.method, path, head.target, self.clock_ns())
+        if trace is not None:
+            trace.host, trace.scheme, trace.version = headers.facts.host, client.scheme, head.version
+            plan.exchange.trace = trace
         self.record.begin(plan.exchange)
         try:
             result = self.admission.decide(plan)

@@ -13,6 +13,7 @@ from api_gateway.observability.decision_numbers import DecisionNumbers
 LINE_FIELDS = (
     "time",
     "request_id",
+    "trace_id",
     "client_address",
     "client_id",
     "tier",
@@ -42,6 +43,7 @@ LINE_FIELDS = (
 )
 _MICROSECONDS = 1_000_000
 _ORGANISATION = '"organisation":'
+_TRACE = '"trace_id":'
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -90,6 +92,7 @@ class AccessLog:
             waited = _trimmed(waited)
         line = (
             f'{{"time":"{self._timestamp}","request_id":{quoted(exchange.id)}'
+            f"{'' if exchange.trace is None else f',{_TRACE}{quoted(exchange.trace.trace_id)}'}"
             f',"client_address":{quoted(exchange.peer)},"client_id":{client_id},"tier":{tier},"tier_source":{tier_source}'
             f"{'' if organisation is None else f',{_ORGANISATION}{quoted(organisation)}'}"
             f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)},"status":{exchange.status}'

@@ -22,7 +22,7 @@ from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
 from api_gateway.process.message_log import change_logging
-from api_gateway.process.server import stop_within, watchdog_of
+from api_gateway.process.server import SERVING, stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import ReloadOutcome, ReloadState
@@ -32,6 +32,7 @@ from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
 from api_gateway.system.held_signals import unblocked_signals
+from api_gateway.system.service_manager import ServiceManager
 from api_gateway.system.state_folder import own_folder
 
 logger = logging.getLogger(__name__)
@@ -104,11 +105,20 @@ class CounterLedger:
 class Supervisor:
     """Runs a gateway with several workers. States: starting, serving, rolling (restart), stopping (from any)."""
 
-    def __init__(self, config: GatewayConfig, read: Callable[[], GatewayConfig], *, is_watched: bool = False) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        read: Callable[[], GatewayConfig],
+        *,
+        is_watched: bool = False,
+        manager: ServiceManager | None = None,
+    ) -> None:
         """`read` reads the configuration again; it raises ConfigError.
 
-        `is_watched`: a change of its files triggers a reload.
+        `is_watched`: a change of its files triggers a reload. `manager` is told the states of the gateway; it may
+        have passed the sockets to listen on.
         """
+        self._manager = manager or ServiceManager()
         self._watch: ConfigWatch | None = None
         if is_watched and isinstance(read, ConfigSource):
             self._watch = ConfigWatch(read, partial(self.reload, "--watch"))
@@ -164,12 +174,13 @@ class Supervisor:
     async def _live(self) -> None:
         server = self._config.server
         await self._start_shared(self._config)
-        listeners = Listeners.of(self._config, server.workers)
+        listeners = Listeners.of(self._config, server.workers, self._manager.passed)
         self._stack.callback(listeners.close)
         self._slots = [WorkerSlot(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
         self._stack.push_async_callback(self._stop_all)
         await self._start_all()
         print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - the startup message
+        self._manager.ready(SERVING)
         async with asyncio.TaskGroup() as group:
             for slot in self._slots:
                 group.create_task(self._respawn(slot), name=f"post {slot.number}")
@@ -208,6 +219,7 @@ class Supervisor:
 
     async def _stop_all(self) -> None:
         """Stop all workers; kill those that take too long."""
+        self._manager.stopping(stop_within(self._config.server, SUPERVISOR_STOP_MARGIN))
         for slot in self._slots:
             for sock in slot.sockets:
                 sock.close()  # the workers close theirs when they drain; from then on connections are refused
@@ -319,7 +331,11 @@ class Supervisor:
             await do()
 
     async def _reload_by_signal(self) -> None:
-        await self._reloader.reload("SIGHUP")
+        self._manager.reloading()
+        try:
+            await self._reloader.reload("SIGHUP")
+        finally:
+            self._manager.ready(SERVING)
 
     async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration in all workers, or in none; UNAVAILABLE during a rolling restart or a stop."""

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 
 from api_gateway.http1.asgi import FIELDS, Scope, ServerExtension
+from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.forwarded import forwarding_fields, replaced_fields
 from api_gateway.http1.headers import (
     BODILESS,
@@ -19,6 +20,7 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.via import Via
 from api_gateway.models import Exchange, HeaderList
+from api_gateway.observability.trace_context import without_trace_fields
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.request_body import StreamedBody
 from api_gateway.proxy.url_rewriting import FORWARDED_PREFIX, Authorities
@@ -87,6 +89,8 @@ class UpstreamRequest:
             withheld = withheld + plan.facts.credentials
         if withheld:
             self.headers = _without(self.headers, withheld)
+        if plan.exchange.trace is not None:
+            self.headers = without_trace_fields(self.headers)
         if plan.exchange.credential is not None and plan.exchange.credential.fields:
             self.headers = [*self.headers, *plan.exchange.credential.fields]
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
@@ -197,6 +201,8 @@ class UpstreamRequest:
                 self.extension.defer_continue()
         if self.deadline is not None and self.deadline.is_forwarded:
             headers.append((REQUEST_TIMEOUT, self.deadline.header_value(now)))
+        if exchange.trace is not None:
+            headers += pairs_of(exchange.trace.fields())
         extensions: dict[str, Any] = {
             "target": self.target,
             "timeout": self._limits(upstream_client, now),

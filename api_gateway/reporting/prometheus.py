@@ -29,6 +29,7 @@ from api_gateway.reporting.prometheus_families import (
     duration_histogram,
     family_in_pieces,
     limit_families,
+    trace_families,
     without_head,
 )
 from api_gateway.reporting.snapshot import WorkerSnapshot
@@ -86,6 +87,7 @@ class PrometheusExposition:
         yield from self._process()
         yield from self._reloads()
         yield from self._shares()
+        yield from trace_families(self._recorder)
         yield from process_families(self._snapshot.process)
 
     def _requests(self) -> Iterator[Metric]:
@@ -104,6 +106,7 @@ class PrometheusExposition:
             "route",
             self._shown(recorder.routes),
             DURATION_BOUNDS if self._is_detailed else _FEW_BOUNDS,
+            recorder.exemplars,
         )
         for name, words, figure in (
             ("request", "Bytes of request bodies.", attrgetter("bytes_in")),

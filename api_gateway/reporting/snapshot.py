@@ -333,7 +333,7 @@ class WorkerSnapshot:
     def end(self) -> None:
         """Mark the worker as ended: keep its counts, and clear figures of the present."""
         self.is_over = True
-        self.recorder.in_flight = self.buckets = self.tasks = 0
+        self.recorder.in_flight = self.recorder.waiting_traces = self.buckets = self.tasks = 0
         self.lag = 0.0
         self.process = figures_at_end(self.process)
         self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
