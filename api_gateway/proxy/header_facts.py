@@ -330,7 +330,7 @@ class HeaderReader:
         is_expected = head.expects_continue and head.length != 0
         facts.expectation = [pair for pair in headers if pair[0].lower() == b"expect"] if is_expected else []
         facts.accepts_trailers = head.method != "HEAD" and any(
-            b"trailers" in value.lower()
+            value.lower().find(b"trailers") >= 0
             for value in fields.get(b"te", ())  # RFC 9110 section 6.5.1
         )
         facts.request_id = given_request_id(fields)
