@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -42,6 +42,8 @@ class Quota:
     refill time of one token, rounded up, so that rounding makes the limit stricter (by less than 1 ns per token).
     `burst_ns`, the budget, is the refill time of an empty bucket.
     """
+
+    is_calendar: ClassVar[bool] = False  # True: an allowance in each period of a calendar, instead of a bucket
 
     name: str
     rate: float
@@ -94,6 +96,21 @@ class ConcurrencySlot(NamedTuple):
 
     key: str
     quota: Quota
+
+
+class AttemptFailure(NamedTuple):
+    """An attempt that has failed, from `started` to `ended` in monotonic seconds.
+
+    `status` is that of its response, if there was one; else `failure` is the reason and `detail` the error.
+    """
+
+    upstream: str
+    target: str
+    started: float
+    ended: float
+    status: int | None
+    failure: str | None
+    detail: str
 
 
 class Notice(NamedTuple):
@@ -297,13 +314,13 @@ class Exchange:
     Times are monotonic seconds. Fields are set phase by phase: client, route, decision, attempts, response.
     `credential` is what proved the client's id, if anything (`proxy.identity_sources.Proof`).
     `status` is that of the response, 499 if the client disconnected before it; `source` is the origin of the response.
-    `response_headers` are the gateway's own fields, for any response. `charges` are those of `decision`; `trial` has
-    charges and decision of the candidate limits. `has_begun`: a connection to an upstream was opened or attempted;
-    `has_reached`: a part of the request may have reached an upstream that then failed. `shed_by` has the upstreams
-    that refused because of load (None: the gateway). `retried` has the causes of retries. `fallback` is the fallback
-    that responded instead of the route's upstream; `reason` and `detail` are then those of the upstream's failure.
-    `cors` has the CORS fields of any response, None if the route has no policy. `number` is that of the decision
-    (`observability.decision_numbers`), 0 if decisions are not numbered; `settlements` are changes of its cost, and
+    `charges` are those of `decision`; `trial` has charges and decision of the candidate limits. `has_begun`: a
+    connection to an upstream was opened or attempted; `has_reached`: a part of the request may have reached an
+    upstream that then failed. `shed_by` has the upstreams that refused because of load (None: the gateway). `retried`
+    has the causes of retries. `fallback` is the fallback that responded instead of the route's upstream; `reason` and
+    `detail` are then those of the upstream's failure. `cors` has the CORS fields of any response, None if the route
+    has no policy. `number` is that of the decision (`observability.decision_numbers`), 0 if decisions are not
+    numbered; `settlements` are changes of its cost, `failures` are the attempts that have failed, and
     `credential_check` is the charge of the address for the verification of a credential.
     """
 
@@ -328,7 +345,6 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     finished: float = 0.0
-    response_headers: HeaderList = field(default_factory=list)
     charges: Sequence[Charge] = ()
     trial: tuple[Sequence[Charge], Decision] | None = None
     has_reached: bool = False
@@ -340,6 +356,7 @@ class Exchange:
     credential: Credential | None = None
     number: int = 0
     settlements: tuple[Settlement, ...] = ()
+    failures: tuple[AttemptFailure, ...] = ()
     credential_check: tuple[int, Decision] | None = None  # number and decision
     trace: Trace | None = None  # None if tracing is off
     slots: tuple[ConcurrencySlot, ...] = ()  # of concurrency limits, held until the end of the exchange

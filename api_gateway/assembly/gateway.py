@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import httpx
 
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
+from api_gateway.assembly.history import history_limits
 from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.quotas import QuotaKeeping
@@ -52,10 +53,12 @@ from api_gateway.errors import StartupError
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.concurrency import LocalSlots
+from api_gateway.limits.concurrency_leases import LeasedSlots
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.observability.request_history import RequestHistory
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.proxy.open_exchanges import OpenExchanges
@@ -102,6 +105,7 @@ class Gateway:
     pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
     numbers: DecisionNumbers
     usage: UsageLedger | None  # None if it is not counted
+    history: RequestHistory
     tokens: JwtSource | None  # None unless tokens are a source of identities
     cors: CorsPolicy | None  # of routes without one of their own
     open_exchanges: OpenExchanges
@@ -211,6 +215,9 @@ class Assembly:
             if isinstance(gateway.limiter, RedisLimiter):
                 stack.push_async_callback(gateway.limiter.close)
                 await gateway.limiter.start()
+            if isinstance(gateway.slots, LeasedSlots):
+                stack.push_async_callback(gateway.slots.close)
+                await gateway.slots.start()
             stack.push_async_callback(gateway.keeping.close)
             await gateway.keeping.open(config)
             gateway.keeping.follow_webhook(config.webhook)
@@ -275,6 +282,7 @@ class Assembly:
         )
         before.slots.follow(limit.name for limit in plan.quotas.concurrency)
         before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
+        before.history.change(history_limits(config))
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
         self._issuers.follow(plan.tokens)
@@ -293,6 +301,12 @@ class Assembly:
         )
         before.keeping.follow_webhook(config.webhook)
         return self.gateway
+
+    def _slots(self, config: GatewayConfig, limiter: Limiter, recorder: Recorder) -> LocalSlots:
+        if not isinstance(limiter, RedisLimiter):
+            return LocalSlots(recorder.in_flight_by_limit)
+        name = f"{self._source.getrandbits(64):016x}"
+        return LeasedSlots(recorder.in_flight_by_limit, limiter, worker=name, prefix=config.store.prefix)
 
     def _on_key_fetch(self, issuer: str, succeeded: bool) -> None:  # noqa: FBT001 - a callback
         self.gateway.recorder.observe_key_fetch(issuer, succeeded=succeeded)
@@ -328,7 +342,7 @@ class Assembly:
         keeping = QuotaKeeping(config, recorder, clocks)
         tracing = Tracing(recorder, clocks)
         tracing.follow(plan.tracing, config)
-        slots = LocalSlots(recorder.in_flight_by_limit)
+        slots = self._slots(config, limiter, recorder)
         slots.follow(limit.name for limit in quotas.concurrency)
         return Gateway(
             config=config,
@@ -357,6 +371,7 @@ class Assembly:
             clocks=clocks,
             pseudonym=pseudonym,
             usage=usage_of(config, clocks),
+            history=RequestHistory(history_limits(config)),
             numbers=DecisionNumbers(f"{self._source.getrandbits(32):08x}", clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
             cors=plan.cors,

@@ -7,21 +7,16 @@ from typing import NamedTuple
 from api_gateway.models import HeaderList
 
 SAMPLED, RANDOM = 1, 2  # flags
-TRACE_FIELDS = frozenset({b"traceparent", b"tracestate"})
 # A version other than 00 may have further parts, which are ignored; ff is invalid, and so are ids of zeros.
-_PARENT = re.compile(
-    rb"(?:00|(?!00|ff)[0-9a-f]{2}(?=.{53}(?:-|\Z)))"
-    rb"-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?P<more>-.*)?",
-    re.DOTALL,
-)
+_IDS = rb"-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
+_PARENT = re.compile(rb"(?:00|(?!00|ff)[0-9a-f]{2}(?=.{53}(?:-|\Z)))" + _IDS + rb"(?P<more>-.*)?", re.DOTALL)
 _KEY = rb"(?:[a-z0-9][a-z0-9_\-*/]{0,255}(?:@[a-z0-9][a-z0-9_\-*/]{0,13})?)"
 _MEMBER = rb"[ \t]*(?:" + _KEY + rb"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e])?[ \t]*"
 _STATE = re.compile(_MEMBER + rb"(?:," + _MEMBER + rb"){0,63}")
 _MAX_MEMBERS = 32
 # The values that plain heads can have (see `http1.fast_parser`): what is removed must not hide anything else.
-_LINE = re.compile(
-    rb"\r\n(?:[tT](?i:race)(?i:(parent)|state)): ((?! )[\x20-\x7e\x80-\xff]++(?<! ))(?=\r\n)",
-)
+_LINE = re.compile(rb"\r\n(?i:trace(?:(parent)|state)): ((?! )[\x20-\x7e\x80-\xff]++(?<! ))(?=\r\n)")
+_USUAL_LINE = re.compile(rb"\r\n(?i:traceparent): 00" + _IDS + rb"(?=\r\n)")
 
 
 class ParentContext(NamedTuple):
@@ -59,23 +54,30 @@ def _valid_state(value: bytes) -> bytes:
     return value.strip(b" \t")
 
 
-def without_trace_lines(lines: bytes) -> tuple[bytes, list[bytes], list[bytes]]:
-    """Return the header lines of a plain head without the trace context, and the values of its two fields.
+def split_lines(lines: bytes) -> tuple[bytes, ParentContext | None, bytes]:
+    """Return the header lines of a plain head without the trace context, the parent, and the state.
 
-    Lines are from the line break before them to the one after them. A line that is not plain is left.
+    The parent is None, and the state empty, if there is no valid parent. Lines are from the line break before them to
+    the one after them. A line that is not plain is left.
     """
+    lower = lines.lower()
+    start = lower.find(b"\r\ntrace")
+    if start < 0:
+        return lines, None, b""
+    usual = _USUAL_LINE.match(lines, start)
+    if usual is not None and lower.find(b"\r\ntrace", usual.end()) < 0:  # the only line of both fields
+        trace_id, span_id, flags = usual.groups()
+        parent = ParentContext(trace_id.decode("ascii"), span_id.decode("ascii"), int(flags, 16))
+        return lines[:start] + lines[usual.end() :], parent, b""
     parents: list[bytes] = []
     states: list[bytes] = []
-    if b"trace" in lines.lower():
-        for is_parent, value in _LINE.findall(lines):
-            (parents if is_parent else states).append(value)
-        if parents or states:
-            lines = _LINE.sub(b"", lines)
-    return lines, parents, states
+    for is_parent, value in _LINE.findall(lines):
+        (parents if is_parent else states).append(value)
+    return _LINE.sub(b"", lines), *_context(parents, states)
 
 
-def without_trace_pairs(headers: HeaderList) -> tuple[HeaderList, list[bytes], list[bytes]]:
-    """Return header fields without the trace context, and the values of its two fields."""
+def split_pairs(headers: HeaderList) -> tuple[HeaderList, ParentContext | None, bytes]:
+    """Return header fields without the trace context, the parent, and the state; see `split_lines`."""
     parents: list[bytes] = []
     states: list[bytes] = []
     kept = []
@@ -87,9 +89,9 @@ def without_trace_pairs(headers: HeaderList) -> tuple[HeaderList, list[bytes], l
             states.append(pair[1].strip(b" \t"))
         else:
             kept.append(pair)
-    return kept, parents, states
+    return kept, *_context(parents, states)
 
 
-def without_trace_fields(headers: HeaderList) -> HeaderList:
-    """Return header fields without the trace context."""
-    return without_trace_pairs(headers)[0]
+def _context(parents: list[bytes], states: list[bytes]) -> tuple[ParentContext | None, bytes]:
+    parent = parent_context(parents)
+    return parent, b"" if parent is None else state_of(states)

@@ -31,6 +31,7 @@ _LOCAL_PARENT, _REMOTE_PARENT = 0x100, 0x300  # flags that say where the parent 
 _SPANS = b"\x12"  # of ScopeSpans: 2, bytes
 _SCOPE_SPANS = b"\x12"  # of ResourceSpans: 2, bytes
 _RESOURCE_SPANS = b"\x0a"  # of ExportTraceServiceRequest: 1, bytes
+_SHORT = 124  # bytes of name and value
 _ATTRIBUTE = b"J"  # of Span: 9, bytes
 _SPAN = struct.Struct("<2s16s2s8ssQsQ2sI").pack  # trace and span (1 and 2), start and end (7 and 8), flags (16)
 _PARENT = b"\x22\x08%b"  # parent_span_id (4)
@@ -295,6 +296,9 @@ def _name_of(name: str) -> bytes:
 def _text(name: bytes, text: str) -> bytes:
     """Return an attribute of a span that is text: KeyValue (name; value: 2, bytes) with AnyValue (text: 1, bytes)."""
     value = text.encode("utf-8", "replace")
+    size = len(value)
+    if len(name) + size < _SHORT:  # each length has one byte
+        return b"J%c%b\x12%c\x0a%c%b" % (len(name) + size + 4, name, size + 2, size, value)
     value = b"\x0a" + _length(len(value)) + value
     pair = name + b"\x12" + _length(len(value)) + value
     return _ATTRIBUTE + _length(len(pair)) + pair

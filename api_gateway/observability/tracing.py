@@ -11,10 +11,8 @@ from api_gateway.observability.trace_context import (
     RANDOM,
     SAMPLED,
     ParentContext,
-    parent_context,
-    state_of,
-    without_trace_lines,
-    without_trace_pairs,
+    split_lines,
+    split_pairs,
 )
 
 Parent = Literal["obey", "ignore", "restart"]
@@ -67,17 +65,17 @@ class Tracer:
 
     def begin(self, lines: bytes) -> tuple[bytes, Trace]:
         """Return the header lines of a plain head without the trace context, and the trace of the exchange."""
-        lines, parents, states = without_trace_lines(lines)
-        return lines, self._trace(parents, states) if parents else self._new(None)
+        lines, parent, state = split_lines(lines)
+        return lines, self._new(None) if parent is None else self._continued(parent, state)
 
     def begin_parsed(self, headers: HeaderList) -> tuple[HeaderList, Trace]:
         """Do as `begin`, with header fields."""
-        kept, parents, states = without_trace_pairs(headers)
-        return kept, self._trace(parents, states) if parents else self._new(None)
+        kept, parent, state = split_pairs(headers)
+        return kept, self._new(None) if parent is None else self._continued(parent, state)
 
-    def _trace(self, parents: list[bytes], states: list[bytes]) -> Trace:
-        parent, policy = parent_context(parents), self._sampling.parent
-        if parent is None or policy == "restart":
+    def _continued(self, parent: ParentContext, state: bytes) -> Trace:
+        policy = self._sampling.parent
+        if policy == "restart":
             return self._new(parent)
         ids = self._random(16).hex()
         is_sampled = bool(parent.flags & SAMPLED) if policy == "obey" else self._is_chosen(parent.trace_id)
@@ -88,7 +86,7 @@ class Tracer:
             parent.span_id,
             _FLAGS[parent.flags & RANDOM | is_sampled],
             is_sampled,
-            state_of(states),
+            state,
         )
 
     def _new(self, parent: ParentContext | None) -> Trace:

@@ -30,6 +30,7 @@ from api_gateway.reload.reloader import ApplyError, Reloader, refused_reload
 from api_gateway.reload.serialization import serialized
 from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
+from api_gateway.reporting.traffic_history import TrafficHistory, seconds_to_next
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
 from api_gateway.system.held_signals import unblocked_signals
 from api_gateway.system.service_manager import ServiceManager
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 DRAIN_MARGIN = 3.5  # seconds that a worker may take after its drain time; its own watchdog ends it sooner
 SUPERVISOR_STOP_MARGIN = 4.5  # seconds that the supervisor may take after that time
 REPORT_MARGIN = 3.0  # seconds that a blocked worker has, after `worker_timeout`, to log its stack and exit
+QUERY_ROUND_TIMEOUT = 1.5  # seconds for the workers to answer a question
 GATHER_ROUND_TIMEOUT = 0.5  # seconds for the workers to report; after that their last reports are used
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
 COMMIT_TIMEOUT = 5.0  # seconds for a worker to apply it
@@ -70,7 +72,9 @@ class CounterLedger:
     workers: list[WorkerHandle] = field(default_factory=list)
     retired: WorkerSnapshot = field(default_factory=lambda: merge([]))
     configuration: Callable[[], ReloadState] = ReloadState
+    history: TrafficHistory = field(default_factory=TrafficHistory)
     _requested: int = 0
+    _asked: int = 0
     _running: "asyncio.Task[dict[str, Any]] | None" = None
     _next: "asyncio.Task[dict[str, Any]] | None" = None
 
@@ -82,6 +86,17 @@ class CounterLedger:
         if self._next is None:
             self._next = asyncio.create_task(self._round(self._running), name="gathering")
         return await asyncio.shield(self._next)
+
+    async def query(self, question: dict[str, Any]) -> tuple[list[str], bool]:
+        """Put a question to all workers that serve; return their answers as JSON, and whether none is missing."""
+        self._asked += 1
+        replies = [worker.ask(self._asked, question) for worker in self.workers if worker.is_serving]
+        if replies:
+            await asyncio.wait(replies, timeout=QUERY_ROUND_TIMEOUT)
+        answers = [reply.result() for reply in replies if reply.done()]
+        for reply in replies:
+            reply.cancel()
+        return [answer for answer in answers if answer is not None], len(answers) == len(replies)
 
     def retire(self, worker: WorkerHandle) -> None:
         """Keep the counters of a worker that has exited, and drop the rest of its snapshot."""
@@ -99,7 +114,15 @@ class CounterLedger:
             await asyncio.wait(replies, timeout=GATHER_ROUND_TIMEOUT)
         merged = merge([self.retired, *(worker.snapshot for worker in self.workers)])
         merged.configuration = self.configuration()
+        merged.points = self.history.points
         return merged.state()
+
+    async def sample_traffic(self) -> None:
+        """Add a point to the history of traffic every `POINT_SECONDS`, until cancelled."""
+        while True:
+            await asyncio.sleep(seconds_to_next(time.monotonic()))
+            recorders = [self.retired.recorder, *(worker.snapshot.recorder for worker in self.workers)]
+            self.history.sample(recorders, time.monotonic(), time.time())
 
 
 class Supervisor:
@@ -185,6 +208,7 @@ class Supervisor:
             for slot in self._slots:
                 group.create_task(self._respawn(slot), name=f"post {slot.number}")
             group.create_task(self._serve_signals(), name="signals")
+            group.create_task(self._ledger.sample_traffic(), name="history of traffic")
             if self._watch is not None:
                 group.create_task(self._watch.run(), name="watch")
 
@@ -255,6 +279,7 @@ class Supervisor:
                 inherited,
                 self._ledger.gather,
                 self.reload,
+                self._ledger.query,
                 server.worker_timeout + REPORT_MARGIN,
             )
         except (

@@ -1,6 +1,7 @@
 """One configuration, deciding again on logged requests: real admission, limiter and settlement on a virtual clock."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Final, cast
 
@@ -10,7 +11,7 @@ from api_gateway.assembly.stores import Quotas, configured_clients
 from api_gateway.clients.records import ClientStore
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
-from api_gateway.limits.limit import Limit, moved_buckets
+from api_gateway.limits.limit import Limit, limit_of, moved_buckets
 from api_gateway.limits.period_counters import MICROSECONDS, PeriodCounters, PeriodQuota
 from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
@@ -25,6 +26,7 @@ from api_gateway.proxy.route_table import UNKNOWN_TARGET, Route, RouteTable
 from api_gateway.proxy.stages import RouteStage
 from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.replay.log_lines import LogEvent
+from api_gateway.replay.snapshot import ReplaySnapshot
 
 MAX_PROCESSES = 64  # whose buckets are held at the same time; those of the least recent ones are dropped
 MAX_FACTS = 50_000  # clients whose charges are remembered
@@ -84,11 +86,12 @@ class _RememberedRoutes:
 class _Buckets:
     """The buckets of one process, or of the store, with the admission that charges them."""
 
-    def __init__(self, simulation: "Simulation") -> None:
+    def __init__(self, simulation: "Simulation", process: str) -> None:
         config = simulation.config
         # The table of a process is limited, that of a store is not.
         limit = _UNLIMITED if config.store.is_shared else config.store.max_buckets
         self.memory = MemoryLimiter(simulation.quotas.all, bucket_limit=limit)
+        simulation.begin_from_snapshot(self.memory, process)
         self.limiter: MemoryLimiter | QuotaLimiter = self.memory
         if simulation.counters is not None:
             self.limiter = QuotaLimiter(self.memory, simulation.counters, wall_clock=lambda: simulation.wall)
@@ -120,8 +123,14 @@ class Simulation:
     Counters of calendar quotas outlive a process, so all processes of a log have the same ones.
     """
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(
+        self, config: GatewayConfig, snapshot: ReplaySnapshot | None = None, before: GatewayConfig | None = None
+    ) -> None:
+        """Begin with the state in `snapshot`, under the configuration `before` (None: this one)."""
         self.config = config
+        self._snapshot = snapshot
+        self._before = None if before is None else Quotas.of(before)
+        self._tier = ""  # of the client of the present request, by the log
         self.quotas = Quotas.of(config)
         self.now_ns = 0
         self.wall = 0.0  # seconds since the epoch, which decide about calendar periods
@@ -141,6 +150,8 @@ class Simulation:
         has_counters = any(isinstance(quota, PeriodQuota) for limit in self.limits for quota in limit.all_quotas)
         most = _UNLIMITED if config.store.is_shared else config.store.max_buckets
         self.counters = PeriodCounters(most) if has_counters else None
+        if self.counters is not None and snapshot is not None:
+            self.counters.restore(deepcopy(snapshot.counters).items())
         self.unknown_tiers: set[str] = set()
         self._clients: dict[_ClientKey, Client] = {}
         self._is_by_address = address_rules(config.addresses) is not None or any(
@@ -182,6 +193,7 @@ class Simulation:
         at_ns, number, _, _, _, _, client_id, tier_source, address, tier, has_keys, method, path, route, *rest = event
         settlements, organisation, wall_us = rest[-3:]
         self._set_wall(wall_us or -(-at_ns // 1000))
+        self._tier = tier
         key = client_id, tier, tier_source, has_keys, organisation
         facts = self._facts_of(buckets, key, address)
         exchange = Exchange("", "", "", "", 0.0) if settlements else self._exchange
@@ -236,6 +248,37 @@ class Simulation:
         """Charge the address of a logged request for the verification of its credential."""
         return self._check(self._buckets_of(event[4], event[5]), event[8], event[0])
 
+    def begin_from_snapshot(self, memory: MemoryLimiter, process: str) -> None:
+        """Give new buckets of a process the state that they had; they keep their filled fraction as on a reload."""
+        snapshot, before = self._snapshot, self._before
+        held = {} if snapshot is None else snapshot.buckets.get(process, {})
+        if snapshot is None or not held:
+            return
+        some = self.quotas.all[0]  # makes no difference to buckets that are new
+        for key, full_at_ns in held.items():
+            memory.seed(key, some, full_at_ns, snapshot.at_ns)
+        if before is not None and before != self.quotas:
+            memory.change_quotas([*before.all, *self.quotas.all], self._quota_before, snapshot.at_ns)
+
+    def state(self, at_ns: int) -> ReplaySnapshot:
+        """Return the state after the last event, which was at `at_ns`."""
+        buckets = {
+            name: {key: tat_ns for key, tat_ns in found.memory.tats().items() if tat_ns > at_ns}
+            for name, found in self._buckets.items()
+        }
+        return ReplaySnapshot(at_ns, buckets, {} if self.counters is None else self.counters.counters)
+
+    def _quota_before(self, key: str, present: Quota) -> Quota:
+        """Return the quota of a bucket under the configuration of the snapshot."""
+        before, (kind, _, _) = self._before, key.partition(":")
+        assert before is not None  # noqa: S101 - only called with another configuration
+        if kind == "peer":
+            return before.address or present
+        if kind == "limit":
+            limit = next((limit for limit in before.limits if limit.name == limit_of(key)), None)
+            return present if limit is None else limit.previous_quota(key, self._tier) or present
+        return before.tiers.get(self._tier, present)
+
     def settle(self, event: LogEvent) -> None:
         """Settle the cost of a request, if this configuration has admitted it."""
         *_, number, cost = event
@@ -261,7 +304,7 @@ class Simulation:
         if found is None:
             if len(self._buckets) >= MAX_PROCESSES:
                 del self._buckets[next(iter(self._buckets))]
-            found = self._buckets[name] = _Buckets(self)
+            found = self._buckets[name] = _Buckets(self, name)
         return found
 
     def _facts_of(self, buckets: _Buckets, key: _ClientKey, address: str) -> HeaderFacts:

@@ -112,7 +112,7 @@ class ReplayTally:
         self._begin_ns = begin_ns
         self._slot_ns = max((end_ns - begin_ns) // SLOTS + 1, 1)
         self.clients: dict[tuple[str, str, bool], ClientTally] = {}  # id, tier, and whether the id is an address
-        self.decisions = 0
+        self.decisions = self.before_snapshot = 0
         self.limited_in_log = self.limited_by_current = self.limited = 0
         self.refused_otherwise = 0
         self.newly_limited_by: Counter[str] = Counter()
@@ -194,6 +194,7 @@ class ReplayTally:
         for key, client in other.clients.items():
             self.clients[key] = client  # a client belongs to one shard
         self.decisions += other.decisions
+        self.before_snapshot += other.before_snapshot
         self.limited_in_log += other.limited_in_log
         self.limited_by_current += other.limited_by_current
         self.limited += other.limited

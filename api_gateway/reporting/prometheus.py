@@ -28,6 +28,7 @@ from api_gateway.reporting.prometheus_families import (
     access_families,
     duration_histogram,
     family_in_pieces,
+    history_families,
     limit_families,
     trace_families,
     without_head,
@@ -384,6 +385,7 @@ class PrometheusExposition:
             for value, count in counts.items():
                 family.add_metric([value], count)
             yield family
+        yield from history_families(self._snapshot.history)
 
     def _shares(self) -> Iterator[Metric]:
         labels = ["resource", "upstream"]

@@ -41,7 +41,7 @@ LIBRARIES = {
     "fastapi": {"admin", "main"},
     "hiredis": {"storage"},
     "httptools": {"downstream", "transport"},
-    "httpx": {"assembly", "fastpath", "main", "proxy", "router", "transport", "upstreams"},
+    "httpx": {"assembly", "fastpath", "main", "proxy", "transport", "upstreams"},
     "joserfc": {"clients"},
     "opentelemetry": {"observability"},
     "prometheus_client": {"reporting"},

@@ -20,6 +20,8 @@ from api_gateway.limits.concurrency import (
     SlottedCharges,
 )
 from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
+from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL
+from api_gateway.limits.concurrency_ops import LEASE
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Client, ConcurrencySlot, Exchange, Quota
@@ -320,3 +322,5 @@ def test_the_numbers_of_the_page_are_those_of_the_code() -> None:
     section = " ".join(page.split("## Five at a time\n")[1].split("\n## ")[0].split())
     assert f"the last {DURATIONS} requests of the same key" in section
     assert f"from {SHORTEST_HINT:g} s to {LONGEST_HINT:g} s" in section
+    assert f"renews it every {RENEWAL_INTERVAL:g} s" in section
+    assert f"until the lease ends, {LEASE:g} s after its last renewal" in section

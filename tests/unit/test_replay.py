@@ -37,6 +37,7 @@ from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import document_of, text_of
 from api_gateway.replay.sharding import shards
 from api_gateway.replay.simulation import Simulation
+from api_gateway.replay.snapshot import read_snapshot
 from tests.unit.test_access_log import EXCHANGES, OfAnOrganisation, bare
 
 SECOND = 1_000_000_000
@@ -437,6 +438,92 @@ def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path:
     traffic.request("acme", path="/api/elsewhere")
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], config(), None), config())
     assert (found["totals"]["refused_otherwise"], found["totals"]["limited"]) == (1, 0)
+
+
+# Snapshots
+
+
+QUOTAS = {"limits": [{"name": "monthly", "quota": 40, "period": "month"}]}
+
+
+def test_a_log_in_two_parts_is_replayed_from_the_state_at_the_end_of_the_first(tmp_path: Path) -> None:
+    """Decisions until the snapshot are passed over, so the whole log gives the same as its second part."""
+    traffic, rng = Traffic(), random.Random(5)
+    for _ in range(400):
+        number = rng.randrange(9)
+        traffic.request(f"client-{number}", "BASIC" if number % 2 else "FREE", after=rng.random() * 0.1)
+    first, exchanges = Traffic(), traffic.exchanges
+    first.exchanges = exchanges[:200]
+    both = config(**QUOTAS)
+    whole = replay_logs([log_of(tmp_path, traffic.lines())], both, None)
+    replay_logs([log_of(tmp_path, first.lines(), "1.log")], both, None, jobs=2).state.write(tmp_path / "state.json")
+    state = read_snapshot(tmp_path / "state.json")
+    assert (len(state.counters), len(state.buckets)) == (9, 1)
+    found = replay_logs([tmp_path / "access.log"], both, both, snapshot=state)
+    document = reported(found, both, both)
+    assert (document["totals"]["decisions"], document["totals"]["before_snapshot"]) == (200, 200)
+    assert document["not_evaluable"] == []
+    assert "200 decisions before the snapshot" in text_of(document, 5)
+    before = replay_logs([tmp_path / "1.log"], both, None)
+    assert found.tally.limited == found.tally.limited_by_current == whole.tally.limited - before.tally.limited > 0
+    assert any("monthly" in (one.limits or ()) for one in found.tally.clients.values())
+    assert found.state.counters == whole.state.counters
+    assert found.state.buckets == whole.state.buckets
+
+
+def test_buckets_of_a_snapshot_keep_their_filled_fraction_under_the_candidate(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for _ in range(8):
+        traffic.request("acme")  # 8 of 10 are used
+    replay_logs([log_of(tmp_path, traffic.lines())], config(), None).state.write(tmp_path / "state.json")
+    later = Traffic(start_ns=SECOND + 1)
+    for _ in range(40):
+        later.request("acme")
+    wide = config(tiers={"FREE": {"rate": 1, "capacity": 100}})
+    state = read_snapshot(tmp_path / "state.json")
+    found = replay_logs([log_of(tmp_path, later.lines())], wide, config(), snapshot=state)
+    assert found.tally.limited_by_current == 40 - 2
+    assert found.tally.limited == 40 - 20
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("{", "is not JSON; a snapshot is what GET /limits/snapshot returns"),
+        ("[]", "is no snapshot of limits: TypeError"),
+        ("{}", "is no snapshot of limits: KeyError: 'format'"),
+        ('{"format": 2}', "format: expected 1, got 2"),
+        (
+            '{"format": 1, "at_ns": "x", "buckets": {}, "counters": []}',
+            "expected nanoseconds since the epoch, got 'x'",
+        ),
+        (
+            '{"format": 1, "at_ns": 1, "buckets": {"a": {"b": -1}}, "counters": []}',
+            "nanoseconds since the epoch, got -1",
+        ),
+        ('{"format": 1, "at_ns": 1, "buckets": [], "counters": []}', "is no snapshot"),
+        ('{"format": 1, "at_ns": 1, "buckets": {}, "counters": [["k"]]}', "is no snapshot"),
+        ('{"format": 1, "at_ns": 1, "buckets": {}, "counters": [["k", "year"' + ", 1" * 16 + "]]}", "unit 'year'"),
+        (
+            '{"format": 1, "at_ns": 1, "buckets": {}, "counters": [["k", "day", 1' + "0" * 25 + ", 1" * 15 + "]]}",
+            "a number is too large",
+        ),
+    ],
+)
+def test_a_snapshot_that_cannot_be_used_is_named_with_the_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, cause: str
+) -> None:
+    path = tmp_path / "snapshot.json"
+    path.write_text(text)
+    with pytest.raises(ReplayError, match=cause):
+        read_snapshot(path)
+    candidate = tmp_path / "new.yaml"
+    candidate.write_text('upstreams: {up: {targets: [{url: "http://127.0.0.1:1"}]}}\n')
+    log = log_of(tmp_path, [])
+    assert main(["replay", str(log), "--config", str(candidate), "--from", str(path)]) == 3
+    assert str(path) in capsys.readouterr().err
+    assert main(["replay", str(log), "--config", str(candidate), "--save", str(tmp_path / "no" / "x")]) == 3
+    assert "x: cannot be written" in capsys.readouterr().err
 
 
 # Clients divided among processes

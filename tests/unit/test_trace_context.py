@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api_gateway.http1.fast_parser import lines_of
 from api_gateway.models import Exchange
 from api_gateway.observability.trace_context import (
     parent_context,
+    split_lines,
+    split_pairs,
     state_of,
-    without_trace_lines,
-    without_trace_pairs,
 )
 from api_gateway.observability.tracing import Sampling, Tracer
 from api_gateway.resilience.breaker_policy import State
@@ -105,10 +106,30 @@ def test_tracestate_is_sent_on_or_dropped_as_a_whole(values: list[bytes], found:
 
 def test_both_fields_are_removed_from_lines_and_nothing_else() -> None:
     lines = b"\r\nHost: x\r\nTraceParent: " + VALID + b"\r\nX-Traceparent: a\r\ntracestate: a=1\r\ntracestate: b=2\r\n"
-    assert without_trace_lines(lines) == (b"\r\nHost: x\r\nX-Traceparent: a\r\n", [VALID], [b"a=1", b"b=2"])
-    assert without_trace_lines(b"\r\nTRACEPARENT: x\r\n") == (b"\r\n", [b"x"], [])
+    context = parent_context([VALID])
+    assert split_lines(lines) == (b"\r\nHost: x\r\nX-Traceparent: a\r\n", context, b"a=1,b=2")
+    assert split_lines(b"\r\nTRACEPARENT: x\r\ntracestate: a=1\r\n") == (b"\r\n", None, b"")
+    assert split_lines(b"\r\nTRACEPARENT: " + VALID + b"\r\n") == (b"\r\n", context, b"")
+    assert split_lines(b"\r\na: b\r\ntraceparent: " + VALID + b"\r\nc: d\r\n") == (
+        b"\r\na: b\r\nc: d\r\n",
+        context,
+        b"",
+    )
+    twice = b"\r\ntraceparent: " + VALID
+    assert split_lines(twice * 2 + b"\r\nc: d\r\n") == (b"\r\nc: d\r\n", None, b"")
+    assert split_lines(b"\r\nx-traceparent: a\r\n") == (b"\r\nx-traceparent: a\r\n", None, b"")
     pairs = [(b"Host", b"x"), (b"TraceParent", VALID), (b"TRACESTATE", b" a=1")]
-    assert without_trace_pairs(pairs) == ([(b"Host", b"x")], [VALID], [b"a=1"])
+    assert split_pairs(pairs) == ([(b"Host", b"x")], context, b"a=1")
+
+
+@given(
+    st.lists(st.sampled_from([VALID, VALID[:-1], b"x"]), max_size=2),
+    st.lists(st.sampled_from([b"a=1", b"B"]), max_size=2),
+)
+def test_lines_and_pairs_are_read_alike(parents: list[bytes], states: list[bytes]) -> None:
+    pairs = [(b"a", b"b"), *((b"Traceparent", one) for one in parents), *((b"tracestate", one) for one in states)]
+    kept, *context = split_pairs(pairs)
+    assert split_lines(lines_of(pairs)) == (lines_of(kept), *context)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +147,7 @@ def test_both_fields_are_removed_from_lines_and_nothing_else() -> None:
 )
 def test_a_line_that_is_not_plain_is_left_to_the_general_parser(line: bytes) -> None:
     lines = b"\r\nHost: x\r\n" + line + b"\r\n"
-    assert without_trace_lines(lines) == (lines, [], [])
+    assert split_lines(lines) == (lines, None, b"")
 
 
 # Sampling

@@ -339,6 +339,17 @@ def test_whatever_ends_a_request_it_returns_its_slots(running: RunningGateway, u
 # Mistakes
 
 
+def test_a_cluster_is_refused(tmp_path: Path) -> None:
+    sections = in_front_of("http://127.0.0.1:9") | {
+        "limits": [{"name": "one", "concurrent": 5}],
+        "store": {"url": "redis+cluster://127.0.0.1:6379"},
+    }
+    path = tmp_path / "gateway.yaml"
+    path.write_text(json.dumps(sections))
+    with pytest.raises(ConfigError, match=r"limits\[0\] \(one\)\.concurrent: needs one server: set store\.url to one"):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
