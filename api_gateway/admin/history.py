@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 
 from api_gateway.admin.context import AdminContext, Guarded
-from api_gateway.admin.history_queries import MAX_FOUND, MAX_SPENDING, STATUS, Row
+from api_gateway.admin.history_queries import MAX_FOUND, MAX_SPENDING, STATUS, Members
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import NoRoute
@@ -29,7 +29,7 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
     response_model=RequestsView,
     responses={**REFUSAL_RESPONSES, **_DISABLED},
 )
-async def history(
+async def recent_requests(
     context: Guarded,
     after: Annotated[int | None, Query(ge=0, description="Only requests with higher numbers.")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
@@ -105,10 +105,10 @@ def _last_complete(answers: Answers, limit: int, until: int) -> int:
     return min([until, *full])
 
 
-def _spent_by(answers: Answers) -> Row:
+def _spent_by(answers: Answers) -> Members:
     """Return the requests back to the one that found the bucket full, newest first."""
     rows = sorted((row for answer in answers.values for row in answer["requests"]), key=_started, reverse=True)
-    shown: list[Row] = []
+    shown: list[Members] = []
     is_complete = False
     for row in rows[:MAX_SPENDING]:
         shown.append({name: value for name, value in row.items() if not name.startswith("_")})
@@ -130,17 +130,17 @@ def _unknown(request_id: str, limits: HistoryLimits, answers: Answers) -> NoRout
     )
 
 
-def _number(row: Row) -> int:
+def _number(row: Members) -> int:
     number: int = row["number"]
     return number
 
 
-def _started(row: Row) -> float:
+def _started(row: Members) -> float:
     started: float = row["_started"]
     return started
 
 
-def _json(view: Row) -> Response:
+def _json(view: Members) -> Response:
     return Response(
         json.dumps(view, separators=(",", ":")), media_type="application/json", headers={"cache-control": "no-store"}
     )

@@ -18,7 +18,7 @@ from api_gateway.observability.request_record import (
     Charged,
     Decided,
     Record,
-    cost_of,
+    charged_cost,
     number_of,
     tokens_after,
 )
@@ -28,7 +28,7 @@ MAX_FOUND = 20  # requests with one id
 MAX_SPENDING = 100  # requests that have spent the tokens of one limit
 STATUS = re.compile(r"[1-5](xx|[0-9]{2})")
 
-Row = dict[str, Any]
+Members = dict[str, Any]
 
 
 class HistoryQueries:
@@ -41,7 +41,7 @@ class HistoryQueries:
     def __repr__(self) -> str:
         return f"<HistoryQueries on {self._history!r}>"
 
-    def answer(self, question: Mapping[str, Any]) -> Steps[Row]:
+    def answer(self, question: Mapping[str, Any]) -> Steps[Members]:
         """Return the answer to one question, in steps."""
         kind = question["kind"]
         if kind == "find":
@@ -50,7 +50,7 @@ class HistoryQueries:
             return self._spent(question["key"], question["started"])
         return self._list(question)
 
-    def _find(self, request_id: str) -> Steps[Row]:
+    def _find(self, request_id: str) -> Steps[Members]:
         found = yield from self._select(lambda record: record.id == request_id)
         latest = nlargest(MAX_FOUND, found, key=_ended)
         sizes = self._history.sizes()
@@ -58,7 +58,7 @@ class HistoryQueries:
         kept = {outcome: count for outcome, (count, _) in sizes.items()}
         return {"requests": [_explained(record) for record in latest], "kept": kept, "oldest": oldest}
 
-    def _list(self, question: Mapping[str, Any]) -> Steps[Row]:
+    def _list(self, question: Mapping[str, Any]) -> Steps[Members]:
         """Return the first requests after a number or, without one, the last ones; oldest first.
 
         `until` is the number up to which none is missing.
@@ -73,7 +73,7 @@ class HistoryQueries:
             chosen = nsmallest(most, found, key=_ended)
         return {"requests": [_row(record) for record in chosen], "until": until}
 
-    def _spent(self, key: str, started: float) -> Steps[Row]:
+    def _spent(self, key: str, started: float) -> Steps[Members]:
         """Return the last requests that were charged to a bucket and arrived before `started`, newest first."""
         found = yield from self._select(
             lambda record: record.started <= started and _spent_at(record, key) is not None
@@ -139,7 +139,7 @@ def _milliseconds(seconds: float) -> float:
     return round(max(seconds, 0.0) * 1000, 3)
 
 
-def _row(record: Record) -> Row:
+def _row(record: Record) -> Members:
     waited = None
     if record.sent_at is not None and record.head_at is not None:
         waited = _milliseconds(record.head_at - record.sent_at)
@@ -171,7 +171,7 @@ def _row(record: Record) -> Row:
     }
 
 
-def _explained(record: Record) -> Row:
+def _explained(record: Record) -> Members:
     """Return all that is known about a request.
 
     `_keys` are those of the limits that refused it, by the index of the limit, and `_started` its arrival: the process
@@ -201,7 +201,7 @@ def _refusing_keys(decision: Decided) -> dict[str, str]:
     return {str(index): one.key for index, one in charges if one.name in decision.refusing}
 
 
-def _decision(decision: Decided) -> Row:
+def _decision(decision: Decided) -> Members:
     return {
         "allowed": decision.allowed,
         "limit": decision.limit,
@@ -214,10 +214,10 @@ def _seconds_to_wait(wait_ns: int) -> float | None:
     return None if wait_ns in (0, NEVER_NS) else round(wait_ns / NANOSECONDS, 9)
 
 
-def _limits(decision: Decided) -> list[Row]:
+def _limits(decision: Decided) -> list[Members]:
     rows = []
     for one, after in zip(decision.charges, tokens_after(decision), strict=True):
-        cost, allowed, wait_ns = cost_of(one), one.name not in decision.refusing, 0
+        cost, allowed, wait_ns = charged_cost(one), one.name not in decision.refusing, 0
         before = after
         if after is not None and decision.allowed:
             before = after + cost
@@ -240,7 +240,7 @@ def _limits(decision: Decided) -> list[Row]:
     return rows + [_without_figures(decision, name) for name in decision.refusing if name not in charged]
 
 
-def _without_figures(decision: Decided, name: str) -> Row:
+def _without_figures(decision: Decided, name: str) -> Members:
     """Return the row of a concurrency limit that refused: of the requests in flight, nothing is kept."""
     figures = dict.fromkeys(("capacity", "refill_per_second", "tokens_before", "tokens_after", "spent_by"))
     wait = _seconds_to_wait(decision.wait_ns) if name == decision.limit else None
@@ -256,7 +256,7 @@ def _wait_ns(charged: Charged, tokens: float | None) -> int:
     return max(0, round(charged.increment_ns - tokens * charged.emission_ns))
 
 
-def _attempts(record: Record) -> list[Row]:
+def _attempts(record: Record) -> list[Members]:
     """Return the attempts: those that have failed, and the last one if it has not."""
     rows = [
         {
@@ -287,12 +287,12 @@ def _attempts(record: Record) -> list[Row]:
     return rows
 
 
-def _spending(record: Record, key: str) -> Row:
+def _spending(record: Record, key: str) -> Members:
     """Return a request that was charged to a bucket; `_full`: it found the bucket full."""
     index, decision = _spent_at(record, key), record.decision
     assert index is not None and decision is not None  # noqa: S101, PT018 - selected by this
     charged, after = decision.charges[index], tokens_after(decision)[index]
-    before = None if after is None else after + cost_of(charged)
+    before = None if after is None else after + charged_cost(charged)
     settled = decision.settled and charged.own_cost is None
     return {
         "number": number_of(record.ended),
@@ -302,7 +302,7 @@ def _spending(record: Record, key: str) -> Row:
         "method": record.method,
         "path": _text(record.path),
         "status": record.status,
-        "cost": round(record.cost if settled else cost_of(charged), 6),
+        "cost": round(record.cost if settled else charged_cost(charged), 6),
         "tokens_before": None if before is None else round(before, 6),
         "_full": before is not None and before >= charged.burst_ns / charged.emission_ns - 1e-6,
         "_started": record.started,

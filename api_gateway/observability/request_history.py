@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange
 from api_gateway.observability.request_record import (
-    ENDED,
+    ENDED_FIELD,
     NUMBERS,
-    OUTCOMES,
-    SIZE,
-    Outcome,
+    REQUEST_OUTCOMES,
+    SIZE_FIELD,
     Record,
+    RequestOutcome,
     Settled,
     Values,
     number_of,
 )
 
-MAX_TEXT = 2_000  # characters of a path or a detail that are kept
+MAX_RECORDED_TEXT = 2_000  # characters of a path or a detail that are kept
 _APART = 1 / NUMBERS  # seconds between two records at least, so that their numbers differ
 _RECORD_BYTES = 1_000  # of a record without its texts, rounded up
 _LIMIT_BYTES = 250  # of one limit that a record names
@@ -79,7 +79,7 @@ class FairRing:
         while self.count and (self.count > self._most or self.size > self._max_bytes):
             if len(held) > self._share:
                 self.count -= 1
-                self.size -= held.pop(0)[SIZE]
+                self.size -= held.pop(0)[SIZE_FIELD]
             else:
                 self._drop_former(holder)
 
@@ -105,7 +105,7 @@ class FairRing:
         holder = self._order[-1]
         held = self._former[holder]
         self.count -= 1
-        self.size -= held.pop(0)[SIZE]
+        self.size -= held.pop(0)[SIZE_FIELD]
         if not held:
             del self._former[holder]
 
@@ -115,7 +115,7 @@ class RequestHistory:
 
     def __init__(self, limits: HistoryLimits) -> None:
         self._limits = limits
-        self._successes, self._refusals, self._errors = (FairRing(0, 0) for _ in OUTCOMES)
+        self._successes, self._refusals, self._errors = (FairRing(0, 0) for _ in REQUEST_OUTCOMES)
         self._next = 0.0  # the time of the next record at the earliest
         self._described: dict[int, tuple[Sequence[Charge], tuple[Values, ...]]] = {}
         self.change(limits)
@@ -130,18 +130,18 @@ class RequestHistory:
 
     @property
     def rings(self) -> tuple[FairRing, ...]:
-        """The rings in the order of `OUTCOMES`."""
+        """The rings in the order of `REQUEST_OUTCOMES`."""
         return self._successes, self._refusals, self._errors
 
     def change(self, limits: HistoryLimits) -> None:
         """Apply other limits, and drop what exceeds them."""
         self._limits = limits
         for ring, most in zip(self.rings, (limits.successes, limits.refusals, limits.errors), strict=True):
-            ring.limit(most, limits.max_bytes // len(OUTCOMES))
+            ring.limit(most, limits.max_bytes // len(REQUEST_OUTCOMES))
 
-    def sizes(self) -> dict[Outcome, tuple[int, int]]:
+    def sizes(self) -> dict[RequestOutcome, tuple[int, int]]:
         """Return the number of records and their bytes by outcome."""
-        return {name: (ring.count, ring.size) for name, ring in zip(OUTCOMES, self.rings, strict=True)}
+        return {name: (ring.count, ring.size) for name, ring in zip(REQUEST_OUTCOMES, self.rings, strict=True)}
 
     def record(self, exchange: Exchange, now: float) -> None:
         """Keep the record of an exchange that has ended at `now`, in seconds since the epoch."""
@@ -150,14 +150,14 @@ class RequestHistory:
         self._next = now + _APART
         client = exchange.client
         status, reason, path, detail = exchange.status, exchange.reason, exchange.path, exchange.detail
-        path = path if len(path) <= MAX_TEXT else f"{path[:MAX_TEXT]}..."
+        path = path if len(path) <= MAX_RECORDED_TEXT else f"{path[:MAX_RECORDED_TEXT]}..."
         size = _RECORD_BYTES + _BYTES_A_CHARACTER * len(path)
         outcome, ring = "success", self._successes
         if reason is not None or status >= _SERVER_ERROR:
             is_error = status >= _CLIENT_DISCONNECTED or exchange.source == "upstream"
             outcome, ring = ("error", self._errors) if is_error else ("refusal", self._refusals)
             if detail is not None:
-                detail = detail if len(detail) <= MAX_TEXT else f"{detail[:MAX_TEXT]}..."
+                detail = detail if len(detail) <= MAX_RECORDED_TEXT else f"{detail[:MAX_RECORDED_TEXT]}..."
                 size += _BYTES_A_CHARACTER * len(detail)
             size += sum([_LIMIT_BYTES + _BYTES_A_CHARACTER * len(one.detail) for one in exchange.failures])
         if not ring.is_on:
@@ -224,7 +224,7 @@ class RequestHistory:
         for ring in self.rings:
             for held in ring.lists():
                 for values in reversed(held.copy()):
-                    if values[ENDED] < since:
+                    if values[ENDED_FIELD] < since:
                         break
                     yield Record._make(values)
                 yield None

@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 from api_gateway.models import AttemptFailure, DecisionSource
 
-Outcome = Literal["success", "refusal", "error"]
+RequestOutcome = Literal["success", "refusal", "error"]
 
-OUTCOMES: tuple[Outcome, ...] = ("success", "refusal", "error")
+REQUEST_OUTCOMES: tuple[RequestOutcome, ...] = ("success", "refusal", "error")
 NUMBERS = 2**20  # in a second; the products with it are exact
 Values = tuple[Any, ...]  # of one of the following, in its order
 
@@ -71,7 +71,7 @@ class Record(NamedTuple):
 
     ended: float
     id: str
-    outcome: Outcome
+    outcome: RequestOutcome
     holder: str
     client_id: str | None
     tier: str | None
@@ -110,7 +110,7 @@ class Record(NamedTuple):
         return None if self.values is None else Decided._make(self.values)
 
 
-SIZE, ENDED = Record._fields.index("size"), Record._fields.index("ended")
+SIZE_FIELD, ENDED_FIELD = Record._fields.index("size"), Record._fields.index("ended")
 
 
 def number_of(ended: float) -> int:
@@ -118,7 +118,7 @@ def number_of(ended: float) -> int:
     return int(ended * NUMBERS)
 
 
-def cost_of(charged: Charged) -> float:
+def charged_cost(charged: Charged) -> float:
     """Return what was charged to a limit, in tokens."""
     return charged.increment_ns / charged.emission_ns
 

@@ -11,7 +11,7 @@ from prometheus_client.samples import Exemplar
 
 from api_gateway.metrics import Recorder
 from api_gateway.observability.latency_series import Tally, WindowedSeries, bucket_of, value_of
-from api_gateway.observability.request_record import OUTCOMES
+from api_gateway.observability.request_record import REQUEST_OUTCOMES
 
 # Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -70,7 +70,7 @@ def history_families(history: Mapping[str, int]) -> Iterator[Metric]:
     records = GaugeMetricFamily(
         "gateway_history_records", "Records of the last requests in memory, by outcome.", labels=["outcome"]
     )
-    for outcome in OUTCOMES:
+    for outcome in REQUEST_OUTCOMES:
         records.add_metric([outcome], history.get(outcome, 0))
     yield records
     size = history.get("bytes", 0)

@@ -1,10 +1,12 @@
 """Concurrency limits of several workers: one sum, also after a worker was killed, the store was lost, and a reload."""
 
 import json
+import random
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from api_gateway.limits.concurrency_ops import LEASE
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, ask, eventually, reply, running_gateway
 from tests.processes import Running, children, kill, process
 from tests.store_kit import StoreServer
+from tests.wire.test_concurrency import NEVER_OPEN, misbehaving, one_request
 
 pytestmark = pytest.mark.timeout(240)  # starts of processes take long on a busy machine
 
@@ -158,6 +161,10 @@ def test_a_reload_adopts_the_requests_that_are_open(tmp_path: Path, up: HoldingU
             assert client.get("/api/x", (CLIENT,)).status == 200
 
 
+def is_empty(found: set[str]) -> bool:
+    return not found
+
+
 def shown(gateway: RunningGateway) -> int:
     answer = ask(f"{gateway.url}/clients/acme", headers={"Authorization": "Bearer operator"})
     return int(answer.json()["concurrency"][0]["in_flight"])
@@ -183,3 +190,32 @@ def test_gateways_share_a_limit_in_a_store_that_is_lost_and_returns_empty(
         assert up.most == 5
         up.may_respond.set()
         eventually(lambda: (shown(one), shown(two)) == (0, 0), "all have ended")
+
+
+def test_whatever_ends_requests_of_two_gateways_their_sum_returns_to_zero(tmp_path: Path, store: StoreServer) -> None:
+    upstream = RawUpstream(misbehaving(2))
+    described = sections(upstream.url, store={"url": store.url}, admin={"token": "operator"})
+    described["upstreams"]["up"]["circuit_breaker"] = NEVER_OPEN
+    paths = ("/api/x", "/api/y")
+    with (
+        running_gateway(described, tmp_path / "one") as one,
+        running_gateway(described, tmp_path / "two") as two,
+    ):
+
+        def many(seed: int) -> None:
+            choose = random.Random(seed)
+            for _ in range(100):
+                with suppress(OSError):
+                    one_request(choose.choice((one, two)).port, choose, paths, ("acme",))
+
+        threads = [threading.Thread(target=many, args=(seed,)) for seed in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        eventually(lambda: (shown(one), shown(two)) == (0, 0), "all have ended", LONG)
+        for gateway in (one, two):
+            slots = gateway.server._app.state.gateway.slots
+            assert not slots.counters
+            eventually(partial(is_empty, slots.unconfirmed), "the store knows all leases", LONG)
+    upstream.close()

@@ -82,6 +82,7 @@ class Played:
     running: Running
     usage: Answer
     own: Answer
+    table: Answer  # the usage as CSV
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +105,11 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
             if not seeds.start:
                 (folder / "snapshot.json").write_bytes(running.ask("/limits/snapshot").body)
         usage = running.ask("/usage?by=client,route,day")
+        table = running.ask("/usage?by=client,route,day&format=csv")
         own = ask(f"{running.url}/usage/me?by=route", headers={"X-API-Key": KEY, "X-Forwarded-For": "192.0.2.99"})
         assert running.terminate() == 0, running.errors
     up.close()
-    return Played(folder, running, usage, own)
+    return Played(folder, running, usage, own, table)
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str, str]:

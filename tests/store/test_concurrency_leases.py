@@ -195,6 +195,29 @@ def test_workers_share_a_limit_exactly(store: LuaStore) -> None:
     assert not one.slots.epochs
 
 
+def test_a_request_is_charged_and_counted_in_one_call_and_waits_for_nothing_else(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    worker.ask(FIVE, slot("other", 3))
+    worker.wire.send()
+    worker.wire.execute_one(0)
+    worker.wire.deliver_one(0)
+    assert len(worker.open) == 1
+    assert worker.wire.waiting == []
+    assert worker.wire.sent == []
+    worker.ask(FIVE)
+    worker.end(worker.open[0])
+    worker.wire.send()
+    assert len(worker.wire.sent) == 1, "the return of slots shares a call with what else there is"
+
+
+def test_a_refusal_that_this_worker_alone_can_know_needs_no_call(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    assert worker.admitted(5, FIVE) == 5
+    worker.ask(FIVE)
+    assert not worker.wire.waiting
+    assert worker.refused[-1].key == FIVE.key
+
+
 def test_a_request_takes_everything_or_nothing(store: LuaStore) -> None:
     one, two = Worker(store, 1), Worker(store, 2)
     other = slot("other", 1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.models import AttemptFailure, Charge, Client, Decision, Exchange, Quota
-from api_gateway.observability.request_history import MAX_TEXT, FairRing, HistoryLimits, RequestHistory
+from api_gateway.observability.request_history import MAX_RECORDED_TEXT, FairRing, HistoryLimits, RequestHistory
 from api_gateway.observability.request_record import Record
 
 QUOTA = Quota.per_second("FREE", 1, 10)
@@ -102,7 +102,7 @@ def test_bytes_are_limited_also_if_each_record_is_large() -> None:
     records = kept(history, 1000)
     assert sum(size for _, size in history.sizes().values()) <= 900_000
     assert sum(len(one.path) + len(one.detail or "") for one in records) <= 900_000
-    assert {len(one.path) for one in records if one.outcome == "success"} == {MAX_TEXT + 3}
+    assert {len(one.path) for one in records if one.outcome == "success"} == {MAX_RECORDED_TEXT + 3}
     assert len(records) > 50
 
 
