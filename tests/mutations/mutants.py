@@ -119,7 +119,7 @@ MUTANTS = (
         (
             "drawn = min(cost - free, counter.valid_balance(now))",
             "drawn = min(cost - free, counter.balance)",
-            _COUNTERS,
+            f"{_COUNTERS}::test_a_settlement_draws_nothing_from_a_top_up_that_has_expired",
         ),
         (
             "    drawn = min(amount, count.drawn)\n",
@@ -168,7 +168,7 @@ MUTANTS = (
         (
             "                self.counters.changed.add(charge.key)\n",
             "",
-            "tests/wire/test_quotas.py::test_quotas_survive_a_restart",
+            f"{_QUOTAS}::test_each_charge_in_the_short_way_is_to_be_stored",
         ),
         (
             "            return decision\n        warned: list[Warned] = []\n        for (charge",

@@ -2,9 +2,13 @@
 
 import gzip
 import http.client
+import importlib.util
 import json
+import os
 import random
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from contextlib import closing
@@ -223,3 +227,40 @@ def test_the_command_replays_rotated_logs_in_several_processes_and_fails_a_pipel
     code, output, errors = command(folder, *logs, *options, "--fail-if", 'tier == "BASIC" and newly_limited > 0')
     assert (code, errors) == (0, "")
     assert "Not known:" in output
+
+
+OF_LOCUST = """
+upstreams: {{up: {{targets: [{{url: "{up}"}}]}}}}
+state_dir: {folder}
+admin: {{token: {token}}}
+limits:
+  - {{name: burst, key: [client, route], rate: 40, capacity: 60, tiers: [FREE, BASIC]}}
+  - {{name: hourly, quota: 1000000, period: hour}}
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="needs locust (extra load)")
+def test_a_replay_of_a_locust_run_under_its_own_configuration_reproduces_every_decision(tmp_path: Path) -> None:
+    """The load test registers clients of all tiers, and one class of them exceeds its limit."""
+    up, config, token = RawUpstream(reply()), tmp_path / "gateway.yaml", "t" * 40
+    config.write_text(OF_LOCUST.format(up=up.url, folder=tmp_path / "state", token=token))
+    with process("-m", "api_gateway", "--config", str(config), "--port", "0", cwd=tmp_path) as running:
+        script = Path(__file__).parents[2] / "load_test.py"
+        done = subprocess.run(
+            [sys.executable, str(script), "--host", running.url, "--seconds", "3", "--users", "10"],
+            cwd=tmp_path,
+            env={**os.environ, "GATEWAY_ADMIN__TOKEN": token, "LOAD_TEST_PATH": "/api/up/users"},
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+        assert "Flooder" in done.stdout, done.stdout + done.stderr
+        assert running.terminate() == 0, running.errors
+    up.close()
+    own = load_config(config)
+    tally = replay_logs([running.stdout], own, own).tally
+    decided = [line for line in running.logged if line.get("decision")]
+    assert len({line["tier"] for line in decided}) == 4
+    assert tally.limited == sum(line["decision"]["wait_ns"] != 0 for line in decided) > 0
+    assert tally.agreement.same == tally.agreement.compared == len(decided), tally.agreement.first_difference

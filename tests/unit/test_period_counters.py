@@ -310,6 +310,16 @@ def test_what_is_left_of_a_top_up_is_kept_until_it_ends() -> None:
     assert client.at("2027-03-15 00:00:00").left == 10
 
 
+def test_a_settlement_draws_nothing_from_a_top_up_that_has_expired() -> None:
+    client = Client(monthly(10))
+    client.counters.top_up("a", client.quota, units_of(5), NOW // MICROSECONDS + 10, NOW)
+    assert client.spend(10)
+    client.now_us += 10 * MICROSECONDS
+    client.settle(3)
+    count = client.counters.counters["a"].count
+    assert (count.used, count.drawn) == (13 * UNITS_PER_TOKEN, 0)
+
+
 def test_a_refund_returns_what_was_drawn_from_a_top_up_first() -> None:
     client = Client(monthly(10))
     client.counters.top_up("a", client.quota, units_of(5), instant("2027-03-15 00:00:00") // MICROSECONDS, NOW)
