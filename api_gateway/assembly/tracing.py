@@ -21,7 +21,7 @@ from api_gateway.observability.trace_exporter import TraceExporter
 from api_gateway.observability.trace_sender import OtlpSender
 from api_gateway.observability.tracing import Parent, Sampling, Tracer
 from api_gateway.reporting.prometheus_families import DURATION_BOUNDS
-from api_gateway.settings.tracing import TRACES_PATH, TracingSection, collector_url
+from api_gateway.settings.tracing import TRACES_PATH, TracingSection, collector_url, header_pairs
 from api_gateway.system.clocks import Clocks
 
 logger = logging.getLogger(__name__)
@@ -150,10 +150,9 @@ def tracing_plan(config: GatewayConfig, variables: Mapping[str, str] | None = No
         "telemetry.sdk.version": __version__,
     }
     parent, ratio = given.sampler()
-    headers = {name: value.get_secret_value() for name, value in section.headers.items()}
     return TracingPlan(
         section.endpoint or given.endpoint(),
-        headers or given.headers(),
+        given.headers() if section.headers is None else header_pairs(section.headers.get_secret_value()),
         attributes | resource,
         Sampling(
             ratio if section.ratio is None else section.ratio,
@@ -196,12 +195,14 @@ class _Variables:
         return found
 
     def headers(self) -> dict[str, str]:
-        name = "OTEL_EXPORTER_OTLP_TRACES_HEADERS"
-        found = self.pairs(name if self.text(name) else "OTEL_EXPORTER_OTLP_HEADERS")
-        if any(not text.isascii() or not text.isprintable() for pair in found.items() for text in pair):
-            logger.warning("environment OTEL_EXPORTER_OTLP_HEADERS: must be visible ASCII characters; ignored")
+        """Return the header fields of requests to the collector."""
+        own = "OTEL_EXPORTER_OTLP_TRACES_HEADERS"
+        name = own if self.text(own) else "OTEL_EXPORTER_OTLP_HEADERS"
+        try:
+            return header_pairs(self.text(name))
+        except ValueError as error:
+            logger.warning("environment %s: %s; ignored", name, error)
             return {}
-        return found
 
     def endpoint(self) -> str:
         """Return the URL to which traces are posted."""

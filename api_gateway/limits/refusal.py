@@ -21,7 +21,7 @@ from api_gateway.rate_limiter import NEVER_NS
 _BY_QUOTA: Final[dict[str, QuotaTemplate]] = {}
 # Used last, by the key of the bucket: a client that does not wait is refused by the same one again and again.
 _BY_BUCKET: Final[dict[str, RefusalTemplate]] = {}
-MOST_REMEMBERED = 1_024  # entries of the latter, about 1.5 KB each
+MOST_REMEMBERED_REFUSALS = 1_024  # entries of the latter, about 1.5 KB each
 
 
 def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
@@ -57,7 +57,7 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
     if template is None or template.quota is not quota or template.client is not client or template.cost != cost:
         verb = "allows" if is_named else "is limited to"
         holder = f"{_holder(exchange, client, decision, is_named=is_named)} {verb}"
-        if len(_BY_BUCKET) >= MOST_REMEMBERED:
+        if len(_BY_BUCKET) >= MOST_REMEMBERED_REFUSALS:
             _BY_BUCKET.clear()
         template = _BY_BUCKET[key] = RefusalTemplate(_of_quota(quota), holder, client, cost)
     return LimitReached(template, decision.retry_after or 0.0, remaining, decision.violated)

@@ -17,6 +17,8 @@ from urllib.parse import urlencode
 
 from api_gateway.printable_text import printable
 
+JsonObject = dict[str, Any]
+
 TIMEOUT = 10.0  # seconds
 # Exit codes
 FAILED = 1  # the gateway refused the request, or the configuration has an error

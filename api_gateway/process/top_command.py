@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from api_gateway.printable_text import printable
 from api_gateway.process.operator_client import (
     CommandFailed,
+    JsonObject,
     OperatorClient,
     add_access_options,
     client_of,
@@ -20,8 +20,6 @@ from api_gateway.process.operator_client import (
 )
 from api_gateway.process.text_table import table
 from api_gateway.process.view_commands import line_of
-
-Row = dict[str, Any]
 
 _CLIENTS, _REQUESTS = 8, 6  # rows
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # alternate screen, without a cursor
@@ -45,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _top(client: OperatorClient, options: argparse.Namespace) -> None:
-    figures: Row | None = None
+    figures: JsonObject | None = None
     with _screen(is_used=sys.stdout.isatty() and not options.json):
         shown = 0
         while True:
@@ -60,7 +58,7 @@ def _top(client: OperatorClient, options: argparse.Namespace) -> None:
             time.sleep(max(options.interval, 0.2))
 
 
-def _figures(client: OperatorClient, before: Row | None) -> Row:
+def _figures(client: OperatorClient, before: JsonObject | None) -> JsonObject:
     """Return what one screen shows. Rates are those since `before`, or of the last minute without it."""
     metrics, health = client.get("/metrics"), client.get("/health")
     now, minute = time.monotonic(), metrics["rates"]["last_60s"]
@@ -88,11 +86,11 @@ def _figures(client: OperatorClient, before: Row | None) -> Row:
     }
 
 
-def _public(figures: Row) -> Row:
+def _public(figures: JsonObject) -> JsonObject:
     return {name: value for name, value in figures.items() if not name.startswith("_")}
 
 
-def _upstream(name: str, one: Row, metrics: Row) -> Row:
+def _upstream(name: str, one: JsonObject, metrics: JsonObject) -> JsonObject:
     minute = metrics["latency"]["upstreams"].get(name, {}).get("last_60s", {})
     targets = one["targets"]
     return {
@@ -107,7 +105,7 @@ def _upstream(name: str, one: Row, metrics: Row) -> Row:
     }
 
 
-def _last_failures(client: OperatorClient) -> list[Row] | None:
+def _last_failures(client: OperatorClient) -> list[JsonObject] | None:
     """Return the last refusals and errors, oldest first; None if the gateway keeps no history."""
     try:
         found = [
@@ -122,7 +120,7 @@ def _last_failures(client: OperatorClient) -> list[Row] | None:
     return sorted(found, key=lambda row: int(row["number"]))[-_REQUESTS:]
 
 
-def lines_of(figures: Row) -> list[str]:
+def screen_lines(figures: JsonObject) -> list[str]:
     """Return the lines of a screen, not shortened."""
     percentiles = "  ".join(f"{name} {_number(value)}" for name, value in figures["latency_ms"].items())
     gateway = (
@@ -164,7 +162,7 @@ def lines_of(figures: Row) -> list[str]:
     return [printable(line) for line in lines]
 
 
-def _gravity(upstream: Row) -> tuple[int, int]:
+def _gravity(upstream: JsonObject) -> tuple[int, int]:
     """Return the place of an upstream: those in trouble first, then the busiest."""
     return ("fail", "warn", "pass").index(upstream["status"]), -upstream["calls_last_60s"]
 
@@ -179,9 +177,9 @@ def _span(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _draw(figures: Row) -> None:
+def _draw(figures: JsonObject) -> None:
     """Draw a screen on a terminal, or print all its lines elsewhere."""
-    lines = lines_of(figures)
+    lines = screen_lines(figures)
     if not sys.stdout.isatty():
         print("\n".join(lines), flush=True)
         return

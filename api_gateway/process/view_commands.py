@@ -11,6 +11,7 @@ from urllib.parse import quote
 from api_gateway.process.operator_client import (
     NOT_REACHED,
     CommandFailed,
+    JsonObject,
     OperatorClient,
     add_access_options,
     client_of,
@@ -20,7 +21,6 @@ from api_gateway.process.operator_client import (
 from api_gateway.process.text_table import table
 
 PAGE = 200  # requests that `tail` asks for at once
-Row = dict[str, Any]
 
 
 def run_view(arguments: Sequence[str]) -> int:
@@ -102,7 +102,7 @@ def _explain(client: OperatorClient, options: argparse.Namespace) -> None:
         _show_request(request)
 
 
-def _show_prediction(found: Row) -> None:
+def _show_prediction(found: JsonObject) -> None:
     result, client = found["result"], found["client"]
     show(f"{result['outcome']}: {result['detail']}")
     show(f"  client {client['id']} ({client['tier']['name']}): {client['detail']}")
@@ -122,7 +122,7 @@ def _show_prediction(found: Row) -> None:
     _show_all(table(("LIMIT", "TOKENS", "COST", "CAPACITY", "RESULT"), rows), "  ")
 
 
-def _show_request(request: Row) -> None:
+def _show_request(request: JsonObject) -> None:
     who = "not identified" if request["client_id"] is None else f"{request['client_id']} ({request['tier']})"
     reason = "" if request["reason"] is None else f" {request['reason']}"
     show(f"{request['status']}{reason}  {request['method']} {request['path']}")
@@ -157,14 +157,14 @@ def _show_request(request: Row) -> None:
         show(f"  cost settled from {one['cost_before']:g} to {one['cost_after']:g} after {one['after_ms']:g} ms")
 
 
-def _attempt_row(one: Row) -> tuple[object, ...]:
+def _attempt_row(one: JsonObject) -> tuple[object, ...]:
     result = f"status {one['status']}" if one["failure"] is None else one["failure"]
     if one["detail"]:
         result = f"{result}: {one['detail']}"
     return one["started_after_ms"], one["duration_ms"], one["upstream"], one["target"], result
 
 
-def _show_spending(limit: str, spent_by: Row) -> None:
+def _show_spending(limit: str, spent_by: JsonObject) -> None:
     end = "" if spent_by["complete"] else ", and by earlier ones"
     show(f"  the tokens of {limit} were spent by {len(spent_by['requests'])} requests{end}:")
     header = ("TIME", "COST", "TOKENS BEFORE", "STATUS", "REQUEST", "ID")
@@ -206,7 +206,7 @@ def _clients(client: OperatorClient, options: argparse.Namespace) -> None:
         _show_all(table(header, ([one[name] for name in names] for one in found["clients"])))
 
 
-def _show_client(found: Row) -> None:
+def _show_client(found: JsonObject) -> None:
     tier, grant = found["tier"], found["grant"]
     show(f"{found['client_id']}: {tier['name']} ({tier['rate']:g}/s, {tier['capacity']}), {found['tier_source']}")
     if grant is not None:
@@ -251,7 +251,7 @@ def _health(healthy: bool | None) -> str:  # noqa: FBT001 - a value that is show
     return "unchecked" if healthy is None else ("healthy" if healthy else "unhealthy")
 
 
-def _last_check(active: Row | None) -> str | None:
+def _last_check(active: JsonObject | None) -> str | None:
     return None if active is None else active["result"]
 
 
@@ -277,7 +277,7 @@ def _limits(client: OperatorClient, options: argparse.Namespace) -> None:
     _show_all(table(header, rows))
 
 
-def _allowance(one: Row) -> str:
+def _allowance(one: JsonObject) -> str:
     words = f"{one['rate']:g}/s, {one['capacity']}" if one["rate"] is not None else ""
     if one.get("quota") is not None:
         words = f"{one['quota']} a {one['period']}"
@@ -305,10 +305,10 @@ def _tail(client: OperatorClient, options: argparse.Namespace) -> None:
         _show_page(page["requests"], is_json=options.json)
 
 
-def _next_page(client: OperatorClient, page: Row, filters: Row) -> Row:
+def _next_page(client: OperatorClient, page: JsonObject, filters: JsonObject) -> JsonObject:
     """Return the next page; while no gateway responds, as in a restart, an empty one."""
     try:
-        found: Row = client.get("/history", after=page["next"], limit=PAGE, **filters)
+        found: JsonObject = client.get("/history", after=page["next"], limit=PAGE, **filters)
     except CommandFailed as error:
         if error.code != NOT_REACHED:
             raise
@@ -318,7 +318,7 @@ def _next_page(client: OperatorClient, page: Row, filters: Row) -> Row:
     return found
 
 
-def _show_page(requests: Sequence[Row], *, is_json: bool) -> None:
+def _show_page(requests: Sequence[JsonObject], *, is_json: bool) -> None:
     for request in requests:
         if is_json:
             _print_json(request, is_line=True)
@@ -326,7 +326,7 @@ def _show_page(requests: Sequence[Row], *, is_json: bool) -> None:
             show(line_of(request))
 
 
-def line_of(request: Row) -> str:
+def line_of(request: JsonObject) -> str:
     """Return one request of the history as a line."""
     who = "-" if request["client_id"] is None else f"{request['client_id']} ({request['tier']})"
     parts = [request["time"][11:23], str(request["status"]), request["method"], _short(request["path"])]

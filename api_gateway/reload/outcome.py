@@ -102,7 +102,7 @@ class ReloadState:
 
     `loaded_at` is when the configuration in force was read, `problems` why a newer one is not in force, and `counts`
     the number of reloads by result. `recent` has the last `MAX_RECENT` reloads, newest first. `digest` identifies the
-    configuration in force, see `serialization.digest_of`.
+    configuration in force, see `serialization.configuration_digest`.
     """
 
     loaded_at: float = 0.0

@@ -20,7 +20,7 @@ def serialized(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any
     return values | sections
 
 
-def digest_of(config: GatewayConfig) -> str:
+def configuration_digest(config: GatewayConfig) -> str:
     """Return 16 hexadecimal digits that are the same for equal configurations, on all machines.
 
     The state folder does not count, as each machine may have its own, nor do the values of secrets: a digest that

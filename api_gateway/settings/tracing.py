@@ -1,10 +1,12 @@
 """The section `tracing`: where traces are exported, and which."""
 
+import re
 from typing import Annotated, Literal
+from urllib.parse import unquote
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SecretStr
 
-from api_gateway.settings.secret import MAY_HOLD_PASSWORD, Secret
+from api_gateway.settings.secret import MAY_HOLD_PASSWORD, Secret, SecretFile
 from api_gateway.settings.setting_types import HEADER_NAME, Seconds, Section
 
 TRACES_PATH = "/v1/traces"  # of a collector, by the OTLP specification
@@ -26,6 +28,25 @@ def collector_url(url: str) -> str:
     return url if path else f"{url.removesuffix(slash)}{TRACES_PATH}"
 
 
+def header_pairs(text: str) -> dict[str, str]:
+    """Return the fields in a list such as `a=1,b=2`, whose values are percent-encoded. Messages quote nothing."""
+    found = {}
+    for item in filter(None, (one.strip() for one in text.split(","))):
+        name, separator, value = item.partition("=")
+        name, value = unquote(name.strip()), unquote(value.strip())
+        if not separator or re.fullmatch(HEADER_NAME, name) is None:
+            raise ValueError("must be pairs such as name=value, separated by commas")
+        if not value.isascii() or not value.isprintable():
+            raise ValueError("must have values of visible ASCII characters")
+        found[name] = value
+    return found
+
+
+def _headers(secret: SecretStr) -> SecretStr:
+    header_pairs(secret.get_secret_value())
+    return secret
+
+
 CollectorUrl = Annotated[str, Field(max_length=2048), AfterValidator(collector_url), MAY_HOLD_PASSWORD]
 AttributeName = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -40,9 +61,11 @@ class TracingSection(Section):
     endpoint: CollectorUrl | None = Field(
         default=None, description="OTLP over HTTP. Without a path, /v1/traces is added."
     )
-    headers: dict[Annotated[str, Field(pattern=HEADER_NAME)], Secret] = Field(
-        default={}, description="Of the requests to the collector, such as Authorization."
+    headers: Annotated[Secret, AfterValidator(_headers)] | None = Field(
+        default=None,
+        description="Of requests to the collector: name=value, separated by commas, with percent-encoded values.",
     )
+    headers_file: SecretFile = None
     timeout: Seconds = 10
     service_name: str | None = Field(default=None, min_length=1, max_length=256)
     resource: dict[AttributeName, str] = Field(default={}, description="Further attributes of the gateway.")

@@ -62,7 +62,7 @@ def test_what_waits_is_exported_when_the_gateway_stops(tmp_path: Path, receiver:
 
 
 def test_a_collector_that_is_down_does_not_hold_up_the_end(tmp_path: Path, up: RawUpstream) -> None:
-    settings = {"enabled": True, "endpoint": "http://127.0.0.1:1", "headers": {"Authorization": "Bearer not-shown"}}
+    settings = {"enabled": True, "endpoint": "http://127.0.0.1:1", "headers": "Authorization=Bearer%20not-shown"}
     with site(tmp_path, in_front_of(up.url) | {"tracing": settings}) as one:
         send(one)
         eventually(lambda: "tracing: spans cannot be delivered" in one.running.errors, "it is logged", LONG)

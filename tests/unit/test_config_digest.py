@@ -7,7 +7,7 @@ from api_gateway.config import from_values
 from api_gateway.metrics import Recorder
 from api_gateway.reload.outcome import ReloadOutcome, ReloadResult, ReloadState
 from api_gateway.reload.reloader import Reloader
-from api_gateway.reload.serialization import digest_of
+from api_gateway.reload.serialization import configuration_digest
 from api_gateway.reporting.process_figures import FIGURES
 from api_gateway.reporting.prometheus import PrometheusExposition
 from api_gateway.reporting.snapshot import WorkerSnapshot
@@ -18,15 +18,15 @@ ONE = {"upstreams": {"up": {"targets": [{"url": "http://127.0.0.1:1"}]}}}
 
 
 def test_the_digest_depends_on_settings_and_not_on_the_machine() -> None:
-    digest = digest_of(from_values(ONE))
+    digest = configuration_digest(from_values(ONE))
     assert len(digest) == 16
-    assert digest == digest_of(from_values(ONE | {"state_dir": "/elsewhere"}))
-    assert digest != digest_of(from_values(ONE | {"default_tier": "BASIC"}))
+    assert digest == configuration_digest(from_values(ONE | {"state_dir": "/elsewhere"}))
+    assert digest != configuration_digest(from_values(ONE | {"default_tier": "BASIC"}))
 
 
 def test_the_digest_tells_nothing_of_secrets() -> None:
     tokens = [from_values(ONE | {"admin": {"token": SecretStr(letter * 40)}}) for letter in "ab"]
-    assert digest_of(tokens[0]) == digest_of(tokens[1]) != digest_of(from_values(ONE))
+    assert configuration_digest(tokens[0]) == configuration_digest(tokens[1]) != configuration_digest(from_values(ONE))
 
 
 async def test_the_digest_follows_reloads_that_succeed() -> None:
@@ -36,16 +36,16 @@ async def test_the_digest_follows_reloads_that_succeed() -> None:
         pass
 
     reloader = Reloader(first, lambda: second, apply, wall_clock=lambda: 1.0)
-    assert reloader.state.digest == digest_of(first)
+    assert reloader.state.digest == configuration_digest(first)
     await reloader.reload("a test")
-    assert reloader.state.digest == digest_of(second)
+    assert reloader.state.digest == configuration_digest(second)
 
     def broken() -> None:
         raise ConfigError(["wrong"])
 
     reloader._read = broken  # type: ignore[assignment]  # it raises
     await reloader.reload("a test")
-    assert (reloader.state.digest, reloader.state.is_successful) == (digest_of(second), False)
+    assert (reloader.state.digest, reloader.state.is_successful) == (configuration_digest(second), False)
     assert ReloadState().after(ReloadOutcome(ReloadResult.SUCCESS), 2.0, "a test", "x").digest == "x"
 
 

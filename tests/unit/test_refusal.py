@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from api_gateway.errors import BadRequest, GatewayError, MethodNotAllowed, RateLimited, Unavailable, problem
 from api_gateway.http1.serializer import refuse_hidden_lines, render_response_head
-from api_gateway.limits.refusal import _BY_BUCKET, MOST_REMEMBERED, refusal
+from api_gateway.limits.refusal import _BY_BUCKET, MOST_REMEMBERED_REFUSALS, refusal
 from api_gateway.models import NANOSECONDS, Client, Decision, Exchange, Quota
 from api_gateway.proxy.problem_response import problem_body, problem_message, send_problem
 from api_gateway.rate_limiter import NEVER_NS
@@ -93,10 +93,10 @@ def test_refusals_by_one_bucket_do_not_share_what_differs_between_them() -> None
 
 
 def test_what_is_remembered_of_refusals_is_limited() -> None:
-    for number in range(2 * MOST_REMEMBERED):
+    for number in range(2 * MOST_REMEMBERED_REFUSALS):
         exchange = Exchange("id-1", "GET", "/api/x", "192.0.2.7", 0.0, cost=1.0)
         refused(exchange, FREE, f"invented-{number}", NANOSECONDS, 0, by_address=False)
-        assert len(_BY_BUCKET) <= MOST_REMEMBERED
+        assert len(_BY_BUCKET) <= MOST_REMEMBERED_REFUSALS
 
 
 OTHERS = [

@@ -95,7 +95,7 @@ def test_the_list_of_fields_is_that_of_a_line() -> None:
     AccessLog(lines.append).write(exchange(), 0.0)
     names = list(json.loads(lines[0]))
     assert [name for name in LINE_FIELDS if name in names] == names
-    assert set(LINE_FIELDS) - set(names) == {"has_keys", "organisation", "credential_check"}
+    assert set(LINE_FIELDS) - set(names) == {"has_keys", "organisation", "credential_check", "trace_id"}
 
 
 def test_successes_are_sampled_and_errors_are_not() -> None:

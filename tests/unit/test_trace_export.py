@@ -421,7 +421,7 @@ def test_the_resource_is_merged_and_headers_are_not(caplog: pytest.LogCaptureFix
     found = {name: plan.resource[name] for name in ("service.name", "deployment.environment.name", "team")}
     assert found == {"service.name": "from-name", "deployment.environment.name": "a b", "team": "y"}
     assert plan.headers == {"api-key": "s,s"}
-    plan = tracing_plan(config(service_name="own", headers={"Authorization": "Bearer t"}), variables)
+    plan = tracing_plan(config(service_name="own", headers="Authorization=Bearer%20t"), variables)
     assert plan is not None
     assert (plan.resource["service.name"], plan.headers) == ("own", {"Authorization": "Bearer t"})
     plan = tracing_plan(config(), {"OTEL_RESOURCE_ATTRIBUTES": "broken", "OTEL_EXPORTER_OTLP_HEADERS": "a=b%0Ac"})
@@ -456,8 +456,29 @@ def test_a_wrong_setting_names_place_and_value(tmp_path: Path, key: str, value: 
 
 
 def test_headers_are_secrets(tmp_path: Path) -> None:
-    found = config(headers={"Authorization": "Bearer secret-of-tests"})
+    found = config(headers="Authorization=Bearer secret-of-tests")
     assert "secret-of-tests" not in repr(found) + str(found.model_dump())
+
+
+@pytest.mark.parametrize("headers", ["hidden", "=hidden", "a b=hidden", "a=hidden%0Ab", "a=hidden%C3%A9"])
+def test_wrong_headers_are_refused_without_being_shown(tmp_path: Path, headers: str) -> None:
+    (tmp_path / "headers").write_text(headers)
+    for section in (f"headers: {headers!r}", f"headers_file: '{tmp_path / 'headers'}'"):
+        file = tmp_path / "gateway.yaml"
+        file.write_text(f"tracing:\n  {section}\n")
+        with pytest.raises(ConfigError) as error:
+            load_config(file)
+        (problem,) = error.value.problems
+        assert "tracing.headers" in problem
+        assert "must " in problem
+        assert "hidden" not in problem
+
+
+def test_headers_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "headers").write_text("Authorization=Bearer%20t, x-team=a\n")
+    plan = tracing_plan(config(headers_file=str(tmp_path / "headers")), {"OTEL_EXPORTER_OTLP_HEADERS": "a=b"})
+    assert plan is not None
+    assert plan.headers == {"Authorization": "Bearer t", "x-team": "a"}
 
 
 def test_a_missing_package_is_named_at_start_and_by_a_check(monkeypatch: pytest.MonkeyPatch) -> None:

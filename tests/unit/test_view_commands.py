@@ -7,8 +7,8 @@ import pytest
 
 from api_gateway.process import operator_client, view_commands
 from api_gateway.process.operator_client import NOT_AUTHORIZED, NOT_REACHED, CommandFailed, OperatorClient, run_action
-from api_gateway.process.text_table import MAX_CELL, table
-from api_gateway.process.top_command import lines_of
+from api_gateway.process.text_table import MAX_CELL_WIDTH, table
+from api_gateway.process.top_command import screen_lines
 from api_gateway.process.view_commands import line_of, run_view
 
 EVIL = "a\x1b[31m\n\r\t<b>\u202e\x07"
@@ -164,7 +164,7 @@ def test_a_wrong_combination_is_a_line(
 def test_a_table_is_inert_and_bounded() -> None:
     lines = table(("A", "B"), [(EVIL, None), ("x" * 500, 0.5)])
     assert all(line.isprintable() for line in lines)
-    assert max(map(len, lines)) <= 2 * MAX_CELL
+    assert max(map(len, lines)) <= 2 * MAX_CELL_WIDTH
     assert lines[1].endswith("-")
     assert lines[2].endswith("0.5")
 
@@ -191,14 +191,14 @@ def test_a_screen_is_inert_and_has_upstreams_in_trouble_first() -> None:
         "clients": [{"client_id": EVIL, "tier": "FREE", "limited": 5, "requests": 9}],
         "last_refusals_and_errors": [ROW],
     }
-    lines = lines_of(figures)
+    lines = screen_lines(figures)
     assert all(line.isprintable() for line in lines)
     assert lines[0] == "http://gateway  api-gateway 1  warn  up 1:02:05"
     assert lines[1].startswith("12.5 requests/s  3 in flight  25.0% limited")
     names = [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in ("quiet", "busy", "down")]
     assert names == ["down", "busy", "quiet"]
     assert line_of(ROW).split("  ")[1] == "502"
-    assert "LAST REFUSALS" not in "".join(lines_of(figures | {"last_refusals_and_errors": None}))
+    assert "LAST REFUSALS" not in "".join(screen_lines(figures | {"last_refusals_and_errors": None}))
 
 
 @pytest.mark.parametrize(
