@@ -50,5 +50,6 @@ lives:   ## a million requests in random lives of a client's connection: make li
 lock:    ## update the lock files from pyproject.toml; UPGRADE=--upgrade selects newer versions (extra "release")
 	$(COMPILE) pyproject.toml --output-file requirements.lock
 	$(COMPILE) --constraints requirements.lock --extra dev pyproject.toml --output-file requirements-dev.lock
+	$(COMPILE) --constraints requirements.lock --extra jwt pyproject.toml --output-file deploy/docker/requirements.lock
 audit:   ## known vulnerabilities in the locked packages; fails if the database cannot be reached (extra "release")
 	pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock

@@ -27,6 +27,7 @@ from api_gateway.settings.rules import Finding, access_warnings, find_warnings
 from api_gateway.system.build import variant
 from api_gateway.system.held_signals import block_signals
 from api_gateway.system.output import redirected
+from api_gateway.system.service_manager import ServiceManager
 from api_gateway.system.state_folder import former_state
 
 logger = logging.getLogger(__name__)
@@ -101,9 +102,10 @@ def _report(loaded: Loaded, findings: Iterable[Finding], kind: str = "") -> bool
 
 def _serve(config: GatewayConfig, source: ConfigSource, *, is_watched: bool) -> int:
     """Serve in this process, or supervise several workers. Raises StartupError."""
+    manager = ServiceManager.of(os.environ)
     if config.server.workers > 1:
-        return asyncio.run(Supervisor(config, source, is_watched=is_watched).run())
-    server = GatewayServer(config, read=source, is_watched=is_watched)
+        return asyncio.run(Supervisor(config, source, is_watched=is_watched, manager=manager).run())
+    server = GatewayServer(config, read=source, is_watched=is_watched, manager=manager)
     server.run()
     return server.exit_code if server.started else STARTUP_FAILED
 

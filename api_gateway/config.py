@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -22,6 +22,7 @@ from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.diagnostics import (
     NO_FILE,
     ConfigError,
+    KeyPath,
     Sources,
     describe_errors,
     read_yaml,
@@ -34,6 +35,7 @@ from api_gateway.settings.environment import (
     read_env_file,
     read_environment,
 )
+from api_gateway.settings.history import HistorySection
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limits import LimitSection
 from api_gateway.settings.repair import errors_of_repaired
@@ -43,6 +45,7 @@ from api_gateway.settings.secret import Unusable
 from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
 from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
 from api_gateway.settings.store import StoreSection
+from api_gateway.settings.tracing import TracingSection
 from api_gateway.settings.upstreams import UpstreamSection
 from api_gateway.settings.usage import UsageSection
 from api_gateway.settings.webhook import WebhookSection
@@ -121,6 +124,25 @@ class GatewayConfig(BaseSettings):
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
     usage: UsageSection = UsageSection()
+    history: HistorySection = HistorySection()
+    tracing: TracingSection = TracingSection()
+    _origins: Mapping[KeyPath, str] = PrivateAttr(default={})
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the settings are the same, wherever they were set."""
+        return isinstance(other, GatewayConfig) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]  # sections are mappings
+
+    @property
+    def origins(self) -> Mapping[KeyPath, str]:
+        """Where each value was set, by its place in lower case; see `Sources.origins`. Empty if built directly."""
+        return self._origins
+
+    def with_origins(self, origins: Mapping[KeyPath, str]) -> "GatewayConfig":
+        """Return this configuration with the places where its values were set."""
+        self._origins = origins
+        return self
 
     @property
     def is_demo(self) -> bool:
@@ -228,7 +250,7 @@ def read_config(
             found.append(f"{sources.origin(finding.path)}{without_passwords(str(finding))}")
     if config is None or found:
         raise ConfigError(found)
-    return Loaded(config, sources)
+    return Loaded(config.with_origins(sources.origins), sources)
 
 
 def from_values(values: Mapping[str, Any]) -> GatewayConfig:

@@ -35,7 +35,7 @@ from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.http1.asgi import FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
 from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied, respond_to_server_options
-from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
+from api_gateway.reporting.worker_channel import Aggregator, SingleProcess, SupervisorChannel
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import access_warnings
@@ -58,7 +58,7 @@ class GatewayApp(FastAPI):
     def __init__(
         self, switch: DataPlaneSlot, refused: Counter[str], *, clocks: Clocks, has_admin_listener: bool, **options: Any
     ) -> None:
-        super().__init__(**options)
+        super().__init__(**options, docs_url=None, redoc_url=None)  # the gateway has a page of its own at /docs
         self.add_middleware(DataPlaneSplit, switch=switch)
         self._switch = switch
         self.startup_error: StartupError | None = None
@@ -196,7 +196,8 @@ def create_app(
             )
             await installation.start(settings, _admin_context, aggregator or SingleProcess())
             app.state.admin_context.lifecycle = Lifecycle.SERVING
-            async with _credential_watch(assembly, listener, open_connections).running():
+            watch = _credential_watch(assembly, listener, open_connections)
+            async with watch.running(), installation.sampling(is_alone=not isinstance(aggregator, SupervisorChannel)):
                 yield
             app.state.admin_context.lifecycle = Lifecycle.DRAINING
 
@@ -287,9 +288,12 @@ def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregato
         explainer=explainer,
         overrides=gateway.overrides,
         quotas=gateway.keeping.book,
+        numbers=gateway.numbers,
+        history=gateway.history,
         slots=gateway.slots,
         audit=AuditLog(AuditFile(own_folder(gateway.config.state_dir)), gateway.recorder.operator_changes),
         route_names=gateway.route_names,
         accepts_keys=gateway.accepts_keys,
         usage=gateway.usage,
+        configuration=gateway.config,
     )

@@ -13,6 +13,7 @@ from api_gateway.eventloop.pacing import Steps, completed, each
 from api_gateway.models import Exchange
 from api_gateway.observability.heavy_hitters import HeavyHitters
 from api_gateway.observability.latency_series import WindowedSeries
+from api_gateway.observability.trace_exporter import RESULTS
 
 Label = TypeVar("Label")
 
@@ -35,6 +36,7 @@ _COUNTERS = (
     "write_errors",
     "parsed_heads",
     "illegal_events",
+    "trace_spans",
 )
 
 # The recorder's counters with several labels.
@@ -151,6 +153,10 @@ class Recorder:
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
         self.parsed_heads: Counter[str] = Counter() if parsed_heads is None else parsed_heads
         self.illegal_events: Counter[str] = Counter() if illegal_events is None else illegal_events
+        self.trace_spans: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))  # by what became of them
+        self.waiting_traces = 0  # exchanges that wait to be exported
+        # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
+        self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}
         self.requests_by_client = HeavyHitters()  # by the client's key
         self.limited_by_client = HeavyHitters()
         self.limited_by_bucket = HeavyHitters()  # by the key of the bucket that refuses longest
@@ -186,6 +192,8 @@ class Recorder:
         return {
             "started": self.started,
             "in_flight": self.in_flight,
+            "waiting_traces": self.waiting_traces,
+            "exemplars": [(*key, *exemplar) for key, exemplar in self.exemplars.items()],
             "routes": routes,
             "upstreams": upstreams,
             **{name: [(*key, count) for key, count in getattr(self, name).items()] for name in _TABLES},
@@ -205,6 +213,8 @@ class Recorder:
     def updating(self, state: Mapping[str, Any]) -> Steps[None]:
         """Apply a `state` as `update` does, in steps."""
         self.started, self.in_flight = state["started"], state["in_flight"]
+        self.waiting_traces = state["waiting_traces"]
+        self.exemplars = {(route, bucket): (one, took, at) for route, bucket, one, took, at in state["exemplars"]}
         for mine, other in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
             for name, series in other.items():
                 mine.setdefault(name, WindowedSeries()).update(series)
@@ -228,6 +238,10 @@ class Recorder:
         """Add the counts of another recorder."""
         self.started = min(self.started, other.started)
         self.in_flight += other.in_flight
+        self.waiting_traces += other.waiting_traces
+        for key, exemplar in other.exemplars.items():
+            if exemplar[2] >= self.exemplars.get(key, exemplar)[2]:
+                self.exemplars[key] = exemplar
         for mine, theirs in ((self.routes, other.routes), (self.upstreams, other.upstreams)):
             for name, series in theirs.items():
                 mine.setdefault(name, WindowedSeries()).absorb(series)
@@ -267,7 +281,7 @@ class Recorder:
                 self.limited_by_bucket.add(exchange.decision.key)
                 for quota in exchange.decision.violated or (exchange.decision.quota,):
                     self.refusals_by_limit[quota.policy, tier] += 1
-        if exchange.sent_at is not None and exchange.status != SWITCHED:
+        if is_timed(exchange):
             running.time(exchange.finished - exchange.started)
 
     def observe_attempt(self, upstream: str, outcome: str, seconds: float | None, now: float) -> None:
@@ -287,6 +301,11 @@ class Recorder:
     def observe_denial(self, upstream: str, reason: str) -> None:
         """Count a failed attempt that was not retried; `reason` is a `RetryDenied`."""
         self.retries_denied[upstream, reason] += 1
+
+
+def is_timed(exchange: Exchange) -> bool:
+    """Tell whether the duration of an exchange counts: it has reached an upstream, and is no tunnel."""
+    return exchange.sent_at is not None and exchange.status != SWITCHED
 
 
 def _add(mine: Counter[Label], other: Counter[Label]) -> None:

@@ -1,42 +1,27 @@
-"""The ASGI middleware in front of everything below `/api`, outermost first.
+"""The ASGI middleware in front of everything below `/api`, and the records of exchanges.
 
-Order: data plane split, exchange, admission; then the router forwards the request. These objects have no state but
-configuration. The state of a request is its `Exchange`, which `ExchangeMiddleware` puts into the scope.
+These objects have no state but configuration. The state of a request is its `Exchange`, which the data plane puts into
+the scope of a request that comes by ASGI.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trailers
 from api_gateway.errors import ClientDisconnected, Draining, GatewayError, InternalError, not_started
 from api_gateway.http1.asgi import (
-    FIELDS,
-    SERVER_EXTENSION,
     ASGIApp,
     FastPathHandler,
     Receive,
     Scope,
     Send,
-    ServerExtension,
 )
-from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.http1.request_head import RequestHead
-from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
-from api_gateway.models import Clock, Exchange, HeaderList
-from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan, Wait
-from api_gateway.proxy.cors import origin_of
-from api_gateway.proxy.cors_stages import CorsPolicies
+from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.header_facts import HeaderReader
-from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.problem_response import send_problem
-from api_gateway.proxy.request_id import given_request_id, new_request_id
-from api_gateway.proxy.upstream_request import raw_target
-from api_gateway.router import Router
 
 logger = logging.getLogger(__name__)
 
@@ -117,74 +102,25 @@ async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
     await send_problem(not_started(), send, instance=scope["path"], request_id=None, headers=[])
 
 
-class ExchangeMiddleware:
-    """Creates the exchange, converts errors to problem details, and passes the ended exchange to the observers."""
+class ExchangeRecords:
+    """Counts exchanges in flight, notes their failures, and passes the ended ones to the observers."""
 
     def __init__(
         self,
-        app: ASGIApp,
         *,
-        clock: Clock,
         recorder: Recorder,
         observers: Sequence[Observer],
         on_failure: Callable[[Exchange, GatewayError], None] | None = None,
-        cors: CorsPolicies | None = None,
     ) -> None:
-        """`on_failure` is called before an error is sent, so that a refund shows in the rate limit fields.
-
-        `cors` are the CORS policies, None if there are none.
-        """
-        self.app = app
-        self._clock = clock
+        """`on_failure` is called before an error is sent, so that a refund shows in the rate limit fields."""
         self._recorder = recorder
         self._observers = tuple(observers)
         self._on_failure = on_failure
-        self._cors = cors
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        fields = scope[FIELDS] = fields_of(scope["headers"])
-        peer = scope["client"][0] if scope.get("client") else "unknown"
-        identity = given_request_id(fields) or new_request_id()
-        exchange = self.begin(Exchange(identity, scope["method"], scope["path"], peer, self._clock()))
-        exchange.response_headers.append((b"x-request-id", exchange.id.encode()))
-        scope[EXCHANGE] = exchange
-        await self.conclude(exchange, self.app, scope, receive, send)
 
     def begin(self, exchange: Exchange) -> Exchange:
         """Count an exchange as in flight until `end`, and return it."""
         self._recorder.in_flight += 1
         return exchange
-
-    async def conclude(self, exchange: Exchange, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve an exchange by `app`, respond with problem details if that fails, and end the exchange."""
-        try:
-            await app(scope, receive, send)
-        except GatewayError as error:
-            await self._refuse(exchange, error, scope, send)
-        except asyncio.CancelledError:
-            self.note_cut_off(exchange)
-            raise
-        except Exception as error:  # noqa: BLE001 - a defect, which is logged
-            await self._refuse(exchange, self.internal_error(exchange, error), scope, send)
-        finally:
-            self.end(exchange, self._clock())
-
-    async def _refuse(self, exchange: Exchange, error: GatewayError, scope: Scope, send: Send) -> None:
-        has_begun = exchange.status != 0  # the server closes the connection after an incomplete response
-        self.note_failure(exchange, error)
-        if has_begun or isinstance(error, ClientDisconnected):
-            return
-        exchange.status, exchange.source = error.status, "gateway"
-        headers = exchange.response_headers
-        if self._cors is not None:
-            fields = scope[FIELDS]
-            cors = self._cors.of_refusal(exchange, host_name(fields), origin_of(fields))
-            if cors is not None:
-                headers = [*headers, *cors.pairs]
-        exchange.bytes_out = await send_problem(
-            error, send, instance=exchange.path, request_id=exchange.id, headers=headers
-        )
 
     @staticmethod
     def internal_error(exchange: Exchange, error: Exception) -> InternalError:
@@ -220,55 +156,3 @@ class ExchangeMiddleware:
                 observe(exchange)
             except Exception:
                 logger.exception("request %s could not be recorded", exchange.id)
-
-
-class AdmissionMiddleware:
-    """Admits the request of an exchange, and passes it to the router: the ASGI side of `proxy.admission`."""
-
-    def __init__(
-        self,
-        *,
-        admission: Admission,
-        headers: HeaderReader,
-        router: Router,
-        limit_headers: RateLimitHeaders,
-        clock_ns: Callable[[], int],
-        open_exchanges: OpenExchanges | None = None,
-    ) -> None:
-        """`open_exchanges` has each exchange with a credential while it is forwarded."""
-        self._open_exchanges = open_exchanges or OpenExchanges()
-        self._admission = admission
-        self._headers = headers
-        self._router = router
-        self._clock_ns = clock_ns
-        self._limit_headers = limit_headers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request. Raises the GatewayError with which admission refuses it."""
-        exchange: Exchange = scope[EXCHANGE]
-        facts = self._headers.read(exchange.peer, scope[FIELDS], scope["http_version"])
-        exchange.peer = facts.peer
-        extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
-        if extension is None and facts.ambiguity is None and may_hold_trailers(scope[FIELDS], receive):
-            facts.require_length(TRAILERS_MIXED)
-        target = raw_target(scope) if extension is None else extension.target
-        plan = RequestPlan(exchange, facts, target, self._clock_ns())
-        result = self._admission.decide(plan)
-        while isinstance(result, Wait):
-            reply = await result.reply()
-            result = self._admission.resume(plan, result, reply, self._clock_ns())
-        if exchange.decision is not None:
-            exchange.response_headers += self._limit_headers.headers(exchange.decision, exchange.charges)
-        if isinstance(result, DirectResponse):
-            exchange.status = result.status
-            headers = [*result.headers, *exchange.response_headers]
-            await send({"type": "http.response.start", "status": result.status, "headers": headers})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
-        if result is not None:
-            raise result
-        if exchange.credential is None:
-            await self._router.forward(plan, scope, receive, send)
-            return
-        with self._open_exchanges.holding(exchange, extension):
-            await self._router.forward(plan, scope, receive, send)

@@ -4,13 +4,14 @@ Long because all layers know this module, and none needs another for a value of 
 """
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -41,6 +42,8 @@ class Quota:
     refill time of one token, rounded up, so that rounding makes the limit stricter (by less than 1 ns per token).
     `burst_ns`, the budget, is the refill time of an empty bucket.
     """
+
+    is_calendar: ClassVar[bool] = False  # True: an allowance in each period of a calendar, instead of a bucket
 
     name: str
     rate: float
@@ -95,6 +98,21 @@ class ConcurrencySlot(NamedTuple):
     quota: Quota
 
 
+class AttemptFailure(NamedTuple):
+    """An attempt that has failed, from `started` to `ended` in monotonic seconds.
+
+    `status` is that of its response, if there was one; else `failure` is the reason and `detail` the error.
+    """
+
+    upstream: str
+    target: str
+    started: float
+    ended: float
+    status: int | None
+    failure: str | None
+    detail: str
+
+
 class Notice(NamedTuple):
     """A client has reached a share of its allowance in the present period of a calendar quota.
 
@@ -116,7 +134,8 @@ class Decision:
     allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns` is the time until the
     bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets, and `debts_ns`, the
     times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its time. `violated` are the
-    quotas of all buckets that refuse, if there are several buckets.
+    quotas of all buckets that refuse, if there are several buckets. `wall_us`, in microseconds since the epoch, is the
+    time that decided which calendar period it was; only counters of this process set it.
     """
 
     key: str
@@ -130,6 +149,7 @@ class Decision:
     source: DecisionSource = "memory"
     violated: tuple[Quota, ...] = ()
     notices: tuple[Notice, ...] = ()
+    wall_us: int = field(init=False, repr=False, compare=False)
 
     @property
     def retry_after(self) -> float | None:
@@ -234,19 +254,73 @@ class Settlement:
 
 
 @dataclass(slots=True)
+class AttemptTrace:
+    """An attempt as its span has it. Times are monotonic seconds.
+
+    `target` is the URL of the target, `path` the request target that it got, and `breaker` the state of the upstream's
+    circuit breaker at the start. `status` is 0 without a response, `error` the reason of a failure; `ended` is None if
+    the attempt ended with the exchange, or with a response that was followed by another attempt.
+    """
+
+    span_id: str
+    upstream: str
+    target: str
+    path: bytes
+    breaker: Enum
+    started: float
+    head_at: float | None = None
+    status: int = 0
+    error: str | None = None
+    ended: float | None = None
+
+
+@dataclass(slots=True)
+class Trace:
+    """The trace context of an exchange (W3C Trace Context), and its attempts. Ids are in lower-case hexadecimal.
+
+    `parent_id` is the span of the client, empty if the trace begins here; `link` are trace and span of a client whose
+    trace is not continued. `flags` are those sent upstream, in two digits. `state` is the client's `tracestate`.
+    `next_id` is the span of the first attempt. `host`, `scheme` and `version` are those of the request.
+    """
+
+    trace_id: str
+    span_id: str
+    next_id: str
+    parent_id: str
+    flags: str
+    is_sampled: bool
+    state: bytes = b""
+    link: tuple[str, str] | None = None
+    host: str = ""
+    scheme: str = "http"
+    version: str = "1.1"
+    attempts: list[AttemptTrace] = field(default_factory=list)
+
+    def begin_attempt(self, upstream: str, target: str, path: bytes, breaker: Enum, now: float) -> None:
+        """Add an attempt that begins at `now`."""
+        span_id = self.next_id if not self.attempts else secrets.token_hex(8)
+        self.attempts.append(AttemptTrace(span_id, upstream, target, path, breaker, now))
+
+    def fields(self) -> bytes:
+        """Return the header lines for the upstream of the last attempt, each after a line break."""
+        line = f"\r\ntraceparent: 00-{self.trace_id}-{self.attempts[-1].span_id}-{self.flags}".encode()
+        return b"%b\r\ntracestate: %b" % (line, self.state) if self.state else line
+
+
+@dataclass(slots=True)
 class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.
 
     Times are monotonic seconds. Fields are set phase by phase: client, route, decision, attempts, response.
     `credential` is what proved the client's id, if anything (`proxy.identity_sources.Proof`).
     `status` is that of the response, 499 if the client disconnected before it; `source` is the origin of the response.
-    `response_headers` are the gateway's own fields, for any response. `charges` are those of `decision`; `trial` has
-    charges and decision of the candidate limits. `has_begun`: a connection to an upstream was opened or attempted;
-    `has_reached`: a part of the request may have reached an upstream that then failed. `shed_by` has the upstreams
-    that refused because of load (None: the gateway). `retried` has the causes of retries. `fallback` is the fallback
-    that responded instead of the route's upstream; `reason` and `detail` are then those of the upstream's failure.
-    `cors` has the CORS fields of any response, None if the route has no policy. `number` is that of the decision
-    (`observability.decision_numbers`), 0 if decisions are not numbered; `settlements` are changes of its cost, and
+    `charges` are those of `decision`; `trial` has charges and decision of the candidate limits. `has_begun`: a
+    connection to an upstream was opened or attempted; `has_reached`: a part of the request may have reached an
+    upstream that then failed. `shed_by` has the upstreams that refused because of load (None: the gateway). `retried`
+    has the causes of retries. `fallback` is the fallback that responded instead of the route's upstream; `reason` and
+    `detail` are then those of the upstream's failure. `cors` has the CORS fields of any response, None if the route
+    has no policy. `number` is that of the decision (`observability.decision_numbers`), 0 if decisions are not
+    numbered; `settlements` are changes of its cost, `failures` are the attempts that have failed, and
     `credential_check` is the charge of the address for the verification of a credential.
     """
 
@@ -271,7 +345,6 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     finished: float = 0.0
-    response_headers: HeaderList = field(default_factory=list)
     charges: Sequence[Charge] = ()
     trial: tuple[Sequence[Charge], Decision] | None = None
     has_reached: bool = False
@@ -283,7 +356,9 @@ class Exchange:
     credential: Credential | None = None
     number: int = 0
     settlements: tuple[Settlement, ...] = ()
+    failures: tuple[AttemptFailure, ...] = ()
     credential_check: tuple[int, Decision] | None = None  # number and decision
+    trace: Trace | None = None  # None if tracing is off
     slots: tuple[ConcurrencySlot, ...] = ()  # of concurrency limits, held until the end of the exchange
 
     @property

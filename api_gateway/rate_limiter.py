@@ -275,6 +275,10 @@ class MemoryLimiter:
         yield list(self._table.current)
         yield list(self._table.previous)
 
+    def tats(self) -> dict[str, int]:
+        """Return the TATs of all buckets used since the last change of quotas; those of full ones may be past."""
+        return {**self._table.previous, **self._table.current}
+
     def state(self) -> LimiterState:
         """Return the state of a limiter without a store."""
         return LimiterState()
@@ -424,6 +428,7 @@ class MemoryLimiter:
         """Set the TAT of a bucket to `tat_ns` if that is later than the present one."""
         self._advance(now_ns)  # otherwise the next decision could drop the generation that this is stored in
         if tat_ns > self._load(key, quota):
+            self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # a debt may exceed the budget
             self._store(key, tat_ns)
 
     def _load(self, key: str, quota: Quota) -> int:
@@ -537,11 +542,20 @@ def joint_decision(
         decision = decision_of(charges[binding], *taken[binding], now_ns, source)
         if len(charges) > 1:
             decision.violated = tuple([charges[index].quota for index in refusals])
+            decision.debts_ns = _present_debts(charges, taken, now_ns)
         return decision
     debts_ns = [max(tat_ns - now_ns, 0) for tat_ns, _ in taken]
     index = tightest_of(charges, debts_ns)
     all_ns = tuple(debts_ns) if len(charges) > 1 else ()
     return decision_of(charges[index], *taken[index], now_ns, source, all_ns)
+
+
+def _present_debts(charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int) -> tuple[int, ...]:
+    """Return the times until buckets are full that are not charged, as some of them refuse."""
+    charged = zip(charges, taken, strict=True)
+    return tuple(
+        [max(tat_ns - (0 if wait_ns else one.increment_ns) - now_ns, 0) for one, (tat_ns, wait_ns) in charged]
+    )
 
 
 def decision_of(

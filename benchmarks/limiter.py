@@ -4,9 +4,10 @@
 and with a minimal one: a tuple for each client in a dict. All keep their buckets in memory, read a clock for each
 decision, and never refuse here.
 
-`--limits` measures what a request costs instead that is charged to 1, 2, 3 and 5 limits: the decision, and its header
-fields. `--against FOLDER` alternates with the same measurement of another working tree, such as that of an earlier
-commit; limits that it does not have are left out.
+`--limits` measures what a request costs instead that is charged to 1, 2, 3 and 5 limits, and to one with a slot of a
+concurrency limit: the decision (with the return of the slot), and its header fields. `--against FOLDER` alternates
+with the same measurement of another working tree, such as that of an earlier commit; limits that it does not have are
+left out.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -33,6 +36,7 @@ DECISIONS = 50_000
 WARM_CLIENTS = 100
 CLIENTS = 100_000
 LIMIT_COUNTS = (1, 2, 3, 5)
+WITH_SLOT = "1 and a slot"
 
 Decide = Callable[[str], bool]
 
@@ -222,18 +226,62 @@ def seconds_of_limits(count: int, decisions: int = DECISIONS) -> tuple[float, fl
     return (between - began) / made, (ended - between) / made
 
 
+def seconds_of_slots(decisions: int = DECISIONS) -> tuple[float, float]:
+    """Return the same of a decision on one limit and the slot of a concurrency limit, which is returned at once."""
+    concurrency = importlib.import_module("api_gateway.limits.concurrency")
+    fields = importlib.import_module("api_gateway.limits.concurrency_headers").ConcurrencyHeaders()
+    models = importlib.import_module("api_gateway.models")
+    quota = Quota.per_second("limit-0", TOKENS / SECONDS, TOKENS)
+    many = concurrency.ConcurrencyQuota.of("many", 1000, "many")
+    limiter, slots, clock = MemoryLimiter([quota]), concurrency.LocalSlots(Counter()), time.monotonic_ns
+    requests = [
+        (
+            concurrency.SlottedCharges(
+                [Charge(f"limit-0:{number}", quota, quota.cost_ns(1))],
+                (models.ConcurrencySlot(f"limit:many:{number}", many),),
+            ),
+            models.Exchange("", "GET", "/api", "192.0.2.7", 0.0),
+        )
+        for number in range(WARM_CLIENTS)
+    ]
+    for charges, _ in requests:  # one more request of each client is in flight
+        slots.take(models.Exchange("", "GET", "/api", "192.0.2.7", 0.0), charges.slots)
+    turns = max(1, decisions // WARM_CLIENTS)
+    began = time.perf_counter()
+    for _ in range(turns):
+        for charges, exchange in requests:
+            now_ns = clock()
+            slots.refusal(charges.slots, now_ns)
+            limiter.decide(charges, now_ns)
+            slots.take(exchange, charges.slots)
+            slots.release(exchange)
+    between = time.perf_counter()
+    for _ in range(turns):
+        for charges, exchange in requests:
+            now_ns = clock()
+            slots.refusal(charges.slots, now_ns)
+            decision = limiter.decide(charges, now_ns)
+            slots.take(exchange, charges.slots)
+            slots.release(exchange)
+            fields.lines(decision, charges)
+    ended = time.perf_counter()
+    made = turns * WARM_CLIENTS / 1e6
+    return (between - began) / made, (ended - between) / made
+
+
 def measure_limits(trees: Sequence[str], rounds: int) -> str:
     """Return a Markdown table of medians by number of limits for each working tree, measured in turn."""
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(rounds):
         for tree in trees:
-            for count in LIMIT_COUNTS:
-                command = [sys.executable, __file__, "--one", str(count)]
+            for count in (*map(str, LIMIT_COUNTS), WITH_SLOT):
+                command = [sys.executable, __file__, "--one", count]
                 made = subprocess.run(  # noqa: S603 - this file
                     command, env={**os.environ, "PYTHONPATH": tree}, check=True, capture_output=True, text=True
                 )
-                decision, whole = map(float, made.stdout.split())
-                found.setdefault((tree, count), []).append((decision, whole))
+                if made.stdout:  # nothing, if the tree does not have such limits
+                    decision, whole = map(float, made.stdout.split())
+                    found.setdefault((tree, count), []).append((decision, whole))
     lines = ["| working tree | limits | µs/decision | µs/decision and header fields |", "|---|---:|---:|---:|"]
     for (tree, count), figures in found.items():
         decision, whole = (statistics.median(one) for one in zip(*figures, strict=True))
@@ -250,10 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--limits", action="store_true", help="a decision on several limits, see above")
     parser.add_argument("--against", metavar="FOLDER", help="with --limits: another working tree to alternate with")
-    parser.add_argument("--one", type=int, metavar="COUNT", help=argparse.SUPPRESS)
+    parser.add_argument("--one", metavar="COUNT", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one is not None:
-        sys.stdout.write("{} {}\n".format(*seconds_of_limits(options.one)))
+        with suppress(ModuleNotFoundError):
+            measured = seconds_of_slots() if options.one == WITH_SLOT else seconds_of_limits(int(options.one))
+            sys.stdout.write("{} {}\n".format(*measured))
         return 0
     if options.limits:
         own = str(Path(__file__).resolve().parents[1])

@@ -172,6 +172,8 @@ def response(number: int, *, size: int = 8) -> tuple[bytes, bytes]:
 class FakeExchange:
     """A request in flight on the fast path, which ends when it is told to."""
 
+    is_handshake = False
+
     def __init__(
         self, fast_path: "FakeFastPath", client: DownstreamConnection, parts: Any, number: int, *, is_parsed: bool
     ) -> None:

@@ -117,16 +117,26 @@ def stalled(measure: Callable[[], int], pause: float = 0.2) -> int:
 # The gateway
 
 
+def _config(sections: dict[str, Any], state_dir: Path) -> GatewayConfig:
+    # On a busy machine the event loop is late, and would shed requests.
+    server = {"port": 0, "max_event_loop_lag": None, **sections.get("server", {})}
+    defaults: dict[str, Any] = {"state_dir": state_dir, "log": {"access": False}}
+    return GatewayConfig.model_validate(defaults | sections | {"server": server})
+
+
 class RunningGateway:
     """A gateway in a thread, on a free port."""
 
-    def __init__(self, sections: dict[str, Any], state_dir: Path, clocks: Clocks = SYSTEM_CLOCKS) -> None:
-        # On a busy machine the event loop is late, and would shed requests.
-        server = {"port": 0, "max_event_loop_lag": None, **sections.get("server", {})}
-        defaults: dict[str, Any] = {"state_dir": state_dir, "log": {"access": False}}
-        self.config = GatewayConfig.model_validate(defaults | sections | {"server": server})
+    def __init__(
+        self,
+        sections: dict[str, Any] | GatewayConfig,
+        state_dir: Path,
+        clocks: Clocks = SYSTEM_CLOCKS,
+        read: Callable[[], GatewayConfig] | None = None,
+    ) -> None:
+        self.config = sections if isinstance(sections, GatewayConfig) else _config(sections, state_dir)
         # The tests' process also serves upstreams, so the gateway would not accept its requests as local.
-        self.server = GatewayServer(self.config, locality=LoopbackRule(), clocks=clocks)
+        self.server = GatewayServer(self.config, read=read, locality=LoopbackRule(), clocks=clocks)
         self._thread = threading.Thread(target=self.server.run, name="gateway")
         self._thread.start()
         eventually(lambda: self.server.started or not self._thread.is_alive(), "the gateway starts", START_PATIENCE)

@@ -1,15 +1,38 @@
-"""The endpoint `/reload`."""
+"""The endpoints `/configuration` and `/reload`."""
 
-from fastapi import APIRouter, Request
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 
 from api_gateway.admin.audit_log import AuditAction
 from api_gateway.admin.context import Audited, Guarded, who
-from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
-from api_gateway.admin.reload_views import reload_view
+from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN, rendered
+from api_gateway.admin.reload_views import record_view, reload_view
+from api_gateway.admin.settings_view import settings_of
+from api_gateway.admin.views import wall_time
 from api_gateway.reload.outcome import ReloadResult
-from api_gateway.reporting.reload_schema import Reloaded
+from api_gateway.reporting.reload_schema import ConfigurationInForce, Reloaded
 
 router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
+
+
+@router.get("/configuration", summary="The configuration in force", response_model=ConfigurationInForce)
+async def configuration(
+    context: Guarded,
+    defaults: Annotated[bool, Query(description="Include settings with their default values.")] = False,  # noqa: FBT002 - a query parameter
+) -> Response:
+    """Return the settings in force with the place where each was set, and the last reloads. Secrets are not shown."""
+    state = (await context.aggregator.gather()).configuration
+    settings = await asyncio.to_thread(settings_of, context.configuration, with_defaults=defaults)
+    return rendered(
+        ConfigurationInForce(
+            loaded_at=wall_time(state.loaded_at),
+            errors=list(state.problems),
+            settings=settings,
+            reloads=list(map(record_view, state.recent)),
+        )
+    )
 
 
 @router.post(

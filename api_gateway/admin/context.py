@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from api_gateway.admin.audit_log import AuditAction, AuditEntry, AuditLog
 from api_gateway.admin.breaker_overrides import BreakerOverrides
 from api_gateway.admin.explainer import Explainer
+from api_gateway.admin.feed import Feed
 from api_gateway.admin.gate import OPERATOR, REQUEST_ID
 from api_gateway.admin.health_cache import HealthCache
 from api_gateway.admin.health_view import health_view
@@ -18,11 +19,14 @@ from api_gateway.admin.operators import Operator
 from api_gateway.admin.views import wall_time
 from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.registry import ClientRegistry
+from api_gateway.config import GatewayConfig
 from api_gateway.errors import ClientIdInvalid, Forbidden
 from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
-from api_gateway.limits.concurrency import SlotLedger
+from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.limits.quota_book import QuotaBook
+from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.observability.request_history import RequestHistory
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.system.clocks import Clocks
@@ -41,8 +45,8 @@ class Lifecycle(StrEnum):
 class AdminContext:
     """The objects that the operator endpoints read and change.
 
-    A reload replaces `explainer`, `route_names` (of all routes) and `accepts_keys` (API keys are a source of
-    identities).
+    A reload replaces `explainer`, `route_names` (of all routes), `accepts_keys` (API keys are a source of identities)
+    and `configuration`.
     """
 
     version: str
@@ -56,15 +60,20 @@ class AdminContext:
     route_names: Sequence[str]
     accepts_keys: bool
     quotas: Callable[[], QuotaBook]
-    slots: SlotLedger
+    configuration: GatewayConfig
+    numbers: DecisionNumbers
+    history: RequestHistory
+    slots: LocalSlots
     usage: UsageLedger | None = None
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)
+    feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
         self.health = HealthCache(
             partial(health_view, self.aggregator, self.clocks, self.version), self.clocks.monotonic
         )
+        self.feed = Feed(self.aggregator, self.clocks, self.overrides)
 
 
 def _context(request: Request) -> AdminContext:

@@ -16,8 +16,10 @@ from api_gateway.admin import (
     breakers,
     clients,
     configuration,
+    dashboard,
     explain,
     health,
+    history,
     keys,
     limits,
     metrics,
@@ -39,9 +41,11 @@ _ROUTERS = (
     health.router,
     configuration.router,
     audit.router,
+    dashboard.router,
     metrics.router,
     breakers.router,
     explain.router,
+    history.router,
     clients.overview_router,
     clients.router,
     limits.router,
@@ -65,7 +69,7 @@ def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
     app.add_exception_handler(HTTPException, _error_response)
     app.add_exception_handler(Exception, _error_response)  # the framework re-raises it, and the server logs it
     app.router.routes.insert(0, Route("/openapi.json", _schema))
-    return frozenset(route.path.split("/")[1] for route in _routes(app))
+    return frozenset(route.path.split("/")[1] for route in _routes(app)) | {"docs"}
 
 
 async def _schema(request: Request) -> Response:

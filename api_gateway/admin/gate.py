@@ -5,6 +5,7 @@ identified by token or as local; the operator's request limit is applied; the op
 content type is checked. Only then is the body read, up to `MAX_BODY` bytes, and the framework called.
 """
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -15,6 +16,7 @@ from api_gateway.admin.health_cache import HealthCache
 from api_gateway.admin.locality import Locality
 from api_gateway.admin.operator_limits import OperatorLimits
 from api_gateway.admin.operators import LOCAL, Operator, Role, Tokens, bearer_token
+from api_gateway.admin.pages import StaticPages
 from api_gateway.admin.request_body import read_body, replay, without_body
 from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trailers
 from api_gateway.errors import (
@@ -31,18 +33,18 @@ from api_gateway.errors import (
 from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, ASGIApp, Message, Receive, Scope, Send
 from api_gateway.http1.forwarded import X_FORWARDED_FOR, client_address
 from api_gateway.http1.headers import Fields, Network, ambiguity, fields_of, framing
-from api_gateway.http1.request_paths import first_segment, path_as_sent, target_of
+from api_gateway.http1.request_paths import RequestTarget, first_segment, path_as_sent, target_of
 from api_gateway.proxy.problem_response import send_problem
 from api_gateway.proxy.request_id import given_request_id, new_request_id
 
 logger = logging.getLogger(__name__)
 
 OPERATOR = "gateway.operator"  # key of the admitted operator in the ASGI scope
+SERVER = "gateway.server"  # key of the server's extension, for streams only
 REQUEST_ID = "gateway.request_id"  # key of the id of an operator's request
 REASONS = ("missing_token", "invalid_token", "insufficient_role", "cross_site")  # of refusals
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _QUERIES = frozenset({"explain"})  # endpoints that change nothing although their method is POST
-_PAGES = frozenset({"docs"})  # pages without data: other sites may link to them
 _TEXT = b"text/plain; charset=utf-8"
 _JSON = b"application/json"
 _ADVICE = (
@@ -50,6 +52,7 @@ _ADVICE = (
     " operator-token in state_dir. If no token is configured, programs that the operator runs on this machine"
     " need none; the log has the reason if one is refused."
 )
+_EVENTS = ("dashboard", "events")
 _OWN_USAGE = ("usage", "me")
 _MAX_LOGGED = 100  # characters of a path
 
@@ -97,6 +100,7 @@ class OperatorGate:
         self._health = health
         self._limits = limits
         self._refused = refused
+        self._pages = StaticPages()
         self._views: dict[str, Callable[[Scope, Fields, Send], Awaitable[None]]] = {
             "health": self._show_health,
             "healthz": self._show_liveness,
@@ -143,18 +147,25 @@ class OperatorGate:
         if target.segments == _OWN_USAGE:
             await self._show_own_usage(scope, fields, receive, send)
             return
-        method, first = scope["method"], target.segments[0]
-        if not self.guards(scope) or self._is_hidden(scope):
+        is_page = scope["method"] in _READS and StaticPages.serves(target.segments)
+        if not (is_page or self.guards(scope)) or self._is_hidden(scope):
             raise NoRoute("No endpoint has this path. Paths of proxied requests begin with /api/.")
-        if is_forged(method, fields, holds_data=first not in _PAGES):
-            raise self._refusal(
-                "cross_site",
-                scope,
-                Forbidden(
-                    "A web page of another origin made this request (Origin, Sec-Fetch-Site)."
-                    " Operator endpoints refuse such requests."
-                ),
+        if is_forged(scope["method"], fields, holds_data=not is_page):
+            error = Forbidden(
+                "A web page of another origin made this request (Origin, Sec-Fetch-Site)."
+                " Operator endpoints refuse such requests."
             )
+            raise self._refusal("cross_site", scope, error)
+        if is_page:
+            await self._show_page(scope["method"], target.segments, fields, send)
+        else:
+            await self._serve_endpoint(scope, fields, target, receive, send)
+
+    async def _serve_endpoint(
+        self, scope: Scope, fields: Fields, target: RequestTarget, receive: Receive, send: Send
+    ) -> None:
+        """Identify the operator, and pass the request to the framework."""
+        method, first = scope["method"], target.segments[0]
         operator = await self._admitted(scope, fields)
         needed = Role.READ if method in _READS or first in _QUERIES else Role.OPERATE
         if not operator.may(needed):
@@ -168,7 +179,9 @@ class OperatorGate:
         identity = given_request_id(fields) or new_request_id()
         inner = {**scope, "method": "GET" if method == "HEAD" else method, "path": target.path}
         inner |= {OPERATOR: operator, REQUEST_ID: identity}
-        inner.pop(SERVER_EXTENSION, None)  # refers to the connection, which the server must be able to free
+        server = inner.pop(SERVER_EXTENSION, None)  # refers to the connection, which the server must be able to free
+        if target.segments == _EVENTS:  # a stream ends when the server stops
+            inner[SERVER] = server
         await self.app(inner, replay(body, receive), _with_field(send, b"x-request-id", identity.encode()))
         health = self._health()
         if needed is Role.OPERATE and health is not None:
@@ -229,6 +242,17 @@ class OperatorGate:
         return error
 
     # Views from memory
+
+    async def _show_page(self, method: str, segments: tuple[str, ...], fields: Fields, send: Send) -> None:
+        """Send a file without data, for which no operator is needed."""
+        if method == "OPTIONS":
+            await _respond(send, 204, [(b"allow", b"GET, HEAD, OPTIONS")])
+            return
+        if not self._pages.is_read:
+            await asyncio.to_thread(self._pages.read)
+        status, headers, body = self._pages.find(segments).response(fields)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _show(
         self, view: Callable[[Scope, Fields, Send], Awaitable[None]], scope: Scope, fields: Fields, send: Send

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from api_gateway.admin.context import AdminContext, Guarded
 from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN
+from api_gateway.errors import InvalidValue
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit, limit_of
 from api_gateway.limits.period_counters import PeriodQuota
@@ -68,6 +69,17 @@ class Limits(Body):
     limits: list[LimitView]
 
 
+class LimitsSnapshot(Body):
+    """The state of all limits at an instant."""
+
+    format: Literal[1]
+    at_ns: int = Field(description="The time, in nanoseconds since the epoch, on the clock of the access log.")
+    buckets: dict[str, dict[str, int]] = Field(
+        description="By process and key: when the bucket will be full, in nanoseconds since the epoch."
+    )
+    counters: list[tuple[str | int | None, ...]] = Field(description="Of calendar quotas, as in their file.")
+
+
 class TierOverview(Body):
     """A tier."""
 
@@ -103,6 +115,29 @@ async def limits(context: Guarded) -> Limits:
     further = sorted([*explainer.limits, *explainer.concurrency], key=lambda limit: limit.index)
     views += [_limit_view(limit) for limit in further]
     return Limits(limits=[_with_figures(view, recorder, counts) for view in views])
+
+
+@router.get("/limits/snapshot", summary="The state of all buckets and quotas, for api-gateway replay --from")
+async def snapshot(context: Guarded) -> LimitsSnapshot:
+    """Return what is left of all limits at one instant, as it is needed to replay an access log from then on.
+
+    Only of buckets in memory. They are copied in one step, which takes about 1 ms for 1,000 quotas or 10,000 buckets.
+    """
+    limiter, numbers = context.limiter, context.numbers
+    if not isinstance(limiter, MemoryLimiter):
+        raise InvalidValue(
+            "The buckets are in a store. `api-gateway replay --save FILE` writes a snapshot of the end of a log."
+        )
+    tats, rows, now_ns = limiter.tats(), context.quotas().rows(), context.clocks.monotonic_ns()
+    buckets = {}
+    for index, (key, tat_ns) in enumerate(tats.items(), 1):
+        if tat_ns > now_ns:
+            buckets[key] = numbers.since_epoch(tat_ns)
+        if index % _BATCH == 0:
+            await asyncio.sleep(0)
+    return LimitsSnapshot(
+        format=1, at_ns=numbers.since_epoch(now_ns), buckets={numbers.process: buckets}, counters=rows
+    )
 
 
 @router.get("/tiers", summary="All tiers")

@@ -2,8 +2,8 @@
 
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import Draining, InternalError, InvalidValue
-from api_gateway.reload.outcome import ReloadOutcome, ReloadResult, ReloadState
-from api_gateway.reporting.reload_schema import ConfigurationView, Reloaded, SettingChanged
+from api_gateway.reload.outcome import ReloadOutcome, ReloadRecord, ReloadResult, ReloadState
+from api_gateway.reporting.reload_schema import ConfigurationView, Reloaded, ReloadView, SettingChanged
 
 AGAIN_AFTER = 5  # seconds
 
@@ -20,18 +20,34 @@ def reload_view(outcome: ReloadOutcome) -> Reloaded:
         raise InternalError(detail, extra={"errors": problems})
     return Reloaded(
         result="reloaded" if outcome.changes else "unchanged",
-        changes=[
-            SettingChanged(
-                setting=change.setting,
-                old=change.old,
-                new=change.new,
-                secret=change.is_secret,
-                needs_restart=change.setting in outcome.needs_restart,
-            )
-            for change in outcome.changes
-        ],
+        changes=_changes(outcome),
         needs_restart=list(outcome.needs_restart),
     )
+
+
+def record_view(record: ReloadRecord) -> ReloadView:
+    """Return the view of one of the last reloads."""
+    return ReloadView(
+        at=wall_time(record.at),
+        origin=record.origin,
+        result=record.outcome.result.value,
+        changes=_changes(record.outcome),
+        errors=list(record.outcome.problems),
+        omitted=record.omitted,
+    )
+
+
+def _changes(outcome: ReloadOutcome) -> list[SettingChanged]:
+    return [
+        SettingChanged(
+            setting=change.setting,
+            old=change.old,
+            new=change.new,
+            secret=change.is_secret,
+            needs_restart=change.setting in outcome.needs_restart,
+        )
+        for change in outcome.changes
+    ]
 
 
 def configuration_view(state: ReloadState) -> ConfigurationView:

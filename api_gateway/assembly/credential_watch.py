@@ -10,7 +10,6 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.errors import CredentialsInvalid
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.middleware import EXCHANGE
 from api_gateway.models import Exchange
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.identity_sources import Proof, Question, Work
@@ -38,9 +37,9 @@ class CredentialWatch:
         has_credentials: Callable[[], bool],
         clock_ns: Callable[[], int],
     ) -> None:
-        """`connections` returns those of a server with the gateway's own protocol, for exchanges on the fast path.
+        """`connections` returns those of a server with the gateway's own protocol.
 
-        `open_exchanges` are those on the ASGI path, of any server.
+        `open_exchanges` are the exchanges that come by ASGI, of any server.
         """
         self._open_exchanges = open_exchanges
         self._clients = clients
@@ -81,8 +80,9 @@ class CredentialWatch:
             if count % _BATCH == 0:
                 await asyncio.sleep(0)
         for count, one in enumerate(self._open_exchanges, 1):
-            error = await self._error_of(one.exchange, is_changed=is_changed)
-            if error is not None and not one.exchange.finished and one.exchange.reason != error.reason:
+            exchange = one.exchange
+            error = None if exchange is None else await self._error_of(exchange, is_changed=is_changed)
+            if error is not None and one.exchange is not None and one.exchange.reason != error.reason:
                 _log_end(one.exchange)
                 one.end(error)
             if count % _BATCH == 0:
@@ -109,16 +109,11 @@ class CredentialWatch:
 
 
 def _exchange_of(connection: Any) -> Exchange | None:
-    """Return the exchange of a connection with the gateway's own protocol."""
+    """Return the exchange of a connection with the gateway's own protocol, unless it has come by ASGI."""
     if not isinstance(connection, DownstreamConnection):
         return None
     in_flight: Any = connection.exchange
-    cycle = connection.pipeline.current
-    exchange: Exchange | None = None
-    if in_flight is not None:
-        exchange = in_flight.exchange
-    elif cycle is not None:
-        exchange = cycle.scope.get(EXCHANGE)
+    exchange: Exchange | None = None if in_flight is None else in_flight.exchange
     return exchange
 
 

@@ -1,4 +1,4 @@
-"""Builds the data plane of a gateway: the ASGI path, the fast path, and the explainer of both."""
+"""Builds the data plane of a gateway: the fast path, its ASGI application, and the explainer of both."""
 
 import logging
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
 from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
-from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
+from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.selected_lines import sampled, with_fields
@@ -30,15 +30,18 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
+from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
     DeadlineStage,
     DecisionNumberStage,
+    FinalRecipientStage,
     IdentityStage,
     LoadSheddingStage,
     RouteStage,
 )
+from api_gateway.proxy.traced_outcomes import TracedOutcomes
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.resilience.breaker_policy import Mode
 from api_gateway.router import Router
@@ -49,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, FastPath, Explainer]:
-    """Return the ASGI path, the fast path and the explainer, which share one admission.
+    """Return the ASGI application, the fast path and the explainer, which share one admission.
 
     `server_headers` are header fields that the server adds to responses, so those of upstreams are omitted.
     """
@@ -60,33 +63,18 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock_ns=clocks.monotonic_ns,
         recorder=recorder,
         limit_headers=limit_headers,
-        next_number=_next_number(gateway),
+        next_number=_next_number(gateway) or (_unnumbered if gateway.config.history.enabled else None),
     )
     sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
     cors = _cors(gateway)
     headers = _headers(gateway, sources, cors)
-    router = _router(gateway, settlement, headers, server_headers)
+    router = _router(gateway, settlement, server_headers)
     limits = _limits(gateway)
     admission = _admission(gateway, router, limits, sources, cors)
-    record = ExchangeMiddleware(
-        AdmissionMiddleware(
-            admission=admission,
-            headers=headers,
-            router=router,
-            limit_headers=limit_headers,
-            clock_ns=clocks.monotonic_ns,
-            open_exchanges=gateway.open_exchanges,
-        ),
-        clock=clocks.monotonic,
+    record = ExchangeRecords(
         recorder=recorder,
-        # Every data plane returns slots, as a request ends under the configuration that it began with.
-        observers=[
-            *([gateway.slots.release] if gateway.quotas.concurrency else []),
-            recorder.observe,
-            *_records(gateway),
-        ],
+        observers=_observers(gateway),
         on_failure=settlement.on_failure,
-        cors=cors,
     )
     fast_path = FastPath(
         record=record,
@@ -97,6 +85,8 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
         cors=cors,
+        open_exchanges=gateway.open_exchanges,
+        tracer=gateway.tracing.tracer,
     )
     explainer = Explainer(
         admission=admission,
@@ -110,7 +100,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
-    return record, fast_path, explainer
+    return fast_path.serve, fast_path, explainer
 
 
 def _limits(gateway: Gateway) -> RateLimitStage:
@@ -225,26 +215,19 @@ def _admission(
             LoadSheddingStage(gateway.event_loop_shedder),
             *([] if next_number is None else [DecisionNumberStage(next_number)]),
             limits,
+            FinalRecipientStage(),
         ]
     )
 
 
-def _router(
-    gateway: Gateway,
-    settlement: CostSettlement,
-    headers: HeaderReader,
-    server_headers: frozenset[bytes],
-) -> Router:
+def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozenset[bytes]) -> Router:
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     return Router(
         gateway.table,
         gateway.upstream_clients,
         clock=clocks.monotonic,
         max_body_bytes=config.server.max_body_bytes,
-        protected=headers.protected,
-        never_trailing=headers.never_trailing,
         omit=server_headers,
-        via=headers.via,
         observe_attempt=recorder.observe_attempt,
         on_transition=_log_transition,
         on_target_transition=_log_target_transition,
@@ -255,14 +238,26 @@ def _router(
         on_fallback=settlement.on_fallback,
         priorities=gateway.priorities,
         lag=gateway.event_loop_shedder,
+        reporter=OutcomeReporter if gateway.tracing.tracer is None else TracedOutcomes,
     )
 
 
+def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+    """Return what is told of each ended exchange.
+
+    Every data plane returns slots, as a request ends under the configuration that it began with.
+    """
+    slots = [gateway.slots.release] if gateway.quotas.concurrency else []
+    return [*slots, gateway.recorder.observe, *gateway.tracing.observers, *_records(gateway)]
+
+
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    """Return what records an exchange: the access log and the usage, as far as they are on, with one time for both."""
+    """Return what records an exchange: access log, usage and history, as far as they are on, with one time for all."""
     writers = _access_logs(gateway)
     if gateway.usage is not None:
         writers.append(gateway.usage.count)
+    if gateway.config.history.enabled:
+        writers.append(gateway.history.record)
     if not writers:
         return []
     wall_clock = gateway.clocks.wall
@@ -291,6 +286,11 @@ def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
 def _next_number(gateway: Gateway) -> Callable[[], int] | None:
     """Return what numbers decisions, which only the access log needs."""
     return gateway.numbers.next if gateway.config.log.access else None
+
+
+def _unnumbered() -> int:
+    """Return the number of a settlement that only the history records, which needs no numbers."""
+    return 0
 
 
 def _shadow(gateway: Gateway) -> ShadowLimits | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import httpx
 
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
+from api_gateway.assembly.history import history_limits
 from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.quotas import QuotaKeeping
@@ -32,6 +33,7 @@ from api_gateway.assembly.stores import (
     registry_of,
     requote,
 )
+from api_gateway.assembly.tracing import Tracing, TracingPlan, tracing_plan
 from api_gateway.assembly.upstreams import (
     LiveUpstream,
     TlsByFiles,
@@ -51,10 +53,12 @@ from api_gateway.errors import StartupError
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.concurrency import LocalSlots
+from api_gateway.limits.concurrency_leases import LeasedSlots
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.observability.request_history import RequestHistory
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.proxy.open_exchanges import OpenExchanges
@@ -101,9 +105,11 @@ class Gateway:
     pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
     numbers: DecisionNumbers
     usage: UsageLedger | None  # None if it is not counted
+    history: RequestHistory
     tokens: JwtSource | None  # None unless tokens are a source of identities
     cors: CorsPolicy | None  # of routes without one of their own
     open_exchanges: OpenExchanges
+    tracing: Tracing
 
     @property
     def address_quota(self) -> Quota | None:
@@ -143,6 +149,7 @@ class Plan:
     upstreams: Mapping[str, UpstreamPlan | None]
     tokens: JwtSource | None
     cors: CorsPolicy | None
+    tracing: TracingPlan | None
 
 
 class Assembly:
@@ -192,6 +199,7 @@ class Assembly:
             await hold_state_folder(config, stack, replaced_within)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
+            stack.push_async_callback(gateway.tracing.close)
             stack.push_async_callback(self._issuers.close)
             self._issuers.follow(gateway.tokens)
             try:
@@ -207,6 +215,9 @@ class Assembly:
             if isinstance(gateway.limiter, RedisLimiter):
                 stack.push_async_callback(gateway.limiter.close)
                 await gateway.limiter.start()
+            if isinstance(gateway.slots, LeasedSlots):
+                stack.push_async_callback(gateway.slots.close)
+                await gateway.slots.start()
             stack.push_async_callback(gateway.keeping.close)
             await gateway.keeping.open(config)
             gateway.keeping.follow_webhook(config.webhook)
@@ -246,7 +257,15 @@ class Assembly:
         ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
         tokens = self._issuers.plan(config, None if before is None else before.tokens)
         return Plan(
-            config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams, tokens, cors
+            config,
+            Quotas.of(config),
+            routes,
+            RouteTable(routes),
+            PriorityClasses(ranks),
+            upstreams,
+            tokens,
+            cors,
+            tracing_plan(config),
         )
 
     def commit(self, plan: Plan) -> Gateway:
@@ -263,9 +282,11 @@ class Assembly:
         )
         before.slots.follow(limit.name for limit in plan.quotas.concurrency)
         before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
+        before.history.change(history_limits(config))
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
         self._issuers.follow(plan.tokens)
+        before.tracing.follow(plan.tracing, config)
         self.gateway = replace(
             before,
             config=config,
@@ -280,6 +301,12 @@ class Assembly:
         )
         before.keeping.follow_webhook(config.webhook)
         return self.gateway
+
+    def _slots(self, config: GatewayConfig, limiter: Limiter, recorder: Recorder) -> LocalSlots:
+        if not isinstance(limiter, RedisLimiter):
+            return LocalSlots(recorder.in_flight_by_limit)
+        name = f"{self._source.getrandbits(64):016x}"
+        return LeasedSlots(recorder.in_flight_by_limit, limiter, worker=name, prefix=config.store.prefix)
 
     def _on_key_fetch(self, issuer: str, succeeded: bool) -> None:  # noqa: FBT001 - a callback
         self.gateway.recorder.observe_key_fetch(issuer, succeeded=succeeded)
@@ -313,7 +340,9 @@ class Assembly:
             ILLEGAL_EVENTS.counts,
         )
         keeping = QuotaKeeping(config, recorder, clocks)
-        slots = LocalSlots(recorder.in_flight_by_limit)
+        tracing = Tracing(recorder, clocks)
+        tracing.follow(plan.tracing, config)
+        slots = self._slots(config, limiter, recorder)
         slots.follow(limit.name for limit in quotas.concurrency)
         return Gateway(
             config=config,
@@ -342,10 +371,12 @@ class Assembly:
             clocks=clocks,
             pseudonym=pseudonym,
             usage=usage_of(config, clocks),
+            history=RequestHistory(history_limits(config)),
             numbers=DecisionNumbers(f"{self._source.getrandbits(32):08x}", clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
             cors=plan.cors,
             open_exchanges=OpenExchanges(),
+            tracing=tracing,
         )
 
     # Upstreams

@@ -1,23 +1,28 @@
 """Applies configurations to one application: the first at its start, others by reloads."""
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from starlette.datastructures import State
 
 from api_gateway.admin.context import AdminContext, Lifecycle
 from api_gateway.admin.gate import Access, OperatorGate
+from api_gateway.admin.history_queries import HistoryQueries
 from api_gateway.assembly.data_plane import data_plane_of
 from api_gateway.assembly.gateway import Assembly, Gateway, Plan
 from api_gateway.config import GatewayConfig
-from api_gateway.eventloop.pacing import Steps, each
+from api_gateway.eventloop.pacing import Steps, each, paced
+from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.middleware import DataPlaneSlot
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reload.reloader import Reloader, refused_reload
 from api_gateway.reload.serialization import deserialized
 from api_gateway.reporting.process_figures import figures_of_this_process
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, transitions_of
+from api_gateway.reporting.traffic_history import TrafficHistory, seconds_to_next
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.resilience.fair_shares import FairShares, ResourceState
 
@@ -63,6 +68,7 @@ class Installation:
         self._access: Access | None = None
         self._settings: GatewayConfig | None = None  # as read, without the demo services
         self._reloader: Reloader | None = None
+        self._history = TrafficHistory()  # stays empty in one of several workers
 
     def __repr__(self) -> str:
         return f"<Installation of {self._assembly!r} [{'none' if self._plan is None else 'prepared'}]>"
@@ -77,8 +83,10 @@ class Installation:
         self._switch.set(data_plane, fast_path)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
+        self._app.state.traffic_history = self._history
         self._app.state.admin_context = context(gateway, explainer, aggregator)
         aggregator.register(self.snapshot, self)
+        aggregator.answer_by(HistoryQueries(gateway.history, gateway.clocks.wall).answer)
 
     async def prepare(self, values: dict[str, Any]) -> None:
         """See `worker_channel.Configured`."""
@@ -101,7 +109,7 @@ class Installation:
         self._app.state.gateway = gateway
         context: AdminContext = self._app.state.admin_context
         context.explainer, context.route_names = explainer, gateway.route_names
-        context.accepts_keys = gateway.accepts_keys
+        context.accepts_keys, context.configuration = gateway.accepts_keys, gateway.config
         self._app.gate.access = access
         if self._on_change is not None:
             self._on_change(settings)
@@ -125,7 +133,28 @@ class Installation:
             snapshot.resources.insert(0, ResourceState.of("connections", [self._connections]))
         if self._reloader is not None:
             snapshot.configuration = self._reloader.state
+        snapshot.points = self._history.points
         return snapshot
+
+    @asynccontextmanager
+    async def sampling(self, *, is_alone: bool) -> AsyncIterator[None]:
+        """Sample the traffic within this block, if this process is alone; of several the supervisor does."""
+        if not is_alone:
+            yield
+            return
+        task = asyncio.create_task(self._sample_traffic(), name="history of traffic")
+        try:
+            yield
+        finally:
+            await cancel_and_wait(task)
+
+    async def _sample_traffic(self) -> None:
+        """Add a point to the history of traffic every `POINT_SECONDS`, until cancelled."""
+        clocks = self._assembly.gateway.clocks
+        while True:
+            await asyncio.sleep(seconds_to_next(time.monotonic()))
+            now = clocks.now()
+            await paced(self._history.sampling([self._assembly.gateway.recorder], now.monotonic, now.wall))
 
 
 def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
@@ -141,6 +170,7 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
     resources = yield from each(gateway.upstreams.items(), lambda _, live: live.upstream_client.resources())
     yield  # as many files as are open are counted in a step of their own
     process = figures_of_this_process()
+    gateway.recorder.waiting_traces = gateway.tracing.waiting
     yield
     return WorkerSnapshot(
         worker="",
@@ -156,4 +186,11 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         tasks=len(asyncio.all_tasks()),
         resources=[one for found in resources.values() for one in found],
         process=process,
+        history=_history_figures(gateway),
     )
+
+
+def _history_figures(gateway: Gateway) -> dict[str, int]:
+    sizes = gateway.history.sizes()
+    counts: dict[str, int] = {outcome: count for outcome, (count, _) in sizes.items()}
+    return counts | {"bytes": sum(size for _, size in sizes.values())}

@@ -130,6 +130,7 @@ def build_upstream(
         source=source,
         hash_header=_hash_header(section),
         host_header=section.host_header,
+        max_aborted=section.pool.max_connections,
     )
     return LiveUpstream(
         section,
@@ -171,6 +172,7 @@ def change_upstream(
         _hash_header(section),
         transport,
         section.host_header,
+        section.pool.max_connections,
     )
     if plan.transport is None:
         _change_transport(transport, plan)

@@ -14,7 +14,7 @@ and the one for request cycles.
 """
 
 import asyncio
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from api_gateway.downstream.asgi_scope import ScopeBuilder, peer_of
 from api_gateway.downstream.closing import break_off, close_connection, linger, refuse_request
@@ -31,7 +31,14 @@ from api_gateway.downstream.states import ILLEGAL_EVENTS, START, ConnectionEvent
 from api_gateway.downstream.timeouts import ConnectionTimeouts
 from api_gateway.errors import GatewayError
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
-from api_gateway.http1.asgi import SERVER_EXTENSION, UNIX_PEER, BodyReceiver, FastPathProvider, InFlight
+from api_gateway.http1.asgi import (
+    SERVER_EXTENSION,
+    UNIX_PEER,
+    BodyReceiver,
+    DownstreamAbilities,
+    FastPathProvider,
+    InFlight,
+)
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList
@@ -50,6 +57,8 @@ class DownstreamConnection:
     `accepts_plain` is True if the fast path may take the next read: if `state.is_idle` and the client reads what was
     sent before. `receiving` and `exchange`: see `ConnectionOwner`. asyncio requires no base class of a protocol.
     """
+
+    abilities: ClassVar[DownstreamAbilities] = DownstreamAbilities(framing=True, upgrade=True)
 
     __slots__ = (
         "_fast_path",
@@ -367,11 +376,6 @@ class DownstreamConnection:
             drain_idle(self)
 
     # Serving
-
-    @property
-    def worker(self) -> "asyncio.Task[None]":
-        """The task that serves this connection; it exists from the first request on."""
-        return self.pipeline.worker
 
     def on_worker_end(self) -> None:
         """Break the reference cycle with a request whose body did not end."""

@@ -1,11 +1,8 @@
 """Draining: the server stops, and a connection ends without losing a request that its client is sending."""
 
-import re
-
+from api_gateway.downstream.last_request import contains_last_request
 from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.states import ConnectionEvent
-
-_LAST_REQUEST = re.compile(rb"(?i)close| HTTP/1\.0")  # what a request that ends its connection contains
 
 
 def drain(owner: ConnectionOwner) -> None:
@@ -45,12 +42,18 @@ def drain_idle(owner: ConnectionOwner) -> None:
 
 
 def owes_response(owner: ConnectionOwner) -> bool:
-    """Tell whether a client that has ended its side is owed a response."""
-    last = owner.pipeline.last
+    """Tell whether a client that has ended its side gets the responses that are due.
+
+    It does if it has sent a complete request that announces this end, by `Connection: close` or as one of HTTP/1.0
+    (RFC 9112 section 9.6), wherever that request is: served, queued or held. Any other end means that the client has
+    disconnected, because TCP reports both alike: nobody reads the response, and a stream would not end.
+    """
+    exchange, last = owner.exchange, owner.pipeline.last
     if owner.state.is_ending:
         return False
-    if owner.held.data and not (last is not None and last.upgrade) and _LAST_REQUEST.search(owner.held.data):
+    is_handshake = exchange.is_handshake if exchange is not None else last is not None and bool(last.upgrade)
+    if owner.held.data and not is_handshake and contains_last_request(bytes(owner.held.data), owner.limits):
         return True
-    if owner.exchange is not None:
-        return owner.receiving is None and not owner.exchange.keep_alive
+    if exchange is not None:
+        return owner.receiving is None and not exchange.keep_alive
     return last is not None and not last.is_response_complete and last.is_body_complete and not last.keep_alive

@@ -83,12 +83,6 @@ class Pipeline:
         """True while the task serves a request."""
         return self._worker is not None and self._idle_waiter is None and not self._worker.done()
 
-    @property
-    def worker(self) -> "asyncio.Task[None]":
-        """The task; it exists from the first request on."""
-        assert self._worker is not None  # noqa: S101 - started by `enqueue`
-        return self._worker
-
     def enqueue(self, owner: PipelineOwner, cycle: RequestResponseCycle) -> None:
         """Queue a request for the task, which is started if necessary."""
         if self.waiting is None:
@@ -132,7 +126,7 @@ class Pipeline:
                 # These references form cycles, which only the garbage collector would free.
                 del cycle.scope[SERVER_EXTENSION]
                 cycle.on_shutdown = None
-            if not cycle.is_response_complete and not cycle.is_disconnected:
+            if not cycle.is_disconnected and not cycle.is_response_complete and not cycle.end_without_trailers():
                 owner.on_unfinished(cycle)
         self.current = None  # breaks reference cycles
         owner.on_worker_end()

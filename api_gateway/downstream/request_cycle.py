@@ -10,7 +10,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from api_gateway.http1.headers import BODILESS, Fields, fields_of, http_date
+from api_gateway.http1.headers import BODILESS, fields_of, http_date
 from api_gateway.http1.serializer import COLON, refuse_hidden_lines, render_response_head, status_line
 from api_gateway.models import HeaderList
 
@@ -26,11 +26,6 @@ class DownstreamPort(Protocol):
     raw_headers: HeaderList
     expects_continue: bool
     is_write_paused: bool
-
-    @property
-    def worker(self) -> "asyncio.Task[None]":
-        """The task that serves the connection; it exists from the first request on."""
-        ...
 
     def resume_reading(self) -> None:
         """Read from the client again after a pause."""
@@ -84,6 +79,7 @@ class RequestResponseCycle:
     _is_chunked = False
     _remaining: int | None = None  # bytes of the announced length still to be sent
     _trailers_follow = False
+    _is_body_sent = False  # trailers are still to be sent
 
     def __init__(self, connection: "DownstreamPort", scope: dict[str, Any], target: bytes) -> None:
         self.scope = scope
@@ -185,21 +181,17 @@ class RequestResponseCycle:
     def _start(self, message: dict[str, Any]) -> None:
         """Write the head, or keep it for the first body piece.
 
-        A message may contain extensions of ASGI: `reason`, the reason phrase of the upstream; `upstream_fields`, the
-        upstream's header fields by name, from which `headers` were made; and `is_body_ready`, which guarantees that
-        the first body piece follows at once, so that both are written together.
+        A message may contain extensions of ASGI: `reason`, the reason phrase of the upstream; and `is_body_ready`,
+        which guarantees that the first body piece follows at once, so that both are written together.
         """
         status: int = message["status"]
         headers: HeaderList = message.get("headers", ())
         self.is_started = True
         lines = [status_line(status, message.get("reason")), *map(COLON, headers)]
-        fields: Fields | None = message.get("upstream_fields")
-        fields_given = fields is not None  # then `headers` contain no `Connection`
-        if fields is None:
-            fields = fields_of(headers)
-            refuse_hidden_lines(lines)  # an upstream's lines have been validated by a parser
-            if b"close" in fields.get(b"connection", [b""])[0].lower():
-                self.keep_alive = False
+        fields = fields_of(headers)
+        refuse_hidden_lines(lines)
+        if b"close" in fields.get(b"connection", [b""])[0].lower():
+            self.keep_alive = False
         if b"date" not in fields:
             lines.append(b"date: " + http_date(int(time.time())))
         if self._is_head or status in BODILESS:
@@ -214,7 +206,7 @@ class RequestResponseCycle:
             lines.append(b"transfer-encoding: chunked")
         if not self.keep_alive or self.awaits_continue:  # after a final response the body may be sent or not
             self.keep_alive = False
-            if fields_given or b"connection" not in fields:
+            if b"connection" not in fields:
                 lines.append(b"connection: close")
         lines.append(b"\r\n")
         head = b"\r\n".join(lines)
@@ -242,11 +234,18 @@ class RequestResponseCycle:
             if self._remaining:
                 raise RuntimeError("the response is shorter than its Content-Length")
             self._finish()
+        self._is_body_sent = is_last
 
     def _send_trailers(self, trailers: HeaderList) -> None:
         lines = b"".join(b"%b: %b\r\n" % pair for pair in trailers)
         self.connection.transport.write(b"0\r\n%b\r\n" % lines)
         self._finish()
+
+    def end_without_trailers(self) -> bool:
+        """End a response whose trailers a middleware has dropped; return False if its body is incomplete."""
+        if self._is_body_sent and not self.is_response_complete:
+            self._send_trailers([])
+        return self.is_response_complete
 
     def _finish(self) -> None:
         self.is_response_complete = True
@@ -255,11 +254,6 @@ class RequestResponseCycle:
         self.connection.on_cycle_complete(self)
 
     # ServerExtension
-
-    @property
-    def task(self) -> "asyncio.Task[None]":
-        """The task that serves the connection."""
-        return self.connection.worker
 
     def defer_continue(self) -> None:
         """See `ServerExtension`; the upstream's 100 (Continue) is sent by `send_interim`."""

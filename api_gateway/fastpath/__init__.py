@@ -1,4 +1,4 @@
-"""Plain requests, served in callbacks of the event loop without an ASGI call or a task.
+"""The life of a request in callbacks of the event loop, and the ports of its client's side.
 
-The fast path makes the same decisions as the ASGI path.
+A plain request needs no ASGI call and no task; one that comes by ASGI is served by the same exchange.
 """

@@ -48,6 +48,11 @@ class AttemptingExchange(RelayingExchange):
         exchange = self.exchange
         exchange.target, exchange.sent_at = attempt.target.url, now
         exchange.attempts += 1
+        if exchange.trace is not None:
+            upstream = attempt.upstream
+            exchange.trace.begin_attempt(
+                upstream.name, attempt.target.url, self.plan.target, upstream.breaker.state, now
+            )
 
     def _key(self, upstream_client: UpstreamClient) -> str:
         """Return the key for load balancing."""
@@ -110,6 +115,8 @@ class AttemptingExchange(RelayingExchange):
             host += self._credential_lines()
         if deadline is not None and deadline.is_forwarded:
             identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
+        if exchange.trace is not None:
+            identity += exchange.trace.fields()
         self.connection = connection
         self.phase = EXCHANGING
         head = b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n" % (

@@ -1,9 +1,9 @@
-"""The downstream connection as the fast path uses it."""
+"""The port of the client's side: what an exchange asks of it."""
 
 import asyncio
 from typing import Protocol
 
-from api_gateway.http1.asgi import BodyReceiver, InFlight
+from api_gateway.http1.asgi import BodyReceiver, DownstreamAbilities, InFlight
 from api_gateway.models import HeaderList
 from api_gateway.proxy.header_facts import RewrittenHeaders
 
@@ -23,15 +23,24 @@ class HeaderLimits(Protocol):
 
 
 class Downstream(Protocol):
-    """A downstream connection as the fast path uses it."""
+    """What an exchange asks of the client's side: the gateway's own connection, or `AsgiDownstream`."""
 
     loop: asyncio.AbstractEventLoop
-    transport: asyncio.Transport
     client: tuple[str, int] | None
     scheme: str
     limits: HeaderLimits
     is_write_paused: bool
     last_headers: RewrittenHeaders | None  # of the previous plain request
+
+    @property
+    def abilities(self) -> DownstreamAbilities:
+        """What this kind of client's side can do."""
+        ...
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """What responses are written to."""
+        ...
 
     def begin_exchange(self, exchange: InFlight) -> None:
         """Hold further input until the exchange ends, and report events of the connection to it."""

@@ -7,22 +7,24 @@ from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import http_date
 from api_gateway.http1.serializer import COLON, status_line
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
-from api_gateway.middleware import ExchangeMiddleware
+from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import Clock, Exchange, HeaderList
+from api_gateway.observability.tracing import Tracer
 from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
 from api_gateway.proxy.cors_stages import CorsPolicies
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.problem_response import problem_message
 from api_gateway.router import Router
 
 
 class ExchangeContext:
-    """The objects of the ASGI path, and the header fields that the gateway adds. Has no state but configuration."""
+    """What decides on requests and records them, and the header fields that the gateway adds: configuration only."""
 
     def __init__(
         self,
         *,
-        record: ExchangeMiddleware,
+        record: ExchangeRecords,
         admission: Admission,
         headers: HeaderReader,
         router: Router,
@@ -30,8 +32,14 @@ class ExchangeContext:
         clock: Clock,
         clock_ns: Callable[[], int],
         cors: CorsPolicies | None = None,
+        open_exchanges: OpenExchanges | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """`clock` (seconds) and `clock_ns` read the same monotonic clock. `cors` None: there are no CORS policies."""
+        """`open_exchanges` has each exchange that comes by ASGI while it is served.
+
+        `clock` (seconds) and `clock_ns` read the same monotonic clock. `cors` None: there are no CORS policies.
+        `tracer` None: tracing is off.
+        """
         self.record = record
         self.admission = admission
         self.headers = headers
@@ -40,6 +48,8 @@ class ExchangeContext:
         self.clock_ns = clock_ns
         self.limit_headers = limit_headers
         self.cors = cors
+        self.open_exchanges = open_exchanges or OpenExchanges()
+        self.tracer = tracer
         self.via_field = headers.via.field
         self.via = headers.via.field("1.1")
         self.via_line = b"\r\n%b: %b\r\n" % self.via
@@ -65,16 +75,18 @@ class ExchangeContext:
             http_date(int(time.time())),
             b"\r\n" if keep_alive or closes else b"\r\nconnection: close\r\n",
         )
-        head, body = problem_message(error, instance=exchange.path, request_id=exchange.id, lines=lines)
+        head, body = problem_message(
+            error, instance=exchange.path, request_id=exchange.id, lines=lines, trace=exchange.trace
+        )
         exchange.bytes_out = len(body)
         return head if exchange.method == "HEAD" else head + body, keep_alive and not closes
 
-    @staticmethod
-    def _direct(exchange: Exchange, response: DirectResponse, *, keep_alive: bool) -> bytes:
+    def _direct(self, exchange: Exchange, response: DirectResponse, *, keep_alive: bool) -> bytes:
         """Record the status; return a response without a body."""
         exchange.status = response.status
         lines = [status_line(response.status, None), *map(COLON, response.headers)]
-        lines += [b"x-request-id: " + exchange.id.encode(), b"date: " + http_date(int(time.time()))]
+        lines += map(COLON, self.response_headers(exchange))
+        lines.append(b"date: " + http_date(int(time.time())))
         if not keep_alive:
             lines.append(b"connection: close")
         return b"\r\n".join([*lines, b"\r\n"])

@@ -3,7 +3,7 @@
 import asyncio
 import re
 
-from api_gateway.errors import ClientDisconnected, GatewayError, InternalError
+from api_gateway.errors import BodyTooLarge, ClientDisconnected, GatewayError, InternalError
 from api_gateway.fastpath.client_port import Downstream
 from api_gateway.fastpath.context import ExchangeContext
 from api_gateway.fastpath.exchange_body import ExchangeBody
@@ -11,7 +11,6 @@ from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan
 from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
-from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.content_cost import ContentScan
 from api_gateway.proxy.exchange import (
     BODY,
@@ -39,22 +38,23 @@ from api_gateway.proxy.exchange import (
 )
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.header_facts import RewrittenHeaders
-from api_gateway.proxy.request_body import body_too_large
 from api_gateway.proxy.sse import EventBoundaries
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt
 
+CLIENT_LEFT = "The client disconnected before the response was complete."
 _HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): [^\r]")  # makes a request repeatable, see `retry.is_repeatable`
 
 
 class ExchangeLife(ProxyExchange):
     """What an exchange holds, how it begins and ends, and its request body.
 
-    The exchange holds an attempt and a connection from `send` on. It gives all that it holds to the ASGI path, or
-    returns it, when it leaves the phase `exchanging`.
+    The exchange holds an attempt and a connection from `send` on. It returns all that it holds when it leaves the
+    phase `exchanging`.
     """
 
+    is_handshake = False
     is_relayed = True
     is_framed = False  # the pieces are sent to the client as chunks
     timer: asyncio.TimerHandle | None = None  # of the deadline
@@ -115,6 +115,11 @@ class ExchangeLife(ProxyExchange):
     def is_head_sent(self) -> bool:
         """True once the head of the response has been sent, and with it the `Connection` field."""
         return self.response != NONE
+
+    @property
+    def protected(self) -> frozenset[bytes]:
+        """Names of fields, in lower case, that no trailer of a response may have."""
+        return self._context.headers.protected
 
     @property
     def _is_repeatable(self) -> bool:
@@ -256,6 +261,10 @@ class ExchangeLife(ProxyExchange):
         self.close()
         self._refuse(error)
 
+    def on_defect(self, error: Exception) -> None:
+        """Log a failure of what serves the exchange, and respond with 500, or abort a response that has begun."""
+        self.on_refused(self._context.record.internal_error(self.exchange, error))
+
     def on_forced_close(self) -> None:
         """Abort the exchange: the drain timeout has passed."""
         if self._may(DRAIN):
@@ -301,3 +310,8 @@ class ExchangeLife(ProxyExchange):
         if self.task is not None:
             self.task.cancel()
             self.task = None
+
+
+def body_too_large(limit: int) -> BodyTooLarge:
+    """Return the error for a body above `limit` bytes; it closes the connection, because the rest is not read."""
+    return BodyTooLarge(f"The body is larger than {limit} bytes.", headers={"connection": "close"})

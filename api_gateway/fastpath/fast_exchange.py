@@ -9,6 +9,7 @@ from typing import Any
 from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
 from api_gateway.fastpath.attempting_exchange import AttemptingExchange
 from api_gateway.fastpath.exchange_body import ExchangeBody
+from api_gateway.fastpath.exchange_life import body_too_large
 from api_gateway.fastpath.response_head import static_response
 from api_gateway.models import NANOSECONDS, Outcome
 from api_gateway.proxy.admission import DirectResponse, Wait
@@ -27,7 +28,6 @@ from api_gateway.proxy.exchange import (
 )
 from api_gateway.proxy.failure_record import note_failure, note_shed
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
-from api_gateway.proxy.request_body import body_too_large
 from api_gateway.proxy.route_table import Route
 from api_gateway.upstreams.upstream_client import UpstreamClient
 

@@ -2,23 +2,26 @@
 
 Most requests wait for nothing but the rest of their body and the upstream's response. They need no ASGI scope, no
 coroutine and no task. A head that is not plain is left to the general parser, which offers it again with what it has
-read (`try_head`). Requests of HTTP/1.0, and those that follow a request on the ASGI path are served there,
-by the same `Admission`.
+read (`try_head`). Requests of HTTP/1.0, those that follow others before their response, and those to other servers or
+behind middleware come by ASGI (`serve`); the exchange is the same.
 `proxy.exchange` has the states of an exchange, `fast_exchange` the actions.
 """
 
 from urllib.parse import unquote
 
+from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trailers
 from api_gateway.errors import GatewayError
+from api_gateway.fastpath.asgi_downstream import AsgiDownstream
 from api_gateway.fastpath.client_port import Downstream
 from api_gateway.fastpath.context import ExchangeContext
 from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.fastpath.tunnelling_exchange import TunnellingExchange
+from api_gateway.http1.asgi import FIELDS, SERVER_EXTENSION, Receive, Scope, Send, ServerExtension
 from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.request_head import RequestHead
-from api_gateway.middleware import is_proxied
-from api_gateway.models import HeaderList
+from api_gateway.middleware import EXCHANGE, is_proxied
+from api_gateway.models import Exchange, HeaderList, Trace
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.cors import origin_of
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeaders
@@ -27,7 +30,7 @@ from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeader
 class FastPath(ExchangeContext):
     """Admits plain requests; see the module. Has no state but configuration."""
 
-    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911 - each branch is one reason
+    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911, PLR0912 - each branch is a reason
         """Start or refuse the received request and return True, or change nothing and return False.
 
         `received` is everything that one read returned: one complete head with a part of the body of its request at
@@ -37,6 +40,9 @@ class FastPath(ExchangeContext):
         if parts is None:
             return False
         method, raw_path, query, lines, body = parts
+        trace: Trace | None = None
+        if self.tracer is not None:  # without the fields that differ in each request, the lines are often the same
+            lines, trace = self.tracer.begin(lines)
         headers = client.last_headers
         if headers is None or headers.received != lines or headers.facts.owner is not self.headers:
             headers = self._read(client, lines)
@@ -51,6 +57,9 @@ class FastPath(ExchangeContext):
             return False
         target = raw_path + query if query else raw_path
         plan = self.admission.plan(headers.facts, method, path, target, self.clock_ns())
+        if trace is not None:
+            trace.host, trace.scheme = headers.facts.host, client.scheme
+            plan.exchange.trace = trace
         self.record.begin(plan.exchange)
         try:
             result = self.admission.decide(plan)
@@ -77,20 +86,50 @@ class FastPath(ExchangeContext):
         `trailers` is filled before the end of its body.
         """
         path = unquote(head.target.partition(b"?")[0].decode("ascii"))
-        if not is_proxied(path) or (head.method == "OPTIONS" and _has_field(head.headers, b"max-forwards")):
+        if not is_proxied(path):
             return False
-        headers = self.headers.read_head(client.client[0] if client.client else "unknown", client.scheme, head)
+        self._begin(client, head, path, trailers)
+        return True
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request by ASGI: the application for all paths below `/api`."""
+        scope[FIELDS] = fields_of(scope["headers"])
+        client = AsgiDownstream(scope, receive, send, self.router.omit)
+        extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
+        head = client.head_of(scope, _raw_target(scope) if extension is None else extension.target)
+        trailers = [] if extension is None else extension.trailers
+        mixes_trailers = extension is None and may_hold_trailers(scope[FIELDS], receive)
+        with self.open_exchanges.holding(client):
+            scope[EXCHANGE] = self._begin(client, head, scope["path"], trailers, mixes_trailers=mixes_trailers)
+            await client.run()
+
+    def _begin(
+        self, client: Downstream, head: RequestHead, path: str, trailers: HeaderList, *, mixes_trailers: bool = False
+    ) -> Exchange:
+        """Start or refuse a request whose body follows in pieces; return its record.
+
+        `mixes_trailers`: the header fields may contain trailers.
+        """
+        trace: Trace | None = None
+        if self.tracer is not None:
+            head.headers, trace = self.tracer.begin_parsed(head.headers)
+        headers = self.headers.read_head(_peer_of(client), client.scheme, head)
+        if mixes_trailers and headers.facts.ambiguity is None:
+            headers.facts.require_length(TRAILERS_MIXED)
         plan = self.admission.plan(headers.facts, head.method, path, head.target, self.clock_ns())
+        if trace is not None:
+            trace.host, trace.scheme, trace.version = headers.facts.host, client.scheme, head.version
+            plan.exchange.trace = trace
         self.record.begin(plan.exchange)
         try:
             result = self.admission.decide(plan)
         except Exception as error:  # noqa: BLE001 - as in `try_handle`
             result = self.record.internal_error(plan.exchange, error)
-        kind = TunnellingExchange if head.upgrade else FastExchange
+        kind = TunnellingExchange if head.upgrade and client.abilities.upgrade else FastExchange
         exchange = kind(self, client, headers, plan, b"", trailers)
         if result is not None and isinstance(result, Wait):
             exchange.wait(result)
-            return True
+            return plan.exchange
         if result is None:
             result = exchange.forward()
         if result is not None:
@@ -98,7 +137,7 @@ class FastPath(ExchangeContext):
                 self._refuse(client, plan, result)
             else:
                 exchange.refuse(result)
-        return True
+        return plan.exchange
 
     def refusal_fields(self, headers: HeaderList, target: bytes) -> HeaderList:
         """Return the CORS fields of a response with which the connection itself refuses a request."""
@@ -111,8 +150,9 @@ class FastPath(ExchangeContext):
 
     def _read(self, client: Downstream, lines: bytes) -> RewrittenHeaders | None:
         """Return the meaning of header lines, which the connection keeps for its next request; None if not plain."""
-        peer = client.client[0] if client.client else "unknown"
-        headers = self.headers.read_lines(peer, client.scheme, lines, client.limits.header_lines, client.last_headers)
+        headers = self.headers.read_lines(
+            _peer_of(client), client.scheme, lines, client.limits.header_lines, client.last_headers
+        )
         client.last_headers = headers if len(lines) <= MAX_REMEMBERED_BYTES else None
         return headers
 
@@ -124,6 +164,13 @@ class FastPath(ExchangeContext):
         self.record.end(exchange, self.clock())
 
 
-def _has_field(headers: HeaderList, name: bytes) -> bool:
-    """Tell whether there is a header field with a name in lower case."""
-    return any(field.lower() == name for field, _ in headers)
+def _peer_of(client: Downstream) -> str:
+    """Return the address of the connection of a client."""
+    return client.client[0] if client.client else "unknown"
+
+
+def _raw_target(scope: Scope) -> bytes:
+    """Return path and query from the scope of another server than the gateway's own."""
+    query: bytes = scope["query_string"]
+    path: bytes = scope["raw_path"]
+    return path + b"?" + query if query else path

@@ -57,7 +57,9 @@ class RelayingExchange(ExchangeLife):
 
     def takes_chunks(self, status: int) -> bool:
         """Take plain chunks with their framing, except of a response that may be followed by another attempt."""
-        return not self.is_watched and (status < _MIN_RETRIED_STATUS or not self._is_retried(status))
+        if self.is_watched or not self._client.abilities.framing:
+            return False
+        return status < _MIN_RETRIED_STATUS or not self._is_retried(status)
 
     def on_complex_head(self) -> None:
         """Forward interim responses, and take no more than READ_SIZE at once: the parser's callbacks take time."""
@@ -175,7 +177,9 @@ class RelayingExchange(ExchangeLife):
         else:
             if COST in self.fields:
                 context.router.on_cost(exchange, self.fields[COST])
-            self.is_framed = not (self.is_to_head or self.status in BODILESS or self.is_counted)
+            self.is_framed = self._client.abilities.framing and not (
+                self.is_to_head or self.status in BODILESS or self.is_counted
+            )
             head = parsed_head(
                 self, exchange, context, rewriter, authorities, is_chunked=self.is_framed, keep_alive=self.keep_alive
             )

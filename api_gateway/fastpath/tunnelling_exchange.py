@@ -29,6 +29,7 @@ class TunnellingExchange(FastExchange):
     An upstream with another transport gets the request without the handshake.
     """
 
+    is_handshake = True
     tunnel: Tunnel | None = None
     _is_asked = False  # the present attempt asks for the switch of protocols
 

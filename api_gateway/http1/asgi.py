@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import UNIX
@@ -24,10 +24,22 @@ RELAYED = "gateway.relayed"  # present if a load balancer has begun the connecti
 UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket
 
 
+class DownstreamAbilities(NamedTuple):
+    """What a client's side can do.
+
+    `framing`: it gets bodies with their framing, in chunks if they have no length; otherwise the content alone.
+    `upgrade`: `switch_protocols` can be called.
+    """
+
+    framing: bool
+    upgrade: bool
+
+
 class InFlight(Protocol):
     """A request in flight on the fast path, as its connection uses it."""
 
     keep_alive: bool  # whether the connection stays open after the response
+    is_handshake: bool  # whether the request asks for another protocol, which follows it then
 
     @property
     def is_head_sent(self) -> bool:
@@ -134,7 +146,6 @@ class ServerExtension(Protocol):
     headers: HeaderList
     trailers: HeaderList
     upgrade: bytes
-    task: "asyncio.Task[None]"  # serves the request
     is_disconnected: bool
     on_disconnect: Callable[[], object] | None  # called when the client disconnects before the response is complete
     on_shutdown: Callable[[], object] | None  # called when the server begins to stop, not if it is stopping already

@@ -182,35 +182,6 @@ def spellings(name: bytes) -> set[bytes]:
     return found
 
 
-def rewrite_request(
-    headers: HeaderList,
-    fields: Fields,
-    *,
-    host: bytes,
-    request_id: bytes,
-    via: tuple[bytes, bytes],
-    forwarding: HeaderList,
-    replaced: frozenset[bytes],
-    protected: frozenset[bytes] = frozenset(),
-) -> HeaderList:
-    """Return the request's header fields for the upstream; `fields` are the same ones by name.
-
-    `forwarding` are the fields about the client's address, instead of those with `replaced` names, see `forwarded`.
-    `protected` names (lower case) are kept even if `Connection` lists them. Spellings of protected and forwarding
-    names with underscores are removed, because CGI variables do not distinguish them from hyphens. `via` is the
-    gateway's own entry.
-    """
-    dropped = stripped_headers(protected, replaced)
-    if b"connection" in fields:
-        dropped |= connection_options(fields[b"connection"]) - protected - {b"transfer-encoding"}
-    kept: HeaderList = [(b"host", host)]
-    kept += [pair for pair in headers if pair[0].lower() not in dropped]
-    kept += forwarding
-    kept.append(via)
-    kept.append((b"x-request-id", request_id))
-    return kept
-
-
 @lru_cache(maxsize=8)
 def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
     return HOP_BY_HOP | GATEWAY_HEADERS | omit

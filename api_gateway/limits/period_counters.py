@@ -14,7 +14,7 @@ Long because counts, tables and the short way of a decision have to agree.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from zoneinfo import ZoneInfo
 
 from api_gateway.limits.periods import PERIOD_LENGTHS, Calendar, CalendarPeriod, Unit
@@ -42,6 +42,8 @@ class PeriodQuota(Quota):
     `carry_over` tokens that are left at the end of a period are added to the next one, and only to that. `warn_at` are
     shares of the allowance, in ascending order, that are reported once in each period when they are reached.
     """
+
+    is_calendar: ClassVar[bool] = True
 
     calendar: Calendar = UTC_MONTHS
     is_from_start: bool = False

@@ -91,7 +91,7 @@ class PeriodStore:
                     (limit,),
                 )
             ) as found:
-                counters += [_counter(row) for row in found]
+                counters += [counter_of(row) for row in found]
         return counters
 
     def _prepare(self, connection: Connection) -> None:
@@ -176,13 +176,14 @@ class PeriodJournal:
 async def _rows(counters: Sequence[tuple[str, Counter]]) -> list[CounterRow]:
     rows: list[CounterRow] = []
     for index, (key, counter) in enumerate(counters, 1):
-        rows.append(_row(key, counter))
+        rows.append(row_of(key, counter))
         if index % _STEP == 0:
             await asyncio.sleep(0)
     return rows
 
 
-def _row(key: str, counter: Counter) -> CounterRow:
+def row_of(key: str, counter: Counter) -> CounterRow:
+    """Return a counter as a row of the file; values are those of JSON, too."""
     count, before = counter.count, counter.before
     earlier: CounterRow = (None,) * 5
     if before is not None:
@@ -201,7 +202,8 @@ def _row(key: str, counter: Counter) -> CounterRow:
     )
 
 
-def _counter(row: CounterRow) -> tuple[str, Counter]:
+def counter_of(row: CounterRow) -> tuple[str, Counter]:
+    """Return the key and the counter of a row. Raises ValueError."""
     key, unit, began, *counts, balance, until, end, _, is_unverified = row
     latest, before = counts[:5], counts[5:]
     known = next((one for one in UNITS if one == unit), None)

@@ -12,7 +12,7 @@ from api_gateway.limits.period_counters import (
     Standing,
     standing_of,
 )
-from api_gateway.limits.period_store import PeriodJournal
+from api_gateway.limits.period_store import CounterRow, PeriodJournal, row_of
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 
 
@@ -21,6 +21,10 @@ class QuotaBook(Protocol):
 
     def keys(self) -> list[str]:
         """Return the keys of the counters in this process; empty if they are in the store."""
+        ...
+
+    def rows(self) -> list[CounterRow]:
+        """Return the counters in this process as rows of their file, in one step; empty if they are in the store."""
         ...
 
     async def look(self, key: str, quota: PeriodQuota, *, is_unverified: bool = False) -> tuple[Standing, int]:
@@ -46,6 +50,10 @@ class LocalBook:
     def keys(self) -> list[str]:
         """See `QuotaBook`."""
         return list(self._counters.counters)
+
+    def rows(self) -> list[CounterRow]:
+        """See `QuotaBook`."""
+        return [row_of(key, counter) for key, counter in self._counters.counters.items()]
 
     async def look(self, key: str, quota: PeriodQuota, *, is_unverified: bool = False) -> tuple[Standing, int]:
         """See `QuotaBook`."""
@@ -77,6 +85,10 @@ class StoreBook:
         return f"<StoreBook of {self._limiter!r}>"
 
     def keys(self) -> list[str]:
+        """See `QuotaBook`."""
+        return []
+
+    def rows(self) -> list[CounterRow]:
         """See `QuotaBook`."""
         return []
 

@@ -70,8 +70,11 @@ class QuotaLimiter:
         now_us = ceil(self._wall_clock() * MICROSECONDS)
         present = self.counters.present(charges, now_us // MICROSECONDS)
         if present is None:
-            return self.decide_in_any_state(charges, now_us, now_ns)
+            decision = self.decide_in_any_state(charges, now_us, now_ns)
+            decision.wall_us = now_us
+            return decision
         decision = self.buckets.decide(tokens, now_ns)
+        decision.wall_us = now_us
         if not decision.allowed:
             decision.violated = decision.violated or (decision.quota,)
             return decision

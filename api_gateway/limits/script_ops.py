@@ -84,6 +84,12 @@ class ChargeOp(ScriptOp):
         for number, charge in zip(numbers, self._charges, strict=True):
             arguments += (number, charge.quota.burst_ns, charge.increment_ns)
 
+    def read_uncharged(self, clock_us: int, reply: Iterator[int]) -> None:
+        """Read the reply of a script that has charged nothing for another reason; the decision is not passed on."""
+        self._charges = [Charge(charge.key, charge.quota, 0) for charge in self._charges]
+        self.is_over = True
+        self.read(clock_us, reply)
+
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
         """Compute the decision from the buckets' debts, by the same rule as the script, and cache the readings."""
         limiter, charges, asked_ns = self._limiter, self._charges, self._asked_ns

@@ -1,5 +1,5 @@
--- Token buckets and counters of calendar quotas on the server. One call decides on many requests, in order, at one time
--- of the server's clock.
+-- Token buckets, counters of calendar quotas and leases of concurrency limits on the server. One call decides on many
+-- requests, in order, at one time of the server's clock.
 --
 -- A bucket is one key. Its value is two decimal integers: the theoretical arrival time (nanoseconds since 1970; see
 -- rate_limiter.py) and the budget (nanoseconds) under which it was written. A key expires when its bucket is full, not
@@ -11,7 +11,13 @@
 -- caller gives the period that it expects to contain the server's time. If another period is needed, or the client's
 -- first period began at another time than the caller knows, nothing is charged, and the caller asks again.
 --
--- KEYS   the buckets and counters
+-- A lease is how many requests of a key one worker has in flight; those of one key are one key here, see
+-- `limits/concurrency_ops.py`. A worker that does not renew its lease is gone, and its requests with it: an expired lease
+-- does not count. A lease has an epoch, which the worker raises when it does not know what became of an operation; from
+-- then on earlier operations change nothing. A lease of no requests is kept until it ends: if there is none, it has ended
+-- or was lost.
+--
+-- KEYS   the buckets, counters and leases
 -- ARGV   a sequence of operations; a bucket is given by its number among KEYS, times are nanoseconds:
 --          count, count * (bucket, budget, cost)    charge all of these buckets or none
 --          "debt", bucket, budget, change, most     charge `change`, or as much of it as leaves a debt of `most`
@@ -22,12 +28,24 @@
 --          "correct", COUNTER, start                charge or refund (below 0) afterwards, in the period from `start`
 --          "adjust", COUNTER, amount, until, carried, is_reset
 --                                                   add a top-up, set what was carried over (-1: not), begin anew (1)
+--          "slots", worker, milliseconds, count, count * (leases, epoch, known, limit)
+--                                                   let the next charge pass only if fewer requests of each key are in
+--                                                   flight, and count one more in the worker's leases if it passes
+--          "return", worker, milliseconds, leases, epoch
+--                                                   count one less
+--          "hold", worker, milliseconds, leases, epoch, count
+--                                                   set the worker's lease, unless it has this epoch or a later one
+--          "renew", worker, milliseconds, leases, epoch, known
+--          "held", leases
 --        COUNTER is counter, unit, allowance, carry-over, start, end and earlier start of the period, begin (-1: of no
 --        importance), cost.
 -- Reply  the server's time in microseconds, then for each bucket of each operation except "debt" and "publish" its debt
 --        before the charge ("settle": afterwards), and for each counter of "all" and "adjust" 1 if the caller must ask
 --        again, else 0, and its value before ("adjust": afterwards), or -1 for each integer. The caller computes the
---        decision from these by the same rule.
+--        decision from these by the same rule. For each key of "slots" and "held": the requests in flight of all workers
+--        before; of "slots" -1 if the worker's lease has another epoch, or has expired while `known` requests are in
+--        flight. "return", "hold" and "renew": 1 if the lease has this epoch afterwards, else 0; of "renew" -1 if its number
+--        is not the `known` one, unless that is -1.
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -73,8 +91,85 @@ end
 
 local reply = {now}
 
+local now_ms = math.floor(now / 1000)
+local leases, leased = {}, {}
+local claims, has_room = {}, true -- of the charge that follows
+
+local function leases_of(number, milliseconds)
+  if not leases[number] then
+    local found, value = {}, redis.pcall('GET', KEYS[number])
+    if type(value) == 'string' then
+      for worker, epoch, count, ends in string.gmatch(value, '(%x+) (%d+) (%d+) (%d+)') do
+        -- A later end is only possible after a clock step backwards.
+        local lease = {epoch = tonumber(epoch), count = tonumber(count), ends = tonumber(ends)}
+        if milliseconds and lease.ends > now_ms + milliseconds then
+          lease.ends, leased[number] = now_ms + milliseconds, true
+        end
+        if lease.ends > now_ms then found[worker] = lease end
+      end
+    end
+    leases[number] = found
+  end
+  return leases[number]
+end
+
+local function in_flight(found)
+  local total = 0
+  for _, lease in pairs(found) do total = total + lease.count end
+  return total
+end
+
+local function set_lease(number, worker, milliseconds, epoch, count)
+  leases[number][worker] = {epoch = epoch, count = count, ends = now_ms + milliseconds}
+  leased[number] = true
+end
+
+local function claim(at)
+  local worker, milliseconds, last = ARGV[at], tonumber(ARGV[at + 1]), at + 2 + 4 * ARGV[at + 2]
+  for first = at + 3, last, 4 do
+    local number, epoch = tonumber(ARGV[first]), tonumber(ARGV[first + 1])
+    local found = leases_of(number, milliseconds)
+    local own, known, total = found[worker], tonumber(ARGV[first + 2]), in_flight(found)
+    local is_new = not own or own.count == 0 and own.epoch < epoch
+    if is_new and known > 0 or not is_new and own.epoch ~= epoch then total = -1 end
+    has_room = has_room and total >= 0 and total < tonumber(ARGV[first + 3])
+    reply[#reply + 1] = total
+    claims[#claims + 1] = {number, worker, milliseconds, epoch}
+  end
+  return last + 1
+end
+
+local function end_claims(passes)
+  for _, one in ipairs(claims) do
+    local own = leases[one[1]][one[2]]
+    if passes then set_lease(one[1], one[2], one[3], one[4], (own and own.count or 0) + 1) end -- a new one has 0
+  end
+  claims, has_room = {}, true
+end
+
+local function change_lease(operation, at)
+  local worker, milliseconds = ARGV[at], tonumber(ARGV[at + 1])
+  local number, epoch = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
+  local own = leases_of(number, milliseconds)[worker]
+  local is_present = own and own.epoch == epoch
+  if operation == 'hold' then
+    local count = tonumber(ARGV[at + 4])
+    if not own or own.epoch < epoch then
+      set_lease(number, worker, milliseconds, epoch, count)
+      is_present = true
+    end
+  elseif is_present then
+    set_lease(number, worker, milliseconds, epoch, own.count - (operation == 'return' and 1 or 0))
+  end
+  reply[#reply + 1] = is_present and 1 or 0
+  if operation == 'return' then return at + 4 end
+  local known = tonumber(ARGV[at + 4])
+  if operation == 'renew' and is_present and known >= 0 and known ~= own.count then reply[#reply] = -1 end
+  return at + 5
+end
+
 local function take(at, count)
-  local passes = true
+  local passes = has_room
   for first = at, at + 3 * (count - 1), 3 do
     local budget = tonumber(ARGV[first + 1])
     local debt = load(tonumber(ARGV[first]), budget)
@@ -87,6 +182,7 @@ local function take(at, count)
       if cost > 0 then charge(bucket, debts[bucket] + cost) end
     end
   end
+  if claims[1] then end_claims(passes) end
   return at + 3 * count
 end
 
@@ -184,7 +280,7 @@ local function report(must_ask_again, counter)
 end
 
 local function take_all(at)
-  local passes, buckets, last = true, tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+  local passes, buckets, last = has_room, tonumber(ARGV[at]), tonumber(ARGV[at + 1])
   local asked = {}
   local first_counter = at + 2 + 3 * buckets
   for first = at + 2, first_counter - 3, 3 do
@@ -213,6 +309,7 @@ local function take_all(at)
       end
     end
   end
+  if claims[1] then end_claims(passes) end
   return first_counter + ARGUMENTS * last
 end
 
@@ -288,6 +385,13 @@ while at <= #ARGV do
     at = correct(at + 1)
   elseif operation == 'adjust' then
     at = adjust(at + 1)
+  elseif operation == 'slots' then
+    at = claim(at + 1)
+  elseif operation == 'return' or operation == 'hold' or operation == 'renew' then
+    at = change_lease(operation, at + 1)
+  elseif operation == 'held' then
+    reply[#reply + 1] = in_flight(leases_of(tonumber(ARGV[at + 1])))
+    at = at + 2
   elseif operation == 'publish' then
     publications[#publications + 1] = at
     at = at + 3
@@ -314,6 +418,18 @@ for number in pairs(changed) do
   local past = math.max(counter[END] + 2 * (counter[END] - counter[START]) + 86400, counter[UNTIL])
   redis.call('SET', KEYS[number], table.concat(digits, ' '),
     'PXAT', string.format('%.0f', math.max(past, seconds) * 1000 + 999)) -- to the end of that second
+end
+for number in pairs(leased) do
+  local words, ends = {}, 0
+  for worker, lease in pairs(leases[number]) do
+    words[#words + 1] = string.format('%s %.0f %.0f %.0f', worker, lease.epoch, lease.count, lease.ends)
+    ends = math.max(ends, lease.ends)
+  end
+  if ends > 0 then
+    redis.call('SET', KEYS[number], table.concat(words, ' '), 'PXAT', string.format('%.0f', ends))
+  else
+    redis.call('DEL', KEYS[number])
+  end
 end
 for _, first in ipairs(publications) do
   redis.call('PUBLISH', ARGV[first + 1], ARGV[first + 2])

@@ -13,6 +13,7 @@ from api_gateway.observability.decision_numbers import DecisionNumbers
 LINE_FIELDS = (
     "time",
     "request_id",
+    "trace_id",
     "client_address",
     "client_id",
     "tier",
@@ -42,6 +43,7 @@ LINE_FIELDS = (
 )
 _MICROSECONDS = 1_000_000
 _ORGANISATION = '"organisation":'
+_TRACE = '"trace_id":'
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -90,6 +92,7 @@ class AccessLog:
             waited = _trimmed(waited)
         line = (
             f'{{"time":"{self._timestamp}","request_id":{quoted(exchange.id)}'
+            f"{'' if exchange.trace is None else f',{_TRACE}{quoted(exchange.trace.trace_id)}'}"
             f',"client_address":{quoted(exchange.peer)},"client_id":{client_id},"tier":{tier},"tier_source":{tier_source}'
             f"{'' if organisation is None else f',{_ORGANISATION}{quoted(organisation)}'}"
             f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)},"status":{exchange.status}'
@@ -114,11 +117,16 @@ class AccessLog:
         if not decision.quota.rate:  # a concurrency limit has refused the request, and nothing was charged
             names = ()
         cost, rest = exchange.cost, ""
+        # Of a decision about a calendar period; other decisions have no such attribute.
+        wall_us = getattr(decision, "wall_us", None) if len(charges) > 1 else None
         if exchange.settlements:
             rest = f',"settlements":[{",".join(map(self._settlement, exchange.settlements))}]'
             first = exchange.settlements[0]
             cost, decision = first.charged, first.decision
             rest = f',"remaining":{decision.remaining}{rest}'
+            wall_us = getattr(decision, "wall_us", None)
+        if wall_us is not None:
+            rest = f',"wall_us":{wall_us}{rest}'
         at_ns = decision.at_ns if decision.source == "store" else decision.at_ns + self._epoch_ns
         return (
             f'{{"at_ns":{at_ns},"number":{exchange.number}{self._process}'

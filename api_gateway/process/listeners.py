@@ -2,14 +2,15 @@
 
 On Linux the kernel distributes new connections over the TCP sockets (SO_REUSEPORT). Connections in the accept queue of
 a worker that has exited or is being replaced are not lost: the supervisor keeps the socket open, and the next worker
-inherits it. On other systems, and on a Unix socket, all workers accept from one socket.
+inherits it. On other systems, on a Unix socket, and on sockets that a service manager has opened, all workers accept
+from one socket.
 """
 
 import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,19 @@ _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _EVERY_ADDRESS = "::"
 IS_BALANCED = sys.platform == "linux"
 ACCEPTED_PER_TURN = 4
+ADMIN_SOCKET = "admin"  # the name of a passed socket that is for operators
 
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """The sockets of one worker: `public` for clients, `admin` for the operator listener if there is one."""
+    """The sockets of one worker: `public` for clients, `admin` for the operator listener if there is one.
+
+    `are_shared`: other workers accept from the same sockets.
+    """
 
     public: list[socket.socket]
     admin: list[socket.socket] = field(default_factory=list)
+    are_shared: bool = False
 
     def __iter__(self) -> Iterator[socket.socket]:
         yield from self.public
@@ -39,16 +45,21 @@ class Sockets:
 class Listeners:
     """The sockets of all workers. Closing them also removes the files of Unix sockets that were not replaced."""
 
-    def __init__(self, workers: int) -> None:
-        self.sets = [Sockets([]) for _ in range(workers)]
+    def __init__(self, workers: int, *, are_shared: bool = False) -> None:
+        self.sets = [Sockets([], are_shared=are_shared) for _ in range(workers)]
         self._files: list[tuple[Path, os.stat_result]] = []
 
     def __repr__(self) -> str:
         return f"<Listeners [{len(self.sets)} sets]>"
 
     @classmethod
-    def of(cls, config: GatewayConfig, workers: int) -> "Listeners":
-        """Bind all configured addresses. Raises StartupError, and then nothing stays bound."""
+    def of(cls, config: GatewayConfig, workers: int, passed: Sequence[tuple[str, socket.socket]] = ()) -> "Listeners":
+        """Bind all configured addresses, or use the sockets that a service manager has passed, with their names.
+
+        Raises StartupError, and then nothing stays bound.
+        """
+        if passed:
+            return cls._of_passed(config, workers, passed)
         server, admin = config.server, config.admin
         listeners = cls(workers)
         try:
@@ -60,6 +71,26 @@ class Listeners:
         except BaseException:
             listeners.close()
             raise
+        return listeners
+
+    @classmethod
+    def _of_passed(
+        cls, config: GatewayConfig, workers: int, passed: Sequence[tuple[str, socket.socket]]
+    ) -> "Listeners":
+        """Use passed sockets: those named `admin` for operators, all others for clients."""
+        admin = [sock for name, sock in passed if name == ADMIN_SOCKET]
+        public = [sock for name, sock in passed if name != ADMIN_SOCKET]
+        if bool(admin) != (config.admin.listen is not None):
+            raise StartupError(
+                f"admin.listen: is {config.admin.listen or 'not set'}, and the service manager passed {len(admin)} "
+                f"sockets named {ADMIN_SOCKET}; set it and pass one with FileDescriptorName={ADMIN_SOCKET}, or neither"
+            )
+        if not public:
+            raise StartupError(f"the service manager passed only sockets named {ADMIN_SOCKET!r}, and none for clients")
+        listeners = cls(workers, are_shared=workers > 1)
+        for number, sockets in enumerate(listeners.sets):
+            sockets.public.extend(public if number == 0 else [sock.dup() for sock in public])
+            sockets.admin.extend(admin if number == 0 else [sock.dup() for sock in admin])
         return listeners
 
     def _bind(self, setting: str, address: BindAddress, choose: Callable[[Sockets], list[socket.socket]]) -> None:
@@ -154,13 +185,13 @@ def watched(sockets: Iterable[socket.socket]) -> Iterator[list[socket.socket]]:
         ]
 
 
-def leave_group(sockets: Iterable[socket.socket]) -> None:
+def leave_group(sockets: Sockets) -> None:
     """Remove these sockets from the kernel's distribution of connections until a process listens on them again.
 
-    For a worker that cannot be replaced soon: a refused client that connects again gets another worker. A Unix socket
-    is shared by all workers and not affected.
+    For a worker that cannot be replaced soon: a refused client that connects again gets another worker. Sockets from
+    which other workers accept too are not affected.
     """
-    if IS_BALANCED:
+    if IS_BALANCED and not sockets.are_shared:
         for sock in sockets:
             if sock.family != socket.AF_UNIX:
                 with suppress(OSError):  # it was not listening

@@ -37,11 +37,13 @@ from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.held_signals import unblocked_signals
+from api_gateway.system.service_manager import ServiceManager
 
 logger = logging.getLogger(__name__)
 
 ADMIN_CONNECTIONS = 256  # to the operator listener
 _STEP = 0.1  # seconds between checks of `force_exit`
+SERVING = "serving"  # what the service manager shows
 PROCESS_STOP_MARGIN = 3.0  # seconds that the process may take after its drain time
 
 
@@ -61,10 +63,15 @@ class GatewayServer(uvicorn.Server):
         locality: Locality | None = None,
         clocks: Clocks = SYSTEM_CLOCKS,
         is_watched: bool = False,
+        manager: ServiceManager | None = None,
     ) -> None:
-        """`is_watched`: a change of the files of `read` triggers a reload. The others are as in `create_app`."""
+        """`is_watched`: a change of the files of `read` triggers a reload. The others are as in `create_app`.
+
+        `manager` is told the states of the process; it may have passed the sockets to listen on.
+        """
         self._stop_requested = asyncio.Event()
         self._settings = config
+        self._manager = manager or ServiceManager()
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels still in progress at the end of the drain time
         self._sockets = Sockets([])
@@ -101,7 +108,7 @@ class GatewayServer(uvicorn.Server):
         if sockets is not None:
             self.run_on(Sockets(sockets))
             return
-        listeners = Listeners.of(self._settings, 1)
+        listeners = Listeners.of(self._settings, 1, self._manager.passed)
         try:
             self.run_on(listeners.sets[0])
         finally:
@@ -146,9 +153,17 @@ class GatewayServer(uvicorn.Server):
 
     def begin_reload(self, origin: str) -> None:
         """Start a reload in a task; its outcome is logged. `origin` names who requested it."""
-        task = asyncio.get_running_loop().create_task(self._aggregator.reload(origin), name="reload")
+        task = asyncio.get_running_loop().create_task(self._reload(origin), name="reload")
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self, origin: str) -> ReloadOutcome:
+        self._manager.reloading()
+        try:
+            outcome = await self._aggregator.reload(origin)
+        finally:
+            self._manager.ready(SERVING)
+        return outcome
 
     def _apply_configuration(self, config: GatewayConfig) -> None:
         """Apply the server's settings of a reloaded configuration. Open connections keep their limits."""
@@ -177,6 +192,7 @@ class GatewayServer(uvicorn.Server):
     def announce(self) -> None:
         """Print the startup message."""
         print(startup_banner(self._settings, self._sockets), flush=True)
+        self._manager.ready(SERVING)
 
     @property
     def exit_code(self) -> int:
@@ -187,6 +203,7 @@ class GatewayServer(uvicorn.Server):
         """Stop: keep serving for `drain_delay` seconds, then drain."""
         if self._watching is not None:
             self._watching.cancel()
+        self._manager.stopping(stop_within(self._settings.server))
         logger.info("draining: %d connections, new requests for %g s", len(self.server_state.connections), self._delay)
         until = time.monotonic() + self._delay
         while not self.force_exit and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110 - set by a signal

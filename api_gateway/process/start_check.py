@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from api_gateway.assembly.issuers import keys_of
+from api_gateway.assembly.tracing import encoder_module
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.settings.bind_address import BindAddress
@@ -42,6 +43,7 @@ def file_errors(config: GatewayConfig) -> Iterator[Finding]:
             for key, message in _pem_problems(given):
                 yield Finding((*key_path, "tls", key), message)
     yield from _issuer_errors(config)
+    yield from _tracing_errors(config)
     store = config.store
     if store.is_shared:
         options = StoreUrl.parse(store.url.get_secret_value()).options
@@ -68,6 +70,14 @@ def _issuer_errors(config: GatewayConfig) -> Iterator[Finding]:
                 yield Finding(("identity", "sources"), cause)
                 return
             yield Finding((*key_path, place.rpartition(".")[2]), cause)
+
+
+def _tracing_errors(config: GatewayConfig) -> Iterator[Finding]:
+    if config.tracing.enabled:
+        try:
+            encoder_module()
+        except StartupError as error:
+            yield Finding(("tracing", "enabled"), f"{str(error).partition(': ')[2]}, got True")
 
 
 def startup_errors(config: GatewayConfig) -> Iterator[Finding]:

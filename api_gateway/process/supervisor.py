@@ -22,7 +22,7 @@ from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
 from api_gateway.process.message_log import change_logging
-from api_gateway.process.server import stop_within, watchdog_of
+from api_gateway.process.server import SERVING, stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import ReloadOutcome, ReloadState
@@ -30,8 +30,10 @@ from api_gateway.reload.reloader import ApplyError, Reloader, refused_reload
 from api_gateway.reload.serialization import serialized
 from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
+from api_gateway.reporting.traffic_history import TrafficHistory, seconds_to_next
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
 from api_gateway.system.held_signals import unblocked_signals
+from api_gateway.system.service_manager import ServiceManager
 from api_gateway.system.state_folder import own_folder
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 DRAIN_MARGIN = 3.5  # seconds that a worker may take after its drain time; its own watchdog ends it sooner
 SUPERVISOR_STOP_MARGIN = 4.5  # seconds that the supervisor may take after that time
 REPORT_MARGIN = 3.0  # seconds that a blocked worker has, after `worker_timeout`, to log its stack and exit
+QUERY_ROUND_TIMEOUT = 1.5  # seconds for the workers to answer a question
 GATHER_ROUND_TIMEOUT = 0.5  # seconds for the workers to report; after that their last reports are used
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
 COMMIT_TIMEOUT = 5.0  # seconds for a worker to apply it
@@ -69,7 +72,9 @@ class CounterLedger:
     workers: list[WorkerHandle] = field(default_factory=list)
     retired: WorkerSnapshot = field(default_factory=lambda: merge([]))
     configuration: Callable[[], ReloadState] = ReloadState
+    history: TrafficHistory = field(default_factory=TrafficHistory)
     _requested: int = 0
+    _asked: int = 0
     _running: "asyncio.Task[dict[str, Any]] | None" = None
     _next: "asyncio.Task[dict[str, Any]] | None" = None
 
@@ -81,6 +86,17 @@ class CounterLedger:
         if self._next is None:
             self._next = asyncio.create_task(self._round(self._running), name="gathering")
         return await asyncio.shield(self._next)
+
+    async def query(self, question: dict[str, Any]) -> tuple[list[str], bool]:
+        """Put a question to all workers that serve; return their answers as JSON, and whether none is missing."""
+        self._asked += 1
+        replies = [worker.ask(self._asked, question) for worker in self.workers if worker.is_serving]
+        if replies:
+            await asyncio.wait(replies, timeout=QUERY_ROUND_TIMEOUT)
+        answers = [reply.result() for reply in replies if reply.done()]
+        for reply in replies:
+            reply.cancel()
+        return [answer for answer in answers if answer is not None], len(answers) == len(replies)
 
     def retire(self, worker: WorkerHandle) -> None:
         """Keep the counters of a worker that has exited, and drop the rest of its snapshot."""
@@ -98,17 +114,34 @@ class CounterLedger:
             await asyncio.wait(replies, timeout=GATHER_ROUND_TIMEOUT)
         merged = merge([self.retired, *(worker.snapshot for worker in self.workers)])
         merged.configuration = self.configuration()
+        merged.points = self.history.points
         return merged.state()
+
+    async def sample_traffic(self) -> None:
+        """Add a point to the history of traffic every `POINT_SECONDS`, until cancelled."""
+        while True:
+            await asyncio.sleep(seconds_to_next(time.monotonic()))
+            recorders = [self.retired.recorder, *(worker.snapshot.recorder for worker in self.workers)]
+            self.history.sample(recorders, time.monotonic(), time.time())
 
 
 class Supervisor:
     """Runs a gateway with several workers. States: starting, serving, rolling (restart), stopping (from any)."""
 
-    def __init__(self, config: GatewayConfig, read: Callable[[], GatewayConfig], *, is_watched: bool = False) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        read: Callable[[], GatewayConfig],
+        *,
+        is_watched: bool = False,
+        manager: ServiceManager | None = None,
+    ) -> None:
         """`read` reads the configuration again; it raises ConfigError.
 
-        `is_watched`: a change of its files triggers a reload.
+        `is_watched`: a change of its files triggers a reload. `manager` is told the states of the gateway; it may
+        have passed the sockets to listen on.
         """
+        self._manager = manager or ServiceManager()
         self._watch: ConfigWatch | None = None
         if is_watched and isinstance(read, ConfigSource):
             self._watch = ConfigWatch(read, partial(self.reload, "--watch"))
@@ -164,16 +197,18 @@ class Supervisor:
     async def _live(self) -> None:
         server = self._config.server
         await self._start_shared(self._config)
-        listeners = Listeners.of(self._config, server.workers)
+        listeners = Listeners.of(self._config, server.workers, self._manager.passed)
         self._stack.callback(listeners.close)
         self._slots = [WorkerSlot(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
         self._stack.push_async_callback(self._stop_all)
         await self._start_all()
         print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - the startup message
+        self._manager.ready(SERVING)
         async with asyncio.TaskGroup() as group:
             for slot in self._slots:
                 group.create_task(self._respawn(slot), name=f"post {slot.number}")
             group.create_task(self._serve_signals(), name="signals")
+            group.create_task(self._ledger.sample_traffic(), name="history of traffic")
             if self._watch is not None:
                 group.create_task(self._watch.run(), name="watch")
 
@@ -208,6 +243,7 @@ class Supervisor:
 
     async def _stop_all(self) -> None:
         """Stop all workers; kill those that take too long."""
+        self._manager.stopping(stop_within(self._config.server, SUPERVISOR_STOP_MARGIN))
         for slot in self._slots:
             for sock in slot.sockets:
                 sock.close()  # the workers close theirs when they drain; from then on connections are refused
@@ -243,6 +279,7 @@ class Supervisor:
                 inherited,
                 self._ledger.gather,
                 self.reload,
+                self._ledger.query,
                 server.worker_timeout + REPORT_MARGIN,
             )
         except (
@@ -319,7 +356,11 @@ class Supervisor:
             await do()
 
     async def _reload_by_signal(self) -> None:
-        await self._reloader.reload("SIGHUP")
+        self._manager.reloading()
+        try:
+            await self._reloader.reload("SIGHUP")
+        finally:
+            self._manager.ready(SERVING)
 
     async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration in all workers, or in none; UNAVAILABLE during a rolling restart or a stop."""

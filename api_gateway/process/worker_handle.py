@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Gather = Callable[[], Awaitable[dict[str, Any]]]
 Reload = Callable[[str], Awaitable[ReloadOutcome]]  # takes the origin of the request
+Query = Callable[[dict[str, Any]], Awaitable[tuple[list[str], bool]]]  # the answers of all workers; are they complete
 
 WORKER_START_TIMEOUT = 30.0  # seconds for a worker to become ready
 MAX_SILENT_CHECKS = 10  # consecutive checks without a message, after which a worker counts as hanging
@@ -51,6 +52,7 @@ class WorkerHandle:
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         gather: Gather,
         reload: Reload,
+        query: Query,
         silence_timeout: float,
     ) -> None:
         """Kill the worker if, after its start, it sends no message for `silence_timeout` seconds."""
@@ -64,6 +66,8 @@ class WorkerHandle:
         self._reader, self._writer = streams
         self._gather = gather
         self._reload = reload
+        self._query = query
+        self._asked: dict[int, asyncio.Future[str | None]] = {}
         self._ready = asyncio.get_running_loop().create_future()
         self._pending: dict[int, asyncio.Future[None]] = {}
         self._configuring: asyncio.Future[Objection | None] | None = None  # the reply to a phase of a reload
@@ -120,6 +124,17 @@ class WorkerHandle:
             self._writer.write(encode("report", id=number))
         return reply
 
+    def ask(self, number: int, question: dict[str, Any]) -> asyncio.Future[str | None]:
+        """Put a question; the future has the answer as JSON, None if the worker does not serve."""
+        reply: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        if self.is_serving:
+            self._asked[number] = reply
+            reply.add_done_callback(lambda _: self._asked.pop(number, None))
+            self._writer.write(encode("query", id=number, question=question))
+        else:
+            reply.set_result(None)
+        return reply
+
     @property
     def is_serving(self) -> bool:
         """True from ready until the channel is closed."""
@@ -153,6 +168,9 @@ class WorkerHandle:
             if not self._ready.done():
                 self._ready.set_result(False)
             self._resolve(None)
+            for asked in list(self._asked.values()):
+                if not asked.done():
+                    asked.set_result(None)
 
     async def _watch(self, silence_timeout: float) -> None:
         """Kill the worker if it sends no message in MAX_SILENT_CHECKS checks.
@@ -179,6 +197,14 @@ class WorkerHandle:
                 objection = message["objection"]
                 self._configuring.set_result(None if objection is None else Objection(*objection))
             return
+        if message["kind"] == "answer":
+            asked = self._asked.get(message["id"])
+            if asked is not None and not asked.done():
+                asked.set_result(message["answer"])
+            return
+        if message["kind"] == "query":
+            self._reply_later(self._reply_to_query(message["id"], message["question"]))
+            return
         if message["kind"] == "reload":
             self._reply_later(self._reply_to_reload(message["id"], message["origin"]))
             return
@@ -187,7 +213,7 @@ class WorkerHandle:
             self.cut_off = message["cut_off"]
             self._resolve(None)
         elif message["kind"] == "gather":
-            self._reply_later(self._reply_to_gather(message["id"], message["with_histories"]))
+            self._reply_later(self._reply_to_gather(message))
         else:
             self._resolve(message["replies"])
 
@@ -212,10 +238,17 @@ class WorkerHandle:
         if not self._writer.is_closing():
             self._writer.write(encode("reloaded", id=number, outcome=outcome.state()))
 
-    async def _reply_to_gather(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - a field of the message
-        snapshot = await self._gather()
-        if not with_histories:
+    async def _reply_to_query(self, number: int, question: dict[str, Any]) -> None:
+        answers, is_complete = await self._query(question)
+        if not self._writer.is_closing():
+            self._writer.write(encode("answers", id=number, answers=answers, is_complete=is_complete))
+
+    async def _reply_to_gather(self, message: Mapping[str, Any]) -> None:
+        number, snapshot = message["id"], await self._gather()
+        if not message["with_histories"]:
             snapshot = {**snapshot, "histories": {}}
+        if not message["with_points"]:
+            snapshot = {**snapshot, "points": []}
         parts = list(split(snapshot))
         for count, part in enumerate(parts, 1):
             if self._writer.is_closing():
@@ -237,13 +270,14 @@ async def spawn(
     inherited: Sequence[int],
     gather: Gather,
     reload: Reload,
+    query: Query,
     silence_timeout: float,
 ) -> WorkerHandle:
     """Start a worker, by exec and not by fork: it runs the present code and shares no state of this process's loop.
 
     It inherits `sockets` and the descriptors `inherited`. `gather` is called when it requests the merged snapshot,
-    `reload` when it requests a reload. Once it serves, or after WORKER_START_TIMEOUT, it is killed if it sends no
-    message for `silence_timeout` seconds.
+    `reload` when it requests a reload, `query` when it asks all workers. Once it serves, or after
+    WORKER_START_TIMEOUT, it is killed if it sends no message for `silence_timeout` seconds.
     """
     ours, theirs = socket.socketpair()
     try:
@@ -267,7 +301,7 @@ async def spawn(
         raise
     worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin)
     theirs.close()  # the worker has inherited it
-    worker = WorkerHandle(number, process, streams, gather, reload, silence_timeout)
+    worker = WorkerHandle(number, process, streams, gather, reload, query, silence_timeout)
     assert process.stdin is not None  # noqa: S101 - piped above
     process.stdin.write(worker_config.encode())
     process.stdin.close()

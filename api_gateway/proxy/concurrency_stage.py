@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from api_gateway.errors import GatewayError
-from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
+from api_gateway.limits.concurrency import ConcurrencyQuota, LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, ConcurrencySlot, Decision, Quota
@@ -55,22 +55,27 @@ class ConcurrencyStage(LimitListStage):
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse the request if a slot is missing, else charge it, and take the slots if it is admitted."""
         charges = self._set_charges(plan)
-        if not isinstance(charges, SlottedCharges):
-            return self._charge(plan, charges)
-        refused = self.slots.refusal(charges.slots, plan.now_ns)
-        if refused is not None:
-            plan.exchange.decision = refused
-            return refusal(plan.exchange, refused)
-        outcome = self._charge(plan, charges)
-        if outcome is None:  # buckets in memory decide at once
-            self.slots.take(plan.exchange, charges.slots)
-        return outcome
-
-    def _charge(self, plan: RequestPlan, charges: list[Charge]) -> StageResult:
+        if isinstance(charges, SlottedCharges):
+            refused = self.slots.refusal(charges.slots, plan.now_ns)
+            if refused is not None:
+                return self._on_decision(plan, refused)
         decision = self._decide_at_once(charges, plan.now_ns)
-        if decision is None:
-            return Wait(partial(self._ask, charges, plan.now_ns), self._on_decision)
-        return self._on_decision(plan, decision)
+        if decision is not None:
+            outcome = self._on_decision(plan, decision)
+            if outcome is None and isinstance(charges, SlottedCharges):
+                self.slots.take(plan.exchange, charges.slots)
+            return outcome
+        if isinstance(charges, SlottedCharges):
+            ask = partial(self.slots.ask, plan.exchange, self._limiter, charges, plan.now_ns)
+        else:
+            ask = partial(self._ask, charges, plan.now_ns)
+        return Wait(ask, self._on_decision)
+
+    def _on_decision(self, plan: RequestPlan, decision: Decision) -> StageResult:
+        if isinstance(decision.quota, ConcurrencyQuota):  # which has no candidate
+            plan.exchange.decision = decision
+            return refusal(plan.exchange, decision)
+        return super()._on_decision(plan, decision)
 
     def inspect(self, plan: RequestPlan) -> StageResult:
         """Ask for what is in flight, and for the decision of each bucket alone."""

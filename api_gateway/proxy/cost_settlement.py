@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from api_gateway.errors import GatewayError
 from api_gateway.limits.concurrency import SlottedCharges
-from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.models import Charge, Exchange, Settlement
 from api_gateway.proxy.content_cost import ContentCost
@@ -111,14 +111,11 @@ class CostSettlement:
         if self._next_number is not None:
             exchange.settlements += (Settlement(now_ns, self._next_number(), decision, exchange.cost, cost),)
         exchange.cost, exchange.charges = cost, charges
-        exchange.decision = decision = self._limiter.settle(changes, decision, now_ns, charges)
+        exchange.decision = self._limiter.settle(changes, decision, now_ns, charges)
         if exchange.trial is not None and exchange.trial[1].allowed:
             trial, tried = exchange.trial
             charges, changes = _settled_to(trial, cost, is_whole=is_whole)
             exchange.trial = charges, self._limiter.settle(changes, tried, now_ns, charges)
-        if exchange.response_headers:
-            others = [pair for pair in exchange.response_headers if pair[0] not in HEADER_NAMES]
-            exchange.response_headers = others + self._limit_headers.headers(decision, exchange.charges)
 
 
 def _settled_to(charges: Sequence[Charge], cost: float, *, is_whole: bool) -> tuple[list[Charge], list[Charge]]:

@@ -48,6 +48,7 @@ MAX_REMEMBERED = 1_024  # entries of each cache but the following
 MAX_NAMED = 16_384  # client ids with their facts, about 1 KB each
 MAX_FIRST = 256  # entries of the cache of whole header sections
 MAX_ID_BYTES = 128  # size of the largest client id
+_MAX_HOP_DIGITS = 9  # of Max-Forwards; a longer value is ignored
 NONE_KEYED: Mapping[bytes, str] = {}
 NONE_CHARGED: dict[tuple[str | None, str, float], list[Charge]] = {}  # replaced when the client is determined
 
@@ -87,6 +88,7 @@ class HeaderFacts:
         "host",
         "host_field",
         "id_field",
+        "is_final_recipient",
         "is_length_required",
         "is_loop",
         "is_trusted",
@@ -148,6 +150,7 @@ class HeaderFacts:
         self.client: Client | None = None
         self.accepts_trailers = False  # whether the response may have some
         self.is_length_required = False
+        self.is_final_recipient = False  # of an OPTIONS request, by `Max-Forwards: 0`
         self.origin: bytes | None = None  # None also if no CORS policy is configured
         self.preflight: Preflight | None = None
         self.cors: CorsFields | None = None  # of responses by `cors_route`, the route that was used last
@@ -328,12 +331,18 @@ class HeaderReader:
         headers = head.headers
         fields = fields_of(headers)
         facts = self.read(peer, fields, head.version)
+        if head.method == "OPTIONS" and b"max-forwards" in fields:
+            headers, facts.is_final_recipient = _decremented(headers, fields[b"max-forwards"][0])
         facts.length, facts.keep_alive = head.length, head.keep_alive
         is_expected = head.expects_continue and head.length != 0
         facts.expectation = [pair for pair in headers if pair[0].lower() == b"expect"] if is_expected else []
-        facts.accepts_trailers = head.method != "HEAD" and any(
-            b"trailers" in value.lower()
-            for value in fields.get(b"te", ())  # RFC 9110 section 6.5.1
+        facts.accepts_trailers = (
+            head.method != "HEAD"
+            and head.version != "1.0"
+            and any(
+                b"trailers" in value.lower()
+                for value in fields.get(b"te", ())  # RFC 9110 section 6.5.1
+            )
         )
         facts.request_id = given_request_id(fields)
         facts.host_field = fields.get(b"host", (b"",))[0]
@@ -463,3 +472,15 @@ class HeaderReader:
             facts.name = client_id(fields, self.id_header)
         except ClientIdInvalid as error:
             facts.name_error = error.detail
+
+
+def _decremented(headers: HeaderList, hops: bytes) -> tuple[HeaderList, bool]:
+    """Return header fields with a decremented `Max-Forwards`, and whether it was 0 (RFC 9110 section 7.6.2).
+
+    Invalid values pass.
+    """
+    if not hops.isdigit() or len(hops) > _MAX_HOP_DIGITS:
+        return headers, False
+    left = b"%d" % (int(hops) - 1)
+    changed = [(name, left if name.lower() == b"max-forwards" else value) for name, value in headers]
+    return changed, int(hops) == 0

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import httpx
 
 from api_gateway.errors import GatewayError, Overloaded, UpstreamTimeout
-from api_gateway.models import Clock, Exchange, Outcome
+from api_gateway.models import AttemptFailure, Clock, Exchange, Outcome
 from api_gateway.proxy.attribution import (
     NO_PROGRESS,
     Cause,
@@ -23,6 +23,8 @@ from api_gateway.transport.local_resources import ExhaustionLog, LocalResourcesE
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, SlowResponse
 
+_MAX_DETAIL = 500  # characters of an error that are recorded
+_MIN_RETRIED = 429  # the lowest status that a retry policy can name
 _CLASSES = tuple(f"{number}xx" for number in range(6))
 
 
@@ -59,9 +61,11 @@ class OutcomeReporter:
         if took < 0:  # the client's time, which is subtracted, is measured on the coarser clock of the event loop
             took, exchange.sent_at = 0.0, now
         self._observe_attempt(attempt.upstream.name, _CLASSES[status // 100], took, now)
-        if status >= 500:  # noqa: PLR2004 - the class of server errors
-            self._settle(exchange, attempt, Cause.SERVER_ERROR, client, now, f"status {status}")
-            return
+        if status >= _MIN_RETRIED:
+            _note(exchange, attempt, now, status=status)
+            if status >= 500:  # noqa: PLR2004 - the class of server errors
+                self._settle(exchange, attempt, Cause.SERVER_ERROR, client, now, f"status {status}")
+                return
         if attempt.upstream.limit is not None:  # server errors are excluded: they may be immediate
             attempt.upstream.limit.observe(took, now)
         if took >= attempt.upstream.breaker.slow_after:
@@ -76,6 +80,7 @@ class OutcomeReporter:
         self._observe_attempt(upstream, failure.reason, None, now)
         if isinstance(failure, Overloaded) and (exhaustion := _exhaustion(error)) is not None:
             self._exhaustion_log.note(upstream, exhaustion, now)
+        _note(exchange, attempt, now, failure.reason.value, str(error))
         cause = cause_of(failure)
         if self._settle(exchange, attempt, cause, client, now, failure.reason) and cause is Cause.TIMEOUT:
             _observe_missing_head(exchange, attempt, now)
@@ -87,8 +92,9 @@ class OutcomeReporter:
         """Settle an attempt whose response is incomplete; return the translated error."""
         failure = translate(error, attempt.upstream.name)
         failure.__cause__ = error
-        detail = f"{failure.reason} within the body"
-        self._settle(exchange, attempt, cause_of(failure), client, self._clock(), detail)
+        detail, now = f"{failure.reason} within the body", self._clock()
+        _note(exchange, attempt, now, failure.reason.value, f"within the body: {error}")
+        self._settle(exchange, attempt, cause_of(failure), client, now, detail)
         return failure
 
     def on_overdue(
@@ -96,6 +102,7 @@ class OutcomeReporter:
     ) -> None:
         """Settle an attempt that a deadline has ended, after the upstream has spent `spent` seconds on it."""
         now, reason = self._clock(), UpstreamTimeout.reason.value
+        _note(exchange, attempt, now, reason, "the deadline of the request has passed")
         cause = cause_of_deadline(deadline, spent, client)
         if self._settle(exchange, attempt, cause, client, now, f"{reason} (deadline)") and exchange.head_at is None:
             self._observe_attempt(attempt.upstream.name, reason, None, now)
@@ -143,6 +150,27 @@ class OutcomeReporter:
 def _exhaustion(error: BaseException) -> LocalResourcesExhausted | None:
     """Return the LocalResourcesExhausted error that is, or caused, `error`; None if there is none."""
     return next((found for found in (error, error.__cause__) if isinstance(found, LocalResourcesExhausted)), None)
+
+
+def _note(
+    exchange: Exchange,
+    attempt: Attempt,
+    now: float,
+    failure: str | None = None,
+    detail: str = "",
+    *,
+    status: int | None = None,
+) -> None:
+    """Record a failed attempt in its exchange; what is found out later about the same attempt replaces it."""
+    started = now if exchange.sent_at is None else exchange.sent_at
+    known = exchange.failures
+    if known and known[-1].started == started and known[-1].target == attempt.target.url:
+        status = known[-1].status if status is None else status
+        known = known[:-1]
+    row = AttemptFailure(
+        attempt.upstream.name, attempt.target.url, started, now, status, failure, detail[:_MAX_DETAIL]
+    )
+    exchange.failures = (*known, row)
 
 
 def _observe_missing_head(exchange: Exchange, attempt: Attempt, now: float) -> None:

@@ -7,25 +7,29 @@ from api_gateway.errors import GatewayError, problem
 from api_gateway.http1.asgi import Send
 from api_gateway.http1.serializer import render_fields, status_line
 from api_gateway.limits.limit_reached import LimitReached
-from api_gateway.models import HeaderList
+from api_gateway.models import HeaderList, Trace
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def problem_body(error: GatewayError, *, instance: str, request_id: str | None) -> bytes:
-    """Return the problem details of `error` in JSON."""
+def problem_body(error: GatewayError, *, instance: str, request_id: str | None, trace: Trace | None = None) -> bytes:
+    """Return the problem details of `error` in JSON; `trace` is that of the exchange, None if tracing is off."""
     if isinstance(error, LimitReached) and request_id is not None:
-        return error.body(instance, request_id)
-    return _encode(problem(error, instance=instance, request_id=request_id)).encode()
+        body = error.body(instance, request_id)
+    else:
+        body = _encode(problem(error, instance=instance, request_id=request_id)).encode()
+    return body if trace is None else b'%b, "trace_id": "%b"}' % (body[:-1], trace.trace_id.encode())
 
 
-def problem_message(error: GatewayError, *, instance: str, request_id: str, lines: bytes) -> tuple[bytes, bytes]:
+def problem_message(
+    error: GatewayError, *, instance: str, request_id: str, lines: bytes, trace: Trace | None = None
+) -> tuple[bytes, bytes]:
     """Return head and body of the response in HTTP/1.1 format.
 
     `lines` are further lines of the head, valid and each with its line break. Raises RuntimeError if a header field
     of the error contains a line break or NUL.
     """
-    body = problem_body(error, instance=instance, request_id=request_id)
+    body = problem_body(error, instance=instance, request_id=request_id, trace=trace)
     head = b"%b%d\r\ncache-control: no-store\r\n%b%b\r\n" % (
         _start(error.status),
         len(body),
@@ -42,10 +46,16 @@ def _start(status: int) -> bytes:
 
 
 async def send_problem(
-    error: GatewayError, send: Send, *, instance: str, request_id: str | None, headers: HeaderList
+    error: GatewayError,
+    send: Send,
+    *,
+    instance: str,
+    request_id: str | None,
+    headers: HeaderList,
+    trace: Trace | None = None,
 ) -> int:
     """Send `error` as problem details (RFC 9457); return the size of the body in bytes."""
-    body = problem_body(error, instance=instance, request_id=request_id)
+    body = problem_body(error, instance=instance, request_id=request_id, trace=trace)
     own = [
         (b"content-type", b"application/problem+json"),
         (b"content-length", b"%d" % len(body)),

@@ -19,7 +19,7 @@ from api_gateway.errors import (
 from api_gateway.http1.headers import address_key
 from api_gateway.http1.methods import KNOWN_METHODS, PROXIED_METHODS, REFUSED_METHODS
 from api_gateway.models import Client
-from api_gateway.proxy.admission import RequestPlan, StageResult, Wait
+from api_gateway.proxy.admission import DirectResponse, RequestPlan, StageResult, Wait
 from api_gateway.proxy.deadline import deadline_of
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, IdentitySources
@@ -255,3 +255,18 @@ class DecisionNumberStage(ReadOnlyStage):
     def inspect(self, _plan: RequestPlan) -> StageResult:
         """See `Stage`; nothing is numbered."""
         return None
+
+
+class FinalRecipientStage(ReadOnlyStage):
+    """Responds to OPTIONS with `Max-Forwards: 0` in place of the upstream (RFC 9110 section 7.6.2)."""
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Respond, or go on."""
+        if not plan.facts.is_final_recipient:
+            return None
+        cors = plan.exchange.cors
+        return DirectResponse(204, [(b"allow", PROXIED_METHODS.encode()), *([] if cors is None else cors.pairs)])
+
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return facts.is_final_recipient

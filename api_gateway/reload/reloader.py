@@ -61,7 +61,7 @@ class Reloader:
 
     def record(self, outcome: ReloadOutcome, origin: str) -> ReloadOutcome:
         """Count an outcome, log it, and return it."""
-        self.state = self.state.after(outcome, self._wall_clock())
+        self.state = self.state.after(outcome, self._wall_clock(), origin)
         if outcome.result is not ReloadResult.SUCCESS:
             for problem in outcome.problems:
                 logger.error("configuration not reloaded (%s): %s", origin, problem)

@@ -5,6 +5,8 @@ from typing import Any
 from api_gateway.config import DEFAULT_TIERS, GatewayConfig, from_values
 from api_gateway.settings.secret import revealed
 
+_ORIGINS = "origins of settings"  # no setting has this name
+
 
 def serialized(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration in JSON's types, with `sections` replacing its own. It shows the secrets."""
@@ -12,9 +14,11 @@ def serialized(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any
     values["tiers"] |= {
         name: None for name in DEFAULT_TIERS if name not in config.tiers
     }  # None removes a default tier
+    values[_ORIGINS] = [[list(key_path), origin] for key_path, origin in config.origins.items()]
     return values | sections
 
 
 def deserialized(values: dict[str, Any]) -> GatewayConfig:
     """Return the configuration from the result of `serialized`."""
-    return from_values(values)
+    given = {name: value for name, value in values.items() if name != _ORIGINS}
+    return from_values(given).with_origins({tuple(key_path): origin for key_path, origin in values.get(_ORIGINS, ())})

@@ -15,6 +15,7 @@ from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.page import page_of
 from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import document_of, text_of
+from api_gateway.replay.snapshot import read_snapshot
 from api_gateway.settings.diagnostics import ConfigError
 
 MATCHED = 1  # exit code: the condition of --fail-if is true of a client
@@ -49,12 +50,15 @@ def _run(options: argparse.Namespace) -> int:
         None if current is None else current[1],
         jobs=options.jobs,
         folder=options.temporary,
+        snapshot=None if options.begin is None else read_snapshot(options.begin),
     )
     document = document_of(replayed, candidate, current)
     matched = [] if condition is None else clients_that_match(condition, replayed)
     document["fail_if"] = (
         None if condition is None else {"condition": condition.text, "clients": matched[:SHOWN_CLIENTS]}
     )
+    if options.save is not None:
+        replayed.state.write(options.save)
     if options.html is not None:
         _write(options.html, page_of(document))
     print(json.dumps(document, indent=2) if options.json else text_of(document, options.clients), end="", flush=True)
@@ -101,6 +105,19 @@ def _parser() -> argparse.ArgumentParser:
         "--current",
         metavar="FILE",
         help=f"YAML file of the current configuration (default: ${CONFIG_VARIABLE}; without, the log is compared)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="begin",
+        type=Path,
+        metavar="SNAPSHOT",
+        help="what GET /limits/snapshot or --save has written: begin with this state, not with full buckets",
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="write the state at the end, under the current configuration if given",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")

@@ -15,6 +15,7 @@ from api_gateway.replay.log_lines import LogEvent
 
 RUN_EVENTS = 100_000
 BLOCK_EVENTS = 1024
+_LENGTH = 8  # bytes of the length before each block, as `marshal.load` would read a file value by value
 
 
 class Run(NamedTuple):
@@ -51,7 +52,8 @@ class RunWriter:
         path = self._folder / f"{self._prefix}-{len(self.runs)}"
         with path.open("wb") as file:
             for begin in range(0, len(self._events), BLOCK_EVENTS):
-                marshal.dump(self._events[begin : begin + BLOCK_EVENTS], file)
+                data = marshal.dumps(self._events[begin : begin + BLOCK_EVENTS])
+                file.write(len(data).to_bytes(_LENGTH, "little") + data)
         self.runs.append(Run(self._events[0], path))
         self._events = []
 
@@ -83,5 +85,5 @@ def merged(runs: Sequence[Run]) -> Iterator[list[LogEvent]]:
 
 def _blocks(path: Path) -> Iterator[list[LogEvent]]:
     with path.open("rb") as file:
-        while file.peek(1):
-            yield marshal.load(file)  # noqa: S302 - written by this command
+        while length := file.read(_LENGTH):
+            yield marshal.loads(file.read(int.from_bytes(length, "little")))  # noqa: S302 - written by this command

@@ -19,7 +19,7 @@ DECISION, SETTLEMENT, CHECK = 0, 1, 2  # kinds
 # What follows (time, number, place, kind) in an event of any kind:
 # process, source of the decision, client id, source of the tier, address
 # and then in a decision: tier, has keys, method, path, route, cost, limits, limit, wait_ns, remaining, settlements,
-# organisation
+# organisation, wall_us (0 if it is not logged)
 # in a settlement: number of the decision, cost
 KIND, PROCESS, SOURCE, ID_OF_CLIENT, TIER_SOURCE, ADDRESS = 3, 4, 5, 6, 7, 8
 
@@ -34,7 +34,8 @@ _HEAD = re.compile(
 _TAIL = re.compile(
     r',"cost":[^,]*,"remaining":(\d{1,18}),"bytes_received":\d+,"bytes_sent":\d+,"duration_ms":[^,]*'
     r',"upstream_duration_ms":[^,]*,"decision":\{"at_ns":(\d{1,19}),"number":(\d{1,18}),"process":"(\w+)","source":"(\w+)"'
-    rf',"limits":\[([^\]\\]+)\],"limit":{_TEXT},"wait_ns":(-1|\d{{1,19}}),"cost":({_COST})\}}\}}\s*'
+    rf',"limits":\[([^\]\\]+)\],"limit":{_TEXT},"wait_ns":(-1|\d{{1,19}}),"cost":({_COST})'
+    r'(?:,"wall_us":(\d{1,16}))?\}\}\s*'
 )
 
 
@@ -58,12 +59,12 @@ def events_of(line: str, place: int) -> list[LogEvent]:
         tail = _TAIL.fullmatch(line, line.find(',"cost":', head.end()))
         if tail is not None:
             address, client, tier, tier_source, keys, organisation, method, path, route = head.groups()
-            remaining, at_ns, number, process, source, limits, limit, wait_ns, cost = tail.groups()
+            remaining, at_ns, number, process, source, limits, limit, wait_ns, cost, wall_us = tail.groups()
             return [
                 (
                     *(int(at_ns), int(number), place, DECISION, process, source, client, tier_source, address),
                     *(tier, keys is not None, method, path, route, float(cost), limits, limit),
-                    *(int(wait_ns), int(remaining), 0, organisation),
+                    *(int(wait_ns), int(remaining), 0, organisation, int(wall_us or 0)),
                 )
             ]
     return _events_of_any(line, place)
@@ -114,6 +115,7 @@ def _of_members(members: Mapping[str, Any], place: int) -> list[LogEvent]:
             *(_whole(decision["wait_ns"], -1), _whole(decision.get("remaining", members["remaining"]))),
             len(settlements),
             None if members.get("organisation") is None else _text(members["organisation"]),
+            _whole(decision.get("wall_us", 0), most=MAX_WHOLE // 1000),
         )
     )
     for one in settlements:
@@ -128,9 +130,9 @@ def _text(value: object) -> str:
     return value
 
 
-def _whole(value: object, least: int = 0) -> int:
-    if type(value) is not int or not least <= value < MAX_WHOLE:
-        raise ValueError(f"expected a whole number from {least} to {MAX_WHOLE:.0e}, got {_shown(value)}")
+def _whole(value: object, least: int = 0, most: int = MAX_WHOLE) -> int:
+    if type(value) is not int or not least <= value < most:
+        raise ValueError(f"expected a whole number from {least} to {most:.0e}, got {_shown(value)}")
     return value
 
 

@@ -19,9 +19,27 @@ from pathlib import Path
 from api_gateway.config import GatewayConfig
 from api_gateway.replay.external_sort import Run, RunWriter, merged
 from api_gateway.replay.log_files import BrokenFile, LogPart, blocks_of, log_parts
-from api_gateway.replay.log_lines import DECISION, KIND, PROCESS, SOURCE, ForeignLine, LogEvent, NotDecided, events_of
-from api_gateway.replay.sharding import SharedBuckets, linked_address, linked_by_limits, shard_key, shards
+from api_gateway.replay.log_lines import (
+    DECISION,
+    KIND,
+    PROCESS,
+    SOURCE,
+    TIER_SOURCE,
+    ForeignLine,
+    LogEvent,
+    NotDecided,
+    events_of,
+)
+from api_gateway.replay.sharding import (
+    UNREGISTERED,
+    SharedBuckets,
+    linked_address,
+    linked_by_limits,
+    shard_key,
+    shards,
+)
 from api_gateway.replay.simulation import Simulation
+from api_gateway.replay.snapshot import ReplaySnapshot
 from api_gateway.replay.tally import ReplayTally
 
 SMALL = 32 * 1024 * 1024  # bytes of logs up to which another process does not pay
@@ -53,13 +71,18 @@ class PartSummary:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The result of a replay. `processes` have decided at the same time, in `seconds` for everything."""
+    """The result of a replay. `processes` have decided at the same time, in `seconds` for everything.
+
+    `state` is that of the current configuration at the end, or else of the candidate.
+    """
 
     parts: Sequence[PartSummary]
     tally: ReplayTally
     unknown_tiers: frozenset[str]
     processes: int
     seconds: float
+    state: ReplaySnapshot
+    snapshot: ReplaySnapshot | None = None
 
 
 def replay_logs(
@@ -69,8 +92,11 @@ def replay_logs(
     *,
     jobs: int | None = None,
     folder: Path | None = None,
+    snapshot: ReplaySnapshot | None = None,
 ) -> Replayed:
     """Replay access logs under a candidate and, if given, under the current configuration. Raises ReplayError.
+
+    Begin with the state in `snapshot`, which is that of the current configuration, and after its time.
 
     `jobs` is the number of processes (None: one for each processor, if the logs are large). Events are sorted in a
     temporary folder below `folder`.
@@ -84,18 +110,19 @@ def replay_logs(
         limits = SharedBuckets(configs)
         if jobs == 1:
             summaries = [read_part(part, index, Path(name), limits) for index, part in enumerate(parts)]
-            found = [decide_shard(work) for work in _divided(candidate, current, summaries, 1)]
+            found = [decide_shard(work) for work in _divided(candidate, current, summaries, 1, snapshot)]
         else:
             with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
                 reading = [pool.submit(read_part, part, index, Path(name), limits) for index, part in enumerate(parts)]
                 summaries = [task.result() for task in reading]
-                deciding = [pool.submit(decide_shard, work) for work in _divided(candidate, current, summaries, jobs)]
-                found = [task.result() for task in deciding]
-    tally, unknown = found[0]
-    for other, tiers in found[1:]:
+                works = _divided(candidate, current, summaries, jobs, snapshot)
+                found = [task.result() for task in [pool.submit(decide_shard, work) for work in works]]
+    tally, unknown, state = found[0]
+    for other, tiers, states in found[1:]:
         tally.merge(other)
         unknown |= tiers
-    return Replayed(summaries, tally, frozenset(unknown), len(found), time.monotonic() - began)
+        state.add(states)
+    return Replayed(summaries, tally, frozenset(unknown), len(found), time.monotonic() - began, state, snapshot)
 
 
 @contextmanager
@@ -173,10 +200,15 @@ def _count(summary: PartSummary, events: Sequence[LogEvent], is_limited: Callabl
     for event in events:
         key = shard_key(event)
         counts[key] = counts.get(key, 0) + 1
-        other = linked_address(event, is_limited)
-        if other is not None:
-            links.add((key, other))
-        numbers.setdefault(event[PROCESS], []).append(event[1])
+        if event[TIER_SOURCE] in UNREGISTERED:
+            other = linked_address(event, is_limited)
+            if other is not None:
+                links.add((key, other))
+        process, number = event[PROCESS], event[1]
+        if process in numbers:
+            numbers[process].append(number)
+        else:
+            numbers[process] = [number]
     for process, given in numbers.items():
         _extend(summary, process, given)
     numbers.clear()
@@ -205,24 +237,38 @@ class ShardWork:
     end_ns: int
     shard_of: Mapping[str, int] | None = None
     shard: int = 0
+    snapshot: ReplaySnapshot | None = None
 
 
-def decide_shard(work: ShardWork) -> tuple[ReplayTally, set[str]]:
-    """Decide on events in their order; return the figures, and tiers of the log that the candidate does not have."""
-    candidate = Simulation(work.candidate)
-    current = None if work.current is None else Simulation(work.current)
+def decide_shard(work: ShardWork) -> tuple[ReplayTally, set[str], ReplaySnapshot]:
+    """Decide on events in their order.
+
+    Return the figures, tiers of the log that the candidate does not have, and the state at the end.
+    """
+    snapshot = work.snapshot
+    from_ns = -1 if snapshot is None else snapshot.at_ns
+    candidate = Simulation(work.candidate, snapshot, work.current)
+    current = None if work.current is None else Simulation(work.current, snapshot)
     tally = ReplayTally(candidate, current, work.begin_ns, work.end_ns)
     add, shard_of, shard = tally.add, work.shard_of, work.shard
     with _without_collections():
         for events in merged(work.runs):
             for event in events:
                 if shard_of is None or shard_of[shard_key(event)] == shard:
-                    add(event)
-    return tally.without_simulations(), candidate.unknown_tiers
+                    if event[0] > from_ns:
+                        add(event)
+                    else:
+                        tally.before_snapshot += event[KIND] == DECISION
+    state = (current or candidate).state(max(work.end_ns, from_ns))
+    return tally.without_simulations(), candidate.unknown_tiers, state
 
 
 def _divided(
-    candidate: GatewayConfig, current: GatewayConfig | None, summaries: Sequence[PartSummary], jobs: int
+    candidate: GatewayConfig,
+    current: GatewayConfig | None,
+    summaries: Sequence[PartSummary],
+    jobs: int,
+    snapshot: ReplaySnapshot | None,
 ) -> list[ShardWork]:
     """Return the work of each process: by shards, if the limits permit that they have about the same size."""
     runs = [run for summary in summaries for run in summary.runs]
@@ -236,7 +282,9 @@ def _divided(
         if largest > MAX_SHARE * counts.total():
             shard_of = None
     number = 1 if shard_of is None else jobs
-    return [ShardWork(candidate, current, runs, begin_ns, end_ns, shard_of, shard) for shard in range(number)]
+    return [
+        ShardWork(candidate, current, runs, begin_ns, end_ns, shard_of, shard, snapshot) for shard in range(number)
+    ]
 
 
 def span_of(summaries: Sequence[PartSummary]) -> tuple[int, int]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from api_gateway.assembly.stores import Quotas
 from api_gateway.config import GatewayConfig
-from api_gateway.models import NANOSECONDS
+from api_gateway.models import NANOSECONDS, Decision
 from api_gateway.replay.log_lines import LogEvent
 from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
-from api_gateway.replay.simulation import ReplayedDecision, has_periods, unlogged_parts
+from api_gateway.replay.simulation import SHARED, has_periods, unlogged_parts
 from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
@@ -32,7 +32,11 @@ UNKNOWN = (
         "Requests that did not get to the limits, such as those without a route or with an invalid credential, are not"
         " replayed. Load shedding, breakers and concurrency limits are not evaluated."
     ),
-    "All buckets are full at the first decision of the log, or of a process.",
+)
+_FULL = "All buckets are full at the first decision of the log, or of a process; --from begins with others."
+_FROM = (
+    "Requests that were decided before the snapshot and settled after it keep the cost that they had; buckets of"
+    " processes that the snapshot does not have are full at first."
 )
 
 
@@ -52,6 +56,7 @@ def document_of(
         "compared_with": "log" if current is None else "current",
         "totals": {
             "decisions": tally.decisions,
+            "before_snapshot": tally.before_snapshot,
             "limited_in_log": tally.limited_in_log,
             "limited_by_current": None if current is None else tally.limited_by_current,
             "limited": tally.limited,
@@ -74,7 +79,7 @@ def document_of(
             "current": None if current is None else _agreement(tally.current_agreement),
         },
         "not_evaluable": list(_not_evaluable(replayed, candidate[1])),
-        "cannot_know": list(UNKNOWN),
+        "cannot_know": [*UNKNOWN, _FULL if replayed.snapshot is None else _FROM],
         "processes": replayed.processes,
         "seconds": round(replayed.seconds, 3),
     }
@@ -149,14 +154,14 @@ def _agreement(agreement: Agreement) -> Document:
     }
 
 
-def _difference(event: LogEvent, outcome: ReplayedDecision) -> Document:
+def _difference(event: LogEvent, outcome: Decision | None) -> Document:
     return {
         "time": time_of(event[0]),
         "client": event[6],
         "in_log": {"limit": event[16], "wait_ns": event[17], "remaining": event[18]},
-        "replayed": {"limit": outcome.limit, "wait_ns": outcome.wait_ns, "remaining": outcome.remaining}
-        if outcome.limit
-        else "refused by another rule",
+        "replayed": "refused by another rule"
+        if outcome is None
+        else {"limit": outcome.quota.name, "wait_ns": outcome.wait_ns, "remaining": outcome.remaining},
     }
 
 
@@ -174,12 +179,7 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
             f"limit {limit.name}: requests in flight, which depend on how long the upstream takes; requests that it"
             " refused did not get to the other limits"
         )
-    for limit in quotas.limits:
-        parts = unlogged_parts(limit)
-        if has_periods(limit):
-            yield f"limit {limit.name}: a quota of a calendar period, whose count before the log is not known"
-        if parts:
-            yield f"limit {limit.name}: its key has {', '.join(parts)}, which is not logged; it is not evaluated"
+    yield from _limits_not_evaluable(replayed, quotas)
     if candidate.is_demo:
         yield "routes: the candidate configures none"
     for tier in sorted(replayed.unknown_tiers):
@@ -192,6 +192,22 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
             f"{count} decisions by {source}: they were made without the store's bucket; the replay decides as if the"
             " store had been available"
         )
+
+
+def _limits_not_evaluable(replayed: Replayed, quotas: Quotas) -> Iterator[str]:
+    if replayed.snapshot is not None:
+        known = {process for part in replayed.parts for process in part.spans} | {SHARED}
+        for process in sorted(replayed.snapshot.buckets.keys() - known):
+            yield f"buckets of process {process} in the snapshot: the log has no decision of it"
+    for limit in quotas.limits:
+        parts = unlogged_parts(limit)
+        if has_periods(limit) and not parts and replayed.snapshot is None:
+            yield (
+                f"limit {limit.name}: what was used of its calendar period before the log is not known, and counts as"
+                " unused; changes by operators are not in the log"
+            )
+        if parts:
+            yield f"limit {limit.name}: its key has {', '.join(parts)}, which is not logged; it is not evaluated"
 
 
 def time_of(at_ns: int) -> str | None:
@@ -216,6 +232,7 @@ def text_of(document: Document, shown: int) -> str:
             f"  {log['not_decided']} requests did not get to the limits; {log['foreign_lines']} foreign lines,"
             f" {log['incomplete_lines']} incomplete, {log['missing_decisions']} decisions missing by number"
         ),
+        *([f"  {before} decisions before the snapshot"] if (before := totals["before_snapshot"]) else []),
         *(f"  {message}" for message in log["messages"]),
         "",
         *_table(

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from api_gateway.models import NANOSECONDS
+from api_gateway.models import NANOSECONDS, Decision
 from api_gateway.replay.log_lines import DECISION, KIND, SETTLEMENT, LogEvent
-from api_gateway.replay.simulation import REFUSED_OTHERWISE, ReplayedDecision, Simulation
+from api_gateway.replay.simulation import Simulation
 
 SLOTS = 120  # of the time that the log covers
 EXACT = ("memory", "store")  # sources of decisions that the same configuration makes again
@@ -44,13 +44,13 @@ class ClientTally:
     def __repr__(self) -> str:
         return f"<ClientTally [{self.newly_limited} of {self.requests} newly limited]>"
 
-    def refuse(self, outcome: ReplayedDecision, at_ns: int, *, is_new: bool) -> None:
+    def refuse(self, outcome: Decision, at_ns: int, *, is_new: bool) -> None:
         """Count a request that the candidate refuses."""
         self.limited += 1
         self.longest_wait_ns = max(self.longest_wait_ns, outcome.wait_ns)
         if self.limits is None:
             self.limits = Counter()
-        self.limits[outcome.limit] += 1
+        self.limits[outcome.quota.name] += 1
         if not self.refused_since_ns:
             self.refused_since_ns = at_ns
         if is_new:
@@ -86,7 +86,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.compared = self.same_outcome = self.same = 0
-        self.first_difference: tuple[LogEvent, ReplayedDecision] | None = None
+        self.first_difference: tuple[LogEvent, Decision | None] | None = None
 
     def add(self, other: "Agreement") -> None:
         """Add the counts of other clients."""
@@ -112,7 +112,7 @@ class ReplayTally:
         self._begin_ns = begin_ns
         self._slot_ns = max((end_ns - begin_ns) // SLOTS + 1, 1)
         self.clients: dict[tuple[str, str, bool], ClientTally] = {}  # id, tier, and whether the id is an address
-        self.decisions = 0
+        self.decisions = self.before_snapshot = 0
         self.limited_in_log = self.limited_by_current = self.limited = 0
         self.refused_otherwise = 0
         self.newly_limited_by: Counter[str] = Counter()
@@ -160,14 +160,14 @@ class ReplayTally:
         if self._current is not None:
             current = self._current.decide(event)
             _compare(self.current_agreement, event, current)
-            is_limited_now = current.allowed == 0
+            is_limited_now = current is not None and not current.allowed
             if is_limited_now:
                 self.limited_by_current += 1
                 by_current[slot] += 1
         self._count(event, outcome, by_candidate, slot, was_limited=is_limited_now)
 
     def _count(
-        self, event: LogEvent, outcome: ReplayedDecision, by_candidate: list[int], slot: int, *, was_limited: bool
+        self, event: LogEvent, outcome: Decision | None, by_candidate: list[int], slot: int, *, was_limited: bool
     ) -> None:
         at_ns = event[0]
         key = event[6], event[9], event[7] == "address"
@@ -176,17 +176,17 @@ class ReplayTally:
             client = self.clients[key] = ClientTally()
         client.requests += 1
         client.limited_before += was_limited
-        if outcome.allowed > 0:
+        if outcome is None:
+            self.refused_otherwise += 1
+        elif outcome.allowed:
             client.newly_allowed += was_limited
             if client.refused_since_ns:
                 client.admit(at_ns)
-        elif outcome.allowed == REFUSED_OTHERWISE:
-            self.refused_otherwise += 1
         else:
             self.limited += 1
             by_candidate[slot] += 1
             if not was_limited:
-                self.newly_limited_by[outcome.limit] += 1
+                self.newly_limited_by[outcome.quota.name] += 1
             client.refuse(outcome, at_ns, is_new=not was_limited)
 
     def merge(self, other: "ReplayTally") -> None:
@@ -194,6 +194,7 @@ class ReplayTally:
         for key, client in other.clients.items():
             self.clients[key] = client  # a client belongs to one shard
         self.decisions += other.decisions
+        self.before_snapshot += other.before_snapshot
         self.limited_in_log += other.limited_in_log
         self.limited_by_current += other.limited_by_current
         self.limited += other.limited
@@ -212,14 +213,16 @@ class ReplayTally:
         return self
 
 
-def _compare(agreement: Agreement, event: LogEvent, outcome: ReplayedDecision) -> None:
+def _compare(agreement: Agreement, event: LogEvent, outcome: Decision | None) -> None:
     if event[5] not in EXACT:
         return
     limit, wait_ns, remaining = event[16], event[17], event[18]
     agreement.compared += 1
-    if (wait_ns == 0) == (outcome.allowed > 0):
+    if outcome is None:
+        agreement.same_outcome += wait_ns != 0
+    elif (wait_ns == 0) == outcome.allowed:
         agreement.same_outcome += 1
-        if outcome.wait_ns == wait_ns and outcome.remaining == remaining and outcome.limit == limit:
+        if outcome.wait_ns == wait_ns and outcome.remaining == remaining and outcome.quota.name == limit:
             agreement.same += 1
             return
     if agreement.first_difference is None:

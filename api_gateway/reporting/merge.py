@@ -40,6 +40,8 @@ def merge(snapshots: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
         merged.overflowed += snapshot.overflowed
         merged.lag = max(merged.lag, snapshot.lag)
         merged.tasks += snapshot.tasks
+        for name, figure in snapshot.history.items():
+            merged.history[name] = merged.history.get(name, 0) + figure
     merged.process = merged_figures(snapshot.process for snapshot in snapshots)
     merged.limiter = _merge_limiters(snapshots)
     merged.client_store_error = next(

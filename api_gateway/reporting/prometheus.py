@@ -28,7 +28,9 @@ from api_gateway.reporting.prometheus_families import (
     access_families,
     duration_histogram,
     family_in_pieces,
+    history_families,
     limit_families,
+    trace_families,
     without_head,
 )
 from api_gateway.reporting.snapshot import WorkerSnapshot
@@ -86,6 +88,7 @@ class PrometheusExposition:
         yield from self._process()
         yield from self._reloads()
         yield from self._shares()
+        yield from trace_families(self._recorder)
         yield from process_families(self._snapshot.process)
 
     def _requests(self) -> Iterator[Metric]:
@@ -104,6 +107,7 @@ class PrometheusExposition:
             "route",
             self._shown(recorder.routes),
             DURATION_BOUNDS if self._is_detailed else _FEW_BOUNDS,
+            recorder.exemplars,
         )
         for name, words, figure in (
             ("request", "Bytes of request bodies.", attrgetter("bytes_in")),
@@ -381,6 +385,7 @@ class PrometheusExposition:
             for value, count in counts.items():
                 family.add_metric([value], count)
             yield family
+        yield from history_families(self._snapshot.history)
 
     def _shares(self) -> Iterator[Metric]:
         labels = ["resource", "upstream"]

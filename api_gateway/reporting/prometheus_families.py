@@ -1,18 +1,21 @@
 """Metric families in pieces that are rendered one at a time, and histograms with fixed bounds."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, islice
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.samples import Exemplar
 
 from api_gateway.metrics import Recorder
 from api_gateway.observability.latency_series import Tally, WindowedSeries, bucket_of, value_of
+from api_gateway.observability.request_record import REQUEST_OUTCOMES
 
 # Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+NO_EXEMPLARS: Mapping[tuple[str, int], tuple[str, float, float]] = {}
 _PIECE = 50  # rows of a family that are rendered at once
 _DIGITS = 6  # decimals of a sum of seconds
 
@@ -62,6 +65,18 @@ def access_families(recorder: Recorder) -> Iterator[Metric]:
         yield family
 
 
+def history_families(history: Mapping[str, int]) -> Iterator[Metric]:
+    """Yield the gauges of the history of requests: its records by outcome, and their bytes."""
+    records = GaugeMetricFamily(
+        "gateway_history_records", "Records of the last requests in memory, by outcome.", labels=["outcome"]
+    )
+    for outcome in REQUEST_OUTCOMES:
+        records.add_metric([outcome], history.get(outcome, 0))
+    yield records
+    size = history.get("bytes", 0)
+    yield GaugeMetricFamily("gateway_history_bytes", "Bytes of these records, at most.", value=size)
+
+
 def limit_families(recorder: Recorder) -> Iterator[Metric]:
     """Yield the counters of refusals by limit and tier, in force and by candidates."""
     for name, words, counts in (
@@ -96,6 +111,17 @@ def limit_families(recorder: Recorder) -> Iterator[Metric]:
     yield in_flight
 
 
+def trace_families(recorder: Recorder) -> Iterator[Metric]:
+    """Yield what became of the spans of traces, and how many exchanges wait to be exported."""
+    spans = CounterMetricFamily("gateway_tracing_spans", "Spans of traces, by what became of them.", labels=["result"])
+    for result, count in recorder.trace_spans.items():
+        spans.add_metric([result], count)
+    yield spans
+    yield GaugeMetricFamily(
+        "gateway_tracing_queue_exchanges", "Exchanges whose spans wait to be exported.", value=recorder.waiting_traces
+    )
+
+
 def family_in_pieces(
     kind: Callable[..., Any],
     name: str,
@@ -122,13 +148,36 @@ def duration_histogram(
     label: str,
     series: Iterable[tuple[str, WindowedSeries]],
     bounds: tuple[float, ...] = DURATION_BOUNDS,
+    exemplars: Mapping[tuple[str, int], tuple[str, float, float]] = NO_EXEMPLARS,
 ) -> Iterator[Metric]:
-    """Yield a histogram in pieces: its head, and for each label value a line for each of `bounds`, and three more."""
+    """Yield a histogram in pieces: its head, and for each label value a line for each of `bounds`, and three more.
+
+    `exemplars` are traces by label value and number of the bucket in `DURATION_BOUNDS`, see `Recorder`.
+    """
     yield HistogramMetricFamily(name, words, labels=[label])
+    by_value: dict[str, list[tuple[str, float, float]]] = {}
+    for (value, _), exemplar in list(exemplars.items()):
+        by_value.setdefault(value, []).append(exemplar)
     for value, one in series:
         family, total = HistogramMetricFamily(name, words, labels=[label]), one.total
-        family.add_metric([value], _classic(total, bounds), sum_value=round(total.total_seconds, _DIGITS))
+        buckets = _classic(total, bounds)
+        if value in by_value:
+            buckets = _with_exemplars(buckets, bounds, by_value[value])
+        family.add_metric([value], buckets, sum_value=round(total.total_seconds, _DIGITS))
         yield family
+
+
+def _with_exemplars(
+    buckets: Sequence[Any], bounds: tuple[float, ...], exemplars: Iterable[tuple[str, float, float]]
+) -> list[Any]:
+    """Return the buckets of a histogram, each with the exemplar that belongs to it, if there is one."""
+    found = {bisect_left(bounds, took): (trace_id, took, at) for trace_id, took, at in exemplars}
+    return [
+        bucket
+        if place not in found
+        else (*bucket, Exemplar({"trace_id": found[place][0]}, round(found[place][1], _DIGITS), found[place][2]))
+        for place, bucket in enumerate(buckets)
+    ]
 
 
 def without_head(piece: bytes) -> bytes:

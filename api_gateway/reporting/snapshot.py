@@ -15,6 +15,7 @@ from api_gateway.models import LimiterState
 from api_gateway.observability.latency_series import SLICE
 from api_gateway.reload.outcome import ReloadState
 from api_gateway.reporting.process_figures import figures_at_end
+from api_gateway.reporting.traffic_history import Point
 from api_gateway.resilience.breaker_history import FailedCall, TransitionRecord
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.resilience.call_windows import Counts
@@ -256,6 +257,8 @@ class WorkerSnapshot:
     configuration: ReloadState = field(default_factory=ReloadState)
     resources: list[ResourceState] = field(default_factory=list)
     process: dict[str, float] = field(default_factory=dict)  # see `process_figures`
+    points: list[Point] = field(default_factory=list)  # the traffic of the last hour, of all workers
+    history: dict[str, int] = field(default_factory=dict)  # records of requests by outcome, and their `bytes`
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "WorkerSnapshot":
@@ -295,9 +298,11 @@ class WorkerSnapshot:
             "histories": {name: records for name, records in histories.items() if records},
             "lag": self.lag,
             "tasks": self.tasks,
-            "configuration": asdict(self.configuration),
+            "configuration": self.configuration.state(),
             "resources": list(resources.values()),
             "process": self.process,
+            "points": self.points,
+            "history": self.history,
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -317,6 +322,8 @@ class WorkerSnapshot:
         self.lag = state["lag"]
         self.tasks = state["tasks"]
         self.process = state["process"]
+        self.points = state["points"]
+        self.history = state["history"]
         self.configuration = ReloadState.from_state(state["configuration"])
         resources = yield from each(enumerate(state["resources"]), lambda _, resource: ResourceState(**resource))
         self.resources = list(resources.values())
@@ -333,9 +340,10 @@ class WorkerSnapshot:
     def end(self) -> None:
         """Mark the worker as ended: keep its counts, and clear figures of the present."""
         self.is_over = True
-        self.recorder.in_flight = self.buckets = self.tasks = 0
+        self.recorder.in_flight = self.recorder.waiting_traces = self.buckets = self.tasks = 0
         self.lag = 0.0
         self.process = figures_at_end(self.process)
+        self.history = dict.fromkeys(self.history, 0)
         self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
 
 

@@ -1,9 +1,10 @@
 """The channel between a worker and the supervisor, for snapshots and reloads; and its counterpart in a single process.
 
 Messages are lines of JSON over a socket pair. A worker sends `ready` once; `report` every second and on request;
-`gather` to request the merged snapshot; `reload` to request a reload in all workers; `configured` in response to
-`prepare` and `commit`; and `left` as its last message. The supervisor sends `report` to request a report; `prepare`
-and `commit` for the two phases of a reload; and `gathered` and `reloaded` in response.
+`gather` to request the merged snapshot; `reload` to request a reload in all workers; `query` to put a question to all
+workers; `configured` in response to `prepare` and `commit`, `answer` in response to `query`; and `left` as its last
+message. The supervisor sends `report` to request a report; `prepare` and `commit` for the two phases of a reload;
+`query` to put a question; and `gathered`, `reloaded` and `answers` in response.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from api_gateway.errors import StartupError
 from api_gateway.eventloop.pacing import Steps, paced
@@ -25,13 +26,22 @@ from api_gateway.reporting.snapshot_parts import joined
 logger = logging.getLogger(__name__)
 
 TakeSnapshot = Callable[[], Steps[WorkerSnapshot]]
+AnswerQuery = Callable[[dict[str, Any]], Steps[Any]]  # a question and its answer, as JSON values
 
 REPLACED_SIGNAL = signal.SIGUSR1  # sent to a worker that another one replaces
 
 SNAPSHOT_INTERVAL = 1.0  # seconds; counts of the last interval are lost if a worker is killed
+QUERY_TIMEOUT = 2.0  # seconds for the supervisor to respond with the answers of all workers
 GATHER_TIMEOUT = 1.0  # seconds for the supervisor to respond; it gives the workers half of that
 MAX_MESSAGE = 64 * 1024 * 1024  # bytes
 MAX_UNSENT = 8 * 1024 * 1024  # bytes unread by the supervisor from which no report is sent
+
+
+class Answers(NamedTuple):
+    """The answers of all workers to a question. `is_complete` False: a worker did not respond in time."""
+
+    values: list[Any]
+    is_complete: bool = True
 
 
 class Reconfigurable(Protocol):
@@ -51,18 +61,29 @@ class Reconfigurable(Protocol):
 
 
 class Aggregator(Protocol):
-    """Access to all workers of the gateway: their merged snapshot, and reloads."""
+    """Access to all workers of the gateway: their merged snapshot, questions to each, and reloads."""
 
     def register(self, take_snapshot: TakeSnapshot, configured: "Reconfigurable | None" = None) -> None:
         """Set the source of this process's snapshots, and the object that applies configurations."""
+        ...
+
+    def answer_by(self, answer: AnswerQuery) -> None:
+        """Set what answers questions in this process."""
+        ...
+
+    async def query(self, question: dict[str, Any]) -> Answers:
+        """Put a question, a JSON object, to all workers, and return their answers."""
         ...
 
     async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration in all workers or none. `origin` names the cause, for the log."""
         ...
 
-    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
-        """Return the merged snapshot of all workers; with the histories of breakers, which are large, on request."""
+    async def gather(self, *, with_histories: bool = False, with_points: bool = False) -> WorkerSnapshot:
+        """Return the merged snapshot of all workers.
+
+        With the histories of breakers and the points of the last hour's traffic, which are large, on request.
+        """
         ...
 
 
@@ -71,14 +92,23 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self._take_snapshot: TakeSnapshot = _nothing
+        self._answer: AnswerQuery = _no_answer
         self._reconfigurable: Reconfigurable | None = None
+
+    def answer_by(self, answer: AnswerQuery) -> None:
+        """Set what answers questions."""
+        self._answer = answer
+
+    async def query(self, question: dict[str, Any]) -> Answers:
+        """Return the answer of this process."""
+        return Answers([await paced(self._answer(question))])
 
     def register(self, take_snapshot: TakeSnapshot, configured: Reconfigurable | None = None) -> None:
         """Set the source of snapshots, and the object that applies configurations."""
         self._take_snapshot, self._reconfigurable = take_snapshot, configured
 
-    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:  # noqa: ARG002 - always included
-        """Return the snapshot of this process, with histories."""
+    async def gather(self, *, with_histories: bool = False, with_points: bool = False) -> WorkerSnapshot:  # noqa: ARG002 - always included
+        """Return the snapshot of this process, with histories and points."""
         return await paced(self._take_snapshot())
 
     async def reload(self, origin: str) -> ReloadOutcome:
@@ -99,6 +129,8 @@ class SupervisorChannel:
         self._channel = channel
         self._on_orphaned = on_orphaned
         self._take_snapshot: TakeSnapshot = _nothing
+        self._answer: AnswerQuery = _no_answer
+        self._answering: set[asyncio.Task[None]] = set()
         self._reconfigurable: Reconfigurable | None = None
         self._since = 0  # number of the first slice that may have changed since the last message
         self._known: dict[str, UpstreamSnapshot] = {}  # upstreams as in the last message
@@ -116,6 +148,10 @@ class SupervisorChannel:
     def register(self, take_snapshot: TakeSnapshot, configured: Reconfigurable | None = None) -> None:
         """Set the source of this worker's snapshots, and the object that applies configurations."""
         self._take_snapshot, self._reconfigurable = take_snapshot, configured
+
+    def answer_by(self, answer: AnswerQuery) -> None:
+        """Set what answers questions in this worker."""
+        self._answer = answer
 
     async def connect(self) -> None:
         """Begin to read messages from the supervisor."""
@@ -137,7 +173,7 @@ class SupervisorChannel:
             self._writer.close()
             await self._writer.wait_closed()
 
-    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
+    async def gather(self, *, with_histories: bool = False, with_points: bool = False) -> WorkerSnapshot:
         """Return the merged snapshot of all workers from the supervisor.
 
         The supervisor keeps all counts, so none that was shown decreases when a worker ends. For the same reason, if
@@ -147,7 +183,7 @@ class SupervisorChannel:
         self._number = number = self._number + 1
         response = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
-            await self._send_snapshot("gather", id=number, with_histories=with_histories)
+            await self._send_snapshot("gather", id=number, with_histories=with_histories, with_points=with_points)
             async with asyncio.timeout(GATHER_TIMEOUT):
                 self._last = await response
         except TimeoutError:
@@ -160,6 +196,24 @@ class SupervisorChannel:
         snapshot = WorkerSnapshot.blank(percentiles=own.recorder.percentiles)
         await paced(snapshot.updating(self._last))
         return snapshot
+
+    async def query(self, question: dict[str, Any]) -> Answers:
+        """Have the supervisor put a question to all workers; if it does not respond, only this worker answers."""
+        self._number = number = self._number + 1
+        response = self._pending[number] = asyncio.get_running_loop().create_future()
+        self._send("query", id=number, question=question)
+        try:
+            async with asyncio.timeout(QUERY_TIMEOUT):
+                found = await response
+        except TimeoutError:
+            return Answers([await paced(self._answer(question))], is_complete=False)
+        finally:
+            del self._pending[number]
+        values = []
+        for text in found["answers"]:
+            values.append(json.loads(text))
+            await asyncio.sleep(0)
+        return Answers(values, found["is_complete"])
 
     async def reload(self, origin: str) -> ReloadOutcome:
         """Request a reload: the supervisor reads the configuration and applies it in all workers or none."""
@@ -181,12 +235,23 @@ class SupervisorChannel:
                     self._preparing = asyncio.create_task(self._prepare(message), name="configuration")
                 elif message["kind"] == "commit":
                     self._commit(message["id"])
+                elif message["kind"] == "query":
+                    answering = asyncio.create_task(self._answer_query(message), name="answer")
+                    self._answering.add(answering)
+                    answering.add_done_callback(self._answering.discard)
+                elif message["kind"] == "answers":
+                    self._resolve(message["id"], message)
                 elif message["kind"] == "gathered":
                     self._receive_part(message)
                 else:
                     self._resolve(message["id"], message["outcome"])
                 await asyncio.sleep(0)  # `readline` does not yield to the loop while lines are buffered
         self._on_orphaned()
+
+    async def _answer_query(self, message: dict[str, Any]) -> None:
+        """Send the answer as text, which the supervisor passes on without parsing it."""
+        answer = json.dumps(await paced(self._answer(message["question"])), separators=(",", ":"))
+        self._send("answer", id=message["id"], answer=answer)
 
     def _receive_part(self, message: dict[str, Any]) -> None:
         """Store one part of a response; the last part completes it."""
@@ -250,6 +315,11 @@ class SupervisorChannel:
 def _nothing() -> Steps[WorkerSnapshot]:
     yield from ()
     return WorkerSnapshot.blank()
+
+
+def _no_answer(_question: dict[str, Any]) -> Steps[Any]:
+    yield from ()
+    return None
 
 
 def encode(kind: str, **fields: Any) -> bytes:

@@ -92,7 +92,7 @@ def share_refusal(held: int, in_use: int, total: int, what: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ResourceState:
-    """The use of a resource: "connections" of clients, or "requests" and "tunnels" of an upstream."""
+    """The use of a resource: "connections" of clients, or "requests", "tunnels" or "aborted_calls" of an upstream."""
 
     resource: str
     upstream: str | None

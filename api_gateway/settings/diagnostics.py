@@ -183,6 +183,18 @@ class Sources:
         found.append(_value_at(self.file.values, key_path))
         return next((value for value in found if value is not None), None)
 
+    @property
+    def origins(self) -> dict[KeyPath, str]:
+        """Where each value was set, by its place in lower case; a section has the place where it begins.
+
+        A place that is not in it has the origin of the nearest section around it that a variable or option sets.
+        """
+        found = {key_path: f"{self.file.path}:{line}" for key_path, line in self.file.lines.items()}
+        for name in self.variables:
+            found[path_of_variable(name, self.prefix)] = f"environment {name}"
+        found.update((tuple(map(str.lower, key_path)), "command line") for key_path in _leaves(self.overrides))
+        return found
+
     def origin(self, key_path: KeyPath) -> str:
         """Return where the value at `place` was set, followed by a colon, or "" if that is unknown."""
         if _value_at(self.overrides, key_path) is not None:
@@ -197,6 +209,15 @@ class Sources:
             if line is not None:
                 return f"{self.file.path}:{line}: "
         return ""
+
+
+def _leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[KeyPath]:
+    """Yield the places of the values that are no sections."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*above, str(name)))
+        elif value is not None:
+            yield (*above, str(name))
 
 
 def path_of_variable(name: str, prefix: str) -> KeyPath:

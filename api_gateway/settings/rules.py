@@ -133,16 +133,6 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
 
 
 def _store_findings(config: ConfigSections) -> Iterator[Finding]:
-    for index, limit in enumerate(config.limits):
-        if limit.concurrent is not None and (config.store.is_shared or config.server.workers > 1):
-            message = "counts the requests of one process: set server.workers to 1 and store.url to memory://, or"
-            yield _of_limit(
-                config,
-                (str(index), "concurrent"),
-                f"{message} remove the limit, got {config.server.workers} workers and"
-                f" {'a shared store' if config.store.is_shared else 'memory://'}",
-                (("server", "workers"), ("store", "url")),
-            )
     if config.store.clients == "store" and not config.store.is_shared:
         message = "memory:// does not survive a restart; keep clients in a file with sqlite or auto, got 'store'"
         yield Finding(("store", "clients"), message, depends_on=(("store", "url"), ("store", "url_file")))
@@ -155,6 +145,11 @@ def _store_findings(config: ConfigSections) -> Iterator[Finding]:
                 "is a quota, which needs one server: set store.url to one that is no cluster, or remove the period"
             )
             yield _of_limit(config, (str(index), "period"), f"{message}, got {limit.period!r}", (("store", "url"),))
+        if limit.concurrent is not None and is_cluster:
+            message = "needs one server: set store.url to one that is no cluster, or remove the limit"
+            yield _of_limit(
+                config, (str(index), "concurrent"), f"{message}, got {limit.concurrent}", (("store", "url"),)
+            )
     for key_path, term in _all_terms(config):
         seconds = _fill_time(term)
         if "candidate" not in key_path and seconds > MAX_BUDGET:

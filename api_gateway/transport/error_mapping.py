@@ -12,6 +12,7 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
+from api_gateway.transport.httpx_call import AbortedCallsExceeded
 from api_gateway.transport.local_resources import LocalResourcesExhausted
 from api_gateway.transport.pool import ShareExceeded
 
@@ -37,7 +38,7 @@ def translate(error: Exception, upstream: str) -> GatewayError:
         error = error.__cause__
     if isinstance(error, httpx.LocalProtocolError):
         return BadRequest(f"The request cannot be forwarded: {error}.")
-    if isinstance(error, ShareExceeded):
+    if isinstance(error, ShareExceeded | AbortedCallsExceeded):
         return Overloaded(f"Upstream '{upstream}': {error}.", retry_after=1.0, extra={"upstream": upstream})
     kind, words = next((ours, words) for theirs, ours, words in _TRANSLATION if isinstance(error, theirs))
     retry_after = 1.0 if kind is Overloaded else None

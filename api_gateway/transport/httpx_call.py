@@ -1,7 +1,8 @@
 """One request on any httpx transport, in a task: the `UpstreamCall` of upstreams with another transport.
 
 The transport gets the request body through a queue of at most QUEUE_HIGH_WATER bytes and one piece. Aborting cancels
-the task and returns at once; `RUNNING` has the tasks that have not ended.
+the task and returns at once. A transport may take its time to end a call that was cancelled; `HttpxCalls` counts these
+calls, and begins no further one while there are as many as may be.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from api_gateway.models import HeaderList
 from api_gateway.transport.abilities import CallAbilities
 from api_gateway.transport.request import NO_BODY, Origin
 from api_gateway.transport.response import UpstreamResponse
+from api_gateway.transport.shielded import ShieldedTransport
 
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -69,6 +71,49 @@ class QueuedBody(httpx.AsyncByteStream):
             await self._waiter
 
 
+class AbortedCallsExceeded(httpx.PoolTimeout):
+    """As many calls of an upstream as may be were aborted and have not ended."""
+
+
+class HttpxCalls:
+    """The calls of one upstream on an httpx transport.
+
+    `limit` is the maximum number of calls that were aborted and have not ended, `refused` the number of calls that
+    were not begun for that reason.
+    """
+
+    def __init__(self, transport: httpx.AsyncBaseTransport, limit: int) -> None:
+        self.limit = limit
+        self.refused = 0
+        self._transport = transport
+        self._aborted: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<HttpxCalls [{self.aborted} of {self.limit} aborted and not ended]>"
+
+    @property
+    def aborted(self) -> int:
+        """The number of calls that were aborted and have not ended."""
+        transport = self._transport
+        return len(self._aborted) + (transport.abandoned if isinstance(transport, ShieldedTransport) else 0)
+
+    def begin(self, origin: Origin, holder: str | None) -> "HttpxCall | None":
+        """Begin a call; return None, upon which `refusal` says why, while too many have not ended."""
+        if self.aborted >= self.limit:
+            return None
+        return HttpxCall(self._transport, origin, self, holder)
+
+    def refusal(self) -> AbortedCallsExceeded:
+        """Count a call that was not begun, and return the error."""
+        self.refused += 1
+        return AbortedCallsExceeded(f"{self.aborted} aborted requests to it have not ended")
+
+    def on_aborted(self, task: "asyncio.Task[None]") -> None:
+        """Count a task until its end."""
+        self._aborted.add(task)
+        task.add_done_callback(self._aborted.discard)
+
+
 class HttpxCall:
     """One request and its response on an httpx transport.
 
@@ -78,13 +123,16 @@ class HttpxCall:
 
     abilities: ClassVar[CallAbilities] = CallAbilities(interim=False, trailers=False, upgrade=False)
 
-    def __init__(self, transport: httpx.AsyncBaseTransport, origin: Origin, holder: str | None) -> None:
+    def __init__(
+        self, transport: httpx.AsyncBaseTransport, origin: Origin, calls: HttpxCalls, holder: str | None
+    ) -> None:
         """`holder` has a share of the transport's connections, if it knows shares."""
         self.loop = asyncio.get_running_loop()
         self.timer = DeadlineTimer(self.loop, self.close)  # never set
         self.is_write_paused = False
         self._transport = transport
         self._origin = origin
+        self._calls = calls
         self._holder = holder
         self._response: UpstreamResponse | None = None
         self._body = QueuedBody(self)
@@ -247,10 +295,11 @@ class HttpxCall:
             self._response = successor
 
     def close(self) -> None:
-        """Cancel the task."""
+        """Cancel the task, whose end is not awaited."""
         self._response = None
-        if self._task is not None:
+        if self._task is not None and not self._task.done():
             self._task.cancel()
+            self._calls.on_aborted(self._task)
 
 
 def _checked_length(headers: HeaderList, fields: Fields, reason: bytes) -> int | None:

@@ -83,13 +83,7 @@ class LeanRequest(httpx.Request):
 
 
 class NoBody(httpx.AsyncByteStream):
-    """The body of a request without content, with the interface of `StreamedBody`."""
-
-    is_started = False
-    is_finished = True
-    is_awaited = False
-    waited = 0.0
-    is_replayable = True
+    """The body of a request without content."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield nothing."""

@@ -262,17 +262,6 @@ class UpstreamResponse:
         self.error = httpx.ReadError(str(error))
         return error
 
-    def end_early(self) -> None:
-        """Mark the response as complete with the pieces received so far, and close its connection."""
-        self.close()
-        self.is_complete = True
-        self.on_progress()
-
-    @property
-    def is_ready(self) -> bool:
-        """True if `read` returns without waiting."""
-        return self.is_complete or bool(self.pieces)
-
     def take(self) -> bytes:
         """Remove and return the buffered part of the body."""
         pieces = self.pieces

@@ -23,6 +23,7 @@ class ShieldedTransport(httpx.AsyncBaseTransport):
         self._inner = inner
         self._running = 0  # requests whose response is not closed
         self._left: set[asyncio.Task[Any]] = set()  # tasks that finish in the background
+        self.abandoned = 0  # requests that were cancelled before their response, and have not ended
 
     def __repr__(self) -> str:
         return f"<ShieldedTransport {self._inner!r} [{self._running} running, {len(self._left)} in the background]>"
@@ -78,11 +79,14 @@ class ShieldedTransport(httpx.AsyncBaseTransport):
         return task
 
     async def _close_when_there(self, task: "asyncio.Future[httpx.Response]") -> None:
+        self.abandoned += 1
         try:
             response = await task
+            await response.aclose()
         except Exception:  # noqa: BLE001 - a failed request has no response to close, and no caller any more
             return
-        await response.aclose()
+        finally:
+            self.abandoned -= 1
 
 
 class _Body(httpx.AsyncByteStream):

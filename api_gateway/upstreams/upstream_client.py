@@ -13,12 +13,14 @@ from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.resilience.retry import RetryDecider, RetryPolicy
 from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
-from api_gateway.transport.httpx_call import HttpxCall
+from api_gateway.transport.httpx_call import HttpxCalls
 from api_gateway.transport.request import Origin
 from api_gateway.transport.upstream_call import UpstreamCall
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 
+ABORTED_CALLS = "aborted_calls"  # the name of the resource
+MAX_ABORTED = 512  # calls that another transport has not ended, unless the configuration says otherwise
 TARGET, CLIENT = "target", "client"  # values of `host_header`
 
 
@@ -57,12 +59,14 @@ class UpstreamClient:
     `is_native`: it is reached by the gateway's own transport; `is_simple`: load balancing needs no header field.
 
     `hash_header` (lower case) is the header field whose value is the key for load balancing, instead of the client.
-    `host_header` is the `Host` that the upstream gets: see `HostFields`.
+    `host_header` is the `Host` that the upstream gets: see `HostFields`. `max_aborted` limits the calls that another
+    transport has not ended although they were aborted.
     """
 
     __slots__ = (
         "_acquire_idle",
         "_removed",
+        "calls",
         "hash_header",
         "hosts",
         "is_native",
@@ -87,17 +91,19 @@ class UpstreamClient:
         source: random.Random | None = None,
         hash_header: bytes | None = None,
         host_header: str = TARGET,
+        max_aborted: int = MAX_ABORTED,
     ) -> None:
         self.upstream = upstream
         self.origins = {target: _origin(target) for target in upstream.targets}
         self._removed: set[Target] = set()
-        self._connect(transport)
+        self._connect(transport, max_aborted)
         retries = RetryDecider(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
         self._configure(timeouts, retries, hash_header, host_header)
 
-    def _connect(self, transport: httpx.AsyncBaseTransport) -> None:
+    def _connect(self, transport: httpx.AsyncBaseTransport, max_aborted: int = MAX_ABORTED) -> None:
         self.transport = transport
         self.is_native = isinstance(transport, UpstreamTransport)
+        self.calls = HttpxCalls(transport, max_aborted)  # unused if it `is_native`
         self._acquire_idle: dict[Target, Callable[[str | None], UpstreamCall | None]] = {}
 
     def _configure(
@@ -123,9 +129,17 @@ class UpstreamClient:
         hash_header: bytes | None,
         transport: httpx.AsyncBaseTransport,
         host_header: str = TARGET,
+        max_aborted: int = MAX_ABORTED,
     ) -> "UpstreamClient":
         """Return a client of the same upstream with other settings. Both share its state; this one stays usable."""
-        other = UpstreamClient(self.upstream, transport, timeouts, hash_header=hash_header, host_header=host_header)
+        other = UpstreamClient(
+            self.upstream,
+            transport,
+            timeouts,
+            hash_header=hash_header,
+            host_header=host_header,
+            max_aborted=max_aborted,
+        )
         other._share(self, self.retries.succeeded_by(retry))
         other._configure(timeouts, other.retries, hash_header, host_header)
         return other
@@ -135,6 +149,7 @@ class UpstreamClient:
         self.origins, self._removed, self.retries = before.origins, before._removed, retries  # noqa: SLF001 - as above
         if self.transport is before.transport:
             self._acquire_idle = before._acquire_idle  # noqa: SLF001 - as above
+            before.calls.limit, self.calls = self.calls.limit, before.calls
 
     def host_of(self, target: Target, client_host: bytes) -> bytes:
         """Return the `Host` for a request to `target`; `client_host` is that of the client, empty if it has none."""
@@ -172,10 +187,15 @@ class UpstreamClient:
                 del self.origins[target]
 
     def resources(self) -> list[ResourceState]:
-        """Return the use of the connections to all targets; nothing before the first connection."""
+        """Return the use of the connections to all targets; nothing before the first connection.
+
+        With another transport, return the calls that were aborted and have not ended.
+        """
+        name = self.upstream.name
         if not isinstance(self.transport, UpstreamTransport):
-            return []
-        name, (requests, tunnels) = self.upstream.name, self.transport.resources()
+            calls = self.calls
+            return [ResourceState(ABORTED_CALLS, name, calls.limit, calls.aborted, calls.refused)]
+        requests, tunnels = self.transport.resources()
         if not requests:
             return []
         return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
@@ -183,14 +203,15 @@ class UpstreamClient:
     def idle_connection(self, target: Target, holder: str | None) -> UpstreamCall | None:
         """Take an idle connection to `target` if there is one and the holder's share permits it, else None.
 
-        If the transport is another one than the gateway's own, begin a call on that, which is always possible.
+        If the transport is another one than the gateway's own, begin a call on that, which is possible unless too many
+        that were aborted have not ended.
         """
         take = self._acquire_idle.get(target)
         if take is None:
             if isinstance(self.transport, UpstreamTransport):
                 take = self.transport.pool(self.origins[target]).acquire_idle
             else:
-                take = partial(HttpxCall, self.transport, self.origins[target])
+                take = partial(self.calls.begin, self.origins[target])
             self._acquire_idle[target] = take
         return take(holder)
 
@@ -210,9 +231,11 @@ class UpstreamClient:
     ) -> UpstreamConnection:
         """Open a connection to `target` within `connect` seconds, or await one; `on_connect` is called before opening.
 
-        If `is_fresh`, it is a new one in any case. Raises httpx.TransportError.
+        If `is_fresh`, it is a new one in any case. Raises httpx.TransportError; for another transport always, as
+        `idle_connection` has not begun a call on it.
         """
-        assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
+        if not isinstance(self.transport, UpstreamTransport):
+            raise self.calls.refusal()
         pool = self.transport.pool(self.origins[target])
         return await pool.acquire(
             connect, self.limits["pool"], holder=holder, is_fresh=is_fresh, on_connect=on_connect

@@ -156,7 +156,15 @@ def test_every_class_function_and_constant_it_names_exists(name: str) -> None:
     assert not [text for text in named if not set(text.removeprefix("httpx.").split(".")) <= defined() | FOREIGN]
 
 
-FOREIGN_WORDS = {"http_host", "proxy_set_header", "max_requests", "load_test", "resource_access", "credentials_file"}
+FOREIGN_WORDS = {
+    "http_host",
+    "proxy_set_header",
+    "max_requests",
+    "load_test",
+    "resource_access",
+    "credentials_file",
+    "stop_grace_period",
+}
 
 
 @cache

@@ -16,7 +16,8 @@ from api_gateway.process.listeners import Sockets
 from tests.kit import PATIENCE, RawUpstream, RunningGateway, ask, eventually, free_port, in_front_of, running_gateway
 from tests.processes import START, config_file, process
 
-GUARDED = ["/metrics", "/metrics/latency", "/circuit-breakers", "/clients", "/clients/x", "/docs", "/openapi.json"]
+GUARDED = ["/metrics", "/metrics/latency", "/circuit-breakers", "/clients", "/clients/x", "/openapi.json"]
+PAGES = ["/", "/dashboard", "/dashboard/app.js", "/docs"]  # served without a token, where operator endpoints are
 curl_only = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 
 

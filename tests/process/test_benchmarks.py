@@ -621,3 +621,15 @@ def test_tokens_print_the_cost_of_each_algorithm() -> None:
     for algorithm in ("RS256", "ES256", "EdDSA"):
         assert found[f"{algorithm}, new: tokens, none remembered"] > found[f"{algorithm}, new: no tokens"] > 0
     assert found["ES256: tokens"] > 0
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("wrk"), reason="needs nginx and wrk on the PATH")
+def test_tracing_prints_the_cost_of_each_ratio() -> None:
+    command = [sys.executable, "-m", "benchmarks.tracing", "--rounds", "1", "--seconds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines()[1:] if "claimed" not in line]
+    found = {line[:45].strip(): float(line[45:].split()[0]) for line in rows}
+    assert len(found) == 8
+    assert found["no trace context: 100 %"] > found["no trace context: off"] > 0

@@ -294,7 +294,7 @@ def test_no_operator_endpoint_responds_through_a_proxy(gateway: Running, tmp_pat
     body, json_type = json.dumps({"tier": "ENTERPRISE"}).encode(), {"Content-Type": "application/json"}
     with proxy(command, gateway.port, tmp_path) as (port, _):
         assert outside(port, "/api/up/x").status == 200, "it is no proxy"
-        for path in ("/metrics", "/circuit-breakers", "/clients", "/clients/x", "/docs", "/openapi.json"):
+        for path in ("/metrics", "/circuit-breakers", "/clients", "/clients/x", "/dashboard/events", "/openapi.json"):
             assert outside(port, path).status in REFUSED, path
             assert outside(port, path, headers={"Host": f"localhost:{gateway.port}"}).status in REFUSED, path
         posted = outside(port, "/clients/x/tier", method="POST", headers=json_type, body=body)

@@ -20,6 +20,7 @@ import pytest
 from api_gateway.clients.api_keys import digest_of, new_key
 from api_gateway.config import load_config
 from api_gateway.replay.pipeline import replay_logs
+from api_gateway.replay.snapshot import read_snapshot
 from api_gateway.usage.ledger import USAGE_FILE
 from tests.kit import PATIENCE, Answer, RawRequest, RawUpstream, Wire, ask, eventually, refusing_url, reply
 from tests.processes import Running, process
@@ -44,8 +45,9 @@ limits:
   - {{name: own, key: [client, route], rate: 4, capacity: 9, tiers: {{FREE: null, PREMIUM: {{rate: 9, capacity: 9}}}}}}
   - {{name: everyone, key: route, routes: [up], methods: [POST], rate: 25, capacity: 120, cost: 1}}
   - {{name: nearby, key: [address, route], rate: 20, capacity: 100}}
+  - {{name: daily, key: [client, route], quota: 20, period: day, tiers: [BASIC], warn_at: [0.9]}}
 """
-REQUESTS, CONNECTIONS = 300, 6
+REQUESTS, CONNECTIONS = 300, 3  # of each half, between which a snapshot is taken
 
 
 def behaviour(wire: Wire, request: RawRequest) -> bool | None:
@@ -96,12 +98,15 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     config.write_text(CONFIG.format(up=up.url, gone=refusing_url(), digest=digest, folder=folder / "state"))
     with process("-m", "api_gateway", "--config", str(config), "--port", "0", cwd=folder) as running:
         port = running.port
-        threads = [threading.Thread(target=load, args=(port, seed)) for seed in range(CONNECTIONS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        eventually(lambda: len(running.logged) >= REQUESTS * CONNECTIONS, "every line is written")
+        for seeds in (range(CONNECTIONS), range(CONNECTIONS, 2 * CONNECTIONS)):
+            threads = [threading.Thread(target=load, args=(port, seed)) for seed in seeds]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            eventually(lambda: len(running.logged) >= REQUESTS * seeds.stop, "every line is written")  # noqa: B023
+            if not seeds.start:
+                (folder / "snapshot.json").write_bytes(running.ask("/limits/snapshot").body)
         usage = running.ask("/usage?by=client,route,day")
         own = ask(f"{running.url}/usage/me?by=route", headers={"X-API-Key": KEY, "X-Forwarded-For": "192.0.2.99"})
         assert running.terminate() == 0, running.errors
@@ -159,7 +164,7 @@ def test_a_replay_under_its_own_configuration_makes_every_decision_again(played:
     lines = [line for line in running.logged if "request_id" in line]
     decided = [line for line in lines if line["decision"]]
     refused = [line for line in decided if line["decision"]["wait_ns"]]
-    assert {line["decision"]["limit"] for line in refused} >= {"FREE", "address"}
+    assert {line["decision"]["limit"] for line in refused} >= {"FREE", "address", "daily"}
     assert {line["cost"] for line in decided if "settlements" in line["decision"]} >= {0.0, 0.5, 3.0, 7.0}
     assert any("credential_check" in line for line in lines)
 
@@ -176,6 +181,20 @@ def test_a_replay_under_its_own_configuration_makes_every_decision_again(played:
     assert (tally.limited, tally.newly_limited_by.total()) == (len(refused), 0)
     ((least, greatest, count),) = part.spans.values()
     assert greatest - least + 1 == count, "every number is in the log once"
+
+
+def test_a_replay_from_a_snapshot_makes_every_decision_after_it_again(played: Played) -> None:
+    """The buckets and quotas of the running gateway at one instant suffice, without the log before it."""
+    snapshot = read_snapshot(played.folder / "snapshot.json")
+    assert snapshot.counters
+    times = [line["decision"]["at_ns"] for line in played.running.logged if line.get("decision")]
+    after = sum(at_ns > snapshot.at_ns for at_ns in times)
+    assert len(times) > after > 0
+    config = load_config(played.folder / "gateway.yaml")
+    tally = replay_logs([played.running.stdout], config, config, snapshot=snapshot).tally
+    assert (tally.decisions, tally.before_snapshot) == (after, len(times) - after)
+    for agreement in (tally.agreement, tally.current_agreement):
+        assert agreement.same == agreement.compared == after, agreement.first_difference
 
 
 def test_the_command_replays_rotated_logs_in_several_processes_and_fails_a_pipeline(played: Played) -> None:

@@ -1,4 +1,4 @@
-"""One admission: the server's own protocol, the ASGI middleware and `/explain` decide alike, in whatever order."""
+"""One admission: the server's own protocol, the ASGI application and `/explain` decide alike, in whatever order."""
 
 import random
 from collections import Counter
@@ -15,15 +15,16 @@ from api_gateway.admin.explainer import Explainer
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.errors import GatewayError
 from api_gateway.fastpath.fast_path import FastPath
-from api_gateway.http1.asgi import Message, Receive, Scope, Send
+from api_gateway.http1.asgi import Message, Scope
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
-from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
+from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import NANOSECONDS, Exchange, Quota
-from api_gateway.proxy.admission import Admission, RequestPlan, Stage
+from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
@@ -91,24 +92,6 @@ def _without_connections(upstream: Upstream) -> UpstreamClient:
     return client
 
 
-class RecordingRouter(Router):
-    """A router that keeps the plans of the requests that it would forward."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        super().__init__(
-            RouteTable(ROUTES),
-            {"up": _without_connections(upstream)},
-            clock=lambda: 0.0,
-            max_body_bytes=100,
-            observe_attempt=lambda *_: None,
-            on_transition=lambda *_: None,
-        )
-
-    async def forward(self, plan: RequestPlan, _scope: Scope, _receive: Receive, send: Send) -> None:
-        plan.exchange.status = 200
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-
 class Paths:
     """All that decides on requests, with stages in some order, on a clock that is moved by hand."""
 
@@ -119,7 +102,14 @@ class Paths:
         priorities = PriorityClasses({"FREE": 1, "PAID": 2})
         self.shedder = EventLoopShedder(1.0, priorities, source=random.Random(1))
         upstream = Upstream("up", [Target("http://127.0.0.1:1")], CircuitBreaker(BreakerPolicy(), 0.0), round_robin)
-        router = RecordingRouter(upstream)
+        router = Router(
+            RouteTable(ROUTES),
+            {"up": _without_connections(upstream)},
+            clock=lambda: 0.0,
+            max_body_bytes=100,
+            observe_attempt=lambda *_: None,
+            on_transition=lambda *_: None,
+        )
         headers = HeaderReader(
             id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=100, limit_fields=frozenset({b"x-team"})
         )
@@ -140,20 +130,12 @@ class Paths:
         admission = Admission([stages[name] for name in order])
         limit_headers = RateLimitHeaders()
         self.seen: list[Exchange] = []
-        self.asgi = ExchangeMiddleware(
-            AdmissionMiddleware(
-                admission=admission,
-                headers=headers,
-                router=router,
-                limit_headers=limit_headers,
-                clock_ns=lambda: self.now_ns,
-            ),
-            clock=lambda: self.now_ns / NANOSECONDS,
+        record = ExchangeRecords(
             recorder=Recorder(["plain", "never", "cut"], ["up"], ["FREE", "PAID"], [50], 0.0),
             observers=[self.seen.append],
         )
         self.fast_path = FastPath(
-            record=self.asgi,
+            record=record,
             admission=admission,
             headers=headers,
             router=router,
@@ -179,8 +161,8 @@ class Paths:
             self.shedder.observe(1.5 if is_on else 0.0)
 
     async def through_asgi(self, request: ExplainRequest) -> dict[str, Any]:
-        """Return the figures of the request in the ASGI middleware."""
-        await self.asgi(scope_of(request), unread, ignore)
+        """Return the figures of the request by ASGI."""
+        await self.fast_path.serve(scope_of(request), unread, ignore)
         return figures_of(self.seen.pop())
 
     async def through_the_protocol(self, request: ExplainRequest) -> dict[str, Any]:
@@ -190,6 +172,7 @@ class Paths:
         client = SimpleNamespace(
             client=(request.address, 50_000),
             scheme="http",
+            abilities=DownstreamConnection.abilities,
             last_headers=None,
             limits=SimpleNamespace(header_bytes=10_000, header_lines=100),
             transport=SimpleNamespace(write=lambda _: None),

@@ -20,9 +20,12 @@ from api_gateway.limits.concurrency import (
     SlottedCharges,
 )
 from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
+from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL
+from api_gateway.limits.concurrency_ops import LEASE
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Client, ConcurrencySlot, Exchange, Quota
+from api_gateway.observability.access_log import AccessLog
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
 from api_gateway.proxy.concurrency_stage import ConcurrencyStage
 from api_gateway.proxy.cost_settlement import CostSettlement
@@ -315,8 +318,23 @@ def test_a_random_walk_agrees_with_sets_of_open_requests(seed: int) -> None:
     assert not any(slotted.in_flight.values())
 
 
+def test_the_access_log_names_no_limit_as_charged_by_a_refused_request() -> None:
+    slotted, written = Slotted(TWO_ON_X), list[str]()
+    for _ in range(3):
+        exchange, _ = slotted.begin()
+        AccessLog(written.append).write(exchange, 1_800_000_000.0)
+    decisions = [json.loads(line)["decision"] for line in written]
+    assert [(one["limits"], one["limit"]) for one in decisions] == [
+        (["FREE"], "FREE"),
+        (["FREE"], "FREE"),
+        ([], "two"),
+    ]
+
+
 def test_the_numbers_of_the_page_are_those_of_the_code() -> None:
     page = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
     section = " ".join(page.split("## Five at a time\n")[1].split("\n## ")[0].split())
     assert f"the last {DURATIONS} requests of the same key" in section
     assert f"from {SHORTEST_HINT:g} s to {LONGEST_HINT:g} s" in section
+    assert f"renews it every {RENEWAL_INTERVAL:g} s" in section
+    assert f"until the lease ends, {LEASE:g} s after its last renewal" in section

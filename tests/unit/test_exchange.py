@@ -23,11 +23,11 @@ from api_gateway.fastpath.exchange_body import ExchangeBody
 from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.fastpath.tunnelling_exchange import TunnellingExchange
-from api_gateway.http1.asgi import BodyReceiver, InFlight
+from api_gateway.http1.asgi import BodyReceiver, DownstreamAbilities, InFlight
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
-from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
+from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange, Outcome, Quota
 from api_gateway.proxy import exchange as states
 from api_gateway.proxy.admission import Admission
@@ -229,6 +229,8 @@ class FakeTransport:
 class FakeDownstream:
     """The client's side: it notes what the exchange asks of it."""
 
+    abilities = DownstreamAbilities(framing=True, upgrade=True)
+
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.transport: Any = FakeTransport()
@@ -363,15 +365,7 @@ class World:
             ]
         )
         self.ended: list[Exchange] = []
-        record = ExchangeMiddleware(
-            AdmissionMiddleware(
-                admission=admission,
-                headers=headers,
-                router=router,
-                limit_headers=limit_headers,
-                clock_ns=self.clock_ns,
-            ),
-            clock=self.clock,
+        record = ExchangeRecords(
             recorder=self.recorder,
             observers=[self.ended.append],
             on_failure=settlement.on_failure,

@@ -6,12 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.forwarded import (
-    BY_X_FORWARDED,
     client_address,
-    forwarding_fields,
     hop_address,
-    replaced_fields,
 )
 from api_gateway.http1.headers import (
     FORWARDING,
@@ -27,16 +25,18 @@ from api_gateway.http1.headers import (
     http_date,
     is_visible_ascii,
     is_within,
-    rewrite_request,
     rewrite_response,
 )
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.via import Via
 from api_gateway.models import HeaderList
+from api_gateway.proxy.header_facts import HeaderReader
 
 TOUCHED = HOP_BY_HOP | FORWARDING | GATEWAY_HEADERS | PROTECTED | {b"expect", b"x-request-id", b"date", b"server"}
 TOKEN = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-.!#$&'*+^`|~", min_size=1, max_size=12)
+VALUES = st.binary(max_size=20).map(lambda value: value.replace(b"\r", b""))
 UNTOUCHED = st.lists(
-    st.tuples(TOKEN.map(str.encode).filter(lambda name: name.lower() not in TOUCHED), st.binary(max_size=20)),
+    st.tuples(TOKEN.map(str.encode).filter(lambda name: name.lower() not in TOUCHED), VALUES),
     max_size=8,
 )
 
@@ -48,17 +48,12 @@ def values(headers: HeaderList, name: bytes) -> list[bytes]:
 def upstreams_view(
     headers: HeaderList, *, is_trusted: bool = False, protected: frozenset[bytes] = frozenset(), version: str = "1.1"
 ) -> HeaderList:
-    """Return `rewrite_request` of these headers, sent by 192.0.2.7 over http."""
-    return rewrite_request(
-        headers,
-        fields_of(headers),
-        host=b"target:9001",
-        request_id=b"id-1",
-        via=Via().field(version),
-        forwarding=forwarding_fields(fields_of(headers), peer="192.0.2.7", scheme="http", is_trusted=is_trusted),
-        replaced=replaced_fields(BY_X_FORWARDED, is_trusted),
-        protected=protected,
-    )
+    """Return what an upstream gets of these headers, sent by 192.0.2.7 over http."""
+    (id_header,) = protected or (b"x-client-id",)
+    trusted = (ip_network("192.0.2.7"),) if is_trusted else ()
+    reader = HeaderReader(id_header=id_header.decode(), trusted_proxies=trusted, max_body_bytes=100)
+    sent = reader.read_head("192.0.2.7", "http", RequestHead("GET", b"/", headers, version, 0, keep_alive=True)).sent
+    return [(b"host", b"target:9001"), *pairs_of(sent), (b"x-request-id", b"id-1")]
 
 
 def clients_view(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:

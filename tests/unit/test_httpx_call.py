@@ -1,15 +1,18 @@
 """A call on an httpx transport: its queue, its pauses, and its end."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from api_gateway.transport.httpx_call import QUEUE_HIGH_WATER, RUNNING, HttpxCall
+from api_gateway.transport.error_mapping import translate
+from api_gateway.transport.httpx_call import QUEUE_HIGH_WATER, RUNNING, HttpxCall, HttpxCalls
 from api_gateway.transport.request import Origin
 from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, UpstreamResponse
+from api_gateway.transport.shielded import ShieldedTransport
 
 
 class Scripted(httpx.AsyncBaseTransport):
@@ -58,8 +61,13 @@ async def turns(count: int = 10) -> None:
         await asyncio.sleep(0)
 
 
-def call_on(transport: Scripted, listener: Any = NO_LISTENER) -> tuple[HttpxCall, UpstreamResponse]:
-    call = HttpxCall(transport, Origin.of(httpx.URL("http://up.test")), None)
+ORIGIN = Origin.of(httpx.URL("http://up.test"))
+
+
+def call_on(
+    transport: httpx.AsyncBaseTransport, listener: Any = NO_LISTENER, calls: HttpxCalls | None = None
+) -> tuple[HttpxCall, UpstreamResponse]:
+    call = HttpxCall(transport, ORIGIN, calls or HttpxCalls(transport, 9), None)
     return call, UpstreamResponse(call, "GET", NO_LIMITS, listener)
 
 
@@ -166,3 +174,67 @@ async def test_any_failure_of_a_transport_fails_the_response() -> None:
     call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
     await turns()
     assert isinstance(response.error, ValueError)
+
+
+class Stubborn(httpx.AsyncBaseTransport):
+    """A transport that does not end a call although it is cancelled, before its response or within its body."""
+
+    def __init__(self, *, has_head: bool) -> None:
+        self._has_head = has_head
+        self.gate = asyncio.Event()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if not self._has_head:
+            await self.wait()
+        return httpx.Response(200, stream=Unending(self))
+
+    async def wait(self) -> None:
+        while not self.gate.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.gate.wait()
+
+
+class Unending(httpx.AsyncByteStream):
+    def __init__(self, transport: Stubborn) -> None:
+        self._transport = transport
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        await self._transport.wait()
+        yield b"late"
+
+
+@pytest.mark.parametrize("has_head", [False, True], ids=["before the head", "within the body"])
+@pytest.mark.parametrize("is_shielded", [False, True], ids=["bare", "shielded"])
+async def test_calls_that_do_not_end_are_counted_and_limited(*, has_head: bool, is_shielded: bool) -> None:
+    stubborn = Stubborn(has_head=has_head)
+    transport: httpx.AsyncBaseTransport = ShieldedTransport(stubborn) if is_shielded else stubborn
+    calls = HttpxCalls(transport, 2)
+    for count in (1, 2):
+        assert calls.begin(ORIGIN, None) is not None
+        call, response = call_on(transport, calls=calls)
+        call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
+        await turns()
+        assert calls.aborted == count - 1, "those in flight are not counted"
+        call.close()
+        await turns()
+        assert calls.aborted == count
+    assert calls.begin(ORIGIN, None) is None
+    error = translate(calls.refusal(), "up")
+    assert (error.status, error.reason, calls.refused) == (503, "overloaded", 1)
+    assert "2 aborted requests to it have not ended" in error.detail
+    stubborn.gate.set()
+    await turns(20)
+    assert (calls.aborted, len(RUNNING)) == (0, 0)
+    assert calls.begin(ORIGIN, None) is not None
+
+
+async def test_a_call_that_has_ended_is_not_aborted() -> None:
+    transport = Scripted([b"ok"])
+    calls = HttpxCalls(transport, 1)
+    call, response = call_on(transport, calls=calls)
+    transport.gate.set()
+    call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
+    await turns()
+    assert response.is_complete
+    call.close()
+    assert calls.aborted == 0

@@ -89,12 +89,6 @@ def test_an_exchange_can_begin_at_any_time() -> None:
     assert exchange.upstream_duration == 0.0
 
 
-def test_two_exchanges_share_no_headers() -> None:
-    one, other = (Exchange("id", "GET", "/", "peer", started=0.0) for _ in range(2))
-    one.response_headers.append((b"a", b"1"))
-    assert other.response_headers == []
-
-
 def test_an_exchange_has_no_room_for_other_fields() -> None:
     with pytest.raises(AttributeError):
         Exchange("id", "GET", "/", "peer", started=0.0).color = "red"  # type: ignore[attr-defined]  # the test

@@ -5,9 +5,11 @@ import gzip
 import hashlib
 import html
 import json
+import math
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ from hypothesis import strategies as st
 
 from api_gateway.cli import main
 from api_gateway.config import GatewayConfig, from_values
-from api_gateway.models import Charge, Client, Exchange, Quota
+from api_gateway.models import Charge, Client, Decision, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.replay import log_lines
+from api_gateway.replay import log_lines, simulation
 from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.external_sort import RunWriter, merged
@@ -31,6 +33,8 @@ from api_gateway.replay.page import page_of
 from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import document_of, text_of
 from api_gateway.replay.sharding import shards
+from api_gateway.replay.simulation import Simulation
+from api_gateway.replay.snapshot import read_snapshot
 from tests.unit.test_access_log import EXCHANGES, OfAnOrganisation, bare
 
 SECOND = 1_000_000_000
@@ -149,17 +153,22 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize(
-    "name", ["at_ns", "number", "process", "source", "limits", "limit", "wait_ns", "cost", "remaining", "settlements"]
+    "name",
+    [
+        *("at_ns", "number", "process", "source", "limits", "limit", "wait_ns", "cost", "remaining", "settlements"),
+        "wall_us",
+    ],
 )
 def test_no_value_of_a_decision_ends_a_replay_or_reaches_a_terminal(tmp_path: Path, name: str) -> None:
     traffic = Traffic()
     traffic.request("acme")
     (line,) = traffic.lines()
+    counted = config(limits=[{"name": "daily", "quota": 2, "period": "day", "starts": "client"}])
     for value in HOSTILE:
         members = json.loads(line)
         (members if name == "remaining" else members["decision"])[name] = "@"
         changed = json.dumps(members, separators=(",", ":")).replace('"@"', value) + "\n"
-        found = reported(replay_logs([log_of(tmp_path, [changed, line])], config(), None), config())
+        found = reported(replay_logs([log_of(tmp_path, [changed, line])], counted, None), counted)
         assert found["log"]["lines"] == 2
         assert found["totals"]["decisions"] + found["log"]["foreign_lines"] + found["log"]["not_decided"] == 2
         assert all(len(message) < 500 for message in found["log"]["messages"])
@@ -258,6 +267,43 @@ def test_a_log_in_any_order_and_in_any_files_gives_the_same_decisions(tmp_path: 
     assert found.tally.newly_limited_by.keys() == {"BASIC"}
 
 
+def test_what_is_remembered_of_a_client_and_a_path_changes_no_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most decisions repeat the ones before of the same client, path and method; all stages give the same."""
+    traffic, rng = Traffic(), random.Random(9)
+    for _ in range(4_000):
+        name, after = f"client-{rng.randrange(6)}", rng.random() * 0.02
+        path = rng.choice(["/api/up/x", "/api/up/y", "/api/dear/z", "/api/nowhere", "/api/up/../dear"])
+        exchange = traffic.request(name, rng.choice(["FREE", "BASIC", "BASIC"]), after=after, path=path)
+        exchange.peer = f"192.0.2.{rng.randrange(3)}"
+        exchange.method = rng.choice(["GET", "POST"])
+        if rng.random() < 0.5:
+            assert exchange.client is not None
+            exchange.client = replace(exchange.client, source=rng.choice(["default", "granted", "configured"]))
+    log = log_of(tmp_path, traffic.lines())
+    routes = [
+        {"name": "up", "path": "/api/up", "upstream": "up", "costs": [{"methods": ["POST"], "cost": 2}]},
+        {"name": "dear", "path": "/api/dear", "upstream": "up", "cost": 3},
+    ]
+    candidate = config(routes=routes, address_limit={"rate": 5, "capacity": 10, "exempt": []})
+
+    def figures() -> dict[str, Any]:
+        found = reported(replay_logs([log], candidate, config()), candidate, config())
+        return {name: found[name] for name in found if name != "seconds"}
+
+    remembered = figures()
+    assert remembered["totals"]["refused_otherwise"] > 0
+    assert remembered["newly_limited_by"].keys() >= {"FREE", "address"}
+    monkeypatch.setattr(simulation._RememberedRoutes, "decide", lambda self, plan: self.stage.decide(plan))
+    monkeypatch.setattr(Simulation, "decide", _by_stages)
+    assert figures() == remembered
+
+
+def _by_stages(self: Simulation, event: LogEvent) -> Decision | None:
+    return self._decide_by_stages(self._buckets_of(event[4], event[5]), event)
+
+
 def test_each_process_of_a_gateway_without_a_store_has_buckets_of_its_own(tmp_path: Path) -> None:
     """Such as after a restart; their numbers begin anew, and a number that is not in the log is reported."""
     before, after = Traffic("a"), Traffic("b", start_ns=2 * SECOND)
@@ -330,13 +376,42 @@ def test_limits_on_values_that_are_not_logged_are_not_evaluated(tmp_path: Path) 
         traffic.request(f"client-{index % 2}", "BASIC")
     strict = {"rate": 1, "capacity": 1}
     tenants = {"name": "tenants", "key": ["header:x-tenant", "client"], **strict}
-    monthly = {"name": "monthly", "key": "client", "quota": 1, "period": "month"}
-    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}, monthly])
+    candidate = config(limits=[tenants, {"name": "all", "key": "route", **strict}])
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
-    note, other = found["not_evaluable"]
-    assert other == "limit monthly: a quota of a calendar period, whose count before the log is not known"
+    (note,) = found["not_evaluable"]
     assert note == "limit tenants: its key has header:x-tenant, which is not logged; it is not evaluated"
     assert (found["newly_limited_by"], found["totals"]["newly_limited"]) == ({"all": 7}, 7)
+
+
+def test_calendar_quotas_are_evaluated_by_the_wall_clock_of_the_log_across_restarts(tmp_path: Path) -> None:
+    """A period ends when the logged wall clock says so; counters outlive a process, buckets do not."""
+    before, after = Traffic("a"), Traffic("b", start_ns=400 * SECOND)
+    midnight = 1_700_006_400
+    for traffic, walls in ((before, (-10, -9, -8.5, 0)), (after, (1, 2, 3))):
+        for wall in walls:
+            exchange = traffic.request("acme", after=1)
+            assert exchange.decision is not None
+            exchange.charges = [*exchange.charges, Charge("limit:daily:client:acme", traffic.quotas["FREE"], 0)]
+            exchange.decision.wall_us = round((midnight + wall) * 1_000_000)
+    candidate = config(limits=[{"name": "daily", "quota": 2, "period": "day"}])
+    log = log_of(tmp_path, before.lines() + after.lines())
+    assert '"wall_us":1700006391500000' in log.read_text()
+    found = reported(replay_logs([log], candidate, None), candidate)
+    (client,) = found["clients"]
+    assert (client["requests"], client["limits"]) == (7, {"daily": 3})
+    assert client["longest_wait_seconds"] == 86_400 - 2
+    (note,) = found["not_evaluable"]
+    assert note.startswith("limit daily: what was used of its calendar period before the log is not known")
+
+
+def test_the_time_of_a_period_is_logged_to_the_microsecond() -> None:
+    """The simulation gives it to the limiter, which rounds up, without an error of rounding."""
+    one = Simulation(config(limits=[{"name": "daily", "quota": 2, "period": "day"}]))
+    rng = random.Random(3)
+    for _ in range(10_000):
+        now_us = rng.randrange(10**15, 4 * 10**15)
+        one._set_wall(now_us)
+        assert math.ceil(one.wall * 1_000_000) == now_us
 
 
 def test_clients_of_an_organisation_share_its_limit_and_a_shard(tmp_path: Path) -> None:
@@ -360,6 +435,92 @@ def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path:
     traffic.request("acme", path="/api/elsewhere")
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], config(), None), config())
     assert (found["totals"]["refused_otherwise"], found["totals"]["limited"]) == (1, 0)
+
+
+# Snapshots
+
+
+QUOTAS = {"limits": [{"name": "monthly", "quota": 40, "period": "month"}]}
+
+
+def test_a_log_in_two_parts_is_replayed_from_the_state_at_the_end_of_the_first(tmp_path: Path) -> None:
+    """Decisions until the snapshot are passed over, so the whole log gives the same as its second part."""
+    traffic, rng = Traffic(), random.Random(5)
+    for _ in range(400):
+        number = rng.randrange(9)
+        traffic.request(f"client-{number}", "BASIC" if number % 2 else "FREE", after=rng.random() * 0.1)
+    first, exchanges = Traffic(), traffic.exchanges
+    first.exchanges = exchanges[:200]
+    both = config(**QUOTAS)
+    whole = replay_logs([log_of(tmp_path, traffic.lines())], both, None)
+    replay_logs([log_of(tmp_path, first.lines(), "1.log")], both, None, jobs=2).state.write(tmp_path / "state.json")
+    state = read_snapshot(tmp_path / "state.json")
+    assert (len(state.counters), len(state.buckets)) == (9, 1)
+    found = replay_logs([tmp_path / "access.log"], both, both, snapshot=state)
+    document = reported(found, both, both)
+    assert (document["totals"]["decisions"], document["totals"]["before_snapshot"]) == (200, 200)
+    assert document["not_evaluable"] == []
+    assert "200 decisions before the snapshot" in text_of(document, 5)
+    before = replay_logs([tmp_path / "1.log"], both, None)
+    assert found.tally.limited == found.tally.limited_by_current == whole.tally.limited - before.tally.limited > 0
+    assert any("monthly" in (one.limits or ()) for one in found.tally.clients.values())
+    assert found.state.counters == whole.state.counters
+    assert found.state.buckets == whole.state.buckets
+
+
+def test_buckets_of_a_snapshot_keep_their_filled_fraction_under_the_candidate(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for _ in range(8):
+        traffic.request("acme")  # 8 of 10 are used
+    replay_logs([log_of(tmp_path, traffic.lines())], config(), None).state.write(tmp_path / "state.json")
+    later = Traffic(start_ns=SECOND + 1)
+    for _ in range(40):
+        later.request("acme")
+    wide = config(tiers={"FREE": {"rate": 1, "capacity": 100}})
+    state = read_snapshot(tmp_path / "state.json")
+    found = replay_logs([log_of(tmp_path, later.lines())], wide, config(), snapshot=state)
+    assert found.tally.limited_by_current == 40 - 2
+    assert found.tally.limited == 40 - 20
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("{", "is not JSON; a snapshot is what GET /limits/snapshot returns"),
+        ("[]", "is no snapshot of limits: TypeError"),
+        ("{}", "is no snapshot of limits: KeyError: 'format'"),
+        ('{"format": 2}', "format: expected 1, got 2"),
+        (
+            '{"format": 1, "at_ns": "x", "buckets": {}, "counters": []}',
+            "expected nanoseconds since the epoch, got 'x'",
+        ),
+        (
+            '{"format": 1, "at_ns": 1, "buckets": {"a": {"b": -1}}, "counters": []}',
+            "nanoseconds since the epoch, got -1",
+        ),
+        ('{"format": 1, "at_ns": 1, "buckets": [], "counters": []}', "is no snapshot"),
+        ('{"format": 1, "at_ns": 1, "buckets": {}, "counters": [["k"]]}', "is no snapshot"),
+        ('{"format": 1, "at_ns": 1, "buckets": {}, "counters": [["k", "year"' + ", 1" * 16 + "]]}", "unit 'year'"),
+        (
+            '{"format": 1, "at_ns": 1, "buckets": {}, "counters": [["k", "day", 1' + "0" * 25 + ", 1" * 15 + "]]}",
+            "a number is too large",
+        ),
+    ],
+)
+def test_a_snapshot_that_cannot_be_used_is_named_with_the_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, cause: str
+) -> None:
+    path = tmp_path / "snapshot.json"
+    path.write_text(text)
+    with pytest.raises(ReplayError, match=cause):
+        read_snapshot(path)
+    candidate = tmp_path / "new.yaml"
+    candidate.write_text('upstreams: {up: {targets: [{url: "http://127.0.0.1:1"}]}}\n')
+    log = log_of(tmp_path, [])
+    assert main(["replay", str(log), "--config", str(candidate), "--from", str(path)]) == 3
+    assert str(path) in capsys.readouterr().err
+    assert main(["replay", str(log), "--config", str(candidate), "--save", str(tmp_path / "no" / "x")]) == 3
+    assert "x: cannot be written" in capsys.readouterr().err
 
 
 # Clients divided among processes

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from api_gateway.fastpath.asgi_downstream import AsgiDownstream
 from api_gateway.fastpath.fast_path import FastPath
-from api_gateway.router import Router
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of, reply, running_gateway
 
 
@@ -67,15 +67,15 @@ def fast_path_spy(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.fixture
 def asgi_forwards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The plans of the requests that the ASGI path forwards."""
+    """The requests that come by ASGI."""
     seen: list[Any] = []
-    forward = Router.forward
+    run = AsgiDownstream.run
 
-    def noting(self: Router, plan: Any, *arguments: Any) -> Any:
-        seen.append(plan)
-        return forward(self, plan, *arguments)
+    def noting(self: AsgiDownstream) -> Any:
+        seen.append(self)
+        return run(self)
 
-    monkeypatch.setattr(Router, "forward", noting)
+    monkeypatch.setattr(AsgiDownstream, "run", noting)
     return seen
 
 

@@ -2,18 +2,22 @@
 
 import json
 import random
+import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
-from api_gateway.config import load_config
+from api_gateway.config import GatewayConfig, load_config
+from api_gateway.main import create_app
 from api_gateway.settings.diagnostics import ConfigError
 from tests.kit import (
+    PATIENCE,
     RawAnswer,
     RawClient,
     RawRequest,
@@ -279,16 +283,27 @@ def sending(data: bytes) -> Callable[[Wire, RawRequest], bool]:
     return behave
 
 
-def one_request(port: int, choose: random.Random) -> str:
+PATHS = ("/api/x", "/api/exports", "/api/brief", "/api/down")
+CLIENTS = ("a", "b", "rich", "any")
+
+
+def one_request(
+    port: int,
+    choose: random.Random,
+    paths: Sequence[str] = PATHS,
+    clients: Sequence[str] = CLIENTS,
+    patience: float = PATIENCE,
+) -> str:
     """Send a request and end it in one of many ways; return what came of it."""
-    path = choose.choice(("/api/x", "/api/exports", "/api/brief", "/api/down"))
-    headers = [f"X-Client-ID: {choose.choice(('a', 'b', 'rich', 'any'))}"]
+    path = choose.choice(paths)
+    headers = [f"X-Client-ID: {choose.choice(clients)}"]
     if choose.random() < 0.2:
         headers.append(ODD)
     if choose.random() < 0.15:
         headers += ASKING
     way = choose.choice(("read", "read", "read", "reset", "close", "body", "cut body", "part"))
     with RawClient(port) as client:
+        client.sock.settimeout(patience)
         if way in ("body", "cut body"):
             client.request("POST", path, (*headers, "Content-Length: 40000"), b"x" * 20_000)
             if way == "cut body":
@@ -336,7 +351,54 @@ def test_whatever_ends_a_request_it_returns_its_slots(running: RunningGateway, u
     all_returned(running)
 
 
+@pytest.mark.parametrize("http", ["h11", "httptools", "api_gateway.server:protocol"])
+def test_whatever_ends_a_request_under_another_server_it_returns_its_slots(
+    sections: dict[str, Any], up: RawUpstream, tmp_path: Path, http: str
+) -> None:
+    up.behave = misbehaving(3)
+    config = GatewayConfig.model_validate(
+        sections | {"state_dir": tmp_path, "log": {"access": False}, "server": {"max_event_loop_lag": None}}
+    )
+    app = create_app(config, server_headers=frozenset({b"date", b"server"}))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, http=http, log_config=None))
+    serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    serving.start()
+    eventually(lambda: server.started or not serving.is_alive(), "uvicorn starts")
+    port, outcomes = int(listener.getsockname()[1]), Counter[str]()
+
+    def many(seed: int) -> None:
+        choose = random.Random(seed)
+        for _ in range(60):
+            with suppress(OSError):
+                outcomes[one_request(port, choose, patience=1.0)] += 1  # some servers keep a refused handshake open
+
+    threads = [threading.Thread(target=many, args=(seed,)) for seed in range(8)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        slots = app.state.gateway.slots
+        eventually(lambda: not slots.counters, "all have ended")
+        assert {"200", "reset", "502"} <= outcomes.keys(), outcomes
+    finally:
+        server.should_exit = True
+        serving.join(PATIENCE)
+
+
 # Mistakes
+
+
+def test_a_cluster_is_refused(tmp_path: Path) -> None:
+    sections = in_front_of("http://127.0.0.1:9") | {
+        "limits": [{"name": "one", "concurrent": 5}],
+        "store": {"url": "redis+cluster://127.0.0.1:6379"},
+    }
+    path = tmp_path / "gateway.yaml"
+    path.write_text(json.dumps(sections))
+    with pytest.raises(ConfigError, match=r"limits\[0\] \(one\)\.concurrent: needs one server: set store\.url to one"):
+        load_config(path)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from api_gateway.admin.explainer import Explainer
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import Message
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
-from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
+from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import NANOSECONDS, Exchange, Quota
 from api_gateway.proxy.admission import Admission
 from api_gateway.proxy.cost_settlement import CostSettlement
@@ -137,18 +138,19 @@ class Stage:
         )
         headers = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=1000)
         self.seen: list[Exchange] = []
-        self.record = ExchangeMiddleware(
-            AdmissionMiddleware(
-                admission=admission,
-                headers=headers,
-                router=router,
-                limit_headers=limit_headers,
-                clock_ns=lambda: self.now_ns,
-            ),
-            clock=lambda: self.now,
+        record = ExchangeRecords(
             recorder=self.recorder,
             observers=[self.recorder.observe, self.seen.append],
             on_failure=settlement.on_failure,
+        )
+        self.fast_path = FastPath(
+            record=record,
+            admission=admission,
+            headers=headers,
+            router=router,
+            limit_headers=limit_headers,
+            clock=lambda: self.now,
+            clock_ns=lambda: self.now_ns,
         )
         self.explainer = Explainer(
             admission=admission,
@@ -199,7 +201,7 @@ class Stage:
             "headers": headers,
             "client": (question.address, 50_000),
         }
-        await self.record(scope, receive, send)
+        await self.fast_path.serve(scope, receive, send)
         body = b"".join(message.get("body", b"") for message in messages[1:])
         return {"status": messages[0]["status"], "headers": dict(messages[0]["headers"]), "body": body}
 

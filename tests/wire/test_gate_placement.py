@@ -64,7 +64,7 @@ async def test_nothing_of_a_body_to_an_unknown_path_is_taken(tmp_path: Path) -> 
         assert (answer.status_code, answer.json()["reason"], body.taken) == (404, "no_route", 0)
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/clients/x", "/openapi.json", "/docs"])
+@pytest.mark.parametrize("path", ["/metrics", "/clients/x", "/openapi.json", "/configuration"])
 async def test_mounted_in_another_application_it_holds(tmp_path: Path, path: str) -> None:
     gateway, outer = build(tmp_path, token=TOKEN), FastAPI()
     outer.mount("/gw", gateway)
@@ -72,6 +72,8 @@ async def test_mounted_in_another_application_it_holds(tmp_path: Path, path: str
         assert (await client.get(f"/gw{path}")).status_code == 401
         assert (await client.get(f"/gw{path}", headers=AUTHORIZED)).status_code == 200
         assert (await client.get("/gw/healthz")).text == "ok\n"
+        for page in ("/gw/", "/gw/dashboard", "/gw/docs", "/gw/dashboard/app.js"):
+            assert (await client.get(page)).status_code == 200
         found = await client.get("/gw/clients/a%2Fgrants", headers=AUTHORIZED)
         assert found.json()["client_id"] == "a/grants"
         assert (await client.get("/gw/openapi.json", headers=AUTHORIZED)).json()["servers"] == [{"url": "/gw"}]

@@ -1,6 +1,7 @@
 """Upstreams that are reached by an httpx transport: the same exchange, by the other kind of `UpstreamCall`."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -143,3 +144,48 @@ def test_a_response_that_is_cut_off_is_incomplete(client: RawClient, up: RawUpst
     up.behave = behave
     answer = client.get()
     assert (answer.status, answer.body, answer.is_complete) == (200, b"half", False)
+
+
+def test_requests_are_refused_while_too_many_aborted_ones_have_not_ended(
+    running: RunningGateway, up: RawUpstream
+) -> None:
+    """The transport does not end a call that is cancelled. Nothing is sent to the upstream, and nothing is charged."""
+    gateway = running.server._app.state.gateway
+    client = gateway.upstream_clients["up"]
+    gate, loop = asyncio.Event(), running.server.servers[0].get_loop()
+
+    class Stubborn(httpx.AsyncHTTPTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            while not gate.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await gate.wait()
+            raise httpx.ReadError("the end")
+
+    before, other = client.transport, Stubborn()
+    client._connect(other, 1)
+    try:
+        with RawClient(running.port) as leaving:
+            leaving.request()
+            eventually(lambda: len(RUNNING) == 1, "it is with the transport")
+        eventually(lambda: client.calls.aborted == 1, "it is aborted and has not ended")
+        with RawClient(running.port) as refused:
+            answer = refused.get("/api/x", ("X-Client-ID: refunded",))
+        assert reason(answer) == (503, "overloaded")
+        assert answer.all("retry-after") == [b"1"]
+        assert answer.all("x-ratelimit-remaining") == answer.all("x-ratelimit-limit"), "nothing is charged"
+        (state,) = client.resources()
+        assert (state.resource, state.limit, state.in_use, state.refused, state.status) == (
+            "aborted_calls",
+            1,
+            1,
+            1,
+            "warn",
+        )
+        assert not up.requests
+        loop.call_soon_threadsafe(gate.set)
+        eventually(lambda: client.calls.aborted == 0, "it has ended")
+        with RawClient(running.port) as served:
+            assert served.get().status == 502, "it is asked again"
+    finally:
+        loop.call_soon_threadsafe(gate.set)
+        client._connect(before)

@@ -33,10 +33,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 def pool(gateway: RunningGateway) -> str:
     """Return what the pool of the upstream `up` says of itself."""
-    step: Any = gateway.server._app._switch.data_plane
-    while hasattr(step, "app"):
-        step = step.app
-    return repr(step._router.upstream_clients["up"].transport)
+    return repr(gateway.server._app.state.gateway.upstream_clients["up"].transport)
 
 
 def post(client: RawClient, body: bytes = b"body", *headers: str) -> RawAnswer:
@@ -154,6 +151,55 @@ def test_a_half_closed_pipeline_with_connection_close_gets_all_responses(client:
     up.behave = slowly
     send_and_end(client, b"GET /api/x HTTP/1.1\r\nHost: a\r\n\r\n", LAST["GET"])
     assert [client.answer().status, client.answer().status] == [200, 200]
+
+
+GET = b"GET /api/x HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize("kind", LAST)
+@pytest.mark.parametrize("before", [b"", b"GET /api/x HTTP/1.1\r\nHost:  a\r\n\r\n"], ids=["plain", "general"])
+def test_what_is_held_behind_a_response_counts_as_the_last_request(
+    client: RawClient, up: RawUpstream, kind: str, before: bytes
+) -> None:
+    """Whatever reads and serves the requests before it, and however many follow at once."""
+    up.behave = slowly
+    requests = [before or GET, *[GET] * 20, LAST[kind]]
+    send_and_end(client, *requests)
+    for _ in requests:
+        answer = client.answer()
+        assert (answer.status, answer.is_complete) == (200, True)
+    assert client.is_closed(within=SOON)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        b"GET /api/x HTTP/1.1\r\nHost: a\r\nX-Note: close HTTP/1.0\r\n\r\n",
+        b"GET /api/close HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"POST /api/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 9\r\n\r\nhalf",
+        b"GET /api/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n",
+    ],
+    ids=["another field", "the path", "within its body", "within its head"],
+)
+def test_what_only_looks_like_an_announced_end_is_a_disconnect(
+    running: RunningGateway, client: RawClient, up: RawUpstream, last: bytes
+) -> None:
+    """Also of the request before it, which is aborted."""
+    left = threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        if wire.is_closed(within=SOON):
+            left.set()
+        return False
+
+    up.behave = behave
+    client.send(GET + last)
+    eventually(lambda: len(up.requests) == 1, "the first request is with the upstream")
+    client.sock.shutdown(socket.SHUT_WR)
+    assert left.wait(SOON)
+    assert client.is_closed(within=SOON)
+    assert len(up.requests) == 1
+    eventually(lambda: running.live.recorder.in_flight == 0, "nothing is held", within=SOON)
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,11 @@ from uvicorn.server import ServerState
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.errors import causes
-from api_gateway.proxy.client_disconnect import DisconnectPoller
 from api_gateway.transport.connection import StaleConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import exhaustion_behind
 from api_gateway.transport.pool import Pool
-from api_gateway.transport.request import NO_BODY
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from tests.kit import LIMITS, RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
@@ -230,22 +228,6 @@ async def test_a_request_is_repeated_once_when_its_connection_was_closed_meanwhi
         with pytest.raises(StaleConnection):
             await transport.handle_async_request(request)
     assert sent == 2
-
-
-@pytest.mark.timeout(10)
-async def test_polling_for_a_disconnect_yields_to_the_loop() -> None:
-    """Another server, or a middleware, may say again and again that the body is complete."""
-    asked = 0
-
-    async def receive() -> dict[str, Any]:
-        nonlocal asked
-        asked += 1
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async with asyncio.timeout(5):
-        with DisconnectPoller(receive, NO_BODY):
-            await asyncio.sleep(0.3)
-    assert 1 <= asked < 20
 
 
 @pytest.mark.timeout(10)

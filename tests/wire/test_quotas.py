@@ -384,3 +384,16 @@ def test_invented_ids_never_refuse_a_registered_client_nor_one_with_a_key(gatewa
     listed = {one["name"]: one["buckets"] for one in gateway.call("GET", "/limits").json()["limits"]}
     assert listed["monthly"] == 6, "two of registered clients, and four of invented ids"
     assert gateway.call("POST", "/clients/invented-299/quotas/monthly/top-up", {"amount": 1}).status == 200
+
+
+def test_a_snapshot_has_what_is_left_of_buckets_and_quotas(gateways: Any) -> None:
+    gateway = gateways(MONTHLY)
+    assert gateway.statuses(3) == [200] * 3
+    found = gateway.call("GET", "/limits/snapshot").json()
+    ((process, buckets),) = found["buckets"].items()
+    assert buckets["client:acme"] > found["at_ns"] > 0
+    ((key, unit, *_),) = found["counters"]
+    assert (key, unit, found["format"]) == ("limit:monthly:client:acme", "month", 1)
+    gateway.clocks.advance(10**6)
+    assert gateway.call("GET", "/limits/snapshot").json()["buckets"] == {process: {}}, "all are full"
+    assert ask(f"{gateway.running.url}/limits/snapshot").status in (401, 403)

@@ -82,7 +82,7 @@ async def test_a_worker_that_is_slow_to_start_is_not_taken_to_hang() -> None:
     ours, theirs = socket.socketpair()
     streams = await asyncio.open_unix_connection(sock=ours)
     with theirs:
-        worker = WorkerHandle(1, cast("Any", process), streams, nothing, nothing, patience)
+        worker = WorkerHandle(1, cast("Any", process), streams, nothing, nothing, nothing, patience)
         await asyncio.sleep(3 * patience)
         assert not process.is_killed.is_set()
         assert worker.seconds_served == 0

@@ -150,7 +150,53 @@ def test_h11_discards_trailers_so_chunked_requests_are_served(
     assert request.all("x-forwarded-for") == [b"127.0.0.1"]
 
 
-@pytest.mark.parametrize("way", [lambda gateway: gateway, mounted], ids=["alone", "mounted"])
+class PassingOn:
+    """Middleware that replaces `receive` and `send`, and hides the server from the gateway."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def receiving() -> Any:
+            return await receive()
+
+        async def sending(message: Any) -> None:
+            await send(message)
+
+        await self.app({**scope}, receiving, sending)
+
+
+def wrapped(gateway: GatewayApp) -> FastAPI:
+    """Return the gateway with middleware that passes on all messages."""
+    gateway.add_middleware(PassingOn)
+    return gateway
+
+
+class Dropping(PassingOn):
+    """Middleware that does not know trailers."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def sending(message: Any) -> None:
+            if message["type"] != "http.response.trailers":
+                await send(message)
+
+        await self.app(scope, receive, sending)
+
+
+def dropping(gateway: GatewayApp) -> FastAPI:
+    """Return the gateway with middleware that drops trailers."""
+    gateway.add_middleware(Dropping)
+    return gateway
+
+
+EVERY_WAY = pytest.mark.parametrize(
+    "way",
+    [lambda gateway: gateway, mounted, extended, wrapped, dropping],
+    ids=["alone", "mounted", "extended", "wrapped", "dropping"],
+)
+
+
+@EVERY_WAY
 def test_the_gateways_protocol_forwards_trailers_as_trailers(
     build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, way: Callable[..., Any]
 ) -> None:
@@ -170,8 +216,28 @@ def test_the_gateways_protocol_forwards_trailers_as_trailers(
     assert b"X-Sum: 1" in ends[0]
 
 
+@EVERY_WAY
+def test_the_gateways_protocol_forwards_trailers_of_responses(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, way: Callable[..., Any]
+) -> None:
+    """Unless middleware drops them, and then the response is complete nevertheless."""
+    up.behave = lambda wire, _: wire.send(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Sum: 1\r\nX-Client-ID: a\r\n\r\n"
+    )
+    port = serve(way(build()), OWN)
+    with RawClient(port) as client:
+        for _ in range(2):
+            client.request("GET", "/api/x", ("TE: trailers",))
+            head = client.read_until(b"\r\n\r\n")
+            assert head is not None
+            assert head.startswith(b"HTTP/1.1 200 ")
+            expected = b"X-Sum: 1\r\n\r\n" if way not in (mounted, extended, dropping) else b"\r\n"
+            assert chunks_read(client) == expected
+
+
+@pytest.mark.parametrize("way", [lambda gateway: gateway, wrapped], ids=["alone", "wrapped"])
 def test_the_gateways_protocol_forwards_interim_responses_and_websockets(
-    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, way: Callable[..., Any]
 ) -> None:
     def behave(wire: Wire, request: Any) -> bool:
         if request.all("upgrade"):
@@ -182,7 +248,7 @@ def test_the_gateways_protocol_forwards_interim_responses_and_websockets(
         return True
 
     up.behave = behave
-    port = serve(build(), OWN)
+    port = serve(way(build()), OWN)
     with RawClient(port) as client:
         client.request()
         hints = client.read_until(b"\r\n\r\n")

@@ -1,0 +1,146 @@
+"""The endpoints of the history of requests: `/history` and `/explain/{request_id}`."""
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+
+from api_gateway.admin.context import AdminContext, Guarded
+from api_gateway.admin.history_queries import MAX_FOUND, MAX_SPENDING, STATUS, Members
+from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
+from api_gateway.admin.views import wall_time
+from api_gateway.errors import NoRoute
+from api_gateway.http1.request_paths import unescaped
+from api_gateway.observability.request_history import HistoryLimits
+from api_gateway.reporting.history_schema import ExplainedRequests, RequestsView
+from api_gateway.reporting.worker_channel import Answers
+
+router = APIRouter(tags=["operator"], dependencies=[TOKEN])
+
+_DISABLED: dict[int | str, dict[str, Any]] = {404: {"description": "`history.enabled` is false.", **PROBLEM}}
+_UNKNOWN: dict[int | str, dict[str, Any]] = {
+    404: {"description": "The history has no request with this id, or `history.enabled` is false.", **PROBLEM}
+}
+
+
+@router.get(
+    "/history",
+    summary="The last requests",
+    response_model=RequestsView,
+    responses={**REFUSAL_RESPONSES, **_DISABLED},
+)
+async def recent_requests(
+    context: Guarded,
+    after: Annotated[int | None, Query(ge=0, description="Only requests with higher numbers.")] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    status: Annotated[
+        str | None, Query(pattern=f"^{STATUS.pattern}$", description="A status, or a class such as 4xx.")
+    ] = None,
+    client: Annotated[str | None, Query(description="Only of this client id.")] = None,
+    reason: Annotated[str | None, Query(description="Only with this reason.")] = None,
+    route: Annotated[str | None, Query(description="Only of this route.")] = None,
+    outcome: Annotated[str | None, Query(pattern="^(success|refusal|error)$")] = None,
+) -> Response:
+    """Return the last requests of all workers, oldest first; with `after` the first ones that ended after that one.
+
+    To follow the requests, ask again with `after` set to `next`: no request is shown twice, and none is left out as
+    long as the history has it.
+    """
+    _limits(context)
+    question = {"kind": "list", "after": after, "limit": limit, "status": status, "client_id": client}
+    question |= {"reason": reason, "route": route, "outcome": outcome}
+    answers = await context.aggregator.query(question)
+    until = min(answer["until"] for answer in answers.values)
+    rows = sorted((row for answer in answers.values for row in answer["requests"]), key=_number)
+    rows = [row for row in rows if row["number"] <= until]  # the others are among those of the next page
+    if after is None:
+        rows = rows[-limit:]
+    elif len(rows) > limit or any(len(answer["requests"]) == limit for answer in answers.values):
+        until = _last_complete(answers, limit, until)
+        rows = [row for row in rows if row["number"] <= until][:limit]
+        until = rows[-1]["number"] if len(rows) == limit else until
+    return _json({"requests": rows, "next": until, "complete": answers.is_complete})
+
+
+@router.get(
+    "/explain/{request_id:path}",
+    summary="What was decided about a request, and what happened to it",
+    response_model=ExplainedRequests,
+    responses={**REFUSAL_RESPONSES, **_UNKNOWN},
+)
+async def explain_request(request_id: str, context: Guarded) -> Response:
+    """Return one of the last requests by its id, which is in `X-Request-ID` and in the problem details.
+
+    It has the state of each limit at the decision; of a limit that refused, the requests that had spent its tokens;
+    and each attempt at an upstream.
+    """
+    limits = _limits(context)
+    answers = await context.aggregator.query({"kind": "find", "id": unescaped(request_id)})
+    rows = sorted((row for answer in answers.values for row in answer["requests"]), key=_number, reverse=True)
+    if not rows:
+        raise _unknown(request_id, limits, answers)
+    is_complete = answers.is_complete
+    for row in rows[:MAX_FOUND]:
+        keys, started = row.pop("_keys"), row.pop("_started")
+        for index, key in keys.items():
+            spent = await context.aggregator.query({"kind": "spent", "key": key, "started": started})
+            row["limits"][int(index)]["spent_by"] = _spent_by(spent)
+            is_complete = is_complete and spent.is_complete
+    return _json({"requests": rows[:MAX_FOUND], "complete": is_complete})
+
+
+def _limits(context: AdminContext) -> HistoryLimits:
+    """Return the limits of the history. Raises NoRoute if it is disabled."""
+    limits = context.history.limits
+    if not (limits.successes or limits.refusals or limits.errors):
+        raise NoRoute("There is no history of requests: history.enabled is false.")
+    return limits
+
+
+def _last_complete(answers: Answers, limit: int, until: int) -> int:
+    """Return the number up to which no worker has left out a request: a full page ends with its last one."""
+    full: list[int] = [
+        answer["requests"][-1]["number"] for answer in answers.values if len(answer["requests"]) == limit
+    ]
+    return min([until, *full])
+
+
+def _spent_by(answers: Answers) -> Members:
+    """Return the requests back to the one that found the bucket full, newest first."""
+    rows = sorted((row for answer in answers.values for row in answer["requests"]), key=_started, reverse=True)
+    shown: list[Members] = []
+    is_complete = False
+    for row in rows[:MAX_SPENDING]:
+        shown.append({name: value for name, value in row.items() if not name.startswith("_")})
+        if row["_full"]:
+            is_complete = True
+            break
+    return {"requests": shown, "complete": is_complete and answers.is_complete}
+
+
+def _unknown(request_id: str, limits: HistoryLimits, answers: Answers) -> NoRoute:
+    kept = {name: sum(answer["kept"][name] for answer in answers.values) for name in ("success", "refusal", "error")}
+    oldest = min((answer["oldest"] for answer in answers.values if answer["oldest"] is not None), default=None)
+    since = "it is empty" if oldest is None else f"the oldest is of {wall_time(oldest)}"
+    return NoRoute(
+        f"The history has no request with the id {unescaped(request_id)[:200]!r}. It has {kept['success']} successes,"
+        f" {kept['refusal']} refusals and {kept['error']} errors; {since}. Each worker keeps at most"
+        f" {limits.successes}, {limits.refusals} and {limits.errors} of them, for {limits.max_age:g} s at most"
+        " (section history of the configuration)."
+    )
+
+
+def _number(row: Members) -> int:
+    number: int = row["number"]
+    return number
+
+
+def _started(row: Members) -> float:
+    started: float = row["_started"]
+    return started
+
+
+def _json(view: Members) -> Response:
+    return Response(
+        json.dumps(view, separators=(",", ":")), media_type="application/json", headers={"cache-control": "no-store"}
+    )

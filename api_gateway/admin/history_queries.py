@@ -1,0 +1,309 @@
+"""Answers to questions about the history of requests of one process, as JSON values.
+
+The kinds of questions: `find` a request by its id, `list` those that ended after a number, `spent` by which requests
+the tokens of a bucket were spent. A process is asked by itself or, if there are several, through the supervisor.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from heapq import nlargest, nsmallest
+from typing import Any
+
+from api_gateway.admin.views import wall_time
+from api_gateway.clients.api_keys import without_keys
+from api_gateway.eventloop.pacing import Steps
+from api_gateway.models import NANOSECONDS, Clock
+from api_gateway.observability.request_history import RequestHistory
+from api_gateway.observability.request_record import (
+    Charged,
+    Decided,
+    Record,
+    charged_cost,
+    number_of,
+    tokens_after,
+)
+from api_gateway.rate_limiter import NEVER_NS
+
+MAX_FOUND = 20  # requests with one id
+MAX_SPENDING = 100  # requests that have spent the tokens of one limit
+STATUS = re.compile(r"[1-5](xx|[0-9]{2})")
+
+Members = dict[str, Any]
+
+
+class HistoryQueries:
+    """Answers questions about the history of this process. Holds no state of its own."""
+
+    def __init__(self, history: RequestHistory, wall_clock: Clock) -> None:
+        self._history = history
+        self._wall_clock = wall_clock
+
+    def __repr__(self) -> str:
+        return f"<HistoryQueries on {self._history!r}>"
+
+    def answer(self, question: Mapping[str, Any]) -> Steps[Members]:
+        """Return the answer to one question, in steps."""
+        kind = question["kind"]
+        if kind == "find":
+            return self._find(question["id"])
+        if kind == "spent":
+            return self._spent(question["key"], question["started"])
+        return self._list(question)
+
+    def _find(self, request_id: str) -> Steps[Members]:
+        found = yield from self._select(lambda record: record.id == request_id)
+        latest = nlargest(MAX_FOUND, found, key=_ended)
+        sizes = self._history.sizes()
+        oldest = yield from self._oldest()
+        kept = {outcome: count for outcome, (count, _) in sizes.items()}
+        return {"requests": [_explained(record) for record in latest], "kept": kept, "oldest": oldest}
+
+    def _list(self, question: Mapping[str, Any]) -> Steps[Members]:
+        """Return the first requests after a number or, without one, the last ones; oldest first.
+
+        `until` is the number up to which none is missing.
+        """
+        until = self._history.number_at(self._wall_clock())
+        after, most = question["after"], question["limit"]
+        matches = _filter(question)
+        found = yield from self._select(matches, after or 0)
+        if after is None:
+            chosen = sorted(nlargest(most, found, key=_ended), key=_ended)
+        else:
+            chosen = nsmallest(most, found, key=_ended)
+        return {"requests": [_row(record) for record in chosen], "until": until}
+
+    def _spent(self, key: str, started: float) -> Steps[Members]:
+        """Return the last requests that were charged to a bucket and arrived before `started`, newest first."""
+        found = yield from self._select(
+            lambda record: record.started <= started and _spent_at(record, key) is not None
+        )
+        latest = nlargest(MAX_SPENDING + 1, found, key=lambda record: record.started)
+        return {"requests": [_spending(record, key) for record in latest]}
+
+    def _select(self, matches: Callable[[Record], bool], after: int = 0) -> Steps[list[Record]]:
+        found = []
+        for record in self._history.records(self._wall_clock(), after):
+            if record is None:
+                yield
+            elif matches(record):
+                found.append(record)
+        return found
+
+    def _oldest(self) -> Steps[float | None]:
+        """Return the end of the oldest record, in seconds since the epoch."""
+        oldest: float | None = None
+        for record in self._history.records(self._wall_clock()):
+            if record is None:
+                yield
+            elif oldest is None or record.ended < oldest:
+                oldest = record.ended
+        return oldest
+
+
+def _ended(record: Record) -> float:
+    return record.ended
+
+
+def _filter(question: Mapping[str, Any]) -> Callable[[Record], bool]:
+    """Return whether a record is one of those that a question is about."""
+    status, wanted = question["status"], {name: question[name] for name in ("client_id", "reason", "route", "outcome")}
+    exact = {name: value for name, value in wanted.items() if value is not None}
+
+    def matches(record: Record) -> bool:
+        if status is not None and not _is_status(record.status, status):
+            return False
+        return all(getattr(record, name) == value for name, value in exact.items())
+
+    return matches
+
+
+def _is_status(status: int, wanted: str) -> bool:
+    return str(status)[:1] == wanted[:1] if wanted.endswith("xx") else str(status) == wanted
+
+
+def _spent_at(record: Record, key: str) -> int | None:
+    """Return the index of a bucket among those that a request was charged to; None if it was not."""
+    decision = record.decision
+    if decision is None or not decision.allowed:
+        return None
+    return next((index for index, values in enumerate(decision.charged) if values[1] == key), None)
+
+
+def _text(text: str | None) -> str | None:
+    """Return a text of a client or an upstream without the secrets that may be in it."""
+    return None if text is None else without_keys(text)
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(max(seconds, 0.0) * 1000, 3)
+
+
+def _row(record: Record) -> Members:
+    waited = None
+    if record.sent_at is not None and record.head_at is not None:
+        waited = _milliseconds(record.head_at - record.sent_at)
+    return {
+        "number": record.number,
+        "time": wall_time(record.ended),
+        "request_id": _text(record.id),
+        "outcome": record.outcome,
+        "client_id": _text(record.client_id),
+        "client_address": record.peer,
+        "tier": record.tier,
+        "tier_source": record.tier_source,
+        "method": record.method,
+        "path": _text(record.path),
+        "status": record.status,
+        "reason": record.reason,
+        "detail": _text(record.detail),
+        "source": record.source,
+        "route": record.route,
+        "upstream": record.upstream,
+        "target": record.target,
+        "attempts": record.attempts,
+        "fallback": record.fallback,
+        "cost": record.cost,
+        "duration_ms": _milliseconds(record.finished - record.started),
+        "upstream_duration_ms": waited,
+        "bytes_received": record.bytes_in,
+        "bytes_sent": record.bytes_out,
+    }
+
+
+def _explained(record: Record) -> Members:
+    """Return all that is known about a request.
+
+    `_keys` are those of the limits that refused it, by the index of the limit, and `_started` its arrival: the process
+    that was asked puts the questions for the requests that have spent the tokens.
+    """
+    decision = record.decision
+    return {
+        **_row(record),
+        "decision": None if decision is None else _decision(decision),
+        "limits": [] if decision is None else _limits(decision),
+        "upstream_attempts": _attempts(record),
+        "settlements": [
+            {
+                "after_ms": _milliseconds(one.at - record.started),
+                "cost_before": one.before,
+                "cost_after": one.after,
+            }
+            for one in (() if decision is None else decision.settled)
+        ],
+        "_keys": {} if decision is None else _refusing_keys(decision),
+        "_started": record.started,
+    }
+
+
+def _refusing_keys(decision: Decided) -> dict[str, str]:
+    charges = enumerate(decision.charges)
+    return {str(index): one.key for index, one in charges if one.name in decision.refusing}
+
+
+def _decision(decision: Decided) -> Members:
+    return {
+        "allowed": decision.allowed,
+        "limit": decision.limit,
+        "source": decision.source,
+        "retry_after_seconds": _seconds_to_wait(decision.wait_ns),
+    }
+
+
+def _seconds_to_wait(wait_ns: int) -> float | None:
+    return None if wait_ns in (0, NEVER_NS) else round(wait_ns / NANOSECONDS, 9)
+
+
+def _limits(decision: Decided) -> list[Members]:
+    rows = []
+    for one, after in zip(decision.charges, tokens_after(decision), strict=True):
+        cost, allowed, wait_ns = charged_cost(one), one.name not in decision.refusing, 0
+        before = after
+        if after is not None and decision.allowed:
+            before = after + cost
+        if not allowed:
+            wait_ns = decision.wait_ns if one.name == decision.limit else _wait_ns(one, after)
+        rows.append(
+            {
+                "limit": one.name,
+                "capacity": one.burst_ns / one.emission_ns,
+                "refill_per_second": None if one.is_calendar else round(NANOSECONDS / one.emission_ns, 6),
+                "cost": round(cost, 6),
+                "allowed": allowed,
+                "tokens_before": None if before is None else round(before, 6),
+                "tokens_after": None if after is None else round(after, 6),
+                "retry_after_seconds": _seconds_to_wait(wait_ns),
+                "spent_by": None,
+            }
+        )
+    charged = {one.name for one in decision.charges}
+    return rows + [_without_figures(decision, name) for name in decision.refusing if name not in charged]
+
+
+def _without_figures(decision: Decided, name: str) -> Members:
+    """Return the row of a concurrency limit that refused: of the requests in flight, nothing is kept."""
+    figures = dict.fromkeys(("capacity", "refill_per_second", "tokens_before", "tokens_after", "spent_by"))
+    wait = _seconds_to_wait(decision.wait_ns) if name == decision.limit else None
+    return {"limit": name, "cost": 1, "allowed": False, "retry_after_seconds": wait} | figures
+
+
+def _wait_ns(charged: Charged, tokens: float | None) -> int:
+    """Return the wait of a limit that refuses, from its tokens; 0 if it is not known."""
+    if charged.increment_ns > charged.burst_ns:
+        return NEVER_NS
+    if tokens is None or charged.is_calendar:
+        return 0
+    return max(0, round(charged.increment_ns - tokens * charged.emission_ns))
+
+
+def _attempts(record: Record) -> list[Members]:
+    """Return the attempts: those that have failed, and the last one if it has not."""
+    rows = [
+        {
+            "upstream": one.upstream,
+            "target": one.target,
+            "started_after_ms": _milliseconds(one.started - record.started),
+            "duration_ms": _milliseconds(one.ended - one.started),
+            "status": one.status,
+            "failure": one.failure,
+            "detail": _text(one.detail) or None,
+        }
+        for one in record.failures
+    ]
+    if record.attempts > len(rows) and record.sent_at is not None:
+        ended = record.finished if record.head_at is None else record.head_at
+        is_response = record.head_at is not None and record.source == "upstream"
+        rows.append(
+            {
+                "upstream": record.upstream,
+                "target": record.target,
+                "started_after_ms": _milliseconds(record.sent_at - record.started),
+                "duration_ms": _milliseconds(ended - record.sent_at),
+                "status": record.status if is_response else None,
+                "failure": record.reason if record.fallback is None else None,
+                "detail": None,
+            }
+        )
+    return rows
+
+
+def _spending(record: Record, key: str) -> Members:
+    """Return a request that was charged to a bucket; `_full`: it found the bucket full."""
+    index, decision = _spent_at(record, key), record.decision
+    assert index is not None and decision is not None  # noqa: S101, PT018 - selected by this
+    charged, after = decision.charges[index], tokens_after(decision)[index]
+    before = None if after is None else after + charged_cost(charged)
+    settled = decision.settled and charged.own_cost is None
+    return {
+        "number": number_of(record.ended),
+        "time": wall_time(record.ended),
+        "request_id": _text(record.id),
+        "client_id": _text(record.client_id),
+        "method": record.method,
+        "path": _text(record.path),
+        "status": record.status,
+        "cost": round(record.cost if settled else charged_cost(charged), 6),
+        "tokens_before": None if before is None else round(before, 6),
+        "_full": before is not None and before >= charged.burst_ns / charged.emission_ns - 1e-6,
+        "_started": record.started,
+    }

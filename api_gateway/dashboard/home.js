@@ -1,0 +1,3 @@
+import { themeSwitch } from "./controls.js";
+
+themeSwitch(null);

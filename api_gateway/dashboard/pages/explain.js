@@ -1,0 +1,111 @@
+// What the gateway would do with a request and why, and what it has decided on one that it had.
+
+import { ApiError, call, segment } from "../api.js";
+import { curlBlock, curlOf, failure, field } from "../controls.js";
+import { badge, h, put } from "../dom.js";
+import { duration, number, percent } from "../format.js";
+
+const METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"].map((one) => [one, one]);
+const OUTCOMES = { allowed: ["ok", "Allowed"], limited: ["fail", "Refused: a limit"], exceeds_capacity: ["fail", "Refused: costs more than the limit can hold"], refused: ["fail", "Refused"], fallback: ["warn", "The fallback would respond"] };
+
+export function explain(main, argument, signal) {
+  const path = field("Path and query", { value: "/api/", required: true, full: true });
+  const method = field("Method", { options: METHODS, value: "GET" });
+  const client = field("Client id", { placeholder: "none" });
+  const key = field("API key id", { placeholder: "none" });
+  const address = field("Address of the peer", { value: "127.0.0.1" });
+  const host = field("Host", { placeholder: "any" });
+  const forwarded = field("Forwarded addresses", { placeholder: "203.0.113.9, 10.0.0.2" });
+  const headers = field("Header fields, one on a line", { type: "textarea", placeholder: "X-Tenant: acme", full: true });
+  const command = curlBlock("POST", "/explain", {});
+  const result = h("section", { class: "panel result", "aria-live": "polite" }, h("header", {}, h("h2", {}, "Order of decisions")), h("p", { class: "empty" }, "Describe a request. Nothing is charged, sent or changed."));
+  const id = h("input", { type: "search", placeholder: "Request id, from X-Request-ID or the problem details", "aria-label": "Request id", autocomplete: "off", spellcheck: "false" });
+  const found = h("div", { class: "stack", "aria-live": "polite" });
+
+  const body = () => {
+    const given = { client_id: client.value || null, method: method.value, path: path.value };
+    if (key.value) given.key_id = key.value;
+    if (address.value) given.address = address.value;
+    if (host.value) given.host = host.value;
+    if (forwarded.value) given.forwarded = forwarded.value;
+    const lines = headers.value.split("\n").map((line) => line.split(":")).filter(([name, ...rest]) => name.trim() && rest.length);
+    if (lines.length) given.headers = Object.fromEntries(lines.map(([name, ...rest]) => [name.trim(), rest.join(":").trim()]));
+    return given;
+  };
+  const show = () => command.show("POST", "/explain", body());
+  const form = h("form", { class: "stack", oninput: show, onchange: show, onsubmit: async (event) => {
+    event.preventDefault();
+    try {
+      put(result, h("header", {}, h("h2", {}, "Order of decisions")), decisions(await call("POST", "/explain", body(), { signal })));
+      if (!matchMedia("(min-width: 1081px)").matches) result.scrollIntoView({ block: "start" });
+    } catch (error) {
+      if (error.name !== "AbortError") put(result, h("header", {}, h("h2", {}, "Order of decisions")), failure(error));
+    }
+  } },
+  h("div", { class: "form" }, path.element, method.element, client.element, address.element, host.element, key.element, forwarded.element, headers.element),
+  h("div", { class: "actions" }, h("button", { type: "submit", class: "primary" }, "Explain")), command);
+
+  const look = async (wanted) => {
+    if (!wanted) { put(found); return; }
+    id.value = wanted;
+    const place = `/explain/${segment(wanted)}`;
+    try {
+      const view = await call("GET", place, undefined, { signal });
+      put(found, h("div", {}, record(view)), curlOf("GET", place));
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      const isUnknown = error instanceof ApiError && error.status === 404;
+      put(found, isUnknown ? h("p", { class: "notice warn" }, "No request with this id is remembered. The gateway keeps those of the last minutes, refusals and errors longest. ", h("span", { class: "muted" }, error.message)) : failure(error), curlOf("GET", place));
+    }
+  };
+  put(main, h("div", { class: "head" }, h("h1", {}, "Explain")),
+    h("div", { class: "stack" },
+      h("section", { class: "panel stack" }, h("header", {}, h("h2", {}, "A request that was made")), h("form", { class: "row", onsubmit: (event) => { event.preventDefault(); const wanted = id.value.trim(); if (wanted && location.hash !== `#/explain/${segment(wanted)}`) location.hash = `#/explain/${segment(wanted)}`; else look(wanted); } }, id, h("button", { type: "submit" }, "Look up")), found),
+      h("div", { class: "split" }, h("section", { class: "panel" }, h("header", {}, h("h2", {}, "A request that could be made")), form), result)));
+  show();
+  look(argument);
+  return { select: look };
+}
+
+function step(kind, title, word, ...text) {
+  return h("li", { class: kind }, h("i", { "aria-hidden": "true" }), h("h3", {}, title, word && h("span", { class: "tag" }, word)), text.filter(Boolean).map((one) => (one instanceof Node ? one : h("p", { class: "muted" }, one))));
+}
+
+function decisions(view) {
+  const [kind, word] = OUTCOMES[view.result.outcome] ?? ["none", view.result.outcome];
+  const steps = [];
+  const isDenied = view.result.reason === "address_denied";
+  steps.push(step(isDenied ? "fail" : "ok", "Address", view.address.address, view.address.detail));
+  steps.push(step(/^(credentials|client_id)/.test(view.result.reason ?? "") ? "fail" : "ok", "Client", `${view.client.id} · ${view.client.tier.name}`, view.client.detail));
+  if (!view.route) steps.push(step("fail", "Route", "none", "No route has this path, method and host."));
+  else steps.push(step("ok", "Route", view.route.name, `${view.route.path} to upstream ${view.route.upstream}; costs ${number(view.route.cost)} ${view.route.cost === 1 ? "token" : "tokens"} (${view.route.cost_source})`));
+  steps.push(step(view.event_loop.shed_ratio > 0 ? "warn" : "ok", "Load", null, view.event_loop.shed_ratio > 0 ? `${percent(view.event_loop.shed_ratio, 1)} of this tier's requests are refused now` : `nothing is refused for load; the event loop is ${duration(view.event_loop.lag_seconds)} late`));
+  for (const one of view.buckets) {
+    const left = Math.max(0, Math.min(1, one.tokens / one.capacity));
+    steps.push(step(one.allowed ? "ok" : "fail", `Limit ${one.policy}`, one.allowed ? "enough tokens" : one.retry_after_seconds === null ? "never enough" : `enough in ${duration(one.retry_after_seconds)}`,
+      h("div", { class: "bar" }, h("i", { class: one.allowed ? "" : "fail", style: { width: `${left * 100}%` } })),
+      `${number(one.tokens)} of ${number(one.capacity)} tokens, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, one.key === view.limiting_bucket && view.buckets.length > 1 ? "This one decides." : null));
+  }
+  for (const one of view.concurrency ?? []) {
+    steps.push(step(one.allowed ? "ok" : "fail", `Limit ${one.policy}`, one.allowed ? "admits another" : "full", `${number(one.in_flight)} of ${number(one.concurrent)} requests are in flight`));
+  }
+  for (const one of view.limits_not_applied) steps.push(step("skipped", `Limit ${one.name}`, "does not apply", one.detail));
+  if (view.upstream) {
+    const up = view.upstream, limit = up.concurrency;
+    const isFull = limit !== null && !limit.allowed, isOpen = up.circuit_breaker === "OPEN", isDown = up.targets > 0 && up.healthy_targets + up.unchecked_targets === 0;
+    steps.push(step(isFull || isOpen || isDown ? "fail" : up.circuit_breaker === "HALF_OPEN" || up.healthy_targets + up.unchecked_targets < up.targets ? "warn" : "ok", "Upstream", up.name,
+      h("p", { class: "muted" }, `breaker ${up.circuit_breaker.toLowerCase().replace("_", "-")}${up.next_probe_in_seconds ? `, next probe in ${duration(up.next_probe_in_seconds)}` : ""}; ${up.healthy_targets} of ${up.targets} targets healthy${up.unchecked_targets ? `, ${up.unchecked_targets} not checked` : ""}${limit ? `; ${limit.in_flight} in flight, this tier is admitted below ${limit.tier_limit}` : ""} `, h("a", { href: `#/upstreams/${segment(up.name)}` }, "Show"))));
+  }
+  if (view.fallback) steps.push(step(view.fallback.used ? "warn" : "skipped", "Fallback", view.fallback.name, view.fallback.used ? "used now, because the upstream is not available" : "not needed now"));
+  steps.push(step(kind === "none" ? "skipped" : kind, "Result", view.result.status ? String(view.result.status) : null, badge(kind, word), view.result.detail, view.result.retry_after_seconds ? `Allowed in ${duration(view.result.retry_after_seconds)}.` : null));
+  return h("ol", { class: "steps" }, steps);
+}
+
+/** Show a record of a request: any JSON, as nested lists of names and values. */
+function record(value) {
+  if (Array.isArray(value)) return value.length ? h("ol", { class: "stack" }, value.map((one) => h("li", { class: "notice" }, record(one)))) : h("span", { class: "muted" }, "none");
+  if (value !== null && typeof value === "object") return h("dl", { class: "facts" }, Object.entries(value).map(([name, one]) => [h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, record(one))]));
+  return value === null ? h("span", { class: "muted" }, "–") : typeof value === "number" ? number(value, 6) : String(value);
+}
+
+export { record };

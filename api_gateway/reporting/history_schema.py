@@ -1,0 +1,126 @@
+"""The schemas of the history of requests."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from api_gateway.models import Body, ClientSource, DecisionSource
+
+
+class RequestRecord(Body):
+    """One of the last requests. It has no values of the query and of header fields."""
+
+    number: int = Field(description="Order of the ends of requests.")
+    time: str = Field(description="End of the request, UTC, ISO 8601.")
+    request_id: str
+    outcome: Literal["success", "refusal", "error"]
+    client_id: str | None = Field(description="null if the client was not identified.")
+    client_address: str
+    tier: str | None
+    tier_source: ClientSource | None
+    method: str
+    path: str = Field(description="Without query; at most 2,000 characters.")
+    status: int = Field(description="499 if the client disconnected before the response.")
+    reason: str | None
+    detail: str | None
+    source: Literal["gateway", "upstream"] = Field(description="Origin of the response.")
+    route: str | None
+    upstream: str | None
+    target: str | None
+    attempts: int = Field(description="Attempts at upstreams.")
+    fallback: str | None
+    cost: float = Field(description="Tokens, after settlements.")
+    duration_ms: float
+    upstream_duration_ms: float | None = Field(description="From the last attempt to the head of its response.")
+    bytes_received: int
+    bytes_sent: int
+
+
+class RequestsView(Body):
+    """Some of the last requests of all workers, oldest first."""
+
+    requests: list[RequestRecord]
+    next: int = Field(description="`after` of the next page: requests that end later have higher numbers.")
+    complete: bool = Field(description="False if a worker did not respond in time.")
+
+
+class SpendingRequest(Body):
+    """A request that was charged to a limit before another one was refused."""
+
+    number: int
+    time: str
+    request_id: str
+    client_id: str | None
+    method: str
+    path: str
+    status: int
+    cost: float = Field(description="Tokens, after settlements.")
+    tokens_before: float | None = Field(description="Tokens that were left when the request arrived.")
+
+
+class SpentTokens(Body):
+    """Who has spent the tokens of a limit that has refused a request."""
+
+    requests: list[SpendingRequest] = Field(
+        description="Newest first, back to the one that found the limit full; at most 100."
+    )
+    complete: bool = Field(description="False if earlier ones are not in the history any more, or not shown.")
+
+
+class LimitDecided(Body):
+    """One limit, and what was decided on its state. Figures that are not known any more are null."""
+
+    limit: str
+    capacity: float | None = Field(description="null for concurrency limits, which have no tokens.")
+    refill_per_second: float | None = Field(description="null for calendar quotas and concurrency limits.")
+    cost: float
+    allowed: bool
+    tokens_before: float | None
+    tokens_after: float | None
+    retry_after_seconds: float | None = Field(description="null if it allows the request, or never would.")
+    spent_by: SpentTokens | None = Field(description="Of a limit that refused the request.")
+
+
+class RequestDecision(Body):
+    """The decision of the rate limiter."""
+
+    allowed: bool
+    limit: str = Field(description="The limit that refuses longest, or has tokens for the fewest such requests.")
+    source: DecisionSource
+    retry_after_seconds: float | None = Field(description="null if the request was allowed, or never would be.")
+
+
+class AttemptMade(Body):
+    """One attempt at an upstream. Times are from the arrival of the request."""
+
+    upstream: str | None
+    target: str | None
+    started_after_ms: float
+    duration_ms: float = Field(description="To the head of the response, or to the failure.")
+    status: int | None
+    failure: str | None = Field(description="Reason why it has no response, or not a complete one.")
+    detail: str | None
+
+
+class CostSettled(Body):
+    """A change of the cost after the decision."""
+
+    after_ms: float = Field(description="From the arrival of the request.")
+    cost_before: float
+    cost_after: float
+
+
+class ExplainedRequest(RequestRecord):
+    """What was decided about a request, and what happened to it."""
+
+    decision: RequestDecision | None = Field(description="null if the request ended before it was charged.")
+    limits: list[LimitDecided]
+    upstream_attempts: list[AttemptMade]
+    settlements: list[CostSettled]
+
+
+class ExplainedRequests(Body):
+    """The requests with an id, newest first: clients may choose ids, and use one several times."""
+
+    requests: list[ExplainedRequest]
+    complete: bool = Field(description="False if a worker did not respond in time.")

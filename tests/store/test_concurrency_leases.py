@@ -1,0 +1,491 @@
+"""Concurrency limits that workers share: the real script and the real slots, on a virtual clock.
+
+Operations of one worker travel on two connections, so that they may be executed and answered in another order.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from api_gateway.limits.concurrency import ConcurrencyQuota, SlottedCharges
+from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL, LeasedSlots
+from api_gateway.limits.concurrency_ops import LEASE
+from api_gateway.limits.period_counters import PeriodQuota
+from api_gateway.limits.periods import Calendar
+from api_gateway.limits.script_batcher import ScriptOp, _call
+from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
+from api_gateway.models import Charge, ConcurrencySlot, Decision, Exchange, Quota
+from tests.kit import turns
+from tests.lua_store import MICROSECOND, LuaLimiter, LuaStore, Wire
+
+NOW_US = 1_800_000_000_000_000
+PLENTY = Quota.per_second("PLENTY", 1000, 100_000)
+SCARCE = Quota.per_second("SCARCE", 0.001, 3)
+SECOND = 1_000_000  # in microseconds
+
+
+def slot(name: str, most: int, value: str = "acme") -> ConcurrencySlot:
+    return ConcurrencySlot(f"limit:{name}:{value}", ConcurrencyQuota.of(name, most, name))
+
+
+FIVE = slot("five", 5)
+
+
+class Wires(Wire):
+    """Two connections to the store: batches are executed, and their replies delivered, when the test says so."""
+
+    def __init__(self, store: LuaStore) -> None:
+        super().__init__(store)
+        self.sent: list[tuple[list[ScriptOp], Any]] = []
+        self.executed: list[tuple[list[ScriptOp], list[int]]] = []
+
+    def submit(self, question: ScriptOp) -> None:
+        self.waiting.append(question)
+
+    def send(self) -> None:
+        """Write a batch."""
+        batch, self.waiting = [op for op in self.waiting if not op.is_over], []
+        if batch:
+            self.sent.append((batch, _call(batch)))
+
+    def execute_one(self, index: int) -> None:
+        """Have the store execute a batch that was sent."""
+        batch, call = self.sent.pop(index)
+        self.executed.append((batch, self.store.call(call.keys, *call.arguments)))
+
+    def deliver_one(self, index: int) -> None:
+        """Deliver the reply to a batch, also after its deadline."""
+        batch, (clock_us, *values) = self.executed.pop(index)
+        reply = iter(values)
+        for op in batch:
+            op.read(clock_us, reply)
+            op.is_over = True
+        assert not [*reply], "a reply has exactly the requested values"
+
+    def time_out(self) -> None:
+        """Let everything that is under way miss the deadline; it may be executed all the same."""
+        under_way = [op for batch, _ in (*self.sent, *self.executed) for op in batch] + self.waiting
+        self.waiting = []
+        for op in under_way:
+            if not op.is_over:
+                op.is_over = True
+                op.fail()
+
+    def all_at_once(self) -> None:
+        """Send, execute and deliver everything, in order, until nothing is left."""
+        while self.waiting or self.sent or self.executed:
+            self.send()
+            while self.sent:
+                self.execute_one(0)
+            while self.executed:
+                self.deliver_one(0)
+
+    def cut(self) -> None:
+        """Drop what has not been executed and all replies."""
+        self.time_out()
+        self.sent.clear()
+        self.executed.clear()
+
+
+class Worker:
+    """A worker with a limiter, slots, and the requests that it has admitted."""
+
+    def __init__(self, store: LuaStore, number: int, *, processes: int = 1, with_quotas: bool = False) -> None:
+        self.store = store
+        self.limiter = LuaLimiter(store, [PLENTY, SCARCE], processes=processes)
+        self.wire = Wires(store)
+        self.limiter.batcher = self.wire
+        self.charging: Any = self.limiter
+        if with_quotas:
+            self.charging = StoreQuotaLimiter(self.limiter, prefix="test", wall_clock=lambda: store.now_us / SECOND)
+        self.in_flight: Counter[str] = Counter()
+        self.slots = LeasedSlots(self.in_flight, self.limiter, worker=f"{number:016x}", prefix="test")
+        self.open: list[Exchange] = []
+        self.refused: list[Decision] = []
+        self.asking = 0
+
+    @property
+    def now_ns(self) -> int:
+        return self.store.now_us * MICROSECOND
+
+    def ask(self, *slots: ConcurrencySlot, charges: Sequence[Charge] | None = None) -> Exchange:
+        """Begin a request, as the stage does."""
+        charges = [Charge("client:acme", PLENTY, PLENTY.cost_ns(1))] if charges is None else charges
+        exchange = Exchange("", "GET", "/api/x", "192.0.2.7", self.now_ns / 1e9)
+        slotted = SlottedCharges(charges, slots)
+        refused = self.slots.refusal(slots, self.now_ns)
+        if refused is not None:
+            self.refused.append(refused)
+            return exchange
+        decision = self.charging.decide(slotted, self.now_ns)
+        if decision is None:
+            self.asking += 1
+            self.slots.ask(exchange, self.charging, slotted, self.now_ns, lambda one: self._on(exchange, one))
+        elif decision.allowed:
+            self.slots.take(exchange, slots)
+            self.open.append(exchange)
+        else:
+            self.refused.append(decision)
+        return exchange
+
+    def _on(self, exchange: Exchange, decision: Decision) -> None:
+        self.asking -= 1
+        exchange.decision = decision
+        if not decision.allowed:
+            self.refused.append(decision)
+            assert not exchange.slots
+        elif not exchange.finished:
+            self.open.append(exchange)
+
+    def end(self, exchange: Exchange) -> None:
+        """End a request, also one for which the store is still asked."""
+        exchange.finished = self.now_ns / 1e9
+        self.slots.release(exchange)
+        if exchange in self.open:
+            self.open.remove(exchange)
+
+    def admitted(self, count: int, *slots: ConcurrencySlot) -> int:
+        """Begin so many requests, and return how many are admitted."""
+        before = len(self.open)
+        for _ in range(count):
+            self.ask(*slots)
+            self.wire.all_at_once()
+        return len(self.open) - before
+
+    def beat(self) -> None:
+        """Renew the leases, as every `RENEWAL_INTERVAL`."""
+        self.slots.note_beat()
+        self.slots.renew([*self.slots.counters, *(self.slots.unconfirmed - set(self.slots.counters))])
+
+
+def total(worker: Worker, one: ConcurrencySlot = FIVE) -> int:
+    """Return what the store counts."""
+    reply = worker.store.call([worker.slots.lease_key(one.key)], "held", 1)
+    return reply[1]
+
+
+@pytest.fixture
+def store() -> LuaStore:
+    return LuaStore(NOW_US)
+
+
+def test_workers_share_a_limit_exactly(store: LuaStore) -> None:
+    one, two = Worker(store, 1), Worker(store, 2)
+    assert (one.admitted(3, FIVE), two.admitted(9, FIVE), one.admitted(2, FIVE)) == (3, 2, 0)
+    assert total(one) == 5
+    two.end(two.open[0])
+    two.wire.all_at_once()
+    assert one.admitted(2, FIVE) == 1
+    for worker in (one, two):
+        for exchange in [*worker.open]:
+            worker.end(exchange)
+        worker.wire.all_at_once()
+    assert total(one) == 0
+    assert not one.slots.counters
+    store.now_us += int(LEASE * SECOND) + SECOND
+    store.sweep()
+    assert not [key for key in store.values if ":slots:" in key]
+    for worker in (one, two, one, two):
+        worker.beat()
+    assert not one.slots.epochs
+
+
+def test_a_request_is_charged_and_counted_in_one_call_and_waits_for_nothing_else(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    worker.ask(FIVE, slot("other", 3))
+    worker.wire.send()
+    worker.wire.execute_one(0)
+    worker.wire.deliver_one(0)
+    assert len(worker.open) == 1
+    assert worker.wire.waiting == []
+    assert worker.wire.sent == []
+    worker.ask(FIVE)
+    worker.end(worker.open[0])
+    worker.wire.send()
+    assert len(worker.wire.sent) == 1, "the return of slots shares a call with what else there is"
+
+
+def test_a_refusal_that_this_worker_alone_can_know_needs_no_call(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    assert worker.admitted(5, FIVE) == 5
+    worker.ask(FIVE)
+    assert not worker.wire.waiting
+    assert worker.refused[-1].key == FIVE.key
+
+
+def test_a_request_takes_everything_or_nothing(store: LuaStore) -> None:
+    one, two = Worker(store, 1), Worker(store, 2)
+    other = slot("other", 1)
+    scarce = Charge("client:scarce", SCARCE, SCARCE.cost_ns(1))
+    assert two.admitted(1, other) == 1
+    one.ask(FIVE, other, charges=[scarce])
+    one.wire.all_at_once()
+    (refused,) = one.refused
+    assert (refused.key, refused.source, [quota.policy for quota in refused.violated]) == (
+        other.key,
+        "store",
+        ["other"],
+    )
+    assert total(one) == 0
+    for _ in range(5):
+        one.ask(FIVE, charges=[scarce])
+        one.wire.all_at_once()
+    assert len(one.open) == 3, "the refused request was not charged"
+    assert one.refused[-1].key == "client:scarce"
+    assert total(one) == 3, "requests without tokens take no slot"
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_quotas_buckets_and_slots_are_one_call(store: LuaStore, *, is_full: bool) -> None:
+    monthly = PeriodQuota.of("monthly", 4, Calendar("month", ZoneInfo("UTC")), "monthly")
+    worker = Worker(store, 1, with_quotas=True)
+    charges = [
+        Charge("client:acme", PLENTY, PLENTY.cost_ns(1)),
+        Charge("limit:monthly:acme", monthly, monthly.cost_ns(1)),
+    ]
+    few = slot("few", 2) if is_full else FIVE
+    for _ in range(7):
+        worker.ask(few, charges=charges)
+        worker.wire.all_at_once()
+    assert len(worker.open) == (2 if is_full else 4)
+    assert {decision.quota.policy for decision in worker.refused} == {"few" if is_full else "monthly"}
+    assert total(worker, few) == len(worker.open)
+    for exchange in [*worker.open]:
+        worker.end(exchange)
+        worker.wire.all_at_once()
+    for _ in range(7):
+        worker.ask(FIVE, charges=charges)
+        worker.wire.all_at_once()
+    assert len(worker.open) == (2 if is_full else 0), "refused requests were not charged to the quota"
+
+
+def test_the_requests_of_a_killed_worker_count_until_its_lease_ends(store: LuaStore) -> None:
+    one, two = Worker(store, 1), Worker(store, 2)
+    assert (one.admitted(5, FIVE), two.admitted(1, FIVE)) == (5, 0)
+    store.now_us += int((LEASE - 0.01) * SECOND)
+    assert two.admitted(1, FIVE) == 0
+    store.now_us += int(0.02 * SECOND)
+    assert two.admitted(9, FIVE) == 5
+
+
+def test_a_lease_is_renewed_while_its_requests_are_open(store: LuaStore) -> None:
+    one, two = Worker(store, 1), Worker(store, 2)
+    assert one.admitted(5, FIVE) == 5
+    for _ in range(20):
+        store.now_us += int(RENEWAL_INTERVAL * SECOND)
+        one.beat()
+        one.wire.all_at_once()
+        store.sweep()
+        assert two.admitted(1, FIVE) == 0
+    assert total(one) == 5
+
+
+def test_a_store_that_has_lost_everything_knows_it_again_after_a_renewal(store: LuaStore) -> None:
+    one, two = Worker(store, 1), Worker(store, 2)
+    assert one.admitted(4, FIVE) == 4
+    store.values.clear()
+    one.beat()
+    one.wire.all_at_once()
+    assert total(one) == 4
+    assert two.admitted(3, FIVE) == 1
+    store.values.clear()
+    assert one.admitted(3, FIVE) == 1, "the worker's own requests are known again with its next one"
+    assert total(one) == 5
+
+
+def test_a_reply_that_is_lost_leaks_nothing(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    first, second = worker.ask(FIVE), worker.ask(FIVE)
+    worker.wire.send()
+    worker.wire.execute_one(0)
+    worker.wire.is_up = False
+    worker.wire.cut()
+    assert (len(worker.open), total(worker)) == (2, 2), "the policy for outages admits them"
+    worker.wire.is_up = True
+    worker.beat()
+    worker.wire.all_at_once()
+    assert total(worker) == 2
+    for exchange in (first, second):
+        worker.end(exchange)
+        worker.wire.send()
+        worker.wire.cut()  # neither executed nor answered
+    worker.beat()
+    worker.wire.all_at_once()
+    assert total(worker) == 0
+    assert not worker.slots.unconfirmed
+
+
+def test_a_request_that_ends_while_the_store_is_asked_leaks_nothing(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    exchange = worker.ask(FIVE)
+    worker.wire.send()
+    worker.end(exchange)
+    worker.wire.all_at_once()
+    assert (total(worker), worker.in_flight["five"]) == (0, 0)
+
+
+def test_while_the_store_is_unavailable_each_worker_has_its_share(store: LuaStore) -> None:
+    one, two = (Worker(store, number, processes=2) for number in (1, 2))
+    assert one.admitted(3, FIVE) == 3
+    for worker in (one, two):
+        worker.wire.is_up = False
+    assert (one.admitted(5, FIVE), two.admitted(5, FIVE)) == (0, 2)
+    assert {decision.source for decision in (*one.refused, *two.refused)} == {"local_share"}
+    one.end(one.open[0])
+    one.end(one.open[0])
+    assert one.admitted(5, FIVE) == 1
+    for worker in (one, two):
+        worker.wire.is_up = True
+        worker.beat()
+        worker.wire.all_at_once()
+    assert total(one) == 4
+    assert (one.admitted(5, FIVE), two.admitted(5, FIVE)) == (1, 0)
+
+
+def test_leases_that_end_during_an_outage_are_forgotten(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    assert worker.admitted(2, FIVE) == 2
+    worker.wire.is_up = False
+    for exchange in [*worker.open]:
+        worker.end(exchange)
+    assert worker.slots.unconfirmed
+    for _ in range(int(LEASE / RENEWAL_INTERVAL) + 2):
+        worker.beat()
+    assert not worker.slots.unconfirmed
+    assert not worker.slots.unwritten
+
+
+def test_a_step_back_of_the_stores_clock_does_not_keep_a_killed_workers_requests(store: LuaStore) -> None:
+    one, two = Worker(store, 1), Worker(store, 2)
+    assert one.admitted(5, FIVE) == 5
+    store.now_us -= 3600 * SECOND
+    assert two.admitted(1, FIVE) == 0
+    two.ask(FIVE)
+    two.wire.all_at_once()
+    store.now_us += int((LEASE + 1) * SECOND)
+    assert two.admitted(5, FIVE) == 5
+
+
+async def test_operators_see_the_requests_of_all_workers(store: LuaStore) -> None:
+    one, two = Worker(store, 1), Worker(store, 2)
+    assert (one.admitted(2, FIVE), two.admitted(1, FIVE)) == (2, 1)
+    other = slot("other", 1)
+    looking = asyncio.create_task(two.slots.look([FIVE, other]))
+    await turns()
+    two.wire.all_at_once()
+    assert [use.in_flight for use in await looking] == [3, 0]
+    two.wire.is_up = False
+    assert [use.in_flight for use in await two.slots.look([FIVE])] == [1], "its own, while the store is unavailable"
+    assert await two.slots.look([]) == []
+
+
+FAILURES = ("late", "lost", "outage", "empty")
+
+
+class Walk:
+    """Three workers that do anything in any order, with failures of these kinds."""
+
+    def __init__(self, seed: int, failures: tuple[str, ...]) -> None:
+        self.choose = random.Random(seed)
+        self.store = LuaStore(NOW_US)
+        self.failures = failures
+        self.slots = [FIVE, slot("two", 2), slot("many", 9)]
+        self.workers = [Worker(self.store, number, processes=3, with_quotas=number == 2) for number in range(3)]
+        self.numbers = iter(range(100, 10_000))
+        self.full: Counter[str] = Counter()
+
+    def step(self) -> None:
+        """Do one thing."""
+        choose, worker = self.choose, self.choose.choice(self.workers)
+        what = choose.random()
+        if what < 0.3:
+            worker.ask(*choose.sample(self.slots, choose.choice((1, 2, 3))))
+        elif what < 0.5 and worker.open:
+            worker.end(choose.choice(worker.open))
+        elif what < 0.95:
+            self.pass_on(worker.wire)
+        elif what < 0.97:
+            self.beat()
+        elif self.failures and choose.random() < 0.5:
+            self.fail(worker)
+
+    def pass_on(self, wire: Wires) -> None:
+        """Send, execute or deliver one batch, whichever it may be."""
+        what = self.choose.randrange(3)
+        if what == 0 and len(wire.sent) + len(wire.executed) < 2:
+            wire.send()
+        elif what == 1 and wire.sent:
+            wire.execute_one(self.choose.randrange(len(wire.sent)))
+        elif what == 2 and wire.executed:
+            wire.deliver_one(self.choose.randrange(len(wire.executed)))
+
+    def beat(self) -> None:
+        """Let time pass, and all workers renew; without failures replies have arrived long before."""
+        self.store.now_us += int(RENEWAL_INTERVAL * SECOND)
+        for worker in self.workers:
+            if not self.failures:
+                worker.wire.all_at_once()
+            worker.beat()
+
+    def fail(self, worker: Worker) -> None:
+        """Let something go wrong."""
+        how = self.choose.choice(self.failures)
+        if how == "late":
+            worker.wire.time_out()
+        elif how == "lost":
+            worker.wire.cut()
+        elif how == "outage":
+            worker.wire.is_up = not worker.wire.is_up
+            worker.wire.time_out()
+        elif how == "killed":
+            self.workers[self.workers.index(worker)] = Worker(self.store, next(self.numbers), processes=3)
+        else:
+            self.store.values.clear()
+
+    def check(self) -> None:
+        """Fail if more requests are in flight than a limit allows; after a failure they may be."""
+        for one in self.slots if not self.failures else ():
+            counted = sum(worker.slots.in_flight(one.key) for worker in self.workers)
+            assert counted <= one.quota.capacity
+            self.full[one.quota.policy] += counted == one.quota.capacity
+
+    def finish(self) -> None:
+        """Let leases of killed workers and of late operations end; then end all requests, and expect nothing left."""
+        for worker in self.workers:
+            worker.wire.is_up = True
+            worker.wire.all_at_once()
+        for _ in range(int(LEASE / RENEWAL_INTERVAL) + 1):
+            self.store.now_us += int(RENEWAL_INTERVAL * SECOND)
+            for worker in self.workers:
+                worker.beat()
+                worker.wire.all_at_once()
+        for one in self.slots:
+            assert total(self.workers[0], one) == sum(worker.slots.in_flight(one.key) for worker in self.workers)
+        for worker in self.workers:
+            for exchange in [*worker.open]:
+                worker.end(exchange)
+            for _ in range(3):
+                worker.beat()
+                worker.wire.all_at_once()
+            slots = worker.slots
+            assert [len(one) for one in (slots.counters, slots.epochs, slots.unconfirmed, slots.unwritten)] == [0] * 4
+            assert worker.asking == 0
+            assert not any(worker.in_flight.values())
+
+
+@pytest.mark.parametrize("failures", [(), FAILURES, (*FAILURES, "killed")], ids=["healthy", "failures", "kills"])
+@pytest.mark.parametrize("seed", range(40))
+def test_a_random_walk_never_exceeds_a_limit_and_returns_to_zero(seed: int, failures: tuple[str, ...]) -> None:
+    walk = Walk(seed, failures)
+    for _ in range(1500):
+        walk.step()
+        walk.check()
+    walk.finish()
+    assert [total(walk.workers[0], one) for one in walk.slots] == [0, 0, 0]
+    if not failures:
+        assert min(walk.full["two"], walk.full["five"]) > 0, walk.full
