@@ -33,7 +33,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 MEASURED_CASES = 2
-# Tests of tools and documents, and simulations of many requests, which add nothing to the coverage.
+# Tests of tools and documents, which add nothing to the coverage.
 UNMEASURED = tuple(
     f"tests/{name}"
     for name in (
@@ -43,13 +43,6 @@ UNMEASURED = tuple(
         "process/test_fuzz.py",
         "process/test_load_test.py",
         "process/test_loop_watch.py",
-        "store/test_limiter_invariants.py",
-        "store/test_share_debts.py",
-        "unit/test_adaptive_limit.py",
-        "unit/test_admission_order.py",
-        "unit/test_architecture.py",
-        "unit/test_recovery.py",
-        "unit/test_surface.py",
     )
 )
 
