@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--custom-compile-command "make lock"
-.PHONY: help check format unit wire test heavy interop cover compiled run load bench scale chaos soak fuzz probe heads lives lock audit
+.PHONY: help check format unit wire test heavy interop cover compiled run load bench scale chaos soak fuzz mutations probe heads lives lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +41,8 @@ soak:    ## an hour of mixed load; fails if memory, descriptors or other resourc
 	python -m benchmarks.soak --minutes 60
 fuzz:    ## invalid messages from both peers: make fuzz MINUTES=10 SEED=1
 	python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
+mutations: ## changes of the limiting code, each of which its tests must catch: make mutations WORDS=lua
+	python -m tests.mutations $(WORDS)
 probe:   ## a black-box HTTP probe, which starts a gateway: make probe PROBE=path/to/probe_proxy.py
 	python -m benchmarks.probe $(PROBE)
 heads:   ## a million request heads, read by both parsers: make heads COUNT=1000000 SEED=1

@@ -271,15 +271,16 @@ class Recorder:
             self.shed[upstream or GATEWAY][tier] += 1
         if client is not None:
             self.requests_by_client.add(client.key)
-        if exchange.decision is not None:
-            self.sources[exchange.decision.source] += 1
-            if exchange.decision.allowed:
+        decision = exchange.decision
+        if decision is not None:
+            self.sources[decision.source] += 1
+            if decision.allowed:
                 self.allowed[tier] += 1
             else:
                 self.limited[tier] += 1
                 self.limited_by_client.add("" if client is None else client.key)
-                self.limited_by_bucket.add(exchange.decision.key)
-                for quota in exchange.decision.violated or (exchange.decision.quota,):
+                self.limited_by_bucket.add(decision.key)
+                for quota in decision.violated or (decision.quota,):
                     self.refusals_by_limit[quota.policy, tier] += 1
         if is_timed(exchange):
             running.time(exchange.finished - exchange.started)

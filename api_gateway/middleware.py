@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 Observer = Callable[[Exchange], None]
 
 API_PREFIX = "/api"
+_BELOW = "/api/"
 EXCHANGE = "gateway.exchange"
 
 
 def is_proxied(path: str) -> bool:
     """Tell whether a path belongs to the data plane: `/api` and everything below it."""
-    return path.startswith(API_PREFIX) and path[4:5] in ("", "/")
+    return path[:5] == _BELOW or path == API_PREFIX
 
 
 class DataPlaneSplit:

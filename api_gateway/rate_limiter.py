@@ -11,6 +11,7 @@ limiter is not thread-safe.
 Long because arithmetic, tables and decisions have to agree.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar, Generic, Protocol, TypeVar
@@ -379,31 +380,35 @@ class MemoryLimiter:
     def _decide_all(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """Evaluate every bucket first, then charge all or none; see `joint_decision`, which is inlined here.
 
-        The tightest bucket has the smallest number of further such requests, tokens / cost; fractions are compared.
+        The tightest bucket has the smallest number of further such requests, tokens / cost.
         """
         current = self._table.current
         debts: list[int] = []
-        tightest = charges[0]
-        left_ns = needed_ns = 0  # of the tightest bucket: what remains, and what a request needs
+        are_held = True
+        tightest, tightest_debt_ns = charges[0], -1
+        fewest = math.inf  # further such requests
         for charge in charges:
             increment_ns, burst_ns = charge.increment_ns, charge.quota.burst_ns
             tat_ns = current.get(charge.key)
             if tat_ns is None:
+                are_held = False
                 tat_ns = self._load(charge.key, charge.quota)
             debt_ns = (tat_ns - now_ns if tat_ns > now_ns else 0) + increment_ns
             if debt_ns > burst_ns:
                 return self._refuse_or_heal(charges, now_ns)
             debts.append(debt_ns)
-            if increment_ns and (not needed_ns or (burst_ns - debt_ns) * needed_ns < left_ns * increment_ns):
-                tightest, left_ns, needed_ns = charge, burst_ns - debt_ns, increment_ns
+            if increment_ns:
+                further = (burst_ns - debt_ns) / increment_ns
+                if further < fewest:
+                    fewest, tightest, tightest_debt_ns = further, charge, debt_ns
         for charge, debt_ns in zip(charges, debts, strict=True):
             if charge.increment_ns:
-                if charge.key in current:
+                if are_held or charge.key in current:
                     current[charge.key] = now_ns + debt_ns
                 else:
                     self._store(charge.key, now_ns + debt_ns)
         quota = tightest.quota
-        reset_ns = quota.burst_ns - left_ns if needed_ns else debts[0]
+        reset_ns = debts[0] if tightest_debt_ns < 0 else tightest_debt_ns
         remaining = (quota.burst_ns - reset_ns) // quota.emission_ns
         return Decision(tightest.key, quota, True, remaining, 0, reset_ns, now_ns, tuple(debts))
 
@@ -524,11 +529,13 @@ def tightest_of(charges: Sequence[Charge], debts_ns: Sequence[int]) -> int:
 
     A bucket that is charged nothing has tokens for any number.
     """
-    chosen = left_ns = needed_ns = 0
+    chosen, fewest = 0, math.inf
     for index, charge in enumerate(charges):
-        increment_ns, other_ns = charge.increment_ns, charge.quota.burst_ns - debts_ns[index]
-        if increment_ns and (not needed_ns or other_ns * needed_ns < left_ns * increment_ns):
-            chosen, left_ns, needed_ns = index, other_ns, increment_ns
+        increment_ns = charge.increment_ns
+        if increment_ns:
+            further = (charge.quota.burst_ns - debts_ns[index]) / increment_ns
+            if further < fewest:
+                chosen, fewest = index, further
     return chosen
 
 

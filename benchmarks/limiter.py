@@ -4,38 +4,47 @@
 and with a minimal one: a tuple for each client in a dict. All keep their buckets in memory, read a clock for each
 decision, and never refuse here.
 
-`--limits` measures what a request costs instead that is charged to 1, 2, 3 and 5 limits, and to one with a slot of a
-concurrency limit: the decision (with the return of the slot), and its header fields. `--against FOLDER` alternates
-with the same measurement of another working tree, such as that of an earlier commit; limits that it does not have are
-left out.
+`--limits` measures what a request costs instead that is charged to 1, 2, 3 and 5 limits, to one and a calendar quota,
+and to one with a slot of a concurrency limit: the decision (with the return of the slot), and its header fields.
+`--against FOLDER` alternates with the same measurement of another working tree, such as that of an earlier commit;
+limits that it does not have are left out.
+
+`--clients 1000000` gives that many clients buckets of three limits, or two of these and a calendar quota: bytes of
+resident memory for each client, and the time of its first decision and of later ones, in random order.
 """
 
 import argparse
 import gc
 import importlib
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
+from api_gateway.limits.period_counters import PeriodCounters, PeriodQuota
+from api_gateway.limits.periods import Calendar
+from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import Charge, Quota
-from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 
 TOKENS, SECONDS = 1_000_000, 3600  # a quota that is neither used up nor expires during the measurement
 DECISIONS = 50_000
 WARM_CLIENTS = 100
 CLIENTS = 100_000
 LIMIT_COUNTS = (1, 2, 3, 5)
+WITH_QUOTA = -1  # instead of a number of limits: one, and a calendar quota
 WITH_SLOT = "1 and a slot"
 
 Decide = Callable[[str], bool]
@@ -201,8 +210,12 @@ def seconds_of_limits(count: int, decisions: int = DECISIONS) -> tuple[float, fl
 
     The charges are remembered with the header set, as in the gateway.
     """
-    quotas = [Quota.per_second(f"limit-{number}", TOKENS / SECONDS, TOKENS) for number in range(count)]
-    limiter, fields, clock = MemoryLimiter(quotas), RateLimitHeaders(), time.monotonic_ns
+    quotas = [Quota.per_second(f"limit-{number}", TOKENS / SECONDS, TOKENS) for number in range(max(count, 1))]
+    limiter: RateLimiter = MemoryLimiter(quotas)
+    if count == WITH_QUOTA:
+        limiter = QuotaLimiter(MemoryLimiter(quotas), PeriodCounters(CLIENTS), wall_clock=time.time)
+        quotas.append(PeriodQuota.of("monthly", TOKENS, Calendar("month", ZoneInfo("UTC"))))
+    fields, clock = RateLimitHeaders(), time.monotonic_ns
     requests = [
         [Charge(f"{quota.name}:client-{number}", quota, quota.cost_ns(1)) for quota in quotas]
         for number in range(WARM_CLIENTS)
@@ -218,12 +231,67 @@ def seconds_of_limits(count: int, decisions: int = DECISIONS) -> tuple[float, fl
     for _ in range(turns):
         for charges in requests:
             decision = limiter.decide(charges, clock())
+            assert decision is not None  # noqa: S101 - in memory
             lines(decision, charges) if with_charges else lines(decision)
     ended = time.perf_counter()
-    if not all(limiter.decide(charges, clock()).allowed for charges in requests):
+    last = [limiter.decide(charges, clock()) for charges in requests]
+    if not all(decision is not None and decision.allowed for decision in last):
         raise RuntimeError("a client was refused, and a refusal takes a different time")
     made = turns * WARM_CLIENTS / 1e6
     return (between - began) / made, (ended - between) / made
+
+
+@dataclass(frozen=True)
+class ManyClients:
+    """What clients of several limits cost: bytes of resident memory each, and microseconds of CPU for a decision."""
+
+    bytes_a_client: float
+    first: float
+    later: float
+
+
+def many_clients(clients: int, *, has_quota: bool) -> ManyClients:
+    """Give clients their buckets of three limits, of which one is a calendar quota if `has_quota`."""
+    quotas: list[Quota] = [Quota.per_second(f"limit-{number}", TOKENS / SECONDS, TOKENS) for number in range(3)]
+    limiter: RateLimiter = MemoryLimiter(quotas, bucket_limit=4 * clients)
+    if has_quota:
+        quotas[2] = PeriodQuota.of("monthly", TOKENS, Calendar("month", ZoneInfo("UTC")))
+        memory = MemoryLimiter(quotas[:2], bucket_limit=4 * clients)
+        limiter = QuotaLimiter(memory, PeriodCounters(clients), wall_clock=time.time)
+    costs, clock = [quota.cost_ns(1) for quota in quotas], time.monotonic_ns
+
+    def decide(numbers: Iterable[int]) -> float:
+        began = time.process_time()
+        for number in numbers:
+            charges = [
+                Charge(f"{quota.name}:client-{number}", quota, cost) for quota, cost in zip(quotas, costs, strict=True)
+            ]
+            limiter.decide(charges, clock())
+        return (time.process_time() - began) / clients * 1e6
+
+    order = list(range(clients))
+    random.Random(1).shuffle(order)  # noqa: S311 - not used for security
+    gc.collect()
+    before = resident_bytes()
+    first = decide(range(clients))
+    gc.collect()
+    return ManyClients((resident_bytes() - before) / clients, first, decide(order))
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_clients(clients: int) -> str:
+    """Return a Markdown table, each row measured in a process of its own."""
+    lines = [f"| {clients:,} clients | bytes/client | µs, first decision | µs, later ones |", "|---|---:|---:|---:|"]
+    for name, option in (("three limits", "0"), ("two limits and a quota", "1")):
+        command = [sys.executable, "-m", "benchmarks.limiter", "--weigh", option, "--clients", str(clients)]
+        made = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - this file
+        figures = ManyClients(*map(float, made.stdout.split()))
+        lines.append(f"| {name} | {figures.bytes_a_client:,.0f} | {figures.first:.2f} | {figures.later:.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 def seconds_of_slots(decisions: int = DECISIONS) -> tuple[float, float]:
@@ -274,7 +342,7 @@ def measure_limits(trees: Sequence[str], rounds: int) -> str:
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(rounds):
         for tree in trees:
-            for count in (*map(str, LIMIT_COUNTS), WITH_SLOT):
+            for count in (*map(str, LIMIT_COUNTS), str(WITH_QUOTA), WITH_SLOT):
                 command = [sys.executable, __file__, "--one", count]
                 made = subprocess.run(  # noqa: S603 - this file
                     command, env={**os.environ, "PYTHONPATH": tree}, check=True, capture_output=True, text=True
@@ -285,7 +353,8 @@ def measure_limits(trees: Sequence[str], rounds: int) -> str:
     lines = ["| working tree | limits | µs/decision | µs/decision and header fields |", "|---|---:|---:|---:|"]
     for (tree, count), figures in found.items():
         decision, whole = (statistics.median(one) for one in zip(*figures, strict=True))
-        lines.append(f"| {tree} | {count} | {decision:.2f} | {whole:.2f} |")
+        name = "1 and a quota" if count == str(WITH_QUOTA) else count
+        lines.append(f"| {tree} | {name} | {decision:.2f} | {whole:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -298,12 +367,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--limits", action="store_true", help="a decision on several limits, see above")
     parser.add_argument("--against", metavar="FOLDER", help="with --limits: another working tree to alternate with")
+    parser.add_argument("--clients", type=int, help="memory and time of so many clients with three limits")
     parser.add_argument("--one", metavar="COUNT", help=argparse.SUPPRESS)
+    parser.add_argument("--weigh", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one is not None:
         with suppress(ModuleNotFoundError):
             measured = seconds_of_slots() if options.one == WITH_SLOT else seconds_of_limits(int(options.one))
             sys.stdout.write("{} {}\n".format(*measured))
+        return 0
+    if options.weigh is not None:
+        found = many_clients(options.clients, has_quota=bool(options.weigh))
+        sys.stdout.write(f"{found.bytes_a_client} {found.first} {found.later}\n")
+        return 0
+    if options.clients is not None:
+        sys.stdout.write(measure_clients(options.clients))
         return 0
     if options.limits:
         own = str(Path(__file__).resolve().parents[1])

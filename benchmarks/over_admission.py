@@ -5,6 +5,9 @@ the store. One client sends five times its rate, distributed over the four, at a
 Each row is one failure. The output has the admitted requests, the upper bound, and the largest burst: the maximum over
 all windows of admitted requests less the refill of the window. The bounds are those of docs/limits.md for a client
 that all gateways know, with a capacity of C tokens and a rate of r; 2 % cover what the gateways learn of late.
+
+Each failure has a second row, in which the client is charged to three limits and a daily quota of Q tokens, of which
+the quota is the tightest.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 GATEWAYS = 4
 RATE, CAPACITY = 100, 1000  # ENTERPRISE
 OFFERED = 5 * RATE
+QUOTA_PART = 0.75  # the quota of the second rows, as a part of C + r·d
 LATE_KNOWLEDGE = 0.02
 READY = 10.0  # seconds for a store to become ready
 
@@ -208,20 +212,31 @@ async def restarted(scene: Scene) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A failure and its bound: a number of capacities, the rate, and a tolerance as a part of both."""
+    """A failure and its bound: a number of capacities, the rate, and a tolerance as a part of both.
+
+    `quotas`, if not None, is the bound as a number of quotas, of a client with three limits and a quota.
+    """
 
     name: str
     act: Callable[[Scene], Awaitable[None]]
     capacities: float
     why: str
     tolerance: float = 0.0
+    quotas: float | None = None
 
     def bound(self, seconds: float) -> float:
         """Return the upper bound of admitted requests."""
-        return (CAPACITY * self.capacities + RATE * seconds) * (1 + self.tolerance)
+        by_buckets = CAPACITY * self.capacities + RATE * seconds
+        by_quota = by_buckets if self.quotas is None else self.quotas * quota_of(seconds)
+        return min(by_buckets, by_quota) * (1 + self.tolerance)
 
 
-ROWS = (
+def quota_of(seconds: float) -> int:
+    """Return the quota of a row of this length."""
+    return round(QUOTA_PART * (CAPACITY + RATE * seconds))
+
+
+BUCKET_ROWS = (
     Row("healthy", healthy, 1, "C + r·d"),
     Row("SCRIPT FLUSH five times a second", flushed, 1, "C + r·d"),
     Row("replies 10 ms late", slowed(0.01), 1, "C + r·d"),
@@ -232,6 +247,22 @@ ROWS = (
     Row("store killed for a third of it, then empty", killed, 2, "1.02 (C + r·d + C)", LATE_KNOWLEDGE),
     Row("store restarted at once, then empty", restarted, 2, "1.02 (C + r·d + C)", LATE_KNOWLEDGE),
 )
+# Of these failures, by the function: gateways that are cut off admit their shares of what was left, while the others
+# use all of it; an empty store has the whole quota again.
+QUOTAS: dict[Callable[[Scene], Awaitable[None]], tuple[float, str]] = {
+    half_cut: (1.5, "1.02 (Q + K/N·Q)"),
+    killed: (2.0, "1.02 (Q + Q)"),
+    restarted: (2.0, "1.02 (Q + Q)"),
+}
+
+
+def with_quota(row: Row) -> Row:
+    """Return the row of the same failure with three limits and a quota."""
+    quotas, why = QUOTAS.get(row.act, (1.0, "1.02 Q" if row.tolerance else "Q"))
+    return replace(row, name=f"{row.name}; three limits and a quota", quotas=quotas, why=why)
+
+
+ROWS = tuple(chain.from_iterable((row, with_quota(row)) for row in BUCKET_ROWS))
 
 
 @dataclass
@@ -322,7 +353,18 @@ def largest_burst(times: Sequence[float], rate: float) -> float:
     return best
 
 
-def configuration(port: int, store: int, upstream: int, state: Path) -> str:
+def limits(quota: int | None) -> list[dict[str, object]]:
+    """Return further limits: two buckets and a quota, of which the quota is the tightest; none for None."""
+    if quota is None:
+        return []
+    return [
+        {"name": "client", "rate": 2 * RATE, "capacity": 2 * CAPACITY},
+        {"name": "route", "key": ["client", "route"], "rate": 3 * RATE, "capacity": 2 * CAPACITY},
+        {"name": "daily", "quota": quota, "period": "day"},
+    ]
+
+
+def configuration(port: int, store: int, upstream: int, state: Path, quota: int | None = None) -> str:
     """Return the configuration of one of the gateways."""
     return json.dumps(
         {
@@ -332,6 +374,7 @@ def configuration(port: int, store: int, upstream: int, state: Path) -> str:
             "log": {"access": False},
             "address_limit": {"rate": 0},
             "clients": {"hot": {"tier": "ENTERPRISE"}},
+            "limits": limits(quota),
             "upstreams": {"up": {"targets": [{"url": f"http://127.0.0.1:{upstream}"}]}},
             "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
         }
@@ -348,6 +391,7 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 async def measure(row: Row, seconds: float, folder: Path) -> Tally:
     """Run one row with a new store and new gateways."""
     loop = asyncio.get_running_loop()
+    quota = None if row.quotas is None else quota_of(seconds)
     upstream = await asyncio.start_server(_answer, "127.0.0.1", 0)
     store = Store(folder)
     await store.start()
@@ -362,7 +406,8 @@ async def measure(row: Row, seconds: float, folder: Path) -> Tally:
             file = place / "gateway.yaml"
             listens_at = await link.start()
             stack.callback(link.close)
-            file.write_text(configuration(port, listens_at, upstream.sockets[0].getsockname()[1], place / "state"))
+            origin = upstream.sockets[0].getsockname()[1]
+            file.write_text(configuration(port, listens_at, origin, place / "state", quota))
             command = [sys.executable, str(ROOT / "run_gateway.py"), "--config", str(file)]
             gateway = running(command, core=index % 2, port=port, folder=place)
             await loop.run_in_executor(None, stack.enter_context, gateway)

@@ -85,7 +85,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         assert isinstance(upstream, Upstream)  # noqa: S101 - it creates the handlers
         time.sleep(random.lognormvariate(math.log(0.004), 0.5))
         body = b"{}"
-        self.send_response(503 if upstream.is_failing else 200)
+        self.send_response(503 if upstream.is_failing and self.path != "/healthz" else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -101,6 +101,7 @@ def sections(urls: list[str]) -> dict[str, Any]:
     for number, name in enumerate(SERVICES):
         targets = [{"url": urls[(number + offset) % len(urls)]} for offset in range(3 if name != "orders" else 1)]
         upstreams[name] = {"targets": targets, "circuit_breaker": {"failure_threshold": 5, "recovery_timeout": 60}}
+        upstreams[name]["health_check"] = {"path": "/healthz", "interval": 2}
     upstreams["orders"]["targets"] = [{"url": urls[-1]}]
     upstreams["search"]["concurrency"] = {"limit": 200}
     return {
@@ -218,8 +219,6 @@ def traffic(gateway: Gateway) -> Iterator[None]:
 
 def prepare(gateway: Gateway) -> None:
     """Bring the gateway into the state of the pictures."""
-    history: TrafficHistory = gateway.server._app.state.traffic_history  # noqa: SLF001 - nothing else fills it
-    history.restore(simulated_hour(time.time()).points)
     for name, tier in (("umbrella", "ENTERPRISE"), ("hooli", "PREMIUM")):
         gateway.ask(f"/clients/{name}/tier", "POST", {"tier": tier})
     gateway.ask("/clients/acme/grants", "POST", {"tier": "ENTERPRISE", "duration_seconds": 86_400})
@@ -281,6 +280,8 @@ def main() -> None:
             prepare(gateway)
             with traffic(gateway):
                 time.sleep(given.seconds)
+                history: TrafficHistory = gateway.server._app.state.traffic_history  # noqa: SLF001 - nothing else fills it
+                history.restore(simulated_hour(time.time()).points)
                 photograph(gateway, given.folder, given.only)
         finally:
             gateway.close()

@@ -20,7 +20,15 @@ from tests import spare_workers
 from tests.loop_watch import watch_for
 from tests.measured import VARIABLE, measure_into
 
-PRELOADED = ["api_gateway.cli", "api_gateway.process.worker", "tests.forked", "uvloop", "uvicorn.loops.uvloop"]
+PRELOADED = [
+    "api_gateway.cli",
+    "api_gateway.process.serve_command",
+    "api_gateway.process.operator_access",
+    "api_gateway.process.worker",
+    "tests.forked",
+    "uvloop",
+    "uvicorn.loops.uvloop",
+]
 MODULES = ("api_gateway", "uvicorn")
 HOOK = "TESTS_HOOK"  # in the environment: a file that is run first, as a `sitecustomize` of a new process would be
 

@@ -11,7 +11,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
-from api_gateway.rate_limiter import NEVER_NS, OVERFLOW_SLOTS, MemoryLimiter, joint_decision, rescale, take, take_each
+from api_gateway.rate_limiter import (
+    NEVER_NS,
+    OVERFLOW_SLOTS,
+    MemoryLimiter,
+    joint_decision,
+    rescale,
+    take,
+    take_each,
+    tightest_of,
+)
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.examples import examples
 
@@ -644,3 +653,11 @@ def test_what_is_remembered_of_refunds_is_bounded_and_forgotten() -> None:
         limiter.decide([charge(FREE, 1)], now_ns + later * SECOND)
     assert len(limiter._refunds) == 0
     assert not limiter._table.retired
+
+
+def test_the_tightest_of_buckets_with_different_rates_is_that_of_the_fewest_requests() -> None:
+    """Five requests are left of the one, and twenty of the other, which needs less time for each."""
+    slow, fast = Quota.per_second("slow", 1, 10), Quota.per_second("fast", 20, 200)
+    charges = [Charge("a", fast, fast.cost_ns(1)), Charge("b", slow, slow.cost_ns(1))]
+    assert tightest_of(charges, [9 * SECOND, 5 * SECOND]) == 1
+    assert tightest_of(charges, [SECOND * 39 // 4, SECOND]) == 0

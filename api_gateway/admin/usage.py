@@ -20,6 +20,7 @@ from api_gateway.usage.counts import name_of
 from api_gateway.usage.ledger import TooManyRows, UsageLedger, UsageQuestion
 
 GROUPS = ("client", "route", "day")
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "'")
 _EPOCH = date(1970, 1, 1)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"description": "`usage.enabled` is false.", **PROBLEM},
@@ -180,5 +181,14 @@ def _csv(rows: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [*by, *(name for name in UsageView.counted())])
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: _cell(value) if isinstance(value, str) else value for name, value in row.items()})
     return text.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula: with ' in front if it begins like one, or with '.
+
+    So a reader has the text again if it removes one ' at the beginning.
+    """
+    return f"'{text}" if text.startswith(_FORMULAS) else text

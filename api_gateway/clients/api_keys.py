@@ -74,7 +74,7 @@ def has_key(value: bytes) -> bool:
 
     Also if it is percent-encoded.
     """
-    return (_PREFIX in value or b"%" in value) and _ENCODED_KEY.search(value) is not None
+    return (value.find(_PREFIX) >= 0 or ord("%") in value) and _ENCODED_KEY.search(value) is not None
 
 
 def has_plain_key(value: bytes) -> bool:

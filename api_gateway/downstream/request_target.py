@@ -14,7 +14,7 @@ def origin_form(method: str, target: bytes) -> tuple[bytes, bytes | None]:
     The absolute form of `*` has neither path nor query. Raises ValueError for a target with a fragment, or one that
     is neither in origin form, nor in absolute form, nor, for OPTIONS, `*` (section 3.2.4).
     """
-    if b"#" in target:
+    if ord("#") in target:
         raise ValueError("it contains a fragment")
     if target.startswith(b"/") or (target == b"*" and method == "OPTIONS"):
         return target, None
@@ -24,7 +24,7 @@ def origin_form(method: str, target: bytes) -> tuple[bytes, bytes | None]:
     url = cast("Any", httptools.parse_url(target))  # its stub says that a port is always there
     if not url.host:
         raise ValueError("it contains no host")
-    host = b"[%b]" % url.host if b":" in url.host else url.host
+    host = b"[%b]" % url.host if ord(":") in url.host else url.host
     authority = host if url.port is None else b"%b:%d" % (host, url.port)
     rest = absolute[1] or b""
     if method == "OPTIONS" and not rest:

@@ -83,7 +83,9 @@ class FastExchange(AttemptingExchange):
         assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = router.upstream_clients[route.upstream]
         exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
-        key = exchange.client_key
+        client = exchange.client
+        assert client is not None  # noqa: S101 - as above
+        key = client.key
         if not upstream_client.is_simple:
             self.is_watched = route.content_cost is not None
             key = self._key(upstream_client)

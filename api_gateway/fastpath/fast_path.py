@@ -46,9 +46,12 @@ class FastPath(ExchangeContext):
         headers = client.last_headers
         if headers is None or headers.received != lines or headers.facts.owner is not self.headers:
             headers = self._read(client, lines)
-        if headers is None or len(body) > headers.facts.length:  # type: ignore[operator]  # a plain head has a length
+        if headers is None:
             return False
-        if len(received) - len(body) > client.limits.header_bytes:
+        facts, received_length = headers.facts, len(body)
+        if received_length > facts.length:  # type: ignore[operator]  # a plain head has a length
+            return False
+        if len(received) - received_length > client.limits.header_bytes:
             return False
         path = raw_path.decode("ascii")
         if "%" in path:
@@ -56,9 +59,9 @@ class FastPath(ExchangeContext):
         if not is_proxied(path):
             return False
         target = raw_path + query if query else raw_path
-        plan = self.admission.plan(headers.facts, method, path, target, self.clock_ns())
+        plan = self.admission.plan(facts, method, path, target, self.clock_ns())
         if trace is not None:
-            trace.host, trace.scheme = headers.facts.host, client.scheme
+            trace.host, trace.scheme = facts.host, client.scheme
             plan.exchange.trace = trace
         self.record.begin(plan.exchange)
         try:
@@ -74,7 +77,7 @@ class FastPath(ExchangeContext):
             result = exchange.forward()
         if result is None:
             return True
-        if len(body) == headers.facts.length:
+        if received_length == facts.length:
             self._refuse(client, plan, result)
         else:
             (exchange or FastExchange(self, client, headers, plan, body)).refuse(result)

@@ -98,7 +98,7 @@ class RelayingExchange(ExchangeLife):
             if not self.head and is_event_stream(self.fields) and not self._begin_stream(attempt):
                 return
             self._write_head(attempt)
-            if attempt.is_probe and not self.is_complete:
+            if not self.is_complete and attempt.is_probe:
                 self.is_pending = True
                 self.probe = self._context.router.settle_probe_soon(attempt, self._client.loop)
         if self.is_complete:

@@ -8,6 +8,7 @@ from api_gateway.models import HeaderList
 
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 COLON = b": ".join
+_LF, _CR, _NUL = b"\n\r\0"  # integers, which are found in bytes without an error that is raised and dropped
 _HIDDEN_LINE = "a header field of the response contains a line break or NUL"
 
 
@@ -35,7 +36,7 @@ def render_fields(fields: Mapping[str, str]) -> bytes:
 def refuse_hidden_lines(lines: list[bytes]) -> None:
     """Raise RuntimeError if a line of a head contains CR, LF or NUL."""
     joined = b"".join(lines)
-    if b"\n" in joined or b"\r" in joined or b"\0" in joined:
+    if _LF in joined or _CR in joined or _NUL in joined:
         raise RuntimeError(_HIDDEN_LINE)
 
 

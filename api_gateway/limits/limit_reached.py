@@ -34,42 +34,56 @@ class LimitReached(RateLimited):
     """
 
     def __init__(
-        self,
-        detail: str,
-        retry_after: float,
-        template: "RefusalTemplate",
-        client: Client,
-        cost: float,
-        remaining: int,
-        violated: Sequence[Quota] = (),
+        self, template: "RefusalTemplate", retry_after: float, remaining: int, violated: Sequence[Quota] = ()
     ) -> None:
         """`violated` are the quotas that refuse the request, if there are several."""
-        super().__init__(detail, retry_after=retry_after)
+        self._situation = f"{remaining} remain. Retry in {retry_after:.3f} s."
+        super().__init__(template.cause + self._situation, retry_after=retry_after)
         self._violated = violated
         self._template = template
-        self._client = client
-        self._cost = cost
         self._remaining = remaining
 
     @property
     def extra(self) -> dict[str, Any]:
         """The extension members, see `GatewayError`."""
-        return members_of(self._template.quota, self._client, self._cost, self._remaining, self._violated)
+        template = self._template
+        return members_of(template.quota, template.client, template.cost, self._remaining, self._violated)
 
     def body(self, instance: str, request_id: str) -> bytes:
         """Return the problem details in JSON, equal to those of `errors.problem`."""
         if len(self._violated) > 1:
             return _encode(problem(self, instance=instance, request_id=request_id)).encode()
-        a, b, c, d, e, f, g, h, end = self._template.parts
-        client = self._client
+        start, a, b, c, d, end = self._template.parts
         seconds = math.ceil((self.retry_after or 0.0) * 1000) / 1000
         return (
-            f"{a}{quoted(self.detail)}{b}{quoted(instance)}{c}{quoted(request_id)}{d}{seconds}{e}{quoted(client.id)}"
-            f"{f}{quoted(client.quota.name)}{g}{self._cost}{h}{self._remaining}{end}"
+            f"{start}{self._situation}{a}{quoted(instance)}{b}{quoted(request_id)}{c}{seconds}{d}{self._remaining}{end}"
         ).encode()
 
 
 class RefusalTemplate:
+    """What all refusals of one client by one bucket at one cost have in common.
+
+    That are the beginning of the detail (`cause`), and the problem details around what is left: `parts` stand before
+    and between the rest of the detail, instance, request id, seconds and remaining tokens, and behind them.
+    """
+
+    __slots__ = ("cause", "client", "cost", "parts", "quota")
+
+    def __init__(self, template: "QuotaTemplate", holder: str, client: Client, cost: float) -> None:
+        """`holder` says in words whom or what the quota limits, with the verb."""
+        self.quota = template.quota
+        self.client = client
+        self.cost = cost
+        self.cause = f"{holder} {template.limits}{cost:g}, "
+        a, b, c, d, e, f, g, h, end = template.parts
+        told = f"{e}{quoted(client.id)}{f}{quoted(client.quota.name)}{g}{cost}{h}"
+        self.parts = a + quoted(self.cause)[:-1], f'"{b}', c, d, told, end
+
+    def __repr__(self) -> str:
+        return f"<RefusalTemplate of {self.client.id!r} by {self.quota.name}>"
+
+
+class QuotaTemplate:
     """What all refusals by one quota have in common: part of the detail, and what surrounds the `_VARYING` values."""
 
     __slots__ = ("limits", "parts", "quota")
@@ -84,7 +98,7 @@ class RefusalTemplate:
         self.parts = ("{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}").split("\0")
 
     def __repr__(self) -> str:
-        return f"<RefusalTemplate of {self.quota.name}>"
+        return f"<QuotaTemplate of {self.quota.name}>"
 
 
 def allowance_in_words(quota: Quota) -> str:

@@ -12,13 +12,13 @@ Long because counts, tables and the short way of a decision have to agree.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 from zoneinfo import ZoneInfo
 
 from api_gateway.limits.periods import PERIOD_LENGTHS, Calendar, CalendarPeriod, Unit
-from api_gateway.models import Charge, Quota
+from api_gateway.models import Quota
 
 UNITS_PER_TOKEN = 1000
 MICROSECONDS = 1_000_000
@@ -198,31 +198,6 @@ class PeriodCounters:
         standing = standing_of(key, quota, counter, now_us // MICROSECONDS)
         standing.is_unverified = is_unverified
         return standing
-
-    def present(self, charges: Sequence[Charge], now: int) -> list[tuple[Charge, Counter]] | None:
-        """Return the charges of counters, each with its counter, if all of these are in the simple state; else None.
-
-        In that state the latest count is that of the present period and allows the charge, there are no top-ups, and
-        no share to be warned of is reached. Then a charge changes `used` and `peak` alone.
-        """
-        counters, found = self.counters, []
-        for charge in charges:
-            quota = charge.quota
-            if type(quota) is not PeriodQuota:
-                continue
-            counter = counters.get(charge.key)
-            if counter is None or counter.balance or counter.unit != quota.calendar.unit:
-                return None
-            count = counter.count
-            used, allowance = count.used + charge.increment_ns, quota.burst_ns + count.carried
-            if used > allowance or not count.start <= now < counter.end:
-                return None
-            if quota.warn_at:
-                share = quota.warn_at[0] * allowance
-                if used >= share or count.peak >= share:
-                    return None
-            found.append((charge, counter))
-        return found
 
     def charge(self, standing: Standing, cost: int, now_us: int) -> list[Warned]:
         """Charge a cost that the standing allows, right after it was determined; return what it makes known."""

@@ -19,6 +19,7 @@ from api_gateway.models import Charge, Clock, Decision, LimiterState, Quota
 from api_gateway.rate_limiter import MemoryLimiter, debts_of
 
 OnWarned = Callable[[Sequence[Warned]], None]
+_Present = tuple[Charge, Counter, int, int]  # with what is used after the charge, and the allowance
 
 
 class QuotaLimiter:
@@ -35,6 +36,7 @@ class QuotaLimiter:
         """`on_warned` is called with the shares of allowances that a request has reached."""
         self.buckets = limiter
         self.counters = counters
+        self._held = counters.counters
         self._wall_clock = wall_clock
         self._on_warned = on_warned
 
@@ -63,53 +65,83 @@ class QuotaLimiter:
         return self.buckets.state()
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Charge all buckets and counters, or none."""
-        tokens = [charge for charge in charges if type(charge.quota) is not PeriodQuota]
-        if len(tokens) == len(charges):
-            return self.buckets.decide(charges, now_ns)
+        """Charge all buckets and counters, or none.
+
+        Most counters are in a simple state, see `_present`; any other state is left to `decide_in_any_state`.
+        """
         now_us = ceil(self._wall_clock() * MICROSECONDS)
-        present = self.counters.present(charges, now_us // MICROSECONDS)
+        tokens: list[Charge] = []
+        present = self._present(charges, tokens, now_us // MICROSECONDS)
         if present is None:
             decision = self.decide_in_any_state(charges, now_us, now_ns)
             decision.wall_us = now_us
             return decision
         decision = self.buckets.decide(tokens, now_ns)
-        decision.wall_us = now_us
-        if not decision.allowed:
-            decision.violated = decision.violated or (decision.quota,)
-            return decision
-        left, cost = decision.quota.burst_ns - decision.reset_ns, tokens[0].increment_ns
-        if len(tokens) > 1:
-            cost = next(charge.increment_ns for charge in tokens if charge.key == decision.key)
-        decision.debts_ns = self._charge(charges, present, decision.debts_ns or (decision.reset_ns,))
-        for charge, counter in present:  # as `joint_allowance` does
-            count, increment, quota = counter.count, charge.increment_ns, charge.quota
-            rest = quota.burst_ns + count.carried - count.used
-            if rest * cost < left * increment:
-                left, cost, decision.key, decision.quota = rest, increment, charge.key, quota
-                decision.remaining = rest // quota.emission_ns
-                decision.reset_ns = (counter.end * MICROSECONDS - now_us) * 1000
+        if present:
+            decision.wall_us = now_us
+            if decision.allowed:
+                self._charge(charges, tokens, present, decision, now_us)
+            else:
+                decision.violated = decision.violated or (decision.quota,)
         return decision
 
-    def _charge(
-        self, charges: Sequence[Charge], present: Sequence[tuple[Charge, Counter]], debts_ns: tuple[int, ...]
-    ) -> tuple[int, ...]:
-        """Charge counters in the simple state (see `PeriodCounters.present`).
+    def _present(self, charges: Sequence[Charge], tokens: list[Charge], now: int) -> list[_Present] | None:
+        """Return the charges of counters if all of these are in the simple state, else None; add others to `tokens`.
 
-        `debts_ns` are those of the buckets; returns those of all charges.
+        In that state the latest count is that of the present period and allows the charge, there are no top-ups, and
+        no share to be warned of is reached. Then a charge changes `used` and `peak` alone.
         """
-        for charge, counter in present:
-            if charge.increment_ns:
-                count = counter.count
-                count.used = used = count.used + charge.increment_ns
-                count.peak = max(count.peak, used)
+        held, present = self._held, []
+        for charge in charges:
+            quota = charge.quota
+            if type(quota) is not PeriodQuota:
+                tokens.append(charge)
+                continue
+            counter = held.get(charge.key)
+            if counter is None or counter.balance or counter.unit != quota.calendar.unit:
+                return None
+            count = counter.count
+            used, allowance = count.used + charge.increment_ns, quota.burst_ns + count.carried
+            if used > allowance or not count.start <= now < counter.end:
+                return None
+            if quota.warn_at and max(used, count.peak) >= quota.warn_at[0] * allowance:
+                return None
+            present.append((charge, counter, used, allowance))
+        return present
+
+    def _charge(
+        self,
+        charges: Sequence[Charge],
+        tokens: Sequence[Charge],
+        present: Sequence[_Present],
+        decision: Decision,
+        now_us: int,
+    ) -> None:
+        """Charge counters in the simple state, and make the decision of the buckets that of the tightest of all."""
+        left, cost = decision.quota.burst_ns - decision.reset_ns, tokens[0].increment_ns
+        if len(tokens) > 1:
+            cost = _increment_of(decision.key, tokens)
+        debts_ns = decision.debts_ns or (decision.reset_ns,)
+        for charge, counter, used, allowance in present:
+            increment, count = charge.increment_ns, counter.count
+            if increment:
+                count.used = used
+                if used > count.peak:  # noqa: PLR1730 - half the time of a call of `max`
+                    count.peak = used
                 self.counters.changed.add(charge.key)
-        if len(present) == 1 and present[0][0] is charges[-1]:
-            return (*debts_ns, present[0][1].count.start)
-        buckets, counters = iter(debts_ns), iter(present)
-        return tuple(
-            [next(counters)[1].count.start if type(one.quota) is PeriodQuota else next(buckets) for one in charges]
-        )
+            if (allowance - used) * cost < left * increment:  # as `joint_allowance` does
+                left, cost, quota = allowance - used, increment, charge.quota
+                decision.key, decision.quota = charge.key, quota
+                decision.remaining = left // quota.emission_ns
+                decision.reset_ns = (counter.end * MICROSECONDS - now_us) * 1000
+        if len(present) == 1 and charge is charges[-1]:
+            decision.debts_ns = (*debts_ns, count.start)
+            return
+        starts = [counter.count.start for _, counter, _, _ in present]
+        if present[0][0] is charges[len(tokens)]:  # the counters are behind the buckets, as usual
+            decision.debts_ns = (*debts_ns, *starts)
+        else:
+            decision.debts_ns = _in_order(charges, debts_ns, starts)
 
     def decide_in_any_state(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> Decision:
         """Charge all buckets and counters, or none; `decide` is the same in less time for most requests."""
@@ -193,3 +225,16 @@ class QuotaLimiter:
             else self.buckets.preview(charge, now_ns)
             for charge in charges
         ]
+
+
+def _in_order(charges: Sequence[Charge], debts_ns: Sequence[int], starts: Sequence[int]) -> tuple[int, ...]:
+    """Return the debts of buckets and the starts of periods in the order of the charges."""
+    buckets, counters = iter(debts_ns), iter(starts)
+    return tuple([next(counters) if type(one.quota) is PeriodQuota else next(buckets) for one in charges])
+
+
+def _increment_of(key: str, charges: Sequence[Charge]) -> int:
+    for charge in charges:
+        if charge.key == key:
+            return charge.increment_ns
+    return 0

@@ -6,7 +6,7 @@ the balance of top-ups and its end; see `period_counters`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from api_gateway.limits.period_counters import (
     MICROSECONDS,
@@ -41,6 +41,18 @@ _FIELDS = 15
 _COUNT = 5
 
 
+class Owed(NamedTuple):
+    """What was admitted without the store in the period from `start`.
+
+    The store was sent `reported` of it, or may have been charged it with a request whose reply was lost. The whole
+    `amount` counts against the share of this process until a reply shows that the store has charged it.
+    """
+
+    start: int
+    amount: int = 0
+    reported: int = 0
+
+
 class CountersPort(Protocol):
     """The parts of the limiter that the operations use."""
 
@@ -71,8 +83,12 @@ class CountersPort(Protocol):
         """Keep a reading: a counter, and the store's time."""
         ...
 
-    def take_owed(self, key: str) -> tuple[int, int]:
-        """Remove and return what was charged to a counter without the store, and the start of the period."""
+    def report_owed(self, key: str) -> tuple[int, Owed | None]:
+        """Return what is to be reported of what was charged to a counter without the store; and all that was."""
+        ...
+
+    def confirm_owed(self, key: str, reported: Owed) -> None:
+        """Forget what was reported before the store replied."""
         ...
 
     def decide_without_store(self, charges: Sequence[Charge], *, may_be_charged: bool) -> Decision:
@@ -120,7 +136,7 @@ def read_counter(reply: Iterator[int]) -> tuple[bool, Counter | None]:
 class QuotaChargeOp(ScriptOp):
     """Charges all buckets and counters of one request, or none."""
 
-    __slots__ = ("_asked", "_asked_ns", "_charges", "_limiter", "_on_decision")
+    __slots__ = ("_asked", "_asked_ns", "_charges", "_limiter", "_on_decision", "_reported")
 
     def __init__(
         self,
@@ -137,6 +153,7 @@ class QuotaChargeOp(ScriptOp):
         self._asked_ns = now_ns
         self._on_decision = on_decision
         self._asked = asked
+        self._reported: list[tuple[str, Owed]] = []
 
     def write(self, call: ScriptCall) -> None:
         """Append the charges, preceded by what was charged during an outage."""
@@ -151,9 +168,11 @@ class QuotaChargeOp(ScriptOp):
                     arguments += ("debt", number, burst_ns, owed_ns, budgets * burst_ns)
         keys = [call.number(limiter.counter_key(charge.key)) for charge, _ in counted]
         for number, (charge, quota) in zip(keys, counted, strict=True):
-            owed, start = limiter.take_owed(charge.key)
-            if owed:
-                arguments += ("correct", *question(limiter, number, charge.key, quota, owed), start)
+            unreported, owed = limiter.report_owed(charge.key)
+            if owed is not None:
+                self._reported.append((charge.key, owed))
+                if unreported:
+                    arguments += ("correct", *question(limiter, number, charge.key, quota, unreported), owed.start)
         arguments += ("all", len(numbers), len(keys))
         for number, charge in zip(numbers, of_tokens, strict=True):
             arguments += (number, charge.quota.burst_ns, charge.increment_ns)
@@ -171,6 +190,8 @@ class QuotaChargeOp(ScriptOp):
         for (charge, quota), (_, counter) in zip(counted, readings, strict=True):
             limiter.note(charge.key, counter, clock_us)
             standings.append(standing_of(charge.key, quota, counter, clock_us // MICROSECONDS))
+        for key, reported in self._reported:
+            limiter.confirm_owed(key, reported)
         if any(is_unanswered for is_unanswered, _ in readings):
             if not self.is_over:
                 self._ask_again()

@@ -6,13 +6,22 @@ from api_gateway.errors import ConcurrencyExceeded, CostExceedsCapacity, Gateway
 from api_gateway.http1.headers import address_key
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import LIMIT_PREFIX
-from api_gateway.limits.limit_reached import LimitReached, RefusalTemplate, allowance_in_words, members_of
+from api_gateway.limits.limit_reached import (
+    LimitReached,
+    QuotaTemplate,
+    RefusalTemplate,
+    allowance_in_words,
+    members_of,
+)
 from api_gateway.limits.period_counters import PeriodQuota
-from api_gateway.models import Decision, Exchange
+from api_gateway.models import Client, Decision, Exchange, Quota
 from api_gateway.rate_limiter import NEVER_NS
 
 # Used last, by the name of the quota; names are those of the configuration.
-_TEMPLATES: Final[dict[str, RefusalTemplate]] = {}
+_BY_QUOTA: Final[dict[str, QuotaTemplate]] = {}
+# Used last, by the key of the bucket: a client that does not wait is refused by the same one again and again.
+_BY_BUCKET: Final[dict[str, RefusalTemplate]] = {}
+MOST_REMEMBERED = 1_024  # entries of the latter, about 1.5 KB each
 
 
 def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
@@ -23,7 +32,7 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
             "The store of the rate limits is unavailable; no request is admitted without it.", retry_after=1
         )
     assert client is not None  # noqa: S101 - the client is identified before the limiter runs
-    cost, remaining = exchange.cost, decision.remaining
+    cost, remaining, key = exchange.cost, decision.remaining, decision.key
     if isinstance(quota, ConcurrencyQuota):
         wait = decision.retry_after or 0.0
         allowed = allowance_in_words(quota)
@@ -32,25 +41,39 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
             retry_after=wait,
             extra=members_of(quota, client, cost, 0, decision.violated),
         )
-    verb = "is limited to"
-    if decision.key == client.key:
-        holder = f"Client '{client.id}' (tier {quota.name})"
-    elif decision.key.startswith(LIMIT_PREFIX):
-        holder, verb = f"Limit '{quota.policy}'", "allows"
-        own = next((charge.own_cost for charge in exchange.charges if charge.key == decision.key), None)
+    is_named = key.startswith(LIMIT_PREFIX)
+    if is_named:
+        own = next((charge.own_cost for charge in exchange.charges if charge.key == key), None)
         cost = cost if own is None else own
-    else:
-        holder = f"Address '{address_key(exchange.peer)}'"
     if decision.wait_ns == NEVER_NS:
+        holder = _holder(exchange, client, decision, is_named=is_named)
         is_period = isinstance(quota, PeriodQuota)
         has = f"allows {allowance_in_words(quota)}" if is_period else f"has a bucket of {quota.capacity} tokens"
         return CostExceedsCapacity(
             f"{holder} {has}; this request costs {cost:g} tokens and can never be allowed.",
             extra=members_of(quota, client, cost, remaining, decision.violated),
         )
-    template = _TEMPLATES.get(quota.name)
+    template = _BY_BUCKET.get(key)
+    if template is None or template.quota is not quota or template.client is not client or template.cost != cost:
+        verb = "allows" if is_named else "is limited to"
+        holder = f"{_holder(exchange, client, decision, is_named=is_named)} {verb}"
+        if len(_BY_BUCKET) >= MOST_REMEMBERED:
+            _BY_BUCKET.clear()
+        template = _BY_BUCKET[key] = RefusalTemplate(_of_quota(quota), holder, client, cost)
+    return LimitReached(template, decision.retry_after or 0.0, remaining, decision.violated)
+
+
+def _holder(exchange: Exchange, client: Client, decision: Decision, *, is_named: bool) -> str:
+    """Return in words whom or what the quota of a decision limits."""
+    if is_named:
+        return f"Limit '{decision.quota.policy}'"
+    if decision.key == client.key:
+        return f"Client '{client.id}' (tier {decision.quota.name})"
+    return f"Address '{address_key(exchange.peer)}'"
+
+
+def _of_quota(quota: Quota) -> QuotaTemplate:
+    template = _BY_QUOTA.get(quota.name)
     if template is None or template.quota is not quota:
-        template = _TEMPLATES[quota.name] = RefusalTemplate(quota)
-    wait = decision.retry_after or 0.0
-    detail = f"{holder} {verb} {template.limits}{cost:g}, {remaining} remain. Retry in {wait:.3f} s."
-    return LimitReached(detail, wait, template, client, cost, remaining, decision.violated)
+        template = _BY_QUOTA[quota.name] = QuotaTemplate(quota)
+    return template

@@ -32,7 +32,7 @@ from api_gateway.limits.quota_decisions import (
     refusal_of,
     without_counters,
 )
-from api_gateway.limits.quota_ops import CorrectOp, CounterOp, QuotaChargeOp
+from api_gateway.limits.quota_ops import CorrectOp, CounterOp, Owed, QuotaChargeOp
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Charge, Clock, Decision, LimiterState, Quota
 from api_gateway.rate_limiter import debts_of
@@ -42,7 +42,7 @@ class StoreQuotaLimiter:
     """Charges buckets of `buckets`, and counters of calendar quotas in its store. Implements `RateLimiter`.
 
     `known` are the last readings of counters, at most as many as buckets; the oldest is dropped first. `owed` is what
-    was admitted without the store: by key, the amount and the start of the period; limited in the same way.
+    was admitted without the store, by key; limited in the same way.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class StoreQuotaLimiter:
     ) -> None:
         self.buckets = buckets
         self.known: dict[str, Counter] = {}
-        self.owed: dict[str, tuple[int, int]] = {}
+        self.owed: dict[str, Owed] = {}
         self.offset_us = 0  # of the store's clock, which is ahead of this process's by this time
         self.warn = on_warned
         self._prefix = prefix
@@ -192,9 +192,24 @@ class StoreQuotaLimiter:
             if len(self.known) > self.bucket_limit:
                 del self.known[next(iter(self.known))]
 
-    def take_owed(self, key: str) -> tuple[int, int]:
-        """Remove and return what was charged without the store."""
-        return self.owed.pop(key, (0, 0)) if self.owed else (0, 0)
+    def report_owed(self, key: str) -> tuple[int, Owed | None]:
+        """Return what was charged without the store and not reported, which counts as reported now; and all of it."""
+        held = self.owed.get(key) if self.owed else None
+        if held is None:
+            return 0, None
+        reported = self.owed[key] = held._replace(reported=held.amount)
+        return held.amount - held.reported, reported
+
+    def confirm_owed(self, key: str, reported: Owed) -> None:
+        """Forget what was reported before the store replied."""
+        held = self.owed.get(key)
+        if held is None or held.start != reported.start:
+            return
+        rest = Owed(held.start, held.amount - reported.reported, max(held.reported - reported.reported, 0))
+        if rest.amount or rest.reported:
+            self.owed[key] = rest
+        else:
+            del self.owed[key]
 
     def decide_without_store(self, charges: Sequence[Charge], *, may_be_charged: bool) -> Decision:
         """Decide by the policy for outages: by `local_share`, by the share of what was left by the last reading."""
@@ -215,9 +230,8 @@ class StoreQuotaLimiter:
         if not decision.allowed:
             return decision
         standings = [self._standing(charge.key, quota, now_us // MICROSECONDS) for charge, quota in counted]
-        if not may_be_charged:
-            for (charge, _), standing in zip(counted, standings, strict=True):
-                self._owe(charge.key, charge.increment_ns, standing.count.start)
+        for (charge, _), standing in zip(counted, standings, strict=True):
+            self._owe(charge.key, charge.increment_ns, standing.count.start, is_reported=may_be_charged)
         return joint_allowance(charges, decision, standings, now_us)
 
     def _may_refuse(self, charges: Sequence[Charge]) -> bool:
@@ -228,12 +242,13 @@ class StoreQuotaLimiter:
             for charge, quota in of_counters(charges)
         )
 
-    def _owe(self, key: str, change: int, start: int) -> None:
-        owed, since = self.owed.get(key, (0, start))
-        if since != start:  # of an earlier period: it is of no importance any more
-            owed = 0
-        if owed + change:
-            self.owed[key] = owed + change, start
+    def _owe(self, key: str, change: int, start: int, *, is_reported: bool = False) -> None:
+        held = self.owed.get(key)
+        if held is None or held.start != start:  # of an earlier period: it is of no importance any more
+            held = Owed(start)
+        held = Owed(start, held.amount + change, held.reported + (change if is_reported else 0))
+        if held.amount or held.reported:
+            self.owed[key] = held
             if len(self.owed) > self.bucket_limit:
                 del self.owed[next(iter(self.owed))]
         else:
@@ -242,10 +257,10 @@ class StoreQuotaLimiter:
     def _share(self, key: str, quota: PeriodQuota, now: int) -> Standing:
         """Return the standing of this process's share: of what was left by the last reading, without what it owes."""
         standing = self._standing(key, quota, now)
-        owed, start = self.owed.get(key, (0, 0))
+        held = self.owed.get(key)
         standing.left = standing.left // self.buckets.fallback.processes
-        if start == standing.count.start:
-            standing.left -= owed
+        if held is not None and held.start == standing.count.start:
+            standing.left -= held.amount
         return standing
 
     def _standing(self, key: str, quota: PeriodQuota, now: int) -> Standing:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from api_gateway.models import Exchange
+from api_gateway.printable_text import printable
 
 MAX_VALUE = 500  # characters of a path or detail; JSON has all of them
 
@@ -46,10 +47,3 @@ class TextLog:
         """Return a value as it is shown. Secrets are removed first: the beginning of one would not be recognised."""
         text = self._redact(printable(text))
         return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
-
-
-def printable(text: str) -> str:
-    """Return the text with what is not printable in the form of Python's escapes."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -5,7 +5,7 @@ import logging
 from datetime import UTC, datetime
 
 from api_gateway.clients.api_keys import without_keys
-from api_gateway.observability.text_log import printable
+from api_gateway.printable_text import printable
 from api_gateway.settings.server import LogSection
 from api_gateway.system.output import LineHandler, process_output
 

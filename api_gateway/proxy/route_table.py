@@ -21,6 +21,8 @@ from api_gateway.proxy.url_rewriting import UrlRewriter
 UNKNOWN_TARGET = b"%unknown"  # only the decoded path is known
 _READING = b"*reading"  # the path is one of the readings
 
+_PERCENT = ord("%")  # `in` finds an integer in bytes at once; for bytes it raises and drops an error first
+_NO_METHODS: frozenset[str] = frozenset()
 _FEW_SEGMENTS = 8  # segments that are cut off from the end; more are cut off by splitting the beginning
 
 
@@ -141,7 +143,7 @@ class RouteTable:
         # The cheap tests come first; what else is unusual can only be there if it was percent-encoded.
         if (
             raw_target is not _READING
-            and ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target)
+            and ("//" in path or "." in path or ";" in path or "\\" in path or _PERCENT in raw_target)
             and is_unusual(path)
         ):
             return self._find_dearest(host, method, path, raw_target)
@@ -153,12 +155,12 @@ class RouteTable:
         while prefix:
             found = self._routes.get(prefix)
             if found is not None:
-                allowed: set[str] = set()
+                allowed = _NO_METHODS
                 for route in found:
                     if route.host is None or route.host == host:
                         if route.methods is None or method in route.methods:
                             return route, route.cost_of(method, path) if route.costs else route.cost
-                        allowed |= route.methods
+                        allowed = allowed | route.methods
                 if allowed:
                     names = ", ".join(sorted(allowed))
                     raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
@@ -167,7 +169,7 @@ class RouteTable:
 
     def read_as(self, host: str, method: str, path: str, raw_target: bytes) -> frozenset[str]:
         """Return the names of the routes of all readings of a path; empty if it has only one reading."""
-        is_plain = not ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target)
+        is_plain = not ("//" in path or "." in path or ";" in path or "\\" in path or _PERCENT in raw_target)
         if is_plain or not is_unusual(path):
             return frozenset()
         names = set()

@@ -101,27 +101,29 @@ class ReloadState:
     """The state after all reloads so far. Times are seconds since the epoch.
 
     `loaded_at` is when the configuration in force was read, `problems` why a newer one is not in force, and `counts`
-    the number of reloads by result. `recent` has the last `MAX_RECENT` reloads, newest first.
+    the number of reloads by result. `recent` has the last `MAX_RECENT` reloads, newest first. `digest` identifies the
+    configuration in force, see `serialization.digest_of`.
     """
 
     loaded_at: float = 0.0
     problems: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, ReloadResult), 0))
     recent: tuple[ReloadRecord, ...] = ()
+    digest: str = ""
 
     @property
     def is_successful(self) -> bool:
         """True unless the last reload that was not UNAVAILABLE failed."""
         return not self.problems
 
-    def after(self, outcome: ReloadOutcome, now: float, origin: str = "") -> "ReloadState":
-        """Return the state after one more reload, which `origin` requested."""
+    def after(self, outcome: ReloadOutcome, now: float, origin: str = "", digest: str = "") -> "ReloadState":
+        """Return the state after one more reload, which `origin` requested; `digest` is then that in force."""
         counts = {**self.counts, outcome.result.value: self.counts[outcome.result.value] + 1}
         recent = (ReloadRecord.of(now, origin, outcome), *self.recent)[:MAX_RECENT]
         if outcome.result is ReloadResult.SUCCESS:
-            return ReloadState(now, (), counts, recent)
+            return ReloadState(now, (), counts, recent, digest)
         problems = self.problems if outcome.result is ReloadResult.UNAVAILABLE else outcome.problems
-        return ReloadState(self.loaded_at, problems, counts, recent)
+        return ReloadState(self.loaded_at, problems, counts, recent, self.digest)
 
     def state(self) -> dict[str, Any]:
         """Return the state in JSON's types."""
@@ -130,10 +132,11 @@ class ReloadState:
             "problems": list(self.problems),
             "counts": dict(self.counts),
             "recent": [record.state() for record in self.recent],
+            "digest": self.digest,
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "ReloadState":
         """Build the state from the result of `state`, decoded from JSON."""
         recent = tuple(map(ReloadRecord.from_state, state["recent"]))
-        return cls(state["loaded_at"], tuple(state["problems"]), state["counts"], recent)
+        return cls(state["loaded_at"], tuple(state["problems"]), state["counts"], recent, state["digest"])

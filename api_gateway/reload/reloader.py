@@ -12,6 +12,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.reload.changes import changes_between, keep_restart_settings
 from api_gateway.reload.outcome import ReloadOutcome, ReloadResult, ReloadState
+from api_gateway.reload.serialization import digest_of
 from api_gateway.settings.diagnostics import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Reloader:
         `apply` puts a configuration into force, or raises StartupError or ApplyError and changes nothing.
         """
         self.config = config
-        self.state = ReloadState(wall_clock())
+        self.state = ReloadState(wall_clock(), digest=digest_of(config))
         self._read = read
         self._apply = apply
         self._wall_clock = wall_clock
@@ -61,7 +62,7 @@ class Reloader:
 
     def record(self, outcome: ReloadOutcome, origin: str) -> ReloadOutcome:
         """Count an outcome, log it, and return it."""
-        self.state = self.state.after(outcome, self._wall_clock(), origin)
+        self.state = self.state.after(outcome, self._wall_clock(), origin, digest_of(self.config))
         if outcome.result is not ReloadResult.SUCCESS:
             for problem in outcome.problems:
                 logger.error("configuration not reloaded (%s): %s", origin, problem)

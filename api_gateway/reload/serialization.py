@@ -1,5 +1,7 @@
 """A configuration in JSON's types, for workers, which get it from the supervisor and do not read files."""
 
+import hashlib
+import json
 from typing import Any
 
 from api_gateway.config import DEFAULT_TIERS, GatewayConfig, from_values
@@ -16,6 +18,16 @@ def serialized(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any
     }  # None removes a default tier
     values[_ORIGINS] = [[list(key_path), origin] for key_path, origin in config.origins.items()]
     return values | sections
+
+
+def digest_of(config: GatewayConfig) -> str:
+    """Return 16 hexadecimal digits that are the same for equal configurations, on all machines.
+
+    The state folder does not count, as each machine may have its own, nor do the values of secrets: a digest that
+    anyone with access to metrics can see must not allow to guess one.
+    """
+    values = config.model_dump(mode="json", exclude={"state_dir"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def deserialized(values: dict[str, Any]) -> GatewayConfig:

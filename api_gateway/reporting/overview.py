@@ -94,6 +94,7 @@ def _target(target: TargetSnapshot, now: Moment) -> dict[str, Any]:
         "in_flight": target.in_flight,
         "share": round(target.share, 3),
         "checked": target.checks.finding,
+        "check_ms": None if target.checks.seconds is None else round(target.checks.seconds * 1000, 1),
         "check_error": target.checks.last_error,
         "ejected": passive is not None and passive.is_ejected,
         "breaker": None if passive is None else passive.state.value,

@@ -351,6 +351,11 @@ class PrometheusExposition:
 
     def _reloads(self) -> Iterator[Metric]:
         state = self._snapshot.configuration
+        yield InfoMetricFamily(
+            "gateway_config",
+            "The configuration in force: equal hashes are equal configurations, but for secrets and the state folder.",
+            value={"hash": state.digest},
+        )
         yield GaugeMetricFamily(
             "gateway_config_last_reload_successful",
             "1 unless the last reload of the configuration failed.",

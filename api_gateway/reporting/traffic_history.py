@@ -51,8 +51,8 @@ class TrafficHistory:
         return list(self._points)
 
     def restore(self, points: Iterable[Point]) -> None:
-        """Put points of an earlier history before those of this one."""
-        self._points = deque([*points, *self._points], maxlen=HISTORY_POINTS)
+        """Replace the points by those of an earlier history."""
+        self._points = deque(points, maxlen=HISTORY_POINTS)
 
     def sample(self, recorders: Sequence[Recorder], now: float, wall: float) -> None:
         """Add a point from the counters of all workers; `now` is monotonic seconds, `wall` since the epoch."""

@@ -49,9 +49,9 @@ class HealthThreshold:
         health = "healthy" if self._target.is_healthy else "unhealthy"
         return f"<HealthThreshold [{health}, {self._contrary} contrary in a row]>"
 
-    def observe(self, *, is_good: bool, finding: str, now: float) -> bool:
-        """Record one result, described by `finding`. Return whether the health changed."""
-        self._target.checks.note(now, is_good=is_good, finding=finding)
+    def observe(self, *, is_good: bool, finding: str, now: float, seconds: float | None = None) -> bool:
+        """Record one result, described by `finding`, of a check of `seconds`. Return whether the health changed."""
+        self._target.checks.note(now, is_good=is_good, finding=finding, seconds=seconds)
         if is_good == self._target.is_healthy:
             self._contrary = 0
             return False
@@ -71,7 +71,7 @@ async def check(
 
     A check that fails because this process lacks a descriptor or a port is not recorded.
     """
-    is_good = False
+    is_good, began = False, clock()
     try:
         async with asyncio.timeout(policy.timeout):
             status = await send_probe(url + policy.path, policy.timeout)
@@ -84,7 +84,8 @@ async def check(
         finding = str(error) or type(error).__name__
     else:
         is_good, finding = any(status in good for good in policy.statuses), f"status {status}"
-    return judge.observe(is_good=is_good, finding=finding, now=clock())
+    now = clock()
+    return judge.observe(is_good=is_good, finding=finding, now=now, seconds=now - began)
 
 
 class HealthChecker:

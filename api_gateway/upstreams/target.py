@@ -15,9 +15,11 @@ class CheckRecord:
     consecutive: int = 0  # equal results, the last one included
     last_error: str | None = None
     last_error_at: float | None = None
+    seconds: float | None = None  # that the last check took
 
-    def note(self, now: float, *, is_good: bool, finding: str) -> None:
-        """Record one result."""
+    def note(self, now: float, *, is_good: bool, finding: str, seconds: float | None = None) -> None:
+        """Record one result, and the seconds that the check took."""
+        self.seconds = seconds
         self.consecutive = self.consecutive + 1 if is_good is self.is_good else 1
         self.at, self.finding, self.is_good = now, finding, is_good
         if not is_good:

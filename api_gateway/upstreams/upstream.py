@@ -42,6 +42,7 @@ class Attempt:
         "_is_settled",
         "_limit",
         "_target_breaker",
+        "is_probe",
         "principal",
         "slow",
         "target",
@@ -66,6 +67,7 @@ class Attempt:
         self.target = target
         self.ticket = ticket
         self.target_ticket = target_ticket
+        self.is_probe = ticket.is_probe or (target_ticket is not None and target_ticket.is_probe)  # of either breaker
         self.principal = principal or ""  # all unknown principals count as one
         self._holder = principal
         self.target_transition = None
@@ -142,11 +144,6 @@ class Attempt:
         limit, self._limit = self._limit, None
         if limit is not None:
             limit.release(self._holder)
-
-    @property
-    def is_probe(self) -> bool:
-        """True if the attempt is a probe of either breaker."""
-        return self.ticket.is_probe or (self.target_ticket is not None and self.target_ticket.is_probe)
 
 
 class Upstream:

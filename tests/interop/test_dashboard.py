@@ -305,6 +305,18 @@ def test_a_decision_is_explained_and_a_request_looked_up(browser: Any, site: Sit
         page.get_by_role("button", name="Look up").click()
         page.get_by_text("No request with this id is remembered").wait_for()
         assert page.url.endswith("#/explain/0123-unknown")
+        spent = [site.ask("/api/orders/1?secret=yes", **{"X-Client-ID": "spender"}) for _ in range(30)][-1]
+        assert spent.status == 429
+        page.get_by_label("Request id").fill(spent.headers["x-request-id"])
+        page.get_by_role("button", name="Look up").click()
+        page.locator(".steps h3", has_text="Response").get_by_text("429").wait_for()
+        titles = [text.split("\n")[0].split(" ")[0] for text in page.locator(".steps h3").all_inner_texts()]
+        assert titles[:4] == ["Request", "Client", "Route", "Limit"]
+        assert "secret" not in page.locator("main").inner_text()
+        page.get_by_text(re.compile("requests had spent the tokens")).click()
+        page.locator(".steps table a").first.click()
+        page.locator(".steps h3", has_text="Response").get_by_text("200").wait_for()
+        page.locator(".steps h3", has_text="Attempt 1").wait_for()
 
 
 def test_the_configuration_says_where_values_come_from_and_reloads(browser: Any, site: Site) -> None:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from api_gateway.config import from_values
-from benchmarks import limiter, many_clients, memory, overload, scale, segments
+from benchmarks import limiter, many_clients, memory, over_admission, overload, scale, segments
 from benchmarks.cases import BALANCED, CORS, FALLBACK, LIMITED, LOG, TIMEOUT, TITLES, TLS, needs_of
 from benchmarks.compare import main
 from benchmarks.flood import flood
@@ -535,6 +535,24 @@ def test_the_limiters_that_need_no_library_are_timed_and_weighed() -> None:
     for contestant in limiter.CONTESTANTS[:2]:
         assert 0 < limiter.microseconds(contestant.build(), 1000) < 1000
         assert 50 < limiter.bytes_a_client(contestant.build, 2000) < 1000
+
+
+def test_clients_of_three_limits_are_weighed_and_timed() -> None:
+    _, _, *rows = limiter.measure_clients(20_000).splitlines()
+    for row in rows:
+        weight, first, later = (float(cell.replace(",", "")) for cell in row.split("|")[2:5])
+        assert 100 < weight < 5000
+        assert 0 < later < 1000 > first > 0
+    assert [row.split("|")[1].strip() for row in rows] == ["three limits", "two limits and a quota"]
+    assert limiter.seconds_of_limits(limiter.WITH_QUOTA, 1000)[0] > 0
+
+
+def test_each_failure_of_the_store_has_a_row_with_a_quota_that_is_the_tightest_limit() -> None:
+    for bucket, row in zip(over_admission.ROWS[::2], over_admission.ROWS[1::2], strict=True):
+        assert (bucket.act, bucket.quotas) == (row.act, None)
+        assert 0 < row.bound(30) <= bucket.bound(30) or row.act is over_admission.half_cut
+    names = [limit["name"] for limit in over_admission.limits(3000)]
+    assert (names, over_admission.quota_of(30)) == (["client", "route", "daily"], 3000)
 
 
 @pytest.mark.parametrize("name", ["limits", "throttled", "pyrate_limiter"])

@@ -8,6 +8,7 @@ from tests.processes import config_file, process
 SETTINGS = """
 tiers: {FREE: {rate: 0.01, capacity: 12}}
 server: {workers: 2}
+store: {decision_timeout: 10, timeout: 10}
 """
 
 
@@ -16,7 +17,10 @@ def test_requests_of_all_workers_are_found_with_those_that_had_spent_the_tokens(
     path = config_file(tmp_path, up.url, SETTINGS)
     with process("-m", "api_gateway", "--config", path, "--port", "0", cwd=tmp_path) as running:
         position = running.ask("/history").json()["next"]
-        sent = [ask(f"{running.url}/api/up/{number}", headers={"X-Client-ID": "acme"}) for number in range(30)]
+        sent = [
+            ask(f"{running.url}/api/up/{number}", headers={"X-Client-ID": "acme", "X-Request-ID": f"number-{number}"})
+            for number in range(30)  # with ids of their own, as forked workers of tests generate the same
+        ]
         refused = [one for one in sent if one.status == 429]
         allowed = [one.headers["x-request-id"] for one in sent if one.status == 200]
         assert len(allowed) == 12

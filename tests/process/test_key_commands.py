@@ -144,7 +144,7 @@ def test_a_refusal_is_one_line_and_exit_code_1(
 def test_a_gateway_that_does_not_run_is_one_line_too(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with process("-m", "api_gateway", "keys", "list", "acme", "--url", url, cwd=tmp_path) as command:
-        assert command.exit_code() == 1
+        assert command.exit_code() == 6
     assert f"{url}: no usable response" in command.errors
 
 

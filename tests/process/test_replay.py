@@ -2,6 +2,7 @@
 
 import gzip
 import http.client
+import importlib.util
 import json
 import os
 import random
@@ -86,6 +87,7 @@ class Played:
     running: Running
     usage: Answer
     own: Answer
+    table: Answer  # the usage as CSV
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +110,11 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
             if not seeds.start:
                 (folder / "snapshot.json").write_bytes(running.ask("/limits/snapshot").body)
         usage = running.ask("/usage?by=client,route,day")
+        table = running.ask("/usage?by=client,route,day&format=csv")
         own = ask(f"{running.url}/usage/me?by=route", headers={"X-API-Key": KEY, "X-Forwarded-For": "192.0.2.99"})
         assert running.terminate() == 0, running.errors
     up.close()
-    return Played(folder, running, usage, own)
+    return Played(folder, running, usage, own, table)
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
@@ -242,3 +245,40 @@ def test_the_command_never_fails_as_if_the_condition_were_true(tmp_path: Path) -
     found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (found.returncode, found.stderr) == (3, "")
+
+
+OF_LOCUST = """
+upstreams: {{up: {{targets: [{{url: "{up}"}}]}}}}
+state_dir: {folder}
+admin: {{token: {token}}}
+limits:
+  - {{name: burst, key: [client, route], rate: 40, capacity: 60, tiers: [FREE, BASIC]}}
+  - {{name: hourly, quota: 1000000, period: hour}}
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="needs locust (extra load)")
+def test_a_replay_of_a_locust_run_under_its_own_configuration_reproduces_every_decision(tmp_path: Path) -> None:
+    """The load test registers clients of all tiers, and one class of them exceeds its limit."""
+    up, config, token = RawUpstream(reply()), tmp_path / "gateway.yaml", "t" * 40
+    config.write_text(OF_LOCUST.format(up=up.url, folder=tmp_path / "state", token=token))
+    with process("-m", "api_gateway", "--config", str(config), "--port", "0", cwd=tmp_path) as running:
+        script = Path(__file__).parents[2] / "load_test.py"
+        done = subprocess.run(
+            [sys.executable, str(script), "--host", running.url, "--seconds", "3", "--users", "10"],
+            cwd=tmp_path,
+            env={**os.environ, "GATEWAY_ADMIN__TOKEN": token, "LOAD_TEST_PATH": "/api/up/users"},
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+        assert "Flooder" in done.stdout, done.stdout + done.stderr
+        assert running.terminate() == 0, running.errors
+    up.close()
+    own = load_config(config)
+    tally = replay_logs([running.stdout], own, own).tally
+    decided = [line for line in running.logged if line.get("decision")]
+    assert len({line["tier"] for line in decided}) == 4
+    assert tally.limited == sum(line["decision"]["wait_ns"] != 0 for line in decided) > 0
+    assert tally.agreement.same == tally.agreement.compared == len(decided), tally.agreement.first_difference

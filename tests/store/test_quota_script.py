@@ -216,6 +216,28 @@ def test_without_the_store_each_process_admits_its_share_of_what_was_left_and_ch
     assert machines[0].spend_all() == 0  # 20 + 45 + 40 is more than 100
 
 
+def test_what_was_reported_without_a_reply_counts_against_the_share() -> None:
+    """As while the store is paused and asked from time to time: each question has the report, and no reply comes."""
+    machine = Machine(LuaStore(NOW), (ROOMY, quota(100)), processes=2)
+    wire = machine.buckets.wire
+    assert machine.decide(10).allowed
+    admitted = 0
+    for _ in range(5):
+        wire.is_up, wire.is_slow = False, False
+        admitted += machine.spend_all()
+        wire.is_up = wire.is_slow = True
+        heard: list[Decision] = []
+        machine.limiter.decide_async(machine.charges(), machine.now_ns, heard.append)
+        wire.execute()  # later than the deadline
+        wire.lose()
+        assert [one.allowed for one in heard] == [False]
+    assert admitted == 45
+    wire.is_slow = False
+    assert machine.decide(0).allowed
+    assert machine.limiter.owed == {}
+    assert machine.spend_all() == 100 - 10 - 45 - 5, "the five questions were charged, too"
+
+
 def test_a_settlement_without_the_store_corrects_what_is_charged_afterwards() -> None:
     store = LuaStore(NOW)
     machine = Machine(store, (ROOMY, quota(100)))

@@ -74,3 +74,24 @@ def test_while_the_store_is_unavailable_changes_are_refused_with_the_reason_and_
     assert health["client_store"]["error"]
     store_server.start()
     eventually(lambda: ask(f"{running.url}/clients/acme").json()["tier_source"] == "default", "it has begun anew")
+
+
+def test_the_usage_of_machines_that_share_a_store_is_counted_once_and_adds_up(
+    upstream: Callable[..., RawUpstream], gateway: GatewayStarter, store_server: StoreServer
+) -> None:
+    """Each machine counts what it served, also what the shared bucket refuses."""
+    shared = sections(upstream(), store_server) | {
+        "usage": {"enabled": True},
+        "clients": {"acme": {"tier": "BASIC"}},
+        "tiers": {"BASIC": {"rate": 0.001, "capacity": 5}},
+    }
+    machines = [gateway(shared), gateway(shared)]
+    statuses = []
+    for number in range(9):
+        with RawClient(machines[number % 3 % 2].port) as client:
+            statuses.append(client.get("/api/x", ("X-Client-ID: acme",)).status)
+    assert sorted(statuses) == [200] * 5 + [429] * 4
+    parts = [ask(f"{one.url}/usage?by=client").json()["rows"] for one in machines]
+    figures = [(row["requests"], row["limited"], row["tokens"]) for rows in parts for row in rows]
+    assert [requests for requests, *_ in figures] == [6, 3]
+    assert tuple(map(sum, zip(*figures, strict=True))) == (9, 4, 5)

@@ -40,3 +40,32 @@ def test_what_is_refused_or_free_is_not_written() -> None:
     for cost_ns, writes in ((0, 0), (11 * SECOND, 0), (10 * SECOND, 1), (SECOND, 1), (0, 1)):
         store.call(["a"], 1, 1, FREE.burst_ns, cost_ns)
         assert store.writes == writes
+
+
+def test_an_impossible_debt_is_that_of_an_empty_bucket() -> None:
+    """As after a step back of the server's clock; twice the budget is possible, after a settlement."""
+    store = LuaStore(START // 1000)
+    burst = FREE.burst_ns
+    assert store.call(["a"], "settle", 1, burst, 2 * burst, START)[1] == 2 * burst
+    assert store.call(["a"], 1, 1, burst, 0)[1] == 2 * burst
+    store.now_us -= 1
+    assert store.call(["a"], 1, 1, burst, 0)[1] == burst
+
+
+def test_another_budget_keeps_the_filled_fraction_rounded_to_the_stricter_side() -> None:
+    store = LuaStore(START // 1000)
+    store.call(["a", "b"], 2, 1, FREE.burst_ns, 1, 2, FREE.burst_ns, 5 * SECOND)
+    assert store.call(["a", "b"], 2, 1, 3 * SECOND, 0, 2, 3 * SECOND, 0)[1:] == [1, 1_500_000_001]
+
+
+def test_a_settlement_charges_up_to_a_second_budget_and_refunds_what_was_not_refilled() -> None:
+    store = LuaStore(START // 1000)
+    burst = FREE.burst_ns
+    assert store.call(["a"], "settle", 1, burst, 40 * SECOND, START)[1] == 2 * burst
+    store.call(["b"], 1, 1, burst, 4 * SECOND)
+    store.call(["b"], 1, 1, burst, 3 * SECOND)
+    store.now_us += 3_000_000
+    # Of the first charge, which was owed until the fourth second, one second has not been refilled yet.
+    assert store.call(["b"], "settle", 1, burst, -4 * SECOND, START + 4 * SECOND)[1] == 3 * SECOND
+    store.now_us += 2_000_000
+    assert store.call(["b"], "settle", 1, burst, -4 * SECOND, START + 4 * SECOND)[1] == SECOND

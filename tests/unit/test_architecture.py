@@ -20,7 +20,7 @@ BEGIN, END = "<!-- layers: begin -->\n", "<!-- layers: end -->"
 
 # Lowest first; `api_gateway` is what the package itself offers (`api_gateway/__init__.py`).
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "demo", "errors", "eventloop", "ip_addresses", "models"),
+    ("_version", "demo", "errors", "eventloop", "ip_addresses", "models", "printable_text"),
     ("http1", "observability", "rate_limiter", "system"),
     ("resilience", "settings"),
     ("circuit_breaker", "config", "downstream", "metrics", "storage", "transport"),
@@ -59,6 +59,7 @@ NO_CLOCK = (
     "admin.locality",
     "admin.operator_limits",
     "admin.operators",
+    "admin.pages",
     "circuit_breaker",
     "clients.bloom_filter",
     "clients.cache",
@@ -101,6 +102,9 @@ NO_CLOCK = (
     "reload.changes",
     "reload.outcome",
     "reporting.merge",
+    "reporting.overview",
+    "reporting.problems",
+    "reporting.traffic_history",
     "resilience",
     "settings",
     "upstreams.load_balancing",

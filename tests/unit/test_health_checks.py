@@ -342,3 +342,16 @@ async def test_a_resolved_target_is_asked_by_its_name() -> None:
     async with watching([Target(URL, named="http://users.internal", address="10.0.0.1")], ask):
         await soon(lambda: bool(asked), "it is checked")
     assert asked[0] == "http://users.internal/health"
+
+
+async def test_the_time_that_a_check_took_is_recorded() -> None:
+    clock = FakeClock(NOW)
+    judge, target = judged()
+
+    async def slow(_url: str, _timeout: float) -> int:
+        clock.advance(0.25)
+        return 200
+
+    assert target.checks.seconds is None
+    await check(judge, POLICY, URL, slow, clock)
+    assert target.checks.seconds == 0.25

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.limits.script_ops import MultiNodeCharge
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan
+from api_gateway.proxy.cost_settlement import _settled_to
 from api_gateway.proxy.header_facts import HeaderReader
-from api_gateway.proxy.limit_stage import MOST_REMEMBERED, LimitListStage
+from api_gateway.proxy.limit_stage import MOST_REMEMBERED, LimitListStage, RateLimitStage
 from api_gateway.proxy.problem_response import problem_body
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.rate_limiter import MemoryLimiter
@@ -126,6 +128,28 @@ def test_a_key_that_anyone_could_have_invented_is_charged_as_such() -> None:
     assert unverified(invented) == unverified(ACME) | {"client", "client-route"}
     assert unverified(replace(invented, has_keys=True)) == unverified(ACME)
     assert unverified(replace(invented, source="token")) == unverified(ACME)
+
+
+def test_only_clients_that_are_not_registered_are_charged_to_their_address() -> None:
+    address = Quota.per_second("address", 1, 10)
+    stage = RateLimitStage(limiter=MemoryLimiter([FREE]), address_quota=address, exempt=[ip_network("192.0.2.0/24")])
+    invented = replace(ACME, source="default")
+
+    def keys(client: Client, peer: str) -> list[str]:
+        return [charge.key for charge in stage.charges(client, peer, 1)]
+
+    assert keys(invented, "198.51.100.7") == ["client:acme", "peer:198.51.100.7"]
+    assert keys(ACME, "198.51.100.7") == keys(invented, "192.0.2.7") == ["client:acme"]
+
+
+def test_a_settlement_leaves_a_cost_of_its_own_unless_the_whole_charge_is_refunded() -> None:
+    charges = [Charge("a", FREE, FREE.cost_ns(2)), Charge("b", TEAM, TEAM.cost_ns(1), 1.0, is_unverified=True)]
+    for cost, is_whole, expected in ((5, False, (5, 1)), (0, False, (0, 1)), (0, True, (0, 0))):
+        after, changes = _settled_to(charges, cost, is_whole=is_whole)
+        assert [one.increment_ns // one.quota.emission_ns for one in after] == list(expected)
+        for one, change, before in zip(after, changes, charges, strict=True):
+            assert change.increment_ns == one.increment_ns - before.increment_ns
+            assert one.is_unverified == change.is_unverified == before.is_unverified
 
 
 def test_all_buckets_are_charged_or_none() -> None:

@@ -310,6 +310,16 @@ def test_what_is_left_of_a_top_up_is_kept_until_it_ends() -> None:
     assert client.at("2027-03-15 00:00:00").left == 10
 
 
+def test_a_settlement_draws_nothing_from_a_top_up_that_has_expired() -> None:
+    client = Client(monthly(10))
+    client.counters.top_up("a", client.quota, units_of(5), NOW // MICROSECONDS + 10, NOW)
+    assert client.spend(10)
+    client.now_us += 10 * MICROSECONDS
+    client.settle(3)
+    count = client.counters.counters["a"].count
+    assert (count.used, count.drawn) == (13 * UNITS_PER_TOKEN, 0)
+
+
 def test_a_refund_returns_what_was_drawn_from_a_top_up_first() -> None:
     client = Client(monthly(10))
     client.counters.top_up("a", client.quota, units_of(5), instant("2027-03-15 00:00:00") // MICROSECONDS, NOW)
@@ -376,6 +386,57 @@ def test_a_settlement_can_reach_a_share() -> None:
     assert client.spend(1)
     client.settle(150)
     assert [(one.share, one.used) for one in client.warned] == [(1.0, 151_000)]
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    unit=st.sampled_from(UNITS),
+    is_from_start=st.booleans(),
+    carry_over=st.sampled_from((0, 3)),
+    steps=st.lists(st.integers(-40 * DAY, 40 * DAY), min_size=1, max_size=25),
+)
+@settings(deadline=None)
+def test_a_refused_client_is_admitted_after_exactly_its_wait_whatever_the_clock_did(
+    seed: int,
+    unit: Unit,
+    is_from_start: bool,  # noqa: FBT001 - drawn
+    carry_over: int,
+    steps: list[int],
+) -> None:
+    """Also after steps back, into periods that were used up before or not; a microsecond earlier it is refused."""
+    source = random.Random(seed)
+    client = Client(monthly(4, unit, "Europe/Berlin", is_from_start=is_from_start, carry_over=carry_over))
+    refusals = 0
+    for step in steps:
+        client.now_us += step * MICROSECONDS + source.randrange(MICROSECONDS)
+        cost = source.choice((1, 2, 0.5, 4))
+        while client.spend(cost):
+            pass
+        refusals += 1
+        standing = client.counters.standing(client.key, client.quota, client.now_us)
+        wait_us, at = standing.wait_us(units_of(cost), client.now_us), client.now_us
+
+        def would_wait(now_us: int, cost: float = cost) -> int:
+            return client.counters.standing(client.key, client.quota, now_us).wait_us(units_of(cost), now_us)
+
+        assert wait_us > 0
+        assert would_wait(at + wait_us) == 0
+        assert would_wait(at + wait_us - 1) == 1
+        assert would_wait(at + wait_us // 2) == wait_us - wait_us // 2
+    assert refusals == len(steps)
+
+
+def test_the_wait_after_a_step_back_is_until_the_first_period_that_is_not_used_up() -> None:
+    client = Client(monthly(2, "day")).at("2027-03-10 06:00:00")
+    assert client.spend_all() == 2
+    client.at("2027-03-11 06:00:00")
+    assert client.spend_all() == 2
+    client.at("2027-03-10 18:00:00")  # the clock steps back by half a day: both days are used up
+    assert client.wait() == 30 * HOUR
+    client.at("2027-03-08 18:00:00")  # and further: the earlier of both counts is charged
+    assert client.wait() == 3 * DAY + 6 * HOUR
+    client.now_us += round(client.wait()) * MICROSECONDS
+    assert client.spend_all() == 2
 
 
 # Bounds

@@ -300,6 +300,15 @@ def test_the_short_way_of_a_decision_gives_the_same_result(seed: int) -> None:
         assert short.warned == whole.warned
 
 
+def test_each_charge_in_the_short_way_is_to_be_stored() -> None:
+    gateway = Gateway(FREE, quota(10))
+    for _ in range(3):
+        assert gateway.decide().allowed
+        assert [key for key, _ in gateway.limiter.counters.take_changed()] == ["month:a"]
+    gateway.decide(0)
+    assert gateway.limiter.counters.take_changed() == []
+
+
 def test_a_charge_from_before_a_change_of_the_period_does_not_begin_counts_anew() -> None:
     gateway = Gateway(FREE, quota(5, "day", name="q"))
     earlier = gateway.decide()

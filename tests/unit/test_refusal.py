@@ -1,5 +1,6 @@
 """The responses that refuse a request: what is rendered once for each quota equals what is rendered each time."""
 
+import itertools
 import json
 from collections.abc import MutableMapping
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from api_gateway.errors import BadRequest, GatewayError, MethodNotAllowed, RateLimited, Unavailable, problem
 from api_gateway.http1.serializer import refuse_hidden_lines, render_response_head
-from api_gateway.limits.refusal import refusal
+from api_gateway.limits.refusal import _BY_BUCKET, MOST_REMEMBERED, refusal
 from api_gateway.models import NANOSECONDS, Client, Decision, Exchange, Quota
 from api_gateway.proxy.problem_response import problem_body, problem_message, send_problem
 from api_gateway.rate_limiter import NEVER_NS
@@ -68,6 +69,34 @@ def test_quotas_of_one_name_do_not_share_what_is_rendered_once() -> None:
         exchange = Exchange("id-1", "GET", "/api/x", "192.0.2.7", 0.0, cost=1)
         error = refused(exchange, Quota.per_second("FREE", rate, capacity), "acme", NANOSECONDS, 0, by_address=False)
         assert problem_body(error, instance="/api/x", request_id="id-1") == rendered_each_time(error, "/api/x", "id-1")
+
+
+def test_refusals_by_one_bucket_do_not_share_what_differs_between_them() -> None:
+    """What is rendered is remembered by bucket; many clients share that of an address, and costs and tiers change."""
+    gold = Quota.per_second("GOLD", 5, 50)
+    for client_id, tier, quota, cost in itertools.product(("acme", '"b"'), (FREE, gold), (FREE, gold), (1.0, 2.5)):
+        exchange = Exchange("id-1", "GET", "/api/x", "192.0.2.7", 0.0, cost=cost)
+        client = exchange.client = Client(client_id, f"client:{client_id}", tier, "default")
+        for key, holder in (("peer:192.0.2.7", "Address '192.0.2.7'"), (client.key, f"Client '{client_id}'")):
+            decision = Decision(key, quota, allowed=False, remaining=3, wait_ns=NANOSECONDS, reset_ns=NANOSECONDS)
+            error = refusal(exchange, decision)
+            body = json.loads(problem_body(error, instance="/api/x", request_id="id-1"))
+            assert body["detail"].startswith(holder)
+            assert f"{quota.capacity} tokens at once" in body["detail"]
+            assert [body[name] for name in ("client_id", "tier", "policy", "cost")] == [
+                client_id,
+                tier.name,
+                quota.policy,
+                cost,
+            ]
+            assert body == json.loads(rendered_each_time(error, "/api/x", "id-1"))
+
+
+def test_what_is_remembered_of_refusals_is_limited() -> None:
+    for number in range(2 * MOST_REMEMBERED):
+        exchange = Exchange("id-1", "GET", "/api/x", "192.0.2.7", 0.0, cost=1.0)
+        refused(exchange, FREE, f"invented-{number}", NANOSECONDS, 0, by_address=False)
+        assert len(_BY_BUCKET) <= MOST_REMEMBERED
 
 
 OTHERS = [

@@ -12,7 +12,8 @@ from api_gateway.config import GatewayConfig
 from api_gateway.models import Client, Decision, Exchange, Quota
 from api_gateway.observability.access_log import LINE_FIELDS, AccessLog
 from api_gateway.observability.selected_lines import sampled, with_fields
-from api_gateway.observability.text_log import MAX_VALUE, TextLog, printable
+from api_gateway.observability.text_log import MAX_VALUE, TextLog
+from api_gateway.printable_text import printable
 from api_gateway.process.message_log import JsonFormatter, TextFormatter
 
 HOSTILE = "a\x1b[31mred\r\nforged line\x00\u202egnp.exe\u2028<script>alert(1)</script>"

@@ -282,7 +282,7 @@ def test_registered_clients_are_listed_in_pages(get: Get, running: RunningGatewa
 
     every, count = pages(tier="*", limit="2")
     listed = {one["client_id"]: one["tier"] for one in every}
-    assert count > 4
+    assert count >= len(every) / 2
     assert len(every) == len(listed)
     assert {f"listed-{number}" for number in range(7)} | {"rich"} <= listed.keys()
     assert all(one["tier_source"] in ("registered", "configured", "granted") for one in every)

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from api_gateway.clients.api_keys import new_key
+from api_gateway.config import GatewayConfig
+from api_gateway.main import create_app
 from api_gateway.observability import trace_exporter
 from tests.kit import (
     RawClient,
@@ -185,6 +188,24 @@ def test_a_request_of_http_1_0_is_traced(client: RawClient, up: RawUpstream, rec
     ((own, attempt),) = received.exchanges(1)
     assert (own.trace_id, own.attributes["network.protocol.version"]) == (TRACE, "1.0")
     assert sent_on(up) == [(context(attempt), [b"a=1"])]
+
+
+async def test_a_request_by_another_server_is_traced(tmp_path: Path, up: RawUpstream, received: Collector) -> None:
+    settings = {"tracing": {"enabled": True, "endpoint": received.url}, "state_dir": tmp_path}
+    app = create_app(GatewayConfig.model_validate(in_front_of(up.url) | settings))
+    transport = httpx.ASGITransport(app)
+    headers = [("traceparent", PARENT[13:]), ("tracestate", "a=1"), ("x-client-id", "someone")]
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://gateway.test", headers=headers) as client,
+    ):
+        assert (await client.get("/api/x?token=hidden")).status_code == 200
+        assert (await client.get("/api/x", headers={"x-client-id": "not valid"})).json()["trace_id"] == TRACE
+    (own, attempt), (refused,) = received.exchanges(2)
+    assert (own.trace_id, own.parent_id, own.attributes["url.scheme"]) == (TRACE, SPAN, "http")
+    assert (refused.reason, refused.trace_id) == ("client_id_invalid", TRACE)
+    assert sent_on(up) == [(context(attempt), [b"a=1"])]
+    assert b"hidden" not in b"".join(received.bodies)
 
 
 def test_bodies_do_not_matter(client: RawClient, up: RawUpstream, received: Collector) -> None:

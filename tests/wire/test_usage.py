@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from api_gateway.admin.usage import _cell
 from api_gateway.clients.api_keys import digest_of, new_key
 from tests.kit import RawUpstream, RunningGateway, ask, in_front_of, reply, running_gateway
 
@@ -59,6 +60,26 @@ def test_operators_see_all_clients_in_three_forms(gateway: RunningGateway) -> No
     assert ask(f"{gateway.url}/usage?month=1999-02&by=", headers=OPERATOR).json()["total"]["requests"] == 0
     last = ask(f"{gateway.url}/usage?month=9999-12&by=", headers=OPERATOR).json()
     assert (last["from"], last["to"]) == ("9999-12-01", "9999-12-31")
+
+
+FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "'quoted", "''", '=HYPERLINK("http://x","y")', "a=b", "=a,b;c")
+
+
+def test_no_id_is_a_formula_in_a_spreadsheet_and_all_are_read_again(tmp_path: Path) -> None:
+    """The stated rule gives every id back: one ' at the beginning is removed."""
+    up = RawUpstream(reply(b"fine"))
+    sections = in_front_of(up.url) | {"usage": {"enabled": True}, "admin": {"token": TOKEN}}
+    with running_gateway(sections, tmp_path) as running:
+        for client in FORMULAS:
+            assert ask(f"{running.url}/api/up", headers={"X-Client-ID": client}).status == 200
+        text = ask(f"{running.url}/usage?by=client&format=csv", headers=OPERATOR).body.decode()
+        lines = ask(f"{running.url}/usage?by=client&format=jsonl", headers=OPERATOR).body.decode().splitlines()
+    up.close()
+    cells = [row["client"] for row in csv.DictReader(io.StringIO(text))]
+    assert not any(cell[:1] in {"=", "+", "-", "@", "\t", "\r"} for cell in cells)
+    assert sorted(cell.removeprefix("'") for cell in cells) == sorted(FORMULAS)
+    assert sorted(json.loads(line)["client"] for line in lines) == sorted(FORMULAS)
+    assert [_cell(text) for text in ("\t=1", "\r1", "a", "")] == ["'\t=1", "'\r1", "a", ""]
 
 
 def test_a_client_sees_its_own_usage_as_it_is_identified(gateway: RunningGateway) -> None:

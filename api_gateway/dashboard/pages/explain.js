@@ -3,7 +3,7 @@
 import { ApiError, call, segment } from "../api.js";
 import { curlBlock, curlOf, failure, field } from "../controls.js";
 import { badge, h, put } from "../dom.js";
-import { duration, number, percent } from "../format.js";
+import { clock, duration, milliseconds, number, percent, plural } from "../format.js";
 
 const METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"].map((one) => [one, one]);
 const OUTCOMES = { allowed: ["ok", "Allowed"], limited: ["fail", "Refused: a limit"], exceeds_capacity: ["fail", "Refused: costs more than the limit can hold"], refused: ["fail", "Refused"], fallback: ["warn", "The fallback would respond"] };
@@ -51,7 +51,7 @@ export function explain(main, argument, signal) {
     const place = `/explain/${segment(wanted)}`;
     try {
       const view = await call("GET", place, undefined, { signal });
-      put(found, h("div", {}, record(view)), curlOf("GET", place));
+      put(found, view.requests.map(recorded), !view.complete && h("p", { class: "notice warn" }, "A worker did not respond in time, so something may be missing."), curlOf("GET", place));
     } catch (error) {
       if (error.name === "AbortError") return;
       const isUnknown = error instanceof ApiError && error.status === 404;
@@ -101,11 +101,33 @@ function decisions(view) {
   return h("ol", { class: "steps" }, steps);
 }
 
-/** Show a record of a request: any JSON, as nested lists of names and values. */
-function record(value) {
-  if (Array.isArray(value)) return value.length ? h("ol", { class: "stack" }, value.map((one) => h("li", { class: "notice" }, record(one)))) : h("span", { class: "muted" }, "none");
-  if (value !== null && typeof value === "object") return h("dl", { class: "facts" }, Object.entries(value).map(([name, one]) => [h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, record(one))]));
-  return value === null ? h("span", { class: "muted" }, "–") : typeof value === "number" ? number(value, 6) : String(value);
+/** Show what was decided on a request, in the order of the decisions, and each attempt. */
+function recorded(one) {
+  const kind = { success: "ok", refusal: "fail", error: "fail" }[one.outcome] ?? "none";
+  const steps = [step("ok", "Request", `${one.method} ${one.path}`, `from ${one.client_address}, ${clock(one.time)}`)];
+  steps.push(step(one.client_id === null ? "fail" : "ok", "Client", one.client_id === null ? "not identified" : one.tier ?? null,
+    one.client_id !== null && h("p", {}, h("a", { href: `#/clients/${segment(one.client_id)}` }, one.client_id), h("span", { class: "muted" }, one.tier_source ? ` (its tier: ${one.tier_source})` : ""))));
+  steps.push(step(one.route === null ? "fail" : "ok", "Route", one.route ?? "none", one.route !== null && `costs ${plural(one.cost, "token")}`));
+  for (const limit of one.limits) {
+    const isKnown = limit.tokens_before !== null && limit.capacity !== null;
+    steps.push(step(limit.allowed ? "ok" : "fail", `Limit ${limit.limit}`, limit.allowed ? "allowed" : "refused",
+      isKnown && h("div", { class: "bar" }, h("i", { class: limit.allowed ? "" : "fail", style: { width: `${Math.max(0, Math.min(1, limit.tokens_before / limit.capacity)) * 100}%` } })),
+      isKnown ? `had ${number(limit.tokens_before)} of ${number(limit.capacity)} tokens, the request took ${number(limit.cost)}${limit.retry_after_seconds ? `; it would have been allowed ${duration(limit.retry_after_seconds)} later` : ""}` : null,
+      limit.spent_by && spenders(limit.spent_by)));
+  }
+  for (const [index, attempt] of one.upstream_attempts.entries()) {
+    const failed = attempt.failure !== null || (attempt.status ?? 0) >= 500;
+    steps.push(step(failed ? "fail" : "ok", `Attempt ${index + 1}`, attempt.status ? String(attempt.status) : attempt.failure,
+      h("p", { class: "muted" }, h("a", { href: `#/upstreams/${segment(attempt.upstream ?? "")}` }, attempt.upstream ?? ""), ` ${attempt.target ?? "no target"}: ${milliseconds(attempt.duration_ms)}, begun after ${milliseconds(attempt.started_after_ms)}`), attempt.detail));
+  }
+  for (const settled of one.settlements) steps.push(step("ok", "Cost settled", null, `${number(settled.cost_before)} to ${number(settled.cost_after)} tokens, after ${milliseconds(settled.after_ms)}`));
+  steps.push(step(kind, "Response", String(one.status), h("p", {}, badge(kind, one.reason ?? one.outcome)), one.detail, `${one.fallback ? `from the fallback ${one.fallback}, ` : ""}by the ${one.source}, in ${milliseconds(one.duration_ms)}; ${number(one.bytes_sent)} bytes`));
+  return h("ol", { class: "steps" }, steps);
 }
 
-export { record };
+function spenders(spent) {
+  if (!spent.requests.length) return h("p", { class: "muted" }, "The requests that had spent the tokens are not remembered.");
+  return h("details", { class: "small" }, h("summary", {}, `${plural(spent.requests.length, "request")} had spent the tokens${spent.complete ? "" : ", and earlier ones"}`),
+    h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Requests that had spent the tokens" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Request"), h("th", { class: "num" }, "Status"), h("th", { class: "num" }, "Cost"))),
+      h("tbody", {}, spent.requests.map((one) => h("tr", {}, h("td", { class: "num" }, clock(one.time)), h("td", { class: "wrap" }, h("a", { href: `#/explain/${segment(one.request_id)}` }, `${one.method} ${one.path}`)), h("td", { class: "num" }, String(one.status)), h("td", { class: "num" }, number(one.cost))))))));
+}

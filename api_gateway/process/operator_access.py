@@ -1,0 +1,63 @@
+"""Where the operator endpoints of a configured gateway are, and the token for them."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from api_gateway.admin.operator_token import token_file
+from api_gateway.config import CONFIG_VARIABLE, load_config
+from api_gateway.process.operator_client import CommandFailed
+from api_gateway.settings.bind_address import UNIX_PREFIX, BindAddress, authority
+from api_gateway.settings.diagnostics import ConfigError
+
+_EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
+
+class OperatorAccess(NamedTuple):
+    """The URL of the operator endpoints without a slash at its end, the token, and where the token is from."""
+
+    url: str
+    token: str | None
+    token_from: str
+
+
+def find_access(config: str | None, url: str | None, token: Path | None) -> OperatorAccess:
+    """Return the access by the configuration, with another URL or the token of another file if they are given.
+
+    Raises CommandFailed.
+    """
+    try:
+        settings = load_config(config)
+    except ConfigError as error:
+        raise CommandFailed(str(error)) from None
+    found = url or _configured_url(settings.admin.listen, settings.server.host, settings.server.port)
+    if not found.startswith(("http://", "https://")):
+        raise CommandFailed(f"--url: must begin with http:// or https://, got '{found}'")
+    found = found.rstrip("/")
+    if token is not None:
+        return OperatorAccess(found, _read(token), str(token))
+    if settings.admin.token is not None:
+        return OperatorAccess(found, settings.admin.token.get_secret_value(), "admin.token of the configuration")
+    path = token_file(settings.state_dir)
+    if os.access(path, os.R_OK):
+        return OperatorAccess(found, _read(path), str(path))
+    where = f"--config, or ${CONFIG_VARIABLE}" if config is None else config
+    return OperatorAccess(found, None, f"none: {where} names no token, and {path} cannot be read")
+
+
+def _configured_url(admin: str | None, host: str, port: int) -> str:
+    if admin is not None:
+        address = BindAddress.parse(admin, 0)
+        host, port = (f"{UNIX_PREFIX}{address.path}" if address.path else address.host), address.port
+    if host.startswith(UNIX_PREFIX):
+        raise CommandFailed(
+            f"--url: is needed, as the operator endpoints are on {host}, which this command cannot use"
+        )
+    return f"http://{authority('localhost' if host in _EVERYWHERE else host, port)}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise CommandFailed(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None

@@ -1,0 +1,134 @@
+"""The connection of a command to a running gateway: calls of operator endpoints, their errors, and the exit codes.
+
+Only light modules are imported, so that `--help` is fast; the configuration is read when a gateway is called.
+"""
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from api_gateway.printable_text import printable
+
+TIMEOUT = 10.0  # seconds
+# Exit codes
+FAILED = 1  # the gateway refused the request, or the configuration has an error
+NOT_REACHED = 6  # no gateway responds
+NOT_AUTHORIZED = 7  # the gateway does not accept the token
+INTERRUPTED = 130  # by SIGINT, as shells count
+_REFUSALS = (401, 403)  # statuses
+
+
+class CommandFailed(Exception):
+    """The command failed; the message is for standard error. `status` is that of the response, if there was one."""
+
+    def __init__(self, message: str, code: int = FAILED, status: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+
+
+class OperatorClient:
+    """Calls the operator endpoints at one URL."""
+
+    def __init__(self, url: str, token: str | None, token_from: str = "--token-file") -> None:  # noqa: S107 - no secret
+        """`token_from` names the place of the token, for messages."""
+        self.url = url
+        self._token = token
+        self._token_from = token_from
+        # The token is for this URL: no proxy and no other server gets it.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirection)
+
+    def __repr__(self) -> str:
+        return f"<OperatorClient of {self.url}>"
+
+    def get(self, path: str, **query: Any) -> Any:
+        """Return the body of a response to GET; parameters of the query that are None are left out."""
+        given = {name: value for name, value in query.items() if value is not None}
+        return self.call("GET", f"{path}?{urlencode(given)}" if given else path)
+
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Call an operator endpoint and return the body of its response. Raises CommandFailed."""
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        request = urllib.request.Request(  # noqa: S310 - the scheme was checked
+            self.url + path, method=method, headers=headers, data=None if body is None else json.dumps(body).encode()
+        )
+        try:
+            with self._opener.open(request, timeout=TIMEOUT) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refused(error.code, _detail(error.read())) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise CommandFailed(
+                f"{self.url}: no usable response: {reason}. Start the gateway, or name the address of its operator"
+                " endpoints with --url, or its configuration with --config.",
+                NOT_REACHED,
+            ) from None
+
+    def _refused(self, status: int, detail: str) -> CommandFailed:
+        message = f"{self.url}: {status}: {detail}"
+        if status not in _REFUSALS:
+            return CommandFailed(message, FAILED, status)
+        remedy = f"The token is from {self._token_from}; --token-file names a file with another one."
+        if not self._token:
+            remedy = f"No token was sent ({self._token_from}); --token-file names a file with one."
+        return CommandFailed(f"{message} {remedy}", NOT_AUTHORIZED, status)
+
+
+class _NoRedirection(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection, which would send the token to another server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Refuse to follow."""
+
+
+def add_access_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which gateway is meant, and with which token."""
+    parser.add_argument("--url", help="of the operator endpoints (default: as configured)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the gateway (default: $GATEWAY_CONFIG)")
+    parser.add_argument("--token-file", type=Path, help="file with an operator token (default: as configured)")
+
+
+def client_of(options: argparse.Namespace) -> OperatorClient:
+    """Return the client for the options of `add_access_options`. Raises CommandFailed."""
+    find_access = import_module("api_gateway.process.operator_access").find_access
+    access = find_access(options.config, options.url, options.token_file)
+    return OperatorClient(access.url, access.token, access.token_from)
+
+
+def run_action(action: Callable[[], None]) -> int:
+    """Run a command and return its exit code; its error is a line on standard error."""
+    try:
+        action()
+    except CommandFailed as error:
+        print("\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
+        return error.code
+    except BrokenPipeError:  # of standard output; what it holds must not be written again at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def show(line: str = "") -> None:
+    """Print a line in which nothing from a client or an upstream can affect the terminal."""
+    print(printable(line), flush=True)
+
+
+def _detail(body: bytes) -> str:
+    try:
+        found = json.loads(body)["detail"]
+    except (ValueError, KeyError, TypeError):
+        return "the response is not that of a gateway"
+    return str(found)

@@ -1,0 +1,212 @@
+"""The command `top`: the figures of a running gateway on one screen, drawn anew every few seconds."""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from api_gateway.printable_text import printable
+from api_gateway.process.operator_client import (
+    CommandFailed,
+    OperatorClient,
+    add_access_options,
+    client_of,
+    run_action,
+)
+from api_gateway.process.text_table import table
+from api_gateway.process.view_commands import line_of
+
+Row = dict[str, Any]
+
+_CLIENTS, _REQUESTS = 8, 6  # rows
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # alternate screen, without a cursor
+_HOME, _END_OF_LINE, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+_NO_HISTORY = 404  # status: it is disabled
+
+
+def run_top(arguments: Sequence[str]) -> int:
+    """Run `api-gateway top` with these arguments; return the exit code."""
+    options = _parser().parse_args(arguments)
+    return run_action(lambda: _top(client_of(options), options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="api-gateway top", description="A live screen of a running gateway.")
+    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between screens (default: 2)")
+    parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N screens (default: 0, never)")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each screen")
+    add_access_options(parser)
+    return parser
+
+
+def _top(client: OperatorClient, options: argparse.Namespace) -> None:
+    figures: Row | None = None
+    with _screen(is_used=sys.stdout.isatty() and not options.json):
+        shown = 0
+        while True:
+            figures = _figures(client, figures)
+            if options.json:
+                print(json.dumps(_public(figures)), flush=True)
+            else:
+                _draw(figures)
+            shown += 1
+            if shown == options.count:
+                return
+            time.sleep(max(options.interval, 0.2))
+
+
+def _figures(client: OperatorClient, before: Row | None) -> Row:
+    """Return what one screen shows. Rates are those since `before`, or of the last minute without it."""
+    metrics, health = client.get("/metrics"), client.get("/health")
+    now, minute = time.monotonic(), metrics["rates"]["last_60s"]
+    total = metrics["requests"]["total"]
+    rate = minute["requests_per_second"]
+    if before is not None and total >= before["requests"]:  # else the gateway was restarted
+        rate = (total - before["requests"]) / (now - before["_at"])
+    return {
+        "url": client.url,
+        "version": health["version"],
+        "status": health["status"],
+        "uptime_seconds": health["uptime_seconds"],
+        "requests": total,
+        "requests_per_second": round(rate, 1),
+        "in_flight": metrics["requests"]["in_flight"],
+        "limited_ratio": minute["limited_rate"],
+        "error_ratio": minute["error_rate"],
+        "latency_ms": metrics["latency"]["overall"]["last_60s"]["percentiles_ms"],
+        "event_loop_lag_seconds": health["event_loop"]["lag_seconds"],
+        "decision_source": health["store"]["decision_source"],
+        "upstreams": [_upstream(name, one, metrics) for name, one in health["upstreams"].items()],
+        "clients": client.get("/clients", sort="limited", limit=_CLIENTS)["clients"],
+        "last_refusals_and_errors": _last_failures(client),
+        "_at": now,
+    }
+
+
+def _public(figures: Row) -> Row:
+    return {name: value for name, value in figures.items() if not name.startswith("_")}
+
+
+def _upstream(name: str, one: Row, metrics: Row) -> Row:
+    minute = metrics["latency"]["upstreams"].get(name, {}).get("last_60s", {})
+    targets = one["targets"]
+    return {
+        "name": name,
+        "status": one["status"],
+        "circuit_breaker": one["circuit_breaker"],
+        "targets": len(targets),
+        "unhealthy_targets": sum(target["healthy"] is False for target in targets),
+        "in_flight": one["concurrency"]["in_flight"],
+        "calls_last_60s": minute.get("count", 0),
+        "latency_ms": minute.get("percentiles_ms", {}),
+    }
+
+
+def _last_failures(client: OperatorClient) -> list[Row] | None:
+    """Return the last refusals and errors, oldest first; None if the gateway keeps no history."""
+    try:
+        found = [
+            row
+            for outcome in ("refusal", "error")
+            for row in client.get("/history", outcome=outcome, limit=_REQUESTS)["requests"]
+        ]
+    except CommandFailed as error:
+        if error.status == _NO_HISTORY:
+            return None
+        raise
+    return sorted(found, key=lambda row: int(row["number"]))[-_REQUESTS:]
+
+
+def lines_of(figures: Row) -> list[str]:
+    """Return the lines of a screen, not shortened."""
+    percentiles = "  ".join(f"{name} {_number(value)}" for name, value in figures["latency_ms"].items())
+    gateway = (
+        figures["url"],
+        f"api-gateway {figures['version']}",
+        figures["status"],
+        f"up {_span(figures['uptime_seconds'])}",
+    )
+    traffic = (
+        f"{figures['requests_per_second']:g} requests/s",
+        f"{figures['in_flight']} in flight",
+        f"{figures['limited_ratio']:.1%} limited",
+        f"{figures['error_ratio']:.1%} errors",
+        f"event loop lag {figures['event_loop_lag_seconds'] * 1000:.0f} ms",
+        f"decisions from {figures['decision_source']}",
+    )
+    lines = ["  ".join(gateway), "  ".join(traffic), f"latency of the last minute in ms: {percentiles}", ""]
+    header = ("UPSTREAM", "STATUS", "BREAKER", "TARGETS", "UNHEALTHY", "IN FLIGHT", "CALLS/MIN", "P50 MS", "P99 MS")
+    rows = [
+        (
+            one["name"],
+            one["status"],
+            one["circuit_breaker"],
+            one["targets"],
+            one["unhealthy_targets"],
+            one["in_flight"],
+            one["calls_last_60s"],
+            one["latency_ms"].get("p50"),
+            one["latency_ms"].get("p99"),
+        )
+        for one in sorted(figures["upstreams"], key=_gravity)
+    ]
+    lines += [*table(header, rows), ""]
+    names = ("client_id", "tier", "limited", "requests")
+    limited = [[one[name] for name in names] for one in figures["clients"]]
+    lines += [*table(("MOST LIMITED CLIENT", "TIER", "LIMITED", "REQUESTS"), limited), ""]
+    if figures["last_refusals_and_errors"] is not None:
+        lines += ["LAST REFUSALS AND ERRORS", *map(line_of, figures["last_refusals_and_errors"])]
+    return [printable(line) for line in lines]
+
+
+def _gravity(upstream: Row) -> tuple[int, int]:
+    """Return the place of an upstream: those in trouble first, then the busiest."""
+    return ("fail", "warn", "pass").index(upstream["status"]), -upstream["calls_last_60s"]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _draw(figures: Row) -> None:
+    """Draw a screen on a terminal, or print all its lines elsewhere."""
+    lines = lines_of(figures)
+    if not sys.stdout.isatty():
+        print("\n".join(lines), flush=True)
+        return
+    columns, rows = shutil.get_terminal_size()
+    fitting = "\r\n".join(f"{line[:columns]}{_END_OF_LINE}" for line in lines[: rows - 1])
+    sys.stdout.write(f"{_HOME}{fitting}\r\n{_BELOW}")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _screen(*, is_used: bool) -> Iterator[None]:
+    """Use the alternate screen within this block, and leave it however the block ends."""
+    if not is_used:
+        yield
+        return
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.stdout.write(_ENTER)
+    try:
+        yield
+    finally:
+        sys.stdout.write(_LEAVE)
+        sys.stdout.flush()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,231 @@
+"""What the commands print about a running gateway: complete, in columns, and inert on a terminal."""
+
+import json
+from typing import Any
+
+import pytest
+
+from api_gateway.process import operator_client, view_commands
+from api_gateway.process.operator_client import NOT_AUTHORIZED, NOT_REACHED, CommandFailed, OperatorClient, run_action
+from api_gateway.process.text_table import MAX_CELL, table
+from api_gateway.process.top_command import lines_of
+from api_gateway.process.view_commands import line_of, run_view
+
+EVIL = "a\x1b[31m\n\r\t<b>\u202e\x07"
+ROW: dict[str, Any] = {
+    "number": 7,
+    "time": "2027-01-15T08:00:01.250+00:00",
+    "request_id": EVIL,
+    "outcome": "error",
+    "client_id": EVIL,
+    "client_address": "10.0.0.1",
+    "tier": "FREE",
+    "tier_source": "default",
+    "method": "GET",
+    "path": f"/api/{EVIL}",
+    "status": 502,
+    "reason": "upstream_reset",
+    "detail": EVIL,
+    "source": "gateway",
+    "route": "all",
+    "upstream": "up",
+    "target": "http://10.0.0.9",
+    "attempts": 2,
+    "fallback": None,
+    "cost": 1,
+    "duration_ms": 12.5,
+    "upstream_duration_ms": None,
+    "bytes_received": 0,
+    "bytes_sent": 10,
+}
+SPENDING = {name: ROW[name] for name in ("number", "time", "request_id", "client_id", "method", "path", "status")}
+EXPLAINED = ROW | {
+    "decision": {"allowed": False, "limit": "free", "source": "memory", "retry_after_seconds": 0.75},
+    "limits": [
+        {
+            "limit": "free",
+            "capacity": 3,
+            "refill_per_second": 1,
+            "cost": 1,
+            "allowed": False,
+            "tokens_before": 0.25,
+            "tokens_after": 0.25,
+            "retry_after_seconds": 0.75,
+            "spent_by": {"requests": [SPENDING | {"cost": 3, "tokens_before": 3}], "complete": False},
+        }
+    ],
+    "upstream_attempts": [
+        {
+            "upstream": "up",
+            "target": "http://10.0.0.9",
+            "started_after_ms": 1,
+            "duration_ms": 2,
+            "status": None,
+            "failure": "upstream_reset",
+            "detail": EVIL,
+        }
+    ],
+    "settlements": [{"after_ms": 3, "cost_before": 1, "cost_after": 2}],
+}
+
+
+class Gateway:
+    """Stands for a client of a gateway: has a response, or an error, for each path."""
+
+    url = "http://gateway"
+
+    def __init__(self, **responses: Any) -> None:
+        self.responses = responses
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    def get(self, path: str, **query: Any) -> Any:
+        self.asked.append((path, {name: value for name, value in query.items() if value is not None}))
+        found = self.responses[path.strip("/").split("/")[0]]
+        found = found.pop(0) if isinstance(found, list) else found
+        if isinstance(found, CommandFailed):
+            raise found
+        return found
+
+
+def run(monkeypatch: pytest.MonkeyPatch, gateway: Gateway, *arguments: str) -> int:
+    monkeypatch.setattr(view_commands, "client_of", lambda _: gateway)
+    return run_view(arguments)
+
+
+def is_inert(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def test_an_explained_request_shows_all_that_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = Gateway(explain={"requests": [EXPLAINED], "complete": True})
+    assert run(monkeypatch, gateway, "explain", "a/b") == 0
+    out = capsys.readouterr().out
+    assert gateway.asked == [("/explain/a%2Fb", {})]
+    assert is_inert(out)
+    for part in (
+        "502 upstream_reset  GET /api/a\\x1b[31m\\n",
+        "refused, 0.75 s to wait; decided by the limit free, from memory",
+        "the tokens of free were spent by 1 requests, and by earlier ones:",
+        "upstream_reset: a\\x1b",
+        "cost settled from 1 to 2 after 3 ms",
+    ):
+        assert part in out, part
+
+
+def test_a_followed_request_is_one_inert_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = Gateway(history={"requests": [ROW, ROW], "next": 7, "complete": True})
+    assert run(monkeypatch, gateway, "tail", "--no-follow", "--status", "5xx", "--client", "c", "--lines", "5") == 0
+    out = capsys.readouterr().out
+    assert gateway.asked == [("/history", {"limit": 5, "status": "5xx", "client": "c"})]
+    assert out.count("\n") == 2
+    assert is_inert(out)
+    assert out.startswith("08:00:01.250  502  GET  /api/a\\x1b")
+    assert "2 attempts  upstream_reset  [a\\x1b" in out
+    assert run(monkeypatch, gateway, "tail", "--no-follow", "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines] == [ROW, ROW]
+    assert all(line.isascii() and line.isprintable() for line in lines)
+
+
+def test_tail_goes_on_from_the_last_position_and_through_a_restart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    rows = [ROW | {"path": f"/{number}", "client_id": "c", "request_id": "i"} for number in range(4)]
+    gateway = Gateway(
+        history=[
+            {"requests": rows[:1], "next": 1},
+            CommandFailed("gone", NOT_REACHED),
+            CommandFailed("gone", NOT_REACHED),
+            {"requests": rows[1:3], "next": 3},
+            {"requests": rows[3:], "next": 4},
+            CommandFailed("refused", NOT_AUTHORIZED),
+        ]
+    )
+    assert run(monkeypatch, gateway, "tail", "--lines", "0") == NOT_AUTHORIZED
+    captured = capsys.readouterr()
+    assert [line.split("  ")[3] for line in captured.out.splitlines()] == ["/1", "/2", "/3"]
+    assert [query.get("after") for _, query in gateway.asked] == [None, 1, 1, 1, 3, 4]
+    assert captured.err.count("asking again") == 1
+
+
+@pytest.mark.parametrize("arguments", [("explain",), ("explain", "id", "--path", "/api"), ("tail", "--lines", "-1")])
+def test_a_wrong_combination_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert run(monkeypatch, Gateway(), *arguments) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_table_is_inert_and_bounded() -> None:
+    lines = table(("A", "B"), [(EVIL, None), ("x" * 500, 0.5)])
+    assert all(line.isprintable() for line in lines)
+    assert max(map(len, lines)) <= 2 * MAX_CELL
+    assert lines[1].endswith("-")
+    assert lines[2].endswith("0.5")
+
+
+def test_a_screen_is_inert_and_has_upstreams_in_trouble_first() -> None:
+    upstream = {"circuit_breaker": "CLOSED", "targets": 1, "unhealthy_targets": 0, "in_flight": 0, "latency_ms": {}}
+    figures = {
+        "url": "http://gateway",
+        "version": "1",
+        "status": "warn",
+        "uptime_seconds": 3_725.0,
+        "requests_per_second": 12.5,
+        "in_flight": 3,
+        "limited_ratio": 0.25,
+        "error_ratio": 0.0,
+        "latency_ms": {"p50": 1.5, "p99": None},
+        "event_loop_lag_seconds": 0.002,
+        "decision_source": "memory",
+        "upstreams": [
+            upstream | {"name": "quiet", "status": "pass", "calls_last_60s": 1},
+            upstream | {"name": "busy", "status": "pass", "calls_last_60s": 9},
+            upstream | {"name": "down", "status": "fail", "calls_last_60s": 0},
+        ],
+        "clients": [{"client_id": EVIL, "tier": "FREE", "limited": 5, "requests": 9}],
+        "last_refusals_and_errors": [ROW],
+    }
+    lines = lines_of(figures)
+    assert all(line.isprintable() for line in lines)
+    assert lines[0] == "http://gateway  api-gateway 1  warn  up 1:02:05"
+    assert lines[1].startswith("12.5 requests/s  3 in flight  25.0% limited")
+    names = [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in ("quiet", "busy", "down")]
+    assert names == ["down", "busy", "quiet"]
+    assert line_of(ROW).split("  ")[1] == "502"
+    assert "LAST REFUSALS" not in "".join(lines_of(figures | {"last_refusals_and_errors": None}))
+
+
+@pytest.mark.parametrize(
+    ("token", "token_from", "part"),
+    [
+        ("wrong", "/etc/token", "The token is from /etc/token; --token-file"),
+        (None, "none: no file", "No token was sent (none: no file); --token-file"),
+    ],
+)
+def test_a_refused_token_names_its_place_and_the_remedy(token: str | None, token_from: str, part: str) -> None:
+    refused = OperatorClient("http://gateway", token, token_from)._refused(401, "Not valid.")
+    assert refused.code == NOT_AUTHORIZED
+    assert str(refused).startswith("http://gateway: 401: Not valid. ")
+    assert part in str(refused)
+    assert "wrong" not in str(refused)
+
+
+def test_an_error_of_a_gateway_is_inert_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise CommandFailed(f"one\ntwo {EVIL}")
+
+    assert run_action(fail) == operator_client.FAILED
+    assert is_inert(capsys.readouterr().err)
+
+
+def test_an_interrupt_has_the_code_of_shells() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_action(interrupted) == 130
