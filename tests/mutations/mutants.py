@@ -191,7 +191,7 @@ MUTANTS = (
         (
             "key=lambda one: (one.wait_ns == NEVER_NS, one.wait_ns)",
             "key=lambda one: one.wait_ns",
-            f"{_QUOTAS}::test_a_cost_above_an_allowance_is_never_allowed_and_one_of_zero_always",
+            f"{_QUOTAS}::test_never_is_the_longest_wait_of_a_bucket_and_a_quota",
         ),
     ),
     *_of(

@@ -300,6 +300,14 @@ def test_the_short_way_of_a_decision_gives_the_same_result(seed: int) -> None:
         assert short.warned == whole.warned
 
 
+def test_never_is_the_longest_wait_of_a_bucket_and_a_quota() -> None:
+    gateway = Gateway(FREE, quota(5))
+    assert gateway.decide(5).allowed
+    refused = gateway.decide(6)
+    assert (refused.key, refused.wait_ns) == ("month:a", NEVER_NS)
+    assert [one.name for one in refused.violated] == ["FREE", "month"]
+
+
 def test_each_charge_in_the_short_way_is_to_be_stored() -> None:
     gateway = Gateway(FREE, quota(10))
     for _ in range(3):
