@@ -26,6 +26,8 @@ EXAMPLES = [
     for (language, text), following in zip(BLOCKS, [*BLOCKS[1:], ("", "")], strict=True)
     if language == "sh" and text.strip() not in INSTALLING
 ]
+# The client that spends its tokens, and others for when it has got one back: a busy machine takes a second for that.
+CLIENTS = ("keen", "kean", "kein", "keon", "keyn")
 VARYING = (
     (r"\d{4}-\d\d-\d\dT[\d:.+]+", "<time>"),
     (r"\w{3}, \d\d \w{3} \d{4} [\d:]+ GMT", "<date>"),
@@ -66,14 +68,18 @@ def test_the_examples_print_what_is_shown(tmp_path: Path) -> None:
     with process(*WAYS["run_gateway.py"], cwd=tmp_path) as running:
         for command, shown in EXAMPLES:
             adapted = command.replace("localhost:8000", f"127.0.0.1:{running.port}")
-            bash = ["bash", "-euo", "pipefail", "-c", f"{adapted.replace('python ', f'{sys.executable} ')}\n:"]
-            run = subprocess.run(
-                bash, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False
-            )
+            adapted = adapted.replace("python ", f"{sys.executable} ")
+            for client in CLIENTS:
+                bash = ["bash", "-euo", "pipefail", "-c", f"{adapted.replace(CLIENTS[0], client)}\n:"]
+                run = subprocess.run(
+                    bash, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False
+                )
+                if f"allowed by client:{client}" not in run.stdout:
+                    break
             assert run.returncode == 0, f"{command}: {run.stderr}"
             assert run.stdout, command
             if shown is not None:
-                assert normal(run.stdout) == normal(shown), command
+                assert normal(run.stdout).replace(client, CLIENTS[0]) == normal(shown), command
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page's examples are for curl")

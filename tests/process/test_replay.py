@@ -25,6 +25,7 @@ from api_gateway.replay.snapshot import read_snapshot
 from api_gateway.usage.ledger import USAGE_FILE
 from tests.kit import PATIENCE, Answer, RawRequest, RawUpstream, Wire, ask, eventually, refusing_url, reply
 from tests.processes import Running, process
+from tests.unit.test_replay import Traffic, log_of
 
 KEY = new_key(b"k" * 32)
 CONFIG = """
@@ -227,6 +228,23 @@ def test_the_command_replays_rotated_logs_in_several_processes_and_fails_a_pipel
     code, output, errors = command(folder, *logs, *options, "--fail-if", 'tier == "BASIC" and newly_limited > 0')
     assert (code, errors) == (0, "")
     assert "Not known:" in output
+
+
+def test_the_command_never_fails_as_if_the_condition_were_true(tmp_path: Path) -> None:
+    """Exit code 1 is that of a condition, also if the output cannot be written."""
+    traffic = Traffic()
+    traffic.request("acme")
+    log, candidate = str(log_of(tmp_path, traffic.lines())), tmp_path / "new.yaml"
+    candidate.write_text('upstreams: {up: {targets: [{url: "http://127.0.0.1:1"}]}}\n')
+    command = [sys.executable, "-m", "api_gateway", "replay", log, "--config", str(candidate)]
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (found.returncode, found.stderr) == (3, "output: no space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (3, "")
 
 
 OF_LOCUST = """

@@ -6,11 +6,8 @@ import hashlib
 import html
 import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -666,7 +663,7 @@ def test_the_command_fails_with_the_place_of_what_is_wrong(tmp_path: Path, capsy
 def test_the_command_never_fails_as_if_the_condition_were_true(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 1 is that of a condition, also if a folder or the output cannot be written."""
+    """Exit code 1 is that of a condition, also if a folder cannot be written."""
     traffic = Traffic()
     traffic.request("acme")
     log, candidate = str(log_of(tmp_path, traffic.lines())), tmp_path / "new.yaml"
@@ -678,15 +675,6 @@ def test_the_command_never_fails_as_if_the_condition_were_true(
         with pytest.raises(SystemExit, match="2"):
             main([*command, "--jobs", value])
         assert "argument --jobs: expected a whole number from 1, got" in capsys.readouterr().err
-    ended = [sys.executable, "-m", "api_gateway", *command]
-    with Path("/dev/full").open("w") as full:
-        found = subprocess.run(ended, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (found.returncode, found.stderr) == (3, "output: no space left on device\n")
-    reader, writer = os.pipe()
-    os.close(reader)
-    found = subprocess.run(ended, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writer)
-    assert (found.returncode, found.stderr) == (3, "")
 
 
 def test_a_log_that_is_given_twice_is_reported(tmp_path: Path) -> None:
