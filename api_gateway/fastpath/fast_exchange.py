@@ -25,6 +25,7 @@ from api_gateway.proxy.exchange import (
     REPLY,
     SELECT,
     SELECTING,
+    IllegalEvent,
 )
 from api_gateway.proxy.failure_record import note_failure, note_shed
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
@@ -68,9 +69,21 @@ class FastExchange(AttemptingExchange):
             self._ask(result)
             return
         if result is None:
-            result = self.forward()
+            try:
+                result = self.forward()
+            except Exception as error:  # noqa: BLE001 - likewise
+                self.fail(error)
         if result is not None:
             self._refuse(result)
+
+    def fail(self, error: Exception) -> None:
+        """End an exchange that a defect has interrupted, so that it returns what it holds."""
+        if self.is_strict and isinstance(error, IllegalEvent):
+            raise error
+        failure = self._context.record.internal_error(self.exchange, error)
+        self.keep_alive = False
+        self.close()
+        self.refuse(failure)
 
     def forward(self) -> GatewayError | None:
         """Send an admitted request, on an idle connection if there is one.

@@ -74,7 +74,10 @@ class FastPath(ExchangeContext):
         exchange = None
         if result is None:
             exchange = FastExchange(self, client, headers, plan, body)
-            result = exchange.forward()
+            try:
+                result = exchange.forward()
+            except Exception as error:  # noqa: BLE001 - as above
+                exchange.fail(error)
         if result is None:
             return True
         if received_length == facts.length:
@@ -134,7 +137,10 @@ class FastPath(ExchangeContext):
             exchange.wait(result)
             return plan.exchange
         if result is None:
-            result = exchange.forward()
+            try:
+                result = exchange.forward()
+            except Exception as error:  # noqa: BLE001 - as in `try_handle`
+                exchange.fail(error)
         if result is not None:
             if exchange.upload is None:
                 self._refuse(client, plan, result)

@@ -16,6 +16,7 @@ import uvicorn
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.main import create_app
 from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.upstreams.upstream import Upstream
 from tests.kit import (
     PATIENCE,
     RawAnswer,
@@ -385,6 +386,33 @@ def test_whatever_ends_a_request_under_another_server_it_returns_its_slots(
     finally:
         server.should_exit = True
         serving.join(PATIENCE)
+
+
+@pytest.mark.parametrize("extra", [(), (ODD,)], ids=["fast path", "general parser"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_defect_of_the_gateway_ends_its_exchange_alone(
+    running: RunningGateway, up: RawUpstream, monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...], method: str
+) -> None:
+    acquire = Upstream.acquire
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        acquire(*arguments, **options).release(0.0)
+        raise RuntimeError("a defect")
+
+    all_returned(running)
+    before = running.live.recorder.in_flight
+    with monkeypatch.context() as patched:
+        patched.setattr(Upstream, "acquire", broken)
+        for _ in range(6):
+            with RawClient(running.port) as client:
+                length = ("Content-Length: 4",) if method == "POST" else ()
+                client.request(method, "/api/x", ("X-Client-ID: defect", *extra, *length), b"ab" if length else b"")
+                assert reason(client.answer()) == (500, "internal_error")
+                assert client.is_closed()
+    all_returned(running)
+    assert running.live.recorder.in_flight == before
+    with RawClient(running.port) as client:
+        assert client.get("/api/x", ("X-Client-ID: defect", *extra)).status == 200
 
 
 # Mistakes
