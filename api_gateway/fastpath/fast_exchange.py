@@ -72,11 +72,11 @@ class FastExchange(AttemptingExchange):
             try:
                 result = self.forward()
             except Exception as error:  # noqa: BLE001 - likewise
-                self.fail(error)
+                self.end_by_defect(error)
         if result is not None:
             self._refuse(result)
 
-    def fail(self, error: Exception) -> None:
+    def end_by_defect(self, error: Exception) -> None:
         """End an exchange that a defect has interrupted, so that it returns what it holds."""
         if self.is_strict and isinstance(error, IllegalEvent):
             raise error

@@ -77,7 +77,7 @@ class FastPath(ExchangeContext):
             try:
                 result = exchange.forward()
             except Exception as error:  # noqa: BLE001 - as above
-                exchange.fail(error)
+                exchange.end_by_defect(error)
         if result is None:
             return True
         if received_length == facts.length:
@@ -140,7 +140,7 @@ class FastPath(ExchangeContext):
             try:
                 result = exchange.forward()
             except Exception as error:  # noqa: BLE001 - as in `try_handle`
-                exchange.fail(error)
+                exchange.end_by_defect(error)
         if result is not None:
             if exchange.upload is None:
                 self._refuse(client, plan, result)
