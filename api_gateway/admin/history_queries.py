@@ -127,7 +127,7 @@ def _spent_at(record: Record, key: str) -> int | None:
     decision = record.decision
     if decision is None or not decision.allowed:
         return None
-    return next((index for index, values in enumerate(decision.charged) if values[1] == key), None)
+    return next((index for index, one in enumerate(decision.charges) if one.key == key), None)
 
 
 def _text(text: str | None) -> str | None:

@@ -1,32 +1,34 @@
 """The history of requests: what was decided about each of the last ones, and why, in memory.
 
-Records are bounded in number and bytes, and divided among clients.
+The ended exchanges themselves are kept, and records are made of them when someone asks. They are limited in number and
+bytes, and divided among clients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange
 from api_gateway.observability.request_record import (
-    ENDED_FIELD,
     NUMBERS,
     REQUEST_OUTCOMES,
-    SIZE_FIELD,
+    Charged,
+    Decided,
     Record,
     RequestOutcome,
     Settled,
-    Values,
     number_of,
 )
 
-MAX_RECORDED_TEXT = 2_000  # characters of a path or a detail that are kept
+Kept = tuple[float, Exchange, int]  # when it ended (wall time in seconds), and the bytes that it counts for
+
+MAX_RECORDED_TEXT = 2_000  # characters of a path or a detail that are shown
+_STEP = 64  # records after which a reader may pause
 _APART = 1 / NUMBERS  # seconds between two records at least, so that their numbers differ
-_RECORD_BYTES = 1_000  # of a record without its texts, rounded up
+_RECORD_BYTES = 1_000  # of an exchange without its texts, rounded up
 _LIMIT_BYTES = 250  # of one limit that a record names
 _BYTES_A_CHARACTER = 4  # at most
 _SHARES = 8  # a client has at most such a part of a full ring
 _MAX_SHARE = 1_000  # records, so that removing the first of a list stays cheap
-_MAX_DESCRIBED = 512  # lists of charges whose description is remembered
 _SERVER_ERROR, _CLIENT_DISCONNECTED = 500, 499
 
 
@@ -52,8 +54,8 @@ class FairRing:
     __slots__ = ("_former", "_max_bytes", "_most", "_order", "_recent", "_share", "count", "size")
 
     def __init__(self, most: int, max_bytes: int) -> None:
-        self._recent: dict[str, list[Values]] = {}  # by client, oldest first; none is empty
-        self._former: dict[str, list[Values]] = {}  # of clients without a record since the last turn
+        self._recent: dict[str, list[Kept]] = {}  # by client, oldest first; none is empty
+        self._former: dict[str, list[Kept]] = {}  # of clients without a record since the last turn
         self._order: list[str] = []  # the clients in `_former`, and some not any more, longest inactive last
         self.count = self.size = 0
         self.limit(most, max_bytes)
@@ -68,18 +70,18 @@ class FairRing:
         while self.count and (self.count > most or self.size > max_bytes):
             self._drop_former()
 
-    def add(self, holder: str, record: Values, size: int) -> None:
-        """Add a record of a client, of `size` bytes."""
+    def add(self, holder: str, record: Kept) -> None:
+        """Add a record of a client."""
         held = self._recent.get(holder)
         if held is None:
             held = self._recent[holder] = self._former.pop(holder, [])
         held.append(record)
         self.count += 1
-        self.size += size
+        self.size += record[2]
         while self.count and (self.count > self._most or self.size > self._max_bytes):
             if len(held) > self._share:
                 self.count -= 1
-                self.size -= held.pop(0)[SIZE_FIELD]
+                self.size -= held.pop(0)[2]
             else:
                 self._drop_former(holder)
 
@@ -88,7 +90,7 @@ class FairRing:
         """True if the ring keeps any record."""
         return self._most > 0
 
-    def lists(self) -> list[list[Values]]:
+    def lists(self) -> list[list[Kept]]:
         """Return the records of each client, oldest first."""
         return [*self._former.values(), *self._recent.values()]
 
@@ -105,7 +107,7 @@ class FairRing:
         holder = self._order[-1]
         held = self._former[holder]
         self.count -= 1
-        self.size -= held.pop(0)[SIZE_FIELD]
+        self.size -= held.pop(0)[2]
         if not held:
             del self._former[holder]
 
@@ -117,7 +119,6 @@ class RequestHistory:
         self._limits = limits
         self._successes, self._refusals, self._errors = (FairRing(0, 0) for _ in REQUEST_OUTCOMES)
         self._next = 0.0  # the time of the next record at the earliest
-        self._described: dict[int, tuple[Sequence[Charge], tuple[Values, ...]]] = {}
         self.change(limits)
 
     def __repr__(self) -> str:
@@ -144,67 +145,19 @@ class RequestHistory:
         return {name: (ring.count, ring.size) for name, ring in zip(REQUEST_OUTCOMES, self.rings, strict=True)}
 
     def record(self, exchange: Exchange, now: float) -> None:
-        """Keep the record of an exchange that has ended at `now`, in seconds since the epoch."""
+        """Keep an exchange that has ended at `now`, in seconds since the epoch, without its credential."""
         if now < self._next:  # noqa: PLR1730 - `max` takes twice the time
             now = self._next
         self._next = now + _APART
-        client = exchange.client
-        status, reason, path, detail = exchange.status, exchange.reason, exchange.path, exchange.detail
-        path = path if len(path) <= MAX_RECORDED_TEXT else f"{path[:MAX_RECORDED_TEXT]}..."
-        size = _RECORD_BYTES + _BYTES_A_CHARACTER * len(path)
-        outcome, ring = "success", self._successes
-        if reason is not None or status >= _SERVER_ERROR:
-            is_error = status >= _CLIENT_DISCONNECTED or exchange.source == "upstream"
-            outcome, ring = ("error", self._errors) if is_error else ("refusal", self._refusals)
-            if detail is not None:
-                detail = detail if len(detail) <= MAX_RECORDED_TEXT else f"{detail[:MAX_RECORDED_TEXT]}..."
-                size += _BYTES_A_CHARACTER * len(detail)
+        exchange.credential = None
+        size = _RECORD_BYTES + _BYTES_A_CHARACTER * len(exchange.path) + _LIMIT_BYTES * len(exchange.charges)
+        ring = self._successes
+        if exchange.reason is not None or exchange.status >= _SERVER_ERROR:
+            ring = self._errors if outcome_of(exchange) == "error" else self._refusals
+            size += _BYTES_A_CHARACTER * len(exchange.detail or "")
             size += sum([_LIMIT_BYTES + _BYTES_A_CHARACTER * len(one.detail) for one in exchange.failures])
-        if not ring.is_on:
-            return
-        values: Values | None = None
-        if exchange.decision is not None:
-            values = self._decided(exchange, exchange.decision)
-            size += _LIMIT_BYTES * len(exchange.charges)
-        if client is None:
-            holder, client_id, tier, tier_source = exchange.peer, None, None, None
-        else:
-            holder, client_id, tier, tier_source = client.key, client.id, client.quota.name, client.source
-        ring.add(
-            holder,
-            (
-                now,
-                exchange.id,
-                outcome,
-                holder,
-                client_id,
-                tier,
-                tier_source,
-                exchange.peer,
-                exchange.method,
-                path,
-                status,
-                reason,
-                detail,
-                exchange.source,
-                exchange.route,
-                exchange.upstream,
-                exchange.target,
-                exchange.attempts,
-                exchange.fallback,
-                exchange.cost,
-                exchange.bytes_in,
-                exchange.bytes_out,
-                exchange.started,
-                exchange.sent_at,
-                exchange.head_at,
-                exchange.finished,
-                values,
-                exchange.failures,
-                size,
-            ),
-            size,
-        )
+        client = exchange.client
+        ring.add(exchange.peer if client is None else client.key, (now, exchange, size))
 
     def number_at(self, now: float) -> int:
         """Return a number that no record so far exceeds, and that is below those of all that follow.
@@ -223,66 +176,91 @@ class RequestHistory:
         since = max((after + 1) / NUMBERS, now - self._limits.max_age)
         for ring in self.rings:
             for held in ring.lists():
-                for values in reversed(held.copy()):
-                    if values[ENDED_FIELD] < since:
+                for count, (ended, exchange, _) in enumerate(reversed(held.copy()), 1):
+                    if ended < since:
                         break
-                    yield Record._make(values)
+                    yield _record_of(exchange, ended)
+                    if not count % _STEP:
+                        yield None
                 yield None
 
-    def _decided(self, exchange: Exchange, decision: Decision) -> Values:
-        """Return the values of a `Decided`."""
-        charges = exchange.charges
-        settled: tuple[Settled, ...] = ()
-        if exchange.settlements:
-            decision, charged, settled = _before_settlements(exchange)
-        else:
-            known = self._described.get(id(charges))
-            charged = known[1] if known is not None and known[0] is charges else self._describe(charges)
-        quota = decision.quota
-        return (
-            decision.allowed,
-            decision.source,
-            quota.policy,
-            decision.key,
-            decision.remaining,
-            decision.wait_ns,
-            charged,
-            decision.debts_ns or (decision.reset_ns,),
-            () if decision.allowed else tuple([one.policy for one in decision.violated or (quota,)]),
-            settled,
-        )
 
-    def _describe(self, charges: Sequence[Charge]) -> tuple[Values, ...]:
-        """Describe the charges of a request, and remember it: those of a header set are one list."""
-        described = tuple([_charged(charge, charge.increment_ns) for charge in charges])
-        if len(self._described) >= _MAX_DESCRIBED:
-            self._described.clear()
-        self._described[id(charges)] = charges, described  # the reference keeps the id from being used again
-        return described
+def outcome_of(exchange: Exchange) -> RequestOutcome:
+    """Return how an exchange has ended."""
+    if exchange.reason is None and exchange.status < _SERVER_ERROR:
+        return "success"
+    is_error = exchange.status >= _CLIENT_DISCONNECTED or exchange.source == "upstream"
+    return "error" if is_error else "refusal"
 
 
-def _charged(charge: Charge, increment_ns: int) -> Values:
-    """Return the values of a `Charged`."""
-    quota = charge.quota
-    return (
-        quota.policy,
-        charge.key,
-        quota.emission_ns,
-        quota.burst_ns,
-        increment_ns,
-        charge.own_cost,
-        quota.is_calendar,
+def _record_of(exchange: Exchange, ended: float) -> Record:
+    client, decision = exchange.client, exchange.decision
+    return Record(
+        ended=ended,
+        id=exchange.id,
+        outcome=outcome_of(exchange),
+        client_id=None if client is None else client.id,
+        tier=None if client is None else client.quota.name,
+        tier_source=None if client is None else client.source,
+        peer=exchange.peer,
+        method=exchange.method,
+        path=_shortened(exchange.path),
+        status=exchange.status,
+        reason=exchange.reason,
+        detail=None if exchange.detail is None else _shortened(exchange.detail),
+        source=exchange.source,
+        route=exchange.route,
+        upstream=exchange.upstream,
+        target=exchange.target,
+        attempts=exchange.attempts,
+        fallback=exchange.fallback,
+        cost=exchange.cost,
+        bytes_in=exchange.bytes_in,
+        bytes_out=exchange.bytes_out,
+        started=exchange.started,
+        sent_at=exchange.sent_at,
+        head_at=exchange.head_at,
+        finished=exchange.finished,
+        decision=None if decision is None else _decided(exchange, decision),
+        failures=exchange.failures,
     )
 
 
-def _before_settlements(exchange: Exchange) -> tuple[Decision, tuple[Values, ...], tuple[Settled, ...]]:
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_RECORDED_TEXT else f"{text[:MAX_RECORDED_TEXT]}..."
+
+
+def _decided(exchange: Exchange, decision: Decision) -> Decided:
     """Return the decision as it was made, what it charged, and the changes of the cost since."""
-    first = exchange.settlements[0]
-    charged = tuple(
-        [
-            _charged(charge, charge.quota.cost_ns(first.charged if charge.own_cost is None else charge.own_cost))
-            for charge in exchange.charges
+    settled: tuple[Settled, ...] = ()
+    charges = exchange.charges
+    if exchange.settlements:
+        first = exchange.settlements[0]
+        decision = first.decision
+        charged = [
+            _charged(one, one.quota.cost_ns(first.charged if one.own_cost is None else one.own_cost))
+            for one in charges
         ]
+        settled = tuple([Settled(one.at_ns / NANOSECONDS, one.charged, one.cost) for one in exchange.settlements])
+    else:
+        charged = [_charged(one, one.increment_ns) for one in charges]
+    quota = decision.quota
+    return Decided(
+        allowed=decision.allowed,
+        source=decision.source,
+        limit=quota.policy,
+        key=decision.key,
+        remaining=decision.remaining,
+        wait_ns=decision.wait_ns,
+        charges=charged,
+        debts_ns=decision.debts_ns or (decision.reset_ns,),
+        refusing=() if decision.allowed else tuple([one.policy for one in decision.violated or (quota,)]),
+        settled=settled,
     )
-    settled = tuple([Settled(one.at_ns / NANOSECONDS, one.charged, one.cost) for one in exchange.settlements])
-    return first.decision, charged, settled
+
+
+def _charged(charge: Charge, increment_ns: int) -> Charged:
+    quota = charge.quota
+    return Charged(
+        quota.policy, charge.key, quota.emission_ns, quota.burst_ns, increment_ns, charge.own_cost, quota.is_calendar
+    )

@@ -1,9 +1,6 @@
-"""The record of one ended request: plain values, which are rendered when they are asked for.
+"""The record of one ended request, as it is shown."""
 
-A record in memory is a tuple of the values of a `Record`. The garbage collector does not track such a tuple.
-"""
-
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from api_gateway.models import AttemptFailure, DecisionSource
 
@@ -11,7 +8,6 @@ RequestOutcome = Literal["success", "refusal", "error"]
 
 REQUEST_OUTCOMES: tuple[RequestOutcome, ...] = ("success", "refusal", "error")
 NUMBERS = 2**20  # in a second; the products with it are exact
-Values = tuple[Any, ...]  # of one of the following, in its order
 
 
 class Charged(NamedTuple):
@@ -42,8 +38,8 @@ class Decided(NamedTuple):
     """The decision of the limiter on one request, before settlements.
 
     `limit` is the limit that it is about, `key` that of its bucket, `refusing` are all that refused: also concurrency
-    limits, which are not among those charged. `debts_ns` are the times until each bucket
-    of `charged` (values of `Charged`) was full, after the decision.
+    limits, which are not among those charged. `debts_ns` are the times until each bucket of `charges` was full, after
+    the decision.
     """
 
     allowed: bool
@@ -52,27 +48,18 @@ class Decided(NamedTuple):
     key: str
     remaining: int
     wait_ns: int
-    charged: tuple[Values, ...]
+    charges: list[Charged]
     debts_ns: tuple[int, ...]
     refusing: tuple[str, ...]
     settled: tuple[Settled, ...]
 
-    @property
-    def charges(self) -> list[Charged]:
-        """What was charged to each limit."""
-        return [Charged._make(values) for values in self.charged]
-
 
 class Record(NamedTuple):
-    """One ended request. `started`, `sent_at`, `head_at` and `finished` are monotonic seconds, `ended` is wall time.
-
-    `holder` is the client in a `FairRing`. `values` are those of a `Decided`, None if nothing was decided.
-    """
+    """One ended request. `started`, `sent_at`, `head_at` and `finished` are monotonic seconds, `ended` wall time."""
 
     ended: float
     id: str
     outcome: RequestOutcome
-    holder: str
     client_id: str | None
     tier: str | None
     tier_source: str | None
@@ -95,22 +82,13 @@ class Record(NamedTuple):
     sent_at: float | None
     head_at: float | None
     finished: float
-    values: Values | None
+    decision: Decided | None
     failures: tuple[AttemptFailure, ...]
-    size: int
 
     @property
     def number(self) -> int:
         """The number of the record, different for each of a process, in the order of the ends of requests."""
         return number_of(self.ended)
-
-    @property
-    def decision(self) -> Decided | None:
-        """The decision of the limiter."""
-        return None if self.values is None else Decided._make(self.values)
-
-
-SIZE_FIELD, ENDED_FIELD = Record._fields.index("size"), Record._fields.index("ended")
 
 
 def number_of(ended: float) -> int:

@@ -1,6 +1,5 @@
 """The history of requests: bounded in number and bytes, divided among clients, and free of what is not recorded."""
 
-import gc
 from typing import Any
 
 from hypothesis import given
@@ -75,15 +74,15 @@ def test_without_competition_one_client_has_the_whole_ring() -> None:
 def test_a_ring_is_never_larger_than_its_limits(added: list[tuple[int, int]], most: int, max_bytes: int) -> None:
     """Its figures are the sums of what it has, each client's records stay in order, and the newest is kept."""
     ring = FairRing(most, max_bytes)
-    place = Record._fields.index("size")
+    exchange = ended()
     for number, (holder, size) in enumerate(added):
-        record = tuple(size if index == place else number for index in range(len(Record._fields)))
-        ring.add(str(holder), record, size)
+        record = (float(number), exchange, size)
+        ring.add(str(holder), record)
         lists = ring.lists()
         assert all(lists), "no client without records is kept"
         assert sum(map(len, lists)) == ring.count <= most
-        assert sum(one[place] for held in lists for one in held) == ring.size <= max_bytes
-        assert all(held == sorted(held) for held in lists)
+        assert sum(one[2] for held in lists for one in held) == ring.size <= max_bytes
+        assert all([one[0] for one in held] == sorted(one[0] for one in held) for held in lists)
         if most and size <= max_bytes:
             assert any(record in held for held in lists)
     ring.limit(most // 2, max_bytes // 2)
@@ -95,15 +94,15 @@ def test_bytes_are_limited_also_if_each_record_is_large() -> None:
     limits = HistoryLimits(10_000, 10_000, 10_000, max_bytes=900_000, max_age=1e9)
     history = RequestHistory(limits)
     for number in range(1000):
-        history.record(ended(f"c{number % 7}", path="/api/" + "x" * 60_000), number)
+        history.record(ended(f"c{number % 7}", path="/api/" + "x" * 3_000), number)
         failures = (AttemptFailure("up", "http://u", 1.0, 2.0, None, "upstream_reset", "e" * 500),)
-        failed = ended(f"c{number % 7}", status=502, reason="upstream_reset", detail="d" * 60_000, failures=failures)
+        failed = ended(f"c{number % 7}", status=502, reason="upstream_reset", detail="d" * 3_000, failures=failures)
         history.record(failed, number)
     records = kept(history, 1000)
     assert sum(size for _, size in history.sizes().values()) <= 900_000
     assert sum(len(one.path) + len(one.detail or "") for one in records) <= 900_000
     assert {len(one.path) for one in records if one.outcome == "success"} == {MAX_RECORDED_TEXT + 3}
-    assert len(records) > 50
+    assert len(records) > 30
 
 
 def test_a_reload_changes_the_limits() -> None:
@@ -137,31 +136,16 @@ def test_old_records_are_not_shown() -> None:
     assert kept(history, 71) == []
 
 
-def test_the_garbage_collector_does_not_track_records_of_successes() -> None:
-    """Thousands of records would otherwise be visited by each complete collection."""
-    history = RequestHistory(LIMITS)
-    exchanges = [ended(f"c{number}") for number in range(5)]
-    for number, exchange in enumerate(exchanges):
-        history.record(exchange, number)
-    for _ in range(3):  # one for each level of tuples
-        gc.collect()
-    records = [record for ring in history.rings for held in ring.lists() for record in held]
-    assert len(records) == 5
-    assert not any(gc.is_tracked(record) for record in records)
-
-
-def test_the_description_of_charges_is_that_of_the_list_it_was_made_from() -> None:
-    """Lists that are freed and made anew may have the same address."""
-    history = RequestHistory(HistoryLimits(2000, 10, 10, 10_000_000, 1e9))
-    for number in range(1500):
-        history.record(ended(f"c{number}"), number)
-    for record in kept(history, 1500):
-        assert record.decision is not None
-        assert record.decision.charges[0].key == f"client:{record.client_id}"
+def test_a_kept_exchange_has_no_credential() -> None:
+    """A token may be large, and is no part of a record."""
+    history, exchange = RequestHistory(LIMITS), ended(credential=object())
+    history.record(exchange, 1)
+    assert exchange.credential is None
 
 
 def test_a_client_that_was_not_identified_is_held_by_its_address() -> None:
     history = RequestHistory(LIMITS)
     history.record(ended(client=None, decision=None, status=401, reason="credentials_invalid", source="gateway"), 1)
     (record,) = kept(history, 2)
-    assert (record.holder, record.client_id, record.decision) == ("10.0.0.1", None, None)
+    assert (record.peer, record.client_id, record.decision) == ("10.0.0.1", None, None)
+    assert [held[0][1].id for held in history.rings[1].lists()] == ["one"]
