@@ -260,11 +260,12 @@ def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
         writers.append(gateway.history.record)
     if not writers:
         return []
-    wall_clock = gateway.clocks.wall
+    wall_clock, (first, *others) = gateway.clocks.wall, writers
 
     def record(exchange: Exchange) -> None:
         now = wall_clock()
-        for write in writers:
+        first(exchange, now)
+        for write in others:
             write(exchange, now)
 
     return [record]

@@ -1,10 +1,12 @@
 """The history of requests: what was decided about each of the last ones, and why, in memory.
 
 The ended exchanges themselves are kept, and records are made of them when someone asks. They are limited in number and
-bytes, and divided among clients.
+bytes, and those of refusals and errors are divided among clients.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange
@@ -25,10 +27,12 @@ MAX_RECORDED_TEXT = 2_000  # characters of a path or a detail that are shown
 _STEP = 64  # records after which a reader may pause
 _APART = 1 / NUMBERS  # seconds between two records at least, so that their numbers differ
 _RECORD_BYTES = 1_000  # of an exchange without its texts, rounded up
-_LIMIT_BYTES = 250  # of one limit that a record names
+_LIMIT_BYTES = 250  # of one limit that a record names, and of one attempt
+MAX_SUCCESS_PATH = 500  # characters of the path of a success that are kept
+SUCCESS_BYTES = 3_500  # of a success at most; what is typical is a third of it
 _BYTES_A_CHARACTER = 4  # at most
 _SHARES = 8  # a client has at most such a part of a full ring
-_MAX_SHARE = 1_000  # records, so that removing the first of a list stays cheap
+_MAX_SHARE = 1_000  # records
 _SERVER_ERROR, _CLIENT_DISCONNECTED = 500, 499
 
 
@@ -53,9 +57,9 @@ class FairRing:
 
     __slots__ = ("_former", "_max_bytes", "_most", "_order", "_recent", "_share", "count", "size")
 
-    def __init__(self, most: int, max_bytes: int) -> None:
-        self._recent: dict[str, list[Kept]] = {}  # by client, oldest first; none is empty
-        self._former: dict[str, list[Kept]] = {}  # of clients without a record since the last turn
+    def __init__(self, most: int = 0, max_bytes: int = 0) -> None:
+        self._recent: dict[str, deque[Kept]] = {}  # by client, oldest first; none is empty
+        self._former: dict[str, deque[Kept]] = {}  # of clients without a record since the last turn
         self._order: list[str] = []  # the clients in `_former`, and some not any more, longest inactive last
         self.count = self.size = 0
         self.limit(most, max_bytes)
@@ -74,23 +78,18 @@ class FairRing:
         """Add a record of a client."""
         held = self._recent.get(holder)
         if held is None:
-            held = self._recent[holder] = self._former.pop(holder, [])
+            held = self._recent[holder] = self._former.pop(holder) if holder in self._former else deque()
         held.append(record)
         self.count += 1
         self.size += record[2]
         while self.count and (self.count > self._most or self.size > self._max_bytes):
             if len(held) > self._share:
                 self.count -= 1
-                self.size -= held.pop(0)[2]
+                self.size -= held.popleft()[2]
             else:
                 self._drop_former(holder)
 
-    @property
-    def is_on(self) -> bool:
-        """True if the ring keeps any record."""
-        return self._most > 0
-
-    def lists(self) -> list[list[Kept]]:
+    def lists(self) -> list[deque[Kept]]:
         """Return the records of each client, oldest first."""
         return [*self._former.values(), *self._recent.values()]
 
@@ -107,17 +106,17 @@ class FairRing:
         holder = self._order[-1]
         held = self._former[holder]
         self.count -= 1
-        self.size -= held.pop(0)[2]
+        self.size -= held.popleft()[2]
         if not held:
             del self._former[holder]
 
 
 class RequestHistory:
-    """Keeps the records of ended requests, of each outcome in a ring of its own, with a third of the bytes."""
+    """Keeps ended requests: those of each outcome apart, with a third of the bytes."""
 
     def __init__(self, limits: HistoryLimits) -> None:
-        self._limits = limits
-        self._successes, self._refusals, self._errors = (FairRing(0, 0) for _ in REQUEST_OUTCOMES)
+        self._successes: deque[Kept] = deque()
+        self._refusals, self._errors = FairRing(), FairRing()
         self._next = 0.0  # the time of the next record at the earliest
         self.change(limits)
 
@@ -129,20 +128,22 @@ class RequestHistory:
         """The limits in force."""
         return self._limits
 
-    @property
-    def rings(self) -> tuple[FairRing, ...]:
-        """The rings in the order of `REQUEST_OUTCOMES`."""
-        return self._successes, self._refusals, self._errors
-
     def change(self, limits: HistoryLimits) -> None:
         """Apply other limits, and drop what exceeds them."""
         self._limits = limits
-        for ring, most in zip(self.rings, (limits.successes, limits.refusals, limits.errors), strict=True):
-            ring.limit(most, limits.max_bytes // len(REQUEST_OUTCOMES))
+        share = limits.max_bytes // len(REQUEST_OUTCOMES)
+        self._successes = deque(self._successes, min(limits.successes, share // SUCCESS_BYTES))
+        self._refusals.limit(limits.refusals, share)
+        self._errors.limit(limits.errors, share)
 
     def sizes(self) -> dict[RequestOutcome, tuple[int, int]]:
         """Return the number of records and their bytes by outcome."""
-        return {name: (ring.count, ring.size) for name, ring in zip(REQUEST_OUTCOMES, self.rings, strict=True)}
+        successes = len(self._successes)
+        return {
+            "success": (successes, successes * SUCCESS_BYTES),
+            "refusal": (self._refusals.count, self._refusals.size),
+            "error": (self._errors.count, self._errors.size),
+        }
 
     def record(self, exchange: Exchange, now: float) -> None:
         """Keep an exchange that has ended at `now`, in seconds since the epoch, without its credential."""
@@ -150,14 +151,20 @@ class RequestHistory:
             now = self._next
         self._next = now + _APART
         exchange.credential = None
-        size = _RECORD_BYTES + _BYTES_A_CHARACTER * len(exchange.path) + _LIMIT_BYTES * len(exchange.charges)
-        ring = self._successes
-        if exchange.reason is not None or exchange.status >= _SERVER_ERROR:
-            ring = self._errors if outcome_of(exchange) == "error" else self._refusals
-            size += _BYTES_A_CHARACTER * len(exchange.detail or "")
-            size += sum([_LIMIT_BYTES + _BYTES_A_CHARACTER * len(one.detail) for one in exchange.failures])
+        if exchange.reason is None and exchange.status < _SERVER_ERROR:
+            if len(exchange.path) > MAX_SUCCESS_PATH:
+                exchange = copy(exchange)
+                exchange.path = f"{exchange.path[:MAX_SUCCESS_PATH]}..."
+            self._successes.append((now, exchange, SUCCESS_BYTES))
+            return
+        ring = self._errors if outcome_of(exchange) == "error" else self._refusals
+        texts = len(exchange.path) + len(exchange.detail or "") + sum([len(one.detail) for one in exchange.failures])
+        parts = len(exchange.charges) + len(exchange.failures)
         client = exchange.client
-        ring.add(exchange.peer if client is None else client.key, (now, exchange, size))
+        ring.add(
+            exchange.peer if client is None else client.key,
+            (now, exchange, _RECORD_BYTES + _LIMIT_BYTES * parts + _BYTES_A_CHARACTER * texts),
+        )
 
     def number_at(self, now: float) -> int:
         """Return a number that no record so far exceeds, and that is below those of all that follow.
@@ -174,15 +181,14 @@ class RequestHistory:
         Records that are older than `max_age` are left out.
         """
         since = max((after + 1) / NUMBERS, now - self._limits.max_age)
-        for ring in self.rings:
-            for held in ring.lists():
-                for count, (ended, exchange, _) in enumerate(reversed(held.copy()), 1):
-                    if ended < since:
-                        break
-                    yield _record_of(exchange, ended)
-                    if not count % _STEP:
-                        yield None
-                yield None
+        for held in (self._successes, *self._refusals.lists(), *self._errors.lists()):
+            for count, (ended, exchange, _) in enumerate(reversed(held.copy()), 1):
+                if ended < since:
+                    break
+                yield _record_of(exchange, ended)
+                if not count % _STEP:
+                    yield None
+            yield None
 
 
 def outcome_of(exchange: Exchange) -> RequestOutcome:

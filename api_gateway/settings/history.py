@@ -9,7 +9,7 @@ class HistorySection(Section):
     """What is kept in memory about the last requests, for `GET /explain/{request_id}` and `GET /history`."""
 
     enabled: bool = True
-    successes: int = Field(default=5_000, ge=0, le=100_000, description="Most records, per worker. 0: none.")
+    successes: int = Field(default=500, ge=0, le=100_000, description="Most records, per worker. 0: none.")
     refusals: int = Field(default=2_000, ge=0, le=100_000, description="The same of refused requests.")
     errors: int = Field(default=2_000, ge=0, le=100_000, description="The same of failed and aborted requests.")
     max_bytes: int = Field(

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.models import AttemptFailure, Charge, Client, Decision, Exchange, Quota
-from api_gateway.observability.request_history import MAX_RECORDED_TEXT, FairRing, HistoryLimits, RequestHistory
+from api_gateway.observability.request_history import MAX_SUCCESS_PATH, FairRing, HistoryLimits, RequestHistory
 from api_gateway.observability.request_record import Record
 
 QUOTA = Quota.per_second("FREE", 1, 10)
@@ -49,20 +50,21 @@ def test_each_outcome_has_a_ring_of_its_own() -> None:
 
 
 def test_one_client_does_not_remove_the_records_of_others() -> None:
-    history = RequestHistory(LIMITS)
-    for number in range(10):
-        history.record(ended(f"quiet-{number}", id=f"quiet-{number}"), 1 + number)
+    history, refused = RequestHistory(LIMITS), {"status": 429, "reason": "rate_limited", "source": "gateway"}
+    for number in range(5):
+        history.record(ended(f"quiet-{number}", id=f"quiet-{number}", **refused), 1 + number)
     for number in range(1000):
-        history.record(ended("busy", id=f"busy-{number}"), 20 + number / 100)
+        history.record(ended("busy", id=f"busy-{number}", **refused), 20 + number / 100)
     ids = [record.id for record in kept(history, 30)]
-    assert [one for one in ids if one.startswith("quiet")] == [f"quiet-{number}" for number in range(10)]
-    assert [one for one in ids if one.startswith("busy")] == [f"busy-{number}" for number in range(990, 1000)]
+    assert [one for one in ids if one.startswith("quiet")] == [f"quiet-{number}" for number in range(5)]
+    assert [one for one in ids if one.startswith("busy")] == [f"busy-{number}" for number in range(995, 1000)]
 
 
-def test_without_competition_one_client_has_the_whole_ring() -> None:
-    history = RequestHistory(LIMITS)
+@pytest.mark.parametrize("refused", [{}, {"status": 429, "reason": "rate_limited", "source": "gateway"}])
+def test_without_competition_one_client_has_the_whole_ring(refused: dict[str, Any]) -> None:
+    history = RequestHistory(HistoryLimits(20, 20, 20, 1_000_000, 60))
     for number in range(25):
-        history.record(ended(id=str(number)), number)
+        history.record(ended(id=str(number), **refused), number)
     assert [record.id for record in kept(history, 30)] == [str(number) for number in range(5, 25)]
 
 
@@ -101,7 +103,7 @@ def test_bytes_are_limited_also_if_each_record_is_large() -> None:
     records = kept(history, 1000)
     assert sum(size for _, size in history.sizes().values()) <= 900_000
     assert sum(len(one.path) + len(one.detail or "") for one in records) <= 900_000
-    assert {len(one.path) for one in records if one.outcome == "success"} == {MAX_RECORDED_TEXT + 3}
+    assert {len(one.path) for one in records if one.outcome == "success"} == {MAX_SUCCESS_PATH + 3}
     assert len(records) > 30
 
 
@@ -148,4 +150,4 @@ def test_a_client_that_was_not_identified_is_held_by_its_address() -> None:
     history.record(ended(client=None, decision=None, status=401, reason="credentials_invalid", source="gateway"), 1)
     (record,) = kept(history, 2)
     assert (record.peer, record.client_id, record.decision) == ("10.0.0.1", None, None)
-    assert [held[0][1].id for held in history.rings[1].lists()] == ["one"]
+    assert [held[0][1].id for held in history._refusals.lists()] == ["one"]
