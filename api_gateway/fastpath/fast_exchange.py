@@ -232,6 +232,7 @@ class FastExchange(AttemptingExchange):
         if generation != self.generation or deadline is None:
             return
         exchange, context = self.exchange, self._context
+        deadline.at = min(deadline.at, context.clock())  # the event loop may call up to a millisecond early
         is_sent = self.phase == EXCHANGING
         if (
             is_sent and attempt is not None and self.response != PAUSED

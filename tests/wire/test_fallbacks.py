@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from api_gateway.errors import (
 from api_gateway.models import Exchange, Outcome
 from api_gateway.proxy.fallback import Fallback, applies
 from tests.kit import (
+    FakeClocks,
     RawAnswer,
     RawClient,
     RawRequest,
@@ -35,6 +37,7 @@ from tests.kit import (
     eventually,
     refusing_url,
     reply,
+    running_gateway,
 )
 
 ODD = "X-Odd:  two blanks"  # which the general parser reads
@@ -333,6 +336,16 @@ def test_a_deadline_leaves_time_for_a_static_response_only(running: RunningGatew
     up.behave = is_silent
     assert get(running, "/api/timed-static").status == 203
     assert get(running, "/api/timed-other").status == 504
+
+
+def test_a_deadline_has_passed_when_its_timer_says_so(
+    sections: dict[str, Any], up: RawUpstream, tmp_path: Path
+) -> None:
+    """Timers of an event loop may fire before the clock has reached their time; here the clock stands still."""
+    up.behave = is_silent
+    with running_gateway(sections, tmp_path, FakeClocks().clocks) as running:
+        assert get(running, "/api/timed-other").status == 504
+        assert get(running, "/api/timed-static").status == 203
 
 
 @pytest.mark.parametrize(("method", "path", "body"), [("HEAD", "plain", b""), ("GET", "empty", b"")])
