@@ -15,7 +15,7 @@ from api_gateway.admin.breaker_overrides import BreakerOverrides
 from api_gateway.eventloop.pacing import each, paced
 from api_gateway.metrics import Recorder
 from api_gateway.reporting.overview import overview, upstream_row
-from api_gateway.reporting.problems import Trouble, find_problems, status_of
+from api_gateway.reporting.problems import Alert, find_problems, status_of
 from api_gateway.reporting.snapshot import UpstreamSnapshot
 from api_gateway.reporting.traffic_history import POINT_SECONDS, Point
 from api_gateway.reporting.worker_channel import Aggregator
@@ -138,7 +138,7 @@ def event(name: str, data: str) -> bytes:
     return f"event: {name}\ndata: {data}\n\n".encode()
 
 
-def _shown(problem: Trouble) -> dict[str, str]:
+def _shown(problem: Alert) -> dict[str, str]:
     return {"severity": problem.severity, "text": problem.text, "link": problem.link}
 
 

@@ -1,6 +1,7 @@
 """The endpoints of the history of requests: `/history` and `/explain/{request_id}`."""
 
 import json
+from operator import itemgetter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -51,7 +52,7 @@ async def recent_requests(
     question |= {"reason": reason, "route": route, "outcome": outcome}
     answers = await context.aggregator.query(question)
     until = min(answer["until"] for answer in answers.values)
-    rows = sorted((row for answer in answers.values for row in answer["requests"]), key=_number)
+    rows = _rows(answers, "number")
     rows = [row for row in rows if row["number"] <= until]  # the others are among those of the next page
     if after is None:
         rows = rows[-limit:]
@@ -76,7 +77,9 @@ async def explain_request(request_id: str, context: Guarded) -> Response:
     """
     limits = _limits(context)
     answers = await context.aggregator.query({"kind": "find", "id": unescaped(request_id)})
-    rows = sorted((row for answer in answers.values for row in answer["requests"]), key=_number, reverse=True)
+    rows = sorted(
+        (row for answer in answers.values for row in answer["requests"]), key=itemgetter("number"), reverse=True
+    )
     if not rows:
         raise _unknown(request_id, limits, answers)
     is_complete = answers.is_complete
@@ -97,6 +100,11 @@ def _limits(context: AdminContext) -> HistoryLimits:
     return limits
 
 
+def _rows(answers: Answers, order: str) -> list[Members]:
+    """Return the requests of all workers, sorted by a member."""
+    return sorted((row for answer in answers.values for row in answer["requests"]), key=itemgetter(order))
+
+
 def _last_complete(answers: Answers, limit: int, until: int) -> int:
     """Return the number up to which no worker has left out a request: a full page ends with its last one."""
     full: list[int] = [
@@ -107,7 +115,9 @@ def _last_complete(answers: Answers, limit: int, until: int) -> int:
 
 def _spent_by(answers: Answers) -> Members:
     """Return the requests back to the one that found the bucket full, newest first."""
-    rows = sorted((row for answer in answers.values for row in answer["requests"]), key=_started, reverse=True)
+    rows = sorted(
+        (row for answer in answers.values for row in answer["requests"]), key=itemgetter("_started"), reverse=True
+    )
     shown: list[Members] = []
     is_complete = False
     for row in rows[:MAX_SPENDING]:
@@ -128,16 +138,6 @@ def _unknown(request_id: str, limits: HistoryLimits, answers: Answers) -> NoRout
         f" {limits.successes}, {limits.refusals} and {limits.errors} of them, for {limits.max_age:g} s at most"
         " (section history of the configuration)."
     )
-
-
-def _number(row: Members) -> int:
-    number: int = row["number"]
-    return number
-
-
-def _started(row: Members) -> float:
-    started: float = row["_started"]
-    return started
 
 
 def _json(view: Members) -> Response:

@@ -19,7 +19,6 @@ from api_gateway.observability.request_record import (
     Decided,
     Record,
     charged_cost,
-    number_of,
     tokens_after,
 )
 from api_gateway.rate_limiter import NEVER_NS
@@ -51,11 +50,18 @@ class HistoryQueries:
         return self._list(question)
 
     def _find(self, request_id: str) -> Steps[Members]:
-        found = yield from self._select(lambda record: record.id == request_id)
+        kept = {outcome: count for outcome, (count, _) in self._history.sizes().items()}
+        found: list[Record] = []
+        oldest: float | None = None
+        for record in self._history.records(self._wall_clock()):
+            if record is None:
+                yield
+                continue
+            if oldest is None or record.ended < oldest:
+                oldest = record.ended
+            if record.id == request_id:
+                found.append(record)
         latest = nlargest(MAX_FOUND, found, key=_ended)
-        sizes = self._history.sizes()
-        oldest = yield from self._oldest()
-        kept = {outcome: count for outcome, (count, _) in sizes.items()}
         return {"requests": [_explained(record) for record in latest], "kept": kept, "oldest": oldest}
 
     def _list(self, question: Mapping[str, Any]) -> Steps[Members]:
@@ -89,16 +95,6 @@ class HistoryQueries:
             elif matches(record):
                 found.append(record)
         return found
-
-    def _oldest(self) -> Steps[float | None]:
-        """Return the end of the oldest record, in seconds since the epoch."""
-        oldest: float | None = None
-        for record in self._history.records(self._wall_clock()):
-            if record is None:
-                yield
-            elif oldest is None or record.ended < oldest:
-                oldest = record.ended
-        return oldest
 
 
 def _ended(record: Record) -> float:
@@ -295,7 +291,7 @@ def _spending(record: Record, key: str) -> Members:
     before = None if after is None else after + charged_cost(charged)
     settled = decision.settled and charged.own_cost is None
     return {
-        "number": number_of(record.ended),
+        "number": record.number,
         "time": wall_time(record.ended),
         "request_id": _text(record.id),
         "client_id": _text(record.client_id),

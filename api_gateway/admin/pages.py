@@ -1,7 +1,6 @@
 """The pages for browsers: the dashboard, the documentation of the API, and the list of pages at `/`.
 
-Static files without data, so they need no token. They are read at the first request and kept (0.4 MB); a gateway whose
-pages nobody opens does not read them.
+Static files without data, so they need no token. They are read at the first request for one, and kept (0.4 MB).
 """
 
 import hashlib

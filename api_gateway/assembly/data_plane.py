@@ -243,7 +243,7 @@ def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozen
 
 
 def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    """Return what is told of each ended exchange.
+    """Return the observers of ended exchanges.
 
     Every data plane returns slots, as a request ends under the configuration that it began with.
     """

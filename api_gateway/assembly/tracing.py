@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 from api_gateway._version import __version__
 from api_gateway.clients.api_keys import without_keys
@@ -21,7 +20,7 @@ from api_gateway.observability.trace_exporter import TraceExporter
 from api_gateway.observability.trace_sender import OtlpSender
 from api_gateway.observability.tracing import Parent, Sampling, Tracer
 from api_gateway.reporting.prometheus_families import DURATION_BOUNDS
-from api_gateway.settings.tracing import TRACES_PATH, TracingSection, collector_url, header_pairs
+from api_gateway.settings.tracing import TRACES_PATH, TracingSection, collector_url, decoded_pairs, header_pairs
 from api_gateway.system.clocks import Clocks
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,6 @@ class Tracing:
         self._recorder = recorder
         self._clocks = clocks
         self._exporter: TraceExporter | None = None
-        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<Tracing [{'off' if self.tracer is None else self._exporter}]>"
@@ -103,7 +101,7 @@ class Tracing:
 
     @property
     def observers(self) -> list[Callable[[Exchange], None]]:
-        """What is to be told of ended exchanges."""
+        """The observers of ended exchanges."""
         return [] if self.tracer is None else [self.tracer.record]
 
     def _export(self, exchange: Exchange) -> None:
@@ -185,21 +183,16 @@ class _Variables:
 
     def pairs(self, name: str) -> dict[str, str]:
         """Return a list such as `a=1,b=2`, whose values are percent-encoded."""
-        found = {}
-        for item in filter(None, (one.strip() for one in self.text(name).split(","))):
-            key, separator, value = item.partition("=")
-            if not separator or not key.strip():
-                logger.warning("environment %s: must be pairs such as key=value, separated by commas; ignored", name)
-                return {}
-            found[unquote(key.strip())] = unquote(value.strip())
-        return found
+        return self._read(name, decoded_pairs)
 
     def headers(self) -> dict[str, str]:
         """Return the header fields of requests to the collector."""
         own = "OTEL_EXPORTER_OTLP_TRACES_HEADERS"
-        name = own if self.text(own) else "OTEL_EXPORTER_OTLP_HEADERS"
+        return self._read(own if self.text(own) else "OTEL_EXPORTER_OTLP_HEADERS", header_pairs)
+
+    def _read(self, name: str, read: Callable[[str], dict[str, str]]) -> dict[str, str]:
         try:
-            return header_pairs(self.text(name))
+            return read(self.text(name))
         except ValueError as error:
             logger.warning("environment %s: %s; ignored", name, error)
             return {}

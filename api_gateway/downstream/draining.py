@@ -45,8 +45,8 @@ def owes_response(owner: ConnectionOwner) -> bool:
     """Tell whether a client that has ended its side gets the responses that are due.
 
     It does if it has sent a complete request that announces this end, by `Connection: close` or as one of HTTP/1.0
-    (RFC 9112 section 9.6), wherever that request is: served, queued or held. Any other end means that the client has
-    disconnected, because TCP reports both alike: nobody reads the response, and a stream would not end.
+    (RFC 9112 section 9.6), wherever that request is: served, queued or held. Any other end counts as a disconnect. TCP
+    reports both alike, and for a client that has disconnected, a stream would be forwarded without end.
     """
     exchange, last = owner.exchange, owner.pipeline.last
     if owner.state.is_ending:

@@ -1,8 +1,8 @@
 """The operations of token_bucket.lua on leases: how many requests of a key each worker has in flight.
 
 The leases of a key are one value: for each worker its name, the epoch, the number of requests, and the end of the
-lease in milliseconds since 1970. A request is counted by the script call that charges its buckets. Its end is one more
-operation, for which nobody waits.
+lease in milliseconds since 1970. A request is counted by the script call that charges its buckets. Its end is
+another operation, whose reply no request waits for.
 """
 
 import asyncio

@@ -164,8 +164,8 @@ class PeriodCounters:
     """Counters by key: at most `limit` of verified keys, and as many of unverified ones (see `Charge`).
 
     Beyond that, new keys of a kind share `OVERFLOW_COUNTERS` counters of each quota, selected by hash: a shared
-    counter admits no more for all its keys together than for one. The kinds share nothing, so invented keys take no
-    room from verified ones and use up no allowance of theirs. A key whose client is registered meanwhile keeps its
+    counter admits no more for all its keys together than for one. The kinds share nothing, so invented keys
+    take neither room nor tokens from verified ones. A key whose client is registered meanwhile keeps its
     counter.
 
     `unverified` is the number of counters of unverified keys. `changed` are the keys that were changed since the last

@@ -114,17 +114,12 @@ class SpanEncoder:
         )
         own = [
             common,
-            _SPAN(
-                b"\x0a\x10",
-                bytes.fromhex(trace.trace_id),
-                b"\x12\x08",
-                bytes.fromhex(trace.span_id),
-                b"\x39",
-                round((exchange.started + offset) * NANOSECONDS),
-                b"\x41",
-                round((exchange.finished + offset) * NANOSECONDS),
-                b"\x85\x01",
-                int(trace.flags, 16) | (_REMOTE_PARENT if trace.parent_id else _LOCAL_PARENT),
+            _own_part(
+                trace,
+                trace.span_id,
+                exchange.started + offset,
+                exchange.finished + offset,
+                _REMOTE_PARENT if trace.parent_id else _LOCAL_PARENT,
             ),
             _text(_PATH, self._redact(exchange.path)),
             _text(_REQUEST_ID, self._redact(exchange.id)),
@@ -160,18 +155,7 @@ class SpanEncoder:
         return b"".join(
             (
                 common,
-                _SPAN(
-                    b"\x0a\x10",
-                    bytes.fromhex(trace.trace_id),
-                    b"\x12\x08",
-                    bytes.fromhex(attempt.span_id),
-                    b"\x39",
-                    round((attempt.started + offset) * NANOSECONDS),
-                    b"\x41",
-                    round((ended + offset) * NANOSECONDS),
-                    b"\x85\x01",
-                    int(trace.flags, 16) | _LOCAL_PARENT,
-                ),
+                _own_part(trace, attempt.span_id, attempt.started + offset, ended + offset, _LOCAL_PARENT),
                 _PARENT % bytes.fromhex(trace.span_id),
                 _text(_FULL_URL, attempt.target + self._redact(path)),
             )
@@ -182,6 +166,22 @@ def rejected_spans(response: bytes) -> tuple[int, str]:
     """Return how many spans a collector has rejected, and why, by the body of its successful response."""
     partial = ExportTraceServiceResponse.FromString(response).partial_success
     return partial.rejected_spans, partial.error_message
+
+
+def _own_part(trace: Trace, span_id: str, started: float, ended: float, parent: int) -> bytes:
+    """Return ids, times (seconds since the epoch) and flags of a span. `parent` says where its parent is."""
+    return _SPAN(
+        b"\x0a\x10",
+        bytes.fromhex(trace.trace_id),
+        b"\x12\x08",
+        bytes.fromhex(span_id),
+        b"\x39",
+        round(started * NANOSECONDS),
+        b"\x41",
+        round(ended * NANOSECONDS),
+        b"\x85\x01",
+        int(trace.flags, 16) | parent,
+    )
 
 
 @lru_cache(maxsize=MAX_REMEMBERED_PARTS)

@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 ADMIN_CONNECTIONS = 256  # to the operator listener
 _STEP = 0.1  # seconds between checks of `force_exit`
-SERVING = "serving"  # what the service manager shows
 PROCESS_STOP_MARGIN = 3.0  # seconds that the process may take after its drain time
 
 
@@ -67,7 +66,7 @@ class GatewayServer(uvicorn.Server):
     ) -> None:
         """`is_watched`: a change of the files of `read` triggers a reload. The others are as in `create_app`.
 
-        `manager` is told the states of the process; it may have passed the sockets to listen on.
+        `manager` is notified of the state of the process, and may provide the sockets to listen on.
         """
         self._stop_requested = asyncio.Event()
         self._settings = config
@@ -158,12 +157,8 @@ class GatewayServer(uvicorn.Server):
         task.add_done_callback(self._reloads.discard)
 
     async def _reload(self, origin: str) -> ReloadOutcome:
-        self._manager.reloading()
-        try:
-            outcome = await self._aggregator.reload(origin)
-        finally:
-            self._manager.ready(SERVING)
-        return outcome
+        with self._manager.reloading():
+            return await self._aggregator.reload(origin)
 
     def _apply_configuration(self, config: GatewayConfig) -> None:
         """Apply the server's settings of a reloaded configuration. Open connections keep their limits."""
@@ -192,7 +187,7 @@ class GatewayServer(uvicorn.Server):
     def announce(self) -> None:
         """Print the startup message."""
         print(startup_banner(self._settings, self._sockets), flush=True)
-        self._manager.ready(SERVING)
+        self._manager.ready()
 
     @property
     def exit_code(self) -> int:

@@ -22,7 +22,7 @@ from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
 from api_gateway.process.message_log import change_logging
-from api_gateway.process.server import SERVING, stop_within, watchdog_of
+from api_gateway.process.server import stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import ReloadOutcome, ReloadState
@@ -138,8 +138,8 @@ class Supervisor:
     ) -> None:
         """`read` reads the configuration again; it raises ConfigError.
 
-        `is_watched`: a change of its files triggers a reload. `manager` is told the states of the gateway; it may
-        have passed the sockets to listen on.
+        `is_watched`: a change of its files triggers a reload. `manager` is notified of the state of the gateway, and
+        may provide the sockets to listen on.
         """
         self._manager = manager or ServiceManager()
         self._watch: ConfigWatch | None = None
@@ -203,7 +203,7 @@ class Supervisor:
         self._stack.push_async_callback(self._stop_all)
         await self._start_all()
         print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - the startup message
-        self._manager.ready(SERVING)
+        self._manager.ready()
         async with asyncio.TaskGroup() as group:
             for slot in self._slots:
                 group.create_task(self._respawn(slot), name=f"post {slot.number}")
@@ -356,11 +356,8 @@ class Supervisor:
             await do()
 
     async def _reload_by_signal(self) -> None:
-        self._manager.reloading()
-        try:
+        with self._manager.reloading():
             await self._reloader.reload("SIGHUP")
-        finally:
-            self._manager.ready(SERVING)
 
     async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration in all workers, or in none; UNAVAILABLE during a rolling restart or a stop."""

@@ -163,7 +163,7 @@ def screen_lines(figures: JsonObject) -> list[str]:
 
 
 def _gravity(upstream: JsonObject) -> tuple[int, int]:
-    """Return the place of an upstream: those in trouble first, then the busiest."""
+    """Return the sort key of an upstream: failing ones come first, then the busiest."""
     return ("fail", "warn", "pass").index(upstream["status"]), -upstream["calls_last_60s"]
 
 

@@ -59,7 +59,7 @@ class SpendingRequest(Body):
 
 
 class SpentTokens(Body):
-    """Who has spent the tokens of a limit that has refused a request."""
+    """The requests that spent the tokens of a limit before it refused a request."""
 
     requests: list[SpendingRequest] = Field(
         description="Newest first, back to the one that found the limit full; at most 100."

@@ -35,15 +35,15 @@ REFUSALS = frozenset(kind.reason.value for kind in _kinds(GatewayError) if kind.
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """A problem. `link` is the page of the dashboard that shows its cause, as the fragment of its URL."""
+class Alert:
+    """A present problem. `link` is the page of the dashboard that shows its cause, as the fragment of its URL."""
 
     severity: Literal["fail", "warn"]
     text: str
     link: str
 
 
-def find_problems(snapshot: WorkerSnapshot, points: Sequence[Point], modes_error: str | None) -> list[Trouble]:
+def find_problems(snapshot: WorkerSnapshot, points: Sequence[Point], modes_error: str | None) -> list[Alert]:
     """Return the problems, the gravest first; `modes_error` is why the file of modes cannot be used."""
     found = [*_of_gateway(snapshot, modes_error), *_of_traffic(points)]
     for name, upstream in snapshot.upstreams.items():
@@ -51,17 +51,17 @@ def find_problems(snapshot: WorkerSnapshot, points: Sequence[Point], modes_error
     found.sort(key=lambda problem: problem.severity != "fail")
     if len(found) > MAX_PROBLEMS:
         rest = len(found) - MAX_PROBLEMS + 1
-        found[MAX_PROBLEMS - 1 :] = [Trouble("warn", f"{rest} more problems are not listed.", "#/upstreams")]
+        found[MAX_PROBLEMS - 1 :] = [Alert("warn", f"{rest} more problems are not listed.", "#/upstreams")]
     return found
 
 
-def status_of(problems: Sequence[Trouble]) -> Status:
+def status_of(problems: Sequence[Alert]) -> Status:
     """Return the gravest severity, `pass` if nothing is wrong."""
     words = {problem.severity for problem in problems}
     return "fail" if "fail" in words else "warn" if words else "pass"
 
 
-def _of_gateway(snapshot: WorkerSnapshot, modes_error: str | None) -> Iterator[Trouble]:
+def _of_gateway(snapshot: WorkerSnapshot, modes_error: str | None) -> Iterator[Alert]:
     state = snapshot.limiter
     if state.decision_source not in ("memory", "store"):
         cause = f": {_short(state.last_error)}" if state.last_error else ""
@@ -70,55 +70,53 @@ def _of_gateway(snapshot: WorkerSnapshot, modes_error: str | None) -> Iterator[T
             "allow": "requests are admitted without limits",
             "deny": "requests are refused",
         }.get(state.decision_source, f"decisions come from '{state.decision_source}'")
-        yield Trouble("fail", f"The store of limits is unavailable; {how}{cause}.", "#/configuration/store")
+        yield Alert("fail", f"The store of limits is unavailable; {how}{cause}.", "#/configuration/store")
     if state.warning is not None:
-        yield Trouble("warn", f"Limits may be inexact: {_short(state.warning)}.", "#/configuration/store")
+        yield Alert("warn", f"Limits may be inexact: {_short(state.warning)}.", "#/configuration/store")
     if snapshot.client_store_error is not None:
         error = _short(snapshot.client_store_error)
-        yield Trouble("warn", f"The client store is unavailable, so tiers cannot be changed: {error}.", "#/clients")
+        yield Alert("warn", f"The client store is unavailable, so tiers cannot be changed: {error}.", "#/clients")
     if snapshot.configuration.problems:
         first, *others = snapshot.configuration.problems
         more = f" (and {len(others)} more)" if others else ""
-        yield Trouble(
+        yield Alert(
             "warn",
             f"The last reload failed, so the former configuration is in force: {_short(first)}{more}.",
             "#/configuration",
         )
     if modes_error is not None:
-        yield Trouble("warn", f"The file of breaker modes cannot be used: {_short(modes_error)}.", "#/upstreams")
+        yield Alert("warn", f"The file of breaker modes cannot be used: {_short(modes_error)}.", "#/upstreams")
     if snapshot.lag >= HIGH_LAG:
-        yield Trouble("warn", f"The event loop is {snapshot.lag * 1000:.0f} ms late; requests wait for that.", "#/")
+        yield Alert("warn", f"The event loop is {snapshot.lag * 1000:.0f} ms late; requests wait for that.", "#/")
     for resource in snapshot.resources:
         if resource.status == "warn":
             where = f" of upstream '{resource.upstream}'" if resource.upstream else ""
             used = f"{resource.in_use} of {resource.limit}"
             link = _upstream_link(resource.upstream) if resource.upstream else "#/"
-            yield Trouble("warn", f"Nearly all {resource.resource}{where} are in use: {used}.", link)
+            yield Alert("warn", f"Nearly all {resource.resource}{where} are in use: {used}.", link)
 
 
-def _of_traffic(points: Sequence[Point]) -> Iterator[Trouble]:
+def _of_traffic(points: Sequence[Point]) -> Iterator[Alert]:
     recent = points[-RECENT_POINTS:]
     requests, refused, errors = (sum(point[name] for point in recent) for name in ("requests", "refused", "errors"))
     kinds: Counter[str] = Counter()
     for point in recent:
         kinds.update(point["kinds"])
     if kinds[_SHED]:
-        yield Trouble(
-            "fail", f"{kinds[_SHED]} requests were refused in the last minute because of load.", "#/upstreams"
-        )
+        yield Alert("fail", f"{kinds[_SHED]} requests were refused in the last minute because of load.", "#/upstreams")
     if kinds[_NO_KEYS]:
         text = f"{kinds[_NO_KEYS]} requests were refused in the last minute for want of an issuer's keys."
-        yield Trouble("fail", text, "#/configuration/identity")
+        yield Alert("fail", text, "#/configuration/identity")
     if requests < MIN_REQUESTS:
         return
     if errors / requests >= HIGH_ERRORS:
         kind = _most(kinds, gateway_refusals=False)
-        yield Trouble(
+        yield Alert(
             "fail", f"{_percent(errors, requests)} of the last minute's requests had an error 5xx{kind}.", "#/"
         )
     if refused / requests >= HIGH_REFUSALS:
         kind = _most(kinds, gateway_refusals=True)
-        yield Trouble(
+        yield Alert(
             "warn", f"{_percent(refused, requests)} of the last minute's requests were refused{kind}.", "#/clients"
         )
 
@@ -129,37 +127,37 @@ def _most(kinds: Mapping[str, int], *, gateway_refusals: bool) -> str:
     return f", mostly {max(chosen, key=chosen.__getitem__)}" if chosen else ""
 
 
-def _of_upstream(name: str, upstream: UpstreamSnapshot) -> Iterator[Trouble]:
+def _of_upstream(name: str, upstream: UpstreamSnapshot) -> Iterator[Alert]:
     link, breaker = _upstream_link(name), upstream.breaker
     if breaker.mode is Mode.FORCED_OPEN:
-        yield Trouble("fail", f"An operator has forced the breaker of '{name}' open; it refuses all requests.", link)
+        yield Alert("fail", f"An operator has forced the breaker of '{name}' open; it refuses all requests.", link)
     elif breaker.mode is Mode.FORCED_CLOSED:
-        yield Trouble("warn", f"An operator has forced the breaker of '{name}' closed; it protects nothing.", link)
+        yield Alert("warn", f"An operator has forced the breaker of '{name}' closed; it protects nothing.", link)
     elif breaker.mode is Mode.OBSERVE:
-        yield Trouble("warn", f"The breaker of '{name}' only observes; it refuses nothing.", link)
+        yield Alert("warn", f"The breaker of '{name}' only observes; it refuses nothing.", link)
     if breaker.mode in (Mode.AUTO, Mode.OBSERVE) and breaker.state is State.OPEN:
         cause = f": {_short(breaker.opened_cause)}" if breaker.opened_cause else ""
-        yield Trouble("fail", f"The breaker of '{name}' is open{cause}.", link)
+        yield Alert("fail", f"The breaker of '{name}' is open{cause}.", link)
     elif breaker.mode is Mode.AUTO and breaker.state is State.HALF_OPEN:
-        yield Trouble("warn", f"The breaker of '{name}' is half-open: it admits only probes.", link)
+        yield Alert("warn", f"The breaker of '{name}' is half-open: it admits only probes.", link)
     healthy = [target for target in upstream.targets if target.is_healthy]
     if not healthy and upstream.targets:
-        yield Trouble("fail", f"No target of '{name}' passes its health checks.", link)
+        yield Alert("fail", f"No target of '{name}' passes its health checks.", link)
     for target in upstream.targets:
         yield from _of_target(name, target, link, is_alone=not healthy)
     for host in upstream.names:
         if host.error is not None:
-            yield Trouble("warn", f"The name {host.host} of '{name}' was not resolved: {_short(host.error)}.", link)
+            yield Alert("warn", f"The name {host.host} of '{name}' was not resolved: {_short(host.error)}.", link)
 
 
-def _of_target(name: str, target: TargetSnapshot, link: str, *, is_alone: bool) -> Iterator[Trouble]:
+def _of_target(name: str, target: TargetSnapshot, link: str, *, is_alone: bool) -> Iterator[Alert]:
     severity: Literal["fail", "warn"] = "fail" if is_alone else "warn"
     if not target.is_healthy:
         cause = f": {_short(target.checks.last_error)}" if target.checks.last_error else ""
-        yield Trouble(severity, f"Target {target.key} of '{name}' fails its health checks{cause}.", link)
+        yield Alert(severity, f"Target {target.key} of '{name}' fails its health checks{cause}.", link)
     if target.passive is not None and target.passive.is_ejected:
         cause = f": {_short(target.passive.opened_cause)}" if target.passive.opened_cause else ""
-        yield Trouble("warn", f"Target {target.key} of '{name}' is ejected{cause}.", link)
+        yield Alert("warn", f"Target {target.key} of '{name}' is ejected{cause}.", link)
 
 
 def _upstream_link(name: str) -> str:

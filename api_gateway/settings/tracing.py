@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, SecretStr
 from api_gateway.settings.secret import MAY_HOLD_PASSWORD, Secret, SecretFile
 from api_gateway.settings.setting_types import HEADER_NAME, Seconds, Section
 
+_NOT_PAIRS = "must be pairs such as name=value, separated by commas"
 TRACES_PATH = "/v1/traces"  # of a collector, by the OTLP specification
 
 
@@ -28,17 +29,24 @@ def collector_url(url: str) -> str:
     return url if path else f"{url.removesuffix(slash)}{TRACES_PATH}"
 
 
-def header_pairs(text: str) -> dict[str, str]:
-    """Return the fields in a list such as `a=1,b=2`, whose values are percent-encoded. Messages quote nothing."""
+def decoded_pairs(text: str) -> dict[str, str]:
+    """Return the pairs of a list such as `a=1,b=2`, which are percent-encoded. Messages quote nothing."""
     found = {}
     for item in filter(None, (one.strip() for one in text.split(","))):
         name, separator, value = item.partition("=")
-        name, value = unquote(name.strip()), unquote(value.strip())
-        if not separator or re.fullmatch(HEADER_NAME, name) is None:
-            raise ValueError("must be pairs such as name=value, separated by commas")
-        if not value.isascii() or not value.isprintable():
-            raise ValueError("must have values of visible ASCII characters")
-        found[name] = value
+        if not separator or not name.strip():
+            raise ValueError(_NOT_PAIRS)
+        found[unquote(name.strip())] = unquote(value.strip())
+    return found
+
+
+def header_pairs(text: str) -> dict[str, str]:
+    """Return the header fields in such a list."""
+    found = decoded_pairs(text)
+    if any(re.fullmatch(HEADER_NAME, name) is None for name in found):
+        raise ValueError(_NOT_PAIRS)
+    if any(not value.isascii() or not value.isprintable() for value in found.values()):
+        raise ValueError("must have values of visible ASCII characters")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The service manager (systemd): it is told the state of the process, and may open the sockets to listen on.
+"""The service manager (systemd): it is notified of the state of the process, and may open the sockets to listen on.
 
 See sd_notify(3) and sd_listen_fds(3). Without a service manager nothing is sent.
 """
@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
 from api_gateway.errors import StartupError
 
@@ -19,7 +20,7 @@ _FIRST_DESCRIPTOR = 3  # of those that are passed
 
 
 class ServiceManager:
-    """What the process tells its service manager, and `passed`: the sockets that it opened, each with its name."""
+    """Notifications to the service manager, and `passed`: the sockets that it opened, each with its name."""
 
     def __init__(self, address: str | None = None, passed: list[tuple[str, socket.socket]] | None = None) -> None:
         """`address` None: nothing is sent."""
@@ -43,16 +44,21 @@ class ServiceManager:
         named += ["unknown"] * (int(count) - len(named))
         return cls(address, [(name, _passed(number, name)) for number, name in enumerate(named, _FIRST_DESCRIPTOR)])
 
-    def ready(self, status: str) -> None:
-        """Tell that the gateway serves, also after a reload. `status` is shown by `systemctl status`."""
-        self._send("READY=1", f"STATUS={_one_line(status)}")
+    def ready(self) -> None:
+        """Notify that the gateway serves."""
+        self._send("READY=1", "STATUS=serving")
 
-    def reloading(self) -> None:
-        """Tell that a reload has begun, which `ready` ends."""
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Notify that a reload begins and, after the block, that the gateway serves: also if the reload has failed."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", "STATUS=reloading")
+        try:
+            yield
+        finally:
+            self.ready()
 
     def stopping(self, within: float) -> None:
-        """Tell that the gateway drains, for `within` seconds at most."""
+        """Notify that the gateway drains, for `within` seconds at most."""
         self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(within * 1e6)}", "STATUS=draining")
 
     def _send(self, *lines: str) -> None:
@@ -79,7 +85,3 @@ def _passed(number: int, name: str) -> socket.socket:
         sock.close()
         raise StartupError(f"{what}, which is no listening stream socket; use ListenStream=")
     return sock
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -8,7 +8,7 @@ import pytest
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.models import LimiterState
 from api_gateway.reload.outcome import ReloadState
-from api_gateway.reporting.problems import MAX_PROBLEMS, Trouble, find_problems, status_of
+from api_gateway.reporting.problems import MAX_PROBLEMS, Alert, find_problems, status_of
 from api_gateway.reporting.snapshot import (
     BreakerSnapshot,
     HostNameSnapshot,
@@ -187,4 +187,4 @@ def test_the_gravest_come_first_and_their_number_is_limited() -> None:
     found = find_problems(down, [], None)
     assert len(found) == MAX_PROBLEMS
     assert found[0].severity == "fail"
-    assert found[-1] == Trouble("warn", "302 more problems are not listed.", "#/upstreams")
+    assert found[-1] == Alert("warn", "302 more problems are not listed.", "#/upstreams")
