@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--custom-compile-command "make lock"
-.PHONY: help check format unit wire test heavy interop cover compiled run load bench scale chaos soak fuzz mutations probe heads lives lock audit
+.PHONY: help check format unit wire test heavy interop cover compiled run load bench scale chaos soak fuzz mutations probe heads lives site lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -49,6 +49,9 @@ heads:   ## a million request heads, read by both parsers: make heads COUNT=1000
 	python -m tests.unit.test_request_heads $(or $(COUNT),1000000) $(or $(SEED),1)
 lives:   ## a million requests in random lives of a client's connection: make lives COUNT=130000 SEED=0 (the number of the first)
 	python -m tests.unit.test_connection_walk $(or $(COUNT),130000) $(or $(SEED),0)
+site:    ## the documentation as a web site in site/ (extra "site")
+	rm -rf build/site && mkdir -p build/site && git ls-files README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs examples | \
+	xargs cp --parents -t build/site && zensical build --clean --strict
 lock:    ## update the lock files from pyproject.toml; UPGRADE=--upgrade selects newer versions (extra "release")
 	$(COMPILE) pyproject.toml --output-file requirements.lock
 	$(COMPILE) --constraints requirements.lock --extra dev pyproject.toml --output-file requirements-dev.lock
