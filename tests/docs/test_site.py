@@ -41,7 +41,7 @@ def test_the_site_is_built_without_a_warning_and_its_links_resolve(tmp_path: Pat
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "No issues found" in run.stdout
+    assert "No issues found" in run.stdout + run.stderr
     site = tmp_path / PROJECT["site_dir"]
     pages = {name: re.sub(r"README\.md$", "index.md", name).replace(".md", ".html") for name in NAMES}
     links = [(page, link) for page in pages.values() for link in LINK.findall((site / page).read_text())]
