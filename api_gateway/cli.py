@@ -19,6 +19,7 @@ _VIEWS = "api_gateway.process.view_commands", "run_view"
 COMMANDS = {
     "keys": ("api_gateway.process.key_commands", "run_keys", False),
     "replay": ("api_gateway.replay.command", "run_replay", False),
+    "schema": ("api_gateway.process.schema_command", "run_schema", False),
     "top": ("api_gateway.process.top_command", "run_top", False),
     **dict.fromkeys(("tail", "explain", "clients", "breakers", "limits"), (*_VIEWS, True)),
 }
@@ -74,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         metavar="COMMAND",
-        help="version; keys: manage API keys; replay: try limits on an access log; of a running gateway: top, a live"
+        help="version; schema: the JSON Schema of configuration files; keys: manage API keys; replay: try limits on an"
+        " access log; of a running gateway: top, a live"
         " screen; tail, its requests; explain, a request; clients, breakers, limits. See --help of each",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: $GATEWAY_CONFIG, or none)")

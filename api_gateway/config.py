@@ -94,6 +94,10 @@ def _folder(given: Any) -> Any:
     return Path(given).expanduser() if isinstance(given, str) else given
 
 
+# In a file, null removes a default tier; `GatewayConfig._complete` has removed it before the validation.
+_WrittenTiers = BeforeValidator(lambda tiers: tiers, json_schema_input_type=dict[Identifier, TierSection | None])
+
+
 class GatewayConfig(BaseSettings):
     """The whole configuration. Built directly, it reads the environment but no file; see `load_config`."""
 
@@ -106,19 +110,31 @@ class GatewayConfig(BaseSettings):
 
     server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
-    state_dir: Annotated[Path, BeforeValidator(_folder)] = Field(
+    state_dir: Annotated[Path, BeforeValidator(_folder, json_schema_input_type=Path | None)] = Field(
         default=Path(), description="None: a folder by the name of the configuration file, see `system.state_folder`."
     )
     admin: AdminSection = AdminSection()
     identity: IdentitySection = IdentitySection()
     address_limit: AddressLimitSection = AddressLimitSection()
-    tiers: dict[Identifier, TierSection] = Field(default={}, validate_default=True)
-    default_tier: TierName = "FREE"
-    clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
+    tiers: Annotated[dict[Identifier, TierSection], _WrittenTiers] = Field(
+        default={},
+        validate_default=True,
+        description="Tiers by name, in any case. None removes a default tier, of which single settings may be set.",
+    )
+    default_tier: TierName = Field(default="FREE", description="The tier of clients that have none of their own.")
+    clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = Field(
+        default={}, description="Registered clients by id."
+    )
     limits: list[LimitSection] = Field(default=[], description="Besides those of tiers and addresses.")
     webhook: WebhookSection = WebhookSection()
-    upstreams: dict[Identifier, UpstreamSection] = {}
-    routes: list[RouteSection] = []
+    upstreams: dict[Identifier, UpstreamSection] = Field(
+        default={},
+        description="Upstreams by name, each a section or the URL of its only target. {}: demo services are started.",
+    )
+    routes: list[RouteSection] = Field(
+        default=[],
+        description="Which requests go to which upstream. Without any, each upstream has a route /api/NAME.",
+    )
     addresses: AddressesSection = AddressesSection()
     cors: CorsSection | None = Field(default=None, description="For all routes that have no setting of their own.")
     metrics: MetricsSection = MetricsSection()

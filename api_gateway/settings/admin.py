@@ -22,8 +22,10 @@ OperatorToken = Annotated[Secret, AfterValidator(_long_enough)]
 class TokenSection(Section):
     """A named operator token. `read` permits views and metrics, `operate` also changes (tiers, modes, reload)."""
 
-    role: Literal["read", "operate"] = "read"
-    token: OperatorToken | None = None
+    role: Literal["read", "operate"] = Field(
+        default="read", description="read: views and metrics. operate: changes too."
+    )
+    token: OperatorToken | None = Field(default=None, description="The token, of at least 8 characters.")
     token_file: SecretFile = None
 
     @model_validator(mode="after")

@@ -4,10 +4,10 @@ import re
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from api_gateway.models import KEY_PREFIX, Instant
-from api_gateway.settings.setting_types import Identifier, NetworkSetting, Section, TierName
+from api_gateway.settings.setting_types import Identifier, NetworkSetting, Rate, Section, TierName
 
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 
@@ -15,23 +15,29 @@ _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 class AddressLimitSection(Section):
     """The second bucket of unregistered clients: one for each address. `rate: 0` disables it."""
 
-    rate: float = Field(default=100, ge=0, le=1_000_000)
-    capacity: int = Field(default=1000, ge=1, le=1_000_000_000)
-    exempt: list[NetworkSetting] = Field(default=[IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")])
+    rate: Rate = Field(default=100, ge=0, le=1_000_000, description="Tokens per second. 0: no such bucket.")
+    capacity: int = Field(default=1000, ge=1, le=1_000_000_000, description="The maximum number of tokens.")
+    exempt: list[NetworkSetting] = Field(
+        default=[IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")],
+        description="Networks whose requests are not charged.",
+    )
 
 
 class CandidateSection(Section):
     """A candidate quota for a tier: it is evaluated beside the quota in force and only counted."""
 
-    rate: float = Field(gt=0, le=1_000_000)
-    capacity: int = Field(ge=1, le=1_000_000_000)
+    rate: Rate = Field(gt=0, le=1_000_000, description="Tokens per second.")
+    capacity: int = Field(ge=1, le=1_000_000_000, description="The maximum number of tokens.")
 
 
 class TierSection(Section):
     """A tier: `rate` in tokens per second, `capacity` in tokens, and its priority under overload."""
 
-    rate: float = Field(gt=0, le=1_000_000)
-    capacity: int = Field(ge=1, le=1_000_000_000)
+    # Of the default tiers, one setting may be changed alone.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required"))
+
+    rate: Rate = Field(gt=0, le=1_000_000, description="Tokens per second.")
+    capacity: int = Field(ge=1, le=1_000_000_000, description="The maximum number of tokens.")
     priority: int | None = Field(
         default=None,
         ge=0,

@@ -292,7 +292,9 @@ def _example(annotation: Any) -> str:
     """Return an example of a section: its required settings, or else its first optional one."""
     fields = unwrapped(annotation).model_fields
     keys = [name for name, field in fields.items() if field.is_required()] or list(fields)[:1]
-    return f", such as {{{', '.join(f'{key}: ...' for key in keys)}}}"
+    shorthand = getattr(unwrapped(annotation), "shorthand", None)
+    alone = "" if shorthand is None else f" or {shorthand.example}"
+    return f", such as {{{', '.join(f'{key}: ...' for key in keys)}}}{alone}"
 
 
 _MESSAGES = {

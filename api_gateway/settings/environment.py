@@ -105,7 +105,7 @@ def _set(values: dict[str, Any], place: KeyPath, text: str, model: type[BaseMode
     """Set a value at its place; return what is wrong with it, or None."""
     value: Any = text
     kind = unwrapped(type_at(model, place))
-    if _is_nested(kind):
+    if _is_nested(kind) and not (_has_shorthand(kind) and not text.lstrip().startswith("{")):
         try:
             value = json.loads(text, object_pairs_hook=_unique)
         except ValueError as error:
@@ -128,6 +128,10 @@ def _set(values: dict[str, Any], place: KeyPath, text: str, model: type[BaseMode
 
 def _is_nested(kind: Any) -> bool:
     return get_origin(kind) in (list, dict) or (isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+def _has_shorthand(kind: Any) -> bool:
+    return getattr(kind, "shorthand", None) is not None
 
 
 class _GivenTwice(ValueError):

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from api_gateway.settings.jwt import JwtSection
-from api_gateway.settings.setting_types import OWN_HEADER, Section
+from api_gateway.settings.setting_types import OWN_HEADER, Duration, Section
 
+_WrittenMode = Literal["enforce", "observe", "header"]
 SourceName = Literal["api_key", "jwt", "header", "address"]
 
 
@@ -27,8 +28,12 @@ def _mode(value: Any) -> Any:
 class ApiKeySection(Section):
     """How API keys are accepted."""
 
-    header: str = Field(default="X-API-Key", pattern=OWN_HEADER)
-    outage_tolerance: float = Field(
+    header: str = Field(
+        default="X-API-Key",
+        pattern=OWN_HEADER,
+        description="The request field with the key; a bearer token and the user name of Basic are accepted too.",
+    )
+    outage_tolerance: Duration = Field(
         default=3600,
         ge=0,
         le=31_536_000,
@@ -42,10 +47,14 @@ class IdentitySection(Section):
     sources: Annotated[list[SourceName], Field(min_length=1), AfterValidator(_in_order)] = Field(
         default=["api_key", "header", "address"], description="Tried in this order."
     )
-    header: str = Field(default="X-Client-ID", pattern=OWN_HEADER)
+    header: str = Field(
+        default="X-Client-ID", pattern=OWN_HEADER, description="The request field with the id of a client."
+    )
     api_key: ApiKeySection = ApiKeySection()
-    mode: Annotated[Literal["enforce", "observe"], BeforeValidator(_mode)] = Field(
-        default="enforce",
-        description="observe: count and log requests that credentials_required and its like would refuse.",
+    mode: Annotated[Literal["enforce", "observe"], BeforeValidator(_mode, json_schema_input_type=_WrittenMode)] = (
+        Field(
+            default="enforce",
+            description="observe: count and log requests that credentials_required and its like would refuse.",
+        )
     )
     jwt: JwtSection = JwtSection()

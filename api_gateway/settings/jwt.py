@@ -13,8 +13,10 @@ from api_gateway.settings.setting_types import (
     CLAIM_PREFIX,
     OWN_HEADER,
     SCOPE,
+    Duration,
     Identifier,
     Section,
+    Size,
     TierName,
 )
 
@@ -55,6 +57,7 @@ ASYMMETRIC = tuple([name for name in get_args(Algorithm) if name not in HMAC])
 ClaimPathSetting = Annotated[str, Field(pattern=CLAIM_PATH)]
 ScopeName = Annotated[str, Field(pattern=SCOPE)]
 Text = Annotated[str, Field(min_length=1, max_length=512)]
+_ClaimValue = Text | int | bool
 
 
 def _issuer(value: str) -> str:
@@ -100,7 +103,9 @@ class IssuerSection(Section):
     audience_claim: ClaimPathSetting = Field(
         default="aud", description="The claim with the audience; Cognito: client_id."
     )
-    jwks_url: DocumentUrl | None = None
+    jwks_url: DocumentUrl | None = Field(
+        default=None, description="The URL of the key set. None: by the issuer's OpenID configuration."
+    )
     jwks_file: Path | None = Field(default=None, description="A JSON Web Key Set, read again at refresh_interval.")
     secret: Secret | None = Field(default=None, description="For HS256, HS384 and HS512 only; at least 32 bytes.")
     secret_file: SecretFile = None
@@ -116,8 +121,8 @@ class IssuerSection(Section):
         default=False,
         description="Whether to accept tokens that are bound to a key (claim cnf), also as DPoP; upstreams verify it.",
     )
-    leeway: float = Field(default=30, ge=0, le=600, description="Seconds by which clocks may differ.")
-    client_claim: ClaimPathSetting = "sub"
+    leeway: Duration = Field(default=30, ge=0, le=600, description="Seconds by which clocks may differ.")
+    client_claim: ClaimPathSetting = Field(default="sub", description="The claim with the id of the client.")
     client_prefix: str = Field(
         default="", pattern=CLAIM_PREFIX, description="Written before the claim, to keep clients of issuers apart."
     )
@@ -125,16 +130,20 @@ class IssuerSection(Section):
         default=None, description="For clients that have no tier of their own."
     )
     tiers: dict[Text, TierName] = Field(default={}, description="The tier by value of tier_claim; {}: its own name.")
-    organisation_claim: ClaimPathSetting | None = None
+    organisation_claim: ClaimPathSetting | None = Field(
+        default=None, description="The claim with the organisation of the client."
+    )
     headers: dict[IdentityHeader, ClaimPathSetting] = Field(
         default={}, description="Header fields that upstreams receive, by name: the claim. Clients cannot send them."
     )
     scope_claims: list[ClaimPathSetting] = Field(default=["scope", "scp"], description="Claims that list scopes.")
-    refresh_interval: float = Field(default=300, ge=10, le=86_400, description="Seconds between two fetches of keys.")
-    unknown_key_interval: float = Field(
+    refresh_interval: Duration = Field(
+        default=300, ge=10, le=86_400, description="Seconds between two fetches of keys."
+    )
+    unknown_key_interval: Duration = Field(
         default=10, ge=1, le=3600, description="Seconds between fetches for tokens whose key is unknown."
     )
-    stale_for: float = Field(
+    stale_for: Duration = Field(
         default=86_400, ge=0, le=31_536_000, description="Seconds for which keys are used if none can be fetched."
     )
 
@@ -201,8 +210,8 @@ def _is_safe(url: str) -> bool:
 class JwtSection(Section):
     """JSON Web Tokens as identities: `Authorization: Bearer` with a token of one of the issuers."""
 
-    issuers: dict[Identifier, IssuerSection] = Field(default={})
-    max_token_bytes: int = Field(default=8192, ge=256, le=65_536, description="A larger token is refused unread.")
+    issuers: dict[Identifier, IssuerSection] = Field(default={}, description="Issuers by name.")
+    max_token_bytes: Size = Field(default=8192, ge=256, le=65_536, description="A larger token is refused unread.")
     forward: bool = Field(
         default=True, description="Whether upstreams receive tokens; if not, routes with forward_credentials."
     )
@@ -217,9 +226,16 @@ class JwtSection(Section):
 class RequireSection(Section):
     """What a token must have on a route: every scope, and for each claim (by path) one of the values."""
 
-    scopes: list[ScopeName] = Field(default=[])
+    scopes: list[ScopeName] = Field(default=[], description="Scopes that a token must have, all of them.")
     claims: dict[
-        ClaimPathSetting, Annotated[list[Text | int | bool], BeforeValidator(_listed), Field(min_length=1)]
+        ClaimPathSetting,
+        Annotated[
+            list[_ClaimValue],
+            Field(min_length=1),
+            BeforeValidator(
+                _listed, json_schema_input_type=Annotated[list[_ClaimValue], Field(min_length=1)] | _ClaimValue
+            ),
+        ],
     ] = Field(default={}, description="Values by path; a claim that is a list must contain one of them.")
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from api_gateway.settings.clients import CandidateSection
 from api_gateway.settings.diagnostics import nearest
-from api_gateway.settings.setting_types import LIMIT_KEY, Cost, Identifier, Methods, Section, TierName
+from api_gateway.settings.setting_types import LIMIT_KEY, Cost, Identifier, Methods, Rate, Section, TierName
 
 Names = Annotated[list[str], Field(min_length=1)]
 Requests = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -20,8 +20,8 @@ class AllowanceSection(Section):
     Without any, see `LimitSection`.
     """
 
-    rate: float | None = Field(default=None, gt=0, le=1_000_000)
-    capacity: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    rate: Annotated[Rate, Field(gt=0, le=1_000_000)] | None = Field(default=None, description="Tokens per second.")
+    capacity: int | None = Field(default=None, ge=1, le=1_000_000_000, description="The maximum number of tokens.")
     quota: int | None = Field(default=None, ge=1, le=1_000_000_000_000, description="Tokens in each period.")
     candidate: CandidateSection | None = None
 
@@ -101,6 +101,11 @@ Concurrent = Annotated[
 ]
 
 
+LimitKey = Annotated[str, Field(pattern=LIMIT_KEY)]
+_KeyParts = Annotated[list[LimitKey], Field(min_length=1, max_length=8)]
+_ByTier = Annotated[dict[TierName, AllowanceSection | None], Field(min_length=1)]
+
+
 class LimitSection(AllowanceSection):
     """A limit: whom it counts by, what it allows, and the requests that it applies to.
 
@@ -109,12 +114,15 @@ class LimitSection(AllowanceSection):
     other allowances.
     """
 
-    name: Identifier
-    key: Annotated[
-        list[Annotated[str, Field(pattern=LIMIT_KEY)]], BeforeValidator(_parts), Field(min_length=1, max_length=8)
-    ] = Field(default=["client"], description="What has a bucket of its own; of a list, each combination.")
+    name: Identifier = Field(description="The name in responses, metrics and the API.")
+    key: Annotated[_KeyParts, BeforeValidator(_parts, json_schema_input_type=_KeyParts | LimitKey)] = Field(
+        default=["client"], description="What has a bucket of its own; of a list, each combination."
+    )
     tiers: Annotated[
-        Annotated[dict[TierName, AllowanceSection | None], Field(min_length=1)] | None, BeforeValidator(_by_tier)
+        _ByTier | None,
+        BeforeValidator(
+            _by_tier, json_schema_input_type=_ByTier | Annotated[list[TierName], Field(min_length=1)] | None
+        ),
     ] = Field(default=None, description="None: all tiers.")
     routes: Names | None = Field(default=None, description="Names of routes. None: all.")
     methods: Methods | None = Field(default=None, description="None: all.")

@@ -25,10 +25,12 @@ from api_gateway.settings.setting_types import (
 class CostSection(Section):
     """A cost for some requests of a route, selected by method and path, instead of the route's own cost."""
 
-    methods: Methods | None = None
-    path: WholePath | None = None
-    cost: float = Field(ge=0, le=1_000_000_000)
-    candidate_cost: Cost | None = None
+    methods: Methods | None = Field(default=None, description="None: all.")
+    path: WholePath | None = Field(
+        default=None, description="This path and all below it. None: all paths of the route."
+    )
+    cost: float = Field(ge=0, le=1_000_000_000, description="Tokens for a request.")
+    candidate_cost: Cost | None = Field(default=None, description="Evaluated beside the cost and only counted.")
 
 
 class CostFromSection(Section):
@@ -44,10 +46,10 @@ class CostFromSection(Section):
 class FallbackSection(Section):
     """The response if the upstream fails: from another upstream, or `status` with `headers` and `body`."""
 
-    status: int | None = Field(default=None, ge=200, le=599)
-    headers: dict[HeaderName, HeaderValue] = Field(default={})
-    body: str = ""
-    upstream: str | None = None
+    status: int | None = Field(default=None, ge=200, le=599, description="The status of the response.")
+    headers: dict[HeaderName, HeaderValue] = Field(default={}, description="The header fields of the response.")
+    body: str = Field(default="", description="The body of the response.")
+    upstream: str | None = Field(default=None, description="The upstream that responds instead.")
 
     @model_validator(mode="after")
     def _agree(self) -> "FallbackSection":
@@ -67,10 +69,12 @@ def _host(host: str) -> str:
 class RouteSection(Section):
     """A rule that selects the upstream, cost and timeout of requests by path, host and method."""
 
-    name: Identifier
-    path: WholePath
-    upstream: str
-    strip_prefix: WholePath | None = None
+    name: Identifier = Field(description="The name in metrics, logs and responses.")
+    path: WholePath = Field(description="Requests with this path, or one below it, match.")
+    upstream: str = Field(description="The name of the upstream that gets the requests.")
+    strip_prefix: WholePath | None = Field(
+        default=None, description="The beginning of the path that the upstream does not get."
+    )
     rewrite_urls: bool = Field(
         default=True,
         description="With strip_prefix: Location, Content-Location and Refresh of responses get the prefix.",
@@ -83,11 +87,15 @@ class RouteSection(Section):
         default={},
         description="Replacements of the Domain of cookies, by the domain; *: any other. An empty one removes it.",
     )
-    methods: Methods | None = None
-    host: Annotated[str, AfterValidator(_host)] | None = None
-    cost: float = Field(default=1.0, ge=0, le=1_000_000_000)
+    methods: Methods | None = Field(default=None, description="Methods that match. None: all.")
+    host: Annotated[str, AfterValidator(_host)] | None = Field(
+        default=None, description="The host that matches. None: all."
+    )
+    cost: float = Field(default=1.0, ge=0, le=1_000_000_000, description="Tokens for a request.")
     candidate_cost: Cost | None = Field(default=None, description="Evaluated beside the cost and only counted.")
-    costs: list[CostSection] = Field(default=[])
+    costs: list[CostSection] = Field(
+        default=[], description="Other costs of some requests; the first that matches is used."
+    )
     cost_from: CostFromSection | None = None
     timeout: Seconds | None = Field(
         default=None, description="Of the whole exchange, instead of the upstream's timeouts.total."

@@ -6,7 +6,16 @@ from pydantic import AfterValidator, Field
 
 from api_gateway.observability.access_log import LINE_FIELDS
 from api_gateway.settings.addresses import ForwardedSection
-from api_gateway.settings.setting_types import PSEUDONYM, FileMode, Host, Seconds, Section, TrustedProxy
+from api_gateway.settings.setting_types import (
+    PSEUDONYM,
+    Duration,
+    FileMode,
+    Host,
+    Seconds,
+    Section,
+    Size,
+    TrustedProxy,
+)
 
 
 class ServerSection(Section):
@@ -17,10 +26,10 @@ class ServerSection(Section):
     )
     port: int = Field(default=8000, ge=0, le=65_535, description="0: any free port.")
     socket_mode: FileMode = Field(default=0o660, description="File permissions of a Unix socket.")
-    workers: int = Field(default=1, ge=1)
-    max_body_bytes: int = Field(default=104_857_600, ge=0)
-    max_header_bytes: int = Field(default=65_536, ge=1024)
-    max_header_lines: int = Field(default=200, ge=10)
+    workers: int = Field(default=1, ge=1, description="Processes that serve requests.")
+    max_body_bytes: Size = Field(default=104_857_600, ge=0, description="The largest request body.")
+    max_header_bytes: Size = Field(default=65_536, ge=1024, description="The largest head of a request.")
+    max_header_lines: int = Field(default=200, ge=10, description="The most header lines of a request.")
     max_connections: int | None = Field(
         default=None,
         ge=2,
@@ -28,7 +37,7 @@ class ServerSection(Section):
         description="Of all clients, per worker. None: as many as the limit of open files permits.",
     )
     max_connections_per_peer: int = Field(default=0, ge=0, description="Per worker. 0: no limit.")
-    header_timeout: Seconds = 10
+    header_timeout: Seconds = Field(default=10, description="The longest time for the head of a request to arrive.")
     idle_timeout: Seconds = Field(
         default=60, description="How long a client may stall within a request body or a response."
     )
@@ -39,15 +48,15 @@ class ServerSection(Section):
         description="Bytes per second of a request body while the gateway waits for it. 0: no limit.",
     )
     min_body_rate_grace: Seconds = Field(default=10, description="Seconds by which a body may be late at its start.")
-    keep_alive_timeout: Seconds = 75
-    drain_delay: float = Field(
+    keep_alive_timeout: Seconds = Field(default=75, description="How long a connection may be idle between requests.")
+    drain_delay: Duration = Field(
         default=0,
         ge=0,
         le=3600,
         description="How long a stopping gateway still accepts connections, while not ready, before it drains.",
     )
-    drain_timeout: Seconds = 30
-    worker_timeout: float = Field(
+    drain_timeout: Seconds = Field(default=30, description="How long a stopping gateway waits for requests in flight.")
+    worker_timeout: Duration = Field(
         default=30,
         ge=2,
         le=86_400,
@@ -72,7 +81,9 @@ class ServerSection(Section):
 class MetricsSection(Section):
     """The latency percentiles in views."""
 
-    percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = Field(default=[50, 90, 95, 99], min_length=1)
+    percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = Field(
+        default=[50, 90, 95, 99], min_length=1, description="Percentiles of latency."
+    )
 
 
 def _access_log_field(name: str) -> str:
@@ -87,7 +98,9 @@ AccessLogField = Annotated[str, AfterValidator(_access_log_field)]
 class LogSection(Section):
     """What is logged: messages from `level` up, and the access log."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The lowest level of the messages that are logged."
+    )
     format: Literal["auto", "text", "json"] = Field(
         default="auto",
         description="Of messages and access log. auto: text; JSON for an access log that is not on a terminal.",

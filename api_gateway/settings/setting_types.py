@@ -1,13 +1,25 @@
 """Types of single settings: the values that each accepts, and the messages for other values."""
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from api_gateway.http1.headers import UNIX
 from api_gateway.settings.bind_address import MAX_PORT, checked_host, checked_listen, file_mode
+from api_gateway.settings.quantities import DURATION_TEXT, RATE_TEXT, SIZE_TEXT, bytes_of, rate_of, seconds_of
 from api_gateway.settings.secret import MAY_HOLD_PASSWORD, read_secret_files
 
 TOO_MANY_REQUESTS = 429
@@ -54,10 +66,43 @@ PATTERNS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """Metadata of a number that may also be text of this pattern, for the JSON Schema."""
+
+    pattern: str
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the schema of the number and of the text."""
+        schema = handler(core)
+        return {**schema, "type": [schema["type"], "string"], "pattern": self.pattern}
+
+
+@dataclass(frozen=True, slots=True)
+class Shorthand:
+    """How a section may be written as one value: what `expand` makes of it, its JSON Schema, and an example."""
+
+    expand: Callable[[Any], Any]
+    schema: Mapping[str, Any]
+    example: str
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys are errors, and secrets may be read from files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    shorthand: ClassVar[Shorthand | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_shorthand(cls, given: Any) -> Any:
+        return cls.shorthand.expand(given) if cls.shorthand is not None and isinstance(given, str) else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the schema of the section, and that of its shorthand."""
+        schema = handler(core)
+        return schema if cls.shorthand is None else {"anyOf": [schema, dict(cls.shorthand.schema)]}
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +111,10 @@ class Section(BaseModel):
 
 
 Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Duration = Annotated[float, BeforeValidator(seconds_of), Spelling(DURATION_TEXT)]
+Seconds = Annotated[float, Field(gt=0, le=86_400), BeforeValidator(seconds_of), Spelling(DURATION_TEXT)]
+Size = Annotated[int, BeforeValidator(bytes_of), Spelling(SIZE_TEXT)]
+Rate = Annotated[float, BeforeValidator(rate_of), Spelling(RATE_TEXT)]
 Identifier = Annotated[str, Field(pattern=_NAME)]
 TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Identifier]
 Methods = Annotated[
@@ -149,7 +197,7 @@ def _status_range(given: Any) -> Any:
     return f"{int(low)}-{int(high)}"
 
 
-StatusRange = Annotated[str, BeforeValidator(_status_range)]
+StatusRange = Annotated[str, BeforeValidator(_status_range, json_schema_input_type=int | str)]
 
 
 def _retried_status(status: int) -> int:

@@ -21,9 +21,15 @@ class StoreSection(Section):
     Several workers with `memory://` share an embedded store that the supervisor starts.
     """
 
-    url: Annotated[Secret, AfterValidator(_store_url)] = SecretStr(MEMORY)
+    url: Annotated[Secret, AfterValidator(_store_url)] = Field(
+        default=SecretStr(MEMORY),
+        description="memory://, redis://, rediss:// (TLS), unix:///path, redis+sentinel:// or redis+cluster://.",
+    )
     url_file: SecretFile = None
-    on_failure: Literal["local_share", "deny", "allow"] = "local_share"
+    on_failure: Literal["local_share", "deny", "allow"] = Field(
+        default="local_share",
+        description="While a shared store is unavailable: each process applies its share, refuses, or admits.",
+    )
     decision_timeout: Seconds = Field(default=0.02, description="The longest time that a request waits for the store.")
     timeout: Seconds = Field(default=1, description="For all other operations of the store.")
     min_gateway_processes: int = Field(
@@ -32,7 +38,7 @@ class StoreSection(Section):
         description="The minimum number of gateway processes on all machines; sets each one's local share.",
     )
     prefix: str = Field(default="gateway", pattern=PREFIX, description="The beginning of every key.")
-    max_buckets: int = Field(default=1_000_000, ge=1)
+    max_buckets: int = Field(default=1_000_000, ge=1, description="Buckets that are kept in memory.")
     clients: Literal["auto", "sqlite", "store"] = Field(
         default="auto",
         description="Where registered clients are kept: in state_dir, or in the store. auto: in a shared store.",

@@ -65,7 +65,7 @@ class TracingSection(Section):
     A setting that is None is that of OpenTelemetry's environment variable, see `assembly.tracing`.
     """
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="Whether exchanges are traced.")
     endpoint: CollectorUrl | None = Field(
         default=None, description="OTLP over HTTP. Without a path, /v1/traces is added."
     )
@@ -74,8 +74,10 @@ class TracingSection(Section):
         description="Of requests to the collector: name=value, separated by commas, with percent-encoded values.",
     )
     headers_file: SecretFile = None
-    timeout: Seconds = 10
-    service_name: str | None = Field(default=None, min_length=1, max_length=256)
+    timeout: Seconds = Field(default=10, description="For a request to the collector.")
+    service_name: str | None = Field(
+        default=None, min_length=1, max_length=256, description="The name of this service. None: as OTEL_SERVICE_NAME."
+    )
     resource: dict[AttributeName, str] = Field(default={}, description="Further attributes of the gateway.")
     ratio: float | None = Field(default=None, ge=0, le=1, description="Share of the traces that are sampled.")
     parent: Literal["obey", "ignore", "restart"] | None = Field(

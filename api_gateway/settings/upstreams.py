@@ -1,18 +1,24 @@
 """Sections of upstreams: targets, timeouts, pools, health checks, circuit breakers, retries and limits."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from api_gateway.settings.quantities import seconds_of
 from api_gateway.settings.setting_types import (
     HASH_ON,
+    Duration,
     HostHeader,
     OriginUrl,
+    Rate,
     RetriedStatus,
     Seconds,
     Section,
+    Shorthand,
+    Size,
     StatusRange,
     WholePath,
 )
@@ -20,11 +26,22 @@ from api_gateway.settings.setting_types import (
 LONGEST_RECOVERY = 300  # seconds: the default of the longest time that a breaker stays open
 
 
-class TargetSection(Section):
-    """One address of an upstream."""
+_URL = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"}
+_EXAMPLE = "http://127.0.0.1:9001"
 
-    url: OriginUrl
-    weight: int = Field(default=1, ge=1, le=100)
+
+class TargetSection(Section):
+    """One address of an upstream; or its URL alone."""
+
+    shorthand: ClassVar[Shorthand | None] = Shorthand(lambda url: {"url": url}, _URL, _EXAMPLE)
+
+    url: OriginUrl = Field(description="http://host:port or https://host:port.")
+    weight: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="The share of the requests, in proportion to the weights of the other targets.",
+    )
 
 
 class TimeoutsSection(Section):
@@ -33,11 +50,11 @@ class TimeoutsSection(Section):
     `total` None: no limit. `tunnel` is how long a tunnel may be without a byte in either direction.
     """
 
-    connect: Seconds = 2
-    response: Seconds = 30
-    idle: Seconds = 60
-    total: Seconds | None = None
-    tunnel: Seconds = 3600
+    connect: Seconds = Field(default=2, description="To connect.")
+    response: Seconds = Field(default=30, description="Until the head of the response.")
+    idle: Seconds = Field(default=60, description="Between two parts of a body.")
+    total: Seconds | None = Field(default=None, description="For the whole exchange. None: no limit.")
+    tunnel: Seconds = Field(default=3600, description="How long a tunnel may be without a byte in either direction.")
 
 
 class PoolSection(Section):
@@ -47,7 +64,7 @@ class PoolSection(Section):
     connection: a request sent at that moment is lost. gunicorn closes after 2 seconds.
     """
 
-    max_connections: int = Field(default=512, ge=1)
+    max_connections: int = Field(default=512, ge=1, description="Connections to each target.")
     max_tunnels: int = Field(default=4096, ge=1, description="WebSockets and event streams at once.")
     idle_timeout: Seconds = Field(
         default=4, description="Seconds; less if the upstream announces less by Keep-Alive: timeout."
@@ -61,12 +78,18 @@ class PoolSection(Section):
 class HealthCheckSection(Section):
     """Health checks of every target, with times in seconds. A check succeeds if its status is in `statuses`."""
 
-    path: WholePath = "/health"
-    interval: Seconds = 5
-    timeout: Seconds = 2
-    healthy_threshold: int = Field(default=2, ge=1)
-    unhealthy_threshold: int = Field(default=3, ge=1)
-    statuses: list[StatusRange] = Field(default=["200-399"], min_length=1)
+    path: WholePath = Field(default="/health", description="The path that is requested.")
+    interval: Seconds = Field(default=5, description="The time between two checks.")
+    timeout: Seconds = Field(default=2, description="The longest time of a check.")
+    healthy_threshold: int = Field(
+        default=2, ge=1, description="Consecutive successes after which a target gets requests again."
+    )
+    unhealthy_threshold: int = Field(
+        default=3, ge=1, description="Consecutive failures after which a target gets none."
+    )
+    statuses: list[StatusRange] = Field(
+        default=["200-399"], min_length=1, description="Statuses of success, such as 204 or 200-399."
+    )
 
 
 class CircuitBreakerSection(Section):
@@ -76,18 +99,32 @@ class CircuitBreakerSection(Section):
     instead of `window` seconds. `jitter` is the share of the open time by which a breaker may stay open longer.
     """
 
-    failure_threshold: int = Field(default=5, ge=1)
-    failure_rate: float = Field(default=0.5, gt=0, le=1)
-    slow_call_duration: Seconds | None = None
-    slow_call_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    minimum_calls: int = Field(default=20, ge=1)
-    window: Seconds = 30
-    window_calls: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    recovery_timeout: Seconds = 30
-    max_recovery_timeout: Seconds = LONGEST_RECOVERY
-    jitter: float = Field(default=0.1, ge=0, le=1)
-    half_open_max_calls: int = Field(default=1, ge=1)
-    ramp: float = Field(
+    failure_threshold: int = Field(default=5, ge=1, description="Consecutive failures that open the breaker.")
+    failure_rate: float = Field(
+        default=0.5, gt=0, le=1, description="The share of failed calls in the window that opens it."
+    )
+    slow_call_duration: Seconds | None = Field(
+        default=None,
+        description="How long the head of a response takes at least in a slow call. None: no call is slow.",
+    )
+    slow_call_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="The share of slow calls in the window that opens it."
+    )
+    minimum_calls: int = Field(default=20, ge=1, description="Calls in the window without which no share opens it.")
+    window: Seconds = Field(default=30, description="The length of the window.")
+    window_calls: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        default=None, description="Instead of a time: the window is this many last calls."
+    )
+    recovery_timeout: Seconds = Field(
+        default=30,
+        description="How long it stays open before a probe is admitted; doubled with each consecutive opening.",
+    )
+    max_recovery_timeout: Seconds = Field(default=LONGEST_RECOVERY, description="The longest time that it stays open.")
+    jitter: float = Field(
+        default=0.1, ge=0, le=1, description="The share of the open time by which it may stay open longer."
+    )
+    half_open_max_calls: int = Field(default=1, ge=1, description="Concurrent probes.")
+    ramp: Duration = Field(
         default=10, ge=0, le=3600, description="Seconds until all traffic is admitted again; 0: at once."
     )
     per_target: bool = Field(
@@ -102,6 +139,8 @@ class CircuitBreakerSection(Section):
     def _reach(cls, given: Any) -> Any:
         """Raise the default of `max_recovery_timeout` to `recovery_timeout` if only the latter is set."""
         first = given.get("recovery_timeout") if isinstance(given, Mapping) else None
+        with suppress(ValueError):  # which the validation of the setting reports
+            first = seconds_of(first)
         if isinstance(first, int | float) and first > LONGEST_RECOVERY and "max_recovery_timeout" not in given:
             return {**given, "max_recovery_timeout": first}
         return given
@@ -110,24 +149,26 @@ class CircuitBreakerSection(Section):
 class BackoffSection(Section):
     """Backoff in seconds: the longest delay before the first retry, doubled for each further one, up to `cap`."""
 
-    base: float = Field(default=0.025, ge=0, le=60)
-    cap: float = Field(default=0.25, ge=0, le=60)
+    base: Duration = Field(default=0.025, ge=0, le=60, description="The longest delay before the first retry.")
+    cap: Duration = Field(default=0.25, ge=0, le=60, description="The longest delay before any retry.")
 
 
 class RetrySection(Section):
     """Attempts per request, the retry budget as a share of live requests (0: no retries), and what is retried."""
 
-    attempts: int = Field(default=2, ge=1, le=10)
-    budget: float = Field(default=0.2, ge=0, le=1)
-    min_retries_per_second: float = Field(
+    attempts: int = Field(default=2, ge=1, le=10, description="Attempts for a request, the first included.")
+    budget: float = Field(default=0.2, ge=0, le=1, description="Retries as a share of live requests. 0: none.")
+    min_retries_per_second: Rate = Field(
         default=1, ge=0, le=1000, description="Retries that are permitted in addition to the budget."
     )
     backoff: BackoffSection = BackoffSection()
-    max_retry_after: float = Field(
+    max_retry_after: Duration = Field(
         default=1, ge=0, le=60, description="Seconds. If the upstream's Retry-After is longer, there is no retry."
     )
-    statuses: list[RetriedStatus] = Field(default=[502, 503, 504])
-    max_body_bytes: int = Field(
+    statuses: list[RetriedStatus] = Field(
+        default=[502, 503, 504], description="Statuses of responses that are retried."
+    )
+    max_body_bytes: Size = Field(
         default=65_536, ge=0, le=16_777_216, description="The longest request body that is kept for a retry."
     )
 
@@ -135,44 +176,55 @@ class RetrySection(Section):
 class AdaptiveSection(Section):
     """An adaptive limit: it keeps the latency near `tolerance` times the latency without a queue."""
 
-    min_limit: int = Field(default=10, ge=1, le=1_000_000)
-    max_limit: int = Field(default=1000, ge=1, le=1_000_000)
-    tolerance: float = Field(default=1.4, ge=1.1, le=10)
+    min_limit: int = Field(default=10, ge=1, le=1_000_000, description="The limit is never below this.")
+    max_limit: int = Field(default=1000, ge=1, le=1_000_000, description="The limit is never above this.")
+    tolerance: float = Field(
+        default=1.4, ge=1.1, le=10, description="How many times the latency without a queue is accepted."
+    )
 
 
 class ConcurrencySection(Section):
     """The maximum of requests in flight at the upstream, for each process: a fixed limit, or an adaptive one."""
 
-    limit: int | None = Field(default=None, ge=1, le=1_000_000)
+    limit: int | None = Field(default=None, ge=1, le=1_000_000, description="A fixed limit.")
     adaptive: AdaptiveSection | None = None
 
 
 class TlsSection(Section):
     """PEM files for https targets: the trusted authorities instead of the system's, and the client certificate."""
 
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
+    ca_file: Path | None = Field(default=None, description="Trusted authorities, instead of the system's.")
+    cert_file: Path | None = Field(default=None, description="The client certificate.")
+    key_file: Path | None = Field(default=None, description="The key of the client certificate.")
 
 
 class UpstreamSection(Section):
-    """An upstream. `http2` uses HTTP/2 with https targets that offer it, and requires the package h2."""
+    """An upstream, or the URL of its only target.
 
-    targets: list[TargetSection] = Field(min_length=1)
+    `http2` uses HTTP/2 with https targets that offer it, and requires the package h2.
+    """
+
+    shorthand: ClassVar[Shorthand | None] = Shorthand(lambda url: {"targets": [{"url": url}]}, _URL, _EXAMPLE)
+
+    targets: list[TargetSection] = Field(
+        min_length=1, description="The addresses of the upstream: each a section or a URL."
+    )
     host_header: HostHeader = Field(
         default="target",
         description="The Host that the upstream gets: target (of the URL), client (as received), or a host itself.",
     )
-    dns_refresh_interval: float | None = Field(
-        default=None, ge=1, le=86_400, description="Seconds between resolutions of the targets' names."
+    dns_refresh_interval: Annotated[Duration, Field(ge=1, le=86_400)] | None = Field(
+        default=None, description="Seconds between resolutions of the targets' names."
     )
-    balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"
+    balance: Literal["round_robin", "least_requests", "hash"] = Field(
+        default="round_robin", description="How a target is selected for a request."
+    )
     hash_on: str = Field(
         default="client",
         pattern=HASH_ON,
         description="The key of `balance: hash`: client, or header:X-Name.",
     )
-    slow_start: float = Field(
+    slow_start: Duration = Field(
         default=10,
         ge=0,
         le=86_400,
@@ -181,7 +233,7 @@ class UpstreamSection(Section):
     timeouts: TimeoutsSection = TimeoutsSection()
     pool: PoolSection = PoolSection()
     tls: TlsSection = TlsSection()
-    http2: bool = False
+    http2: bool = Field(default=False, description="Whether https targets that offer HTTP/2 are used with it.")
     health_check: HealthCheckSection | None = None
     circuit_breaker: CircuitBreakerSection = CircuitBreakerSection()
     retry: RetrySection = RetrySection()

@@ -39,7 +39,9 @@ def _url(url: str) -> str:
 class WebhookSection(Section):
     """The receiver of events, which are signed and repeated until it accepts them. Without `url`, none are sent."""
 
-    url: Annotated[str, Field(max_length=2048), AfterValidator(_url), MAY_HOLD_PASSWORD] | None = None
+    url: Annotated[str, Field(max_length=2048), AfterValidator(_url), MAY_HOLD_PASSWORD] | None = Field(
+        default=None, description="Where events are sent. None: nowhere."
+    )
     secret: Annotated[Secret, AfterValidator(_secret)] | None = Field(
         default=None, description="With which events are signed: whsec_ and 24 to 64 random bytes in base64."
     )

@@ -24,12 +24,14 @@ from api_gateway.main import create_app
 from api_gateway.metrics import Recorder
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.process.schema_command import schema_text
 from api_gateway.reporting.process_figures import FIGURES
 from api_gateway.reporting.prometheus import PrometheusExposition
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from tests import sources
 
 SNAPSHOT = Path(__file__).parent / "surface.txt"
+SCHEMA = Path(__file__).parents[2] / "examples" / "gateway.schema.json"
 METRICS_PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 # Where the names of a table's rows come from data: names of upstreams, tiers, statuses and the like.
@@ -233,5 +235,11 @@ def test_names_of_metrics_follow_the_rules_of_prometheus() -> None:
         assert not {"why", "cause", "kind"} & set(labels_of(family)), name
 
 
+def test_the_schema_beside_the_examples_is_current() -> None:
+    """After a change of settings: `python -m tests.unit.test_surface`."""
+    assert SCHEMA.read_text() == schema_text(), "generate the file again"
+
+
 if __name__ == "__main__":
     SNAPSHOT.write_text(surface())
+    SCHEMA.write_text(schema_text())
