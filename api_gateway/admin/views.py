@@ -48,6 +48,7 @@ def _target_view(target: TargetSnapshot, now: Moment) -> TargetView:
         active=health.active,
         passive=health.passive,
         slow_start_ratio=health.slow_start_ratio,
+        response_seconds=None if target.response_time is None else round(target.response_time, 6),
         **({} if target.named is None else {"configured_url": target.named}),
     )
 

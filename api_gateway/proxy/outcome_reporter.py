@@ -61,6 +61,7 @@ class OutcomeReporter:
         if took < 0:  # the client's time, which is subtracted, is measured on the coarser clock of the event loop
             took, exchange.sent_at = 0.0, now
         self._observe_attempt(attempt.upstream.name, _CLASSES[status // 100], took, now)
+        attempt.target.note_response(took)
         if status >= _MIN_RETRIED:
             _note(exchange, attempt, now, status=status)
             if status >= 500:  # noqa: PLR2004 - the class of server errors

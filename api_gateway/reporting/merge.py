@@ -139,10 +139,12 @@ def _merge_target(
     targets = [target for upstream in upstreams for target in upstream.targets if target.key == key]
     worst = min(targets, key=lambda target: (target.is_healthy, target.checks.at is None))
     passive = [target.passive for target in targets if target.passive is not None]
+    times = [target.response_time for target in targets if target.response_time is not None]
     return replace(
         worst,
         in_flight=sum(target.in_flight for target in targets),
         share=min(target.share for target in targets),
+        response_time=sum(times) / len(times) if times else None,
         passive=_merge_passive(
             passive,
             sum(

@@ -93,6 +93,7 @@ def _target(target: TargetSnapshot, now: Moment) -> dict[str, Any]:
         "healthy": target.health,
         "in_flight": target.in_flight,
         "share": round(target.share, 3),
+        "response_ms": None if target.response_time is None else round(target.response_time * 1000, 1),
         "checked": target.checks.finding,
         "check_ms": None if target.checks.seconds is None else round(target.checks.seconds * 1000, 1),
         "check_error": target.checks.last_error,

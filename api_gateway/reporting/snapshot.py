@@ -134,7 +134,10 @@ class OutlierSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class TargetSnapshot:
-    """A target of an upstream. `share`, 0 to 1, is how often it is a candidate: below 1 during slow start."""
+    """A target of an upstream. `share`, 0 to 1, is how often it is a candidate: below 1 during slow start.
+
+    `response_time` is the mean time to the head of its last responses in seconds, None without one.
+    """
 
     url: str
     is_healthy: bool
@@ -143,6 +146,7 @@ class TargetSnapshot:
     share: float = 1.0
     checks: CheckRecord = field(default_factory=CheckRecord)
     passive: OutlierSnapshot | None = None
+    response_time: float | None = None
 
     @classmethod
     def of(cls, upstream: Upstream, target: Target, now: float) -> "TargetSnapshot":
@@ -155,6 +159,7 @@ class TargetSnapshot:
             share=upstream.outliers.share(target, now),
             checks=replace(target.checks),
             passive=OutlierSnapshot.of(upstream, target, now),
+            response_time=target.response_time,
         )
 
     @classmethod

@@ -199,6 +199,10 @@ class TargetView(Body):
     active: ActiveView | None = None
     passive: PassiveView | None = None
     slow_start_ratio: float = 1.0
+    response_seconds: float | None = Field(
+        default=None,
+        description="Mean time to the head of the last responses, about a hundred; null before the first.",
+    )
 
 
 class UpstreamView(Body):

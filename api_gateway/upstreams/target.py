@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from api_gateway.circuit_breaker import CircuitBreaker
 
+_WEIGHT = 1 / 32  # of the last response in the mean: about a hundred responses determine it
+
 
 @dataclass(slots=True)
 class CheckRecord:
@@ -32,7 +34,8 @@ class Target:
 
     `url` identifies it. If it results from resolving a name, `named` is the URL with the name, and `address` the IP
     address. `breaker` is its own, None if it cannot be ejected. `returned_at` is set during slow start; `withheld`
-    counts consecutive bad calls that could not eject it because too few others could serve.
+    counts consecutive bad calls that could not eject it because too few others could serve. `response_time` is the
+    mean time to the head of its last responses, in seconds, None before the first.
     """
 
     url: str
@@ -47,6 +50,12 @@ class Target:
     withheld: int = field(default=0, repr=False)
     ejections_total: int = field(default=0, repr=False)
     checks: CheckRecord = field(default_factory=CheckRecord, repr=False)
+    response_time: float | None = field(default=None, repr=False)
+
+    def note_response(self, seconds: float) -> None:
+        """Include the time to the head of one response in the mean: each weighs 1/32 less than the one after it."""
+        mean = self.response_time
+        self.response_time = seconds if mean is None else mean + (seconds - mean) * _WEIGHT
 
     def forget_checks(self) -> None:
         """Reset the target to healthy because it is not checked any more."""

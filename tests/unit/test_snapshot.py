@@ -256,6 +256,27 @@ def ejecting(worker: str, now: float, *, failures: int, names: tuple[HostNameSna
     return other
 
 
+def test_a_targets_response_time_is_the_mean_of_those_workers_that_have_one() -> None:
+    reports = [report_of(name, START) for name in "123"]
+    for report, seconds in zip(reports, (0.1, None, 0.3), strict=True):
+        people = report.upstreams["people"]
+        report.upstreams["people"] = replace(
+            people, targets=tuple(replace(target, response_time=seconds) for target in people.targets)
+        )
+    assert [target.response_time for target in merge(reports).upstreams["people"].targets] == [0.2, 0.2]
+    assert [target.response_time for target in merge(reports[1:2]).upstreams["people"].targets] == [None, None]
+
+
+def test_a_targets_response_time_follows_its_last_responses() -> None:
+    target = Target("http://127.0.0.1:9001")
+    target.note_response(3)
+    assert target.response_time == 3
+    for _ in range(200):
+        target.note_response(1)
+    assert target.response_time is not None
+    assert 1 < target.response_time < 1.01
+
+
 def test_a_target_is_ejected_when_any_worker_finds_it_so() -> None:
     now = START + 5
     workers = [ejecting("1", now, failures=2), ejecting("2", now - 1, failures=3), ejecting("3", now, failures=3)]

@@ -177,6 +177,21 @@ def test_a_target_that_is_well_again_starts_slowly(gateway: StartGateway, upstre
     assert view(running, well.url)["slow_start_ratio"] == 1
     with RawClient(running.port) as client:
         assert [client.get().body for _ in range(20)].count(b"well") >= 18
+
+
+def test_the_response_time_of_each_target_is_that_of_its_own_responses(
+    gateway: StartGateway, upstream: StartUpstream
+) -> None:
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        time.sleep(0.2)
+        return reply(b"late")(wire, request)
+
+    late, quick = upstream(behave), upstream(reply(b"quick"))
+    running = gateway(sections(late.url, quick.url))
+    assert view(running, late.url)["response_seconds"] is None
+    statuses(running, 8)
+    assert view(running, late.url)["response_seconds"] > 0.19
+    assert 0 < view(running, quick.url)["response_seconds"] < view(running, late.url)["response_seconds"]
     running.live.upstreams["up"].targets[0].returned_at -= 3600
     with RawClient(running.port) as client:
         assert [client.get().body for _ in range(20)].count(b"well") == 10

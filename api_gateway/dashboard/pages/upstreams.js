@@ -122,7 +122,7 @@ function detailOf(place, name) {
         change("Observe", "observe", "The breaker counts calls and changes its state, but refuses nothing."),
         change("Return to auto", "auto", "The mode that an operator has set ends; the breaker acts by its state."))),
     h("section", { class: "panel" }, h("header", {}, h("h2", {}, "Targets"), latency), h("div", { class: "scroll wide", tabindex: 0, role: "region", "aria-label": "Targets" }, h("table", {},
-      h("thead", {}, h("tr", {}, h("th", {}, "Target"), h("th", {}, "State"), h("th", { class: "num" }, "In flight"), h("th", { class: "num narrow-off" }, "Share"), h("th", { class: "num" }, "Ejections"), h("th", { class: "num" }, "Check took"), h("th", { class: "narrow-off" }, "Last check"))), targets)), names),
+      h("thead", {}, h("tr", {}, h("th", {}, "Target"), h("th", {}, "State"), h("th", { class: "num" }, "In flight"), h("th", { class: "num", title: "Mean time to the head of the last responses" }, "Responds in"), h("th", { class: "num narrow-off" }, "Share"), h("th", { class: "num" }, "Ejections"), h("th", { class: "num" }, "Check took"), h("th", { class: "narrow-off" }, "Last check"))), targets)), names),
     h("section", { class: "panel" }, h("header", {}, h("h2", {}, "Last transitions")), transitions, curlOf("GET", `${path}/history`)));
 
   let loaded = null, shownTargets = "";
@@ -183,7 +183,7 @@ function target(one) {
   else if (one.healthy === false) { [kind, word] = ["fail", "unhealthy"]; more = one.check_error; }
   else if (one.share < 1) { [kind, word] = ["warn", "slow start"]; }
   return h("tr", {}, h("td", { class: "wrap" }, one.key, more && h("div", { class: "small muted" }, more)), h("td", {}, badge(kind, word)), h("td", { class: "num" }, number(one.in_flight)),
-    h("td", { class: "num narrow-off" }, percent(one.share, 1)), h("td", { class: "num" }, number(one.ejections)), h("td", { class: "num" }, milliseconds(one.check_ms)), h("td", { class: "narrow-off wrap" }, one.checked ?? "not checked"));
+    h("td", { class: "num" }, milliseconds(one.response_ms)), h("td", { class: "num narrow-off" }, percent(one.share, 1)), h("td", { class: "num" }, number(one.ejections)), h("td", { class: "num" }, milliseconds(one.check_ms)), h("td", { class: "narrow-off wrap" }, one.checked ?? "not checked"));
 }
 
 function transition(one) {
