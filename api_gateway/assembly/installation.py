@@ -21,8 +21,9 @@ from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reload.reloader import Reloader, refused_reload
 from api_gateway.reload.serialization import deserialized
 from api_gateway.reporting.process_figures import figures_of_this_process
-from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, transitions_of
+from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot
 from api_gateway.reporting.traffic_history import TrafficHistory, seconds_to_next
+from api_gateway.reporting.transitions import transitions_of
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.resilience.fair_shares import FairShares, ResourceState
 

@@ -13,8 +13,8 @@ from api_gateway.reporting.snapshot import (
     TargetSnapshot,
     UpstreamSnapshot,
     WorkerSnapshot,
-    last_transitions,
 )
+from api_gateway.reporting.transitions import last_transitions
 from api_gateway.resilience.breaker_history import TransitionRecord
 from api_gateway.resilience.breaker_policy import Mode, State
 from api_gateway.resilience.concurrency_limit import ConcurrencyState

@@ -3,12 +3,11 @@
 Times are monotonic seconds, on the one clock of all workers of a machine.
 """
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from api_gateway.circuit_breaker import MAX_RECORDS, CircuitBreaker
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.eventloop.pacing import Steps, completed, each
 from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
@@ -16,9 +15,9 @@ from api_gateway.observability.latency_series import SLICE
 from api_gateway.reload.outcome import ReloadState
 from api_gateway.reporting.process_figures import figures_at_end
 from api_gateway.reporting.traffic_history import Point
-from api_gateway.resilience.breaker_history import FailedCall, TransitionRecord
+from api_gateway.reporting.transitions import identity_of, last_transitions, record_from_state
+from api_gateway.resilience.breaker_history import TransitionRecord
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode, State
-from api_gateway.resilience.call_windows import Counts
 from api_gateway.resilience.concurrency_limit import ConcurrencyState
 from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.upstreams.dns import HostName
@@ -333,13 +332,13 @@ class WorkerSnapshot:
         resources = yield from each(enumerate(state["resources"]), lambda _, resource: ResourceState(**resource))
         self.resources = list(resources.values())
         for name, records in state["histories"].items():
-            self._note(name, [_record(record) for record in records])
+            self._note(name, [record_from_state(record) for record in records])
 
     def _note(self, name: str, records: list[TransitionRecord]) -> None:
         """Append the transitions that are not known yet."""
         known = self.histories.setdefault(name, [])
-        identities = {_identity(record) for record in known}
-        known += [record for record in records if _identity(record) not in identities]
+        identities = {identity_of(record) for record in known}
+        known += [record for record in records if identity_of(record) not in identities]
         self.histories[name] = last_transitions(known, len({record.worker for record in known}))
 
     def end(self) -> None:
@@ -355,50 +354,3 @@ class WorkerSnapshot:
 def oldest_changed(now: float) -> int:
     """Return the number of the first slice that may change after `now`."""
     return max(0, int(now / SLICE) - 1)
-
-
-def transitions_of(upstream: Upstream) -> list[TransitionRecord]:
-    """Return the last transitions of the breakers of an upstream and its targets, oldest first."""
-    of_targets = (
-        (record, target.url)
-        for target in upstream.targets
-        if target.breaker is not None
-        for record in target.breaker.records
-    )
-    latest = heapq.nlargest(MAX_RECORDS, of_targets, key=lambda one: one[0].at)
-    transitions = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
-    return sorted(transitions, key=_time_of)
-
-
-def last_transitions(transitions: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
-    """Return the last of the given transitions, oldest first.
-
-    For each worker, `MAX_RECORDS` of the upstream's breaker are kept, and as many of all its targets together: the
-    targets' transitions do not displace the upstream's, and the number stays limited while targets change.
-    """
-    most = MAX_RECORDS * max(1, workers)
-    by_time = sorted(transitions, key=_time_of)
-    own = [transition for transition in by_time if transition.target_url is None]
-    of_targets = [transition for transition in by_time if transition.target_url is not None]
-    return sorted(own[-most:] + of_targets[-most:], key=_time_of)
-
-
-def _time_of(record: TransitionRecord) -> float:
-    return record.at
-
-
-def _identity(record: TransitionRecord) -> tuple[str, str | None, int, float]:
-    """Return what identifies a transition. The time is part of it: a new breaker of a target counts from 1 again."""
-    return record.worker, record.target_url, record.number, record.at
-
-
-def _record(state: Mapping[str, Any]) -> TransitionRecord:
-    """Return the record from its state, as `asdict` and JSON represent it."""
-    own = {
-        "source": State(state["source"]),
-        "target": State(state["target"]),
-        "mode": Mode(state["mode"]),
-        "counts": Counts(*state["counts"]),
-        "failures": tuple(FailedCall(**failure) for failure in state["failures"]),
-    }
-    return TransitionRecord(**{**state, **own})

@@ -23,8 +23,8 @@ from api_gateway.reporting.snapshot import (
     UpstreamSnapshot,
     WorkerSnapshot,
     oldest_changed,
-    transitions_of,
 )
+from api_gateway.reporting.transitions import transitions_of
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit, ConcurrencyState
 from api_gateway.resilience.fair_shares import ResourceState
