@@ -11,10 +11,27 @@ from api_gateway._version import __version__
 if TYPE_CHECKING:
     from api_gateway.config import GatewayConfig, load_config
     from api_gateway.main import create_app
+    from api_gateway.pacing.client_budgets import PacingTimeout
+    from api_gateway.pacing.transports import PacingTransport, SyncPacingTransport
 
-__all__ = ["GatewayConfig", "__version__", "create_app", "load_config"]
+__all__ = [
+    "GatewayConfig",
+    "PacingTimeout",
+    "PacingTransport",
+    "SyncPacingTransport",
+    "__version__",
+    "create_app",
+    "load_config",
+]
 
-_HOMES = {"GatewayConfig": "config", "load_config": "config", "create_app": "main"}
+_HOMES = {
+    "GatewayConfig": "config",
+    "PacingTimeout": "pacing.client_budgets",
+    "PacingTransport": "pacing.transports",
+    "SyncPacingTransport": "pacing.transports",
+    "create_app": "main",
+    "load_config": "config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- layers: begin -->\n", "<!-- layers: end -->"
 
 # Lowest first; `api_gateway` is what the package itself offers (`api_gateway/__init__.py`).
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "demo", "errors", "eventloop", "ip_addresses", "models", "printable_text"),
+    ("_version", "demo", "errors", "eventloop", "ip_addresses", "models", "pacing", "printable_text"),
     ("http1", "observability", "rate_limiter", "system"),
     ("resilience", "settings"),
     ("circuit_breaker", "config", "downstream", "metrics", "storage", "transport"),
@@ -41,7 +41,7 @@ LIBRARIES = {
     "fastapi": {"admin", "main"},
     "hiredis": {"storage"},
     "httptools": {"downstream", "transport"},
-    "httpx": {"assembly", "fastpath", "main", "proxy", "transport", "upstreams"},
+    "httpx": {"assembly", "fastpath", "main", "pacing", "proxy", "transport", "upstreams"},
     "joserfc": {"clients"},
     "opentelemetry": {"observability"},
     "prometheus_client": {"reporting"},
@@ -86,6 +86,10 @@ NO_CLOCK = (
     "metrics",
     "models",
     "observability.heavy_hitters",
+    "pacing.client_budget",
+    "pacing.cost_estimates",
+    "pacing.quota_estimate",
+    "pacing.stated_limits",
     "observability.latency_series",
     "observability.trace_context",
     "observability.trace_encoding",
