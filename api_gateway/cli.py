@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         " access log; of a running gateway: top, a live"
         " screen; tail, its requests; explain, a request; clients, breakers, limits. See --help of each",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file (default: $GATEWAY_CONFIG, or none)")
+    parser.add_argument("--config", metavar="FILE", help="YAML or TOML file (default: $GATEWAY_CONFIG, or none)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one (default: 8000)")
     parser.add_argument("--workers", type=int, help="worker processes (default: 1)")

@@ -1,6 +1,6 @@
 """The configuration: its sections, defaults and sources, and one line for every mistake.
 
-Precedence, highest first: command line, environment (`GATEWAY_`, `__` between levels), `.env`, YAML file, defaults.
+Precedence, highest first: command line, environment (`GATEWAY_`, `__` between levels), `.env`, files, defaults.
 """
 
 import logging
@@ -25,7 +25,7 @@ from api_gateway.settings.diagnostics import (
     KeyPath,
     Sources,
     describe_errors,
-    read_yaml,
+    path_of_error,
     without_passwords,
 )
 from api_gateway.settings.environment import (
@@ -37,11 +37,12 @@ from api_gateway.settings.environment import (
 )
 from api_gateway.settings.history import HistorySection
 from api_gateway.settings.identity import IdentitySection
+from api_gateway.settings.included_files import INCLUDE, default_route, read_settings
 from api_gateway.settings.limits import LimitSection
 from api_gateway.settings.repair import errors_of_repaired
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.rules import Finding, find_errors
-from api_gateway.settings.secret import Unusable
+from api_gateway.settings.secret import Unusable, noting_exposed
 from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
 from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
 from api_gateway.settings.store import StoreSection
@@ -94,8 +95,13 @@ def _folder(given: Any) -> Any:
     return Path(given).expanduser() if isinstance(given, str) else given
 
 
+_SHARED = "may also be in included files"  # metadata of sections
 # In a file, null removes a default tier; `GatewayConfig._complete` has removed it before the validation.
 _WrittenTiers = BeforeValidator(lambda tiers: tiers, json_schema_input_type=dict[Identifier, TierSection | None])
+
+
+def _listed(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
 
 
 class GatewayConfig(BaseSettings):
@@ -108,6 +114,9 @@ class GatewayConfig(BaseSettings):
         hide_input_in_errors=True,
     )
 
+    include: Annotated[
+        list[str], BeforeValidator(_listed, json_schema_input_type=list[str] | str), Field(max_length=100)
+    ] = Field(default=[], description="Files of teams: paths with wildcards, from the folder of this file.")
     server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
     state_dir: Annotated[Path, BeforeValidator(_folder, json_schema_input_type=Path | None)] = Field(
@@ -125,13 +134,15 @@ class GatewayConfig(BaseSettings):
     clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = Field(
         default={}, description="Registered clients by id."
     )
-    limits: list[LimitSection] = Field(default=[], description="Besides those of tiers and addresses.")
+    limits: Annotated[list[LimitSection], _SHARED] = Field(
+        default=[], description="Besides those of tiers and addresses."
+    )
     webhook: WebhookSection = WebhookSection()
-    upstreams: dict[Identifier, UpstreamSection] = Field(
+    upstreams: Annotated[dict[Identifier, UpstreamSection], _SHARED] = Field(
         default={},
         description="Upstreams by name, each a section or the URL of its only target. {}: demo services are started.",
     )
-    routes: list[RouteSection] = Field(
+    routes: Annotated[list[RouteSection], _SHARED] = Field(
         default=[],
         description="Which requests go to which upstream. Without any, each upstream has a route /api/NAME.",
     )
@@ -191,10 +202,7 @@ class GatewayConfig(BaseSettings):
             given = given | {"tiers": _merge_tiers(tiers)}
         upstreams = given.get("upstreams")
         if isinstance(upstreams, Mapping) and not given.get("routes"):
-            routes = [
-                {"name": name, "path": f"/api/{name}", "upstream": name, "strip_prefix": "/api"} for name in upstreams
-            ]
-            given = given | {"routes": routes}
+            given = given | {"routes": list(map(default_route, upstreams))}
         return given
 
     @model_validator(mode="after")
@@ -206,8 +214,11 @@ class GatewayConfig(BaseSettings):
         return self
 
 
+TEAM_SECTIONS = tuple(name for name, field in GatewayConfig.model_fields.items() if _SHARED in field.metadata)
+
+
 def config_path(path: str | Path | None = None) -> Path | None:
-    """Return the YAML file to read: `path`, else the value of `GATEWAY_CONFIG`, else None."""
+    """Return the file to read, in YAML or TOML: `path`, else the value of `GATEWAY_CONFIG`, else None."""
     chosen = path or _variables().get(CONFIG_VARIABLE)
     return Path(chosen) if chosen else None
 
@@ -223,8 +234,9 @@ class Loaded:
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
     """Read the configuration from all its sources.
 
-    `path` is a YAML file; by default the one that `GATEWAY_CONFIG` names, if any. `overrides` has the settings of the
-    command line, nested like the sections. Secret files are read. Raises ConfigError with a line for every mistake.
+    `path` is a YAML or TOML file; by default the one that `GATEWAY_CONFIG` names, if any. `overrides` has the settings
+    of the command line, nested like the sections. Secret files are read. Raises ConfigError with a line for each
+    mistake.
     """
     return read_config(path, overrides).config
 
@@ -241,7 +253,7 @@ def read_config(
     problems += broken_lines(ENV_FILE, ENV_PREFIX)
     chosen = config_path(path)
     try:
-        file = NO_FILE if chosen is None else read_yaml(chosen)
+        file = NO_FILE if chosen is None else read_settings(chosen, _exact_variables(), TEAM_SECTIONS)
     except ConfigError as error:  # without the file, the rest cannot be checked
         raise ConfigError([*error.problems, *problems]) from None
     given = {name: text for name, text in variables.items() if text is not None}
@@ -253,8 +265,18 @@ def read_config(
     read = _Read(file.path, (environment, file.values))
     merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, environment, sources.overrides)])
     found = [*file.problems, *problems, *_emptiness(merged, sources)]
-    config, errors = _validated(sources.overrides, read)
-    found += [describe_errors(detail, GatewayConfig, sources, PATTERNS) for detail in errors if detail["loc"]]
+    exposed: dict[Path, int] = {}
+    with noting_exposed(exposed):
+        config, errors = _validated(sources.overrides, read)
+    for exposed_path, mode in exposed.items():
+        warn(
+            f"{exposed_path}: holds a secret that every user of this machine can read (mode {mode:04o}); chmod 600 it"
+        )
+    found += [
+        describe_errors(detail, GatewayConfig, sources, PATTERNS)
+        for detail in errors
+        if detail["loc"] and not file.concerns_unset(path_of_error(detail))
+    ]
     if any(detail["loc"] for detail in errors):
         errors, wrong = errors_of_repaired(
             merged, GatewayConfig, errors, lambda values: _made(values, _Read(file.path))
@@ -262,7 +284,7 @@ def read_config(
     else:
         wrong = []
     for finding in _findings(errors):
-        if not any(finding.concerns(key_path) for key_path in wrong):
+        if not any(finding.concerns(key_path) for key_path in (*wrong, *file.unset)):
             found.append(f"{sources.origin(finding.path)}{without_passwords(str(finding))}")
     if config is None or found:
         raise ConfigError(found)
@@ -303,6 +325,8 @@ def _emptiness(merged: Mapping[str, Any], sources: Sources) -> Iterator[str]:
             f"{sources.file.path}: configures nothing, so the demo services would start; configure upstreams, or"
             f" start without --config and {CONFIG_VARIABLE} for the demo"
         )
+    if merged.get(INCLUDE) is not None and sources.file.values.get(INCLUDE) != merged[INCLUDE]:
+        yield f"{sources.origin((INCLUDE,))}{INCLUDE}: only a configuration file can include others; set it there"
     if merged.get("routes") == []:
         key_path = ("routes",)
         yield f"{sources.origin(key_path)}routes: is empty; leave it out for one route to each upstream, got []"
@@ -313,6 +337,12 @@ def _emptiness(merged: Mapping[str, Any], sources: Sources) -> Iterator[str]:
 
 def _variables() -> dict[str, str | None]:
     return {name.upper(): value for name, value in (*read_env_file(ENV_FILE).items(), *os.environ.items())}
+
+
+def _exact_variables() -> dict[str, str]:
+    """Return the variables that a file may refer to, whose names are in the case that they have there."""
+    given = (*read_env_file(ENV_FILE).items(), *os.environ.items())
+    return {name: value for name, value in given if value is not None}
 
 
 def _of_environment() -> tuple[dict[str, Any], ...]:

@@ -15,6 +15,7 @@ from typing import Any
 from api_gateway.config import ENV_FILE, GatewayConfig, Loaded, config_path, read_config
 from api_gateway.process.start_check import file_errors
 from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.included_files import WILDCARDS, matching_files
 from api_gateway.settings.secret import noting_files
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,11 @@ def contents_of(files: Iterable[Path]) -> Contents:
 
 def _digest(path: Path) -> bytes | None:
     digest = hashlib.blake2b(digest_size=16)
+    if not path.is_file() and any(
+        one in str(path) for one in WILDCARDS
+    ):  # of files that are included: which there are
+        digest.update("\0".join(map(str, matching_files(path))).encode(errors="surrogateescape"))
+        return digest.digest()
     try:
         with path.open("rb") as file:
             while piece := file.read(_PIECE):

@@ -98,7 +98,9 @@ class _NoRedirection(urllib.request.HTTPRedirectHandler):
 def add_access_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which gateway is meant, and with which token."""
     parser.add_argument("--url", help="of the operator endpoints (default: as configured)")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of the gateway (default: $GATEWAY_CONFIG)")
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration file of the gateway (default: $GATEWAY_CONFIG)"
+    )
     parser.add_argument("--token-file", type=Path, help="file with an operator token (default: as configured)")
 
 

@@ -1,22 +1,19 @@
 """Messages about configuration mistakes: where the value was set, its place, what is wrong with it, and the value.
 
-Handles YAML files, environment variables and pydantic's errors; depends on no particular section.
+Handles places in files, environment variables and pydantic's errors; depends on no particular section.
 """
 
 import difflib
 import json
 import re
 import types
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
-from yaml.constructor import SafeConstructor
 
 from api_gateway.settings.secret import SUFFIX, Unusable, holds_secret, may_hold_password, shown_path
 
@@ -28,14 +25,8 @@ DELIMITER = "__"  # between the levels of a setting, in the name of a variable
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
 _LONGEST_SHOWN = 200
 _LIKE_KEY = re.compile("agw_[0-9A-Za-z]{20}")  # an API key, see `clients.api_keys`
-_QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")
-_YAML_TOKEN = re.compile(
-    r".|\\.|<[a-z ]+>"
-)  # what YAML's messages quote that is not from the file, and single characters
+QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")
 NO_PATTERNS: Mapping[str, str] = {}
-_HOLDS_ITSELF = "contains itself"
-_TEXT = "tag:yaml.org,2002:str"
-_KEY_TAGS = (_TEXT, "tag:yaml.org,2002:merge")
 
 
 class ConfigError(Exception):
@@ -47,104 +38,48 @@ class ConfigError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class YamlFile:
-    """A parsed file: its values, and the line number of each value by its place in lower case."""
+class SettingsFile:
+    """Parsed files: the values, and by place in lower case where each was set, such as `gateway.yaml:3`.
+
+    `variables` has the variables of a value by its place, and `unset` the places whose variables cannot be used; both
+    are known when variables have been replaced. `included` are the files besides `path`.
+    """
 
     path: Path | None
     values: dict[str, Any]
-    lines: Mapping[KeyPath, int]
-    problems: tuple[str, ...] = ()  # valid YAML that the gateway does not accept
+    places: Mapping[KeyPath, str]
+    problems: tuple[str, ...] = ()  # what is valid in its format and the gateway does not accept
+    variables: Mapping[KeyPath, str] = field(default_factory=dict)
+    unset: frozenset[KeyPath] = frozenset()
+    included: tuple[Path, ...] = ()
+
+    def place(self, key_path: KeyPath) -> str:
+        """Return where the value, or what encloses it, was set, followed by a colon; or "" if that is unknown."""
+        for length in range(len(key_path), 0, -1):
+            found = self.places.get(tuple(map(str.lower, key_path[:length])))
+            if found is not None:
+                return f"{found}: "
+        return ""
+
+    def concerns_unset(self, key_path: KeyPath) -> bool:
+        """Return whether a value there, or within or around it, has a variable that cannot be used."""
+        lower = tuple(map(str.lower, key_path))
+        ends = (lower, (*lower[:-1], f"{lower[-1]}{SUFFIX}")) if lower else ()
+        places = [tuple(map(str.lower, place)) for place in self.unset]
+        return any(one[: len(place)] == place or place[: len(one)] == one for one in ends for place in places)
 
 
-NO_FILE = YamlFile(None, {}, {})
-
-
-class _TextKeys(SafeConstructor):
-    """Reads every key as the text in the file, although YAML would convert some, such as numbers."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - the library's signature
-        """See `SafeConstructor`."""
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag not in _KEY_TAGS:
-                key.tag = _TEXT
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> YamlFile:
-    """Read a file of sections. Raises ConfigError if it cannot be read or is not a YAML mapping.
-
-    A duplicate key is one of the file's `problems`, because YAML silently uses the second value.
-    """
-    lines: dict[KeyPath, int] = {}
+def settings_text(path: Path) -> str:
+    """Return the content of a configuration file. Raises ConfigError."""
     try:
-        root = _composed(path.read_text(encoding="utf-8"))
-        faults = [
-            f"{path}:{line}: {path_text(key_path)}: {fault}" for key_path, line, fault in _index_lines(root, (), lines)
-        ]
-        if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
-            raise ConfigError(faults)
-        values = None if root is None else _TextKeys().construct_document(root)
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
     except UnicodeDecodeError as error:  # the exception holds the whole file, and its message a byte of it
         raise ConfigError([f"{path}: cannot be read: not utf-8 at byte {error.start}"]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date
-        raise ConfigError([f"{path}{_not_yaml(error)}"]) from None
-    if values is None:
-        return YamlFile(path, {}, {})
-    if not isinstance(values, dict):
-        raise ConfigError([f"{path}: must contain sections, got {type(values).__name__}"])
-    by_lower_case = {tuple(map(str.lower, key_path)): line for key_path, line in lines.items()}
-    return YamlFile(path, values, by_lower_case, tuple(faults))
 
 
-def _composed(text: str) -> yaml.Node | None:
-    """Return the nodes of a YAML text, None if it is empty. Raises YAMLError, ValueError or RecursionError.
-
-    LibYAML, where PyYAML has it, takes a tenth of the time of the parser in Python, whose messages are better.
-    """
-    if yaml.__with_libyaml__:
-        with suppress(yaml.YAMLError, ValueError):
-            return _node(text, yaml.CSafeLoader)
-    return _node(text, yaml.SafeLoader)
-
-
-def _node(text: str, loader: "type[yaml.CSafeLoader | yaml.SafeLoader]") -> yaml.Node | None:
-    root: yaml.Node | None = yaml.compose(text, Loader=loader)
-    return root
-
-
-def _not_yaml(error: Exception) -> str:
-    """Return line and problem without the quoted text of the file, which may be a secret."""
-    cursor = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
-    problem = _QUOTED.sub(lambda quoted: quoted[0] if _YAML_TOKEN.fullmatch(quoted[2]) else "'...'", problem)
-    hint = "; indent with spaces instead of tabs" if "'\\t'" in problem else ""
-    return f"{f':{cursor.line + 1}' if cursor else ''}: not YAML: {problem}{hint}"
-
-
-def _index_lines(
-    node: yaml.Node | None, key_path: KeyPath, lines: dict[KeyPath, int], above: tuple[yaml.Node, ...] = ()
-) -> Iterator[tuple[KeyPath, int, str]]:
-    """Fill `lines`; yield place, line and fault of each key or value that is valid YAML and not accepted here."""
-    if any(node is outer for outer in above) and node is not None:
-        yield key_path, node.start_mark.line + 1, _HOLDS_ITSELF
-        return
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            inner = (*key_path, str(key.value) if isinstance(key, yaml.ScalarNode) else "?")
-            line = key.start_mark.line + 1
-            if inner in lines:
-                yield inner, line, "given twice"
-            elif key.tag not in _KEY_TAGS:
-                yield inner, line, "is not text; put the key in quotes"
-            lines[inner] = line
-            yield from _index_lines(value, inner, lines, (*above, node))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            inner = (*key_path, str(index))
-            lines[inner] = value.start_mark.line + 1
-            yield from _index_lines(value, inner, lines, (*above, node))
+NO_FILE = SettingsFile(None, {}, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +92,17 @@ class Sources:
     overrides: Mapping[str, Any]
     prefix: str
     variables: Mapping[str, str]
-    file: YamlFile
+    file: SettingsFile
 
     @property
     def names(self) -> list[str]:
-        """The names of the sources whose values are in effect: the command line, variables, the file."""
+        """The names of the sources whose values are in effect: the command line, variables, the files."""
         variables = sorted(name for name in self.variables if not self._is_overridden(name))
         return [
             *(["command line"] if self.overrides else []),
             *(f"environment {name}" for name in variables),
             *([str(self.file.path)] if self.file.path is not None else []),
+            *map(str, self.file.included),
         ]
 
     def _is_overridden(self, variable: str) -> bool:
@@ -189,11 +125,19 @@ class Sources:
 
         A place that is not in it has the origin of the nearest section around it that a variable or option sets.
         """
-        found = {key_path: f"{self.file.path}:{line}" for key_path, line in self.file.lines.items()}
+        found = {key_path: self._place(key_path, place) for key_path, place in self.file.places.items()}
         for name in self.variables:
             found[path_of_variable(name, self.prefix)] = f"environment {name}"
         found.update((tuple(map(str.lower, key_path)), "command line") for key_path in _leaves(self.overrides))
+        for key_path, origin in list(found.items()):
+            if key_path[-1].endswith(SUFFIX):  # where a secret that is read from a file was set
+                found.setdefault((*key_path[:-1], key_path[-1].removesuffix(SUFFIX)), origin)
         return found
+
+    def _place(self, key_path: KeyPath, place: str) -> str:
+        """Return where a value of the file was set, with the variables in it."""
+        variables = self.file.variables.get(key_path)
+        return place if variables is None else f"{place} ({variables})"
 
     def origin(self, key_path: KeyPath) -> str:
         """Return where the value at `place` was set, followed by a colon, or "" if that is unknown."""
@@ -204,11 +148,11 @@ class Sources:
             name = self.prefix + DELIMITER.join(some).upper()
             if name in self.variables and _may_contain(self.variables[name], key_path[len(some) :]):
                 return f"environment {name}: "
-        for some in prefixes:
-            line = self.file.lines.get(tuple(map(str.lower, some)))
-            if line is not None:
-                return f"{self.file.path}:{line}: "
-        return ""
+        return self.file.place(key_path)
+
+    def variables_of(self, key_path: KeyPath) -> str | None:
+        """Return the variables in the value of the file that is in effect at `place`, or None."""
+        return self.file.variables.get(tuple(map(str.lower, key_path)))
 
 
 def _leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[KeyPath]:
@@ -265,6 +209,9 @@ def describe_errors(
     """
     key_path, kind = path_of_error(detail), detail["type"]
     shown = "" if isinstance(detail["input"], Unusable) else shown_value(detail["input"], type_at(model, key_path))
+    variables = sources.variables_of(key_path)
+    if shown and variables is not None:
+        shown = f", got a value from {variables}"
     message = _message(detail, patterns) + (_example(type_at(model, key_path)) if kind == "model_type" else "")
     if kind == "extra_forbidden":
         known = _keys_at(model, key_path[:-1])

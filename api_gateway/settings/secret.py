@@ -26,6 +26,7 @@ MAY_HOLD_PASSWORD = "may hold a password"  # noqa: S105 - metadata of a type: a 
 
 
 _noted: ContextVar[set[Path] | None] = ContextVar("_noted", default=None)
+_exposed: ContextVar[dict[Path, int] | None] = ContextVar("_exposed", default=None)
 
 
 class SecretFileError(Exception):
@@ -58,12 +59,32 @@ SecretFile = Annotated[
 
 @contextmanager
 def noting_files(files: set[Path]) -> Iterator[None]:
-    """Within this block, add every file that a secret is read from to `files`, including those that cannot be used."""
+    """Within this block, add every file that is read to `files`, except the main one, even if it cannot be used."""
     token = _noted.set(files)
     try:
         yield
     finally:
         _noted.reset(token)
+
+
+@contextmanager
+def noting_exposed(files: dict[Path, int]) -> Iterator[None]:
+    """Within this block, add every secret file that all users of the machine can read to `files`, with its mode.
+
+    Those of a file system that is mounted read-only are left out: an orchestrator has put them there.
+    """
+    token = _exposed.set(files)
+    try:
+        yield
+    finally:
+        _exposed.reset(token)
+
+
+def note_file(path: Path) -> None:
+    """Add a file, or a path with wildcards, to those that `noting_files` collects."""
+    noted = _noted.get()
+    if noted is not None:
+        noted.add(path)
 
 
 def shown_path(path: object) -> str:
@@ -75,9 +96,7 @@ def shown_path(path: object) -> str:
 
 def read_secret(path: Path) -> str:
     """Return the only line of the file, without its line end. Blocks. Raises SecretFileError."""
-    noted = _noted.get()
-    if noted is not None:
-        noted.add(path)
+    note_file(path)
     shown = shown_path(path)
     try:
         # A pipe without a writer must not block the start.
@@ -86,6 +105,9 @@ def read_secret(path: Path) -> str:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise SecretFileError(f"is not a regular file, got {shown}")
+            exposed = _exposed.get()
+            if exposed is not None and mode & stat.S_IROTH and not os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY:
+                exposed[path] = stat.S_IMODE(mode)
             content = file.read(MAX_FILE_BYTES + 1)
     except IsADirectoryError:
         raise SecretFileError(f"is a folder, got {shown}") from None

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from api_gateway.config import load_config
-from api_gateway.settings.diagnostics import ConfigError, Sources, YamlFile, nearest, read_yaml
+from api_gateway.settings.diagnostics import ConfigError, SettingsFile, Sources, nearest
+from api_gateway.settings.yaml_file import read_yaml
 
 SECRET = "hunter2-hunter2"
 
@@ -100,7 +101,7 @@ def test_a_value_that_holds_itself_is_refused(refused: Refused) -> None:
 def test_an_empty_file_configures_nothing(tmp_path: Path, text: str) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_text(text, encoding="utf-8")
-    assert read_yaml(path) == YamlFile(path, {}, {})
+    assert read_yaml(path) == SettingsFile(path, {}, {})
     (line,) = problems_of(path)
     assert line.startswith(f"{path}: configures nothing, so the demo services would start")
 
@@ -184,7 +185,16 @@ SOURCES = Sources(
     {"server": {"port": 1}, "log": {"access": False}},
     "GATEWAY_",
     {"GATEWAY_SERVER__PORT": "2", "GATEWAY_SERVER__HOST": "::", "GATEWAY_ROUTES": '[{"name": 1}]'},
-    YamlFile(Path("g.yaml"), {}, {("server",): 1, ("server", "host"): 2, ("clients",): 3, ("clients", "acme"): 4}),
+    SettingsFile(
+        Path("g.yaml"),
+        {},
+        {
+            ("server",): "g.yaml:1",
+            ("server", "host"): "g.yaml:2",
+            ("clients",): "g.yaml:3",
+            ("clients", "acme"): "g.yaml:4",
+        },
+    ),
 )
 
 

@@ -37,6 +37,11 @@ VALID = {
         "routes: [{name: a, path: /api/a, upstream: users, require: {claims: {team: red}}}]"
     ),
     "permissions in quotes": f"{UPSTREAM}server: {{socket_mode: '0600'}}",
+    "variables": (
+        "include: conf.d/*.yaml\nserver: {port: '${P:-80}', header_timeout: '${T:-5s}', via: '${V:-a}'}\n"
+        "log: {level: '${L:-info}', access: '${A:-no}'}\n"
+        "upstreams: {a: '${U:-http://a}', b: {targets: ['${U:-http://b}']}}"
+    ),
     "merged sections": "upstreams: {a: &a {targets: [http://a]}, b: {<<: *a, balance: hash}}",
 }
 INVALID = {
