@@ -1,7 +1,12 @@
 .DEFAULT_GOAL := help
 COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--custom-compile-command "make lock"
-.PHONY: help check format unit wire test heavy interop cover compiled run load bench scale chaos soak fuzz mutations probe heads lives site lock audit
+# A build takes place in a copy of what is under version control; the commit and its time are those of the clone.
+IN_COPY = tree=$$(mktemp -d) && git ls-files -z | xargs -0 cp --parents -t $$tree && \
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+	API_GATEWAY_COMMIT=$$(git describe --always --abbrev=40 --exclude='*' --dirty=-modified)
+REMOVE_COPY = status=$$?; rm -rf $$tree; exit $$status
+.PHONY: help check format unit wire test heavy interop cover dist compiled run load bench scale chaos soak fuzz mutations probe heads lives site lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -24,9 +29,10 @@ interop: ## tests with real peers (extra "interop"; npm packages in the folder I
 	pytest -n 0 -m interop tests/interop
 cover:   ## tests with coverage by module
 	pytest --cov --cov-report=term-missing
+dist:    ## source distribution and wheel in dist/, equal byte for byte for the same commit (extra "release")
+	$(IN_COPY) uv build --quiet --out-dir dist $$tree; $(REMOVE_COPY)
 compiled: ## a wheel in dist/ whose request path is compiled by mypyc; needs a C compiler
-	tree=$$(mktemp -d) && git ls-files -z | xargs -0 cp --parents -t $$tree && \
-	HATCH_BUILD_HOOK_ENABLE_MYPYC=1 pip wheel --no-deps --wheel-dir dist $$tree; status=$$?; rm -rf $$tree; exit $$status
+	$(IN_COPY) HATCH_BUILD_HOOK_ENABLE_MYPYC=1 pip wheel --no-deps --wheel-dir dist $$tree; $(REMOVE_COPY)
 run:     ## the gateway with its demo upstreams, on port 8000
 	python run_gateway.py
 load:    ## load test against a running gateway

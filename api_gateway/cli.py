@@ -4,23 +4,22 @@ Commands are imported when they run, as importing the gateway takes a second, an
 """
 
 import argparse
-import platform
 import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
 
-from api_gateway._version import __version__
-from api_gateway.system.build import variant
+from api_gateway.system.build import version_line
 from api_gateway.system.held_signals import block_signals
 
 _VIEWS = "api_gateway.process.view_commands", "run_view"
 # Module and function of each command, and whether the function gets the command's name, too.
 COMMANDS = {
     "keys": ("api_gateway.process.key_commands", "run_keys", False),
-    "replay": ("api_gateway.replay.command", "run_replay", False),
+    "replay": ("api_gateway.replay.options", "run_replay", False),
     "schema": ("api_gateway.process.schema_command", "run_schema", False),
     "top": ("api_gateway.process.top_command", "run_top", False),
+    "version": ("api_gateway.process.version_command", "run_version", False),
     **dict.fromkeys(("tail", "explain", "clients", "breakers", "limits"), (*_VIEWS, True)),
 }
 
@@ -46,7 +45,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the options. The message about an unknown option does not show its value, which may be a secret."""
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
-    if options.command not in (None, "version"):
+    if options.command is not None:
         unknown.append(options.command)
     if unknown:
         names = [one.partition("=")[0] for one in unknown if one.startswith("-")]
@@ -54,15 +53,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
             f"unknown: {', '.join(names) or 'positional arguments'}; use the file for other settings, or variables"
             " such as GATEWAY_STORE__URL"
         )
-    if options.command == "version":
-        print(_version())
-        parser.exit()
     return options
-
-
-def _version() -> str:
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    return f"api-gateway {__version__} ({variant()}, {python})"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         metavar="COMMAND",
-        help="version; schema: the JSON Schema of configuration files; keys: manage API keys; replay: try limits on an"
-        " access log; of a running gateway: top, a live"
-        " screen; tail, its requests; explain, a request; clients, breakers, limits. See --help of each",
+        help="version: what is installed; schema: the JSON Schema of configuration files; keys: manage API keys;"
+        " replay: try limits on an access log; of a running gateway: top, a live screen; tail, its requests; explain,"
+        " a request; clients, breakers, limits. See --help of each",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or TOML file (default: $GATEWAY_CONFIG, or none)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
@@ -87,5 +78,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-access-log", action="store_true", help="do not write a line for each proxied request")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     parser.add_argument("--watch", action="store_true", help="reload the configuration when one of its files changes")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=version_line())
     return parser

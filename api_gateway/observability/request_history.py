@@ -6,8 +6,7 @@ bytes, and those of refusals and errors are divided among clients.
 
 from collections import deque
 from collections.abc import Iterator
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange
 from api_gateway.observability.request_record import (
@@ -153,8 +152,7 @@ class RequestHistory:
         exchange.credential = None
         if exchange.reason is None and exchange.status < _SERVER_ERROR:
             if len(exchange.path) > MAX_SUCCESS_PATH:
-                exchange = copy(exchange)
-                exchange.path = f"{exchange.path[:MAX_SUCCESS_PATH]}..."
+                exchange = replace(exchange, path=f"{exchange.path[:MAX_SUCCESS_PATH]}...")
             self._successes.append((now, exchange, SUCCESS_BYTES))
             return
         ring = self._errors if outcome_of(exchange) == "error" else self._refusals

@@ -8,10 +8,10 @@ import argparse
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 from urllib.parse import quote
 
-from api_gateway.clients.api_keys import RANDOM_BYTES, digest_of, new_key
 from api_gateway.process.operator_client import add_access_options, client_of, run_action, show
 from api_gateway.process.text_table import table
 
@@ -96,9 +96,10 @@ def _revoke(options: argparse.Namespace) -> None:
 
 
 def _generate(_options: argparse.Namespace) -> None:
-    key = new_key(secrets.token_bytes(RANDOM_BYTES))
+    api_keys = import_module("api_gateway.clients.api_keys")  # which imports pydantic
+    key = api_keys.new_key(secrets.token_bytes(api_keys.RANDOM_BYTES))
     print(key)
-    print(f"In the configuration: digest: sha256:{digest_of(key.encode())}", file=sys.stderr)
+    print(f"In the configuration: digest: sha256:{api_keys.digest_of(key.encode())}", file=sys.stderr)
 
 
 def _show_created(made: Mapping[str, Any]) -> None:

@@ -14,8 +14,10 @@ from pydantic import BaseModel
 
 import api_gateway
 from api_gateway.config import GatewayConfig, load_config
+from api_gateway.system.extras import EXTRAS
 from tests import sources
 
+DEVELOPMENT = ("dev", "interop", "release", "servers")  # extras
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -46,6 +48,20 @@ def test_what_some_need_is_an_extra_that_development_includes(extra: str, packag
     extras = PROJECT["optional-dependencies"]
     assert any(line.startswith(f"{package}>=") for line in extras[extra])
     assert f"api-gateway[{extra}]" in extras["dev"]
+
+
+def test_the_version_command_knows_every_extra_of_users() -> None:
+    """An extra that is not for development has a line in `EXTRAS`, with the package that it installs."""
+    extras = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name not in DEVELOPMENT}
+    assert {extra.name for extra in EXTRAS} == set(extras)
+    for extra in EXTRAS:
+        assert any(line.startswith(f"{extra.distribution}>=") for line in extras[extra.name])
+
+
+def test_no_url_of_the_project_is_only_an_example() -> None:
+    """The project has no public address yet; a made-up one would send users nowhere."""
+    for name, url in PROJECT.get("urls", {}).items():
+        assert re.match(r"https://(?!.*\bexample\b)[\w.-]+\.(?!invalid\b|test\b|local)\w+/", url), f"{name}: {url}"
 
 
 def test_the_licence_is_mit_and_there() -> None:
@@ -189,6 +205,9 @@ SLICES = {
     "data[end - 2:end]": "at least the two bytes of the line break are expected",
     "data[position:end]": "the end is searched from the position on",
     "head[13:head.index(b'\\r')]": "a plain status line has a space after the status, the 13th byte",
+    "ids[32:48]": "of text",
+    "piece[at:end]": "the end is that of a match from `at` on",
+    "piece[at:end if found is None else found.start()]": "the end is searched from `at` on, which is before the last",
     "received[start:end + 2]": "the end is searched from the start on",
     "received[start:end]": "the end is searched from the start on",
     "lines[start:end]": "the order is checked before",

@@ -12,6 +12,7 @@ import pytest
 
 import api_gateway
 from api_gateway import __version__, rate_limiter
+from api_gateway.cli import COMMANDS
 from api_gateway.models import Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, free_port, reply
@@ -30,12 +31,36 @@ def test_it_starts_without_configuration_and_stops_with_exit_code_0(way: list[st
     assert '"status":200' in running.output, "an access line"
 
 
-@pytest.mark.parametrize("word", ["version", "--version"])
-def test_the_version_names_the_variant_that_runs(word: str, tmp_path: Path) -> None:
-    with process("-m", "api_gateway", word, cwd=tmp_path) as running:
+def test_the_version_names_the_variant_that_runs(tmp_path: Path) -> None:
+    with process("-m", "api_gateway", "--version", cwd=tmp_path) as running:
         assert running.exit_code() == 0
     variant = "pure Python" if rate_limiter.__file__.endswith(".py") else "compiled"
     assert running.output == f"api-gateway {__version__} ({variant}, CPython {platform.python_version()})\n"
+
+
+HEAVY = {"fastapi", "pydantic", "uvicorn", "httpx", "redis", "yaml", "sqlite3", "asyncio", "prometheus_client"}
+HELP = """
+import sys
+from api_gateway.__main__ import main
+sys.argv[1:] = arguments = sys.argv[2:]
+try:
+    code = main()
+except SystemExit as end:
+    code = end.code
+assert not code, code
+print(*set(sys.modules) & HEAVY, file=sys.stderr)
+""".replace("HEAVY", repr(HEAVY))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_help_and_version_import_no_gateway(arguments: list[str], tmp_path: Path) -> None:
+    """So that they respond at once: what the gateway needs takes a second of CPU time to import."""
+    with fresh_process("-c", HELP, "--", *arguments, cwd=tmp_path, PYTHONPATH=str(ROOT)) as running:
+        assert running.exit_code() == 0, running.errors
+    assert running.output
+    assert running.errors.split() == []
 
 
 def test_a_traceback_names_the_line_in_either_variant() -> None:
