@@ -17,9 +17,10 @@ from api_gateway.config import GatewayConfig, load_config
 from api_gateway.system.extras import EXTRAS
 from tests import sources
 
-DEVELOPMENT = ("dev", "interop", "release", "servers")  # extras
+DEVELOPMENT = ("dev", "interop", "release", "servers", "site")  # extras
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 
 
 def requirements() -> list[str]:
@@ -62,6 +63,14 @@ def test_no_url_of_the_project_is_only_an_example() -> None:
     """The project has no public address yet; a made-up one would send users nowhere."""
     for name, url in PROJECT.get("urls", {}).items():
         assert re.match(r"https://(?!.*\bexample\b)[\w.-]+\.(?!invalid\b|test\b|local)\w+/", url), f"{name}: {url}"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a clone tells what is under version control")
+def test_the_source_distribution_has_what_is_under_version_control() -> None:
+    """So that the tests pass from it. `tests/docs/test_distribution.py` builds it and compares each file."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert sorted(included) == sorted({f"/{line.partition('/')[0]}" for line in listed.splitlines()})
 
 
 def test_the_licence_is_mit_and_there() -> None:
@@ -175,9 +184,9 @@ def test_the_lock_files_name_no_index(name: str) -> None:
 
 def compiled_modules() -> list[str]:
     """Return the modules that mypyc compiles."""
-    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]
-    assert not hook["mypyc"]["enable-by-default"]
-    compiled: list[str] = hook["mypyc"]["include"]
+    hook = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["mypyc"]
+    assert not hook["enable-by-default"]
+    compiled: list[str] = hook["include"]
     return compiled
 
 
