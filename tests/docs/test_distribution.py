@@ -123,10 +123,8 @@ def installed(request: pytest.FixtureRequest, tools: Path, tmp_path: Path) -> It
         "UV_TOOL_DIR": str(tmp_path / "uv"),
         "UV_TOOL_BIN_DIR": str(programs),
     }
-    command = {
-        "pipx": [tools / "pipx", "install", "--python", sys.executable, "."],
-        "uv": [tools / "uv", "tool", "install", "--python", sys.executable, "."],
-    }[request.param]
+    install = {"pipx": ["pipx", "install"], "uv": ["uv", "tool", "install"]}[request.param]
+    command = [str(tools / install[0]), *install[1:], "--python", sys.executable, "."]
     run = subprocess.run(command, cwd=tree, env=environment(**variables), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     shutil.rmtree(tree)  # nothing of the folder is needed any more
