@@ -1,11 +1,8 @@
 """The command `api-gateway schema`: prints the JSON Schema of configuration files."""
 
 import argparse
-import json
 from collections.abc import Sequence
-
-from api_gateway.config import GatewayConfig
-from api_gateway.settings.file_schema import file_schema
+from importlib import import_module
 
 
 def run_schema(arguments: Sequence[str]) -> int:
@@ -16,10 +13,5 @@ def run_schema(arguments: Sequence[str]) -> int:
         " of a file is: # yaml-language-server: $schema=gateway.schema.json",
     )
     parser.parse_args(arguments)
-    print(schema_text(), end="")
+    print(import_module("api_gateway.process.schema_text").schema_text(), end="")  # so that `--help` is fast
     return 0
-
-
-def schema_text() -> str:
-    """Return the schema as text."""
-    return json.dumps(file_schema(GatewayConfig, "Configuration of api-gateway"), indent=2) + "\n"

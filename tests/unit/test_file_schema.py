@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.process.schema_command import schema_text
+from api_gateway.process.schema_text import schema_text
 from api_gateway.settings.diagnostics import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))

@@ -24,7 +24,7 @@ from api_gateway.main import create_app
 from api_gateway.metrics import Recorder
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
-from api_gateway.process.schema_command import schema_text
+from api_gateway.process.schema_text import schema_text
 from api_gateway.reporting.process_figures import FIGURES
 from api_gateway.reporting.prometheus import PrometheusExposition
 from api_gateway.reporting.snapshot import WorkerSnapshot
