@@ -5,23 +5,31 @@ the same time and are driven in turns, so that ratios hold on a machine that is 
 another commit, whose gateway is measured too; it receives the same header fields.
 
 The flood is sent at a fixed rate, a million wrong keys a minute times `--scale`, by an address with the default limit.
-At the same time a client with a key sends 50 requests per second at fixed times, as it does without the flood, and
+At the same time a client with a key sends 100 requests per second at fixed times, as it does without the flood, and
 while another client sends as many requests with a valid key, so that only the wrong keys make a difference.
+
+What is measured is the gateway's part: from the moment at which the client has sent a request to the one at which the
+kernel has received the response. The client's own delay is printed beside it, and is no part of it. The flood has the
+lowest priority on the core that it shares with the client and the upstream, so that neither waits for it.
 """
 
 import argparse
 import asyncio
+import gc
 import hashlib
 import json
 import os
 import random
 import secrets
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -38,14 +46,20 @@ from api_gateway.proxy.api_key_source import ApiKeySource
 from benchmarks.cases import CLIENT, Case
 from benchmarks.claims import Claim, ratio_verdict, verdict
 from benchmarks.load import Client, Failed, OpenLoop, alternating_costs, await_ready, percentile
-from benchmarks.processes import free_port, pinned, resident_bytes, running
+from benchmarks.processes import cpu_seconds, free_port, pinned, resident_bytes, running
 from benchmarks.upstream import upstream
 
 ROOT = Path(__file__).parent.parent
 GATEWAY_CORE, LOAD_CORE = 0, 1
 MILLION_A_MINUTE = 1e6 / 60  # per second
-RATE = 50.0  # requests per second of the client with a key
+RATE = 100.0  # requests per second of the client with a key
 WRONG = 4_000  # different wrong keys
+SITUATIONS = ("quiet", "right keys", "wrong keys")
+_ROUNDS = 3
+_LEAD, _OVERLAP = 0.5, 2.0  # seconds by which the flood begins earlier, and those that it lasts longer in all
+_LOWEST_PRIORITY = 19
+_SO_TIMESTAMPNS = getattr(socket, "SO_TIMESTAMPNS", 35)  # socket(7), Linux; Python 3.11 has no name for it
+_TIMESPEC = struct.Struct("@qq")
 _REFUSALS = (401, 429)
 CLAIMS = (
     Claim("a key, compared with a bare id", "key: keys", "bare id: no keys", 2.0),
@@ -179,57 +193,119 @@ class Keyed(Client):
         self.request = self._next()
 
 
+@dataclass
+class Served:
+    """Times of the client with a key in seconds: of the gateway's part of each request, and of the client's delay."""
+
+    gateway: list[float] = field(default_factory=list)
+    client: list[float] = field(default_factory=list)
+
+
+class Stamped(Keyed):
+    """A connection of the client with a key, which measures from a request sent to a response received by the kernel.
+
+    So a delay of this process is not taken for one of the gateway's.
+    """
+
+    def __init__(self, port: int, key: str, served: Served) -> None:
+        super().__init__(port, cycle([key]), (200,))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        self._served = served
+        self._sent_ns = 0
+
+    def send(self, due: float) -> None:
+        """See `Client`."""
+        self._served.client.append(time.perf_counter() - due)
+        self._sent_ns = time.time_ns()  # the kernel's timestamps are of this clock
+        super().send(due)
+
+    def read(self) -> bytes:
+        """See `Client`. A small response arrives in one piece."""
+        received, ancillary, _, _ = self._socket.recvmsg(65_536, socket.CMSG_SPACE(_TIMESPEC.size))
+        for _, kind, stamp in ancillary:
+            if kind == _SO_TIMESTAMPNS:
+                seconds, nanoseconds = _TIMESPEC.unpack(stamp)
+                self._served.gateway.append((seconds * 10**9 + nanoseconds - self._sent_ns) / 1e9)
+        return received
+
+
 def send_flood(port: int, rate: float, seconds: float, key: str) -> None:
     """Send a key, or wrong keys if it is empty, at a fixed rate."""
+    os.nice(_LOWEST_PRIORITY)
     keys = cycle([key] if key else [a_key() for _ in range(WRONG)])
-    print("ready", flush=True)  # noqa: T201 - for the process that measures
-    loop = OpenLoop(lambda: Keyed(port, keys, (200,) if key else _REFUSALS))
-    loop.run(rate, seconds)
-    loop.close()
+    with closing(OpenLoop(lambda: Keyed(port, keys, (200,) if key else _REFUSALS))) as loop:
+        loop.warm_up()
+        gc.freeze()
+        print("ready", flush=True)  # noqa: T201 - for the process that measures
+        loop.run(rate, seconds)
 
 
-def flood(seconds: float, scale: float) -> dict[str, Any]:
-    """Return the 99th percentiles of a client with a key in ms, without and with the flood, and the memory in MB."""
+@contextmanager
+def flooded(port: int, rate: float, seconds: float, key: str) -> Iterator[None]:
+    """Send a flood from another process within this block; it has begun and lasts for `seconds` at least.
+
+    Raises Failed.
+    """
+    lasting = str(seconds + _OVERLAP)
+    command = [sys.executable, "-m", "benchmarks.api_keys", "--send", str(port), str(rate), lasting, key]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as sender:  # noqa: S603 - fixed arguments
+        assert sender.stdout is not None  # noqa: S101 - a pipe
+        try:
+            sender.stdout.readline()
+            time.sleep(_LEAD)
+            yield
+            is_over = sender.poll() is not None
+        except BaseException:
+            sender.kill()
+            raise
+    if sender.returncode or is_over:
+        raise Failed("the flood could not be sent at its rate; use a lower --scale")
+
+
+@dataclass
+class Flood:
+    """Results of a situation: times of the client with a key, CPU seconds per second, and memory in MB."""
+
+    served: Served = field(default_factory=Served)
+    busy: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+
+def flood(seconds: float, scale: float) -> dict[str, Flood]:
+    """Return what a client with a key experiences without and with floods. Raises Failed."""
     key, rate = a_key(), MILLION_A_MINUTE * scale
+    found = {name: Flood() for name in SITUATIONS}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "origin").mkdir()
         origin = stack.enter_context(upstream(folder / "origin", LOAD_CORE))
         pid, port = stack.enter_context(gateway(ROOT, folder / "one", origin, key))
-        result: dict[str, Any] = {
-            "quiet": [],
-            "right keys": [],
-            "wrong keys": [],
-            "memory": [resident_bytes(pid) / 1e6],
-        }
-        for _ in range(3):
-            for name in ("quiet", "right keys", "wrong keys"):
-                loop = OpenLoop(lambda: Keyed(port, cycle([key]), (200,)))
-                loop.warm_up()
-                sender = None
-                if name != "quiet":
-                    sent = key if name == "right keys" else ""
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "benchmarks.api_keys",
-                        "--send",
-                        str(port),
-                        str(rate),
-                        str(seconds),
-                        sent,
-                    ]
-                    with pinned(LOAD_CORE):
-                        sender = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)  # noqa: S603 - fixed arguments
-                    assert sender.stdout is not None  # noqa: S101 - a pipe
-                    sender.stdout.readline()  # it has made its keys
-                loop.run(RATE, seconds)
-                if sender is not None and sender.wait():
-                    raise Failed("the flood could not be sent at its rate; use a lower --scale")
-                loop.close()
-                result[name].append(percentile(sorted(loop.measured), 0.99) * 1000)
-                result["memory"].append(resident_bytes(pid) / 1e6)
-        return result
+        stack.enter_context(pinned(LOAD_CORE))
+        gc.freeze()
+        for _ in range(_ROUNDS):
+            for name in SITUATIONS:
+                with ExitStack() as round_:
+                    if name != "quiet":
+                        sent = key if name == "right keys" else ""
+                        round_.enter_context(flooded(port, rate, seconds, sent))
+                    _measure(found[name], pid, port, key, seconds)
+    return found
+
+
+def _measure(result: Flood, pid: int, port: int, key: str, seconds: float) -> None:
+    served = Served()
+    with closing(OpenLoop(lambda: Stamped(port, key, served))) as loop:
+        loop.warm_up()
+        served.client.clear()
+        served.gateway.clear()
+        began = cpu_seconds(pid), time.perf_counter()
+        loop.run(RATE, seconds)
+        result.busy.append((cpu_seconds(pid) - began[0]) / (time.perf_counter() - began[1]))
+    if len(served.gateway) != len(served.client):
+        raise Failed("the kernel has no timestamps of received data")
+    result.served.gateway += served.gateway
+    result.served.client += served.client
+    result.memory.append(resident_bytes(pid) / 1e6)
 
 
 def _print_costs(found: Mapping[str, Sequence[float]], rounds: int) -> None:
@@ -253,14 +329,17 @@ def _print_times(verified: Mapping[str, Sequence[float]]) -> None:
         print(f"{name} / never existed: ratio of medians {median(verified[name]) / median(absent):.3f}")  # noqa: T201
 
 
-def _print_flood(result: Mapping[str, Sequence[float]], rate: float) -> None:
-    print(f"A flood of {rate:.0f} wrong keys per second; 99th percentiles, ms")  # noqa: T201
-    for name in ("quiet", "right keys", "wrong keys"):
-        print(f"{name:25} {median(result[name]):7.2f}  of {[round(value, 1) for value in result[name]]}")  # noqa: T201
-    wrong = median(result["wrong keys"])
-    print(ratio_verdict("p99 under wrong keys / its usual", wrong, median(result["quiet"]), 2.0))  # noqa: T201
-    print(ratio_verdict("p99 under wrong keys / under right keys", wrong, median(result["right keys"]), 2.0))  # noqa: T201
-    print(f"memory, MB                {[round(value, 1) for value in result['memory']]}")  # noqa: T201
+def _print_flood(result: Mapping[str, Flood], rate: float) -> None:
+    print(f"A flood of {rate:.0f} wrong keys per second; a client with a key, ms, and the gateway's CPU")  # noqa: T201
+    print(f"{'':12} {'median':>7} {'p99':>7} {'max':>7} {'client late, p99':>17} {'CPU s/s':>8}  memory, MB")  # noqa: T201
+    for name, found in result.items():
+        served, late = sorted(found.served.gateway), sorted(found.served.client)
+        times = " ".join([f"{percentile(served, share) * 1000:7.2f}" for share in (0.5, 0.99, 1.0)])
+        memory = [round(value, 1) for value in found.memory]
+        print(f"{name:12} {times} {percentile(late, 0.99) * 1000:17.2f} {median(found.busy):8.2f}  {memory}")  # noqa: T201
+    quiet, right, wrong = (percentile(sorted(result[name].served.gateway), 0.99) * 1000 for name in SITUATIONS)
+    print(ratio_verdict("p99 under wrong keys / its usual", wrong, quiet, 2.0))  # noqa: T201
+    print(ratio_verdict("p99 under wrong keys / under right keys", wrong, right, 2.0))  # noqa: T201
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -257,13 +257,17 @@ class Client:
 
     def receive(self) -> bool:
         """Parse received bytes; return whether the response is complete. Raises Failed if it is not as expected."""
-        received = self._socket.recv(65_536)
+        received = self.read()
         if not received:
             raise Failed("the connection was closed before the response")
         self._answer.append(received)
         if self._answer.done:
             self.check(self._answer)
         return self._answer.done
+
+    def read(self) -> bytes:
+        """Return what has been received."""
+        return self._socket.recv(65_536)
 
     def check(self, answer: Answer) -> None:
         """Raise Failed if a response is not as expected."""
