@@ -62,7 +62,6 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         limiter=gateway.charging,
         clock_ns=clocks.monotonic_ns,
         recorder=recorder,
-        limit_headers=limit_headers,
         next_number=_next_number(gateway) or (_unnumbered if gateway.config.history.enabled else None),
     )
     sources = identity_sources(config, gateway.clients.keys, gateway.tokens)

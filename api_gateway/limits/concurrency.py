@@ -4,12 +4,11 @@ A request takes one slot of each limit that applies to it, or none, and returns 
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from api_gateway.models import NANOSECONDS, Charge, ConcurrencySlot, Decision, Exchange, Quota
-from api_gateway.rate_limiter import RateLimiter
 
 SHORTEST_HINT, LONGEST_HINT = 1.0, 60.0  # seconds of `Retry-After`
 DURATIONS = 9  # of a key's last requests, whose median is the hint
@@ -147,23 +146,6 @@ class LocalSlots:
         if not durations:
             return SHORTEST_HINT
         return min(max(sorted(durations)[len(durations) // 2], SHORTEST_HINT), LONGEST_HINT)
-
-    def ask(
-        self,
-        exchange: Exchange,
-        limiter: RateLimiter,
-        charges: SlottedCharges,
-        now_ns: int,
-        on_decision: Callable[[Decision], None],
-    ) -> None:
-        """Charge a request, and let the exchange hold the slots if that is allowed. Not used: `decide` never asks."""
-
-        def on_charged(decision: Decision) -> None:
-            if decision.allowed:
-                self.take(exchange, charges.slots)
-            on_decision(decision)
-
-        limiter.decide_async(charges, now_ns, on_charged)
 
     async def look(self, slots: Sequence[ConcurrencySlot]) -> list[SlotUse]:
         """Return each slot as it is now."""

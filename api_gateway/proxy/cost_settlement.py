@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 from api_gateway.errors import GatewayError
 from api_gateway.limits.concurrency import SlottedCharges
-from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.models import Charge, Exchange, Settlement
 from api_gateway.proxy.content_cost import ContentCost
@@ -35,7 +34,6 @@ class CostSettlement:
         limiter: RateLimiter,
         clock_ns: Callable[[], int],
         recorder: Recorder,
-        limit_headers: RateLimitHeaders,
         next_number: Callable[[], int] | None = None,
     ) -> None:
         """`next_number` numbers settlements, which are then recorded in the exchange; None: they are not recorded."""
@@ -43,7 +41,6 @@ class CostSettlement:
         self._limiter = limiter
         self._clock_ns = clock_ns
         self._recorder = recorder
-        self._limit_headers = limit_headers
         self._warned: set[str | None] = set()
 
     def __repr__(self) -> str:

@@ -14,7 +14,6 @@ from api_gateway.config import GatewayConfig
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
 from api_gateway.limits.period_counters import MICROSECONDS, PeriodCounters, PeriodQuota
 from api_gateway.limits.quota_limiter import QuotaLimiter
-from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, ClientSource, Decision, Exchange, Quota
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
@@ -108,7 +107,6 @@ class _Buckets:
             limiter=self.limiter,
             clock_ns=lambda: simulation.now_ns,
             recorder=simulation.recorder,
-            limit_headers=RateLimitHeaders(),
         )
         self.facts: dict[tuple[Any, ...], HeaderFacts] = {}  # of clients whose address does not matter
         self.facts_by_address: dict[tuple[Any, ...], HeaderFacts] = {}

@@ -143,6 +143,15 @@ async def test_a_refused_request_charges_neither_bucket_nor_counter() -> None:
     assert (await machine.limiter.inspect(machine.charges(0), machine.now_ns))[0].remaining == 3
 
 
+def test_a_request_that_costs_nothing_is_admitted_by_a_quota_in_debt() -> None:
+    """As by the counters in memory."""
+    store = LuaStore(NOW)
+    machine = Machine(store, (ROOMY, quota(10)))
+    machine.settle(machine.decide(), 1, 15)
+    assert not machine.decide().allowed
+    assert machine.decide(cost=0).allowed
+
+
 def test_the_stores_clock_may_step_and_gives_no_second_allowance() -> None:
     store = LuaStore(instant("2027-02-10 00:00:00"))
     machine = Machine(store, (ROOMY, quota(10)))

@@ -23,7 +23,6 @@ from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
 from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL
 from api_gateway.limits.concurrency_ops import LEASE
 from api_gateway.limits.limit import Limit
-from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Client, ConcurrencySlot, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
@@ -235,7 +234,6 @@ def test_a_settlement_keeps_the_slots_and_the_policy() -> None:
         limiter=slotted.limiter,
         clock_ns=lambda: slotted.now_ns,
         recorder=recorder,
-        limit_headers=RateLimitHeaders(),
     )
     settlement.settle(exchange, 3.0)
     assert isinstance(exchange.charges, SlottedCharges)

@@ -342,9 +342,7 @@ class World:
         )
         self.recorder = Recorder(["all"], ["up"], ["FREE"], [50], 0.0)
         limit_headers = RateLimitHeaders()
-        settlement = CostSettlement(
-            limiter=limiter, clock_ns=self.clock_ns, recorder=self.recorder, limit_headers=limit_headers
-        )
+        settlement = CostSettlement(limiter=limiter, clock_ns=self.clock_ns, recorder=self.recorder)
         router = Router(
             RouteTable([Route("all", "/api", "up", timeout=timeout)]),
             {"up": self.upstream_client},

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from api_gateway.errors import CostExceedsCapacity, GatewayError, RateLimited
+from api_gateway.errors import CostExceedsCapacity, GatewayError, RateLimited, StoreUnavailable
 from api_gateway.limits.limit import Limit, client_buckets, limit_of, moved_buckets
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.limits.script_ops import MultiNodeCharge
+from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan
-from api_gateway.proxy.cost_settlement import _settled_to
+from api_gateway.proxy.cost_settlement import CostSettlement, _settled_to
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.limit_stage import MOST_REMEMBERED, LimitListStage, RateLimitStage
 from api_gateway.proxy.problem_response import problem_body
@@ -314,6 +315,22 @@ def joint(charges: list[Charge], *replies: Decision) -> tuple[Decision, list[Cha
     MultiNodeCharge(nodes, charges, 0, found.append).submit()  # type: ignore[arg-type]  # what it uses of a limiter
     (decision,) = found
     return decision, nodes.settled
+
+
+def test_a_refusal_gives_back_no_tokens_that_it_has_not_taken() -> None:
+    """As one of a silent store, which asks the client to come again."""
+    limited = Limited()
+    settlement = CostSettlement(
+        limiter=limited.limiter,
+        clock_ns=lambda: limited.now_ns,
+        recorder=Recorder(["all"], ["up"], ["FREE"], [50], 0.0),
+    )
+    admitted, _ = limited.ask(cost=7)
+    refused, error = limited.ask(cost=5)
+    assert isinstance(error, RateLimited)
+    for plan, left in ((refused, 3), (admitted, 10)):
+        settlement.on_failure(plan.exchange, StoreUnavailable("The store is unavailable."))
+        assert limited.limiter.decide([Charge(ACME.key, FREE, 0)], limited.now_ns).remaining == left
 
 
 def test_on_a_cluster_the_tightest_bucket_is_reported_and_each_settled_on_its_own_clock() -> None:

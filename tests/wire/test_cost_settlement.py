@@ -324,6 +324,24 @@ def test_what_an_upstream_may_have_begun_with_is_paid_for(
     eventually(lambda: left(running) < 8.1, "it is paid for")
 
 
+def test_a_response_is_paid_for_also_if_its_retry_reaches_nobody(
+    gateway: StartGateway, upstream: StartUpstream
+) -> None:
+    up = upstream()
+    retry = {"attempts": 2, "statuses": [503], "backoff": {"base": 0.001}}
+    running = warm(gateway(in_front_of(up.url, retry=retry) | {"tiers": SLOWLY}))
+
+    def last_words(wire: Wire, _request: RawRequest) -> bool:
+        up._listener.close()
+        wire.send(b"HTTP/1.1 503 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        return False
+
+    up.behave = last_words
+    answer = get(running, "fast path")
+    assert b"upstream_connect_error" in answer.body
+    assert (answer.status, answer.all("x-ratelimit-remaining")) == (502, [b"9"])
+
+
 @both_ways
 def test_a_client_that_disconnects_has_paid(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
     up = upstream()

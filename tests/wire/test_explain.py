@@ -104,7 +104,6 @@ class Stage:
             limiter=self.limiter,
             clock_ns=lambda: self.now_ns,
             recorder=self.recorder,
-            limit_headers=limit_headers,
         )
         router = Router(
             RouteTable(routes),
