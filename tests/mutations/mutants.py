@@ -359,7 +359,7 @@ MUTANTS = (
         (
             "if error.is_retry_safe and not exchange.status and not exchange.has_reached:",
             "if error.is_retry_safe and not exchange.status:",
-            "tests/wire/test_cost_settlement.py",
+            "tests/wire/test_cost_settlement.py::test_what_an_upstream_may_have_begun_with_is_paid_for",
         ),
         (
             "cost if is_complete else max(cost, otherwise)",
@@ -369,7 +369,7 @@ MUTANTS = (
         (
             "if decision is None or not decision.allowed or (cost == exchange.cost and not is_whole):",
             "if decision is None or (cost == exchange.cost and not is_whole):",
-            "tests/wire/test_cost_settlement.py",
+            f"{_STAGE}::test_a_refusal_gives_back_no_tokens_that_it_has_not_taken",
         ),
     ),
 )
