@@ -27,7 +27,7 @@ from api_gateway.admin.operator_limits import OperatorLimits
 from api_gateway.assembly.access import NO_ACCESS, operator_access
 from api_gateway.assembly.credential_watch import CredentialWatch
 from api_gateway.assembly.gateway import Assembly, Gateway
-from api_gateway.assembly.installation import Installation
+from api_gateway.assembly.installation import Installation, ServerTls
 from api_gateway.assembly.stores import REPLACED_WITHIN
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.downstream.uvicorn_server import COMMAND, Listener, UvicornServer
@@ -143,6 +143,7 @@ def create_app(
     resolve: Resolve = resolve_host,
     read: Callable[[], GatewayConfig] | None = None,
     on_change: Callable[[GatewayConfig], None] | None = None,
+    tls: ServerTls | None = None,
     connections: FairShares | None = None,
     open_connections: Callable[[], Iterable[Any]] | None = None,
     locality: Locality | None = None,
@@ -154,14 +155,13 @@ def create_app(
     - `server_headers` (lower case): header fields that the ASGI server adds to every response; those of upstreams are
       removed, so that none appears twice.
     - `refused`: the counter of requests that the server itself refuses, by reason.
-    - `transports`: by upstream, replacements for the gateway's own transport, such as `httpx.ASGITransport` in a test;
-      they are shielded from cancellation.
+    - `transports`: by upstream, instead of the gateway's own, such as `httpx.ASGITransport` in a test.
     - `aggregator`: merges snapshots of several workers; by default there is one process.
-    - `resolve`: resolves names of upstreams with the setting `resolve`; by default with the event loop's resolver.
+    - `resolve`: resolves names of upstreams; by default with the event loop's resolver.
     - `read`: reads the configuration for a reload; by default from all sources if `config` is None, else a reload
       fails.
     - `on_change`: called with each configuration that a reload has applied.
-    - `connections`: the shares of the server's connections, for views.
+    - `tls`, `connections`: the certificates of the server, and the shares of its connections, for views.
     - `open_connections`: returns the server's connections, so that streams end with their credential.
     - `locality`: decides which requests are local and need no token; by default those of the operator's programs.
     - `clocks`: read by the limiter, breakers, health checks, metrics and operator endpoints.
@@ -193,6 +193,7 @@ def create_app(
                 connections=connections if listener is None else listener.shares,
                 read=read,
                 on_change=changed,
+                tls=tls,
             )
             await installation.start(settings, _admin_context, aggregator or SingleProcess())
             app.state.admin_context.lifecycle = Lifecycle.SERVING
@@ -239,6 +240,11 @@ def _listener_of(server: UvicornServer | None, settings: GatewayConfig, refused:
     """Return the listener of a uvicorn server with the gateway's own protocol; log what is missing with another."""
     if server is None:
         return None
+    if settings.server.tls is not None and not server.is_gateways:
+        logger.warning(
+            "server.tls: only the gateway's own server applies it; start it with api-gateway, or set uvicorn's own"
+            " --ssl-certfile and --ssl-keyfile"
+        )
     if server.has_own_protocol:
         server.limit_drain(settings.server)
         return Listener(settings.server, refused)

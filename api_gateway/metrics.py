@@ -37,6 +37,9 @@ _COUNTERS = (
     "parsed_heads",
     "illegal_events",
     "trace_spans",
+    "tls_handshakes",
+    "tls_failures",
+    "tls_reloads",
 )
 
 # The recorder's counters with several labels.
@@ -138,9 +141,7 @@ class Recorder:
         self.sources: Counter[str] = Counter()  # decisions by source
         self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed; the candidate would refuse
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused; the candidate would allow
-        self.would_refuse: Counter[str] = Counter(
-            dict.fromkeys(OBSERVED_REASONS, 0)
-        )  # admitted by identity.mode observe
+        self.would_refuse: Counter[str] = Counter(dict.fromkeys(OBSERVED_REASONS, 0))  # admitted by mode observe
         self.bare_client_ids: Counter[str] = Counter(dict.fromkeys(("admitted", "refused"), 0))
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         self.quota_warnings: Counter[str] = Counter()  # by the name of the limit
@@ -154,6 +155,9 @@ class Recorder:
         self.parsed_heads: Counter[str] = Counter() if parsed_heads is None else parsed_heads
         self.illegal_events: Counter[str] = Counter() if illegal_events is None else illegal_events
         self.trace_spans: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))  # by what became of them
+        self.tls_handshakes: Counter[str] = Counter()  # by version and session: `TLSv1.3/new` or `/resumed`
+        self.tls_failures: Counter[str] = Counter()  # handshakes by reason
+        self.tls_reloads: Counter[str] = Counter()  # of certificates, by result
         self.waiting_traces = 0  # exchanges that wait to be exported
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}

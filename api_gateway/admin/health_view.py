@@ -4,11 +4,20 @@ from dataclasses import asdict
 from typing import Literal
 
 from api_gateway.admin.reload_views import configuration_view
-from api_gateway.admin.views import upstream_view
+from api_gateway.admin.views import upstream_view, wall_time
 from api_gateway.eventloop.pacing import each, paced
 from api_gateway.metrics import GATEWAY
 from api_gateway.reporting.metrics_view import concurrency_view
-from api_gateway.reporting.upstream_schema import ClientStoreView, HealthView, LagView, ResourceView, StoreView
+from api_gateway.reporting.tls_snapshot import TlsSnapshot
+from api_gateway.reporting.upstream_schema import (
+    CertificateView,
+    ClientStoreView,
+    HealthView,
+    LagView,
+    ResourceView,
+    StoreView,
+    TlsView,
+)
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.system.clocks import Clocks
@@ -18,7 +27,8 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
     """Return the health of the gateway, its upstreams and stores.
 
     Status `fail`: all upstreams fail. `warn`: an upstream has a status other than `pass`, limits are not exact, the
-    client store has an error, the last reload failed, or a resource is short.
+    client store has an error, the last reload failed, a certificate expires or could not be loaded, or a resource is
+    short.
     """
     snapshot = await aggregator.gather()
     now = clocks.now()
@@ -35,6 +45,7 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
         not snapshot.limiter.is_whole
         or snapshot.client_store_error is not None
         or snapshot.configuration.problems
+        or snapshot.tls.problems
         or any(resource.status == "warn" for resource in snapshot.resources)
     ):
         status = "warn"
@@ -49,9 +60,20 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
             status="pass" if snapshot.client_store_error is None else "warn", error=snapshot.client_store_error
         ),
         configuration=configuration_view(snapshot.configuration),
+        tls=tls_view(snapshot.tls),
         event_loop=LagView(lag_seconds=round(snapshot.lag, 6), shed=snapshot.recorder.shed[GATEWAY].total()),
         resources=[_resource_view(resource) for resource in snapshot.resources],
     )
+
+
+def tls_view(tls: TlsSnapshot) -> TlsView | None:
+    """Return the certificates; None without TLS."""
+    if not tls.certificates:
+        return None
+    certificates = [
+        CertificateView(file=one.file, name=one.name, not_after=wall_time(one.not_after)) for one in tls.certificates
+    ]
+    return TlsView(status="warn" if tls.problems else "pass", certificates=certificates, problems=list(tls.problems))
 
 
 def _resource_view(resource: ResourceState) -> ResourceView:

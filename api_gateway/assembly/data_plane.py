@@ -10,13 +10,14 @@ from api_gateway.assembly.identity import identity_sources
 from api_gateway.assembly.identity_observer import IdentityObserver
 from api_gateway.assembly.routes import address_rules
 from api_gateway.clients.api_keys import without_keys
+from api_gateway.config import GatewayConfig
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
 from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeRecords
-from api_gateway.models import Exchange
+from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.selected_lines import sampled, with_fields
 from api_gateway.observability.text_log import TextLog
@@ -86,6 +87,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         cors=cors,
         open_exchanges=gateway.open_exchanges,
         tracer=gateway.tracing.tracer,
+        added=_added_fields(config),
     )
     explainer = Explainer(
         admission=admission,
@@ -100,6 +102,17 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock_ns=clocks.monotonic_ns,
     )
     return fast_path.serve, fast_path, explainer
+
+
+def _added_fields(config: GatewayConfig) -> HeaderList:
+    """Return the header fields that every response gets. A client uses the first one, an upstream's own if it has one.
+
+    RFC 6797 section 8.1.
+    """
+    section = config.server.tls
+    if section is None or section.hsts is None:
+        return []
+    return [(b"strict-transport-security", section.hsts.encode())]
 
 
 def _limits(gateway: Gateway) -> RateLimitStage:

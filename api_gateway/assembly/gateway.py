@@ -49,6 +49,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.downstream.request_input import PARSED_HEADS
 from api_gateway.downstream.states import ILLEGAL_EVENTS
+from api_gateway.downstream.tls_terminator import TLS_COUNTERS
 from api_gateway.errors import StartupError
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
@@ -339,6 +340,8 @@ class Assembly:
             PARSED_HEADS,
             ILLEGAL_EVENTS.counts,
         )
+        recorder.tls_handshakes, recorder.tls_failures = TLS_COUNTERS.handshakes, TLS_COUNTERS.failures
+        recorder.tls_reloads = TLS_COUNTERS.reloads
         keeping = QuotaKeeping(config, recorder, clocks)
         tracing = Tracing(recorder, clocks)
         tracing.follow(plan.tracing, config)

@@ -22,6 +22,7 @@ from api_gateway.reload.reloader import Reloader, refused_reload
 from api_gateway.reload.serialization import deserialized
 from api_gateway.reporting.process_figures import figures_of_this_process
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot
+from api_gateway.reporting.tls_snapshot import TlsSnapshot
 from api_gateway.reporting.traffic_history import TrafficHistory, seconds_to_next
 from api_gateway.reporting.transitions import transitions_of
 from api_gateway.reporting.worker_channel import Aggregator
@@ -33,6 +34,18 @@ class Application(Protocol):
 
     gate: OperatorGate
     state: State
+
+
+class ServerTls(Protocol):
+    """The certificates of the server. `on_change` of the installation puts what was prepared last into force."""
+
+    def prepare(self, config: GatewayConfig) -> None:
+        """Load what a configuration needs, and change nothing. Blocks. Raises StartupError."""
+        ...
+
+    def snapshot(self) -> TlsSnapshot:
+        """Return the certificates in force, and what is wrong with them."""
+        ...
 
 
 class Installation:
@@ -52,10 +65,12 @@ class Installation:
         connections: FairShares | None,
         read: Callable[[], GatewayConfig] | None,
         on_change: Callable[[GatewayConfig], None] | None,
+        tls: ServerTls | None = None,
     ) -> None:
         """`access` returns the access rules of the operator endpoints, and may block.
 
         `read` reads the configuration again; `on_change` is called with each configuration that a reload has applied.
+        `tls` are the certificates of the server.
         """
         self._app = app
         self._assembly = assembly
@@ -65,6 +80,7 @@ class Installation:
         self._read = read
         self._connections = connections
         self._on_change = on_change
+        self._tls = tls
         self._plan: Plan | None = None
         self._access: Access | None = None
         self._settings: GatewayConfig | None = None  # as read, without the demo services
@@ -97,6 +113,8 @@ class Installation:
         self._plan = None
         self._settings = config
         self._access = await asyncio.to_thread(self._access_of, config)
+        if self._tls is not None:
+            await asyncio.to_thread(self._tls.prepare, config)
         self._plan = await self._assembly.plan(config)
 
     def commit(self) -> None:
@@ -134,6 +152,8 @@ class Installation:
             snapshot.resources.insert(0, ResourceState.of("connections", [self._connections]))
         if self._reloader is not None:
             snapshot.configuration = self._reloader.state
+        if self._tls is not None:
+            snapshot.tls = self._tls.snapshot()
         snapshot.points = self._history.points
         return snapshot
 

@@ -14,8 +14,12 @@ from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.proxied_connection import ProxiedConnection
 from api_gateway.downstream.server_context import ServerContext
 from api_gateway.downstream.slots import ConnectionSlots, no_holder
+from api_gateway.downstream.tls_connection import TlsConnection
+from api_gateway.downstream.tls_terminator import TlsTerminator
 from api_gateway.http1.network_set import NetworkSet
 from api_gateway.resilience.fair_shares import FairShares
+
+FirstProtocol = DownstreamConnection | ProxiedConnection | TlsConnection
 
 
 class ConnectionFactory(ListenerState):
@@ -33,6 +37,7 @@ class ConnectionFactory(ListenerState):
         self.knows_proxy_protocol = True  # False on listeners that clients use directly
         # The addresses whose connections begin with a PROXY protocol header; None if there are none.
         self.header_senders: NetworkSet | None = None
+        self.tls: TlsTerminator | None = None  # of new connections; None: they are plain
         self._server: ServerContext | None = None  # the server that created the last connection
 
     def __call__(
@@ -41,17 +46,17 @@ class ConnectionFactory(ListenerState):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> DownstreamConnection | ProxiedConnection:
+    ) -> FirstProtocol:
         """Return a connection; the arguments are those of uvicorn's protocols."""
         return self.begin(self.connection(config, server_state, app_state, _loop), server_state)
 
-    def begin(
-        self, connection: DownstreamConnection, server_state: ServerState
-    ) -> DownstreamConnection | ProxiedConnection:
-        """Return what reads the first bytes of a connection."""
-        if self.header_senders is None:
-            return connection
-        return ProxiedConnection(connection, self, server_state, self.header_senders)
+    def begin(self, connection: DownstreamConnection, server_state: ServerState) -> FirstProtocol:
+        """Return what reads the first bytes of a connection: a PROXY protocol header, TLS, or HTTP."""
+        tls, senders = self.tls, self.header_senders
+        first = connection if tls is None else TlsConnection(connection, self, tls, server_state)
+        if senders is None:
+            return first
+        return ProxiedConnection(connection, first, self, server_state, senders)
 
     def connection(
         self,

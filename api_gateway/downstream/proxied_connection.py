@@ -10,6 +10,7 @@ from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.proxy_protocol import ProxyHeaderError, parse_proxy_header
 from api_gateway.downstream.slots import SURPLUS_TIMEOUT, Slot
+from api_gateway.downstream.tls_connection import TlsConnection
 from api_gateway.errors import BadRequest, GatewayError, RequestTimeout
 from api_gateway.http1.asgi import RELAYED
 from api_gateway.http1.network_set import NetworkSet
@@ -27,12 +28,14 @@ class ProxiedConnection:
     def __init__(
         self,
         connection: DownstreamConnection,
+        first: DownstreamConnection | TlsConnection,
         listener: ListenerState,
         server_state: ServerState,
         senders: NetworkSet,
     ) -> None:
-        """`senders` are the addresses whose connections begin with a header."""
+        """`senders` are the addresses whose connections begin with a header; `first` reads what follows it."""
         self._connection = connection
+        self._first = first
         self._listener = listener
         self._server_state = server_state
         self._senders = senders
@@ -81,7 +84,7 @@ class ProxiedConnection:
         self._hand_over(transport)
         rest = bytes(self._received[header.size :])
         if rest and not transport.is_closing():
-            connection.data_received(rest)
+            self._first.data_received(rest)
 
     def eof_received(self) -> None:
         """Let the transport be closed: no request has arrived (asyncio callback)."""
@@ -103,8 +106,8 @@ class ProxiedConnection:
             self._transport.close()
 
     def _hand_over(self, transport: asyncio.Transport) -> None:
-        transport.set_protocol(self._connection)  # type: ignore[arg-type]  # a protocol without a base class
-        self._connection.connection_made(transport)
+        transport.set_protocol(self._first)  # type: ignore[arg-type]  # a protocol without a base class
+        self._first.connection_made(transport)
 
     def _on_timeout(self, limit: float) -> None:
         self._refuse(RequestTimeout(f"The PROXY protocol header did not arrive within {limit:g} s."))

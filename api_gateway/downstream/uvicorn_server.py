@@ -18,10 +18,8 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.server import ServerState
 
-from api_gateway.downstream.connection import DownstreamConnection
-from api_gateway.downstream.connection_factory import ConnectionFactory
+from api_gateway.downstream.connection_factory import ConnectionFactory, FirstProtocol
 from api_gateway.downstream.listener import change_protocol, protocol_of
-from api_gateway.downstream.proxied_connection import ProxiedConnection
 from api_gateway.http1.asgi import Receive
 from api_gateway.http1.headers import Fields
 from api_gateway.resilience.fair_shares import FairShares, default_connections
@@ -63,7 +61,7 @@ def protocol(
     server_state: ServerState,
     app_state: dict[str, Any],
     _loop: asyncio.AbstractEventLoop | None = None,
-) -> DownstreamConnection | ProxiedConnection:
+) -> FirstProtocol:
     """Return a connection with the gateway's own protocol: for uvicorn's `Config(http=...)` and `--http`.
 
     The gateway gets its connections without uvicorn's middleware for proxies, because `server.trusted_proxies` decides

@@ -34,11 +34,12 @@ class ExchangeContext:
         cors: CorsPolicies | None = None,
         open_exchanges: OpenExchanges | None = None,
         tracer: Tracer | None = None,
+        added: HeaderList | None = None,
     ) -> None:
         """`open_exchanges` has each exchange that comes by ASGI while it is served.
 
         `clock` (seconds) and `clock_ns` read the same monotonic clock. `cors` None: there are no CORS policies.
-        `tracer` None: tracing is off.
+        `tracer` None: tracing is off. `added` are header fields of every response.
         """
         self.record = record
         self.admission = admission
@@ -52,7 +53,9 @@ class ExchangeContext:
         self.tracer = tracer
         self.via_field = headers.via.field
         self.via = headers.via.field("1.1")
-        self.via_line = b"\r\n%b: %b\r\n" % self.via
+        self._added = added or []
+        self._added_lines = b"".join([b"%b: %b\r\n" % pair for pair in self._added])
+        self.via_line = b"\r\n%b: %b\r\n%b" % (*self.via, self._added_lines)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} [{self.headers!r}]>"
@@ -68,7 +71,8 @@ class ExchangeContext:
         self.record.note_failure(exchange, error)
         exchange.status = error.status
         decision, closes = exchange.decision, "connection" in error.headers
-        lines = b"x-request-id: %b\r\n%b%bdate: %b%b" % (
+        lines = b"%bx-request-id: %b\r\n%b%bdate: %b%b" % (
+            self._added_lines,
             exchange.id.encode(),
             b"" if decision is None else self.limit_headers.lines(decision, exchange.charges),
             b"" if cors is None else cors.lines,
@@ -93,6 +97,6 @@ class ExchangeContext:
 
     def response_headers(self, exchange: Exchange) -> HeaderList:
         """Return the header fields of every response: request id and, if there is a decision, the limits."""
-        own = [(b"x-request-id", exchange.id.encode())]
+        own = [*self._added, (b"x-request-id", exchange.id.encode())]
         decision = exchange.decision
         return own if decision is None else own + self.limit_headers.headers(decision, exchange.charges)

@@ -24,22 +24,25 @@ _EVERY_ADDRESS = "::"
 IS_BALANCED = sys.platform == "linux"
 ACCEPTED_PER_TURN = 4
 ADMIN_SOCKET = "admin"  # the name of a passed socket that is for operators
+REDIRECT_SOCKET = "redirect"  # of one for plain HTTP that is redirected
 
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
     """The sockets of one worker: `public` for clients, `admin` for the operator listener if there is one.
 
-    `are_shared`: other workers accept from the same sockets.
+    `redirect` are those for plain HTTP, if it is redirected. `are_shared`: other workers accept from the same sockets.
     """
 
     public: list[socket.socket]
     admin: list[socket.socket] = field(default_factory=list)
+    redirect: list[socket.socket] = field(default_factory=list)
     are_shared: bool = False
 
     def __iter__(self) -> Iterator[socket.socket]:
         yield from self.public
         yield from self.admin
+        yield from self.redirect
 
 
 class Listeners:
@@ -68,6 +71,10 @@ class Listeners:
             if admin.listen is not None:
                 address = BindAddress.parse(admin.listen, admin.socket_mode)
                 listeners._bind("admin.listen", address, lambda sockets: sockets.admin)
+            redirect_from = None if server.tls is None else server.tls.redirect_from
+            if redirect_from is not None:
+                address = BindAddress.parse(redirect_from, server.socket_mode)
+                listeners._bind("server.tls.redirect_from", address, lambda sockets: sockets.redirect)
         except BaseException:
             listeners.close()
             raise
@@ -77,9 +84,10 @@ class Listeners:
     def _of_passed(
         cls, config: GatewayConfig, workers: int, passed: Sequence[tuple[str, socket.socket]]
     ) -> "Listeners":
-        """Use passed sockets: those named `admin` for operators, all others for clients."""
+        """Use passed sockets: those named `admin` for operators, `redirect` for plain HTTP, all others for clients."""
         admin = [sock for name, sock in passed if name == ADMIN_SOCKET]
-        public = [sock for name, sock in passed if name != ADMIN_SOCKET]
+        redirect = [sock for name, sock in passed if name == REDIRECT_SOCKET]
+        public = [sock for name, sock in passed if name not in (ADMIN_SOCKET, REDIRECT_SOCKET)]
         if bool(admin) != (config.admin.listen is not None):
             raise StartupError(
                 f"admin.listen: is {config.admin.listen or 'not set'}, and the service manager passed {len(admin)} "
@@ -87,10 +95,17 @@ class Listeners:
             )
         if not public:
             raise StartupError(f"the service manager passed only sockets named {ADMIN_SOCKET!r}, and none for clients")
+        redirect_from = None if config.server.tls is None else config.server.tls.redirect_from
+        if bool(redirect) != (redirect_from is not None):
+            raise StartupError(
+                f"server.tls.redirect_from: is {redirect_from or 'not set'}, and the service manager passed"
+                f" {len(redirect)} sockets named {REDIRECT_SOCKET}; set it and pass one with"
+                f" FileDescriptorName={REDIRECT_SOCKET}, or neither"
+            )
         listeners = cls(workers, are_shared=workers > 1)
         for number, sockets in enumerate(listeners.sets):
-            sockets.public.extend(public if number == 0 else [sock.dup() for sock in public])
-            sockets.admin.extend(admin if number == 0 else [sock.dup() for sock in admin])
+            for own, given in ((sockets.public, public), (sockets.admin, admin), (sockets.redirect, redirect)):
+                own.extend(given if number == 0 else [sock.dup() for sock in given])
         return listeners
 
     def _bind(self, setting: str, address: BindAddress, choose: Callable[[Sockets], list[socket.socket]]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from api_gateway.admin.operator_token import token_file
-from api_gateway.config import CONFIG_VARIABLE, load_config
+from api_gateway.config import CONFIG_VARIABLE, GatewayConfig, load_config
 from api_gateway.process.operator_client import CommandFailed
 from api_gateway.settings.bind_address import UNIX_PREFIX, BindAddress, authority
 from api_gateway.settings.diagnostics import ConfigError
@@ -14,11 +14,15 @@ _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
 class OperatorAccess(NamedTuple):
-    """The URL of the operator endpoints without a slash at its end, the token, and where the token is from."""
+    """The URL of the operator endpoints without a slash at its end, the token, and where the token is from.
+
+    `certificate` is the only one that is trusted at a configured address, whose name it need not have.
+    """
 
     url: str
     token: str | None
     token_from: str
+    certificate: Path | None = None
 
 
 def find_access(config: str | None, url: str | None, token: Path | None) -> OperatorAccess:
@@ -30,22 +34,33 @@ def find_access(config: str | None, url: str | None, token: Path | None) -> Oper
         settings = load_config(config)
     except ConfigError as error:
         raise CommandFailed(str(error)) from None
-    found = url or _configured_url(settings.admin.listen, settings.server.host, settings.server.port)
+    found, certificate = url or "", None
+    if not found:
+        section, admin = settings.server.tls, settings.admin
+        has_tls = section is not None and (admin.listen is None or admin.tls)
+        found = _configured_url(admin.listen, settings.server.host, settings.server.port, is_tls=has_tls)
+        if section is not None and has_tls:
+            certificate = section.certificates[0].certificate
     if not found.startswith(("http://", "https://")):
         raise CommandFailed(f"--url: must begin with http:// or https://, got '{found}'")
     found = found.rstrip("/")
+    return OperatorAccess(found, *_token_of(settings, config, token), certificate)
+
+
+def _token_of(settings: GatewayConfig, config: str | None, token: Path | None) -> tuple[str | None, str]:
+    """Return the token, and where it is from."""
     if token is not None:
-        return OperatorAccess(found, _read(token), str(token))
+        return _read(token), str(token)
     if settings.admin.token is not None:
-        return OperatorAccess(found, settings.admin.token.get_secret_value(), "admin.token of the configuration")
+        return settings.admin.token.get_secret_value(), "admin.token of the configuration"
     path = token_file(settings.state_dir)
     if os.access(path, os.R_OK):
-        return OperatorAccess(found, _read(path), str(path))
+        return _read(path), str(path)
     where = f"--config, or ${CONFIG_VARIABLE}" if config is None else config
-    return OperatorAccess(found, None, f"none: {where} names no token, and {path} cannot be read")
+    return None, f"none: {where} names no token, and {path} cannot be read"
 
 
-def _configured_url(admin: str | None, host: str, port: int) -> str:
+def _configured_url(admin: str | None, host: str, port: int, *, is_tls: bool) -> str:
     if admin is not None:
         address = BindAddress.parse(admin, 0)
         host, port = (f"{UNIX_PREFIX}{address.path}" if address.path else address.host), address.port
@@ -53,7 +68,8 @@ def _configured_url(admin: str | None, host: str, port: int) -> str:
         raise CommandFailed(
             f"--url: is needed, as the operator endpoints are on {host}, which this command cannot use"
         )
-    return f"http://{authority('localhost' if host in _EVERYWHERE else host, port)}"
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://{authority('localhost' if host in _EVERYWHERE else host, port)}"
 
 
 def _read(path: Path) -> str:

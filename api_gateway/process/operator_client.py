@@ -6,6 +6,7 @@ Only light modules are imported, so that `--help` is fast; the configuration is 
 import argparse
 import json
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -40,13 +41,25 @@ class CommandFailed(Exception):
 class OperatorClient:
     """Calls the operator endpoints at one URL."""
 
-    def __init__(self, url: str, token: str | None, token_from: str = "--token-file") -> None:  # noqa: S107 - no secret
-        """`token_from` names the place of the token, for messages."""
+    def __init__(
+        self,
+        url: str,
+        token: str | None,
+        token_from: str = "--token-file",  # noqa: S107 - no secret
+        certificate: Path | None = None,
+    ) -> None:
+        """`token_from` names the place of the token, for messages.
+
+        `certificate` is the only one that is trusted, and for any name: that of a gateway on this machine.
+        """
         self.url = url
         self._token = token
         self._token_from = token_from
         # The token is for this URL: no proxy and no other server gets it.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirection)
+        handlers: list[Any] = [urllib.request.ProxyHandler({}), _NoRedirection]
+        if certificate is not None:
+            handlers.append(urllib.request.HTTPSHandler(context=_pinned(certificate)))
+        self._opener = urllib.request.build_opener(*handlers)
 
     def __repr__(self) -> str:
         return f"<OperatorClient of {self.url}>"
@@ -108,7 +121,7 @@ def client_of(options: argparse.Namespace) -> OperatorClient:
     """Return the client for the options of `add_access_options`. Raises CommandFailed."""
     find_access = import_module("api_gateway.process.operator_access").find_access
     access = find_access(options.config, options.url, options.token_file)
-    return OperatorClient(access.url, access.token, access.token_from)
+    return OperatorClient(*access)
 
 
 def run_action(action: Callable[[], None]) -> int:
@@ -128,6 +141,18 @@ def run_action(action: Callable[[], None]) -> int:
 def show(line: str = "") -> None:
     """Print a line in which nothing from a client or an upstream can affect the terminal."""
     print(printable(line), flush=True)
+
+
+def _pinned(certificate: Path) -> ssl.SSLContext:
+    """Return a context that trusts one certificate. Raises CommandFailed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # the certificate is that of the configuration, whatever its name
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        context.load_verify_locations(certificate)
+    except (OSError, ssl.SSLError) as error:
+        raise CommandFailed(f"{certificate}: cannot be used: {error.strerror or error}") from None
+    return context
 
 
 def _detail(body: bytes) -> str:

@@ -15,7 +15,7 @@ from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.process.config_watch import ConfigSource
 from api_gateway.process.message_log import configure_logging
 from api_gateway.process.server import GatewayServer
-from api_gateway.process.start_check import file_errors, startup_errors, startup_warnings
+from api_gateway.process.start_check import file_errors, key_warnings, startup_errors, startup_warnings
 from api_gateway.process.supervisor import Supervisor
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import Finding, access_warnings, find_warnings
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
     hint = former_state(config.state_dir, os.environ)
     if hint is not None:
         logger.warning(hint)
-    for finding in access_warnings(config):
+    for finding in (*access_warnings(config), *key_warnings(config)):
         logger.warning("%s", finding)
     try:
         with state_folder(config):  # held while any worker may use it

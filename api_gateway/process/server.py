@@ -22,12 +22,14 @@ from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream.connection import DownstreamConnection
+from api_gateway.downstream.https_redirect import HttpsRedirect
 from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
 from api_gateway.main import create_app
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, watched
 from api_gateway.process.message_log import change_logging
+from api_gateway.process.server_certificates import ServerCertificates
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.watchdog import Watchdog
 from api_gateway.reload.outcome import ReloadOutcome
@@ -84,6 +86,8 @@ class GatewayServer(uvicorn.Server):
             self._watch = ConfigWatch(read, partial(self._aggregator.reload, "--watch"))
         self._watching: asyncio.Task[None] | None = None
         self._is_reload_due = False  # requested before the start was complete
+        self._certificates = ServerCertificates(config)
+        self._following: asyncio.Task[None] | None = None
         self._app = create_app(
             config,
             refused=refused,
@@ -92,6 +96,7 @@ class GatewayServer(uvicorn.Server):
             open_connections=lambda: self.server_state.connections,
             read=read,
             on_change=self._apply_configuration,
+            tls=self._certificates,
             locality=locality,
             clocks=clocks,
         )
@@ -101,6 +106,8 @@ class GatewayServer(uvicorn.Server):
         self._admin_config = _uvicorn_config(
             admin, section, refused, FairShares(ADMIN_CONNECTIONS), knows_proxy_protocol=False
         )
+        self._redirect_config = self._redirection(config, refused)
+        self._apply_tls(config)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve on these sockets, by default on those of the configuration. Raises StartupError."""
@@ -124,12 +131,15 @@ class GatewayServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            await self._open_admin_listener()
+            await self._open_listener(self._sockets.admin, self._admin_config)
+            if self._redirect_config is not None:
+                await self._open_listener(self._sockets.redirect, self._redirect_config)
             self._watchdog.watch()
             _tune_garbage_collection()
             self.announce()
             if self._is_reload_due:
                 self.begin_reload("SIGHUP")
+            self._following = self._loop.create_task(self._certificates.follow_files(), name="certificates")
             if self._watch is not None:
                 self._watching = self._loop.create_task(self._watch.run(), name="watch")
 
@@ -165,22 +175,41 @@ class GatewayServer(uvicorn.Server):
         section = config.server
         self._settings, self._delay = config, section.drain_delay
         self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
-        for listener in (self.config, self._admin_config):
+        for listener in (self.config, self._admin_config, self._redirect_config):
+            if listener is None:
+                continue
             factory: Any = listener.http
             change_protocol(factory, section)
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
+        self._certificates.commit()
+        self._apply_tls(config)
         self._watchdog.set_stop_timeout(stop_within(section))
         change_logging(config.log)
 
-    async def _open_admin_listener(self) -> None:
-        """Serve the operator endpoints on their own sockets, if any; uvicorn closes those with the others."""
-        if not self._sockets.admin:
+    def _apply_tls(self, config: GatewayConfig) -> None:
+        """Have new connections begin with TLS, or without."""
+        public: Any = self.config.http
+        admin: Any = self._admin_config.http
+        public.tls = self._certificates.terminator
+        admin.tls = self._certificates.terminator if config.admin.tls else None
+
+    def _redirection(self, config: GatewayConfig, refused: Counter[str]) -> uvicorn.Config | None:
+        """Return the configuration of the listener for plain HTTP, None if there is none."""
+        section = config.server.tls
+        if section is None or section.redirect_from is None:
+            return None
+        port = section.redirect_port or config.server.port
+        app = HttpsRedirect(port, section.acme_challenges, self._certificates.has_certificate_for)
+        return _uvicorn_config(app, config.server, refused, self.connections)
+
+    async def _open_listener(self, sockets: list[socket.socket], config: uvicorn.Config) -> None:
+        """Serve on the sockets of another listener than that for clients; uvicorn closes those with the others."""
+        if not sockets:
             return
-        config = self._admin_config
         config.load()
         protocol: Callable[..., asyncio.Protocol] = config.http_protocol_class
         connect = partial(protocol, config, self.server_state, self.lifespan.state)
-        for sock in self._sockets.admin:
+        for sock in sockets:
             server = await asyncio.get_running_loop().create_server(connect, sock=sock, backlog=config.backlog)
             self.servers.append(server)
 
@@ -196,8 +225,9 @@ class GatewayServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop: keep serving for `drain_delay` seconds, then drain."""
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in (self._watching, self._following):
+            if task is not None:
+                task.cancel()
         self._manager.stopping(stop_within(self._settings.server))
         logger.info("draining: %d connections, new requests for %g s", len(self.server_state.connections), self._delay)
         until = time.monotonic() + self._delay

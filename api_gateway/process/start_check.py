@@ -18,7 +18,9 @@ from pathlib import Path
 from api_gateway.assembly.issuers import keys_of
 from api_gateway.assembly.tracing import encoder_module
 from api_gateway.config import GatewayConfig
+from api_gateway.downstream.certificates import CertificateError, date_error, load_certificates, readable_keys
 from api_gateway.errors import StartupError
+from api_gateway.process.server_certificates import expiry_problem
 from api_gateway.settings.bind_address import BindAddress
 from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.rules import Finding
@@ -42,6 +44,7 @@ def file_errors(config: GatewayConfig) -> Iterator[Finding]:
             given = {key: path for key, path in files.items() if path is not None}
             for key, message in _pem_problems(given):
                 yield Finding((*key_path, "tls", key), message)
+    yield from _certificate_errors(config)
     yield from _issuer_errors(config)
     yield from _tracing_errors(config)
     store = config.store
@@ -80,9 +83,32 @@ def _tracing_errors(config: GatewayConfig) -> Iterator[Finding]:
             yield Finding(("tracing", "enabled"), f"{str(error).partition(': ')[2]}, got True")
 
 
+def _certificate_errors(config: GatewayConfig) -> Iterator[Finding]:
+    """Yield the certificates that cannot be used, whatever their dates."""
+    section = config.server.tls
+    if section is None:
+        return
+    for number, pair in enumerate(section.certificates):
+        try:
+            load_certificates(section.model_copy(update={"certificates": [pair]}))
+        except CertificateError as error:
+            place = error.place
+            if place[0] == "certificates":
+                place = (place[0], str(number), *place[2:])
+            elif number:
+                continue  # not of a certificate, and reported with the first
+            yield Finding(("server", "tls", *place), error.message)
+
+
 def startup_errors(config: GatewayConfig) -> Iterator[Finding]:
-    """Yield everything that would make the start fail."""
-    yield from file_errors(config)
+    """Yield everything that would make the start fail, and certificates that clients would refuse."""
+    found = list(file_errors(config))
+    yield from found
+    section = config.server.tls
+    if section is not None and not found:
+        error = date_error(load_certificates(section), None, time.time())
+        if error is not None:
+            yield Finding(("server", "tls", *error.place), error.message)
     yield from (finding for finding, is_passing in _address_findings(config) if not is_passing)
     if not config.store.keeps_clients:
         yield from _state_errors(config.state_dir)
@@ -91,12 +117,34 @@ def startup_errors(config: GatewayConfig) -> Iterator[Finding]:
 def startup_warnings(config: GatewayConfig) -> Iterator[Finding]:
     """Yield what would make a start fail now but perhaps not later, or would disable a feature."""
     yield from (finding for finding, is_passing in _address_findings(config) if is_passing)
+    yield from certificate_warnings(config)
     if config.store.keeps_clients:
         yield from _state_errors(config.state_dir)
     holder = _holder(own_folder(config.state_dir) / LOCK_FILE)
     if holder is not None:
         message = f"another gateway (process {holder}) uses {config.state_dir}; a second one cannot start meanwhile"
         yield Finding(("state_dir",), message)
+
+
+def key_warnings(config: GatewayConfig) -> Iterator[Finding]:
+    """Yield the keys of certificates that others than their owner have access to."""
+    section = config.server.tls
+    for place, message in () if section is None else readable_keys(section):
+        yield Finding(("server", "tls", *place), message)
+
+
+def certificate_warnings(config: GatewayConfig) -> Iterator[Finding]:
+    """Yield keys that others may read, and certificates that expire soon."""
+    section = config.server.tls
+    if section is None:
+        return
+    yield from key_warnings(config)
+    with suppress(CertificateError):  # which is an error
+        now = time.time()
+        for number, one in enumerate(load_certificates(section).loaded):
+            problem = expiry_problem(one, now, section.expiry_warning_days)
+            if problem is not None and now < one.facts.not_after:
+                yield Finding(("server", "tls", "certificates", str(number), "certificate"), problem)
 
 
 # PEM files
@@ -155,6 +203,9 @@ def _address_findings(config: GatewayConfig) -> Iterator[tuple[Finding, bool]]:
     server, admin = config.server, config.admin
     address = BindAddress.of(server.host, server.port, server.socket_mode)
     yield from _bind_findings(("server", "host"), ("server", "port"), address)
+    if server.tls is not None and server.tls.redirect_from is not None:
+        place: KeyPath = ("server", "tls", "redirect_from")
+        yield from _bind_findings(place, place, BindAddress.parse(server.tls.redirect_from, server.socket_mode))
     if admin.listen is not None:
         key_path: KeyPath = ("admin", "listen")
         yield from _bind_findings(key_path, key_path, BindAddress.parse(admin.listen, admin.socket_mode))

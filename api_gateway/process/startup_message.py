@@ -23,16 +23,16 @@ class ReachableAddress:
     curl: str = "curl"
 
     @classmethod
-    def of(cls, sockets: Sequence[socket.socket]) -> "ReachableAddress":
+    def of(cls, sockets: Sequence[socket.socket], scheme: str = "http") -> "ReachableAddress":
         """Return the address of the sockets of one listener: several IP addresses, or one path."""
         first = sockets[0]
         if first.family == socket.AF_UNIX:
             path = first.getsockname()
-            return cls(f"{UNIX_PREFIX}{path}", "http://localhost", f"curl --unix-socket {path}")
+            return cls(f"{UNIX_PREFIX}{path}", f"{scheme}://localhost", f"curl --unix-socket {path}")
         names = [sock.getsockname()[:2] for sock in sockets]
         host, port = names[0]
         reached = "localhost" if host in _REACHED_AS_LOCALHOST else host
-        return cls(" and ".join(authority(*name) for name in names), f"http://{authority(reached, port)}")
+        return cls(" and ".join(authority(*name) for name in names), f"{scheme}://{authority(reached, port)}")
 
     def __str__(self) -> str:
         return f"{self.bound} ({self.url if self.curl == 'curl' else f'{self.curl} {self.url}'})"
@@ -41,14 +41,18 @@ class ReachableAddress:
 def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
     """Return the startup message: addresses, routes, where the operator token is, and which ids anyone can claim."""
     notice = claim_notice(config)
-    place = ReachableAddress.of(sockets.public)
-    operators = ReachableAddress.of(sockets.admin) if sockets.admin else place
+    place = ReachableAddress.of(sockets.public, "http" if config.server.tls is None else "https")
+    operators = place
+    if sockets.admin:
+        operators = ReachableAddress.of(sockets.admin, "https" if config.admin.tls else "http")
     routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
     lines = [f"Listening on {place}", *routes]
     if config.is_demo:
         lines = [banner(str(place), place.url, place.curl, f"{operators.curl} {operators.url}")]
     if sockets.admin:
         lines.append(f"Operator endpoints on {operators}")
+    if sockets.redirect:
+        lines.append(f"Plain HTTP on {ReachableAddress.of(sockets.redirect)} is redirected")
     token = token_file(config.state_dir)
     if token.exists():
         lines.append(f"Operator token in {token}")

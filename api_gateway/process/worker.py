@@ -1,5 +1,6 @@
 """One of several worker processes: the gateway on inherited sockets, connected to its supervisor."""
 
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -7,13 +8,15 @@ from types import FrameType
 from typing import Any
 
 from api_gateway.config import GatewayConfig
-from api_gateway.errors import STARTUP_FAILED
+from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.process.listeners import Sockets
 from api_gateway.process.message_log import configure_logging
 from api_gateway.process.server import GatewayServer
 from api_gateway.reload.serialization import deserialized
 from api_gateway.reporting.worker_channel import REPLACED_SIGNAL, SupervisorChannel
 from api_gateway.system.output import redirected
+
+logger = logging.getLogger(__name__)
 
 
 def main(worker_config: dict[str, Any]) -> int:
@@ -27,11 +30,16 @@ def _serve(worker_config: dict[str, Any]) -> int:
         signal.signal(number, signal.SIG_IGN)  # only the supervisor handles them
     config = deserialized(worker_config["config"])
     configure_logging(config.log, f"worker {worker_config['number']}: ")
-    server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]))
-    public, admin = (
-        [socket.socket(fileno=one) for one in worker_config[key]] for key in ("listeners", "admin_listeners")
+    try:
+        server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]))
+    except StartupError as error:  # the supervisor has checked the same before, so a file has changed since
+        logger.error("%s", error)  # noqa: TRY400 - a mistake of files
+        return STARTUP_FAILED
+    public, admin, redirect = (
+        [socket.socket(fileno=one) for one in worker_config[key]]
+        for key in ("listeners", "admin_listeners", "redirect_listeners")
     )
-    server.run_on(Sockets(public, admin))
+    server.run_on(Sockets(public, admin, redirect))
     return server.exit_code if server.started else STARTUP_FAILED
 
 

@@ -18,13 +18,14 @@ ENTRY = (
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """`config` is the result of `serialized`; `channel`, `listeners` and `admin_listeners` are file descriptors."""
+    """`config` is the result of `serialized`; `channel` and the listeners are file descriptors."""
 
     number: int
     config: dict[str, Any]
     channel: int
     listeners: list[int]
     admin_listeners: list[int]
+    redirect_listeners: list[int]
 
     def encode(self) -> bytes:
         """Return the JSON that `ENTRY` reads."""

@@ -288,18 +288,19 @@ async def spawn(
         raise
     listeners = [sock.fileno() for sock in sockets.public]
     admin = [sock.fileno() for sock in sockets.admin]
+    redirect = [sock.fileno() for sock in sockets.redirect]
     try:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-c", ENTRY, f"gateway worker {number}"),
             stdin=asyncio.subprocess.PIPE,
-            pass_fds=(theirs.fileno(), *listeners, *admin, *inherited),
+            pass_fds=(theirs.fileno(), *listeners, *admin, *redirect, *inherited),
             process_group=0,  # a SIGINT of the terminal goes to the supervisor, which stops the workers
         )
     except BaseException:
         streams[1].close()
         theirs.close()
         raise
-    worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin)
+    worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin, redirect)
     theirs.close()  # the worker has inherited it
     worker = WorkerHandle(number, process, streams, gather, reload, query, silence_timeout)
     assert process.stdin is not None  # noqa: S101 - piped above

@@ -1,6 +1,6 @@
 """Differences between two configurations, and the settings that only a restart can change."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, SecretStr
@@ -15,6 +15,9 @@ NEEDS_RESTART = (
     "server.workers",
     "server.socket_mode",
     "server.worker_timeout",
+    "server.tls.redirect_from",
+    "server.tls.redirect_port",
+    "server.tls.acme_challenges",
     "admin.listen",
     "admin.socket_mode",
     "state_dir",
@@ -42,24 +45,31 @@ def keep_restart_settings(running: GatewayConfig, read: GatewayConfig) -> tuple[
     """Return `read` with the settings of NEEDS_RESTART as in `running`, and the names of those that differ."""
     differing = []
     for path in NEEDS_RESTART:
-        section, _, name = path.rpartition(".")
         was = _value(running, path)
         if _value(read, path) == was:
             continue
         differing.append(path)
-        if section:
-            changed = getattr(read, section).model_copy(update={name: was})
-            read = read.model_copy(update={section: changed})
-        else:
-            read = read.model_copy(update={name: was})
+        read = _with_value(read, path.split("."), was)
     return read, differing
 
 
 def _value(config: GatewayConfig, path: str) -> Any:
+    """Return the value of a setting, None if its section is None."""
     found: Any = config
     for name in path.split("."):
-        found = getattr(found, name)
+        found = None if found is None else getattr(found, name)
     return found
+
+
+def _with_value(section: Any, path: Sequence[str], value: Any) -> Any:
+    """Return a section with another value of a setting; unchanged if the setting is in one that is None."""
+    name, *rest = path
+    if rest:
+        inner = getattr(section, name)
+        if inner is None:
+            return section
+        value = _with_value(inner, rest, value)
+    return section.model_copy(update={name: value})
 
 
 def _compare(path: str, old: Any, new: Any) -> Iterator[ChangedSetting]:

@@ -14,6 +14,7 @@ from api_gateway.reporting.snapshot import (
     UpstreamSnapshot,
     WorkerSnapshot,
 )
+from api_gateway.reporting.tls_snapshot import merge_tls
 from api_gateway.reporting.transitions import last_transitions
 from api_gateway.resilience.breaker_history import TransitionRecord
 from api_gateway.resilience.breaker_policy import Mode, State
@@ -48,6 +49,7 @@ def merge(snapshots: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
         (it.client_store_error for it in snapshots if it.client_store_error and not it.is_over), None
     )
     merged.resources = merge_states(state for snapshot in snapshots for state in snapshot.resources)
+    merged.tls = merge_tls(snapshot.tls for snapshot in snapshots if not snapshot.is_over)
     merged.is_over = all(snapshot.is_over for snapshot in snapshots)
     names = dict.fromkeys(name for snapshot in snapshots for name in snapshot.upstreams)
     for name in names:

@@ -84,6 +84,8 @@ def _of_gateway(snapshot: WorkerSnapshot, modes_error: str | None) -> Iterator[A
             f"The last reload failed, so the former configuration is in force: {_short(first)}{more}.",
             "#/configuration",
         )
+    for problem in snapshot.tls.problems:
+        yield Alert("warn", f"{_short(problem)}.", "#/configuration/server")
     if modes_error is not None:
         yield Alert("warn", f"The file of breaker modes cannot be used: {_short(modes_error)}.", "#/upstreams")
     if snapshot.lag >= HIGH_LAG:

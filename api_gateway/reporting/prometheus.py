@@ -30,6 +30,7 @@ from api_gateway.reporting.prometheus_families import (
     family_in_pieces,
     history_families,
     limit_families,
+    tls_families,
     trace_families,
     without_head,
 )
@@ -89,6 +90,7 @@ class PrometheusExposition:
         yield from self._reloads()
         yield from self._shares()
         yield from trace_families(self._recorder)
+        yield from tls_families(self._recorder, self._snapshot.tls)
         yield from process_families(self._snapshot.process)
 
     def _requests(self) -> Iterator[Metric]:

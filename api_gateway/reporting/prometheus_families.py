@@ -12,6 +12,7 @@ from prometheus_client.samples import Exemplar
 from api_gateway.metrics import Recorder
 from api_gateway.observability.latency_series import Tally, WindowedSeries, bucket_of, value_of
 from api_gateway.observability.request_record import REQUEST_OUTCOMES
+from api_gateway.reporting.tls_snapshot import TlsSnapshot
 
 # Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -109,6 +110,32 @@ def limit_families(recorder: Recorder) -> Iterator[Metric]:
     for limit, count in recorder.in_flight_by_limit.items():
         in_flight.add_metric([limit], count)
     yield in_flight
+
+
+def tls_families(recorder: Recorder, tls: TlsSnapshot) -> Iterator[Metric]:
+    """Yield the handshakes of TLS, the reloads of certificates, and when these expire."""
+    handshakes = CounterMetricFamily(
+        "gateway_tls_handshakes", "Completed handshakes of TLS.", labels=["version", "session"]
+    )
+    for key, count in recorder.tls_handshakes.items():
+        handshakes.add_metric(key.split("/"), count)
+    yield handshakes
+    for name, words, label, counts in (
+        ("gateway_tls_handshake_failures", "Failed handshakes of TLS.", "reason", recorder.tls_failures),
+        ("gateway_tls_certificate_reloads", "Reloads of certificates, by result.", "result", recorder.tls_reloads),
+    ):
+        family = CounterMetricFamily(name, words, labels=[label])
+        for value, count in counts.items():
+            family.add_metric([value], count)
+        yield family
+    expiry = GaugeMetricFamily(
+        "gateway_tls_certificate_expiry_timestamp_seconds",
+        "When a certificate of the listener for clients expires.",
+        labels=["file", "name"],
+    )
+    for one in tls.certificates:
+        expiry.add_metric([one.file, one.name], one.not_after)
+    yield expiry
 
 
 def trace_families(recorder: Recorder) -> Iterator[Metric]:

@@ -1,6 +1,6 @@
 """Snapshots: the figures and states of one worker as values, for merging and for views.
 
-Times are monotonic seconds, on the one clock of all workers of a machine.
+Times are monotonic seconds, on the one clock of all workers of a machine. Long because it has all kinds of snapshots.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +14,7 @@ from api_gateway.models import LimiterState
 from api_gateway.observability.latency_series import SLICE
 from api_gateway.reload.outcome import ReloadState
 from api_gateway.reporting.process_figures import figures_at_end
+from api_gateway.reporting.tls_snapshot import WITHOUT_TLS, TlsSnapshot
 from api_gateway.reporting.traffic_history import Point
 from api_gateway.reporting.transitions import identity_of, last_transitions, record_from_state
 from api_gateway.resilience.breaker_history import TransitionRecord
@@ -262,6 +263,7 @@ class WorkerSnapshot:
     resources: list[ResourceState] = field(default_factory=list)
     process: dict[str, float] = field(default_factory=dict)  # see `process_figures`
     points: list[Point] = field(default_factory=list)  # the traffic of the last hour, of all workers
+    tls: TlsSnapshot = WITHOUT_TLS
     history: dict[str, int] = field(default_factory=dict)  # records of requests by outcome, and their `bytes`
 
     @classmethod
@@ -306,6 +308,7 @@ class WorkerSnapshot:
             "resources": list(resources.values()),
             "process": self.process,
             "points": self.points,
+            "tls": asdict(self.tls),
             "history": self.history,
         }
 
@@ -327,6 +330,7 @@ class WorkerSnapshot:
         self.tasks = state["tasks"]
         self.process = state["process"]
         self.points = state["points"]
+        self.tls = TlsSnapshot.from_state(state["tls"])
         self.history = state["history"]
         self.configuration = ReloadState.from_state(state["configuration"])
         resources = yield from each(enumerate(state["resources"]), lambda _, resource: ResourceState(**resource))

@@ -272,6 +272,22 @@ class ClientStoreView(Body):
     error: str | None
 
 
+class CertificateView(Body):
+    """A certificate of the listener for clients."""
+
+    file: str
+    name: str = Field(description="Its first name.")
+    not_after: str = Field(description="UTC, ISO 8601.")
+
+
+class TlsView(Body):
+    """The certificates in force. `warn`: one expires soon or has, or changed files could not be used."""
+
+    status: Literal["pass", "warn"]
+    certificates: list[CertificateView]
+    problems: list[str]
+
+
 class HealthView(BaseModel):
     """Overall health. All but `status` is for operators only."""
 
@@ -281,6 +297,7 @@ class HealthView(BaseModel):
     upstreams: dict[str, UpstreamView] | None = None
     store: StoreView | None = None
     client_store: ClientStoreView | None = None
+    tls: TlsView | None = None
     event_loop: LagView | None = None
     configuration: ConfigurationView | None = None
     resources: list[ResourceView] | None = None

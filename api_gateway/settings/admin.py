@@ -47,4 +47,5 @@ class AdminSection(Section):
     listen: Listen | None = Field(
         default=None, description="host:port or unix:/path: a listener for the operator endpoints only."
     )
+    tls: bool = Field(default=False, description="Whether that listener has the certificates of server.tls.")
     socket_mode: FileMode = Field(default=0o600, description="File permissions of that Unix socket.")

@@ -82,6 +82,9 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     for key_path, message, depends_on in limit_findings(config):
         yield _of_limit(config, key_path, message, depends_on)
     yield from _jwt_findings(config)
+    if config.admin.tls and (config.server.tls is None or config.admin.listen is None):
+        message = "needs admin.listen and the certificates of server.tls, got True"
+        yield Finding(("admin", "tls"), message, depends_on=(("admin", "listen"), ("server", "tls")))
     if config.cors is not None:
         for key, message in cors_findings(config.cors):
             yield Finding(("cors", *key), message)

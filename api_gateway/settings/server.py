@@ -16,6 +16,7 @@ from api_gateway.settings.setting_types import (
     Size,
     TrustedProxy,
 )
+from api_gateway.settings.tls import ServerTlsSection
 
 
 class ServerSection(Section):
@@ -76,6 +77,7 @@ class ServerSection(Section):
         description="Load balancers whose connections begin with a PROXY protocol header: networks, and `unix`.",
     )
     trusted_proxies: list[TrustedProxy] = Field(default=[], description="Networks, and `unix` for Unix sockets.")
+    tls: ServerTlsSection | None = Field(default=None, description="None: plain HTTP.")
 
 
 class MetricsSection(Section):

@@ -126,6 +126,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "forwarded": {"read": "x-forwarded-for", "send": "x-forwarded"},
         "proxy_protocol": [],
         "trusted_proxies": [],
+        "tls": None,
     }
     assert config.store.url.get_secret_value() == "memory://"
     assert config.state_dir == Path(os.environ["XDG_STATE_HOME"], "api-gateway", "default")

@@ -1,0 +1,73 @@
+"""The section `server.tls`: certificates of the listener for clients, and what is required of clients."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from api_gateway.settings.setting_types import Listen, Seconds, Section
+
+HSTS = r'^max-age="?[0-9]{1,10}"?(;[ ]?(includeSubDomains|preload))*$'
+CIPHERS = r"^[A-Za-z0-9_:+!@=.-]{1,1024}$"
+
+
+class CertificateSection(Section):
+    """A certificate and its key, PEM files. The names that it is for are those in it."""
+
+    certificate: Path = Field(description="The certificate, followed by those of the authorities up to the root.")
+    key: Path | None = Field(default=None, description="Not encrypted. None: it is in the file of the certificate.")
+
+
+class ClientCertificatesSection(Section):
+    """Certificates of clients: who issues them, and whether every connection needs one."""
+
+    ca: Path = Field(description="PEM certificates of the authorities that issue certificates of clients.")
+    mode: Literal["optional", "required"] = Field(
+        default="optional", description="required: a connection without a certificate is refused in its handshake."
+    )
+    crl: Path | None = Field(
+        default=None, description="PEM revocation lists of these authorities, each a current one."
+    )
+
+
+class ServerTlsSection(Section):
+    """TLS on the listener for clients."""
+
+    certificates: list[CertificateSection] = Field(
+        min_length=1, description="Chosen by the name that the client asks for; the first one is for all others."
+    )
+    reject_unknown_names: bool = Field(
+        default=False, description="Refuse connections for names that no certificate has, and without a name."
+    )
+    minimum_version: Literal["1.2", "1.3"] = "1.2"
+    ciphers: str | None = Field(
+        default=None, pattern=CIPHERS, description="Cipher suites of TLS 1.2 as for OpenSSL. None: those of Python."
+    )
+    handshake_timeout: Seconds = 10
+    max_handshakes: int = Field(
+        default=1000, ge=2, le=1_000_000, description="In progress, per worker, in fair shares of the addresses."
+    )
+    client_certificates: ClientCertificatesSection | None = None
+    redirect_from: Listen | None = Field(
+        default=None, description="host:port of plain HTTP, whose requests are redirected to https."
+    )
+    redirect_port: int | None = Field(
+        default=None, ge=1, le=65_535, description="The port in Location. None: that of the server; 443 is left out."
+    )
+    acme_challenges: Path | None = Field(
+        default=None, description="A folder that redirect_from serves as /.well-known/acme-challenge/."
+    )
+    hsts: str | None = Field(
+        default=None,
+        pattern=HSTS,
+        description="Strict-Transport-Security of proxied responses, such as max-age=86400.",
+    )
+    expiry_warning_days: int = Field(
+        default=14, ge=0, le=3650, description="Days before its expiry from which a certificate is reported."
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ServerTlsSection":
+        if self.acme_challenges is not None and self.redirect_from is None:
+            raise ValueError("acme_challenges needs redirect_from, whose listener serves the folder")
+        return self
