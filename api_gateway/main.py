@@ -169,8 +169,7 @@ def create_app(
     Raises ConfigError if `config` is None and the sources have mistakes.
     """
     settings = config or load_config()
-    if config is None and read is None:
-        read = load_config
+    read = read or (load_config if config is None else None)
     rejections: Counter[str] = Counter() if refused is None else refused
     switch = DataPlaneSlot()
 
@@ -180,8 +179,7 @@ def create_app(
         listener = app.listener = _listener_of(app.server, settings, rejections)
         changed = on_change if listener is None else partial(_apply_to_listener, listener, on_change)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
-        has_others = app.server is not None and app.server.has_several_workers
-        replaced_within = 0.0 if has_others else REPLACED_WITHIN
+        replaced_within = 0.0 if app.server is not None and app.server.has_several_workers else REPLACED_WITHIN
         async with app.noting_startup_error(), assembly.live(settings, replaced_within) as gateway:
             gateway.recorder.operator_rejections = app.gate.refusals
             installation = Installation(
