@@ -143,13 +143,18 @@ async def test_a_refused_request_charges_neither_bucket_nor_counter() -> None:
     assert (await machine.limiter.inspect(machine.charges(0), machine.now_ns))[0].remaining == 3
 
 
-def test_a_request_that_costs_nothing_is_admitted_by_a_quota_in_debt() -> None:
-    """As by the counters in memory."""
-    store = LuaStore(NOW)
-    machine = Machine(store, (ROOMY, quota(10)))
+async def test_a_quota_in_debt_admits_and_charges_a_request_that_costs_it_nothing() -> None:
+    """As the counters in memory do; the other limits are charged."""
+    machine = Machine(LuaStore(NOW), (ROOMY, quota(10)))
     machine.settle(machine.decide(), 1, 15)
     assert not machine.decide().allowed
-    assert machine.decide(cost=0).allowed
+    of_bucket, of_counter = machine.charges(1)
+    heard: list[Decision] = []
+    machine.limiter.decide_async(
+        [of_bucket, Charge(of_counter.key, of_counter.quota, 0)], machine.now_ns, heard.append
+    )
+    assert [decision.allowed for decision in heard] == [True]
+    assert (await machine.limiter.inspect(machine.charges(0), machine.now_ns))[0].remaining == 100_000 - 15 - 1
 
 
 def test_the_stores_clock_may_step_and_gives_no_second_allowance() -> None:
