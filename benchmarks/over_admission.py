@@ -4,7 +4,9 @@
 the store. One client sends five times its rate, distributed over the four, at a fixed rate independent of responses.
 Each row is one failure. The output has the admitted requests, the upper bound, and the largest burst: the maximum over
 all windows of admitted requests less the refill of the window. The bounds are those of docs/limits.md for a client
-that all gateways know, with a capacity of C tokens and a rate of r; 2 % cover what the gateways learn of late.
+that all gateways know, with a capacity of C tokens and a rate of r; 2 % cover what the gateways learn of late. The
+window of length d is the whole row, from the first request sent to the last response: on a busy machine the client is
+late, and buckets are refilled meanwhile.
 
 Each failure has a second row, in which the client is charged to three limits and a daily quota of Q tokens, of which
 the quota is the tightest.
@@ -224,10 +226,10 @@ class Row:
     tolerance: float = 0.0
     quotas: float | None = None
 
-    def bound(self, seconds: float) -> float:
-        """Return the upper bound of admitted requests."""
+    def bound(self, seconds: float, quota: int | None = None) -> float:
+        """Return the upper bound of admitted requests in a window of this length; `quota` is that of the client."""
         by_buckets = CAPACITY * self.capacities + RATE * seconds
-        by_quota = by_buckets if self.quotas is None else self.quotas * quota_of(seconds)
+        by_quota = by_buckets if self.quotas is None or quota is None else self.quotas * quota
         return min(by_buckets, by_quota) * (1 + self.tolerance)
 
 
@@ -274,6 +276,12 @@ class Tally:
     failed: int = 0
     unlike: Counter[bytes] = field(default_factory=Counter)  # other statuses
     slowest: float = 0.0
+    began: float = 0.0
+    last: float = 0.0  # response
+
+    def length(self, least: float) -> float:
+        """Return the seconds from the first request to the last response, but not less than `least`."""
+        return max(self.last - self.began, least)
 
 
 class Prober(asyncio.Protocol):
@@ -311,7 +319,7 @@ class Prober(asyncio.Protocol):
         if len(body) < length:
             return
         now, tally = time.monotonic(), self._tally
-        tally.slowest = max(tally.slowest, now - self._sent)
+        tally.last, tally.slowest = now, max(tally.slowest, now - self._sent)
         self._buffer, self._sent = b"", None
         status = head[9:12]
         if status == b"200":
@@ -327,7 +335,7 @@ async def offer(ports: Sequence[int], seconds: float) -> Tally:
     """Send requests at a fixed rate, to the gateways in turn; connections are opened as needed."""
     tally, loop = Tally(), asyncio.get_running_loop()
     opened: list[list[Prober]] = [[] for _ in ports]
-    began = time.monotonic()
+    began = tally.began = time.monotonic()
     for number in range(int(OFFERED * seconds)):
         await asyncio.sleep(max(0.0, began + number / OFFERED - time.monotonic()))
         place = number % len(ports)
@@ -421,9 +429,14 @@ async def measure(row: Row, seconds: float, folder: Path) -> Tally:
     return tally
 
 
+def bound_of(row: Row, tally: Tally, seconds: float) -> float:
+    """Return the upper bound of a row that was to last for `seconds`."""
+    return row.bound(tally.length(seconds), quota_of(seconds))
+
+
 def line(row: Row, tally: Tally, seconds: float) -> str:
     """Return a row of the table."""
-    bound = row.bound(seconds)
+    bound = bound_of(row, tally, seconds)
     burst = largest_burst(tally.admitted, RATE)
     return (
         f"| {row.name} | {len(tally.admitted):,} | {bound:,.0f} | {len(tally.admitted) / bound:.2f} | {burst:,.0f} |"
@@ -447,7 +460,7 @@ async def run(seconds: float, names: Sequence[str]) -> bool:
         sys.stdout.flush()
         if tally.unlike:
             sys.stderr.write(f"{row.name}: {dict(tally.unlike)}\n")
-        holds = holds and len(tally.admitted) <= row.bound(seconds)
+        holds = holds and len(tally.admitted) <= bound_of(row, tally, seconds)
     return holds
 
 

@@ -550,7 +550,7 @@ def test_clients_of_three_limits_are_weighed_and_timed() -> None:
 def test_each_failure_of_the_store_has_a_row_with_a_quota_that_is_the_tightest_limit() -> None:
     for bucket, row in zip(over_admission.ROWS[::2], over_admission.ROWS[1::2], strict=True):
         assert (bucket.act, bucket.quotas) == (row.act, None)
-        assert 0 < row.bound(30) <= bucket.bound(30) or row.act is over_admission.half_cut
+        assert 0 < row.bound(30, 3000) <= bucket.bound(30) or row.act is over_admission.half_cut
     names = [limit["name"] for limit in over_admission.limits(3000)]
     assert (names, over_admission.quota_of(30)) == (["client", "route", "daily"], 3000)
 
