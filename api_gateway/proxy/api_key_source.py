@@ -30,13 +30,13 @@ _OTHER_FORM = _PREFIX  # stands for a key in `Authorization` that is neither a b
 class KeyProof(Proof):
     """What an API key proves. Its use is noted once a minute."""
 
-    __slots__ = ("_directory", "_note_after_ns", "_routes")
+    __slots__ = ("_directory", "_routes")
 
     def __init__(self, claim: Claim, known: KnownKey, directory: KeyDirectory, expires_ns: int) -> None:
         super().__init__(claim, known.client_id, expires_ns=expires_ns, is_restricted=known.key.routes is not None)
         self._directory = directory
         self._routes = known.key.routes or ()
-        self._note_after_ns = -1
+        self.note_after_ns = -1
 
     def refusal(self, route: Route) -> GatewayError | None:
         """Return the error if the key is not for this route."""
@@ -45,10 +45,9 @@ class KeyProof(Proof):
         return CredentialsInsufficient(f"The API key is not valid for route '{route.name}'.")
 
     def note_use(self, now_ns: int) -> None:
-        """Note the use of the key, unless it was noted in the last minute."""
-        if now_ns >= self._note_after_ns:
-            self._note_after_ns = now_ns + USE_PRECISION * NANOSECONDS
-            self._directory.note_use(self.claim.value)
+        """Note the use of the key, at most once a minute."""
+        self.note_after_ns = now_ns + USE_PRECISION * NANOSECONDS
+        self._directory.note_use(self.claim.value)
 
 
 class ApiKeySource:

@@ -71,7 +71,8 @@ class CredentialStage:
             exchange = plan.exchange
             exchange.client, exchange.credential = facts.client, proof
             plan.principal, plan.priority = facts.principal, facts.priority
-            proof.note_use(plan.now_ns)
+            if plan.now_ns >= proof.note_after_ns:
+                proof.note_use(plan.now_ns)
             return None
         claim = facts.claim
         if claim is None:
@@ -156,7 +157,8 @@ class CredentialStage:
         plan.exchange.client, plan.exchange.credential = client, proof
         plan.principal = holder_of(client, plan.facts.peer)
         plan.priority = self._priorities.of(client.quota.name)
-        proof.note_use(plan.now_ns)
+        if plan.now_ns >= proof.note_after_ns:
+            proof.note_use(plan.now_ns)
         return client
 
     def _observe(self, plan: RequestPlan, error: GatewayError) -> StageResult:

@@ -35,10 +35,20 @@ class Proof:
 
     `tier` is that of a client that is not registered; None is the default. `organisation` is written to the access
     log. `fields` are header fields for upstreams, `lines` the same, each after a line break. `is_restricted`:
-    `refusal` may return an error.
+    `refusal` may return an error. `note_use` is called for each admitted request from `note_after_ns` on.
     """
 
-    __slots__ = ("claim", "client_id", "expires_ns", "fields", "is_restricted", "lines", "organisation", "tier")
+    __slots__ = (
+        "claim",
+        "client_id",
+        "expires_ns",
+        "fields",
+        "is_restricted",
+        "lines",
+        "note_after_ns",
+        "organisation",
+        "tier",
+    )
 
     def __init__(
         self,
@@ -59,6 +69,7 @@ class Proof:
         self.fields = fields or []
         self.lines = b"".join([b"\r\n%b: %b" % pair for pair in self.fields])
         self.is_restricted = is_restricted
+        self.note_after_ns = NO_EXPIRY
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.client_id!r} by {self.claim.source.name}>"
@@ -68,7 +79,7 @@ class Proof:
         return None
 
     def note_use(self, now_ns: int) -> None:
-        """Note that a request with the credential was admitted; called for every such request."""
+        """Note that a request with the credential was admitted, and set when to be called again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,10 @@ class IdentityStage(ReadOnlyStage):
         """See `Stage`; nothing is counted."""
         return self._silent.decide(plan)
 
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """See `Stage`. `CredentialStage` determines the client of a request with a credential, or refuses it."""
+        return facts.claim is None or not self._is_enforced
+
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set client, priority and principal; the store is asked for a client that is not in memory."""
         facts = plan.facts
