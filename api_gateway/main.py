@@ -32,9 +32,9 @@ from api_gateway.assembly.stores import REPLACED_WITHIN
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.downstream.uvicorn_server import COMMAND, Listener, UvicornServer
 from api_gateway.errors import STARTUP_FAILED, StartupError
-from api_gateway.http1.asgi import FastPathProvider, Message, Receive, Scope, Send
+from api_gateway.http1.asgi import ADMIN, FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
-from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied, respond_to_server_options
+from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, respond_to_server_options
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess, SupervisorChannel
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
@@ -91,7 +91,8 @@ class GatewayApp(FastAPI):
         """Serve one request, WebSocket or lifespan (ASGI)."""
         if scope.get("root_path"):
             scope = below_root(scope)
-        if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
+        is_proxied = scope["type"] == "http" and ADMIN not in scope and self._switch.is_proxied(scope["path"])
+        if is_proxied and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] == "*" and scope["method"] == "OPTIONS":
             await respond_to_server_options(send)

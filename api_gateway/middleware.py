@@ -1,15 +1,17 @@
-"""The ASGI middleware in front of everything below `/api`, and the records of exchanges.
+"""The ASGI middleware in front of everything that is proxied, and the records of exchanges.
 
 These objects have no state but configuration. The state of a request is its `Exchange`, which the data plane puts into
 the scope of a request that comes by ASGI.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from api_gateway.errors import ClientDisconnected, Draining, GatewayError, InternalError, not_started
 from api_gateway.http1.asgi import (
+    ADMIN,
     ASGIApp,
     FastPathHandler,
     Receive,
@@ -21,7 +23,9 @@ from api_gateway.http1.request_head import RequestHead
 from api_gateway.metrics import Recorder
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.path_table import PATH_PREFIX, is_placeholder
 from api_gateway.proxy.problem_response import send_problem
+from api_gateway.proxy.route_table import Route
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +41,30 @@ def is_proxied(path: str) -> bool:
     return path[:5] == _BELOW or path == API_PREFIX
 
 
+def proxied_paths(routes: Iterable[Route]) -> Callable[[str], bool]:
+    """Return what tells whether a path belongs to the data plane: `/api`, and whatever has a route's first segment.
+
+    A route at `/`, or one whose first segment is a placeholder, takes all paths.
+    """
+    segments = {API_PREFIX[1:]}
+    for route in routes:
+        first = route.path.split("/")[1]
+        if (not first and route.match == PATH_PREFIX) or is_placeholder(first):
+            return _is_path
+        segments.add(first)
+    return partial(_begins_with, frozenset(segments)) if len(segments) > 1 else is_proxied
+
+
+def _is_path(path: str) -> bool:
+    return path.startswith("/")
+
+
+def _begins_with(segments: frozenset[str], path: str) -> bool:
+    return path[:1] == "/" and path[1:].partition("/")[0] in segments
+
+
 class DataPlaneSplit:
-    """Passes `/api` and everything below it to the data plane, and all other paths to `app`.
+    """Passes `/api`, and the other paths that routes have, to the data plane, and all others to `app`.
 
     The data plane does not pass through the framework's routing.
     """
@@ -48,8 +74,8 @@ class DataPlaneSplit:
         self._switch = switch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Dispatch one request by its path; close a WebSocket below `/api` that a server has parsed itself."""
-        if not is_proxied(scope.get("path", "")):
+        """Dispatch one request by its path; close a WebSocket to be proxied that a server has parsed itself."""
+        if ADMIN in scope or not self._switch.is_proxied(scope.get("path", "")):
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             await self._switch.data_plane(scope, receive, send)
@@ -74,13 +100,16 @@ class DataPlaneSlot:
     def __init__(self) -> None:
         self.data_plane: ASGIApp = _not_started
         self.current: FastPathHandler = _Closed()
+        self.is_proxied: Callable[[str], bool] = is_proxied
 
     def __repr__(self) -> str:
         return f"<DataPlaneSlot [{'not started' if self.data_plane is _not_started else 'started'}]>"
 
-    def set(self, data_plane: ASGIApp, fast_path: FastPathHandler) -> None:
-        """Set the paths for new requests."""
-        self.data_plane, self.current = data_plane, fast_path
+    def set(
+        self, data_plane: ASGIApp, fast_path: FastPathHandler, proxied: Callable[[str], bool] = is_proxied
+    ) -> None:
+        """Set the data plane for new requests. `proxied` tells which paths belong to it."""
+        self.data_plane, self.current, self.is_proxied = data_plane, fast_path, proxied
 
 
 class _Closed:

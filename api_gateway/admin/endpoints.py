@@ -119,7 +119,7 @@ def _gateway_error(raised: Exception) -> GatewayError:
         return InvalidValue(f"{'; '.join(_validation_message(item) for item in raised.errors())}.")
     if isinstance(raised, HTTPException):
         if raised.status_code == 404:  # noqa: PLR2004 - no endpoint has the path
-            return NoRoute("No endpoint has this path. Paths of proxied requests begin with /api/.")
+            return NoRoute("No endpoint has this path, and it is below neither /api nor a route.")
         if raised.status_code == 405:  # noqa: PLR2004 - the endpoint exists, but not for this method
             return MethodNotAllowed("The endpoint does not support this method.")
         return BadRequest(str(raised.detail))

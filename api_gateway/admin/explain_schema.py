@@ -31,7 +31,9 @@ class ExplainRequest(RequestBody):
         examples=["203.0.113.9, 10.0.0.2"],
     )
     headers: dict[str, Annotated[str, Field(max_length=8_192, pattern=r"^[\x20-\x7e]*$")]] = Field(
-        default={}, description="Header fields that limits count by.", examples=[{"X-Tenant": "acme"}]
+        default={},
+        description="Header fields that limits count by, or that routes depend on.",
+        examples=[{"X-Tenant": "acme"}],
     )
     organisation: str | None = Field(default=None, description="That of the request's token, for limits.")
     claims: dict[str, str] = Field(default={}, description="Claims of the request's token by path, for limits.")
@@ -69,11 +71,21 @@ class RouteExplained(Body):
 
     name: str
     path: str
+    match: str = Field(default="prefix", description="How the path is compared: prefix, exact or template.")
+    host: str | None = Field(default=None, description="The host of the route; null: any.")
+    conditions: list[str] = Field(default=[], description="What the request must have besides host, path and method.")
     upstream: str
     cost: float
     cost_source: str = Field(
         description="`route`, the rule of the route that sets the cost, or another reading of an unusual path."
     )
+
+
+class PassedOver(Body):
+    """A route for the host and path of the request that comes before its route, by precedence, and is not it."""
+
+    name: str
+    detail: str = Field(description="The conditions that do not hold, or the methods that it takes.")
 
 
 class BucketExplained(Body):
@@ -166,6 +178,9 @@ class Explanation(Body):
     address: AddressExplained
     client: ClientExplained
     route: RouteExplained | None
+    routes_passed_over: list[PassedOver] = Field(
+        default=[], description="Routes for its host and path that come before its route, by precedence."
+    )
     buckets: list[BucketExplained]
     limiting_bucket: str = Field(
         description="Key of the bucket that refuses longest or, if all allow, has tokens for the fewest such requests."

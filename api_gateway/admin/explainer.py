@@ -19,6 +19,7 @@ from api_gateway.admin.explain_schema import (
     FallbackExplained,
     LagExplained,
     LimitExplained,
+    PassedOver,
     RouteExplained,
     SlotExplained,
     UpstreamExplained,
@@ -29,7 +30,7 @@ from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.period_counters import PeriodQuota
-from api_gateway.middleware import is_proxied
+from api_gateway.middleware import API_PREFIX, proxied_paths
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, Quota, TierView
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
 from api_gateway.proxy.credential_stages import CredentialStage
@@ -110,6 +111,7 @@ class Explainer:
         self._identification = Admission([stage for stage in admission.stages if isinstance(stage, identity)])
         self._headers = headers
         self._router = router
+        self._is_proxied = proxied_paths(router.routes)
         self._limits = limits
         self._limiter = limiter
         self._shedder = shedder
@@ -154,8 +156,8 @@ class Explainer:
     async def explain(self, request: ExplainRequest) -> Explanation:
         """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
         path = unquote(request.path.partition("?")[0])
-        if not is_proxied(path):
-            raise InvalidValue(f"path: must be /api or begin with /api/, got {path!r}.")
+        if not self._is_proxied(path):
+            raise InvalidValue(f"path: must be below {API_PREFIX} or the path of a route, got {path!r}.")
         facts = self._headers.read(request.address, self._fields(request), "1.1")
         if request.key_id is not None:
             facts.claim = self._claim_of_key(request.key_id)
@@ -180,6 +182,7 @@ class Explainer:
             address=self._address_view(request),
             client=self._client_view(client, exchange),
             route=None if route is None else self._route_view(route, exchange),
+            routes_passed_over=self._passed_over(plan),
             buckets=[_bucket_view(bucket) for bucket in buckets],
             limiting_bucket=binding.charge.key,
             concurrency=[
@@ -281,6 +284,14 @@ class Explainer:
             tier=TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity),
         )
 
+    def _passed_over(self, plan: RequestPlan) -> list[PassedOver]:
+        """Return the routes that come before the one of the request, and why they are not it."""
+        facts, exchange = plan.facts, plan.exchange
+        found = self._router.routes.passed_over(
+            facts.host, exchange.method, exchange.path, plan.raw_target, facts.selecting
+        )
+        return [PassedOver(name=route.name, detail=why) for route, why in found]
+
     def _route_view(self, route: Route, exchange: Exchange) -> RouteExplained:
         rule = route.rule_for(exchange.method.upper(), exchange.path)
         source = "route" if rule is None else f"rule: {rule}"
@@ -289,6 +300,9 @@ class Explainer:
         return RouteExplained(
             name=route.name,
             path=route.path,
+            match=route.match,
+            host=route.host,
+            conditions=[str(one) for one in route.conditions],
             upstream=route.upstream,
             cost=exchange.cost,
             cost_source=source,

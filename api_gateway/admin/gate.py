@@ -149,7 +149,7 @@ class OperatorGate:
             return
         is_page = scope["method"] in _READS and StaticPages.serves(target.segments)
         if not (is_page or self.guards(scope)) or self._is_hidden(scope):
-            raise NoRoute("No endpoint has this path. Paths of proxied requests begin with /api/.")
+            raise NoRoute("No endpoint has this path, and it is below neither /api nor a route.")
         if is_forged(scope["method"], fields, holds_data=not is_page):
             error = Forbidden(
                 "A web page of another origin made this request (Origin, Sec-Fetch-Site)."

@@ -162,6 +162,7 @@ def _headers(gateway: Gateway, sources: IdentitySources, cors: CorsPolicies | No
             for part in limit.key
             if part.startswith("header:")
         ),
+        route_fields=frozenset(name.lower().encode() for route in config.routes for name in route.match.headers),
     )
 
 

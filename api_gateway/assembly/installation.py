@@ -97,7 +97,7 @@ class Installation:
         gateway = self._assembly.gateway
         self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
         data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
-        self._switch.set(data_plane, fast_path)
+        self._switch.set(data_plane, fast_path, fast_path.is_proxied)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
         self._app.state.traffic_history = self._history
@@ -124,7 +124,7 @@ class Installation:
         assert plan is not None and access is not None and settings is not None  # noqa: S101, PT018 - see the class
         gateway = self._assembly.commit(plan)
         data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
-        self._switch.set(data_plane, fast_path)
+        self._switch.set(data_plane, fast_path, fast_path.is_proxied)
         self._app.state.gateway = gateway
         context: AdminContext = self._app.state.admin_context
         context.explainer, context.route_names = explainer, gateway.route_names

@@ -5,12 +5,14 @@ from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.requirements import Requirement
+from api_gateway.proxy.route_conditions import FieldCondition, QueryCondition, RouteCondition, ValueTest
 from api_gateway.proxy.route_table import CostRule, Route
 from api_gateway.proxy.url_rewriting import UrlRewriter
 from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.json_pointer import parse_pointer
 from api_gateway.settings.jwt import RequireSection
+from api_gateway.settings.route_match import MatchSection, ValueSection
 from api_gateway.settings.routes import CostFromSection, FallbackSection, RouteSection
 
 
@@ -43,6 +45,8 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         strip_prefix=prefix,
         methods=frozenset(section.methods) if section.methods else None,
         host=section.host,
+        match=section.match.path,
+        conditions=_conditions(section.match),
         cost=section.cost,
         costs=tuple(
             CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost, rule.candidate_cost)
@@ -58,6 +62,18 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         forward_credentials=section.forward_credentials,
         requirement=None if section.require is None else _requirement(section.require),
         cors=cors if section.cors is None else cors_of(section.cors),
+    )
+
+
+def _conditions(section: MatchSection) -> tuple[RouteCondition, ...]:
+    fields = [FieldCondition(name.lower().encode(), _test(one)) for name, one in section.headers.items()]
+    return (*fields, *(QueryCondition(name.encode(), _test(one)) for name, one in section.query.items()))
+
+
+def _test(section: ValueSection) -> ValueTest:
+    return ValueTest(
+        None if section.exact is None else section.exact.encode(),
+        None if section.prefix is None else section.prefix.encode(),
     )
 
 

@@ -7,7 +7,7 @@ from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import http_date
 from api_gateway.http1.serializer import COLON, status_line
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
-from api_gateway.middleware import ExchangeRecords
+from api_gateway.middleware import ExchangeRecords, proxied_paths
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.observability.tracing import Tracer
 from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
@@ -45,6 +45,7 @@ class ExchangeContext:
         self.admission = admission
         self.headers = headers
         self.router = router
+        self.is_proxied = proxied_paths(router.routes)
         self.clock = clock
         self.clock_ns = clock_ns
         self.limit_headers = limit_headers
@@ -67,7 +68,7 @@ class ExchangeContext:
         exchange = plan.exchange
         if isinstance(error, DirectResponse):
             return self._direct(exchange, error, keep_alive=keep_alive), keep_alive
-        cors = None if self.cors is None else self.cors.of_refusal(exchange, plan.facts.host, plan.facts.origin)
+        cors = None if self.cors is None else self.cors.of_refusal(plan)
         self.record.note_failure(exchange, error)
         exchange.status = error.status
         decision, closes = exchange.decision, "connection" in error.headers

@@ -20,7 +20,7 @@ from api_gateway.http1.asgi import FIELDS, SERVER_EXTENSION, Receive, Scope, Sen
 from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.request_head import RequestHead
-from api_gateway.middleware import EXCHANGE, is_proxied
+from api_gateway.middleware import EXCHANGE
 from api_gateway.models import Exchange, HeaderList, Trace
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.cors import origin_of
@@ -56,7 +56,7 @@ class FastPath(ExchangeContext):
         path = raw_path.decode("ascii")
         if "%" in path:
             path = unquote(path)
-        if not is_proxied(path):
+        if not self.is_proxied(path):
             return False
         target = raw_path + query if query else raw_path
         plan = self.admission.plan(facts, method, path, target, self.clock_ns())
@@ -92,13 +92,13 @@ class FastPath(ExchangeContext):
         `trailers` is filled before the end of its body.
         """
         path = unquote(head.target.partition(b"?")[0].decode("ascii"))
-        if not is_proxied(path):
+        if not self.is_proxied(path):
             return False
         self._begin(client, head, path, trailers)
         return True
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request by ASGI: the application for all paths below `/api`."""
+        """Serve a request by ASGI: the application for all paths that are proxied."""
         scope[FIELDS] = fields_of(scope["headers"])
         client = AsgiDownstream(scope, receive, send, self.router.omit)
         extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
@@ -151,10 +151,10 @@ class FastPath(ExchangeContext):
     def refusal_fields(self, headers: HeaderList, target: bytes) -> HeaderList:
         """Return the CORS fields of a response with which the connection itself refuses a request."""
         path = unquote(target.partition(b"?")[0].decode("latin-1"))
-        if self.cors is None or not is_proxied(path):
+        if self.cors is None or not self.is_proxied(path):
             return []
         fields = fields_of(headers)
-        cors = self.cors.at(host_name(fields), path, origin_of(fields))
+        cors = self.cors.at(host_name(fields), path, target, fields, origin_of(fields))
         return [] if cors is None else [*cors.pairs]
 
     def _read(self, client: Downstream, lines: bytes) -> RewrittenHeaders | None:

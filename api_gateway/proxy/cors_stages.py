@@ -3,10 +3,11 @@
 from collections.abc import Collection
 
 from api_gateway.errors import BadRequest, Forbidden, MethodNotAllowed, NoRoute
-from api_gateway.models import CorsFields, Exchange
+from api_gateway.models import CorsFields
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, StageResult
 from api_gateway.proxy.cors import CorsPolicy, Preflight
 from api_gateway.proxy.header_facts import HeaderFacts
+from api_gateway.proxy.route_conditions import FieldValues
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.proxy.stages import ReadOnlyStage
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
@@ -22,15 +23,16 @@ class CorsPolicies:
     def __repr__(self) -> str:
         return f"<CorsPolicies [default {self.default!r}]>"
 
-    def of_refusal(self, exchange: Exchange, host: str, origin: bytes | None) -> CorsFields | None:
+    def of_refusal(self, plan: RequestPlan) -> CorsFields | None:
         """Return the fields of a response that the gateway generates, also before the route is determined."""
+        exchange, facts = plan.exchange, plan.facts
         if exchange.cors is not None or exchange.route is not None:
             return exchange.cors
-        return self.at(host, exchange.path, origin)
+        return self.at(facts.host, exchange.path, plan.raw_target, facts.selecting, facts.origin)
 
-    def at(self, host: str, path: str, origin: bytes | None) -> CorsFields | None:
+    def at(self, host: str, path: str, target: bytes, fields: FieldValues, origin: bytes | None) -> CorsFields | None:
         """Return the fields for a path (percent-decoded): of the route with any method that matches it, or default."""
-        route = self.routes.at(host, path)
+        route = self.routes.at(host, path, target, fields)
         policy = self.default if route is None else route.cors
         return None if policy is None else policy.fields(origin)
 
@@ -70,11 +72,12 @@ class PreflightStage(ReadOnlyStage):
 
     def _route(self, plan: RequestPlan, asked: Preflight) -> tuple[Route, Collection[str] | None] | None:
         """Return the route of the request to come, and the methods that it allows; None if it has no route."""
-        routes, host, path = self._policies.routes, plan.facts.host, plan.exchange.path
+        routes, facts, path = self._policies.routes, plan.facts, plan.exchange.path
+        host, target, fields = facts.host, plan.raw_target, facts.selecting
         try:
-            route, _ = routes.find(host, asked.method.decode("latin-1"), path, plan.raw_target)
+            route, _ = routes.find(host, asked.method.decode("latin-1"), path, target, fields)
         except MethodNotAllowed as error:
-            found = routes.at(host, path)
+            found = routes.at(host, path, target, fields)
             return None if found is None else (found, error.headers["allow"].split(", "))
         except (NoRoute, BadRequest):
             return None

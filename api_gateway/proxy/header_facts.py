@@ -41,6 +41,7 @@ from api_gateway.models import Charge, Client, CorsFields, HeaderList
 from api_gateway.proxy.cors import INSPECTED, Preflight, origin_of, preflight_of
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, Claim, IdentitySources, Proof
 from api_gateway.proxy.request_id import given_request_id
+from api_gateway.proxy.route_conditions import NO_FIELDS, FieldValues
 
 MAX_INSPECTED = 32  # inspected header fields of a plain head
 MAX_REMEMBERED_BYTES = 4_096  # size of the largest header section that is remembered
@@ -63,8 +64,9 @@ class HeaderFacts:
     `further` are others, which must be valid too. `credentials` are the header fields that have a credential of this
     gateway. `proof` is what the claim proved, for the registry version `version`. `keyed` are the values of header
     fields that limits count by (for `/explain`, also `:organisation` and `:claim:PATH`), `charged` the charges by
-    route, method and cost. `forged` are the header fields that only the gateway may send to upstreams. `rest` are the
-    facts of the other header fields, and `id_field` is the one with the client id, if the two are read separately.
+    route, method and cost. `selecting` are the header fields that the conditions of routes read. `forged` are the
+    header fields that only the gateway may send to upstreams. `rest` are the facts of the other header fields, and
+    `id_field` is the one with the client id, if the two are read separately.
     """
 
     __slots__ = (
@@ -107,6 +109,7 @@ class HeaderFacts:
         "reported",
         "request_id",
         "rest",
+        "selecting",
         "stages",
         "timeout",
         "version",
@@ -162,6 +165,7 @@ class HeaderFacts:
         self.proof: Proof | None = None
         self.keyed: Mapping[bytes, str] = NONE_KEYED
         self.charged = NONE_CHARGED
+        self.selecting: FieldValues = NO_FIELDS
         self.rest: HeaderFacts | None = None
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
@@ -187,7 +191,7 @@ class HeaderFacts:
         other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
         other.origin, other.preflight, other.forged = self.origin, self.preflight, self.forged
         other.forwarding, other.reported = self.forwarding, self.reported
-        other.keyed = self.keyed
+        other.keyed, other.selecting = self.keyed, self.selecting
         return other
 
 
@@ -217,20 +221,23 @@ class HeaderReader:
         identity_fields: frozenset[bytes] = frozenset(),
         forwarding: Forwarding = BY_X_FORWARDED,
         limit_fields: frozenset[bytes] = frozenset(),
+        route_fields: frozenset[bytes] = frozenset(),
     ) -> None:
         """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway.
 
         Credentials of `sources` are recognised, and not forwarded on the fast path; trailers with the names of their
         fields (`never_trailing`) never are. `reads_origin`: there are CORS policies, for which the origin of requests
         and their preflights matter. `identity_fields` (lower case) are set by the gateway for upstreams and removed
-        from requests. `limit_fields` (lower case) are those that limits count by.
+        from requests. `limit_fields` (lower case) are those that limits count by, `route_fields` those on which routes
+        have conditions: upstreams must receive them as they were compared, so `Connection` cannot remove them, and
+        other spellings of them are removed.
         """
         self.via = via or Via()
         self._sources = sources
         self._markers = sources.markers
         self._credential_lines = InspectedHeaders(sources.fields)
         self.id_header = id_header.lower().encode()
-        self.protected = frozenset({self.id_header}) | identity_fields
+        self.protected = frozenset({self.id_header}) | identity_fields | route_fields
         self.never_trailing = self.protected | sources.fields
         self._identity_fields = identity_fields
         self._max_body_bytes = max_body_bytes
@@ -239,6 +246,7 @@ class HeaderReader:
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
         self._reads_origin = reads_origin
         self._limit_fields = limit_fields
+        self._route_fields = route_fields
         inspected = inspected_headers(self.protected) | (INSPECTED if reads_origin else frozenset()) | limit_fields
         self._inspected = InspectedHeaders(inspected)
         # False if the client id is in a header field that has another meaning too, or is not forwarded.
@@ -275,6 +283,8 @@ class HeaderReader:
             facts.keyed = {
                 name: b", ".join(fields[name]).decode("latin-1") for name in self._limit_fields if fields.get(name)
             }
+        if self._route_fields:
+            facts.selecting = {name: fields[name] for name in self._route_fields if name in fields}
         self._set_name(facts, fields)
         if self._markers:
             self._set_claim(facts, fields)

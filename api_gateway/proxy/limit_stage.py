@@ -220,7 +220,9 @@ class LimitListStage(RateLimitStage):
         """Return the names of the routes that a request may be one of: of its route, and of other readings."""
         exchange = plan.exchange
         if self._is_by_route:
-            others = self._routes.read_as(plan.facts.host, exchange.method, exchange.path, plan.raw_target)
+            others = self._routes.read_as(
+                plan.facts.host, exchange.method, exchange.path, plan.raw_target, plan.facts.selecting
+            )
             if others:
                 return [exchange.route, *(others - {exchange.route})]
         return (exchange.route,)

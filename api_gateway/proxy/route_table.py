@@ -4,6 +4,7 @@ Pure. Paths are compared percent-decoded and by whole segments, and forwarded as
 may read differently (see `http1.request_paths`) costs as much as its dearest reading.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.path_table import PATH_PREFIX, PathTable, Pattern
 from api_gateway.proxy.requirements import Requirement
+from api_gateway.proxy.route_conditions import NO_FIELDS, FieldValues, RouteCondition, meets
 from api_gateway.proxy.url_rewriting import UrlRewriter
 
-# In place of a request target, compared by identity:
-UNKNOWN_TARGET = b"%unknown"  # only the decoded path is known
-_READING = b"*reading"  # the path is one of the readings
+UNKNOWN_TARGET = b"%unknown"  # in place of a request target, by identity: only the decoded path is known
+MAX_KNOWN_HOSTS = 4_096  # whose tables are remembered
+MAX_SHOWN = 100  # characters of a host in a message
 
 _PERCENT = ord("%")  # `in` finds an integer in bytes at once; for bytes it raises and drops an error first
+_ENCODED_SLASH = re.compile(rb"%(?:2[fF]|5[cC])")
 _NO_METHODS: frozenset[str] = frozenset()
 _FEW_SEGMENTS = 8  # segments that are cut off from the end; more are cut off by splitting the beginning
 
@@ -51,6 +55,8 @@ class CostRule:
 class Route:
     """A route. `host` and `methods` None match any; the first matching rule of `costs` replaces `cost` (tokens).
 
+    `host` may begin with `*.` for all names below the rest. `match` is how `path` is compared, see `PathTable`;
+    `conditions` are those on header fields and query parameters.
     `content_cost` is where responses state their actual cost, None if their content is not read.
     `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
@@ -65,6 +71,8 @@ class Route:
     strip_prefix: str = ""
     methods: frozenset[str] | None = None
     host: str | None = None
+    match: str = PATH_PREFIX
+    conditions: tuple[RouteCondition, ...] = ()
     cost: float = 1.0
     costs: tuple[CostRule, ...] = ()
     candidate_cost: float | None = None
@@ -113,101 +121,194 @@ class Route:
 
 
 class RouteTable:
-    """Finds the route of a request: the longest path prefix; for equal prefixes, a route with a host first.
+    """Finds the route of a request by precedence.
 
-    The route is selected by `matching_path`. No spelling of a path selects a cheaper cost rule or avoids a route that
-    is restricted to some methods. The path is forwarded as it was sent.
+    1. The host: a name, then `*.` with the longest rest, then any host.
+    2. The path: an exact one, then a template, then the longest prefix.
+    3. The number of conditions on header fields and query parameters.
+    4. The order in the configuration.
+
+    The first path with a route whose conditions hold decides which methods are allowed: routes of the same path for
+    other hosts may add some, other paths do not. The route is selected by `matching_path`. No spelling of a path
+    selects a cheaper cost rule or avoids a route that is restricted to some methods. The path is forwarded as it was
+    sent.
     """
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        self._routes: dict[str, list[Route]] = {}
-        for route in sorted(routes, key=lambda route: route.host is None):
-            self._routes.setdefault(route.path, []).append(route)
-        # Longer paths are cut to the depth of the deepest route, so the time of a lookup is limited.
-        self._depth = max((path.count("/") for path in self._routes), default=0)
+        self._routes = tuple(routes)
+        by_host: dict[str | None, list[Route]] = {None: []}
+        for route in routes:
+            by_host.setdefault(route.host, []).append(route)
+        tables = {host: PathTable(found) for host, found in by_host.items()}
+        self._any: PathTable[Route] = tables.pop(None)
+        self._hosts = {host: table for host, table in tables.items() if host is not None and not host.startswith("*")}
+        self._suffixes = {host[1:]: table for host, table in tables.items() if host is not None and host[0] == "*"}
+        self._has_hosts = bool(tables)
+        self._known: dict[str, tuple[PathTable[Route], ...]] = {}  # the tables for hosts that were asked for
 
     def __repr__(self) -> str:
-        return f"<RouteTable {sorted(self._routes)}>"
+        return f"<RouteTable {sorted(route.path for route in self._routes)}>"
 
     def __iter__(self) -> Iterator[Route]:
         """Return all routes."""
-        return (route for routes in self._routes.values() for route in routes)
+        return iter(self._routes)
 
-    def find(self, host: str, method: str, path: str, raw_target: bytes = UNKNOWN_TARGET) -> tuple[Route, float]:
+    def find(
+        self,
+        host: str,
+        method: str,
+        path: str,
+        raw_target: bytes = UNKNOWN_TARGET,
+        fields: FieldValues = NO_FIELDS,
+    ) -> tuple[Route, float]:
         """Return the route of a request and its cost in tokens.
 
         `path` is percent-decoded; `raw_target` is the request target with the same path as sent, from which the
-        readings are derived. Raises BadRequest for an ambiguous path, NoRoute, or MethodNotAllowed with the allowed
-        methods.
+        readings are derived. `fields` are those that conditions read. Raises BadRequest for an ambiguous request,
+        NoRoute, or MethodNotAllowed with the allowed methods.
         """
         # The cheap tests come first; what else is unusual can only be there if it was percent-encoded.
-        if (
-            raw_target is not _READING
-            and ("//" in path or "." in path or ";" in path or "\\" in path or _PERCENT in raw_target)
-            and is_unusual(path)
-        ):
-            return self._find_dearest(host, method, path, raw_target)
-        prefix, surplus = path, path.count("/") - self._depth
+        if ("//" in path or "." in path or ";" in path or "\\" in path or _PERCENT in raw_target) and is_unusual(path):
+            return self._find_dearest(host, method, path, raw_target, fields)
+        table = self._tables(host)[0] if self._has_hosts else self._any
+        plain, depth = table.plain, table.depth
+        prefix, surplus = path, path.count("/") - depth
         if surplus > _FEW_SEGMENTS:
-            prefix = "/".join(path.split("/", self._depth + 1)[: self._depth + 1])
+            prefix = "/".join(path.split("/", depth + 1)[: depth + 1])
         elif surplus > 0:  # the usual case, in one call
             prefix = path.rsplit("/", surplus)[0]
         while prefix:
-            found = self._routes.get(prefix)
+            found = plain.get(prefix)
             if found is not None:
-                allowed = _NO_METHODS
                 for route in found:
-                    if route.host is None or route.host == host:
-                        if route.methods is None or method in route.methods:
-                            return route, route.cost_of(method, path) if route.costs else route.cost
-                        allowed = allowed | route.methods
-                if allowed:
-                    names = ", ".join(sorted(allowed))
-                    raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
+                    if route.methods is None or method in route.methods:
+                        return route, route.cost_of(method, path) if route.costs else route.cost
+                break
             prefix = prefix.rpartition("/")[0]
-        raise NoRoute(f"No route matches {path}.")
+        if _PERCENT in raw_target and self._is_by_segments(host, raw_target):
+            return self._find_dearest(host, method, path, raw_target, fields)
+        return self._find_reading(host, method, path, raw_target.partition(b"?")[2], fields)
 
-    def read_as(self, host: str, method: str, path: str, raw_target: bytes) -> frozenset[str]:
+    def read_as(
+        self, host: str, method: str, path: str, raw_target: bytes, fields: FieldValues = NO_FIELDS
+    ) -> frozenset[str]:
         """Return the names of the routes of all readings of a path; empty if it has only one reading."""
         is_plain = not ("//" in path or "." in path or ";" in path or "\\" in path or _PERCENT in raw_target)
-        if is_plain or not is_unusual(path):
+        if is_plain or not (is_unusual(path) or self._is_by_segments(host, raw_target)):
             return frozenset()
         names = set()
         with suppress(ValueError):
-            for reading in readings(raw_target.partition(b"?")[0].decode("latin-1")):
-                with suppress(NoRoute, MethodNotAllowed):
-                    names.add(self.find(host, method, reading, _READING)[0].name)
+            for reading in self._readings(host, path, raw_target):
+                with suppress(NoRoute, MethodNotAllowed, BadRequest):
+                    query = raw_target.partition(b"?")[2]
+                    names.add(self._find_reading(host, method, reading, query, fields)[0].name)
         return frozenset(names)
 
-    def at(self, host: str, path: str) -> Route | None:
-        """Return the first route of the longest prefix of a path (percent-decoded), whichever its methods."""
-        prefix = "/".join(matching_path(path).split("/", self._depth + 1)[: self._depth + 1])
-        while prefix:
-            for route in self._routes.get(prefix, ()):
-                if route.host is None or route.host == host:
-                    return route
-            prefix = prefix.rpartition("/")[0]
+    def at(
+        self, host: str, path: str, raw_target: bytes = UNKNOWN_TARGET, fields: FieldValues = NO_FIELDS
+    ) -> Route | None:
+        """Return the first route for a path (percent-decoded), whichever its methods."""
+        query = raw_target.partition(b"?")[2]
+        with suppress(BadRequest):
+            for _, routes in self._groups(host, matching_path(path)):
+                for route in routes:
+                    if meets(route.conditions, query, fields):
+                        return route
         return None
 
-    def _find_dearest(self, host: str, method: str, path: str, raw_target: bytes) -> tuple[Route, float]:
+    def passed_over(
+        self, host: str, method: str, path: str, raw_target: bytes, fields: FieldValues
+    ) -> list[tuple[Route, str]]:
+        """Return the routes for host and path that come before the one of a request, and why each is not the one."""
+        query, found = raw_target.partition(b"?")[2], []
+        with suppress(BadRequest):
+            for _, routes in self._groups(host, matching_path(path)):
+                for route in routes:
+                    failed = [str(one) for one in route.conditions if not one.holds(query, fields)]
+                    if failed:
+                        found.append((route, f"does not hold: {', '.join(failed)}"))
+                    elif route.methods is None or method in route.methods:
+                        return found
+                    else:
+                        found.append((route, f"takes {', '.join(sorted(route.methods))}, not {method}"))
+        return found
+
+    def _tables(self, host: str) -> tuple[PathTable[Route], ...]:
+        """Return the tables for a host, the most specific one first. Raises BadRequest for an ambiguous host."""
+        known = self._known.get(host)
+        if known is None:
+            if "%" in host or ".." in host or host.endswith("."):
+                raise BadRequest(f"The host is ambiguous: servers may read {host[:MAX_SHOWN]!a} differently.")
+            found = [self._hosts[host]] if host in self._hosts else []
+            labels = host.split(".")
+            suffixes = ("." + ".".join(labels[cut:]) for cut in range(1, len(labels)))
+            found += [self._suffixes[suffix] for suffix in suffixes if suffix in self._suffixes]
+            if len(self._known) >= MAX_KNOWN_HOSTS:
+                self._known.clear()
+            known = self._known[host] = (*found, self._any)
+        return known
+
+    def _groups(self, host: str, path: str) -> list[tuple[Pattern, tuple[Route, ...]]]:
+        """Return the routes for a host and a path by precedence, those of one path together."""
+        if not self._has_hosts:
+            return self._any.groups(path)
+        return [group for table in self._tables(host) for group in table.groups(path)]
+
+    def _is_by_segments(self, host: str, raw_target: bytes) -> bool:
+        """Tell whether it matters that servers may take an encoded slash in the path for a part of a segment."""
+        if _ENCODED_SLASH.search(raw_target.partition(b"?")[0]) is None:
+            return False
+        tables = self._tables(host) if self._has_hosts else (self._any,)
+        return any(table.has_segments for table in tables)
+
+    def _readings(self, host: str, path: str, raw_target: bytes) -> list[str]:
+        """Return all paths as which servers may read a path. Raises ValueError if there are too many."""
+        if raw_target is UNKNOWN_TARGET:
+            return readings(path, is_decoded=True)
+        raw = raw_target.partition(b"?")[0]
+        found = readings(raw.decode("latin-1"))
+        if self._is_by_segments(host, raw):
+            found += readings(_ENCODED_SLASH.sub(b"%EF%BF%BF", raw).decode("latin-1"))
+        return found
+
+    def _find_reading(
+        self, host: str, method: str, path: str, query: bytes, fields: FieldValues
+    ) -> tuple[Route, float]:
+        """Return the route and the cost of one reading, see `find`."""
+        allowed, first = _NO_METHODS, None
+        for pattern, routes in self._groups(host, path):
+            if first is not None and pattern != first:
+                continue
+            for route in routes:
+                if route.conditions and not meets(route.conditions, query, fields):
+                    continue
+                if route.methods is None or method in route.methods:
+                    return route, route.cost_of(method, path) if route.costs else route.cost
+                allowed, first = allowed | route.methods, pattern
+        if allowed:
+            names = ", ".join(sorted(allowed))
+            raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
+        raise NoRoute(f"No route matches {path}.")
+
+    def _find_dearest(
+        self, host: str, method: str, path: str, raw_target: bytes, fields: FieldValues
+    ) -> tuple[Route, float]:
         """Return the route of a path with several readings, and the cost of the dearest one.
 
         Each reading must be allowed. A reading without a route is refused, unless it is one of a server that does not
         resolve dot segments. Readings with repeated slashes cost no more than those without.
         """
         try:
-            if raw_target is UNKNOWN_TARGET:
-                found = readings(path, is_decoded=True)
-            else:
-                found = readings(raw_target.partition(b"?")[0].decode("latin-1"))
+            found = self._readings(host, path, raw_target)
         except ValueError as error:
             raise BadRequest(f"The path is ambiguous: {error}.") from None
-        route, cost = self.find(host, method, matching_path(path), _READING)
+        query = raw_target.partition(b"?")[2]
+        route, cost = self._find_reading(host, method, matching_path(path), query, fields)
         for reading in found:
             if "//" in reading:
                 continue
             try:
-                cost = max(cost, self.find(host, method, reading, _READING)[1])
+                cost = max(cost, self._find_reading(host, method, reading, query, fields)[1])
             except NoRoute:
                 if not has_dot_segment(reading):
                     raise

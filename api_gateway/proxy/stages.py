@@ -170,7 +170,7 @@ class RouteStage(ReadOnlyStage):
         try:
             if exchange.method in KNOWN_METHODS:
                 route, exchange.cost = self._routes.find(
-                    plan.facts.host, exchange.method, exchange.path, plan.raw_target
+                    plan.facts.host, exchange.method, exchange.path, plan.raw_target, plan.facts.selecting
                 )
             else:
                 route, exchange.cost = self._find_for_unknown_method(plan)
@@ -185,15 +185,15 @@ class RouteStage(ReadOnlyStage):
 
         Raises GatewayError; MethodNotAllowed for a method that is not forwarded, in any letter case.
         """
-        host, exchange = plan.facts.host, plan.exchange
+        host, exchange, fields = plan.facts.host, plan.exchange, plan.facts.selecting
         upper = exchange.method.upper()
         if upper in REFUSED_METHODS:
             raise MethodNotAllowed(
                 f"The method {exchange.method} is not forwarded.", headers={"allow": PROXIED_METHODS}
             )
-        route, cost = self._routes.find(host, exchange.method, exchange.path, plan.raw_target)
+        route, cost = self._routes.find(host, exchange.method, exchange.path, plan.raw_target, fields)
         if upper != exchange.method:
-            cost = max(cost, self._routes.find(host, upper, exchange.path, plan.raw_target)[1])
+            cost = max(cost, self._routes.find(host, upper, exchange.path, plan.raw_target, fields)[1])
         return route, cost
 
 

@@ -173,6 +173,12 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str
             f"routes with a host ({', '.join(hosts)}): hosts are not logged; a request is taken to have the host of"
             " the route that it had"
         )
+    conditional = [route.name for route in candidate.routes if route.match.headers or route.match.query]
+    if conditional:
+        yield (
+            f"routes with conditions ({', '.join(conditional)}): header fields and queries are not logged; a request"
+            " is taken to have none of them"
+        )
     quotas = Quotas.of(candidate)
     for limit in quotas.concurrency:
         yield (

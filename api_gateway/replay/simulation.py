@@ -136,7 +136,7 @@ class Simulation:
         # The prefix is removed for the upstream only, and from the target as it was sent, which is not logged.
         routes = [replace(route_of(section), strip_prefix="") for section in config.routes]
         self.table = RouteTable(routes)
-        self._hosts = {route.name: route.host for route in routes if route.host is not None}
+        self._hosts = {route.name: route.host.replace("*", "any") for route in routes if route.host is not None}
         self._registry = ClientRegistry(
             self.quotas.tiers,
             config.default_tier,

@@ -13,7 +13,13 @@ from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.settings.routes import CostSection, RouteSection
 
 API = "/api"
+# The first segments of the paths of operator endpoints and pages.
+OPERATOR_SEGMENTS = frozenset(
+    {"", "audit", "circuit-breakers", "clients", "configuration", "dashboard", "docs", "explain", "health", "healthz"}
+    | {"history", "limits", "metrics", "openapi.json", "readyz", "reload", "tiers", "usage"}
+)
 
+_NAMED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]{0,31})\}")  # a placeholder of a template
 _PLACEHOLDER = re.compile(r"[{}<>]|^:")
 _PATTERN = re.compile(r"[\[\]\\^$|]|\(\?")
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
@@ -32,9 +38,32 @@ def path_problem(path: str) -> str | None:
         instead = again[1]
     if instead is None:
         return problem
-    if not is_below(instead, API):
-        return f"{problem}, which leaves {instead!r}, and it must be {API} or begin with {API}/"
+    if operator_path(instead) is not None:
+        return f"{problem}, which leaves {instead!r}, where operator endpoints are"
     return f"{problem}: write {instead!r}"
+
+
+def template_problem(path: str) -> str | None:
+    """Return why a path is no template that requests can match, and what to write; None if it is one."""
+    segments = path.split("/")
+    names = [found[1] for segment in segments if (found := _NAMED.fullmatch(segment))]
+    literal = "/".join("x" if _NAMED.fullmatch(segment) else segment for segment in segments)
+    if re.search(r"[{}]", literal):
+        return "has a placeholder that is not a whole segment, as in /users/{id}, or whose name is not an identifier"
+    if not names:
+        return "has no placeholder such as {id}, so match.path must be exact or prefix"
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        return f"has the placeholder {{{repeated}}} twice: each needs a name of its own"
+    return path_problem(literal)
+
+
+def operator_path(path: str) -> str | None:
+    """Return the path of operator endpoints that a route with this path could hide; None if there is none."""
+    first = path.split("/")[1]
+    if _NAMED.fullmatch(first) or not first:
+        return "/health"
+    return f"/{first}" if first in OPERATOR_SEGMENTS else None
 
 
 def _flaw(path: str) -> tuple[str, str | None] | None:
@@ -61,12 +90,17 @@ def _is_odd(segment: str) -> bool:
 
 
 def host_problem(host: str) -> str | None:
-    """Return why no request can have this host (in lower case), and what to write; None if requests can have it."""
+    """Return why no request can have this host (in lower case), and what to write; None if requests can have it.
+
+    It may begin with `*.`, for all names below the rest.
+    """
+    if host.startswith("*.") and len(host) > len("*."):
+        host = host[2:]
     name = re.sub(r"^[a-z][a-z0-9+.-]*://", "", host).partition("/")[0].rpartition("@")[2]
     bare = re.sub(r":\d*$", "", name) if name.startswith("[") or name.count(":") == 1 else name
     faults = {
         "leave host out, or write null, to match every host": host in ("", "*"),
-        "patterns are not supported: name one host for each route, or leave host out to match every host": (
+        "only *. at the beginning is a pattern, as in *.example.com; leave host out to match every host": (
             re.search(r"[*\\^$|(){}]", host)
         ),
         f"must be a host alone, without scheme and path: write {bare!r}": name != host,
@@ -100,17 +134,24 @@ def _ascii_form(host: str) -> str:
 
 def never_reached(routes: Sequence[RouteSection]) -> Iterator[tuple[int, int, str]]:
     """Yield each route with the host, path and a method of an earlier one: its index, the other's, and a message."""
-    before: dict[tuple[str | None, str], list[int]] = {}
+    before: dict[tuple[object, ...], list[int]] = {}
     for index, route in enumerate(routes):
-        for other in before.setdefault((route.host, route.path), []):
+        match = route.match
+        is_prefix, shape = match.path == "prefix", _NAMED.sub("{}", route.path)
+        fields = {name.lower(): str(one) for name, one in match.headers.items()}
+        parameters = {name: str(one) for name, one in match.query.items()}
+        conditions = (*sorted(fields.items()), "?", *sorted(parameters.items()))
+        key = route.host, is_prefix, shape, conditions
+        for other in before.setdefault(key, []):
             first = routes[other]
             shared = [one for one in route.methods or ["any"] if first.methods is None or one in first.methods]
             if shared:
                 methods = ", ".join(shared)
-                message = f"route {first.name!r} has this host, path and method, got {route.path!r} ({methods})"
+                same = "host, path, method and conditions" if fields or parameters else "host, path and method"
+                message = f"route {first.name!r} has this {same}, got {route.path!r} ({methods})"
                 yield index, other, message
                 break
-        before[(route.host, route.path)].append(index)
+        before[key].append(index)
 
 
 def unused_cost_rules(costs: Sequence[CostSection]) -> Iterator[tuple[int, int]]:

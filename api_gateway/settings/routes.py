@@ -9,6 +9,7 @@ from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.json_pointer import JsonPointer
 from api_gateway.settings.jwt import RequireSection
+from api_gateway.settings.route_match import MatchSection
 from api_gateway.settings.setting_types import (
     CookieDomains,
     Cost,
@@ -89,8 +90,9 @@ class RouteSection(Section):
     )
     methods: Methods | None = Field(default=None, description="Methods that match. None: all.")
     host: Annotated[str, AfterValidator(_host)] | None = Field(
-        default=None, description="The host that matches. None: all."
+        default=None, description="The host that matches: a name, or *. and a name for all names below it. None: all."
     )
+    match: MatchSection = Field(default=MatchSection(), description="What else a request must have.")
     cost: float = Field(default=1.0, ge=0, le=1_000_000_000, description="Tokens for a request.")
     candidate_cost: Cost | None = Field(default=None, description="Evaluated beside the cost and only counted.")
     costs: list[CostSection] = Field(

@@ -6,7 +6,6 @@ from typing import Protocol
 
 from pydantic import SecretStr
 
-from api_gateway.http1.methods import REFUSED_METHODS
 from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
@@ -15,7 +14,8 @@ from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limit_rules import allowances, limit_findings
 from api_gateway.settings.limits import AllowanceSection, LimitSection
-from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
+from api_gateway.settings.route_match_rules import match_findings
+from api_gateway.settings.route_rules import never_reached, path_problem, unused_cost_rules
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.server import ServerSection
 from api_gateway.settings.store import StoreSection
@@ -313,7 +313,7 @@ def _route_findings(config: ConfigSections) -> Iterator[Finding]:
         key_path = ("routes", str(index))
         for key, message, depends_on in (
             *_reference_findings(config, route),
-            *_match_findings(route),
+            *match_findings(config, route),
             *_cost_findings(config, route),
             *_route_cors_findings(route),
         ):
@@ -323,7 +323,7 @@ def _route_findings(config: ConfigSections) -> Iterator[Finding]:
             yield _of_route(route, (*key_path, "name"), message, (("routes", str(names[route.name]), "name"),))
         names.setdefault(route.name, index)
     for index, other, message in never_reached(config.routes):
-        keys = ("path", "host", "methods")
+        keys = ("path", "host", "methods", "match")
         matched = tuple(("routes", str(number), key) for number in (index, other) for key in keys)
         yield _of_route(config.routes[index], ("routes", str(index), "path"), message, matched)
 
@@ -350,22 +350,6 @@ def _route_cors_findings(route: RouteSection) -> Iterator[_Wrong]:
             yield ("cors", *key), message, ()
 
 
-def _match_findings(route: RouteSection) -> Iterator[_Wrong]:
-    problem = path_problem(route.path)
-    if problem is None and not is_below(route.path, API):
-        problem = f"must be {API} or begin with {API}/"
-    if problem is not None:
-        yield ("path",), f"{problem}, got {route.path!r}", ()
-    if route.host is not None and (problem := host_problem(route.host)) is not None:
-        yield ("host",), f"{problem}, got {route.host!r}", ()
-    if route.strip_prefix and not f"{route.path}/".startswith(f"{route.strip_prefix.rstrip('/')}/"):
-        message = f"must be a prefix of the path {route.path!r}, got {route.strip_prefix!r}"
-        yield ("strip_prefix",), message, ()
-    for number, method in enumerate(route.methods or ()):
-        if method in REFUSED_METHODS:
-            yield ("methods", str(number)), f"is never proxied, so it never matches, got {method!r}", ()
-
-
 def _cost_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wrong]:
     largest = max((terms.capacity or 0 for key_path, terms in _all_terms(config) if key_path[0] == "tiers"), default=0)
     capacities = tuple(("tiers", name, "capacity") for name in config.tiers)
@@ -375,8 +359,9 @@ def _cost_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wro
         costs += [((*key_path, "cost"), rule.cost), ((*key_path, "candidate_cost"), rule.candidate_cost)]
         if rule.path is not None:
             problem = path_problem(rule.path)
-            if problem is None and not is_below(rule.path, route.path) and not is_below(route.path, rule.path):
-                problem = f"never matches: it must be below the route's path {route.path!r}"
+            own = route.path.partition("/{")[0] or "/" if route.match.path == "template" else route.path
+            if problem is None and not is_below(rule.path, own) and not is_below(own, rule.path):
+                problem = f"never matches: it must be below the route's path {own!r}"
             if problem is not None:
                 yield (*key_path, "path"), f"{problem}, got {rule.path!r}", ()
         if route.methods and rule.methods and not set(route.methods) & set(rule.methods):

@@ -652,8 +652,16 @@ def test_a_target_is_scheme_host_and_port_only(url: str) -> None:
     ("sections", "telling"),
     [
         (one_route(upstream="user"), ["routes[0] (users).upstream", "'user'", "did you mean 'users'"]),
-        (one_route(path="/users"), ["routes[0] (users).path", "/api", "'/users'"]),
-        (one_route(path="/apix"), ["routes[0] (users).path", "'/apix'"]),
+        (one_route(path="/metrics/x"), ["routes[0] (users).path", "admin.listen", "/api", "'/metrics/x'"]),
+        (one_route(match={"path": "template"}), ["routes[0] (users).path", "no placeholder", "'/api/users'"]),
+        (one_route(path="/api/{a}/{a}", match={"path": "template"}), ["path", "{a} twice", "'/api/{a}/{a}'"]),
+        (one_route(path="/api/x{a}", match={"path": "template"}), ["path", "not a whole segment", "'/api/x{a}'"]),
+        (one_route(match={"headers": {"X-A": {}}}), ["match.headers.X-A", "one of exact, prefix and present"]),
+        (one_route(match={"headers": {"Authorization": "x"}}), ["match.headers", "cannot have a condition"]),
+        (one_route(match={"headers": {"X_A": "x"}}), ["match.headers", "as in X-A"]),
+        (one_route(match={"headers": {"X-Client-ID": "x"}}), ["match.headers.X-Client-ID", "identifies clients"]),
+        (one_route(match={"headers": {"A" + "-b" * 9: "x"}}), ["match.headers", "at most 8 hyphens"]),
+        (one_route(match={"query": {"a": {"exact": " x"}}}), ["match.query.a", "neither begin nor end with a space"]),
         (one_route(strip_prefix="/v1"), ["routes[0] (users).strip_prefix", "'/api/users'", "'/v1'"]),
         (one_route(strip_prefix="/api/use"), ["routes[0] (users).strip_prefix", "'/api/use'"]),
         (one_route(cost=1001), ["routes[0] (users).cost", "1000", "got 1001"]),
@@ -742,7 +750,7 @@ def test_several_mistakes_give_several_lines() -> None:
 
 
 def test_several_contradictions_give_several_lines() -> None:
-    sections = one_route(upstream="none", path="/other", cost=5000)
+    sections = one_route(upstream="none", path="/metrics", cost=5000)
     lines = problems({**sections, "default_tier": "GOLD"})
     assert [line.partition(":")[0] for line in lines] == [
         "default_tier",

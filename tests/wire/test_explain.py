@@ -376,6 +376,9 @@ async def test_it_has_every_figure(tmp_path: Path) -> None:
     assert told.route.model_dump() == {
         "name": "plain",
         "path": "/api/one",
+        "match": "prefix",
+        "host": None,
+        "conditions": [],
         "upstream": "one",
         "cost": 4.5,
         "cost_source": "rule: POST /api/one/export",
