@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from api_gateway.config import from_values
-from benchmarks import limiter, many_clients, memory, over_admission, overload, scale, segments
+from benchmarks import api_keys, limiter, many_clients, memory, over_admission, overload, scale, segments
 from benchmarks.cases import BALANCED, CORS, FALLBACK, LIMITED, LOG, TIMEOUT, TITLES, TLS, needs_of
 from benchmarks.compare import main
 from benchmarks.flood import flood
@@ -131,6 +131,23 @@ def test_a_response_that_is_not_that_of_the_case_is_an_error(
         else:
             with pytest.raises(Failed, match=message):
                 verify(port, case)
+
+
+def test_the_part_of_a_gateway_is_measured_by_the_timestamps_of_the_kernel() -> None:
+    served, count = api_keys.Served(), 3
+
+    def serve(sock: socket) -> None:
+        with sock:
+            for _ in range(count):
+                assert sock.recv(65_536)
+                time.sleep(0.02)
+                sock.sendall(response(200, SMALL))
+
+    with accepting(serve) as port, closing(api_keys.Stamped(port, "agw_any", served)) as client:
+        for _ in range(count):
+            client.ask()
+    assert len(served.gateway) == len(served.client) == count
+    assert min(served.gateway) > 0.015
 
 
 class Written(asyncio.WriteTransport):

@@ -289,6 +289,19 @@ def test_stages_of_credentials_do_not_concern_other_requests(setup: Setup) -> No
     assert not setup.credential_stage.concerns(plan.facts)
 
 
+def test_stages_of_bare_ids_do_not_concern_requests_with_a_credential_unless_it_is_only_observed(
+    tmp_path: Path,
+) -> None:
+    for is_enforced, count in ((True, 1), (False, 2)):
+        setup = Setup(tmp_path, is_enforced=is_enforced)
+        for _ in range(3):
+            plan, _ = setup.decide(TICKET)
+            assert plan.exchange.client is not None
+            assert plan.exchange.client.id == "acme"
+        assert plan.facts.stages is not None
+        assert len(plan.facts.stages) == count
+
+
 # Ids that anyone can claim
 
 VERIFIED = [IdentityRules(clients={"acme": True}), IdentityRules(tiers=frozenset({"PREMIUM"}))]
