@@ -13,6 +13,7 @@ from api_gateway.eventloop.pacing import Steps, completed, each
 from api_gateway.models import Exchange
 from api_gateway.observability.heavy_hitters import HeavyHitters
 from api_gateway.observability.latency_series import WindowedSeries
+from api_gateway.observability.request_record import REQUEST_OUTCOMES
 from api_gateway.observability.trace_exporter import RESULTS
 
 Label = TypeVar("Label")
@@ -40,6 +41,7 @@ _COUNTERS = (
     "tls_handshakes",
     "tls_failures",
     "tls_reloads",
+    "requests_not_kept",
 )
 
 # The recorder's counters with several labels.
@@ -158,6 +160,9 @@ class Recorder:
         self.tls_handshakes: Counter[str] = Counter()  # by version and session: `TLSv1.3/new` or `/resumed`
         self.tls_failures: Counter[str] = Counter()  # handshakes by reason
         self.tls_reloads: Counter[str] = Counter()  # of certificates, by result
+        self.requests_not_kept: Counter[str] = Counter(
+            dict.fromkeys(REQUEST_OUTCOMES, 0)
+        )  # for which the history had no place, by outcome
         self.waiting_traces = 0  # exchanges that wait to be exported
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 
 from api_gateway.admin.context import AdminContext, Guarded
-from api_gateway.admin.history_queries import MAX_FOUND, MAX_SPENDING, STATUS, Members
+from api_gateway.admin.history_queries import MAX_FOUND, STATUS, Members
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
+from api_gateway.admin.spent_tokens import spent_by
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import NoRoute
 from api_gateway.http1.request_paths import unescaped
 from api_gateway.observability.request_history import HistoryLimits
+from api_gateway.observability.request_record import REQUEST_OUTCOMES
 from api_gateway.reporting.history_schema import ExplainedRequests, RequestsView
 from api_gateway.reporting.worker_channel import Answers
 
@@ -60,7 +62,8 @@ async def recent_requests(
         until = _last_complete(answers, limit, until)
         rows = [row for row in rows if row["number"] <= until][:limit]
         until = rows[-1]["number"] if len(rows) == limit else until
-    return _json({"requests": rows, "next": until, "complete": answers.is_complete})
+    not_kept = sum(answer["not_kept"] for answer in answers.values)
+    return _json({"requests": rows, "next": until, "complete": answers.is_complete, "not_kept": not_kept})
 
 
 @router.get(
@@ -84,10 +87,11 @@ async def explain_request(request_id: str, context: Guarded) -> Response:
         raise _unknown(request_id, limits, answers)
     is_complete = answers.is_complete
     for row in rows[:MAX_FOUND]:
-        keys, started = row.pop("_keys"), row.pop("_started")
+        keys, buckets, started = row.pop("_keys"), row.pop("_buckets"), row.pop("_started")
         for index, key in keys.items():
             spent = await context.aggregator.query({"kind": "spent", "key": key, "started": started})
-            row["limits"][int(index)]["spent_by"] = _spent_by(spent)
+            found = spent_by([each for answer in spent.values for each in answer["requests"]], buckets[index])
+            row["limits"][int(index)]["spent_by"] = found | {"complete": found["complete"] and spent.is_complete}
             is_complete = is_complete and spent.is_complete
     return _json({"requests": rows[:MAX_FOUND], "complete": is_complete})
 
@@ -113,29 +117,24 @@ def _last_complete(answers: Answers, limit: int, until: int) -> int:
     return min([until, *full])
 
 
-def _spent_by(answers: Answers) -> Members:
-    """Return the requests back to the one that found the bucket full, newest first."""
-    rows = sorted(
-        (row for answer in answers.values for row in answer["requests"]), key=itemgetter("_started"), reverse=True
-    )
-    shown: list[Members] = []
-    is_complete = False
-    for row in rows[:MAX_SPENDING]:
-        shown.append({name: value for name, value in row.items() if not name.startswith("_")})
-        if row["_full"]:
-            is_complete = True
-            break
-    return {"requests": shown, "complete": is_complete and answers.is_complete}
-
-
 def _unknown(request_id: str, limits: HistoryLimits, answers: Answers) -> NoRoute:
-    kept = {name: sum(answer["kept"][name] for answer in answers.values) for name in ("success", "refusal", "error")}
+    kept, not_kept = (
+        [sum(answer[member][name] for answer in answers.values) for name in REQUEST_OUTCOMES]
+        for member in ("kept", "not_kept")
+    )
     oldest = min((answer["oldest"] for answer in answers.values if answer["oldest"] is not None), default=None)
     since = "it is empty" if oldest is None else f"the oldest is of {wall_time(oldest)}"
+    left_out = ""
+    if any(not_kept):
+        rates = "{:g}, {:g} and {:g}".format(*limits.per_second)
+        left_out = (
+            " {} successes, {} refusals and {} errors since the start were not kept, because there were more at once;"
+            " a worker keeps {} of them a second, apart from bursts, and first those of clients with few requests."
+        ).format(*not_kept, rates)
     return NoRoute(
-        f"The history has no request with the id {unescaped(request_id)[:200]!r}. It has {kept['success']} successes,"
-        f" {kept['refusal']} refusals and {kept['error']} errors; {since}. Each worker keeps at most"
-        f" {limits.successes}, {limits.refusals} and {limits.errors} of them, for {limits.max_age:g} s at most"
+        f"The history has no request with the id {unescaped(request_id)[:200]!r}. It has {kept[0]} successes,"
+        f" {kept[1]} refusals and {kept[2]} errors; {since}.{left_out} Each worker keeps at most {limits.successes},"
+        f" {limits.refusals} and {limits.errors} of them, for {limits.max_age:g} s at most"
         " (section history of the configuration)."
     )
 

@@ -51,6 +51,7 @@ class HistoryQueries:
 
     def _find(self, request_id: str) -> Steps[Members]:
         kept = {outcome: count for outcome, (count, _) in self._history.sizes().items()}
+        not_kept = dict(self._history.not_kept)
         found: list[Record] = []
         oldest: float | None = None
         for record in self._history.records(self._wall_clock()):
@@ -62,7 +63,8 @@ class HistoryQueries:
             if record.id == request_id:
                 found.append(record)
         latest = nlargest(MAX_FOUND, found, key=_ended)
-        return {"requests": [_explained(record) for record in latest], "kept": kept, "oldest": oldest}
+        requests = [_explained(record) for record in latest]
+        return {"requests": requests, "kept": kept, "not_kept": not_kept, "oldest": oldest}
 
     def _list(self, question: Mapping[str, Any]) -> Steps[Members]:
         """Return the first requests after a number or, without one, the last ones; oldest first.
@@ -77,7 +79,8 @@ class HistoryQueries:
             chosen = sorted(nlargest(most, found, key=_ended), key=_ended)
         else:
             chosen = nsmallest(most, found, key=_ended)
-        return {"requests": [_row(record) for record in chosen], "until": until}
+        not_kept = sum(self._history.not_kept.values())
+        return {"requests": [_row(record) for record in chosen], "until": until, "not_kept": not_kept}
 
     def _spent(self, key: str, started: float) -> Steps[Members]:
         """Return the last requests that were charged to a bucket and arrived before `started`, newest first."""
@@ -170,8 +173,9 @@ def _row(record: Record) -> Members:
 def _explained(record: Record) -> Members:
     """Return all that is known about a request.
 
-    `_keys` are those of the limits that refused it, by the index of the limit, and `_started` its arrival: the process
-    that was asked puts the questions for the requests that have spent the tokens.
+    `_keys` are those of the limits that refused it, by the index of the limit, `_buckets` the state of their buckets,
+    and `_started` its arrival: the process that was asked puts the questions for the requests that have spent the
+    tokens.
     """
     decision = record.decision
     return {
@@ -188,6 +192,7 @@ def _explained(record: Record) -> Members:
             for one in (() if decision is None else decision.settled)
         ],
         "_keys": {} if decision is None else _refusing_keys(decision),
+        "_buckets": {} if decision is None else _refusing_buckets(decision),
         "_started": record.started,
     }
 
@@ -195,6 +200,26 @@ def _explained(record: Record) -> Members:
 def _refusing_keys(decision: Decided) -> dict[str, str]:
     charges = enumerate(decision.charges)
     return {str(index): one.key for index, one in charges if one.name in decision.refusing}
+
+
+def _refusing_buckets(decision: Decided) -> dict[str, Members]:
+    """Return what the buckets of `_refusing_keys` had; a refusal leaves their tokens."""
+    tokens = tokens_after(decision)
+    return {
+        index: _bucket(decision, decision.charges[int(index)], tokens[int(index)])
+        for index in _refusing_keys(decision)
+    }
+
+
+def _bucket(decision: Decided, charged: Charged, before: float | None) -> Members:
+    """Return a bucket at a decision, as `spent_tokens` compares it: its tokens before, rate and size in tokens."""
+    return {
+        "_before": before,
+        "_at_ns": decision.at_ns,
+        "_source": decision.source,
+        "_rate": 0.0 if charged.is_calendar else NANOSECONDS / charged.emission_ns,
+        "_burst": charged.burst_ns / charged.emission_ns,
+    }
 
 
 def _decision(decision: Decided) -> Members:
@@ -284,12 +309,16 @@ def _attempts(record: Record) -> list[Members]:
 
 
 def _spending(record: Record, key: str) -> Members:
-    """Return a request that was charged to a bucket; `_full`: it found the bucket full."""
+    """Return a request that was charged to a bucket.
+
+    `_full`: it found the bucket full; `_left` are the tokens right after the decision, and `_charged_later` those that
+    a settlement took.
+    """
     index, decision = _spent_at(record, key), record.decision
     assert index is not None and decision is not None  # noqa: S101, PT018 - selected by this
     charged, after = decision.charges[index], tokens_after(decision)[index]
     before = None if after is None else after + charged_cost(charged)
-    settled = decision.settled and charged.own_cost is None
+    settled = bool(decision.settled) and charged.own_cost is None
     return {
         "number": record.number,
         "time": wall_time(record.ended),
@@ -302,4 +331,7 @@ def _spending(record: Record, key: str) -> Members:
         "tokens_before": None if before is None else round(before, 6),
         "_full": before is not None and before >= charged.burst_ns / charged.emission_ns - 1e-6,
         "_started": record.started,
+        "_left": after,
+        "_charged_later": max(0.0, record.cost - charged_cost(charged)) if settled else 0.0,
+        **_bucket(decision, charged, before),
     }

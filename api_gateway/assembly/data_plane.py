@@ -265,12 +265,26 @@ def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
 
 
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    """Return what records an exchange: access log, usage and history, as far as they are on, with one time for all."""
+    """Return what records an exchange: access log, usage and history, as far as they are on."""
+    return [*_writers(gateway), *([_historian(gateway)] if gateway.config.history.enabled else [])]
+
+
+def _historian(gateway: Gateway) -> Callable[[Exchange], None]:
+    """Return what adds an exchange to the history, if that has a place for it."""
+    takes, add, wall_clock = gateway.history.takes, gateway.history.record, gateway.clocks.wall
+
+    def record(exchange: Exchange) -> None:
+        if takes(exchange):
+            add(exchange, wall_clock())
+
+    return record
+
+
+def _writers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+    """Return what writes every exchange, access log and usage, with one time for both."""
     writers = _access_logs(gateway)
     if gateway.usage is not None:
         writers.append(gateway.usage.count)
-    if gateway.config.history.enabled:
-        writers.append(gateway.history.record)
     if not writers:
         return []
     wall_clock, (first, *others) = gateway.clocks.wall, writers

@@ -374,7 +374,7 @@ class Assembly:
             clocks=clocks,
             pseudonym=pseudonym,
             usage=usage_of(config, clocks),
-            history=RequestHistory(history_limits(config)),
+            history=RequestHistory(history_limits(config), recorder.requests_not_kept),
             numbers=DecisionNumbers(f"{self._source.getrandbits(32):08x}", clocks.monotonic_ns, clocks.wall),
             tokens=plan.tokens,
             cors=plan.cors,

@@ -9,4 +9,11 @@ def history_limits(config: GatewayConfig) -> HistoryLimits:
     section = config.history
     if not section.enabled:
         return HistoryLimits(0, 0, 0, section.max_bytes, section.max_age)
-    return HistoryLimits(section.successes, section.refusals, section.errors, section.max_bytes, section.max_age)
+    return HistoryLimits(
+        section.successes,
+        section.refusals,
+        section.errors,
+        section.max_bytes,
+        section.max_age,
+        (section.successes_per_second, section.refusals_per_second, section.errors_per_second),
+    )

@@ -1,14 +1,16 @@
 """The history of requests: what was decided about each of the last ones, and why, in memory.
 
-The ended exchanges themselves are kept, and records are made of them when someone asks. They are limited in number and
-bytes, and those of refusals and errors are divided among clients.
+The ended exchanges themselves are kept, and records are made of them when someone asks. They are limited in number,
+bytes, and number a second, and divided among clients. Keeping an exchange costs a request several times the CPU time
+of its record, as its memory is not used again while it is in the processor's caches.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange
+from api_gateway.observability.record_budget import RecordBudget
 from api_gateway.observability.request_record import (
     NUMBERS,
     REQUEST_OUTCOMES,
@@ -28,7 +30,6 @@ _APART = 1 / NUMBERS  # seconds between two records at least, so that their numb
 _RECORD_BYTES = 1_000  # of an exchange without its texts, rounded up
 _LIMIT_BYTES = 250  # of one limit that a record names, and of one attempt
 MAX_SUCCESS_PATH = 500  # characters of the path of a success that are kept
-SUCCESS_BYTES = 3_500  # of a success at most; what is typical is a third of it
 _BYTES_A_CHARACTER = 4  # at most
 _SHARES = 8  # a client has at most such a part of a full ring
 _MAX_SHARE = 1_000  # records
@@ -37,13 +38,22 @@ _SERVER_ERROR, _CLIENT_DISCONNECTED = 500, 499
 
 @dataclass(frozen=True, slots=True)
 class HistoryLimits:
-    """How many records of each outcome are kept, in how many bytes together, and for how many seconds at most."""
+    """How many records of each outcome are kept, in how many bytes together, and for how many seconds at most.
+
+    `per_second` are the records of each outcome that are added in a second at most, apart from bursts.
+    """
 
     successes: int
     refusals: int
     errors: int
     max_bytes: int
     max_age: float
+    per_second: tuple[float, float, float] = (10, 50, 50)  # of successes, refusals and errors
+
+    @property
+    def most(self) -> tuple[int, int, int]:
+        """The number of records of each outcome."""
+        return self.successes, self.refusals, self.errors
 
 
 class FairRing:
@@ -111,11 +121,16 @@ class FairRing:
 
 
 class RequestHistory:
-    """Keeps ended requests: those of each outcome apart, with a third of the bytes."""
+    """Keeps ended requests: those of each outcome apart, with a third of the bytes and a budget of their own.
 
-    def __init__(self, limits: HistoryLimits) -> None:
-        self._successes: deque[Kept] = deque()
-        self._refusals, self._errors = FairRing(), FairRing()
+    `not_kept` counts, by outcome, the requests for which the budget had no place.
+    """
+
+    def __init__(self, limits: HistoryLimits, not_kept: Counter[str] | None = None) -> None:
+        self._rings = {outcome: FairRing() for outcome in REQUEST_OUTCOMES}
+        self._budgets = {outcome: RecordBudget(1, 0) for outcome in REQUEST_OUTCOMES}
+        self._of_successes = self._budgets["success"]
+        self.not_kept = Counter(dict.fromkeys(REQUEST_OUTCOMES, 0)) if not_kept is None else not_kept
         self._next = 0.0  # the time of the next record at the earliest
         self.change(limits)
 
@@ -131,35 +146,39 @@ class RequestHistory:
         """Apply other limits, and drop what exceeds them."""
         self._limits = limits
         share = limits.max_bytes // len(REQUEST_OUTCOMES)
-        self._successes = deque(self._successes, min(limits.successes, share // SUCCESS_BYTES))
-        self._refusals.limit(limits.refusals, share)
-        self._errors.limit(limits.errors, share)
+        for outcome, most, rate in zip(REQUEST_OUTCOMES, limits.most, limits.per_second, strict=True):
+            self._rings[outcome].limit(most, share)
+            self._budgets[outcome].change(rate, most)
 
     def sizes(self) -> dict[RequestOutcome, tuple[int, int]]:
         """Return the number of records and their bytes by outcome."""
-        successes = len(self._successes)
-        return {
-            "success": (successes, successes * SUCCESS_BYTES),
-            "refusal": (self._refusals.count, self._refusals.size),
-            "error": (self._errors.count, self._errors.size),
-        }
+        return {outcome: (ring.count, ring.size) for outcome, ring in self._rings.items()}
+
+    def takes(self, exchange: Exchange) -> bool:
+        """Tell whether an exchange that has just ended is to be recorded, and count it if not."""
+        outcome: RequestOutcome
+        if exchange.reason is None and exchange.status < _SERVER_ERROR:
+            outcome, budget = "success", self._of_successes
+        else:
+            outcome = outcome_of(exchange)
+            budget = self._budgets[outcome]
+        client = exchange.client
+        if budget.takes(exchange.peer if client is None else client.key, exchange.finished):
+            return True
+        self.not_kept[outcome] += 1
+        return False
 
     def record(self, exchange: Exchange, now: float) -> None:
         """Keep an exchange that has ended at `now`, in seconds since the epoch, without its credential."""
-        if now < self._next:  # noqa: PLR1730 - `max` takes twice the time
-            now = self._next
+        now = max(now, self._next)
         self._next = now + _APART
         exchange.credential = None
-        if exchange.reason is None and exchange.status < _SERVER_ERROR:
-            if len(exchange.path) > MAX_SUCCESS_PATH:
-                exchange = replace(exchange, path=f"{exchange.path[:MAX_SUCCESS_PATH]}...")
-            self._successes.append((now, exchange, SUCCESS_BYTES))
-            return
-        ring = self._errors if outcome_of(exchange) == "error" else self._refusals
+        outcome, client = outcome_of(exchange), exchange.client
+        if outcome == "success" and len(exchange.path) > MAX_SUCCESS_PATH:
+            exchange = replace(exchange, path=f"{exchange.path[:MAX_SUCCESS_PATH]}...")
         texts = len(exchange.path) + len(exchange.detail or "") + sum([len(one.detail) for one in exchange.failures])
         parts = len(exchange.charges) + len(exchange.failures)
-        client = exchange.client
-        ring.add(
+        self._rings[outcome].add(
             exchange.peer if client is None else client.key,
             (now, exchange, _RECORD_BYTES + _LIMIT_BYTES * parts + _BYTES_A_CHARACTER * texts),
         )
@@ -179,7 +198,7 @@ class RequestHistory:
         Records that are older than `max_age` are left out.
         """
         since = max((after + 1) / NUMBERS, now - self._limits.max_age)
-        for held in (self._successes, *self._refusals.lists(), *self._errors.lists()):
+        for held in [held for ring in self._rings.values() for held in ring.lists()]:
             for count, (ended, exchange, _) in enumerate(reversed(held.copy()), 1):
                 if ended < since:
                     break
@@ -258,6 +277,7 @@ def _decided(exchange: Exchange, decision: Decision) -> Decided:
         wait_ns=decision.wait_ns,
         charges=charged,
         debts_ns=decision.debts_ns or (decision.reset_ns,),
+        at_ns=decision.at_ns,
         refusing=() if decision.allowed else tuple([one.policy for one in decision.violated or (quota,)]),
         settled=settled,
     )

@@ -39,7 +39,7 @@ class Decided(NamedTuple):
 
     `limit` is the limit that it is about, `key` that of its bucket, `refusing` are all that refused: also concurrency
     limits, which are not among those charged. `debts_ns` are the times until each bucket of `charges` was full, after
-    the decision.
+    the decision, which was made at `at_ns` on the clock of the buckets.
     """
 
     allowed: bool
@@ -50,6 +50,7 @@ class Decided(NamedTuple):
     wait_ns: int
     charges: list[Charged]
     debts_ns: tuple[int, ...]
+    at_ns: int
     refusing: tuple[str, ...]
     settled: tuple[Settled, ...]
 

@@ -166,6 +166,8 @@ def _attempt_row(one: JsonObject) -> tuple[object, ...]:
 
 def _show_spending(limit: str, spent_by: JsonObject) -> None:
     end = "" if spent_by["complete"] else ", and by earlier ones"
+    if missing := spent_by.get("missing_tokens"):
+        end = f", and {missing:g} tokens by requests that were not kept"
     show(f"  the tokens of {limit} were spent by {len(spent_by['requests'])} requests{end}:")
     header = ("TIME", "COST", "TOKENS BEFORE", "STATUS", "REQUEST", "ID")
     rows = [
@@ -296,6 +298,7 @@ def _tail(client: OperatorClient, options: argparse.Namespace) -> None:
         raise CommandFailed(f"--lines: must be from 0 to {PAGE}, got {options.lines}")
     page = client.get("/history", limit=max(1, options.lines), **filters)
     _show_page(page["requests"][-options.lines :] if options.lines else [], is_json=options.json)
+    not_kept = page.get("not_kept", 0)  # which gateways of an earlier version do not state
     while not options.no_follow:
         time.sleep(max(options.interval, 0.1))
         page = _next_page(client, page, filters)
@@ -303,6 +306,7 @@ def _tail(client: OperatorClient, options: argparse.Namespace) -> None:
             _show_page(page["requests"], is_json=options.json)
             page = _next_page(client, page, filters)
         _show_page(page["requests"], is_json=options.json)
+        not_kept = _show_not_kept(not_kept, page.get("not_kept", 0))
 
 
 def _next_page(client: OperatorClient, page: JsonObject, filters: JsonObject) -> JsonObject:
@@ -314,8 +318,18 @@ def _next_page(client: OperatorClient, page: JsonObject, filters: JsonObject) ->
             raise
         if not page.get("is_retried"):
             print(f"{client.url}: no response; asking again", file=sys.stderr)
-        return {"requests": [], "next": page["next"], "is_retried": True}
+        return {"requests": [], "next": page["next"], "not_kept": page.get("not_kept", 0), "is_retried": True}
     return found
+
+
+def _show_not_kept(before: int, now: int) -> int:
+    """Say how many requests have no line since `before`, which is larger after a restart; return the number `now`.
+
+    The words go to standard error, as the lines may be JSON.
+    """
+    if now > before:
+        print(f"{now - before} further requests, of all clients, were not kept", file=sys.stderr)
+    return now
 
 
 def _show_page(requests: Sequence[JsonObject], *, is_json: bool) -> None:

@@ -42,6 +42,10 @@ class RequestsView(Body):
     requests: list[RequestRecord]
     next: int = Field(description="`after` of the next page: requests that end later have higher numbers.")
     complete: bool = Field(description="False if a worker did not respond in time.")
+    not_kept: int = Field(
+        description="Requests of all clients since the start that the history had no place for. It grows between two"
+        " responses by those that ended in the meantime."
+    )
 
 
 class SpendingRequest(Body):
@@ -64,7 +68,10 @@ class SpentTokens(Body):
     requests: list[SpendingRequest] = Field(
         description="Newest first, back to the one that found the limit full; at most 100."
     )
-    complete: bool = Field(description="False if earlier ones are not in the history any more, or not shown.")
+    complete: bool = Field(description="False if some are not in the history, not any more, or not shown.")
+    missing_tokens: float = Field(
+        description="Tokens that were spent between these requests by others that the history had no place for."
+    )
 
 
 class LimitDecided(Body):

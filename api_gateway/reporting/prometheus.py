@@ -392,7 +392,7 @@ class PrometheusExposition:
             for value, count in counts.items():
                 family.add_metric([value], count)
             yield family
-        yield from history_families(self._snapshot.history)
+        yield from history_families(self._snapshot.history, self._snapshot.recorder.requests_not_kept)
 
     def _shares(self) -> Iterator[Metric]:
         labels = ["resource", "upstream"]

@@ -66,14 +66,22 @@ def access_families(recorder: Recorder) -> Iterator[Metric]:
         yield family
 
 
-def history_families(history: Mapping[str, int]) -> Iterator[Metric]:
-    """Yield the gauges of the history of requests: its records by outcome, and their bytes."""
+def history_families(history: Mapping[str, int], not_kept: Mapping[str, int]) -> Iterator[Metric]:
+    """Yield the figures of the history of requests: its records by outcome, their bytes, and the requests without."""
     records = GaugeMetricFamily(
         "gateway_history_records", "Records of the last requests in memory, by outcome.", labels=["outcome"]
     )
     for outcome in REQUEST_OUTCOMES:
         records.add_metric([outcome], history.get(outcome, 0))
     yield records
+    without = CounterMetricFamily(
+        "gateway_history_requests_not_kept",
+        "Requests without a record, as there were too many of them in a time, by outcome.",
+        labels=["outcome"],
+    )
+    for outcome in REQUEST_OUTCOMES:
+        without.add_metric([outcome], not_kept.get(outcome, 0))
+    yield without
     size = history.get("bytes", 0)
     yield GaugeMetricFamily("gateway_history_bytes", "Bytes of these records, at most.", value=size)
 

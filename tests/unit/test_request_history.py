@@ -145,9 +145,22 @@ def test_a_kept_exchange_has_no_credential() -> None:
     assert exchange.credential is None
 
 
+def test_what_the_budget_has_no_place_for_is_counted_by_its_outcome() -> None:
+    """Each outcome has a budget: a flood of refusals leaves that of successes as it is."""
+    history = RequestHistory(HistoryLimits(100, 8, 100, 1_000_000, 60, (10, 1, 10)))
+    refused: dict[str, Any] = {"status": 429, "reason": "rate_limited", "source": "gateway"}
+    taken = [history.takes(ended(id=str(number), **refused)) for number in range(10)]
+    assert taken == [True] * 3 + [False] * 7  # half of the burst of half a ring, and the one that reaches it
+    assert history.takes(ended("quiet", **refused))
+    assert history.takes(ended())
+    assert history.not_kept == {"success": 0, "refusal": 7, "error": 0}
+    history.change(HistoryLimits(100, 8, 100, 1_000_000, 60, (10, 1000, 10)))
+    assert history.takes(ended(finished=6.5, **refused))
+
+
 def test_a_client_that_was_not_identified_is_held_by_its_address() -> None:
     history = RequestHistory(LIMITS)
     history.record(ended(client=None, decision=None, status=401, reason="credentials_invalid", source="gateway"), 1)
     (record,) = kept(history, 2)
     assert (record.peer, record.client_id, record.decision) == ("10.0.0.1", None, None)
-    assert [held[0][1].id for held in history._refusals.lists()] == ["one"]
+    assert [held[0][1].id for held in history._rings["refusal"].lists()] == ["one"]

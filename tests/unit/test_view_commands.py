@@ -51,7 +51,11 @@ EXPLAINED = ROW | {
             "tokens_before": 0.25,
             "tokens_after": 0.25,
             "retry_after_seconds": 0.75,
-            "spent_by": {"requests": [SPENDING | {"cost": 3, "tokens_before": 3}], "complete": False},
+            "spent_by": {
+                "requests": [SPENDING | {"cost": 3, "tokens_before": 3}],
+                "complete": False,
+                "missing_tokens": 1.5,
+            },
         }
     ],
     "upstream_attempts": [
@@ -107,7 +111,7 @@ def test_an_explained_request_shows_all_that_is_known(
     for part in (
         "502 upstream_reset  GET /api/a\\x1b[31m\\n",
         "refused, 0.75 s to wait; decided by the limit free, from memory",
-        "the tokens of free were spent by 1 requests, and by earlier ones:",
+        "the tokens of free were spent by 1 requests, and 1.5 tokens by requests that were not kept:",
         "upstream_reset: a\\x1b",
         "cost settled from 1 to 2 after 3 ms",
     ):
@@ -138,11 +142,11 @@ def test_tail_goes_on_from_the_last_position_and_through_a_restart(
     rows = [ROW | {"path": f"/{number}", "client_id": "c", "request_id": "i"} for number in range(4)]
     gateway = Gateway(
         history=[
-            {"requests": rows[:1], "next": 1},
+            {"requests": rows[:1], "next": 1, "not_kept": 5},
             CommandFailed("gone", NOT_REACHED),
             CommandFailed("gone", NOT_REACHED),
-            {"requests": rows[1:3], "next": 3},
-            {"requests": rows[3:], "next": 4},
+            {"requests": rows[1:3], "next": 3, "not_kept": 12},
+            {"requests": rows[3:], "next": 4, "not_kept": 3},
             CommandFailed("refused", NOT_AUTHORIZED),
         ]
     )
@@ -151,6 +155,8 @@ def test_tail_goes_on_from_the_last_position_and_through_a_restart(
     assert [line.split("  ")[3] for line in captured.out.splitlines()] == ["/1", "/2", "/3"]
     assert [query.get("after") for _, query in gateway.asked] == [None, 1, 1, 1, 3, 4]
     assert captured.err.count("asking again") == 1
+    assert captured.err.count("7 further requests, of all clients, were not kept") == 1
+    assert captured.err.count("were not kept") == 1, "the counts begin anew after a restart"
 
 
 @pytest.mark.parametrize("arguments", [("explain",), ("explain", "id", "--path", "/api"), ("tail", "--lines", "-1")])

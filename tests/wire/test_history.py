@@ -232,6 +232,29 @@ def test_the_history_is_off_if_configured(tmp_path: Path, up: RawUpstream) -> No
         assert not running.server._app.state.gateway.history.sizes()["success"][0]
 
 
+def test_requests_without_a_record_are_counted_and_the_tokens_that_they_spent_are_told(
+    tmp_path: Path, up: RawUpstream
+) -> None:
+    """Of a client that uses up the budget; a client with few requests, and refusals, still have theirs."""
+    history = {"successes": 8, "successes_per_second": 0.001}
+    with running_gateway(sections(up.url, history=history), tmp_path, FakeClocks().clocks) as running:
+        taken = [send(running, X_Client_ID=f"c{number}") for number in range(2)]
+        own = [send(running, X_Client_ID="acme") for _ in range(3)]
+        quiet = send(running, X_Client_ID="quiet")
+        refused = send(running, X_Client_ID="acme")
+        page = ask(f"{running.url}/history", headers=HEADERS).json()
+        kept = [*taken, own[0], quiet, refused]
+        assert [row["request_id"] for row in page["requests"]] == [one.headers["x-request-id"] for one in kept]
+        assert page["not_kept"] == 2
+        (limit,) = explained(running, refused.headers["x-request-id"])["limits"]
+        assert [one["request_id"] for one in limit["spent_by"]["requests"]] == [own[0].headers["x-request-id"]]
+        assert (limit["spent_by"]["missing_tokens"], limit["spent_by"]["complete"]) == (2, False)
+        unknown = ask(f"{running.url}/explain/{own[1].headers['x-request-id']}", headers=HEADERS)
+        assert unknown.status == 404
+        assert "2 successes, 0 refusals and 0 errors since the start were not kept" in unknown.json()["detail"]
+        assert "a worker keeps 0.001, 50 and 50 of them a second" in unknown.json()["detail"]
+
+
 def test_requests_are_followed_without_gaps_and_repetitions(tmp_path: Path, up: RawUpstream) -> None:
     with running_gateway(sections(up.url, history={"successes": 100}), tmp_path) as running:
         send(running, "/api/before", X_Client_ID="before")
@@ -312,4 +335,5 @@ def test_metrics_show_its_size(tmp_path: Path, up: RawUpstream) -> None:
         success, refusal, error = (f'records{{outcome="{name}"}}' for name in ("success", "refusal", "error"))
         eventually(lambda: (figures()[success], figures()[refusal]) == (3, 1), "it counts the records")
         assert figures()[error] == 0
+        assert figures()['requests_not_kept_total{outcome="success"}'] == 0
         assert figures()["bytes"] > 1000

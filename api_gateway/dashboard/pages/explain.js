@@ -127,7 +127,7 @@ function recorded(one) {
 
 function spenders(spent) {
   if (!spent.requests.length) return h("p", { class: "muted" }, "The requests that had spent the tokens are not remembered.");
-  return h("details", { class: "small" }, h("summary", {}, `${plural(spent.requests.length, "request")} had spent the tokens${spent.complete ? "" : ", and earlier ones"}`),
+  return h("details", { class: "small" }, h("summary", {}, `${plural(spent.requests.length, "request")} had spent the tokens${spent.missing_tokens ? `, and others that were not kept ${number(spent.missing_tokens)}` : spent.complete ? "" : ", and earlier ones"}`),
     h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Requests that had spent the tokens" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Request"), h("th", { class: "num" }, "Status"), h("th", { class: "num" }, "Cost"))),
       h("tbody", {}, spent.requests.map((one) => h("tr", {}, h("td", { class: "num" }, clock(one.time)), h("td", { class: "wrap" }, h("a", { href: `#/explain/${segment(one.request_id)}` }, `${one.method} ${one.path}`)), h("td", { class: "num" }, String(one.status)), h("td", { class: "num" }, number(one.cost))))))));
 }
