@@ -253,57 +253,56 @@ class Settlement:
     cost: float
 
 
-@dataclass(slots=True)
-class AttemptTrace:
-    """An attempt as its span has it. Times are monotonic seconds.
-
-    `target` is the URL of the target, `path` the request target that it got, and `breaker` the state of the upstream's
-    circuit breaker at the start. `status` is 0 without a response, `error` the reason of a failure; `ended` is None if
-    the attempt ended with the exchange, or with a response that was followed by another attempt.
-    """
-
-    span_id: str
-    upstream: str
-    target: str
-    path: bytes
-    breaker: Enum
-    started: float
-    head_at: float | None = None
-    status: int = 0
-    error: str | None = None
-    ended: float | None = None
+# The beginning of an attempt, as its span has it: id of the span, upstream, URL of the target, request target, state
+# of the upstream's circuit breaker, and monotonic seconds. How it ended is in the record of the exchange. A tuple, as
+# each traced request makes one.
+AttemptTrace = tuple[str, str, str, bytes, Enum, float]
 
 
-@dataclass(slots=True)
 class Trace:
     """The trace context of an exchange (W3C Trace Context), and its attempts. Ids are in lower-case hexadecimal.
 
     `parent_id` is the span of the client, empty if the trace begins here; `link` are trace and span of a client whose
     trace is not continued. `flags` are those sent upstream, in two digits. `state` is the client's `tracestate`.
     `next_id` is the span of the first attempt. `host`, `scheme` and `version` are those of the request.
+
+    No dataclass: what few traces have costs those nothing that are not sampled.
     """
 
-    trace_id: str
-    span_id: str
-    next_id: str
-    parent_id: str
-    flags: str
-    is_sampled: bool
-    state: bytes = b""
+    state = b""
     link: tuple[str, str] | None = None
-    host: str = ""
-    scheme: str = "http"
-    version: str = "1.1"
-    attempts: list[AttemptTrace] = field(default_factory=list)
+    host = ""
+    scheme = "http"
+    version = "1.1"
+    attempts: tuple[AttemptTrace, ...] = ()
+
+    def __init__(
+        self,
+        trace_id: str,
+        span_id: str,
+        next_id: str,
+        parent_id: str,
+        flags: str,
+        is_sampled: bool,  # noqa: FBT001 - made for each request, so without keywords
+    ) -> None:
+        self.trace_id = trace_id
+        self.span_id = span_id
+        self.next_id = next_id
+        self.parent_id = parent_id
+        self.flags = flags
+        self.is_sampled = is_sampled
+
+    def __repr__(self) -> str:
+        return f"<Trace {self.trace_id} [{self.flags}, {len(self.attempts)} attempts]>"
 
     def begin_attempt(self, upstream: str, target: str, path: bytes, breaker: Enum, now: float) -> None:
         """Add an attempt that begins at `now`."""
-        span_id = self.next_id if not self.attempts else secrets.token_hex(8)
-        self.attempts.append(AttemptTrace(span_id, upstream, target, path, breaker, now))
+        span_id = secrets.token_hex(8) if self.attempts else self.next_id
+        self.attempts += ((span_id, upstream, target, path, breaker, now),)
 
     def fields(self) -> bytes:
         """Return the header lines for the upstream of the last attempt, each after a line break."""
-        line = f"\r\ntraceparent: 00-{self.trace_id}-{self.attempts[-1].span_id}-{self.flags}".encode()
+        line = f"\r\ntraceparent: 00-{self.trace_id}-{self.attempts[-1][0]}-{self.flags}".encode()
         return b"%b\r\ntracestate: %b" % (line, self.state) if self.state else line
 
 

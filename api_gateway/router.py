@@ -49,7 +49,6 @@ class Router:
         on_fallback: Callable[[Exchange, GatewayError], None] | None = None,
         priorities: PriorityClasses = SINGLE_PRIORITY,
         lag: EventLoopShedder | None = None,
-        reporter: type[OutcomeReporter] = OutcomeReporter,
     ) -> None:
         """Set limits and callbacks.
 
@@ -57,15 +56,14 @@ class Router:
         values of X-Gateway-Cost before a response's head is sent, `on_content_cost` with what a response's content
         states (`ContentScan`) before its end is sent, `on_retry` with upstream and cause of each retry, `on_denial`
         with upstream and reason of each retry that was denied, `on_fallback` with the error before a fallback
-        responds. `observe_attempt`, `on_transition` and `on_target_transition`: see `OutcomeReporter`; `reporter` is
-        its class, another one if attempts are traced.
+        responds. `observe_attempt`, `on_transition` and `on_target_transition`: see `OutcomeReporter`.
         """
         self.routes = routes
         self.upstream_clients = dict(upstream_clients)
         self._clock = clock
         self.max_body_bytes = max_body_bytes
         self.omit = omit
-        self.outcomes = reporter(
+        self.outcomes = OutcomeReporter(
             clock=clock,
             observe_attempt=observe_attempt,
             on_transition=on_transition,

@@ -31,7 +31,6 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
-from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -42,7 +41,6 @@ from api_gateway.proxy.stages import (
     LoadSheddingStage,
     RouteStage,
 )
-from api_gateway.proxy.traced_outcomes import TracedOutcomes
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.resilience.breaker_policy import Mode
 from api_gateway.router import Router
@@ -251,7 +249,6 @@ def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozen
         on_fallback=settlement.on_fallback,
         priorities=gateway.priorities,
         lag=gateway.event_loop_shedder,
-        reporter=OutcomeReporter if gateway.tracing.tracer is None else TracedOutcomes,
     )
 
 

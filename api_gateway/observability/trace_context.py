@@ -7,6 +7,7 @@ from typing import NamedTuple
 from api_gateway.models import HeaderList
 
 SAMPLED, RANDOM = 1, 2  # flags
+FIELD_NAMES = b"\r\ntrace"  # the beginning of a line of either field, in lower case
 # A version other than 00 may have further parts, which are ignored; ff is invalid, and so are ids of zeros.
 _IDS = rb"-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
 _PARENT = re.compile(rb"(?:00|(?!00|ff)[0-9a-f]{2}(?=.{53}(?:-|\Z)))" + _IDS + rb"(?P<more>-.*)?", re.DOTALL)
@@ -61,11 +62,11 @@ def split_lines(lines: bytes) -> tuple[bytes, ParentContext | None, bytes]:
     the one after them. A line that is not plain is left.
     """
     lower = lines.lower()
-    start = lower.find(b"\r\ntrace")
+    start = lower.find(FIELD_NAMES)
     if start < 0:
         return lines, None, b""
     usual = _USUAL_LINE.match(lines, start)
-    if usual is not None and lower.find(b"\r\ntrace", usual.end()) < 0:  # the only line of both fields
+    if usual is not None and lower.find(FIELD_NAMES, usual.end()) < 0:  # the only line of both fields
         trace_id, span_id, flags = usual.groups()
         parent = ParentContext(trace_id.decode("ascii"), span_id.decode("ascii"), int(flags, 16))
         return lines[:start] + lines[usual.end() :], parent, b""

@@ -16,7 +16,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationSc
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status
 
-from api_gateway.models import NANOSECONDS, AttemptTrace, Exchange, Trace
+from api_gateway.models import NANOSECONDS, Exchange, Trace
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
 TRACED_METHODS = frozenset(
@@ -83,10 +83,7 @@ class SpanEncoder:
             trace = exchange.trace
             if trace is not None:
                 spans.append(self._server(exchange, trace, offset))
-                spans += [
-                    self._client(exchange, trace, index, attempt, offset)
-                    for index, attempt in enumerate(trace.attempts)
-                ]
+                spans += [self._client(exchange, trace, index, offset) for index in range(len(trace.attempts))]
             if not number % _STEP:
                 pause()
         body = self._scope + b"".join([_SPANS + _length(len(span)) + span for span in spans])
@@ -140,26 +137,39 @@ class SpanEncoder:
                 own.append(_text(_CLIENT_ID, self._redact(client.id)))
         return b"".join(own)
 
-    def _client(self, exchange: Exchange, trace: Trace, index: int, attempt: AttemptTrace, offset: float) -> bytes:
+    def _client(self, exchange: Exchange, trace: Trace, index: int, offset: float) -> bytes:
         """Return the span of an attempt."""
-        is_last = index == len(trace.attempts) - 1
-        ended, error = attempt.ended, attempt.error
-        if ended is None:
-            ended = exchange.finished if is_last or attempt.head_at is None else attempt.head_at
-        if error is None and not attempt.status:  # it was given up: the client has left, or the drain has ended
-            error = exchange.reason
-        path = attempt.path.partition(b"?")[0].decode("latin-1")
-        common = _client_part(
-            exchange.method, attempt.upstream, attempt.target, attempt.status, error, index, attempt.breaker.value
-        )
+        span_id, upstream, target, path_and_query, breaker, started = trace.attempts[index]
+        status, error, ended = _end_of(exchange, trace, index)
+        path = path_and_query.partition(b"?")[0].decode("latin-1")
+        common = _client_part(exchange.method, upstream, target, status, error, index, breaker.value)
         return b"".join(
             (
                 common,
-                _own_part(trace, attempt.span_id, attempt.started + offset, ended + offset, _LOCAL_PARENT),
+                _own_part(trace, span_id, started + offset, ended + offset, _LOCAL_PARENT),
                 _PARENT % bytes.fromhex(trace.span_id),
-                _text(_FULL_URL, attempt.target + self._redact(path)),
+                _text(_FULL_URL, target + self._redact(path)),
             )
         )
+
+
+def _end_of(exchange: Exchange, trace: Trace, index: int) -> tuple[int, str | None, float]:
+    """Return status (0 without a response), error and end (monotonic seconds) of an attempt.
+
+    Each attempt that has failed has its row in `failures`, in their order; one that is followed by another has failed.
+    """
+    is_last = index == len(trace.attempts) - 1
+    status, error, ended = 0, None, exchange.finished
+    if index < len(exchange.failures):
+        row = exchange.failures[index]
+        status, error = row.status or 0, row.failure
+        if error is not None or not is_last:
+            ended = row.ended
+    if is_last and not status and exchange.head_at is not None and exchange.source == "upstream":
+        status = exchange.status
+    if error is None and not status:  # it was given up: the client has left, or the drain has ended
+        error = exchange.reason
+    return status, error, ended
 
 
 def rejected_spans(response: bytes) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from api_gateway.models import Exchange, HeaderList, Trace
 from api_gateway.observability.trace_context import (
+    FIELD_NAMES,
     RANDOM,
     SAMPLED,
     ParentContext,
@@ -19,6 +20,7 @@ Parent = Literal["obey", "ignore", "restart"]
 
 _RANDOM_BITS = 56  # of a trace id, at its end (W3C Trace Context Level 2)
 _FIRST_RANDOM_DIGIT = 32 - _RANDOM_BITS // 4
+_NEVER = 2**_RANDOM_BITS  # the threshold that no trace reaches
 _SERVER_ERROR, _ERROR, _SWITCHED = 500, 400, 101
 _FLAGS = ("00", "01", "02", "03")
 
@@ -54,8 +56,8 @@ class Tracer:
         """`export` must not block. `source` is that of ids, which differ and are not secret."""
         self._sampling = sampling
         self._export = export
-        self._random = (source or random.Random()).randbytes  # noqa: S311 - as above
-        self._threshold = round((1 - sampling.ratio) * 2**_RANDOM_BITS)
+        self._random_bits = (source or random.Random()).getrandbits  # noqa: S311 - as above
+        self._threshold = round((1 - sampling.ratio) * _NEVER)
         self._slow_after = math.inf if sampling.slow_after is None else sampling.slow_after
         self._second = 0
         self._kept = 0
@@ -65,6 +67,8 @@ class Tracer:
 
     def begin(self, lines: bytes) -> tuple[bytes, Trace]:
         """Return the header lines of a plain head without the trace context, and the trace of the exchange."""
+        if lines.lower().find(FIELD_NAMES) < 0:
+            return lines, self._new(None)
         lines, parent, state = split_lines(lines)
         return lines, self._new(None) if parent is None else self._continued(parent, state)
 
@@ -77,30 +81,28 @@ class Tracer:
         policy = self._sampling.parent
         if policy == "restart":
             return self._new(parent)
-        ids = self._random(16).hex()
+        ids = f"{self._random_bits(128):032x}"
         is_sampled = bool(parent.flags & SAMPLED) if policy == "obey" else self._is_chosen(parent.trace_id)
-        return Trace(
-            parent.trace_id,
-            ids[:16],
-            ids[16:],
-            parent.span_id,
-            _FLAGS[parent.flags & RANDOM | is_sampled],
-            is_sampled,
-            state,
-        )
+        flags = _FLAGS[parent.flags & RANDOM | is_sampled]
+        trace = Trace(parent.trace_id, ids[:16], ids[16:], parent.span_id, flags, is_sampled)
+        if state:
+            trace.state = state
+        return trace
 
     def _new(self, parent: ParentContext | None) -> Trace:
         """Return a trace that begins here, with a link to the client's if it has one."""
-        ids = self._random(32).hex()
-        is_sampled = self._is_chosen(ids[:32])
-        trace = Trace(ids[:32], ids[32:48], ids[48:], "", _FLAGS[RANDOM | is_sampled], is_sampled)
+        ids = f"{self._random_bits(256):064x}"
+        trace_id = ids[:32]
+        is_sampled = self._is_chosen(trace_id)
+        trace = Trace(trace_id, ids[32:48], ids[48:], "", _FLAGS[RANDOM | is_sampled], is_sampled)
         if parent is not None:
             trace.link = parent.trace_id, parent.span_id
         return trace
 
     def _is_chosen(self, trace_id: str) -> bool:
         """Tell whether the ratio selects a trace; the same for each gateway, as only its id decides."""
-        return not self._threshold or int(trace_id[_FIRST_RANDOM_DIGIT:], 16) >= self._threshold
+        threshold = self._threshold
+        return not threshold or (threshold < _NEVER and int(trace_id[_FIRST_RANDOM_DIGIT:], 16) >= threshold)
 
     def record(self, exchange: Exchange) -> None:
         """Export an ended exchange if it is sampled or kept."""
@@ -113,10 +115,13 @@ class Tracer:
 
         The time of a response is that to its head: streams and tunnels may last long.
         """
-        status, end = exchange.status, exchange.finished
-        is_failed = status >= _SERVER_ERROR or (exchange.reason is not None and status < _ERROR)
-        if not (is_failed and self._sampling.keep_errors):
-            took = (end if exchange.head_at is None else exchange.head_at) - exchange.started
+        status, end, head_at = exchange.status, exchange.finished, exchange.head_at
+        if status < _SERVER_ERROR and exchange.reason is None:
+            is_failed = False
+        else:
+            is_failed = self._sampling.keep_errors and (status >= _SERVER_ERROR or status < _ERROR)
+        if not is_failed:
+            took = (end if head_at is None else head_at) - exchange.started
             if took < self._slow_after or status == _SWITCHED:
                 return False
         second = int(end)

@@ -177,7 +177,7 @@ def test_an_attempt_has_its_own_span_in_the_trace_of_the_client() -> None:
     for _ in range(3):
         trace.begin_attempt("up", "http://a", b"/", State.CLOSED, 1.0)
         sent.append(trace.fields())
-    spans = [attempt.span_id for attempt in trace.attempts]
+    spans = [attempt[0] for attempt in trace.attempts]
     assert len({SPAN, trace.span_id, *spans}) == 5
     assert sent == [
         b"\r\ntraceparent: 00-%b-%b-01\r\ntracestate: a=1" % (TRACE.encode(), span.encode()) for span in spans

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from api_gateway.assembly.tracing import tracing_plan
 from api_gateway.config import GatewayConfig, from_values, load_config
 from api_gateway.errors import StartupError
-from api_gateway.models import Exchange, Trace
+from api_gateway.models import AttemptFailure, Exchange, Trace
 from api_gateway.observability import trace_exporter
 from api_gateway.observability.access_log import LINE_FIELDS, AccessLog
 from api_gateway.observability.trace_exporter import EXPORT_BATCH, MAX_DELIVERIES, RESULTS, TraceExporter
@@ -312,12 +312,36 @@ def test_a_span_of_an_unknown_method_has_no_method_in_its_name() -> None:
         assert span.attributes["http.request.method_original"] == "BREW"
 
 
+@pytest.mark.parametrize(
+    ("row", "values", "expected"),
+    [
+        (None, {"source": "upstream", "head_at": 10.3}, (200, None, 10.5)),
+        (None, {"status": 499, "reason": "client_disconnected"}, (None, "client_disconnected", 10.5)),
+        ((10.2, None, "upstream_reset"), {"status": 502, "reason": "upstream_reset"}, (None, "upstream_reset", 10.2)),
+        (  # within the body of a response
+            (10.4, None, "upstream_reset"),
+            {"source": "upstream", "head_at": 10.2, "reason": "upstream_reset"},
+            (200, "upstream_reset", 10.4),
+        ),
+        ((10.2, 503, None), {"source": "upstream", "head_at": 10.2, "status": 503}, (503, "503", 10.5)),
+        ((10.2, 503, None), {"head_at": 10.2, "status": 504, "reason": "timeout"}, (503, "503", 10.5)),
+    ],
+)
+def test_the_last_attempt_ends_as_its_failure_says_or_with_the_exchange(
+    row: tuple[float, int | None, str | None] | None, values: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    failures = () if row is None else (AttemptFailure("up", "http://10.0.0.1:81", 10.1, *row, ""),)
+    one = traced(attempts=1, failures=failures, **values)
+    _, span = spans_of(encoding.SpanEncoder({}, "1").request([one], 0.0)[0])
+    status, error, ended = expected
+    assert span.attributes.get("http.response.status_code") == status
+    assert span.attributes.get("error.type") == error
+    assert span.end == round(ended * 1e9)
+
+
 def test_an_attempt_has_the_attributes_of_a_client() -> None:
-    one = traced(attempts=2)
-    assert one.trace is not None
-    first, last = one.trace.attempts
-    first.status, first.head_at = 503, 10.2
-    last.status, last.head_at = 200, 10.4
+    failed = AttemptFailure("up", "http://10.0.0.1:81", 10.1, 10.2, 503, None, "")
+    one = traced(attempts=2, source="upstream", head_at=10.4, failures=(failed,))
     own, refused, served = spans_of(encoding.SpanEncoder({}, "1").request([one], 0.0)[0])
     assert (own.kind, own.status, refused.kind, served.kind) == (SERVER, UNSET, CLIENT, CLIENT)
     assert (refused.status, served.status) == (ERROR, UNSET)
