@@ -291,7 +291,7 @@ class Recorder:
                 self.limited_by_bucket.add(decision.key)
                 for quota in decision.violated or (decision.quota,):
                     self.refusals_by_limit[quota.policy, tier] += 1
-        if is_timed(exchange):
+        if exchange.sent_at is not None and exchange.status != SWITCHED:  # `is_timed`, inlined
             running.time(exchange.finished - exchange.started)
 
     def observe_attempt(self, upstream: str, outcome: str, seconds: float | None, now: float) -> None:

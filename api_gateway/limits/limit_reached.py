@@ -30,18 +30,26 @@ class LimitReached(RateLimited):
     """The error of a request that a quota refuses.
 
     What two refusals by the same quota have in common is rendered once, and members are made when they are read: a
-    client that does not wait must cost the gateway less than one whose requests are forwarded.
+    client that does not wait must cost the gateway less than one whose requests are forwarded. `field_lines` are the
+    header fields, as lines.
     """
 
-    def __init__(
+    def __init__(  # that of `GatewayError` takes twice the time for the same attributes
         self, template: "RefusalTemplate", retry_after: float, remaining: int, violated: Sequence[Quota] = ()
     ) -> None:
         """`violated` are the quotas that refuse the request, if there are several."""
         self._situation = f"{remaining} remain. Retry in {retry_after:.3f} s."
-        super().__init__(template.cause + self._situation, retry_after=retry_after)
+        self.detail = template.cause + self._situation
+        self.retry_after = retry_after
+        seconds = str(math.ceil(retry_after) or 1)
+        self.headers = {"retry-after": seconds}
+        self.field_lines = f"retry-after: {seconds}\r\n".encode()
         self._violated = violated
         self._template = template
         self._remaining = remaining
+
+    def __str__(self) -> str:
+        return self.detail
 
     @property
     def extra(self) -> dict[str, Any]:

@@ -30,10 +30,11 @@ def problem_message(
     of the error contains a line break or NUL.
     """
     body = problem_body(error, instance=instance, request_id=request_id, trace=trace)
+    fields = error.field_lines if isinstance(error, LimitReached) else render_fields(error.headers)
     head = b"%b%d\r\ncache-control: no-store\r\n%b%b\r\n" % (
         _start(error.status),
         len(body),
-        render_fields(error.headers),
+        fields,
         lines,
     )
     return head, body
