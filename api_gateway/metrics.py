@@ -160,9 +160,7 @@ class Recorder:
         self.tls_handshakes: Counter[str] = Counter()  # by version and session: `TLSv1.3/new` or `/resumed`
         self.tls_failures: Counter[str] = Counter()  # handshakes by reason
         self.tls_reloads: Counter[str] = Counter()  # of certificates, by result
-        self.requests_not_kept: Counter[str] = Counter(
-            dict.fromkeys(REQUEST_OUTCOMES, 0)
-        )  # for which the history had no place, by outcome
+        self.requests_not_kept: Counter[str] = Counter(dict.fromkeys(REQUEST_OUTCOMES, 0))  # for lack of a place
         self.waiting_traces = 0  # exchanges that wait to be exported
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}
