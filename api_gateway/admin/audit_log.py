@@ -24,11 +24,14 @@ from pydantic import Field, ValidationError
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Body
 from api_gateway.system.state_folder import make_private
+from api_gateway.system.state_version import backup_path
 
 logger = logging.getLogger(__name__)
 
 AUDIT_FILE = "audit.jsonl"
 AUDIT_FILE_BYTES = 8 * 1024 * 1024
+AUDIT_VERSION = 1  # of the entries, in the first line of a file; one that states none has it, too
+_HEADER = f'{{"version":{AUDIT_VERSION}}}\n'.encode()
 
 
 class AuditAction(StrEnum):
@@ -84,7 +87,8 @@ class AuditFile:
         with self._locked() as descriptor:
             size = os.fstat(descriptor).st_size
             is_whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
-            line = b"\n" * (not is_whole) + entry.model_dump_json().encode() + b"\n"
+            start = (b"" if is_whole else b"\n") if size else _HEADER
+            line = start + entry.model_dump_json().encode() + b"\n"
             written = os.write(descriptor, line)
             if written < len(line):  # the disk is full; what has been written is no entry
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -102,6 +106,9 @@ class AuditFile:
                 lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             except FileNotFoundError:
                 continue
+            if _version_of(lines[0]) > AUDIT_VERSION:
+                logger.warning("%s was written by a newer gateway, which alone can show its entries", path)
+                continue
             for line in reversed(lines):
                 try:
                     yield AuditEntry.model_validate(json.loads(line))
@@ -116,10 +123,22 @@ class AuditFile:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if self.path.exists() and os.path.samestat(os.fstat(descriptor), self.path.stat()):
-                    yield descriptor
-                    return
+                    version = _version_of(os.pread(descriptor, len(_HEADER) + 8, 0).partition(b"\n")[0])
+                    if version <= AUDIT_VERSION:
+                        yield descriptor
+                        return
+                    self.path.rename(backup_path(self.path, version))  # what a newer gateway has written is kept
             finally:
                 os.close(descriptor)
+
+
+def _version_of(line: str | bytes) -> int:
+    """Return the version that the first line of a file states; `AUDIT_VERSION` if it is an entry."""
+    try:
+        found = json.loads(line)["version"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return AUDIT_VERSION
+    return found if isinstance(found, int) else AUDIT_VERSION
 
 
 class AuditLog:

@@ -21,10 +21,12 @@ from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Clock
 from api_gateway.resilience.breaker_policy import Mode
 from api_gateway.system.state_folder import make_private, open_private
+from api_gateway.system.state_version import newer_state
 
 logger = logging.getLogger(__name__)
 
 OVERRIDES_FILE = "circuit_breakers.json"
+OVERRIDES_VERSION = 1  # of the file; one that states none has it, too
 OVERRIDES_POLL_INTERVAL = 0.25  # seconds between two checks of the file
 _KEYS = ("mode", "since", "until", "comment", "set_by")
 
@@ -81,6 +83,11 @@ class OverrideFile:
         except ValueError as error:
             place = f"{error.lineno}:{error.colno}: " if isinstance(error, json.JSONDecodeError) else ""
             raise InvalidOverrideFile(f"{self.path}:{place}not JSON: {getattr(error, 'msg', error)}") from error
+        version = content.get("version", OVERRIDES_VERSION) if isinstance(content, dict) else OVERRIDES_VERSION
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise InvalidOverrideFile(f"{self.path}: version: must be a whole number from 1, got {version!r}")
+        if version > OVERRIDES_VERSION:
+            raise InvalidOverrideFile(newer_state(self.path, version, OVERRIDES_VERSION))
         try:
             return _parsed(content)
         except InvalidOverrideFile as error:
@@ -108,7 +115,10 @@ class OverrideFile:
             yield
 
     def _write(self, overrides: Mapping[str, Override]) -> None:
-        content = {"circuit_breakers": {name: _written(one) for name, one in sorted(overrides.items())}}
+        content = {
+            "version": OVERRIDES_VERSION,
+            "circuit_breakers": {name: _written(one) for name, one in sorted(overrides.items())},
+        }
         fresh = self.path.with_suffix(".new")
         with open_private(fresh) as file:
             file.write(json.dumps(content, indent=2) + "\n")

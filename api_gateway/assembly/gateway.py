@@ -23,6 +23,7 @@ from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.quotas import QuotaKeeping
 from api_gateway.assembly.routes import cors_of, route_of
+from api_gateway.assembly.store_schema import hold_store_schema
 from api_gateway.assembly.stores import (
     REPLACED_WITHIN,
     Limiter,
@@ -198,6 +199,7 @@ class Assembly:
             raise_descriptor_limit()
             stack.push_async_callback(self._stop_demo)
             await hold_state_folder(config, stack, replaced_within)
+            await hold_store_schema(config, stack)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
             stack.push_async_callback(gateway.tracing.close)

@@ -29,7 +29,7 @@ from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.limits import AllowanceSection, LimitSection
 from api_gateway.storage.redis_session import StoreSession
 from api_gateway.system.clocks import Clocks
-from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder, own_folder
+from api_gateway.system.state_folder import FolderInUse, FolderOfNewer, StateError, StateFolder, own_folder
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def state_folder(config: GatewayConfig) -> Iterator[None]:
     try:
         folder = StateFolder(config.state_dir, is_worker=is_worker)
     except StateError as error:
-        if isinstance(error, FolderInUse) or not config.store.keeps_clients:
+        if isinstance(error, FolderInUse | FolderOfNewer) or not config.store.keeps_clients:
             raise StartupError(str(error)) from error
         logger.warning("%s; until then the mode of circuit breakers cannot be changed", error)
     try:

@@ -25,10 +25,10 @@ from api_gateway.clients.records import (
     key_entry,
     proof_entry,
 )
-from api_gateway.storage.sqlite_file import Connection, SqliteFile, stored_schema, transaction
+from api_gateway.storage.sqlite_file import Connection, SqliteFile
+from api_gateway.storage.sqlite_schema import Schema
+from api_gateway.storage.sqlite_transaction import transaction
 
-SCHEMA_VERSION = 3
-_WITHOUT_KEYS = 2  # the schema before
 CLIENTS_FILE = "clients.sqlite3"
 SQLITE_POLL_INTERVAL = 0.25  # seconds between two checks for changes by other processes
 EPOCH = "file"  # constant, because the gateway must be restarted when the file is replaced
@@ -46,7 +46,7 @@ _INDEXES = (
     "CREATE UNIQUE INDEX clients_by_version ON clients (version)",
     f"CREATE INDEX clients_without_terms ON clients (version) WHERE {_IS_BARE}",
 )
-# Schema 2 had neither keys nor verified_only.
+# Schema 2 had neither keys nor verified_only, schema 1 no grants and versions.
 _FROM_SCHEMA_2 = (
     "ALTER TABLE clients ADD COLUMN keys TEXT",
     "ALTER TABLE clients ADD COLUMN verified_only INTEGER",
@@ -54,11 +54,23 @@ _FROM_SCHEMA_2 = (
     _INDEXES[1],
     *_KEY_TABLES,
 )
-# Schema 1 was (id TEXT PRIMARY KEY, tier TEXT NOT NULL, changed_at REAL NOT NULL).
-_FROM_SCHEMA_1 = (
+_TABLE_2 = (
+    "CREATE TABLE clients (id TEXT PRIMARY KEY, tier TEXT, grant_tier TEXT, grant_until REAL,"
+    " version INTEGER NOT NULL, changed_at REAL NOT NULL) WITHOUT ROWID"
+)
+_TAKE_OVER_1 = (
     "INSERT INTO clients (id, tier, version, changed_at)"
     " SELECT id, tier, row_number() OVER (ORDER BY changed_at, id), changed_at FROM former"
 )
+_FROM_SCHEMA_1 = (
+    "ALTER TABLE clients RENAME TO former",
+    _TABLE_2,
+    _INDEXES[0],
+    "CREATE INDEX clients_without_tier ON clients (version) WHERE tier IS NULL",
+    _TAKE_OVER_1,
+    "DROP TABLE former",
+)
+CLIENTS_SCHEMA = Schema(3, (_TABLE, *_INDEXES, *_KEY_TABLES), {1: _FROM_SCHEMA_1, 2: _FROM_SCHEMA_2})
 _REMEDY = (
     "it has the tiers and grants that operators have set: stop the gateway, then restore a backup, or move the file"
     " with its -wal and -shm files away to start without them"
@@ -78,7 +90,7 @@ class SqliteClientStore:
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / CLIENTS_FILE
-        self._file = SqliteFile(self.path, self._prepare, thread_name="client-store", remedy=_REMEDY)
+        self._file = SqliteFile(self.path, CLIENTS_SCHEMA, thread_name="client-store", remedy=_REMEDY)
 
     def __repr__(self) -> str:
         return f"<SqliteClientStore [{self.path}]>"
@@ -164,27 +176,6 @@ class SqliteClientStore:
         for (client_id,) in connection.execute(f"SELECT id FROM clients WHERE {proved}"):  # noqa: S608 - a constant
             ids.add(proof_entry(client_id))
         return ids
-
-    def _prepare(self, connection: Connection) -> None:
-        """Migrate the file to the current schema, in one transaction: another process may do the same."""
-        with transaction(connection):
-            version = stored_schema(connection, self.path, SCHEMA_VERSION)
-            if version == SCHEMA_VERSION:
-                return
-            if version == _WITHOUT_KEYS:
-                for statement in _FROM_SCHEMA_2:
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                return
-            has_former = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'clients'").fetchone()
-            if has_former:
-                connection.execute("ALTER TABLE clients RENAME TO former")
-            for statement in (_TABLE, *_INDEXES, *_KEY_TABLES):
-                connection.execute(statement)
-            if has_former:
-                connection.execute(_FROM_SCHEMA_1)
-                connection.execute("DROP TABLE former")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _write(self, client_id: str, change: Change, of_version: int | None) -> WriteResult | None:
         """Make a change; with `of_version` only if the record has that version and its grant has expired."""

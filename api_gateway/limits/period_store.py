@@ -15,12 +15,13 @@ from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.period_counters import Count, Counter, PeriodCounters, past_at
 from api_gateway.limits.periods import UNITS
 from api_gateway.models import Clock
-from api_gateway.storage.sqlite_file import Connection, SqliteFile, stored_schema, transaction
+from api_gateway.storage.sqlite_file import SqliteFile
+from api_gateway.storage.sqlite_schema import Schema
+from api_gateway.storage.sqlite_transaction import transaction
 
 logger = logging.getLogger(__name__)
 
 QUOTAS_FILE = "quotas.sqlite3"
-QUOTAS_SCHEMA = 2
 QUOTA_WRITE_INTERVAL = 0.4  # seconds between the end of a write and the next one
 MAX_LOSS = 1.0  # seconds; a write that takes longer than the rest is logged
 _STEP = 2000  # counters that are converted to rows before the event loop turns
@@ -36,8 +37,10 @@ _TABLE = (
     " balance INTEGER NOT NULL, until INTEGER NOT NULL, ends INTEGER NOT NULL, past_at INTEGER NOT NULL,"
     " is_unverified INTEGER NOT NULL DEFAULT 1) WITHOUT ROWID"
 )
-_ADD_COLUMN = "ALTER TABLE counters ADD COLUMN is_unverified INTEGER NOT NULL DEFAULT 1"  # to schema 1
 _INDEX = "CREATE INDEX counters_by_end ON counters (past_at)"
+QUOTAS_SCHEMA = Schema(
+    2, (_TABLE, _INDEX), {1: ("ALTER TABLE counters ADD COLUMN is_unverified INTEGER NOT NULL DEFAULT 1",)}
+)
 _REMOVE = "DELETE FROM counters WHERE key IN (SELECT key FROM counters WHERE past_at < ? ORDER BY past_at LIMIT ?)"
 _LEAST_REMOVED = 1000  # by one write, and as many as it stores if that is more: so they do not accumulate
 _REMEDY = (
@@ -53,7 +56,7 @@ class PeriodStore:
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / QUOTAS_FILE
-        self._file = SqliteFile(self.path, self._prepare, thread_name="quota-store", remedy=_REMEDY)
+        self._file = SqliteFile(self.path, QUOTAS_SCHEMA, thread_name="quota-store", remedy=_REMEDY)
 
     def __repr__(self) -> str:
         return f"<PeriodStore [{self.path}]>"
@@ -93,14 +96,6 @@ class PeriodStore:
             ) as found:
                 counters += [counter_of(row) for row in found]
         return counters
-
-    def _prepare(self, connection: Connection) -> None:
-        with transaction(connection):  # another process may do the same
-            version = stored_schema(connection, self.path, QUOTAS_SCHEMA)
-            if version < QUOTAS_SCHEMA:
-                changes = (_ADD_COLUMN,) if version else (_TABLE, _INDEX)
-                for statement in (*changes, f"PRAGMA user_version = {QUOTAS_SCHEMA}"):
-                    connection.execute(statement)
 
     def _write(self, rows: Sequence[CounterRow], now: int) -> None:
         connection = self._file.connection

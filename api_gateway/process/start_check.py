@@ -26,7 +26,7 @@ from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.rules import Finding
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.embedded_server import NoServer, find_server
-from api_gateway.system.state_folder import LOCK_FILE, own_folder
+from api_gateway.system.state_folder import LOCK_FILE, StateError, check_folder_version, own_folder
 
 _PRIVILEGED = 1024
 _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
@@ -277,6 +277,11 @@ def _state_errors(state_dir: Path) -> Iterator[Finding]:
         yield Finding(key_path, f"'{existing}' is not a folder, got '{state_dir}'")
     elif not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         yield Finding(key_path, f"'{existing}' is not writable for this user, got '{state_dir}'")
+    elif existing == own:
+        try:
+            check_folder_version(own)
+        except StateError as error:
+            yield Finding(key_path, str(error).removeprefix("state_dir: "))
 
 
 def _holder(lock: Path) -> str | None:

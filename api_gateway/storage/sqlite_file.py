@@ -2,12 +2,12 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from api_gateway.storage.sqlite_schema import Schema, check_schema, migrate
 from api_gateway.system.state_folder import create_private, make_private
 
 Result = TypeVar("Result")
@@ -23,18 +23,18 @@ class SqliteFile:
     def __init__(
         self,
         path: Path,
-        prepare: Callable[[Connection], object],
+        schema: Schema,
         *,
         thread_name: str,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         remedy: str = "",
     ) -> None:
-        """`prepare` creates the tables of a connection that has been opened, or migrates them, in the thread.
+        """The tables are created, or migrated, when the file is opened. One of a newer gateway is refused.
 
         `remedy` is what to do about a corrupt file: with one, the error says that the file is corrupt.
         """
         self.path = path
-        self._prepare = prepare
+        self._schema = schema
         self._synchronous = synchronous
         self._remedy = remedy
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=thread_name)
@@ -81,36 +81,14 @@ class SqliteFile:
         create_private(self.path)  # SQLite creates its other files with the same permissions
         connection = sqlite3.connect(self.path, isolation_level=None, timeout=BUSY_TIMEOUT, check_same_thread=False)
         try:
+            check_schema(connection, self.path, self._schema)  # before anything is changed
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-            self._prepare(connection)
+            migrate(connection, self.path, self._schema)
         except BaseException:
             connection.close()
             raise
         return connection
-
-
-@contextmanager
-def transaction(
-    connection: Connection, begin: Literal["BEGIN", "BEGIN IMMEDIATE"] = "BEGIN IMMEDIATE"
-) -> Iterator[None]:
-    """Commit what is done within the block, or undo it if the block raises."""
-    connection.execute(begin)
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-def stored_schema(connection: Connection, path: Path, newest: int) -> int:
-    """Return the version of the file's schema, 0 for a new file. Raises OSError if it is above `newest`."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version > newest:
-        raise OSError(f"{path} was written by a newer gateway (schema {version}, newest supported {newest})")
-    return int(version)
 
 
 def _is_of_corrupt_file(error: Exception) -> bool:

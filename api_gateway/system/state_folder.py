@@ -9,16 +9,21 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Self, TextIO
 
+from api_gateway.system.state_version import newer_state
+
 OWN_FOLDER = "state"
+VERSION_FILE = "version"
+FOLDER_VERSION = 1  # of the layout of the folder, and of the files in it that state no version
 LOCK_FILE = "lock"
 FORMER_FOLDER = Path(".gateway")  # the default of state_dir in former versions, in the current folder
-_MOVED = ("clients.sqlite3", "clients.sqlite3-wal", "clients.sqlite3-shm", "circuit_breakers.json")
+_MOVED_DATABASE, _MOVED_MODES = "clients.sqlite3", "circuit_breakers.json"
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 _MAX_NAME_LENGTH = 60
 
@@ -110,6 +115,23 @@ class FolderInUse(StateError):
     """Another gateway uses the folder."""
 
 
+class FolderOfNewer(StateError):
+    """A newer gateway has written the folder."""
+
+
+def check_folder_version(folder: Path) -> None:
+    """Raise StateError if the folder was written by a newer gateway, or states no valid version."""
+    path = folder / VERSION_FILE
+    try:
+        text = path.read_text("ascii", errors="replace").strip()
+    except FileNotFoundError:  # of a former version, or new
+        return
+    if not text.isdecimal():
+        raise StateError(f"state_dir: {path}: must be a version such as {FOLDER_VERSION}, got {text[:40]!r}")
+    if int(text) > FOLDER_VERSION:
+        raise FolderOfNewer(f"state_dir: {newer_state(path, int(text), FOLDER_VERSION)}")
+
+
 class StateFolder:
     """The folder, locked by one process, and open to its child processes, until `close` or the end of the process.
 
@@ -133,7 +155,9 @@ class StateFolder:
             make_private(self.path)
             self._check_owner()
             self._take()
+            check_folder_version(self.path)
             self._move_former()
+            create_once(self.path / VERSION_FILE, str(FOLDER_VERSION))
             self._protect()
         except OSError as error:
             self.close()
@@ -200,18 +224,41 @@ class StateFolder:
         )
 
     def _move_former(self) -> None:
-        """Move files of former versions, which were directly in `state_dir`, to the folder."""
-        if any((self.path / name).exists() for name in _MOVED):
+        """Move files of former versions, which were directly in `state_dir`, to the folder.
+
+        The file of clients is copied with its write-ahead log, which has its last changes, and the copy gets its name
+        last. So the end of the process meanwhile leaves the former files as they were, and the next start goes on.
+        """
+        former, present = self._state_dir / _MOVED_MODES, self.path / _MOVED_MODES
+        if former.exists() and not present.exists():
+            former.rename(present)
+        former, present = self._state_dir / _MOVED_DATABASE, self.path / _MOVED_DATABASE
+        if present.exists() or not former.exists():
             return
-        for name in _MOVED:
-            with suppress(FileNotFoundError):
-                (self._state_dir / name).rename(self.path / name)
+        log = Path(f"{former}-wal")
+        Path(f"{present}-wal").unlink(missing_ok=True)  # of a start that did not end
+        if log.exists():
+            _copy(log, Path(f"{present}-wal"))
+        _copy(former, draft := present.with_name(f".{present.name}.former"))
+        draft.rename(present)
+        for file in (former, log, Path(f"{former}-shm")):
+            file.unlink(missing_ok=True)
 
     def _protect(self) -> None:
         for file in self.path.iterdir():
             with suppress(FileNotFoundError):
                 if stat.S_ISREG(file.lstat().st_mode):
                     file.chmod(0o600)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, to the disk and with mode 0600."""
+    target.unlink(missing_ok=True)
+    create_private(target)
+    with source.open("rb") as read, target.open("r+b") as written:
+        shutil.copyfileobj(read, written)
+        written.flush()
+        os.fsync(written.fileno())
 
 
 def former_state(state_dir: Path, environment: Mapping[str, str]) -> str | None:
@@ -221,7 +268,7 @@ def former_state(state_dir: Path, environment: Mapping[str, str]) -> str | None:
         is_default = state_dir.parent == _base(environment)
     except StateError:
         return None
-    if not is_default or not any((former / name).exists() for name in _MOVED):
+    if not is_default or not any((former / name).exists() for name in (_MOVED_DATABASE, _MOVED_MODES)):
         return None
     return (
         f"{former} is no longer used: state is kept in {state_dir}; to keep using it, set state_dir: {FORMER_FOLDER}"

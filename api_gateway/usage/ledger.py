@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from api_gateway.models import Clock, Exchange
-from api_gateway.storage.sqlite_file import Connection, SqliteFile, transaction
+from api_gateway.storage.sqlite_file import Connection, SqliteFile
+from api_gateway.storage.sqlite_schema import Schema
+from api_gateway.storage.sqlite_transaction import transaction
 from api_gateway.usage.counts import COUNTED, DAY, Key, UsageCounts
 
 USAGE_FILE = "usage.sqlite3"
 WRITE_INTERVAL = 1.0  # seconds between two writes, and so the most that `kill -9` loses
 _GROUPS = {"client": "client", "route": "route", "day": "day"}
 _TABLE = (
-    "CREATE TABLE IF NOT EXISTS usage (day INTEGER NOT NULL, client TEXT NOT NULL, route TEXT NOT NULL,"
+    "CREATE TABLE usage (day INTEGER NOT NULL, client TEXT NOT NULL, route TEXT NOT NULL,"
     f" {', '.join(f'{name} NUMERIC NOT NULL' for name in COUNTED)}, PRIMARY KEY (day, client, route)) WITHOUT ROWID"
 )
+USAGE_SCHEMA = Schema(1, (_TABLE,), {})
 _ADD = (
     f"INSERT INTO usage (day, client, route, {', '.join(COUNTED)})"  # noqa: S608 - constant names
     f" VALUES (?, ?, ?{', ?' * len(COUNTED)}) ON CONFLICT (day, client, route) DO UPDATE SET "
@@ -57,7 +60,7 @@ class UsageLedger:
         self._counts = UsageCounts(max_unregistered)
         self._wall_clock = wall_clock
         self._retention_days = retention_days
-        self._file = SqliteFile(self.path, self._prepare, thread_name="usage", synchronous="NORMAL")
+        self._file = SqliteFile(self.path, USAGE_SCHEMA, thread_name="usage", synchronous="NORMAL")
         self._pruned_day = -1
         self._error = ""  # of the last write
 
@@ -105,9 +108,6 @@ class UsageLedger:
         await self._file.close()
 
     # In the thread
-
-    def _prepare(self, connection: Connection) -> None:
-        connection.execute(_TABLE)
 
     def _add(self, rows: Mapping[Key, Sequence[float]]) -> None:
         connection = self._file.connection

@@ -18,7 +18,7 @@ import pytest
 import api_gateway
 from api_gateway.clients.records import NO_CURSOR, Change, ClientRecord, Cursor, Grant
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.clients.sqlite_store import _IS_BARE, CLIENTS_FILE, EPOCH, SCHEMA_VERSION, SqliteClientStore
+from api_gateway.clients.sqlite_store import _IS_BARE, CLIENTS_FILE, CLIENTS_SCHEMA, EPOCH, SqliteClientStore
 from api_gateway.errors import StoreUnavailable
 from tests.kit import soon
 from tests.unit.test_client_registry import TIERS, following, tier_of
@@ -252,7 +252,7 @@ async def test_a_file_of_schema_1_is_taken_over_with_all_it_holds(tmp_path: Path
     async with following(SqliteClientStore(tmp_path)) as registry:
         assert tier_of(registry, "acme") == ("PREMIUM", "registered")
         await registry.set_tier("initech", "FREE")
-    assert alter(tmp_path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
+    assert alter(tmp_path, "PRAGMA user_version") == [(CLIENTS_SCHEMA.version,)]
     assert [row[:2] for row in before] == [("acme", "PREMIUM"), ("initech", "BASIC"), ("üñí", "FREE")]
     assert alter(tmp_path, "SELECT id, tier, version FROM clients ORDER BY version") == [
         ("acme", "PREMIUM", 1),
@@ -277,12 +277,12 @@ async def test_a_takeover_that_fails_leaves_the_old_file_as_it_was(tmp_path: Pat
 async def test_a_file_of_a_newer_gateway_is_refused_and_left_alone(tmp_path: Path) -> None:
     async with following(SqliteClientStore(tmp_path)) as registry:
         await registry.set_tier("acme", "PREMIUM")
-    alter(tmp_path, f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    alter(tmp_path, f"PRAGMA user_version = {CLIENTS_SCHEMA.version + 1}")
     registry = ClientRegistry(TIERS, "FREE", {}, SqliteClientStore(tmp_path))
-    with pytest.raises(OSError, match=f"newer gateway .*{SCHEMA_VERSION + 1}.*{SCHEMA_VERSION}"):
+    with pytest.raises(OSError, match=f"newer gateway .*{CLIENTS_SCHEMA.version + 1}.*{CLIENTS_SCHEMA.version}"):
         await registry.load()
     await registry.close()
-    assert alter(tmp_path, "PRAGMA user_version") == [(SCHEMA_VERSION + 1,)]
+    assert alter(tmp_path, "PRAGMA user_version") == [(CLIENTS_SCHEMA.version + 1,)]
     assert rows(tmp_path) == {"acme": "PREMIUM"}
 
 
@@ -373,7 +373,7 @@ async def test_the_file_has_a_write_ahead_log_and_waits_for_the_disk(tmp_path: P
     connection = store._file.connection
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
-    assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    assert connection.execute("PRAGMA user_version").fetchone() == (CLIENTS_SCHEMA.version,)
     await store.close()
 
 
