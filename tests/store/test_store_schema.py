@@ -1,4 +1,4 @@
-"""The version of the keys in a shared store: that of a newer gateway is refused, at the start or as soon as it is seen."""
+"""The version of the keys in a shared store: that of a newer gateway is refused, as soon as it can be read."""
 
 from contextlib import AsyncExitStack
 from pathlib import Path
