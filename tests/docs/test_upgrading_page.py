@@ -1,6 +1,5 @@
 """The page on upgrading: its versions are those of the code, and its commands go back."""
 
-import asyncio
 import re
 import shutil
 import sqlite3
@@ -37,16 +36,15 @@ def test_the_table_has_the_versions_of_the_code() -> None:
     assert f"`{schema_key('gateway')}`" in PAGE
 
 
-async def test_the_commands_put_a_backup_in_the_place_of_the_file(tmp_path: Path) -> None:
+def test_the_commands_put_a_backup_in_the_place_of_the_file(tmp_path: Path) -> None:
     for file in (ROOT / "tests" / "store" / "former" / "0250753").iterdir():
         shutil.copy(file, tmp_path)
     upgraded = SqliteFile(tmp_path / CLIENTS_FILE, CLIENTS_SCHEMA, thread_name="test")
-    await upgraded.open()
-    await upgraded.close()
+    upgraded._open().close()
     (backup,) = tmp_path.glob("*.backup")
     block = re.findall(r"```sh\n(mkdir .*?)```", PAGE, flags=re.DOTALL)[0]
     commands = re.sub(r"clients\.sqlite3\.v\S+\.backup", backup.name, block)
-    await asyncio.to_thread(subprocess.run, ["sh", "-ec", commands], cwd=tmp_path, check=True)
+    subprocess.run(["sh", "-ec", commands], cwd=tmp_path, check=True)
     with closing(sqlite3.connect(tmp_path / CLIENTS_FILE)) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (2,)
         assert connection.execute("SELECT id, tier FROM clients ORDER BY id").fetchall() == [
