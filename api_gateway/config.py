@@ -35,6 +35,7 @@ from api_gateway.settings.environment import (
     read_env_file,
     read_environment,
 )
+from api_gateway.settings.extensions import ExtensionSection
 from api_gateway.settings.history import HistorySection
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.included_files import INCLUDE, default_route, read_settings
@@ -153,6 +154,7 @@ class GatewayConfig(BaseSettings):
     usage: UsageSection = UsageSection()
     history: HistorySection = HistorySection()
     tracing: TracingSection = TracingSection()
+    extensions: list[ExtensionSection] = Field(default=[], description="Code of the users of the gateway.")
     _origins: Mapping[KeyPath, str] = PrivateAttr(default={})
 
     def __eq__(self, other: object) -> bool:

@@ -54,6 +54,8 @@ _TABLES = (
     "key_fetches",
     "refusals_by_limit",
     "would_refuse_by_limit",
+    "hook_calls",
+    "hook_ns",
 )
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -137,6 +139,8 @@ class Recorder:
         self.key_fetches: Counter[tuple[str, str]] = Counter()  # issuer, result
         self.refusals_by_limit: Counter[tuple[str, str]] = Counter()  # limit, tier; of all limits that refuse
         self.would_refuse_by_limit: Counter[tuple[str, str]] = Counter()  # the same of candidates, if admitted
+        self.hook_calls: Counter[tuple[str, str, str]] = Counter()  # extension, hook, result
+        self.hook_ns: Counter[tuple[str, str]] = Counter()  # nanoseconds, by extension and hook
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
@@ -305,6 +309,11 @@ class Recorder:
     def observe_key_fetch(self, issuer: str, *, succeeded: bool) -> None:
         """Count a fetch of the keys of an issuer of tokens."""
         self.key_fetches[issuer, "success" if succeeded else "failure"] += 1
+
+    def observe_hook(self, extension: str, hook: str, result: str, took_ns: int) -> None:
+        """Count a call of a hook of an extension; `result` is ok, error or timeout."""
+        self.hook_calls[extension, hook, result] += 1
+        self.hook_ns[extension, hook] += took_ns
 
     def observe_denial(self, upstream: str, reason: str) -> None:
         """Count a failed attempt that was not retried; `reason` is a `RetryDenied`."""

@@ -77,7 +77,8 @@ class RouteExplained(Body):
     upstream: str
     cost: float
     cost_source: str = Field(
-        description="`route`, the rule of the route that sets the cost, or another reading of an unusual path."
+        description="`route`, the rule of the route that sets the cost, `extension`, or another reading of an"
+        " unusual path."
     )
 
 
@@ -171,6 +172,14 @@ class ExplainedResult(Body):
     detail: str
 
 
+class ExtensionExplained(Body):
+    """What a hook of an extension says about the described request."""
+
+    extension: str
+    hook: Literal["identify", "cost", "on_request", "on_response"]
+    result: str = Field(description="The result, or why the hook was not called.")
+
+
 class Explanation(Body):
     """The response of `POST /explain`."""
 
@@ -192,3 +201,4 @@ class Explanation(Body):
     fallback: FallbackExplained | None
     event_loop: LagExplained
     decision_source: DecisionSource = Field(description="Source of the bucket figures.")
+    extensions: list[ExtensionExplained] = Field(default=[], description="What extensions say about the request.")

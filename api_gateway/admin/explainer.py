@@ -16,6 +16,7 @@ from api_gateway.admin.explain_schema import (
     ExplainedResult,
     ExplainRequest,
     Explanation,
+    ExtensionExplained,
     FallbackExplained,
     LagExplained,
     LimitExplained,
@@ -26,16 +27,18 @@ from api_gateway.admin.explain_schema import (
 )
 from api_gateway.clients.api_keys import shown_id
 from api_gateway.errors import GatewayError, InvalidValue, Reason
+from api_gateway.http1.fast_parser import lines_of
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.period_counters import PeriodQuota
 from api_gateway.middleware import API_PREFIX, proxied_paths
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, Quota, TierView
-from api_gateway.proxy.admission import Admission, RequestPlan, Wait
+from api_gateway.proxy.admission import Admission, ExtensionCall, RequestPlan, Wait
 from api_gateway.proxy.credential_stages import CredentialStage
+from api_gateway.proxy.extension_stages import NO_RESULT, ExtensionIdentityStage
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
-from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
 from api_gateway.proxy.identity_sources import Claim, Proof
 from api_gateway.proxy.limit_stage import DESCRIBED_CLAIM, DESCRIBED_ORGANISATION, RateLimitStage
 from api_gateway.proxy.route_table import Route
@@ -98,16 +101,19 @@ class Explainer:
         shedder: EventLoopShedder,
         header: str,
         claim_of_key: Callable[[str], Claim | None] = lambda _: None,
+        response_calls: Sequence[ExtensionCall] = (),
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
         """`header` is the name of the header that identifies clients. Both clocks must read the same time.
 
-        `claim_of_key` returns the claim of the API key with an id, None if there is none.
+        `claim_of_key` returns the claim of the API key with an id, None if there is none. `response_calls` are shown of
+        each request, for the hooks of responses.
         """
         self._claim_of_key = claim_of_key
+        self._response_calls = tuple(response_calls)
         self._admission = admission
-        identity = (CredentialStage, IdentityStage)
+        identity = (CredentialStage, IdentityStage, ExtensionIdentityStage)
         self._identification = Admission([stage for stage in admission.stages if isinstance(stage, identity)])
         self._headers = headers
         self._router = router
@@ -127,6 +133,7 @@ class Explainer:
         facts = self._headers.read(peer, fields, version)
         exchange = Exchange("", "GET", "", facts.peer, self._clock())
         plan = RequestPlan(exchange, facts, b"", self._clock_ns())
+        plan.headers = RewrittenHeaders(_lines(fields), facts, b"")
         result = self._identification.decide(plan)
         while isinstance(result, Wait):
             result = Admission.resume(plan, result, await result.reply(), self._clock_ns())
@@ -167,6 +174,7 @@ class Explainer:
                 )
         facts.keyed = {**facts.keyed, **_described(request)}
         plan = Admission.plan(facts, request.method, path, request.path.encode("ascii"), self._clock_ns())
+        plan.headers = RewrittenHeaders(_lines(self._fields(request)), facts, b"")
         error = await self._admission.inspect(plan)
         exchange, route, client = plan.exchange, plan.route, plan.exchange.client
         if client is None:
@@ -181,7 +189,7 @@ class Explainer:
             result=_result_of(error, fallback),
             address=self._address_view(request),
             client=self._client_view(client, exchange),
-            route=None if route is None else self._route_view(route, exchange),
+            route=None if route is None else self._route_view(route, plan),
             routes_passed_over=self._passed_over(plan),
             buckets=[_bucket_view(bucket) for bucket in buckets],
             limiting_bucket=binding.charge.key,
@@ -206,6 +214,10 @@ class Explainer:
                 shed_ratio=round(self._shedder.share(plan.priority), 3),
             ),
             decision_source=binding.decision.source,
+            extensions=[
+                ExtensionExplained.model_validate(call._asdict())
+                for call in (*plan.extension_calls, *self._response_calls)
+            ],
         )
 
     def _fields(self, request: ExplainRequest) -> Fields:
@@ -292,11 +304,14 @@ class Explainer:
         )
         return [PassedOver(name=route.name, detail=why) for route, why in found]
 
-    def _route_view(self, route: Route, exchange: Exchange) -> RouteExplained:
+    def _route_view(self, route: Route, plan: RequestPlan) -> RouteExplained:
+        exchange = plan.exchange
         rule = route.rule_for(exchange.method.upper(), exchange.path)
         source = "route" if rule is None else f"rule: {rule}"
         if exchange.cost != (route.cost if rule is None else rule.cost):
             source = "another reading of the path"
+        if any(call.hook == "cost" and call.result != NO_RESULT for call in plan.extension_calls):
+            source = "extension"
         return RouteExplained(
             name=route.name,
             path=route.path,
@@ -322,6 +337,10 @@ class Explainer:
             if upstream.limit is None
             else _concurrency_view(upstream.limit, plan.priority, plan.principal),
         )
+
+
+def _lines(fields: Fields) -> bytes:
+    return lines_of([(name, value) for name, values in fields.items() for value in values])
 
 
 def _described(request: ExplainRequest) -> dict[bytes, str]:

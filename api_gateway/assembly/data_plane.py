@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 from api_gateway.admin.explainer import Explainer
+from api_gateway.assembly.extensions import Hooks, hooks_by_name
 from api_gateway.assembly.forwarding import forwarding_of
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
@@ -12,6 +13,7 @@ from api_gateway.assembly.routes import address_rules
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
 from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.fastpath.hooked_exchange import HookedExchange
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
 from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
@@ -27,6 +29,12 @@ from api_gateway.proxy.concurrency_stage import ConcurrencyStage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
+from api_gateway.proxy.extension_stages import (
+    ExtensionCostStage,
+    ExtensionIdentityStage,
+    ExtensionRequestStage,
+    ResponseHooks,
+)
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
@@ -68,7 +76,8 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     headers = _headers(gateway, sources, cors)
     router = _router(gateway, settlement, server_headers)
     limits = _limits(gateway)
-    admission = _admission(gateway, router, limits, sources, cors)
+    hooks = hooks_by_name(gateway.extensions, gateway.quotas.tiers, recorder.observe_hook)
+    admission = _admission(gateway, router, limits, sources, cors, hooks)
     record = ExchangeRecords(
         recorder=recorder,
         observers=_observers(gateway),
@@ -87,6 +96,9 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         tracer=gateway.tracing.tracer,
         added=_added_fields(config),
     )
+    response_hooks = ResponseHooks(hooks["on_response"])
+    if hooks["on_response"]:
+        fast_path.exchange_kind, fast_path.response_hooks = HookedExchange, response_hooks
     explainer = Explainer(
         admission=admission,
         headers=headers,
@@ -96,6 +108,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
         claim_of_key=sources.claim_of_key,
+        response_calls=response_hooks.calls,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
@@ -178,7 +191,12 @@ def _preflights(gateway: Gateway, cors: CorsPolicies) -> PreflightStage:
 
 
 def _admission(
-    gateway: Gateway, router: Router, limits: RateLimitStage, sources: IdentitySources, cors: CorsPolicies | None
+    gateway: Gateway,
+    router: Router,
+    limits: RateLimitStage,
+    sources: IdentitySources,
+    cors: CorsPolicies | None,
+    hooks: Hooks,
 ) -> Admission:
     config, rules = gateway.config, address_rules(gateway.config.addresses)
     is_enforced = config.identity.mode == "enforce"
@@ -199,6 +217,16 @@ def _admission(
             )
         )
         access.append(CredentialRouteStage(is_enforced=is_enforced, on_observed=observer.on_observed))
+    identification: Stage = IdentityStage(
+        clients=gateway.clients,
+        priorities=gateway.priorities,
+        sources=sources,
+        is_enforced=is_enforced,
+        on_bare=observer.on_bare,
+        on_observed=observer.on_observed,
+    )
+    if hooks["identify"]:
+        identification = ExtensionIdentityStage(hooks["identify"], identification, gateway.clients, gateway.priorities)
     if any(route.requirement is not None for route in gateway.routes):
         access.append(RequirementStage())
     return Admission(
@@ -206,17 +234,11 @@ def _admission(
             AmbiguityStage(),
             *([] if cors is None else [_preflights(gateway, cors)]),
             *identity,
-            IdentityStage(
-                clients=gateway.clients,
-                priorities=gateway.priorities,
-                sources=sources,
-                is_enforced=is_enforced,
-                on_bare=observer.on_bare,
-                on_observed=observer.on_observed,
-            ),
+            identification,
             *([] if rules is None else [AddressStage(rules)]),
             RouteStage(router.routes),
             *([] if cors is None else [CorsStage()]),
+            *([ExtensionCostStage(hooks["cost"])] if hooks["cost"] else []),
             *([RouteAddressStage()] if any(route.addresses is not None for route in gateway.routes) else []),
             *access,
             DeadlineStage(
@@ -227,6 +249,7 @@ def _admission(
             *([] if next_number is None else [DecisionNumberStage(next_number)]),
             limits,
             FinalRecipientStage(),
+            *([ExtensionRequestStage(hooks["on_request"])] if hooks["on_request"] else []),
         ]
     )
 

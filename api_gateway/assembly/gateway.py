@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import httpx
 
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
+from api_gateway.assembly.extensions import LoadedExtension, load_extensions
 from api_gateway.assembly.history import history_limits
 from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
@@ -112,6 +113,7 @@ class Gateway:
     cors: CorsPolicy | None  # of routes without one of their own
     open_exchanges: OpenExchanges
     tracing: Tracing
+    extensions: tuple[LoadedExtension, ...]
 
     @property
     def address_quota(self) -> Quota | None:
@@ -152,6 +154,7 @@ class Plan:
     tokens: JwtSource | None
     cors: CorsPolicy | None
     tracing: TracingPlan | None
+    extensions: tuple[LoadedExtension, ...]
 
 
 class Assembly:
@@ -269,6 +272,7 @@ class Assembly:
             tokens,
             cors,
             tracing_plan(config),
+            load_extensions(config),
         )
 
     def commit(self, plan: Plan) -> Gateway:
@@ -301,6 +305,7 @@ class Assembly:
             tokens=plan.tokens,
             charging=before.keeping.limiter(before.limiter, plan.quotas.limits, config),
             cors=plan.cors,
+            extensions=plan.extensions,
         )
         before.keeping.follow_webhook(config.webhook)
         return self.gateway
@@ -382,6 +387,7 @@ class Assembly:
             cors=plan.cors,
             open_exchanges=OpenExchanges(),
             tracing=tracing,
+            extensions=plan.extensions,
         )
 
     # Upstreams

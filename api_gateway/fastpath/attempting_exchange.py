@@ -58,7 +58,7 @@ class AttemptingExchange(RelayingExchange):
         """Return the key for load balancing."""
         if upstream_client.hash_header is None:
             return self.exchange.client_key
-        return upstream_client.hash_key(fields_of(pairs_of(self._request_headers.received)), self.exchange)
+        return upstream_client.hash_key(fields_of(pairs_of(self.plan.headers.received)), self.exchange)
 
     def _begin_to_connect(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         self.move(CONNECT)
@@ -108,7 +108,7 @@ class AttemptingExchange(RelayingExchange):
         route, deadline = plan.route, plan.deadline
         host, identity = upstream_client.hosts[attempt.target], exchange.id.encode()
         if not host:
-            host = upstream_client.host_of(attempt.target, self._request_headers.facts.host_field)
+            host = upstream_client.host_of(attempt.target, self.plan.facts.host_field)
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
         if plan.facts.claim is not None:
@@ -123,7 +123,7 @@ class AttemptingExchange(RelayingExchange):
             exchange.method.encode(),
             plan.target,
             host,
-            self._request_headers.sent,
+            self.plan.headers.sent,
             identity,
         )
         if upload is None:

@@ -12,6 +12,7 @@ from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.observability.tracing import Tracer
 from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
 from api_gateway.proxy.cors_stages import CorsPolicies
+from api_gateway.proxy.extension_stages import ResponseHooks
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.problem_response import problem_message
@@ -20,6 +21,8 @@ from api_gateway.router import Router
 
 class ExchangeContext:
     """What decides on requests and records them, and the header fields that the gateway adds: configuration only."""
+
+    response_hooks: ResponseHooks | None = None  # of extensions
 
     def __init__(
         self,
@@ -87,14 +90,15 @@ class ExchangeContext:
         return head if exchange.method == "HEAD" else head + body, keep_alive and not closes
 
     def _direct(self, exchange: Exchange, response: DirectResponse, *, keep_alive: bool) -> bytes:
-        """Record the status; return a response without a body."""
-        exchange.status = response.status
+        """Record the status; return the response."""
+        exchange.status, exchange.bytes_out = response.status, len(response.body)
         lines = [status_line(response.status, None), *map(COLON, response.headers)]
         lines += map(COLON, self.response_headers(exchange))
         lines.append(b"date: " + http_date(int(time.time())))
         if not keep_alive:
             lines.append(b"connection: close")
-        return b"\r\n".join([*lines, b"\r\n"])
+        head = b"\r\n".join([*lines, b"\r\n"])
+        return head if exchange.method == "HEAD" else head + response.body
 
     def response_headers(self, exchange: Exchange) -> HeaderList:
         """Return the header fields of every response: request id and, if there is a decision, the limits."""

@@ -37,7 +37,6 @@ from api_gateway.proxy.exchange import (
     ProxyExchange,
 )
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.header_facts import RewrittenHeaders
 from api_gateway.proxy.sse import EventBoundaries
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from api_gateway.upstreams.target import Target
@@ -81,7 +80,6 @@ class ExchangeLife(ProxyExchange):
         self,
         context: ExchangeContext,
         client: Downstream,
-        headers: RewrittenHeaders,
         plan: RequestPlan,
         body: bytes,
         trailers: HeaderList | None = None,
@@ -97,14 +95,14 @@ class ExchangeLife(ProxyExchange):
         self._last_attempt: Attempt | None = None  # ended, but its result may be final
         self._context = context
         self._client = client
-        self._request_headers = headers
-        self.keep_alive = headers.facts.keep_alive
-        if headers.facts.length != 0:
-            self.upload = upload = ExchangeBody(client, self, body, headers.facts.length, context)
+        facts = plan.facts
+        self.keep_alive = facts.keep_alive
+        if facts.length != 0:
+            self.upload = upload = ExchangeBody(client, self, body, facts.length, context)
             if trailers is not None:
                 upload.is_parsed, upload.trailer_fields = True, trailers
             self.request_body = COMPLETE if upload.is_complete else FLOWING
-            if headers.facts.expectation and not body:
+            if facts.expectation and not body:
                 upload.awaits_continue = True
                 self.request_body = WITHHELD
 
@@ -126,7 +124,7 @@ class ExchangeLife(ProxyExchange):
         """True if the method or an idempotency key makes the request repeatable, see `retry.is_repeatable`."""
         method = self.exchange.method
         return method in IDEMPOTENT or (
-            method in KNOWN_METHODS and _HAS_KEY.search(self._request_headers.received) is not None
+            method in KNOWN_METHODS and _HAS_KEY.search(self.plan.headers.received) is not None
         )
 
     def _may(self, event: ExchangeEvent) -> bool:

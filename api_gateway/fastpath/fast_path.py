@@ -30,6 +30,8 @@ from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeader
 class FastPath(ExchangeContext):
     """Admits plain requests; see the module. Has no state but configuration."""
 
+    exchange_kind: type[FastExchange] = FastExchange
+
     def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911, PLR0912 - each branch is a reason
         """Start or refuse the received request and return True, or change nothing and return False.
 
@@ -60,6 +62,7 @@ class FastPath(ExchangeContext):
             return False
         target = raw_path + query if query else raw_path
         plan = self.admission.plan(facts, method, path, target, self.clock_ns())
+        plan.headers = headers
         if trace is not None:
             trace.host, trace.scheme = facts.host, client.scheme
             plan.exchange.trace = trace
@@ -69,11 +72,11 @@ class FastPath(ExchangeContext):
         except Exception as error:  # noqa: BLE001 - a defect, which must not end the connection without a response
             result = self.record.internal_error(plan.exchange, error)
         if result is not None and isinstance(result, Wait):
-            FastExchange(self, client, headers, plan, body).wait(result)
+            self.exchange_kind(self, client, plan, body).wait(result)
             return True
         exchange = None
         if result is None:
-            exchange = FastExchange(self, client, headers, plan, body)
+            exchange = self.exchange_kind(self, client, plan, body)
             try:
                 result = exchange.forward()
             except Exception as error:  # noqa: BLE001 - as above
@@ -83,7 +86,7 @@ class FastPath(ExchangeContext):
         if received_length == facts.length:
             self._refuse(client, plan, result)
         else:
-            (exchange or FastExchange(self, client, headers, plan, body)).refuse(result)
+            (exchange or self.exchange_kind(self, client, plan, body)).refuse(result)
         return True
 
     def try_head(self, client: Downstream, head: RequestHead, trailers: HeaderList) -> bool:
@@ -123,6 +126,7 @@ class FastPath(ExchangeContext):
         if mixes_trailers and headers.facts.ambiguity is None:
             headers.facts.require_length(TRAILERS_MIXED)
         plan = self.admission.plan(headers.facts, head.method, path, head.target, self.clock_ns())
+        plan.headers = headers
         if trace is not None:
             trace.host, trace.scheme, trace.version = headers.facts.host, client.scheme, head.version
             plan.exchange.trace = trace
@@ -131,8 +135,8 @@ class FastPath(ExchangeContext):
             result = self.admission.decide(plan)
         except Exception as error:  # noqa: BLE001 - as in `try_handle`
             result = self.record.internal_error(plan.exchange, error)
-        kind = TunnellingExchange if head.upgrade and client.abilities.upgrade else FastExchange
-        exchange = kind(self, client, headers, plan, b"", trailers)
+        kind = TunnellingExchange if head.upgrade and client.abilities.upgrade else self.exchange_kind
+        exchange = kind(self, client, plan, b"", trailers)
         if result is not None and isinstance(result, Wait):
             exchange.wait(result)
             return plan.exchange

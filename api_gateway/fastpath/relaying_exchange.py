@@ -169,7 +169,7 @@ class RelayingExchange(ExchangeLife):
         rewriter, authorities = None if route is None else route.url_rewriter, NO_AUTHORITIES
         if rewriter is not None:
             upstream_client = context.router.upstream_clients[attempt.upstream.name]
-            authorities = Authorities.of(upstream_client, attempt.target, self._request_headers.facts.host_field)
+            authorities = Authorities.of(upstream_client, attempt.target, self.plan.facts.host_field)
         if self.head:
             if self.cost is not None:
                 context.router.on_cost(exchange, (self.cost,))

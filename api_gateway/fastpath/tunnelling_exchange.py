@@ -37,9 +37,9 @@ class TunnellingExchange(FastExchange):
         """Begin an attempt. The place of the tunnel is asked for before, see `_acquire`."""
         if self._is_asked != upstream_client.is_native:
             self._is_asked = upstream_client.is_native
-            before = self._request_headers
+            before = self.plan.headers
             sent = before[2] + _LINES if self._is_asked else before[2].removesuffix(_LINES)
-            self._request_headers = before._replace(sent=sent)
+            self.plan.headers = before._replace(sent=sent)
         if not self._is_asked:
             super()._start(upstream_client, attempt, now)
             return
@@ -94,7 +94,7 @@ class TunnellingExchange(FastExchange):
         """Return the header fields of the 101; settle the cost that it reports."""
         context, exchange, headers, route = self._context, self.exchange, self.headers, self.plan.route
         if route is not None and route.url_rewriter is not None:
-            host = self._request_headers.facts.host_field
+            host = self.plan.facts.host_field
             headers = route.url_rewriter.rewrite(headers, Authorities.of(upstream_client, attempt.target, host))
         if COST in self.fields:
             context.router.on_cost(exchange, self.fields[COST])

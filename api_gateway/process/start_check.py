@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
+from api_gateway.assembly.extensions import extension_problems
 from api_gateway.assembly.issuers import keys_of
 from api_gateway.assembly.tracing import encoder_module
 from api_gateway.config import GatewayConfig
@@ -47,6 +48,8 @@ def file_errors(config: GatewayConfig) -> Iterator[Finding]:
     yield from _certificate_errors(config)
     yield from _issuer_errors(config)
     yield from _tracing_errors(config)
+    for number, problem in extension_problems(config):
+        yield Finding(("extensions", str(number), "use"), problem)
     store = config.store
     if store.is_shared:
         options = StoreUrl.parse(store.url.get_secret_value()).options

@@ -8,17 +8,25 @@ explains what `decide` would do.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from api_gateway.errors import GatewayError
 from api_gateway.limits.concurrency import SlotUse
 from api_gateway.models import NANOSECONDS, Decision, Exchange, HeaderList
 from api_gateway.proxy.deadline import Deadline
-from api_gateway.proxy.header_facts import HeaderFacts
+from api_gateway.proxy.header_facts import HeaderFacts, RewrittenHeaders
 from api_gateway.proxy.request_id import new_request_id
 from api_gateway.proxy.route_table import Route
 
 OnReply = Callable[[Any], None]
+
+
+class ExtensionCall(NamedTuple):
+    """The call of a hook of an extension for a described request, and its result in words."""
+
+    extension: str
+    hook: str
+    result: str
 
 
 class RequestPlan:
@@ -26,13 +34,16 @@ class RequestPlan:
 
     `raw_target` is the request target as received, `target` that for the upstream. `now_ns` (of the monotonic clock)
     is the time of the last step: the arrival of the request or of a reply. `inspected` are the decisions of the
-    buckets, each alone, and `slot_uses` the slots of concurrency limits; only `Admission.inspect` sets them.
+    buckets, each alone, `slot_uses` the slots of concurrency limits, and `extension_calls` what extensions have said;
+    only `Admission.inspect` sets them. `headers` are the header lines as received and as sent upstream.
     """
 
     __slots__ = (
         "deadline",
         "exchange",
+        "extension_calls",
         "facts",
+        "headers",
         "inspected",
         "now_ns",
         "principal",
@@ -49,6 +60,8 @@ class RequestPlan:
     priority: int
     inspected: Sequence[Decision]
     slot_uses: Sequence[SlotUse]
+    extension_calls: list[ExtensionCall]
+    headers: RewrittenHeaders
 
     def __init__(self, exchange: Exchange, facts: HeaderFacts, raw_target: bytes, now_ns: int) -> None:
         self.exchange = exchange
@@ -62,13 +75,14 @@ class RequestPlan:
 
 
 class DirectResponse:
-    """A response of a stage that is no refusal, without a body; `headers` come before those of every response."""
+    """A response of a stage that is no refusal. `headers` have the length of a body, and come before those of all."""
 
-    __slots__ = ("headers", "status")
+    __slots__ = ("body", "headers", "status")
 
-    def __init__(self, status: int, headers: HeaderList) -> None:
+    def __init__(self, status: int, headers: HeaderList, body: bytes = b"") -> None:
         self.status = status
         self.headers = headers
+        self.body = body
 
     def __repr__(self) -> str:
         return f"<DirectResponse {self.status}>"
@@ -183,7 +197,7 @@ class Admission:
         All stages are inspected, also after a refusal, so that the plan has all figures.
         """
         plan.route, plan.principal, plan.priority, plan.inspected = None, None, 0, ()
-        plan.slot_uses = ()
+        plan.slot_uses, plan.extension_calls = (), []
         first: GatewayError | None = None
         for inspect in self._inspect:
             outcome = inspect(plan)

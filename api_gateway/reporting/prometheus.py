@@ -29,6 +29,7 @@ from api_gateway.reporting.prometheus_families import (
     duration_histogram,
     family_in_pieces,
     history_families,
+    hook_families,
     limit_families,
     tls_families,
     trace_families,
@@ -89,6 +90,7 @@ class PrometheusExposition:
         yield from self._process()
         yield from self._reloads()
         yield from self._shares()
+        yield from hook_families(self._recorder)
         yield from trace_families(self._recorder)
         yield from tls_families(self._recorder, self._snapshot.tls)
         yield from process_families(self._snapshot.process)

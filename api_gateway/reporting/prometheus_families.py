@@ -32,6 +32,24 @@ class SingleMetric:
         yield self._metric
 
 
+def hook_families(recorder: Recorder) -> Iterator[Metric]:
+    """Yield the calls of hooks of extensions, and the time that they took."""
+    yield from family_in_pieces(
+        CounterMetricFamily,
+        "gateway_extension_calls",
+        "Calls of hooks of extensions, by result: ok, error, timeout.",
+        ["extension", "hook", "result"],
+        recorder.hook_calls.items(),
+    )
+    yield from family_in_pieces(
+        CounterMetricFamily,
+        "gateway_extension_seconds",
+        "Time that hooks of extensions took.",
+        ["extension", "hook"],
+        ((key, round(took / 1e9, _DIGITS)) for key, took in recorder.hook_ns.items()),
+    )
+
+
 def access_families(recorder: Recorder) -> Iterator[Metric]:
     """Yield the counters of rejected operators and their changes, and of client ids that were not proved."""
     for name, words, label, counts in (

@@ -22,7 +22,7 @@ BEGIN, END = "<!-- layers: begin -->\n", "<!-- layers: end -->"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "demo", "errors", "eventloop", "ip_addresses", "models", "pacing", "printable_text"),
     ("http1", "observability", "rate_limiter", "system"),
-    ("resilience", "settings"),
+    ("extensions", "resilience", "settings"),
     ("circuit_breaker", "config", "downstream", "metrics", "storage", "transport"),
     ("clients", "limits", "reload", "upstreams", "usage"),
     ("proxy", "reporting"),

@@ -1,0 +1,134 @@
+"""What users write extensions with: views of a request and a response, and the results of hooks."""
+
+import math
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from api_gateway.extensions.fields import RESPONSE_FIXED, Changes, FieldsView, checked_changes
+from api_gateway.http1.headers import BODILESS
+from api_gateway.models import HeaderList
+
+MAX_COST = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RequestClient:
+    """The client of a request, once it is identified."""
+
+    id: str
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A request as a hook sees it. Immutable; the body is not in it, as it has not arrived.
+
+    `path` is percent-decoded, `query` is as received, without the question mark. `peer` is the client's address.
+    `client` is None in `identify`, `route` (its name) is None there too. `cost` is in tokens, 0 before it is known.
+    `is_explained`: an operator asks by `/explain` what would happen; nothing must be changed or counted.
+    """
+
+    id: str
+    method: str
+    path: str
+    query: str
+    headers: FieldsView
+    host: str
+    peer: str
+    client: RequestClient | None = None
+    route: str | None = None
+    cost: float = 0.0
+    is_explained: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseView:
+    """The head of a response of an upstream, as a hook sees it."""
+
+    status: int
+    headers: FieldsView
+    upstream: str
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the client is. `tier` applies unless the client is registered; None: the default tier."""
+
+    id: str
+    tier: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Respond:
+    """A response of the gateway in place of the upstream's. Raises ValueError if it is not valid HTTP."""
+
+    status: int
+    body: bytes | str = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 200 <= self.status <= 599:  # noqa: PLR2004 - a final response
+            raise ValueError(f"the status of a response must be 200 to 599, got {self.status}")
+        if self.status in BODILESS and self.body:
+            raise ValueError(f"a response with status {self.status} has no body")
+        checked_changes(self.headers, RESPONSE_FIXED)
+
+    @property
+    def content(self) -> bytes:
+        """The body as bytes."""
+        return self.body.encode() if isinstance(self.body, str) else self.body
+
+    def fields(self) -> HeaderList:
+        """Return the header fields, with the length and, for a text, its type."""
+        given = [(name, value) for name, value in checked_changes(self.headers, RESPONSE_FIXED) if value is not None]
+        if isinstance(self.body, str) and self.body and not any(name.lower() == b"content-type" for name, _ in given):
+            given.append((b"content-type", b"text/plain; charset=utf-8"))
+        return given if self.status in BODILESS else [*given, (b"content-length", b"%d" % len(self.content))]
+
+
+class IdentifyHook(Protocol):
+    """An extension that tells who the client is; None leaves it to the next one, and to the gateway."""
+
+    def identify(self, request: RequestView, /) -> Identity | Awaitable[Identity | None] | None: ...  # noqa: D102
+
+
+class CostHook(Protocol):
+    """An extension that tells what a request costs, in tokens; None leaves the cost as it is."""
+
+    def cost(self, request: RequestView, route: str, /) -> float | Awaitable[float | None] | None: ...  # noqa: D102
+
+
+class RequestHook(Protocol):
+    """An extension that sees each admitted request: it may change header fields, or respond."""
+
+    def on_request(  # noqa: D102
+        self, request: RequestView, /
+    ) -> Changes | Respond | Awaitable[Changes | Respond | None] | None: ...
+
+
+class ResponseHook(Protocol):
+    """An extension that sees the head of each response of an upstream: it may change header fields."""
+
+    def on_response(  # noqa: D102
+        self, request: RequestView, response: ResponseView, /
+    ) -> Changes | Awaitable[Changes | None] | None: ...
+
+
+def checked_identity(result: object) -> Identity:
+    """Return the result of `identify`. Raises TypeError or ValueError."""
+    if not isinstance(result, Identity):
+        raise TypeError(f"identify must return an Identity or None, got {type(result).__name__}")
+    is_id = isinstance(result.id, str) and 1 <= len(result.id) <= 128 and result.id.isascii()  # noqa: PLR2004 - see CLIENT_ID
+    if not is_id or not result.id.isprintable() or " " in result.id:
+        raise ValueError("the id of an Identity must be 1 to 128 visible ASCII characters")
+    return result
+
+
+def checked_cost(result: object) -> float:
+    """Return the result of `cost`. Raises TypeError or ValueError."""
+    if isinstance(result, bool) or not isinstance(result, int | float):
+        raise TypeError(f"cost must return a number or None, got {type(result).__name__}")
+    if not math.isfinite(result) or not 0 <= result <= MAX_COST:
+        raise ValueError(f"a cost must be 0 to {MAX_COST}, got {result}")
+    return result
