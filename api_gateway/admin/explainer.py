@@ -107,8 +107,8 @@ class Explainer:
     ) -> None:
         """`header` is the name of the header that identifies clients. Both clocks must read the same time.
 
-        `claim_of_key` returns the claim of the API key with an id, None if there is none. `response_calls` are shown of
-        each request, for the hooks of responses.
+        `claim_of_key` returns the claim of the API key with an id, None if there is none. `response_calls` is what is
+        shown for the hooks of responses.
         """
         self._claim_of_key = claim_of_key
         self._response_calls = tuple(response_calls)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from api_gateway.http1.headers import GATEWAY_HEADERS, HOP_BY_HOP
 from api_gateway.models import HeaderList
 
-Changes = Mapping[str, str | None]
+FieldChanges = Mapping[str, str | None]
 FieldChange = tuple[bytes, bytes | None]
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
@@ -58,7 +58,7 @@ class FieldsView(Mapping[str, str]):
         return self._values
 
 
-def checked_changes(changes: Changes, fixed: frozenset[bytes]) -> list[FieldChange]:
+def checked_changes(changes: FieldChanges, fixed: frozenset[bytes]) -> list[FieldChange]:
     """Return the changes as bytes. Raises ValueError that names the field, TypeError if something is not text.
 
     Fields in `fixed` frame the message, belong to one connection, or are the gateway's own.

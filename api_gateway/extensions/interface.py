@@ -5,11 +5,11 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from api_gateway.extensions.fields import RESPONSE_FIXED, Changes, FieldsView, checked_changes
+from api_gateway.extensions.fields import RESPONSE_FIXED, FieldChanges, FieldsView, checked_changes
 from api_gateway.http1.headers import BODILESS
 from api_gateway.models import HeaderList
 
-MAX_COST = 1_000_000_000
+_MAX_COST = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class RequestHook(Protocol):
 
     def on_request(  # noqa: D102
         self, request: RequestView, /
-    ) -> Changes | Respond | Awaitable[Changes | Respond | None] | None: ...
+    ) -> FieldChanges | Respond | Awaitable[FieldChanges | Respond | None] | None: ...
 
 
 class ResponseHook(Protocol):
@@ -112,7 +112,7 @@ class ResponseHook(Protocol):
 
     def on_response(  # noqa: D102
         self, request: RequestView, response: ResponseView, /
-    ) -> Changes | Awaitable[Changes | None] | None: ...
+    ) -> FieldChanges | Awaitable[FieldChanges | None] | None: ...
 
 
 def checked_identity(result: object) -> Identity:
@@ -129,6 +129,6 @@ def checked_cost(result: object) -> float:
     """Return the result of `cost`. Raises TypeError or ValueError."""
     if isinstance(result, bool) or not isinstance(result, int | float):
         raise TypeError(f"cost must return a number or None, got {type(result).__name__}")
-    if not math.isfinite(result) or not 0 <= result <= MAX_COST:
-        raise ValueError(f"a cost must be 0 to {MAX_COST}, got {result}")
+    if not math.isfinite(result) or not 0 <= result <= _MAX_COST:
+        raise ValueError(f"a cost must be 0 to {_MAX_COST}, got {result}")
     return result
