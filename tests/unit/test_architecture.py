@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("assembly",),
     ("main", "replay"),
     ("api_gateway", "process"),
-    ("cli", "server"),
+    ("cli", "server", "testing"),
     ("__main__",),
 )
 LIBRARIES = {

@@ -1,0 +1,111 @@
+"""The public names: each is documented and imported lazily, and mypy in strict mode accepts code that uses them."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+import api_gateway
+from api_gateway.settings.upstream_object import Upstream
+from api_gateway.settings.upstreams import UpstreamSection
+from tests.kit import RawUpstream, reply
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "python-api.md"
+PAGES = [ROOT / "docs" / name for name in ("python-api.md", "extensions.md", "pacing.md")]
+EXAMPLES = (*sorted((ROOT / "examples").rglob("*.py")), *PAGES)
+FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def test_every_public_name_is_documented_and_no_other() -> None:
+    documented = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(api_gateway.__all__)
+
+
+def test_every_public_name_exists_and_says_what_it_is() -> None:
+    for name in api_gateway.__all__:
+        found = getattr(api_gateway, name)
+        assert name == "__version__" or inspect.getdoc(found), name
+
+
+def test_a_public_name_imports_only_what_it_needs() -> None:
+    code = (
+        "import sys, api_gateway; before = set(sys.modules); api_gateway.PacingTransport;"
+        "print([one for one in ('fastapi', 'redis', 'uvicorn', 'api_gateway.config') if one in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_arguments_of_an_upstream_are_those_of_its_section() -> None:
+    source = inspect.getsource(sys.modules[Upstream.__module__])
+    declared = re.findall(r"^            (\w+): ", source, re.MULTILINE)
+    assert declared == list(UpstreamSection.model_fields)
+    assert Upstream(targets=["http://127.0.0.1:1"]).targets[0].url == "http://127.0.0.1:1"
+
+
+WRONG = """
+from api_gateway import CostHook, GatewayConfig, RequestView, Respond, Route, Upstream
+
+Route(name="users", path=5, upstream="users")
+Upstream(targets=[7])
+Respond("200")
+Route(name="users", path="/api", upstream="users", costt=5)
+
+class Cost:
+    def cost(self, request: RequestView) -> int:
+        return request.cpst
+
+hook: CostHook = Cost()
+"""
+
+
+@pytest.mark.timeout(600)  # mypy reads all that an application imports
+def test_mypy_in_strict_mode_accepts_the_examples_and_finds_mistakes(tmp_path: Path) -> None:
+    for example in EXAMPLES:
+        code = example.read_text()
+        name = re.sub(r"\W", "_", str(example.relative_to(ROOT)))
+        pieces = [code] if example.suffix == ".py" else FENCE.findall(code)
+        for number, piece in enumerate(pieces):
+            (tmp_path / f"{name}_{number}.py").write_text(piece)
+    (tmp_path / "wrong.py").write_text(WRONG)
+    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\nfollow_imports = silent\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", str(tmp_path / "cache"), "."],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+    )
+    errors = [line for line in found.stdout.splitlines() if ": error:" in line]
+    lines = sorted({int(line.split(":")[1]) for line in errors if line.startswith("wrong.py")})
+    assert lines == [4, 5, 6, 7, 11, 13], found.stdout
+    assert not [line for line in errors if not line.startswith("wrong.py")]
+
+
+async def test_two_gateways_and_own_routes_in_one_application(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    users, orders = RawUpstream(reply(b"users")), RawUpstream(reply(b"orders"))
+    for name, value in (("USERS", users.url), ("ORDERS", orders.url), ("EXAMPLE_STATE", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    namespace: dict[str, object] = {"__name__": "two_gateways"}
+    exec((ROOT / "examples" / "embedding" / "two_gateways.py").read_text(), namespace)  # noqa: S102 - our own example
+    app: api_gateway.main.GatewayApp = namespace["app"]  # type: ignore[assignment]  # of the example
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
+        assert (await client.get("/public/api/users")).status_code == 503  # before the lifespan
+        async with app.router.lifespan_context(app):
+            first = await client.get("/public/api/users", headers={"X-Client-ID": "me"})
+            second = await client.get("/partners/api/orders", headers={"X-Client-ID": "me"})
+            assert (first.text, first.headers["x-ratelimit-remaining"]) == ("users", "8")
+            assert (second.text, second.headers["x-ratelimit-limit"]) == ("orders", "1000")
+            assert (await client.get("/hello")).json() == {"hello": "world"}
+            assert (await client.get("/public/health")).status_code == 200
+            assert (await client.get("/partners/api/users")).status_code == 404  # a route of the other gateway
+    users.close()
+    orders.close()
