@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from api_gateway.extensions.loading import ExtensionError, load_extension
@@ -22,11 +23,11 @@ def try_extension(name: str, use: str, options: Mapping[str, Any], seconds: floa
     The process has the environment, the working directory and the import path of this one.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", "api_gateway.extensions.trial"],
+        [sys.executable, "-P", "-m", "api_gateway.extensions.trial"],  # -P: the import path is exactly this one
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
         start_new_session=True,
     )
     given = json.dumps([name, use, dict(options)], default=str).encode()
