@@ -3,17 +3,14 @@
 `Admission.inspect` decides as it does for real requests; what this module adds are the figures.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import unquote
 
 from api_gateway.admin.explain_schema import (
     AddressExplained,
     BucketExplained,
     ClientExplained,
-    ConcurrencyExplained,
-    ExplainedResult,
     ExplainRequest,
     Explanation,
     ExtensionExplained,
@@ -25,8 +22,9 @@ from api_gateway.admin.explain_schema import (
     SlotExplained,
     UpstreamExplained,
 )
+from api_gateway.admin.explained_parts import explained_concurrency, explained_fallback, explained_result
 from api_gateway.clients.api_keys import shown_id
-from api_gateway.errors import GatewayError, InvalidValue, Reason
+from api_gateway.errors import GatewayError, InvalidValue
 from api_gateway.http1.fast_parser import lines_of
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
@@ -37,7 +35,7 @@ from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exc
 from api_gateway.proxy.admission import Admission, ExtensionCall, RequestPlan, Wait
 from api_gateway.proxy.credential_stages import CredentialStage
 from api_gateway.proxy.extension_stages import NO_RESULT, ExtensionIdentityStage
-from api_gateway.proxy.fallback import Fallback, add_failure, applies
+from api_gateway.proxy.fallback import add_failure, applies
 from api_gateway.proxy.header_facts import HeaderReader, RewrittenHeaders
 from api_gateway.proxy.identity_sources import Claim, Proof
 from api_gateway.proxy.limit_stage import DESCRIBED_CLAIM, DESCRIBED_ORGANISATION, RateLimitStage
@@ -45,7 +43,6 @@ from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.stages import IdentityStage
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.breaker_policy import State
-from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.router import Router
 
@@ -186,7 +183,7 @@ class Explainer:
             error = self._refused(route, plan)
         fallback = self._fallback(route, error)
         return Explanation(
-            result=_result_of(error, fallback),
+            result=explained_result(error, fallback),
             address=self._address_view(request),
             client=self._client_view(client, exchange),
             route=None if route is None else self._route_view(route, plan),
@@ -266,7 +263,7 @@ class Explainer:
             if other is not None:
                 add_failure(error, other)
             is_used = other is None
-        return _fallback_view(fallback, is_used=is_used)
+        return explained_fallback(fallback, is_used=is_used)
 
     async def _candidate(self, client: Client, exchange: Exchange) -> BucketExplained | None:
         shadow = self._limits.shadow
@@ -335,7 +332,7 @@ class Explainer:
             unchecked_targets=sum(target.checks.at is None for target in upstream.targets),
             concurrency=None
             if upstream.limit is None
-            else _concurrency_view(upstream.limit, plan.priority, plan.principal),
+            else explained_concurrency(upstream.limit, plan.priority, plan.principal),
         )
 
 
@@ -347,46 +344,6 @@ def _described(request: ExplainRequest) -> dict[bytes, str]:
     """Return what a described token says, as limits count by it."""
     found = {DESCRIBED_CLAIM + path.encode(): value for path, value in request.claims.items()}
     return found if request.organisation is None else {**found, DESCRIBED_ORGANISATION: request.organisation}
-
-
-_OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
-    Reason.RATE_LIMITED: "limited",
-    Reason.CONCURRENCY_EXCEEDED: "limited",
-    Reason.COST_EXCEEDS_CAPACITY: "exceeds_capacity",
-}
-
-
-def _result_of(error: GatewayError | None, fallback: FallbackExplained | None) -> ExplainedResult:
-    if error is None:
-        detail = "Every bucket has enough tokens, and the upstream accepts requests."
-        return ExplainedResult(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=detail)
-    if fallback is not None and fallback.used:
-        detail = f"{error.detail} The fallback '{fallback.name}' responds."
-        reason = error.reason.value
-        return ExplainedResult(
-            outcome="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=detail
-        )
-    return ExplainedResult(
-        outcome=_OUTCOMES.get(error.reason, "refused"),
-        status=error.status,
-        reason=error.reason.value,
-        retry_after_seconds=error.retry_after,
-        detail=error.detail,
-    )
-
-
-def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
-    status = fallback.status if fallback.upstream is None else None
-    return FallbackExplained(name=fallback.name, status=status, used=is_used)
-
-
-def _concurrency_view(limit: ConcurrencyLimit, priority: int, holder: str | None) -> ConcurrencyExplained:
-    return ConcurrencyExplained(
-        limit=round(limit.limit, 1),
-        tier_limit=limit.class_limits[priority],
-        in_flight=limit.in_flight,
-        allowed=not limit.is_full_for(priority, holder),
-    )
 
 
 def _bucket_view(bucket: _Bucket) -> BucketExplained:
