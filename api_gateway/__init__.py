@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from api_gateway.settings.diagnostics import ConfigError
     from api_gateway.settings.extensions import ExtensionSection as Extension
     from api_gateway.settings.routes import RouteSection as Route
-    from api_gateway.settings.upstream_object import Upstream
+    from api_gateway.settings.upstream_object import TypedUpstream as Upstream
     from api_gateway.settings.upstreams import TargetSection as Target
 
 __all__ = [
@@ -78,7 +78,7 @@ _HOMES = {
     "SyncPacingTransport": "pacing.transports:SyncPacingTransport",
     "Target": "settings.upstreams:TargetSection",
     "Tier": "settings.clients:TierSection",
-    "Upstream": "settings.upstream_object:Upstream",
+    "Upstream": "settings.upstream_object:TypedUpstream",
     "create_app": "main:create_app",
     "load_config": "config:load_config",
 }

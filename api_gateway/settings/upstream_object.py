@@ -1,4 +1,4 @@
-"""`Upstream`, the section of an upstream as Python code builds it: type checkers accept URLs as targets.
+"""The section of an upstream as Python code builds it, `api_gateway.Upstream`: type checkers accept URLs as targets.
 
 pydantic declares the arguments by the types of the fields, and a field whose type were a union would have to be
 distinguished wherever it is read.
@@ -20,7 +20,7 @@ from api_gateway.settings.upstreams import (
 )
 
 
-class Upstream(UpstreamSection):
+class TypedUpstream(UpstreamSection):
     """An upstream of a `GatewayConfig`: its targets, as URLs or as `Target`, and how they are used."""
 
     if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import api_gateway
-from api_gateway.settings.upstream_object import Upstream
+from api_gateway.settings.upstream_object import TypedUpstream
 from api_gateway.settings.upstreams import UpstreamSection
 from tests.kit import RawUpstream, reply
 
@@ -43,10 +43,10 @@ def test_a_public_name_imports_only_what_it_needs() -> None:
 
 
 def test_the_arguments_of_an_upstream_are_those_of_its_section() -> None:
-    source = inspect.getsource(sys.modules[Upstream.__module__])
+    source = inspect.getsource(sys.modules[TypedUpstream.__module__])
     declared = re.findall(r"^            (\w+): ", source, re.MULTILINE)
     assert declared == list(UpstreamSection.model_fields)
-    assert Upstream(targets=["http://127.0.0.1:1"]).targets[0].url == "http://127.0.0.1:1"
+    assert TypedUpstream(targets=["http://127.0.0.1:1"]).targets[0].url == "http://127.0.0.1:1"
 
 
 WRONG = """
