@@ -156,11 +156,16 @@ class Decision:
         """Seconds until the same request would be allowed, never too few; None if it is allowed or never would be."""
         if self.wait_ns <= 0:
             return None
+        if self.wait_ns < _EXACT_NS:
+            return self.wait_ns / NANOSECONDS
         whole, rest_ns = divmod(self.wait_ns, NANOSECONDS)
         seconds = self.wait_ns / NANOSECONDS
         return (
             math.nextafter(whole, math.inf) if rest_ns and seconds == whole else seconds
         )  # for waits of months, a double may have lost the nanoseconds
+
+
+_EXACT_NS = 1 << 51  # 26 days; below it, a double of seconds differs for each nanosecond
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class RequestHistory:
     def __init__(self, limits: HistoryLimits, not_kept: Counter[str] | None = None) -> None:
         self._rings = {outcome: FairRing() for outcome in REQUEST_OUTCOMES}
         self._budgets = {outcome: RecordBudget(1, 0) for outcome in REQUEST_OUTCOMES}
-        self._of_successes = self._budgets["success"]
+        self._of_successes, self._of_refusals, self._of_errors = self._budgets.values()
         self.not_kept = Counter(dict.fromkeys(REQUEST_OUTCOMES, 0)) if not_kept is None else not_kept
         self._next = 0.0  # the time of the next record at the earliest
         self.change(limits)
@@ -157,11 +157,13 @@ class RequestHistory:
     def takes(self, exchange: Exchange) -> bool:
         """Tell whether an exchange that has just ended is to be recorded, and count it if not."""
         outcome: RequestOutcome
-        if exchange.reason is None and exchange.status < _SERVER_ERROR:
+        status = exchange.status
+        if exchange.reason is None and status < _SERVER_ERROR:  # `outcome_of`, inlined
             outcome, budget = "success", self._of_successes
+        elif status >= _CLIENT_DISCONNECTED or exchange.source == "upstream":
+            outcome, budget = "error", self._of_errors
         else:
-            outcome = outcome_of(exchange)
-            budget = self._budgets[outcome]
+            outcome, budget = "refusal", self._of_refusals
         client = exchange.client
         if budget.takes(exchange.peer if client is None else client.key, exchange.finished):
             return True

@@ -7,8 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.models import AttemptFailure, Charge, Client, Decision, Exchange, Quota
-from api_gateway.observability.request_history import MAX_SUCCESS_PATH, FairRing, HistoryLimits, RequestHistory
-from api_gateway.observability.request_record import Record
+from api_gateway.observability.request_history import (
+    MAX_SUCCESS_PATH,
+    FairRing,
+    HistoryLimits,
+    RequestHistory,
+    outcome_of,
+)
+from api_gateway.observability.request_record import REQUEST_OUTCOMES, Record
 
 QUOTA = Quota.per_second("FREE", 1, 10)
 LIMITS = HistoryLimits(successes=20, refusals=10, errors=10, max_bytes=1_000_000, max_age=60)
@@ -156,6 +162,18 @@ def test_what_the_budget_has_no_place_for_is_counted_by_its_outcome() -> None:
     assert history.not_kept == {"success": 0, "refusal": 7, "error": 0}
     history.change(HistoryLimits(100, 8, 100, 1_000_000, 60, (10, 1000, 10)))
     assert history.takes(ended(finished=6.5, **refused))
+
+
+@pytest.mark.parametrize("status", [200, 304, 404, 429, 499, 500, 503])
+@pytest.mark.parametrize("reason", [None, "rate_limited", "upstream_reset"])
+@pytest.mark.parametrize("source", ["gateway", "upstream"])
+def test_a_request_uses_the_budget_of_the_outcome_that_its_record_has(
+    status: int, reason: str | None, source: str
+) -> None:
+    history = RequestHistory(HistoryLimits(0, 0, 0, 1_000_000, 60, (0.001, 0.001, 0.001)))
+    exchange = ended(status=status, reason=reason, source=source)
+    assert [history.takes(exchange) for _ in range(2)] == [True, False]
+    assert history.not_kept == {name: int(name == outcome_of(exchange)) for name in REQUEST_OUTCOMES}
 
 
 def test_a_client_that_was_not_identified_is_held_by_its_address() -> None:
