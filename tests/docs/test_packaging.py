@@ -207,6 +207,24 @@ def test_what_is_compiled_exists_and_has_nothing_that_mypyc_cannot_compile() -> 
             assert not several, f"{path}: {kind.name} assigns several names at once"
 
 
+def test_no_test_inherits_from_what_is_compiled() -> None:
+    """An interpreted class cannot: see decision 6. A protocol and a named tuple are ordinary classes."""
+    compiled: set[str] = set()
+    for path in compiled_modules():
+        for one in sources.nodes()[ROOT / path]:
+            if isinstance(one, ast.ClassDef):
+                bases = {ast.unparse(base).partition("[")[0] for base in one.bases}
+                compiled |= set() if bases & {"Protocol", "NamedTuple", "Exception"} else {one.name}
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        imports = [one for one in nodes if isinstance(one, ast.ImportFrom)]
+        named = {name.name for one in imports if (one.module or "").startswith("api_gateway") for name in one.names}
+        for one in nodes:
+            if isinstance(one, ast.ClassDef):
+                bases = {ast.unparse(base).partition("[")[0] for base in one.bases}
+                assert not bases & named & compiled, f"{file.relative_to(ROOT)}: {one.name}"
+
+
 MAPPINGS = ("fields", "names")  # the ends of the names of mappings and sets of bytes
 
 # Expressions with slices that cannot end before their start, and why.

@@ -28,7 +28,7 @@ from api_gateway.metrics import Recorder
 from api_gateway.middleware import EXCHANGE, ExchangeRecords
 from api_gateway.models import Exchange, HeaderList, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan, StageResult
-from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.header_facts import HeaderFacts, HeaderReader
 from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.proxy.stages import (
@@ -36,7 +36,6 @@ from api_gateway.proxy.stages import (
     DeadlineStage,
     FinalRecipientStage,
     IdentityStage,
-    ReadOnlyStage,
     RouteStage,
 )
 from api_gateway.resilience.breaker_policy import BreakerPolicy
@@ -111,13 +110,19 @@ class Stub(httpx.AsyncBaseTransport):
         return httpx.Response(self.status, headers=self.headers, stream=body, extensions=extensions)
 
 
-class Refusing(ReadOnlyStage):
-    """A stage that does what it is told."""
+class Refusing:
+    """A stage that does what it is told. Implements `Stage`, without the base class of stages, which is compiled."""
 
     do: Callable[[], StageResult] = staticmethod(lambda: None)
 
-    def decide(self, plan: RequestPlan) -> StageResult:
+    def decide(self, _plan: RequestPlan) -> StageResult:
         return self.do()
+
+    def inspect(self, _plan: RequestPlan) -> StageResult:
+        return self.do()
+
+    def concerns(self, _facts: HeaderFacts) -> bool:
+        return True
 
 
 class World:
