@@ -168,8 +168,7 @@ class Recorder:
         self.waiting_traces = 0  # exchanges that wait to be exported
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}
-        self.requests_by_client = HeavyHitters()  # by the client's key
-        self.limited_by_client = HeavyHitters()
+        self.requests_by_client, self.limited_by_client = HeavyHitters(), HeavyHitters()  # by the client's key
         self.limited_by_bucket = HeavyHitters()  # by the key of the bucket that refuses longest
         self.bare_by_client = HeavyHitters()  # claims of an id that should have been proved
         self.percentiles = tuple(percentiles)
