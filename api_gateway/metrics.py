@@ -152,10 +152,9 @@ class Recorder:
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         self.quota_warnings: Counter[str] = Counter()  # by the name of the limit
         self.in_flight_by_limit: Counter[str] = Counter()  # requests that hold a slot of a concurrency limit
-        places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
         self.operator_changes: Counter[str] = Counter()  # changes by operators, by action
-        self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
+        self.shed = {name: Counter(dict.fromkeys(tiers, 0)) for name in (*self.upstreams, GATEWAY)}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
         self.parsed_heads: Counter[str] = Counter() if parsed_heads is None else parsed_heads
