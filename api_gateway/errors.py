@@ -4,7 +4,7 @@
     ├── RequestRefused      the request cannot be served: 4xx
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
-    │   ├── CredentialsRequired, CredentialsInvalid, CredentialsInsufficient
+    │   ├── CredentialsRequired, CredentialsInvalid, CredentialsInsufficient, CertificateRequired
     │   ├── NoRoute, MethodNotAllowed
     │   ├── BodyTooLarge, HeadersTooLarge, LengthRequired, RequestTimeout
     │   ├── RateLimited, ConcurrencyExceeded
@@ -67,6 +67,7 @@ class Reason(StrEnum):
     CREDENTIALS_REQUIRED = "credentials_required"
     CREDENTIALS_INVALID = "credentials_invalid"
     CREDENTIALS_INSUFFICIENT = "credentials_insufficient"
+    CERTIFICATE_REQUIRED = "certificate_required"
     BODY_TOO_LARGE = "body_too_large"
     HEADERS_TOO_LARGE = "headers_too_large"
     LENGTH_REQUIRED = "length_required"
@@ -177,6 +178,13 @@ class CredentialsInsufficient(RequestRefused):
 
     status = 403
     reason = Reason.CREDENTIALS_INSUFFICIENT
+
+
+class CertificateRequired(RequestRefused):
+    """The route requires a certificate of the client, and the connection has none."""
+
+    status = 403
+    reason = Reason.CERTIFICATE_REQUIRED
 
 
 class NoRoute(RequestRefused):

@@ -311,6 +311,22 @@ class Trace:
         return b"%b\r\ntracestate: %b" % (line, self.state) if self.state else line
 
 
+@dataclass(frozen=True, slots=True)
+class ClientCertificate:
+    """The verified certificate of a client's connection.
+
+    `names` are its names by kind: `uri`, `dns`, `email`, `common_name`, `subject`. `not_after` is in seconds since the
+    epoch.
+    """
+
+    names: tuple[tuple[str, str], ...]
+    not_after: float
+
+    def first(self, kind: str) -> str | None:
+        """Return the first name of a kind, None if there is none."""
+        return next((name for known, name in self.names if known == kind), None)
+
+
 @dataclass(slots=True)
 class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.

@@ -25,6 +25,7 @@ from api_gateway.observability.selected_lines import sampled, with_fields
 from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
+from api_gateway.proxy.certificate_source import CertificateStage
 from api_gateway.proxy.concurrency_stage import ConcurrencyStage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
 from api_gateway.proxy.cost_settlement import CostSettlement
@@ -71,7 +72,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         recorder=recorder,
         next_number=_next_number(gateway) or (_unnumbered if gateway.config.history.enabled else None),
     )
-    sources = identity_sources(config, gateway.clients.keys, gateway.tokens)
+    sources = identity_sources(config, gateway.clients.keys, gateway.tokens, clocks.wall)
     cors = _cors(gateway)
     headers = _headers(gateway, sources, cors)
     router = _router(gateway, settlement, server_headers)
@@ -229,6 +230,8 @@ def _admission(
         identification = ExtensionIdentityStage(hooks["identify"], identification, gateway.clients, gateway.priorities)
     if any(route.requirement is not None for route in gateway.routes):
         access.append(RequirementStage())
+    if any(route.requires_certificate for route in gateway.routes):
+        access.append(CertificateStage())
     return Admission(
         [
             AmbiguityStage(),

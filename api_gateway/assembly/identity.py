@@ -4,7 +4,9 @@ from api_gateway.clients.api_keys import ApiKey, KnownKey
 from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.key_directory import KeyDirectory
 from api_gateway.config import GatewayConfig
+from api_gateway.models import Clock
 from api_gateway.proxy.api_key_source import ApiKeySource
+from api_gateway.proxy.certificate_source import CertificateSource
 from api_gateway.proxy.identity_sources import CredentialSource, IdentitySources
 from api_gateway.proxy.jwt_source import JwtSource
 
@@ -64,16 +66,22 @@ def claim_notice(config: GatewayConfig) -> str | None:
     )
 
 
-def identity_sources(config: GatewayConfig, keys: KeyDirectory, tokens: JwtSource | None) -> IdentitySources:
+def identity_sources(
+    config: GatewayConfig, keys: KeyDirectory, tokens: JwtSource | None, wall_clock: Clock
+) -> IdentitySources:
     """Return the sources of a configuration, in their order; `tokens` is that of JSON Web Tokens."""
     names = config.identity.sources
     credentials: dict[str, CredentialSource] = {"api_key": ApiKeySource(keys, config.identity.api_key.header)}
     if tokens is not None:
         credentials["jwt"] = tokens
+    certificates = None
+    if "certificate" in names:
+        certificates = credentials["certificate"] = CertificateSource(config.identity.certificate.by, wall_clock)
     place = names.index("header") if "header" in names else len(names)
     return IdentitySources(
         first=tuple(credentials[name] for name in names[:place] if name in credentials),
         behind=tuple(credentials[name] for name in names[place:] if name in credentials),
         accepts_header="header" in names,
         accepts_address="address" in names,
+        connection=certificates,
     )

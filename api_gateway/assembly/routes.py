@@ -61,6 +61,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         addresses=address_rules(section.addresses),
         forward_credentials=section.forward_credentials,
         requirement=None if section.require is None else _requirement(section.require),
+        requires_certificate=section.require_certificate,
         cors=cors if section.cors is None else cors_of(section.cors),
     )
 

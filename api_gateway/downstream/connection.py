@@ -17,6 +17,7 @@ import asyncio
 from typing import Any, ClassVar, Final
 
 from api_gateway.downstream.asgi_scope import ScopeBuilder, peer_of
+from api_gateway.downstream.client_certificate import certificate_of
 from api_gateway.downstream.closing import break_off, close_connection, linger, refuse_request
 from api_gateway.downstream.draining import drain, drain_idle, owes_response
 from api_gateway.downstream.listener_state import ListenerState
@@ -32,6 +33,7 @@ from api_gateway.downstream.timeouts import ConnectionTimeouts
 from api_gateway.errors import GatewayError
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.http1.asgi import (
+    CERTIFICATE,
     SERVER_EXTENSION,
     UNIX_PEER,
     BodyReceiver,
@@ -41,7 +43,7 @@ from api_gateway.http1.asgi import (
 )
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.serializer import render_response_head
-from api_gateway.models import HeaderList
+from api_gateway.models import ClientCertificate, HeaderList
 
 _EXCHANGE_BEGUN: Final = ConnectionEvent.EXCHANGE_BEGUN  # attributes of an enumeration are slow to read
 _EXCHANGE_ENDED: Final = ConnectionEvent.EXCHANGE_ENDED
@@ -72,6 +74,7 @@ class DownstreamConnection:
         "accepts_plain",
         "app",
         "body_left",
+        "certificate",
         "client",
         "discarded",
         "exchange",
@@ -101,6 +104,7 @@ class DownstreamConnection:
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by `connection_made`
         self.client: tuple[str, int] | None = None
         self.scheme = "http"
+        self.certificate: ClientCertificate | None = None
         self.state: ConnectionState = START
         self.accepts_plain = self.is_write_paused = self.is_read_paused = False
         self.last_headers: Any = None  # the header set of the previous request, cached by the fast path
@@ -179,6 +183,9 @@ class DownstreamConnection:
         self.client = client = self.client or peer_of(transport)
         if transport.get_extra_info("sslcontext") is not None:
             self.scheme = "https"
+            self.certificate = certificate_of(transport.get_extra_info("peercert"))
+            if self.certificate is not None:
+                self.scopes.marks[CERTIFICATE] = self.certificate
         peer = client[0] if client and client != UNIX_PEER else ""
         self.slot = slot = self.listener.slots.acquire(peer, self.limits.connections_per_peer)
         self._fast_path = getattr(self.app, "fast_path", None)

@@ -13,6 +13,7 @@ from typing import Any
 from api_gateway.errors import GatewayError, InternalError
 from api_gateway.fastpath.exchange_life import ExchangeLife
 from api_gateway.http1.asgi import (
+    CERTIFICATE,
     FIELDS,
     SERVER_EXTENSION,
     BodyReceiver,
@@ -27,7 +28,7 @@ from api_gateway.http1.asgi import (
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import BODILESS, Fields, forwardable_trailers, framing
 from api_gateway.http1.request_head import RequestHead
-from api_gateway.models import Exchange, HeaderList
+from api_gateway.models import ClientCertificate, Exchange, HeaderList
 from api_gateway.proxy.exchange import DONE
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.header_facts import RewrittenHeaders
@@ -54,6 +55,7 @@ class AsgiDownstream:
         self.loop = asyncio.get_running_loop()
         self.client: tuple[str, int] | None = scope.get("client")
         self.scheme: str = scope["scheme"]
+        self.certificate: ClientCertificate | None = scope.get(CERTIFICATE)
         self.is_write_paused = False
         self._extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
         has_extension = self._extension is not None

@@ -4,7 +4,7 @@ import asyncio
 from typing import Protocol
 
 from api_gateway.http1.asgi import BodyReceiver, DownstreamAbilities, InFlight
-from api_gateway.models import HeaderList
+from api_gateway.models import ClientCertificate, HeaderList
 from api_gateway.proxy.header_facts import RewrittenHeaders
 
 
@@ -28,6 +28,7 @@ class Downstream(Protocol):
     loop: asyncio.AbstractEventLoop
     client: tuple[str, int] | None
     scheme: str
+    certificate: ClientCertificate | None
     limits: HeaderLimits
     is_write_paused: bool
     last_headers: RewrittenHeaders | None  # of the previous plain request

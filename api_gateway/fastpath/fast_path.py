@@ -122,7 +122,7 @@ class FastPath(ExchangeContext):
         trace: Trace | None = None
         if self.tracer is not None:
             head.headers, trace = self.tracer.begin_parsed(head.headers)
-        headers = self.headers.read_head(_peer_of(client), client.scheme, head)
+        headers = self._read_head(client, head)
         if mixes_trailers and headers.facts.ambiguity is None:
             headers.facts.require_length(TRAILERS_MIXED)
         plan = self.admission.plan(headers.facts, head.method, path, head.target, self.clock_ns())
@@ -166,7 +166,16 @@ class FastPath(ExchangeContext):
         headers = self.headers.read_lines(
             _peer_of(client), client.scheme, lines, client.limits.header_lines, client.last_headers
         )
+        if client.certificate is not None and headers is not None:
+            headers = self.headers.certified(headers, client.certificate)
         client.last_headers = headers if len(lines) <= MAX_REMEMBERED_BYTES else None
+        return headers
+
+    def _read_head(self, client: Downstream, head: RequestHead) -> RewrittenHeaders:
+        """Return the meaning of the header fields of a head that the general parser has read."""
+        headers = self.headers.read_head(_peer_of(client), client.scheme, head)
+        if client.certificate is not None:
+            self.headers.certify(headers.facts, client.certificate)
         return headers
 
     def _refuse(self, client: Downstream, plan: RequestPlan, error: GatewayError | DirectResponse) -> None:

@@ -21,6 +21,8 @@ SERVER_EXTENSION = "gateway.link"  # the request's `ServerExtension`
 ADMIN = "gateway.admin"  # present if the request arrived through the operators' listener
 RELAYED = "gateway.relayed"  # present if a load balancer has begun the connection with a PROXY protocol header
 
+CERTIFICATE = "gateway.certificate"  # the `ClientCertificate` of the connection, present if there is one
+
 UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket
 
 

@@ -37,7 +37,7 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.via import Via
-from api_gateway.models import Charge, Client, CorsFields, HeaderList
+from api_gateway.models import Charge, Client, ClientCertificate, CorsFields, HeaderList
 from api_gateway.proxy.cors import INSPECTED, Preflight, origin_of, preflight_of
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, Claim, IdentitySources, Proof
 from api_gateway.proxy.request_id import given_request_id
@@ -74,6 +74,7 @@ class HeaderFacts:
         "added",
         "admission",
         "ambiguity",
+        "certificate",
         "charged",
         "charges",
         "claim",
@@ -163,6 +164,7 @@ class HeaderFacts:
         self.credentials: HeaderList = []
         self.forged: HeaderList = []
         self.proof: Proof | None = None
+        self.certificate: ClientCertificate | None = None  # of the connection
         self.keyed: Mapping[bytes, str] = NONE_KEYED
         self.charged = NONE_CHARGED
         self.selecting: FieldValues = NO_FIELDS
@@ -255,6 +257,7 @@ class HeaderReader:
         self._anonymous = lru_cache(maxsize=MAX_REMEMBERED)(self._read_plain)
         self._named = lru_cache(maxsize=MAX_NAMED)(self._with_id)
         self._claimed = lru_cache(maxsize=MAX_REMEMBERED)(self._read_claimed)
+        self._certified = lru_cache(maxsize=MAX_REMEMBERED)(self._with_certificate)
         self._first = lru_cache(maxsize=MAX_FIRST)(self._read_anew)
 
     def __repr__(self) -> str:
@@ -363,6 +366,25 @@ class HeaderReader:
         kept = [pair for pair in headers if pair[0].lower() not in dropped]
         sent = lines_of([*kept, *added, self.via.field(head.version)])
         return RewrittenHeaders(lines_of(headers), facts, sent)
+
+    def certified(self, headers: RewrittenHeaders, certificate: ClientCertificate) -> RewrittenHeaders:
+        """Return what the header lines of a plain head mean on a connection with a certificate."""
+        return RewrittenHeaders(headers.received, self._certified(headers.facts, certificate), headers.sent)
+
+    def certify(self, facts: HeaderFacts, certificate: ClientCertificate) -> None:
+        """Complete the facts of a request by the certificate of its connection."""
+        facts.certificate = certificate
+        facts.claim, facts.further = self._sources.with_certificate(
+            facts.claim, facts.further, certificate, has_name=facts.name is not None
+        )
+
+    def _with_certificate(self, facts: HeaderFacts, certificate: ClientCertificate) -> HeaderFacts:
+        """Return the facts of header lines, which connections with and without certificates share, with one."""
+        other = facts.copy()
+        other.name, other.name_error = facts.name, facts.name_error
+        other.claim, other.further, other.credentials = facts.claim, facts.further, facts.credentials
+        self.certify(other, certificate)
+        return other
 
     def _rewriting(
         self, facts: HeaderFacts, fields: Fields, peer: str, scheme: str

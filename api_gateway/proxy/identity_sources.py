@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from api_gateway.errors import GatewayError
 from api_gateway.http1.headers import Fields
-from api_gateway.models import HeaderList
+from api_gateway.models import ClientCertificate, HeaderList
 from api_gateway.proxy.route_table import Route
 
 NO_EXPIRY = 1 << 63  # of a proof that does not expire, in nanoseconds
@@ -129,6 +129,14 @@ class CredentialSource(Protocol):
         ...
 
 
+class ConnectionSource(CredentialSource, Protocol):
+    """A source whose credential belongs to the connection."""
+
+    def claim_of(self, certificate: ClientCertificate) -> Claim | None:
+        """Return the claim of the certificate of a connection; None if it has no name that is an id."""
+        ...
+
+
 @runtime_checkable
 class KeySource(Protocol):
     """A source whose credentials operators know by an id."""
@@ -150,6 +158,7 @@ class IdentitySources:
     behind: tuple[CredentialSource, ...] = ()  # behind it: they apply only to requests without an id
     accepts_header: bool = True
     accepts_address: bool = True
+    connection: ConnectionSource | None = None  # also one of `first` or `behind`
 
     @property
     def credentials(self) -> tuple[CredentialSource, ...]:
@@ -175,6 +184,19 @@ class IdentitySources:
         """Return the claim that decides, None if none does, and all other claims of these sources."""
         found = [claim for source in self.credentials if (claim := source.claim(fields)) is not None]
         if not found or (has_name and self.accepts_header and found[0].source in self.behind):
+            return None, tuple(found)
+        return found[0], tuple(found[1:])
+
+    def with_certificate(
+        self, claim: Claim | None, further: tuple[Claim, ...], certificate: ClientCertificate, *, has_name: bool
+    ) -> tuple[Claim | None, tuple[Claim, ...]]:
+        """Return `claims` for a request whose header fields have these, on a connection with this certificate."""
+        own = None if self.connection is None else self.connection.claim_of(certificate)
+        if own is None:
+            return claim, further
+        places, known = self.credentials, further if claim is None else (claim, *further)
+        found = sorted((*known, own), key=lambda one: places.index(one.source))
+        if has_name and self.accepts_header and found[0].source in self.behind:
             return None, tuple(found)
         return found[0], tuple(found[1:])
 

@@ -83,6 +83,7 @@ class Route:
     url_rewriter: UrlRewriter | None = None
     forward_credentials: bool = False
     requirement: Requirement | None = None
+    requires_certificate: bool = False  # of the connection of a request
     cors: CorsPolicy | None = None
     addresses: AddressRules | None = None
 

@@ -9,7 +9,7 @@ from api_gateway.settings.jwt import JwtSection
 from api_gateway.settings.setting_types import OWN_HEADER, Duration, Section
 
 _WrittenMode = Literal["enforce", "observe", "header"]
-SourceName = Literal["api_key", "jwt", "header", "address"]
+SourceName = Literal["api_key", "jwt", "certificate", "header", "address"]
 
 
 def _in_order(sources: Sequence[str]) -> Sequence[str]:
@@ -41,6 +41,15 @@ class ApiKeySection(Section):
     )
 
 
+class CertificateIdentitySection(Section):
+    """How certificates of clients identify them."""
+
+    by: Literal["common_name", "subject", "uri", "dns", "email"] = Field(
+        default="common_name",
+        description="The client id: of the subject, or the first alternative name of this kind.",
+    )
+
+
 class IdentitySection(Section):
     """How clients are identified: by the first source that applies to a request."""
 
@@ -58,3 +67,4 @@ class IdentitySection(Section):
         )
     )
     jwt: JwtSection = JwtSection()
+    certificate: CertificateIdentitySection = CertificateIdentitySection()

@@ -113,4 +113,7 @@ class RouteSection(Section):
     require: RequireSection | None = Field(
         default=None, description="Scopes and claims that a request's token must have."
     )
+    require_certificate: bool = Field(
+        default=False, description="Whether the connection must have a certificate of the client."
+    )
     cors: CorsSection | None = Field(default=None, description="Instead of the setting for all routes.")

@@ -126,6 +126,7 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
             yield Finding((*key_path, "tls"), "has no effect without an https target")
         if name not in used:
             yield Finding(key_path, "no route uses this upstream")
+    yield from _certificate_warnings(config)
     if config.identity.jwt.issuers and "jwt" not in config.identity.sources:
         yield Finding(("identity", "jwt", "issuers"), "has no effect, as identity.sources does not name jwt")
     for index, route in enumerate(config.routes):
@@ -133,6 +134,20 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
             rule: KeyPath = ("routes", str(index), "costs", str(number))
             message = f"is never applied: costs[{other}] before it matches all of its requests"
             yield _of_route(route, rule, message)
+
+
+def _certificate_warnings(config: ConfigSections) -> Iterator[Finding]:
+    """Yield what needs certificates of clients if there can be none, at least on the gateway's own server."""
+    tls = config.server.tls
+    if tls is not None and tls.client_certificates is not None:
+        return
+    missing = "server.tls.client_certificates names no authority of clients"
+    if "certificate" in config.identity.sources:
+        yield Finding(("identity", "sources"), f"certificate has no effect: {missing}")
+    for index, route in enumerate(config.routes):
+        if route.require_certificate:
+            message = f"refuses all requests: {missing}"
+            yield _of_route(route, ("routes", str(index), "require_certificate"), message)
 
 
 def _store_findings(config: ConfigSections) -> Iterator[Finding]:

@@ -61,6 +61,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     errors.CredentialsRequired: (401, "credentials_required"),
     errors.CredentialsInvalid: (401, "credentials_invalid"),
     errors.CredentialsInsufficient: (403, "credentials_insufficient"),
+    errors.CertificateRequired: (403, "certificate_required"),
     errors.AddressDenied: (403, "address_denied"),
     errors.BodyTooLarge: (413, "body_too_large"),
     HeadersTooLarge: (431, "headers_too_large"),

@@ -28,7 +28,7 @@ from api_gateway.http1.request_head import RequestHead
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import ExchangeRecords
-from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange, Outcome, Quota
+from api_gateway.models import NANOSECONDS, Charge, ClientCertificate, Decision, Exchange, Outcome, Quota
 from api_gateway.proxy import exchange as states
 from api_gateway.proxy.admission import Admission
 from api_gateway.proxy.cost_settlement import CostSettlement
@@ -236,6 +236,7 @@ class FakeDownstream:
         self.transport: Any = FakeTransport()
         self.client: tuple[str, int] | None = ("127.0.0.1", 1)
         self.scheme = "http"
+        self.certificate: ClientCertificate | None = None
         self.limits: Any = SimpleNamespace(header_bytes=60_000, header_lines=100)
         self.is_write_paused = False
         self.last_headers: RewrittenHeaders | None = None
