@@ -12,7 +12,6 @@ from api_gateway.models import NANOSECONDS, ClientCertificate, Clock
 from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import Claim, Proof, Verification
-from api_gateway.proxy.stages import ReadOnlyStage
 
 _CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _NO_FIELDS = frozenset[bytes]()
@@ -58,8 +57,8 @@ class CertificateSource:
         return Proof(claim, name, expires_ns=now_ns + int(left * NANOSECONDS))
 
 
-class CertificateStage(ReadOnlyStage):
-    """Refuses requests without a certificate to routes that require one."""
+class CertificateStage:
+    """Refuses requests without a certificate to routes that require one. It charges nothing."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse the request, or go on."""
@@ -67,6 +66,10 @@ class CertificateStage(ReadOnlyStage):
         if route is None or not route.requires_certificate or plan.facts.certificate is not None:
             return None
         return CertificateRequired(f"The route '{route.name}' requires a certificate of the client, by TLS.")
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """See `Stage`."""
+        return self.decide(plan)
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`."""
