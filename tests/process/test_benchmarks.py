@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from api_gateway.config import from_values
-from benchmarks import api_keys, limiter, many_clients, memory, over_admission, overload, scale, segments
+from benchmarks import api_keys, limiter, many_clients, memory, over_admission, overload, scale, segments, tls
 from benchmarks.cases import BALANCED, CORS, FALLBACK, LIMITED, LOG, TIMEOUT, TITLES, TLS, needs_of
 from benchmarks.compare import main
 from benchmarks.flood import flood
@@ -668,3 +668,13 @@ def test_tracing_prints_the_cost_of_each_ratio() -> None:
     found = {line[:45].strip(): float(line[45:].split()[0]) for line in rows}
     assert len(found) == 8
     assert found["no trace context: 100 %"] > found["no trace context: off"] > 0
+
+
+def test_the_benchmark_of_tls_measures_this_gateway_with_and_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tls, "PROXIES", {title: tls.PROXIES[title] for title in ("gateway", tls.PLAIN)})
+    assert tls.main(["--seconds", "0.05", "--rounds", "1"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| new", "| resumed", "| req"))]
+    assert len(rows) == 5
+    assert all(cell.strip().isdigit() for cell in rows[-1].split("|")[2:-1])
