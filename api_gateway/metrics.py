@@ -127,7 +127,7 @@ class Recorder:
         """
         tiers = tuple(tiers)
         self.started = now
-        self.in_flight = 0
+        self.in_flight = self.waiting_traces = 0  # requests, and exchanges that wait to be exported
         self.routes = {name: WindowedSeries() for name in (*routes, NO_ROUTE)}
         self.upstreams = {name: WindowedSeries() for name in upstreams}
         self.requests: Counter[tuple[str, str, int, str, str]] = Counter()  # route, method, status, source, tier
@@ -164,7 +164,6 @@ class Recorder:
         self.tls_failures: Counter[str] = Counter()  # handshakes by reason
         self.tls_reloads: Counter[str] = Counter()  # of certificates, by result
         self.requests_not_kept: Counter[str] = Counter(dict.fromkeys(REQUEST_OUTCOMES, 0))  # for lack of a place
-        self.waiting_traces = 0  # exchanges that wait to be exported
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}
         self.requests_by_client, self.limited_by_client = HeavyHitters(), HeavyHitters()  # by the client's key

@@ -1,7 +1,7 @@
 """Builds the data plane of a gateway: the fast path, its ASGI application, and the explainer of both."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.extensions import Hooks, hooks_by_name
@@ -228,10 +228,7 @@ def _admission(
     )
     if hooks["identify"]:
         identification = ExtensionIdentityStage(hooks["identify"], identification, gateway.clients, gateway.priorities)
-    if any(route.requirement is not None for route in gateway.routes):
-        access.append(RequirementStage())
-    if any(route.requires_certificate for route in gateway.routes):
-        access.append(CertificateStage())
+    access += _requirements(gateway)
     return Admission(
         [
             AmbiguityStage(),
@@ -255,6 +252,14 @@ def _admission(
             *([ExtensionRequestStage(hooks["on_request"])] if hooks["on_request"] else []),
         ]
     )
+
+
+def _requirements(gateway: Gateway) -> Iterator[Stage]:
+    """Yield the stages for what routes require of a request besides its identity, if any does."""
+    if any(route.requirement is not None for route in gateway.routes):
+        yield RequirementStage()
+    if any(route.requires_certificate for route in gateway.routes):
+        yield CertificateStage()
 
 
 def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozenset[bytes]) -> Router:
