@@ -9,12 +9,16 @@ import threading
 from collections.abc import Sequence
 from importlib import import_module
 
+from api_gateway.process.start_options import add_start_options
 from api_gateway.system.build import version_line
 from api_gateway.system.held_signals import block_signals
 
 _VIEWS = "api_gateway.process.view_commands", "run_view"
 # Module and function of each command, and whether the function gets the command's name, too.
 COMMANDS = {
+    "config": ("api_gateway.process.config_command", "run_config", False),
+    "doctor": ("api_gateway.doctor.options", "run_doctor", False),
+    "init": ("api_gateway.process.init_command", "run_init", False),
     "keys": ("api_gateway.process.key_commands", "run_keys", False),
     "replay": ("api_gateway.replay.options", "run_replay", False),
     "schema": ("api_gateway.process.schema_command", "run_schema", False),
@@ -66,16 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         metavar="COMMAND",
-        help="version: what is installed; schema: the JSON Schema of configuration files; keys: manage API keys;"
-        " replay: try limits on an access log; of a running gateway: top, a live screen; tail, its requests; explain,"
-        " a request; clients, breakers, limits. See --help of each",
+        help="version: what is installed; init: write a first configuration file; config: show, compare and check the"
+        " configuration; doctor: try what a start needs; schema: the JSON Schema of configuration files; keys: manage"
+        " API keys; replay: try limits on an access log; of a running gateway: top, a live screen; tail, its requests;"
+        " explain, a request; clients, breakers, limits. See --help of each",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML or TOML file (default: $GATEWAY_CONFIG, or none)")
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one (default: 8000)")
-    parser.add_argument("--workers", type=int, help="worker processes (default: 1)")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="(default: info)")
-    parser.add_argument("--no-access-log", action="store_true", help="do not write a line for each proxied request")
+    add_start_options(parser)
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     parser.add_argument("--watch", action="store_true", help="reload the configuration when one of its files changes")
     parser.add_argument("--version", action="version", version=version_line())

@@ -19,6 +19,7 @@ from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, ClientSection, TierSection
 from api_gateway.settings.cors import CorsSection
+from api_gateway.settings.deprecations import DEPRECATED, renamed, renamed_file
 from api_gateway.settings.diagnostics import (
     NO_FILE,
     ConfigError,
@@ -26,6 +27,7 @@ from api_gateway.settings.diagnostics import (
     Sources,
     describe_errors,
     path_of_error,
+    path_text,
     without_passwords,
 )
 from api_gateway.settings.environment import (
@@ -258,15 +260,21 @@ def read_config(
         file = NO_FILE if chosen is None else read_settings(chosen, _exact_variables(), TEAM_SECTIONS)
     except ConfigError as error:  # without the file, the rest cannot be checked
         raise ConfigError([*error.problems, *problems]) from None
+    file, deprecated, contradictions = renamed_file(file, DEPRECATED)
+    current = renamed(environment, DEPRECATED)
     given = {name: text for name, text in variables.items() if text is not None}
     settings = {name: text for name, text in given.items() if is_setting(name, ENV_PREFIX, GatewayConfig)}
     sources = Sources(overrides or {}, ENV_PREFIX, settings, file)
     # A warning and not an error: platforms set such variables on their own.
     for line in ignored_variables(given, ENV_PREFIX, GatewayConfig, besides={CONFIG_VARIABLE}):
         warn(f"environment: {line}")
-    read = _Read(file.path, (environment, file.values))
-    merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, environment, sources.overrides)])
-    found = [*file.problems, *problems, *_emptiness(merged, sources)]
+    deprecated += [f"{sources.origin(place)}{path_text(place)}: {message}" for place, message in current.warnings]
+    for line in deprecated:
+        warn(line)
+    read = _Read(file.path, (current.values, file.values))
+    merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, current.values, sources.overrides)])
+    contradictions += [f"{sources.origin(place)}{path_text(place)}: {message}" for place, message in current.errors]
+    found = [*file.problems, *problems, *contradictions, *_emptiness(merged, sources)]
     exposed: dict[Path, int] = {}
     with noting_exposed(exposed):
         config, errors = _validated(sources.overrides, read)

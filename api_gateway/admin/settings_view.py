@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, SecretStr
 
@@ -17,18 +18,44 @@ _ABSENT = object()
 
 def settings_of(config: GatewayConfig, *, with_defaults: bool) -> list[SettingInForce]:
     """Return the settings that were set, or all, in the order of the sections. Takes 10 µs for each."""
-    return list(_walk((), config, _ABSENT, config.origins, with_defaults=with_defaults))
+    return list(_walk((), config, _ABSENT, _Origins.of(config.origins), with_defaults=with_defaults))
+
+
+@dataclass(frozen=True, slots=True)
+class _Origins:
+    """Where settings were set, by place in lower case; `sections` are places with others inside."""
+
+    places: Mapping[KeyPath, str]
+    sections: frozenset[KeyPath]
+
+    @classmethod
+    def of(cls, places: Mapping[KeyPath, str]) -> Self:
+        return cls(places, frozenset(place[:length] for place in places for length in range(1, len(place))))
+
+    def of_setting(self, place: KeyPath, *, is_default: bool) -> str | None:
+        """Return where a value was set: at its place, or around it by a variable or as a shorthand."""
+        lowered = tuple(map(str.lower, place))
+        exact = self.places.get(lowered)
+        if exact is not None:
+            return exact
+        for length in range(len(lowered) - 1, 0, -1):
+            origin = self.places.get(lowered[:length])
+            is_whole = origin is not None and lowered[:length] not in self.sections
+            if origin is not None and (origin.startswith("environment ") or (is_whole and not is_default)):
+                return origin
+        return None
 
 
 def _walk(
-    place: KeyPath, value: Any, default: Any, origins: Mapping[KeyPath, str], *, with_defaults: bool
+    place: KeyPath, value: Any, default: Any, origins: "_Origins", *, with_defaults: bool
 ) -> Iterator[SettingInForce]:
     items = _items(value)
     if items:
         for name, (inner, its_default) in items.items():
             yield from _walk((*place, name), inner, its_default, origins, with_defaults=with_defaults)
         return
-    origin, is_default = _origin(place, origins), value == default
+    is_default = value == default
+    origin = origins.of_setting(place, is_default=is_default)
     if not with_defaults and is_default and origin is None:
         return
     is_secret = isinstance(value, SecretStr)
@@ -49,16 +76,6 @@ def _items(value: Any) -> Mapping[str, tuple[Any, Any]]:
     if isinstance(value, list | tuple) and any(isinstance(item, BaseModel) for item in value):
         return {str(index): (inner, _ABSENT) for index, inner in enumerate(value)}
     return {}
-
-
-def _origin(place: KeyPath, origins: Mapping[KeyPath, str]) -> str | None:
-    """Return where the value was set: at this place, or with a whole section around it by a variable."""
-    lowered = tuple(map(str.lower, place))
-    exact = origins.get(lowered)
-    if exact is not None:
-        return exact
-    around = (origins.get(lowered[:length]) for length in range(len(lowered) - 1, 0, -1))
-    return next((origin for origin in around if origin is not None and origin.startswith("environment ")), None)
 
 
 def _shown(value: Any) -> Any:

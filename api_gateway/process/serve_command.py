@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 from api_gateway.assembly.identity import claim_notice
 from api_gateway.assembly.stores import client_store, state_folder
@@ -16,6 +15,7 @@ from api_gateway.process.config_watch import ConfigSource
 from api_gateway.process.message_log import configure_logging
 from api_gateway.process.server import GatewayServer
 from api_gateway.process.start_check import file_errors, key_warnings, startup_errors, startup_warnings
+from api_gateway.process.start_options import overrides_of
 from api_gateway.process.supervisor import Supervisor
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import Finding, access_warnings, find_warnings
@@ -33,7 +33,7 @@ def run_gateway(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    source = ConfigSource(options.config, _overrides(options))
+    source = ConfigSource(options.config, overrides_of(options))
     try:
         loaded = source.load()
     except ConfigError as error:
@@ -91,15 +91,6 @@ def _serve(config: GatewayConfig, source: ConfigSource, *, is_watched: bool) -> 
     server = GatewayServer(config, read=source, is_watched=is_watched, manager=manager)
     server.run()
     return server.exit_code if server.started else STARTUP_FAILED
-
-
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of the command line, nested like the configuration."""
-    server = {key: getattr(options, key) for key in ("host", "port", "workers") if getattr(options, key) is not None}
-    log: dict[str, Any] = {"level": options.log_level} if options.log_level else {}
-    if options.no_access_log:
-        log["access"] = False
-    return {key: section for key, section in (("server", server), ("log", log)) if section}
 
 
 def _summary(config: GatewayConfig) -> str:

@@ -20,15 +20,17 @@ def _use(use: str) -> str:
 class ExtensionHookSection(Section):
     """How one hook is called; null: as the other hooks of the extension."""
 
-    budget: Seconds | None = None
-    on_error: FailurePolicy | None = None
-    on_timeout: FailurePolicy | None = None
+    budget: Seconds | None = Field(default=None, description="Seconds for each call.")
+    on_error: FailurePolicy | None = Field(default=None, description="What follows a failure.")
+    on_timeout: FailurePolicy | None = Field(
+        default=None, description="What follows if a coroutine exceeds its budget."
+    )
 
 
 class ExtensionSection(Section):
     """An extension. Extensions are called in the order of their list, for responses in the reverse order."""
 
-    name: Identifier
+    name: Identifier = Field(description="The name in messages and metrics.")
     use: Annotated[str, Field(max_length=4096), AfterValidator(_use)] = Field(
         description="The factory: module:object, path/to/file.py:object, or the name of an entry point."
     )

@@ -5,11 +5,12 @@ quotes and `${VARIABLE}`. Rules between settings are the loader's alone.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
+from api_gateway.settings.deprecations import ANY_PART, DEPRECATED, Deprecation
 from api_gateway.settings.quantities import NUMBER_TEXT
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -25,12 +26,42 @@ _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", 
 _LISTS, _TABLES = ("anyOf", "oneOf", "allOf"), ("properties", "patternProperties", "$defs")
 
 
-def file_schema(model: type[BaseModel], title: str) -> JsonSchema:
-    """Return the schema of a file with the settings of `model`."""
+def file_schema(model: type[BaseModel], title: str, deprecations: Sequence[Deprecation] = DEPRECATED) -> JsonSchema:
+    """Return the schema of a file with the settings of `model`, and with deprecated keys, which are marked."""
     whole = model.model_json_schema()
+    for one in deprecations:
+        if one.new is not None:
+            _add_deprecated(whole, one, one.new)
     for node in list(_nodes(whole)):
         _complete(node)
     return {"$schema": DIALECT, **whole, "title": title}
+
+
+def _add_deprecated(whole: JsonSchema, one: Deprecation, new: str) -> None:
+    """Add a deprecated key beside the new one, in the section that it is in."""
+    section = whole
+    for part in one.old[:-1]:
+        inner = section["properties"].get(part) if part != ANY_PART else _entries(section)
+        section = _section(whole, inner)
+    old = dict(section["properties"][new], deprecated=True)
+    section["properties"][one.old[-1]] = old | {"description": f"Deprecated since {one.since}: write {new}."}
+    if new in section.get("required", ()):
+        section["required"] = [name for name in section["required"] if name != new]
+
+
+def _entries(section: JsonSchema) -> JsonSchema:
+    """Return the schema of the entries of a list or mapping."""
+    patterns = list(section.get("patternProperties", {}).values())
+    found: JsonSchema = section["items"] if "items" in section else [*patterns, section.get("additionalProperties")][0]
+    return found
+
+
+def _section(whole: JsonSchema, node: JsonSchema) -> JsonSchema:
+    """Return the section or collection that a schema is, or refers to."""
+    if "$ref" in node:
+        return _section(whole, whole["$defs"][node["$ref"].rpartition("/")[2]])
+    options = [one for one in node.get("anyOf", ()) if one.get("type") != "null"]
+    return _section(whole, options[0]) if options else node
 
 
 def _nodes(node: JsonSchema) -> Iterator[JsonSchema]:

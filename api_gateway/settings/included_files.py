@@ -1,7 +1,8 @@
 """The files of a configuration: the main one, in YAML or TOML, and those that it includes.
 
 An included file belongs to a team. It may only have the sections of `shared`, whose entries have names, and its limits
-are for routes of its own. The entries of all files are put together; a name that is used twice is an error.
+are for routes of its own. It uses no variables: with them a team could have the gateway's secrets sent to itself, in
+the body of a fallback for instance. The entries of all files are put together; a name that is used twice is an error.
 """
 
 import glob
@@ -39,7 +40,7 @@ def read_settings(path: Path, variables: Mapping[str, str], shared: Collection[s
         for one in found:
             note_file(one)
             try:
-                merged.add(_read(one, variables))
+                merged.add(_read(one, None))
             except ConfigError as error:
                 unreadable += error.problems
     if unreadable:
@@ -52,7 +53,7 @@ def matching_files(pattern: Path) -> list[Path]:
     return [path for path in map(Path, sorted(glob.glob(str(pattern), recursive=True))) if path.is_file()]  # noqa: PTH207 - the pattern may be absolute
 
 
-def _read(path: Path, variables: Mapping[str, str]) -> SettingsFile:
+def _read(path: Path, variables: Mapping[str, str] | None) -> SettingsFile:
     """Read one file and replace its variables."""
     read = read_toml(path) if path.suffix.lower() == ".toml" else read_yaml(path)
     found = expanded(read.values, variables)

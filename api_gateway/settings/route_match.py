@@ -1,11 +1,11 @@
 """Sections on what a request must have besides host, path and method to be matched by a route."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from api_gateway.http1.headers import COST, FORWARDING, HOP_BY_HOP, PROTECTED, REQUEST_TIMEOUT
-from api_gateway.settings.setting_types import HEADER_NAME, Section
+from api_gateway.settings.setting_types import HEADER_NAME, Section, Shorthand
 
 _MOST_HYPHENS = 8  # of a name: the gateway removes its spellings with underscores, which double with each
 _UNREADABLE = (
@@ -30,8 +30,10 @@ def _condition_field(name: str) -> str:
 class ValueSection(Section):
     """What the value of a header field or query parameter must be. A text alone is the same as `exact`."""
 
-    exact: str | None = Field(default=None, max_length=1_024)
-    prefix: str | None = Field(default=None, min_length=1, max_length=1_024)
+    shorthand: ClassVar[Shorthand | None] = Shorthand(lambda text: {"exact": text}, {"type": "string"}, "some text")
+
+    exact: str | None = Field(default=None, max_length=1_024, description="The whole value.")
+    prefix: str | None = Field(default=None, min_length=1, max_length=1_024, description="Its beginning.")
     present: Literal[True] | None = Field(default=None, description="Any value, also an empty one.")
 
     @model_validator(mode="after")
@@ -45,11 +47,6 @@ class ValueSection(Section):
         return self
 
 
-def _of_text(given: Any) -> Any:
-    return {"exact": given} if isinstance(given, str) else given
-
-
-_Value = Annotated[ValueSection, BeforeValidator(_of_text)]
 _FieldName = Annotated[str, Field(pattern=HEADER_NAME), AfterValidator(_condition_field)]
 _ParameterName = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -60,5 +57,7 @@ class MatchSection(Section):
     path: Literal["prefix", "exact", "template"] = Field(
         default="prefix", description="prefix: of whole segments; template: {name} stands for one segment."
     )
-    headers: dict[_FieldName, _Value] = Field(default={}, description="By name; all must hold.")
-    query: dict[_ParameterName, _Value] = Field(default={}, description="By name of the parameter; all must hold.")
+    headers: dict[_FieldName, ValueSection] = Field(default={}, description="By name; all must hold.")
+    query: dict[_ParameterName, ValueSection] = Field(
+        default={}, description="By name of the parameter; all must hold."
+    )

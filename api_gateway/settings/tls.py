@@ -39,11 +39,11 @@ class ServerTlsSection(Section):
     reject_unknown_names: bool = Field(
         default=False, description="Refuse connections for names that no certificate has, and without a name."
     )
-    minimum_version: Literal["1.2", "1.3"] = "1.2"
+    minimum_version: Literal["1.2", "1.3"] = Field(default="1.2", description="The oldest version of TLS.")
     ciphers: str | None = Field(
         default=None, pattern=CIPHERS, description="Cipher suites of TLS 1.2 as for OpenSSL. None: those of Python."
     )
-    handshake_timeout: Seconds = 10
+    handshake_timeout: Seconds = Field(default=10, description="The longest time of a handshake.")
     max_handshakes: int = Field(
         default=1000, ge=2, le=1_000_000, description="In progress, per worker, in fair shares of the addresses."
     )

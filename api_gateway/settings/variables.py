@@ -23,14 +23,17 @@ class Expansion:
     problems: dict[KeyPath, str] = field(default_factory=dict)
 
 
-def expanded(values: Mapping[str, Any], variables: Mapping[str, str]) -> Expansion:
-    """Return the values with variables replaced; a text with a problem stays as it is."""
+def expanded(values: Mapping[str, Any], variables: Mapping[str, str] | None) -> Expansion:
+    """Return the values with variables replaced; a text with a problem stays as it is.
+
+    None: the file may not use variables, which can be secrets of the gateway.
+    """
     found = Expansion({})
     found.values.update(_expanded(dict(values), (), variables, found))
     return found
 
 
-def _expanded(value: Any, place: KeyPath, variables: Mapping[str, str], found: Expansion) -> Any:
+def _expanded(value: Any, place: KeyPath, variables: Mapping[str, str] | None, found: Expansion) -> Any:
     if isinstance(value, Mapping):
         return {key: _expanded(inner, (*place, str(key)), variables, found) for key, inner in value.items()}
     if isinstance(value, list):
@@ -44,15 +47,17 @@ def _expanded(value: Any, place: KeyPath, variables: Mapping[str, str], found: E
     names = [one["name"] for one in _REFERENCE.finditer(value) if one["name"]]
     if names:
         found.variables[place] = ", ".join(f"${{{name}}}" for name in dict.fromkeys(names))
-    return _REFERENCE.sub(lambda one: _text(one, variables), value)
+    return _REFERENCE.sub(lambda one: _text(one, variables or {}), value)
 
 
-def _problems(text: str, variables: Mapping[str, str]) -> Iterator[str]:
+def _problems(text: str, variables: Mapping[str, str] | None) -> Iterator[str]:
     for one in _REFERENCE.finditer(text):
         name = one["name"]
         if name is None and one[0] != _ESCAPE:
             yield "has '${' without a variable; write ${NAME} or ${NAME:-default}, or $${ for the text itself"
-        elif name is not None and one["default"] is None and name not in variables:
+        elif name is not None and variables is None:
+            yield "an included file cannot use variables; write the value, or set it in the main file"
+        elif name is not None and one["default"] is None and name not in (variables or ()):
             yield f"the variable {name} is not set; set it, or write ${{{name}:-default}}"
 
 

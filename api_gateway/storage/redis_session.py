@@ -189,12 +189,12 @@ class StoreSession:
 
     async def evictions(self) -> Evictions:
         """Query evictions and the eviction policy. Raises one of `StoreError`."""
-        found = [await self._info("stats"), await self._info("memory")]
+        found = [await self.information("stats"), await self.information("memory")]
         keys = sum(node["evicted_keys"] for node in found[0])
         policies = {node["maxmemory_policy"] for node in found[1] if node["maxmemory"]} - {"noeviction"}
         return Evictions(keys, min(policies, default=None))
 
-    async def _info(self, section: str) -> list[dict[str, Any]]:
+    async def information(self, section: str) -> list[dict[str, Any]]:
         """Return a section of INFO of every primary."""
         if not isinstance(self.client, RedisCluster):
             return [await self.client.info(section)]

@@ -85,9 +85,13 @@ class SocketTable:
 
     def is_listening(self, port: int) -> bool:
         """Return whether any socket listens on this port, at any address."""
+        return self.listener(port) is not None
+
+    def listener(self, port: int) -> Row | None:
+        """Return a socket that listens on this port, at any address, or None."""
         cursor = b":%04X " % port
         rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, cursor))
-        return any(row.state == LISTEN and row.local.port == port for row in rows)
+        return next((row for row in rows if row.state == LISTEN and row.local.port == port), None)
 
     def unix_socket(self, inode: int) -> UnixRow | None:
         """Return the Unix socket with this inode, or None."""

@@ -57,4 +57,4 @@ def test_each_command_and_option_of_the_page_exists() -> None:
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
     shown = set(re.findall(r"^\| `(\w+)", PAGE, flags=re.MULTILINE))
-    assert shown | {"keys", "replay", "schema", "version"} == set(COMMANDS)
+    assert shown | {"config", "doctor", "init", "keys", "replay", "schema", "version"} == set(COMMANDS)

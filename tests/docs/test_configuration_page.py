@@ -1,11 +1,17 @@
 """The page on the configuration: its files load, and its commands run."""
 
+import io
+import json
 import re
+import shlex
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from api_gateway import cli
 from api_gateway.config import load_config
+from api_gateway.settings.deprecations import DEPRECATED
 from api_gateway.settings.diagnostics import ConfigError
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
@@ -15,6 +21,32 @@ def blocks(language: str, heading: str) -> list[str]:
     """Return the blocks of a language below a heading."""
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one folder, in their order, after the files that they use."""
+    monkeypatch.chdir(tmp_path)
+    document = {"openapi": "3.1.0", "servers": [{"url": "http://127.0.0.1:1"}], "paths": {"/orders": {"get": {}}}}
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    (tmp_path / "new.yaml").write_text("upstreams: {users: http://127.0.0.1:9009}")
+    run = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+    assert len(run) == 6
+    for line in run:
+        command, _, output = line.partition(" > ")
+        program, *arguments = shlex.split(command)
+        assert program == "api-gateway"
+        with redirect_stdout(io.StringIO()) as printed:
+            assert cli.main(arguments) == 0, line
+        if output:
+            (tmp_path / output).write_text(printed.getvalue())
+    assert json.loads((tmp_path / "gateway.schema.json").read_text())["title"]
+    assert [route.path for route in load_config("shop.yaml").routes] == ["/api/orders"]
+
+
+def test_the_deprecations_of_the_page_are_those_of_the_code() -> None:
+    section = PAGE.split("\n## Deprecated settings\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `.+` \| ([\d.]+) \| ([\d.]+) \| (.+) \|$", section, flags=re.MULTILINE)
+    assert rows == [(one.since, one.removed_in, one.new or one.instead) for one in DEPRECATED]
 
 
 def test_the_file_in_toml_loads(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("assembly",),
     ("main", "replay"),
     ("api_gateway", "process"),
+    ("doctor",),
     ("cli", "server", "testing"),
     ("__main__",),
 )
@@ -45,7 +46,7 @@ LIBRARIES = {
     "joserfc": {"clients"},
     "opentelemetry": {"observability"},
     "prometheus_client": {"reporting"},
-    "pydantic": {"admin", "config", "models", "reload", "reporting", "settings"},
+    "pydantic": {"admin", "config", "doctor", "models", "reload", "reporting", "settings"},
     "pydantic_settings": {"config"},
     "redis": {"storage"},
     "sqlite3": {"storage"},

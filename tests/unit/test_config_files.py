@@ -311,6 +311,16 @@ def test_a_file_may_be_in_another_format_and_named_without_wildcards(write: Writ
             "upstreams: [\n",
             ["conf.d/b.yaml:2: not YAML: expected the node content, but found '<stream end>'"],
         ),
+        (
+            UPSTREAM,
+            TEAM.replace("upstream: orders}", "upstream: orders, fallback: {status: 200, body: '${HOME:-x}'}}"),
+            [
+                (
+                    "conf.d/b.yaml:2: routes[0].fallback.body: an included file cannot use variables; write the value,"
+                    " or set it in the main file"
+                )
+            ],
+        ),
         (UPSTREAM, "upstreams: 5\n", ["conf.d/b.yaml:1: upstreams: must have entries, got int"]),
     ],
 )

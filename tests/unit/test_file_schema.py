@@ -42,6 +42,9 @@ VALID = {
         "log: {level: '${L:-info}', access: '${A:-no}'}\n"
         "upstreams: {a: '${U:-http://a}', b: {targets: ['${U:-http://b}']}}"
     ),
+    "a condition as text": (
+        f"{UPSTREAM}routes: [{{name: a, path: /api/a, upstream: users, match: {{headers: {{X-Team: red}}}}}}]"
+    ),
     "merged sections": "upstreams: {a: &a {targets: [http://a]}, b: {<<: *a, balance: hash}}",
 }
 INVALID = {
