@@ -34,7 +34,7 @@ def extension_problems(config: GatewayConfig) -> Iterator[tuple[int, str]]:
 def load_extensions(config: GatewayConfig) -> tuple[LoadedExtension, ...]:
     """Load all extensions, each after it has been loaded in another process. Blocks; raises StartupError."""
     for number, problem in extension_problems(config):
-        raise StartupError(f"extensions.{number}.use: {problem}")
+        raise StartupError(f"extensions[{number}].use: {problem}")
     loaded = []
     for number, section in enumerate(config.extensions):
         try:

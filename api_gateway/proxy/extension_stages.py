@@ -133,11 +133,15 @@ class ExtensionIdentityStage(HookStage):
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set client, priority and principal."""
-        return self._fallback.decide(plan) if plan.exchange.credential is not None else super().decide(plan)
+        return None if plan.exchange.credential is not None else super().decide(plan)
 
     def inspect(self, plan: RequestPlan) -> StageResult:
         """See `HookStage`."""
-        return self._fallback.inspect(plan) if plan.exchange.credential is not None else super().inspect(plan)
+        return None if plan.exchange.credential is not None else super().inspect(plan)
+
+    def concerns(self, facts: HeaderFacts) -> bool:
+        """See `Stage`."""
+        return self._fallback.concerns(facts)
 
     def _take(self, plan: RequestPlan, step: _Step, found: Identity) -> StageResult | _Step:  # noqa: ARG002 - the first one decides
         client = self._clients.try_get(found.id)

@@ -248,7 +248,7 @@ async def test_a_reload_with_a_bad_extension_is_refused_and_the_running_configur
             assert await version() == b"1"
             path.write_text("import sys\nsys.exit(1)\n")
             outcome = await installation.reload("test")
-            assert "extensions.0.use: the extension 'changing' cannot be loaded: has ended the program" in str(
+            assert "extensions[0].use: the extension 'changing' cannot be loaded: has ended the program" in str(
                 outcome.problems
             )
             assert await version() == b"1"
