@@ -74,7 +74,7 @@ from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.heap import trimmed
 from api_gateway.system.output import process_output
 from api_gateway.system.state_folder import own_folder
-from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.http1_transport import AnyTransport, UpstreamTransport
 from api_gateway.transport.shielded import ShieldedTransport
 from api_gateway.upstreams.dns import Resolve
 from api_gateway.upstreams.upstream_client import UpstreamClient
@@ -415,7 +415,7 @@ class Assembly:
         while len(self._retired) > MAX_RETIRED:
             del self._retired[next(iter(self._retired))]
 
-    def _retire_transports(self, transports: Iterable[httpx.AsyncBaseTransport]) -> None:
+    def _retire_transports(self, transports: Iterable[AnyTransport]) -> None:
         for transport in transports:
             if isinstance(transport, UpstreamTransport):
                 transport.retire_all()

@@ -22,7 +22,7 @@ from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.settings.upstreams import RetrySection, UpstreamSection
-from api_gateway.transport.http1_transport import UpstreamTransport, tls_context
+from api_gateway.transport.http1_transport import AnyTransport, UpstreamTransport, tls_context
 from api_gateway.transport.shielded import ShieldedTransport, http2_transport
 from api_gateway.upstreams.dns import HostName, Resolve
 from api_gateway.upstreams.health_checks import HealthPolicy
@@ -60,7 +60,7 @@ class LiveUpstream:
     is_retired: bool = False
 
     @property
-    def transports(self) -> tuple[httpx.AsyncBaseTransport, ...]:
+    def transports(self) -> tuple[AnyTransport, ...]:
         """The transport of requests and, if health checks have their own, that one."""
         checking = self.monitor.transport
         return (self.upstream_client.transport,) if checking is None else (self.upstream_client.transport, checking)
@@ -224,7 +224,7 @@ def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[HostName, ...]
     return tuple(found)
 
 
-def _change_transport(transport: httpx.AsyncBaseTransport, plan: UpstreamPlan) -> None:
+def _change_transport(transport: AnyTransport, plan: UpstreamPlan) -> None:
     if isinstance(transport, UpstreamTransport):
         pool = plan.section.pool
         transport.change(

@@ -23,7 +23,7 @@ from api_gateway.proxy.exchange import (
     RETRY,
 )
 from api_gateway.resilience.retry import RetryDenied, retry_after_of
-from api_gateway.transport.connection import StaleConnection
+from api_gateway.transport.pool import StaleConnection
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from api_gateway.transport.upstream_call import UpstreamCall
 from api_gateway.upstreams.upstream import Attempt

@@ -256,10 +256,6 @@ class ExchangeBody:
         """Ask the client for the body, for an upstream whose interim responses are not reported."""
         self.on_interim(_CONTINUE, b"Continue", [])
 
-    def trailers(self) -> HeaderList:
-        """Return nothing: the framing of the body is not the concern of the upstream's connection."""
-        return []
-
     def continue_body(self) -> None:
         """Send the rest of the body after the response is complete."""
         self.is_body_continued = True

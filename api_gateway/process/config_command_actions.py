@@ -9,12 +9,12 @@ from typing import Any
 from api_gateway.admin.settings_view import settings_of
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.errors import STARTUP_FAILED
+from api_gateway.printable_text import table
 from api_gateway.process.config_watch import ConfigSource
 from api_gateway.process.operator_client import client_of, run_action, show
 from api_gateway.process.running_settings import difference
 from api_gateway.process.serve_command import run_gateway
 from api_gateway.process.start_options import overrides_of
-from api_gateway.process.text_table import table
 from api_gateway.reload.changes import changes_between, keep_restart_settings
 from api_gateway.reload.outcome import ChangedSetting
 from api_gateway.settings.diagnostics import ConfigError

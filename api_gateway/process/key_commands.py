@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import Any
 from urllib.parse import quote
 
+from api_gateway.printable_text import table
 from api_gateway.process.operator_client import add_access_options, client_of, run_action, show
-from api_gateway.process.text_table import table
 
 
 def run_keys(arguments: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from api_gateway.printable_text import printable
+from api_gateway.printable_text import printable, table
 from api_gateway.process.operator_client import (
     CommandFailed,
     JsonObject,
@@ -18,7 +18,6 @@ from api_gateway.process.operator_client import (
     client_of,
     run_action,
 )
-from api_gateway.process.text_table import table
 from api_gateway.process.view_commands import line_of
 
 _CLIENTS, _REQUESTS = 8, 6  # rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from api_gateway._version import __version__
-from api_gateway.process.text_table import table
+from api_gateway.printable_text import table
 from api_gateway.system.build import commit_of, variant, version_line
 from api_gateway.system.extras import EXTRAS, FASTER_LOOP
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from api_gateway.printable_text import table
 from api_gateway.process.operator_client import (
     NOT_REACHED,
     CommandFailed,
@@ -18,7 +19,6 @@ from api_gateway.process.operator_client import (
     run_action,
     show,
 )
-from api_gateway.process.text_table import table
 
 PAGE = 200  # requests that `tail` asks for at once
 

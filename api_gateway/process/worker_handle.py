@@ -158,11 +158,18 @@ class WorkerHandle:
             self._process.send_signal(number)
 
     async def _listen(self) -> None:
-        """Process the messages of the worker until it closes the channel."""
+        """Process the messages of the worker until it closes the channel.
+
+        A worker whose messages cannot be processed is killed, so that another replaces it: without its figures and
+        replies it would be counted as serving and take part in nothing.
+        """
         try:
             with suppress(OSError):
                 while (line := await self._reader.readline()).endswith(b"\n"):
                     self._receive(json.loads(line))
+        except Exception:  # whatever is wrong with a message, the worker has to be replaced
+            logger.exception("%r has sent a message that cannot be processed, and is killed", self)
+            self.kill()
         finally:
             self._writer.close()
             if not self._ready.done():

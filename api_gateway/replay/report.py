@@ -8,6 +8,7 @@ from typing import Any
 from api_gateway.assembly.stores import Quotas
 from api_gateway.config import GatewayConfig
 from api_gateway.models import NANOSECONDS, Decision
+from api_gateway.printable_text import printable, shortened, table
 from api_gateway.replay.log_lines import LogEvent
 from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
 from api_gateway.replay.simulation import SHARED, has_periods, unlogged_parts
@@ -15,7 +16,7 @@ from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
 
-MAX_CELL, MAX_TEXT_LINE = 200, 2000  # characters of the text
+MAX_TEXT_LINE = 2000  # characters
 
 UNKNOWN = (
     (
@@ -241,17 +242,13 @@ def text_of(document: Document, shown: int) -> str:
         *([f"  {before} decisions before the snapshot"] if (before := totals["before_snapshot"]) else []),
         *(f"  {message}" for message in log["messages"]),
         "",
-        *_table(
+        *table(
             ("", "log", "current", "candidate"),
             [
                 ("decisions", *[totals["decisions"]] * 3),
-                (
-                    "limited",
-                    totals["limited_in_log"],
-                    "-" if totals["limited_by_current"] is None else totals["limited_by_current"],
-                    totals["limited"],
-                ),
+                ("limited", totals["limited_in_log"], totals["limited_by_current"], totals["limited"]),
             ],
+            aligns_numbers=True,
         ),
         "",
         (
@@ -264,30 +261,41 @@ def text_of(document: Document, shown: int) -> str:
         lines.append(f"  by limit {limit}: {count}")
     lines += [
         "",
-        *_table(("tier", *_SUMS, *_COUNTS), [(name, *tier.values()) for name, tier in document["tiers"].items()]),
+        *table(
+            ("tier", *_SUMS, *_COUNTS),
+            [(name, *tier.values()) for name, tier in document["tiers"].items()],
+            aligns_numbers=True,
+        ),
     ]
-    clients = [one for one in document["clients"] if one["newly_limited"] or one["newly_allowed"]][:shown]
-    if clients:
-        names = ("client", "tier", "requests", "limited_before", "limited", "newly_limited", "newly_allowed")
-        rows = [
-            (
-                *(client[name] for name in names),
-                f"{client['longest_wait_seconds']:.3f}",
-                f"{client['limited_seconds']:.1f}",
-                " ".join(client["limits"]),
-                client["first_newly_limited"] or "-",
-                client["last_newly_limited"] or "-",
-            )
-            for client in clients
-        ]
-        lines += ["", *_table((*names, "longest wait", "limited s", "limits", "first", "last"), rows)]
+    lines += _client_lines(document["clients"], shown)
     lines += ["", *_agreement_lines(document["agreement"])]
     for title, notes in (("Not evaluable", document["not_evaluable"]), ("Not known", document["cannot_know"])):
         lines += ["", f"{title}:", *(f"- {note}" for note in notes)] if notes else []
     rate = log["lines"] / document["seconds"] if document["seconds"] else 0
     how = f"{document['seconds']:.1f} s, {rate:,.0f} lines a second; decided in {document['processes']} processes"
     lines += ["", how]
-    return "\n".join([_printable(line, MAX_TEXT_LINE) for line in lines]) + "\n"
+    return "\n".join([shortened(printable(line), MAX_TEXT_LINE) for line in lines]) + "\n"
+
+
+def _client_lines(found: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
+    """Return a table of the first clients for which the candidate decides otherwise; nothing if there are none."""
+    clients = [one for one in found if one["newly_limited"] or one["newly_allowed"]][:shown]
+    if not clients:
+        return []
+    names = ("client", "tier", "requests", "limited_before", "limited", "newly_limited", "newly_allowed")
+    rows = [
+        (
+            *(client[name] for name in names),
+            f"{client['longest_wait_seconds']:.3f}",
+            f"{client['limited_seconds']:.1f}",
+            " ".join(client["limits"]),
+            client["first_newly_limited"],
+            client["last_newly_limited"],
+        )
+        for client in clients
+    ]
+    header = (*names, "longest wait", "limited s", "limits", "first", "last")
+    return ["", *table(header, rows, aligns_numbers=True)]
 
 
 def _agreement_lines(agreements: Mapping[str, Any]) -> Iterator[str]:
@@ -297,24 +305,3 @@ def _agreement_lines(agreements: Mapping[str, Any]) -> Iterator[str]:
                 f"The {name} configuration decides {agreement['same_outcome']} of {agreement['compared']} requests as"
                 f" in the log, {agreement['same']} with the same limit, wait and remainder"
             )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Return rows in columns; the first column is aligned left."""
-    cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
-    cells = [[_printable(cell, MAX_CELL) for cell in row] for row in cells]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column and cell[:1].isdigit() else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-
-
-def _printable(text: str, limit: int) -> str:
-    """Return a text, shortened, without what controls a terminal: ids are those that clients sent."""
-    if len(text) > limit:
-        text = f"{text[: limit - 3]}..."
-    return "".join(char if char.isprintable() else "?" for char in text)

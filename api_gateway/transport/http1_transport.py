@@ -1,4 +1,4 @@
-"""HTTP/1.1 to the upstreams: an `httpx.AsyncBaseTransport` on asyncio and httptools, with its own pool.
+"""The gateway's own transport to an upstream: HTTP/1.1 on asyncio and httptools, with a pool for each of its targets.
 
 httpx's transport is not used because its pool loses a slot when a request is cancelled inside it
 (encode/httpcore#1093), and a gateway cancels requests whenever a client disconnects. Here a cancelled request closes
@@ -8,11 +8,6 @@ or buffered completely.
 Errors are httpx's: ConnectError and ConnectTimeout (nothing was sent), PoolTimeout (no connection became available),
 ReadError (the connection was lost), ReadTimeout (no data in time), RemoteProtocolError (not valid HTTP); and
 LocalResourcesExhausted, a ConnectError that this process causes.
-
-Keys of `request.extensions`, all optional: `target`, the raw request target in bytes; `timeout`, a dict of seconds
-with `connect`, `pool`, `read` (for the response's head) and `idle` (between body pieces; `read` if absent); `hooks`, a
-`ResponseListener`; `holder`, the holder of the connection for fair shares. Keys of a response's `extensions`:
-`reason_phrase`; `switched`, after a 101, the `UpstreamResponse` whose connection can be detached.
 """
 
 import asyncio
@@ -21,27 +16,21 @@ import ssl
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.resilience.fair_shares import FairShares
-from api_gateway.transport.connection import StaleConnection, UpstreamConnection
+from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.happy_eyeballs import FailedAddresses, connect_to_name
-from api_gateway.transport.lean_response import LeanResponse
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.protocol import UpstreamProtocol
-from api_gateway.transport.request import NO_BODY, LeanRequest, Origin
-from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, UpstreamResponse
-
-_REPEATABLE = IDEMPOTENT | {"TRACE"}
+from api_gateway.transport.request import Origin
 
 
-class UpstreamTransport(httpx.AsyncBaseTransport):
-    """The transport of one upstream, with a pool for each of its targets.
+class UpstreamTransport:
+    """The connections to one upstream, with a pool for each of its targets.
 
     `max_connections` limits each pool, `max_tunnels` the tunnels and event streams of each target, `idle_timeout` the
     seconds for which an idle connection is kept, unless the upstream announces a shorter time. A connection serves at
@@ -71,41 +60,6 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     def __repr__(self) -> str:
         return f"<UpstreamTransport {self._pools!r}>"
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send `request` and return its response once the head is received; the caller must close it.
-
-        If a reused connection is closed before any byte of the response, the request is sent once more on a new
-        connection, provided that its method is idempotent and it has no body (RFC 9110 section 9.2.2).
-        """
-        outgoing = request if isinstance(request, LeanRequest) else LeanRequest.of(request)
-        pool = self.pool(outgoing.origin)
-        extensions = outgoing.extensions
-        if extensions.get("hooks", NO_LISTENER).upgrade:  # refuse a tunnel above the limit before the handshake
-            pool.admit_tunnel(extensions.get("holder"))
-        connection = pool.acquire_idle(extensions.get("holder")) or await self._wait(pool, outgoing)
-        return await self._response_to(outgoing, connection.send(outgoing))
-
-    async def _response_to(self, request: LeanRequest, response: UpstreamResponse) -> httpx.Response:
-        """Wait for the head of the response to a request that was sent; see `handle_async_request`."""
-        is_repeated = False
-        while True:
-            try:
-                await response.wait_head()
-            except StaleConnection:
-                if is_repeated or request.method not in _REPEATABLE or request.framing is not None:
-                    raise
-                try:
-                    connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
-                except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-                    # Not a ConnectError: the request was sent before, so a retry may not be safe.
-                    raise httpx.ReadError(f"{StaleConnection()}; second attempt: {error}") from error
-                response, is_repeated = connection.send(request), True
-            except BaseException:
-                response.close()
-                raise
-            else:
-                return LeanResponse(response)
 
     def pool(self, origin: Origin) -> Pool[UpstreamConnection]:
         """Return the pool of `origin`, which is created if necessary."""
@@ -159,21 +113,6 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         self._is_retired = False
         for pool in self._pools.values():
             pool.revive()
-
-    async def _wait(
-        self, pool: Pool[UpstreamConnection], request: LeanRequest, *, is_fresh: bool = False
-    ) -> UpstreamConnection:
-        def on_connect() -> None:
-            request.has_begun = True
-
-        timeouts = request.extensions.get("timeout", NO_LIMITS)
-        return await pool.acquire(
-            timeouts.get("connect"),
-            timeouts.get("pool"),
-            holder=request.extensions.get("holder"),
-            is_fresh=is_fresh,
-            on_connect=on_connect,
-        )
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -273,35 +212,4 @@ def tls_context(
     return context
 
 
-async def probe(
-    transport: httpx.AsyncBaseTransport,
-    url: str,
-    seconds: float,
-    *,
-    address: str | None = None,
-    host: bytes | None = None,
-    keeps_connection: bool = True,
-) -> int:
-    """Send a GET for a health check and return the status. Raises httpx.TransportError, also on a timeout.
-
-    `seconds` limits each of connecting, waiting for a connection, and waiting for data. `address` replaces the address
-    of the host in `url`, and `host` the value of `Host`. Unless `keeps_connection`, the pool of an `UpstreamTransport`
-    for that address is retired.
-    """
-    target = httpx.URL(url)
-    origin = Origin.of(target, address)
-    headers = [(b"host", host or target.netloc), (b"user-agent", b"api-gateway-health")]
-    extensions: dict[str, Any] = {"timeout": {"connect": seconds, "pool": seconds, "read": seconds}}
-    request: httpx.Request
-    if isinstance(transport, UpstreamTransport):
-        extensions["target"] = target.raw_path
-        request = LeanRequest("GET", origin, headers, NO_BODY, None, extensions)
-    else:
-        request = origin.plain_request("GET", headers, target.raw_path, stream=NO_BODY, extensions=extensions)
-    try:
-        response = await transport.handle_async_request(request)
-        await response.aclose()
-    finally:
-        if isinstance(transport, UpstreamTransport) and not keeps_connection:
-            transport.retire(origin)
-    return response.status_code
+AnyTransport = UpstreamTransport | httpx.AsyncBaseTransport

@@ -76,13 +76,13 @@ class AbortedCallsExceeded(httpx.PoolTimeout):
 
 
 class HttpxCalls:
-    """The calls of one upstream on an httpx transport.
+    """The calls of one upstream on an httpx transport; none if the upstream has the gateway's own (`transport` None).
 
     `limit` is the maximum number of calls that were aborted and have not ended, `refused` the number of calls that
     were not begun for that reason.
     """
 
-    def __init__(self, transport: httpx.AsyncBaseTransport, limit: int) -> None:
+    def __init__(self, transport: httpx.AsyncBaseTransport | None, limit: int) -> None:
         self.limit = limit
         self.refused = 0
         self._transport = transport
@@ -99,6 +99,7 @@ class HttpxCalls:
 
     def begin(self, origin: Origin, holder: str | None) -> "HttpxCall | None":
         """Begin a call; return None, upon which `refusal` says why, while too many have not ended."""
+        assert self._transport is not None  # noqa: S101 - only called for a transport of httpx
         if self.aborted >= self.limit:
             return None
         return HttpxCall(self._transport, origin, self, holder)

@@ -26,6 +26,13 @@ class ShareExceeded(httpx.PoolTimeout):
     """No connection became available in time for a holder that uses others; the message says how many."""
 
 
+class StaleConnection(httpx.ReadError):
+    """A reused connection was closed before any byte of the response: the usual keep-alive race."""
+
+    def __init__(self) -> None:
+        super().__init__("a reused connection was closed before the response")
+
+
 class Pooled(Protocol):
     """A connection as the pool uses it. `holder` is counted for it; None counts against the total only."""
 

@@ -32,10 +32,6 @@ class ResponseListener(Protocol):
         """Process an interim response other than 101."""
         ...
 
-    def trailers(self) -> HeaderList:
-        """Return the trailers to send after a chunked body; called once the body has been sent."""
-        ...
-
     def continue_body(self) -> None:
         """Go on providing the request body after the response, which was complete before the body."""
         ...
@@ -45,22 +41,18 @@ class ResponseListener(Protocol):
         ...
 
     def on_writable(self) -> None:
-        """Go on providing the request body: the upstream reads on. Not called for a body that a task sends."""
+        """Go on providing the request body: the upstream reads on."""
         ...
 
 
 class NoListener:
-    """A `ResponseListener` that ignores interim responses, sends no trailers and has no part in a body's rest."""
+    """A `ResponseListener` that ignores interim responses and has no part in a body's rest."""
 
     expects_continue = False
     upgrade = False
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ResponseListener`."""
-
-    def trailers(self) -> HeaderList:
-        """See `ResponseListener`."""
-        return []
 
     def continue_body(self) -> None:
         """See `ResponseListener`."""
@@ -240,8 +232,10 @@ class UpstreamResponse:
         while self.error is None and not self.is_head_complete:
             self._waiter = self._open_connection().loop.create_future()
             await self._waiter
-        if self.error is not None:
-            raise self._consume_error(self.error)
+        error = self.error
+        if error is not None:
+            self.error = httpx.ReadError(str(error))  # a raised error refers to frames that refer to this: a cycle
+            raise error
 
     def append(self, piece: bytes) -> None:
         """Buffer one body piece, without waking the reader."""
@@ -254,14 +248,6 @@ class UpstreamResponse:
             self.error = error
             self.on_progress()
 
-    def _consume_error(self, error: Exception) -> Exception:
-        """Return the error for raising, and keep a copy of its message instead.
-
-        A raised error refers to frames that refer to this response, a cycle for the garbage collector.
-        """
-        self.error = httpx.ReadError(str(error))
-        return error
-
     def take(self) -> bytes:
         """Remove and return the buffered part of the body."""
         pieces = self.pieces
@@ -271,34 +257,10 @@ class UpstreamResponse:
         self.pieces = []
         return b"".join(pieces)
 
-    async def read(self) -> tuple[bytes, bool]:
-        """Return the buffered part of the body, waiting for it if necessary, and whether more may follow.
-
-        Raises the error of a failed response once its buffered pieces have been read.
-        """
-        while not self.pieces and not self.is_complete:
-            if self.error is not None:
-                raise self._consume_error(self.error)
-            await self._wait_for_piece()
-        body = self.take()
-        if self.connection is not None:
-            self.connection.resume_reading()
-        return body, not self.is_complete
-
     def _open_connection(self) -> ResponseSource:
         if self.connection is None:
             raise httpx.ReadError("closed before the response was complete")
         return self.connection
-
-    async def _wait_for_piece(self) -> None:
-        connection = self._open_connection()
-        connection.set_timer("idle")
-        self._waiter = connection.loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            connection.timer.clear()
 
     def move_to_tunnels(self) -> None:
         """Count the connection as a tunnel, because the response has no defined end. Raises ShareExceeded."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from api_gateway.models import Clock
-from api_gateway.transport.http1_transport import UpstreamTransport, probe
+from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.probe import probe
 from api_gateway.transport.shielded import ShieldedTransport
 from api_gateway.upstreams.dns import HostName, Resolution, Resolve, resolve_periodically
 from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, SendProbe

@@ -12,7 +12,7 @@ from api_gateway.models import Exchange
 from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.resilience.retry import RetryDecider, RetryPolicy
 from api_gateway.transport.connection import UpstreamConnection
-from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.http1_transport import AnyTransport, UpstreamTransport
 from api_gateway.transport.httpx_call import HttpxCalls
 from api_gateway.transport.request import Origin
 from api_gateway.transport.upstream_call import UpstreamCall
@@ -84,7 +84,7 @@ class UpstreamClient:
     def __init__(
         self,
         upstream: Upstream,
-        transport: httpx.AsyncBaseTransport,
+        transport: AnyTransport,
         timeouts: Timeouts,
         *,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
@@ -100,10 +100,10 @@ class UpstreamClient:
         retries = RetryDecider(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
         self._configure(timeouts, retries, hash_header, host_header)
 
-    def _connect(self, transport: httpx.AsyncBaseTransport, max_aborted: int = MAX_ABORTED) -> None:
+    def _connect(self, transport: AnyTransport, max_aborted: int = MAX_ABORTED) -> None:
         self.transport = transport
         self.is_native = isinstance(transport, UpstreamTransport)
-        self.calls = HttpxCalls(transport, max_aborted)  # unused if it `is_native`
+        self.calls = HttpxCalls(None if isinstance(transport, UpstreamTransport) else transport, max_aborted)
         self._acquire_idle: dict[Target, Callable[[str | None], UpstreamCall | None]] = {}
 
     def _configure(
@@ -127,7 +127,7 @@ class UpstreamClient:
         timeouts: Timeouts,
         retry: RetryPolicy,
         hash_header: bytes | None,
-        transport: httpx.AsyncBaseTransport,
+        transport: AnyTransport,
         host_header: str = TARGET,
         max_aborted: int = MAX_ABORTED,
     ) -> "UpstreamClient":

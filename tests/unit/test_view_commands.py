@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from api_gateway.printable_text import MAX_CELL_WIDTH, table
 from api_gateway.process import operator_client, view_commands
 from api_gateway.process.operator_client import NOT_AUTHORIZED, NOT_REACHED, CommandFailed, OperatorClient, run_action
-from api_gateway.process.text_table import MAX_CELL_WIDTH, table
 from api_gateway.process.top_command import screen_lines
 from api_gateway.process.view_commands import line_of, run_view
 

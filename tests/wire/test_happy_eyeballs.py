@@ -4,8 +4,8 @@ import asyncio
 import errno
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from api_gateway.transport.happy_eyeballs import (
     interleaved,
 )
 from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.probe import probe
 from tests.kit import PATIENCE, RawUpstream
 
 NAME = "upstream.test"
@@ -71,29 +72,15 @@ def resolves_to(monkeypatch: pytest.MonkeyPatch, *ports: int) -> None:
     patch(uvloop.Loop)
 
 
-class NoBody(httpx.AsyncByteStream):
-    """An empty body."""
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        return
-        yield b""
-
-
 async def get(connect: float = PATIENCE) -> int:
     """Return the status of a request to the name, by a transport that has connected to nothing before."""
-    async with UpstreamTransport() as transport:
+    async with aclosing(UpstreamTransport()) as transport:
         return await get_by(transport, connect)
 
 
 async def get_by(transport: UpstreamTransport, connect: float = PATIENCE) -> int:
     """Return the status of a request to the name; the connection is closed after it."""
-    timeouts = {"connect": connect, "pool": PATIENCE, "read": PATIENCE}
-    request = httpx.Request(
-        "GET", f"http://{NAME}:1/", headers=[(b"Host", b"up")], stream=NoBody(), extensions={"timeout": timeouts}
-    )
-    response = await transport.handle_async_request(request)
-    await response.aclose()
-    return response.status_code
+    return await probe(transport, f"http://{NAME}:1/", connect)
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -139,7 +126,7 @@ def test_an_address_that_does_not_respond_costs_the_delay_once(
     up = upstream()
 
     async def three() -> None:
-        async with UpstreamTransport(max_requests=1) as transport:
+        async with aclosing(UpstreamTransport(max_requests=1)) as transport:
             assert await get_by(transport) == 200
             monkeypatch.setattr(happy_eyeballs, "ATTEMPT_DELAY", 3600.0)
             for _ in range(2):
@@ -158,7 +145,7 @@ def test_a_connect_timeout_that_the_first_addresses_use_up_is_not_repeated(
     up = upstream()
 
     async def until_it_connects() -> int:
-        async with UpstreamTransport() as transport:
+        async with aclosing(UpstreamTransport()) as transport:
             for attempt in range(4):
                 with suppress(httpx.ConnectTimeout):
                     assert await get_by(transport, 0.4) == 200

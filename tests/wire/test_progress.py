@@ -18,12 +18,9 @@ from uvicorn.server import ServerState
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.errors import causes
-from api_gateway.transport.connection import StaleConnection
-from api_gateway.transport.http1_transport import UpstreamTransport
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import exhaustion_behind
 from api_gateway.transport.pool import Pool
-from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from tests.kit import LIMITS, RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
 HANDSHAKE = (
@@ -199,35 +196,6 @@ async def test_a_request_for_an_unused_connection_gets_no_used_one() -> None:
     pool.release(taken)
     assert await pool.acquire(None, 1.0) is taken  # the one slot there is came back
     pool.close()
-
-
-@pytest.mark.timeout(10)
-async def test_a_request_is_repeated_once_when_its_connection_was_closed_meanwhile(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """However often the connection that it is repeated on turns out to have been closed, too."""
-    sent = 0
-    async with UpstreamTransport(max_connections=1) as transport:
-        request = httpx.Request("GET", "http://up.test/", headers=[(b"Host", b"up.test")])
-
-        def send(_request: object) -> UpstreamResponse:
-            nonlocal sent
-            sent += 1
-            answer = UpstreamResponse(None, "GET", {}, NO_LISTENER)
-            answer.fail(StaleConnection())
-            return answer
-
-        class Used(FakeConnection):
-            def send(self, request: object) -> UpstreamResponse:
-                return send(request)
-
-        async def wait(*_: object, **__: object) -> Any:
-            return Used()
-
-        monkeypatch.setattr(transport, "_wait", wait)
-        with pytest.raises(StaleConnection):
-            await transport.handle_async_request(request)
-    assert sent == 2
 
 
 @pytest.mark.timeout(10)

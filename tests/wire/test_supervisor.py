@@ -65,19 +65,55 @@ def allowed(state: dict[str, Any]) -> int:
     return found
 
 
+class Process:
+    """The process of a worker, as far as its handle uses it."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self.is_killed = asyncio.Event()
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+        self.is_killed.set()
+
+    async def wait(self) -> int:
+        await self.is_killed.wait()
+        return -self.signals[0]
+
+
+async def nothing(*_: object) -> Any:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"{}\n", b"no JSON\n", b'{"kind": "configured"}\n', b'{"kind": "report", "report": []}\n', b"x" * 100_000],
+    ids=["no kind", "no JSON", "no id", "no snapshot", "no end"],
+)
+async def test_a_worker_whose_message_cannot_be_processed_is_killed_and_reported(
+    message: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its end is awaited as that of any other, so that another replaces it."""
+    process = Process()
+    ours, theirs = socket.socketpair()
+    streams = await asyncio.open_unix_connection(sock=ours)
+    with theirs:
+        worker = WorkerHandle(3, cast("Any", process), streams, nothing, nothing, nothing, 60)
+        theirs.sendall(encode("ready", clock=time.monotonic()))
+        assert await worker.is_ready(10)
+        waiting = worker.request_snapshot(1)
+        theirs.sendall(message)
+        async with asyncio.timeout(10):
+            assert await worker.wait() == -signal.SIGKILL
+            await waiting
+    assert not worker.is_serving
+    assert "<worker 3 [1]> has sent a message that cannot be processed, and is killed" in caplog.text
+
+
 async def test_a_worker_that_is_slow_to_start_is_not_taken_to_hang() -> None:
     """It has nothing to say before it serves; from then on it is."""
-
-    class Process:
-        pid = 1
-        is_killed = asyncio.Event()
-
-        def send_signal(self, _number: int) -> None:
-            self.is_killed.set()
-
-    async def nothing(*_: object) -> Any:
-        raise NotImplementedError
-
     process, patience = Process(), 0.1
     ours, theirs = socket.socketpair()
     streams = await asyncio.open_unix_connection(sock=ours)

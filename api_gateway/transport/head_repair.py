@@ -1,0 +1,36 @@
+"""Errors of llhttp in header fields, and the repair of response heads with control characters in field values."""
+
+import re
+
+CONTROL_CHARACTER = "Invalid header value char"  # llhttp's words, as all in the next set
+FIELD_ERRORS = frozenset(
+    {
+        CONTROL_CHARACTER,
+        "Invalid header token",
+        "Unexpected whitespace after header value",
+        "Content-Length can't be present with Transfer-Encoding",
+        "Missing expected LF after header value",
+        "Missing expected CR after header value",
+    }
+)
+_CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not NUL, which is dangerous (RFC 9110 section 5.5)
+_CONTROL_IN_FRAMING = re.compile(
+    rb"\r\n(?i:content-length|transfer-encoding|connection)[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+)
+_INTERIM_LINE = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
+
+
+def without_control_characters(received: bytes) -> bytes | None:
+    """Return the input from an unfinished final head on, with spaces for control characters in its field values.
+
+    RFC 9110 section 5.5 permits the spaces. Preceding interim responses, which have been processed, are left out. None
+    if there are no such characters, or if one is in a field that determines the framing.
+    """
+    start, end = 0, received.find(b"\r\n\r\n")
+    while end >= 0 and _INTERIM_LINE.match(received, start):
+        start, end = end + 4, received.find(b"\r\n\r\n", end + 4)
+    end = len(received) if end < 0 else end
+    head = received[start:end]
+    if _CONTROL.search(head) is None or _CONTROL_IN_FRAMING.search(head) is not None:
+        return None
+    return _CONTROL.sub(b" ", head) + received[end:]
