@@ -1,1 +1,1 @@
-"""Upstream connections: pool, connection, request, response, health probes and calls by httpx. Independent of retry policy."""
+"""Upstream connections: pool, request, response, health probes and calls by httpx. Independent of retry policy."""
