@@ -1,6 +1,5 @@
 """Builds the data plane of a gateway: the fast path, its ASGI application, and the explainer of both."""
 
-import logging
 from collections.abc import Callable, Iterator
 
 from api_gateway.admin.explainer import Explainer
@@ -10,6 +9,7 @@ from api_gateway.assembly.gateway import Gateway
 from api_gateway.assembly.identity import identity_sources
 from api_gateway.assembly.identity_observer import IdentityObserver
 from api_gateway.assembly.routes import address_rules
+from api_gateway.assembly.transition_log import log_target_transition, log_transition
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
 from api_gateway.fastpath.fast_path import FastPath
@@ -50,13 +50,8 @@ from api_gateway.proxy.stages import (
     LoadSheddingStage,
     RouteStage,
 )
-from api_gateway.resilience.breaker_history import Transition
-from api_gateway.resilience.breaker_policy import Mode
 from api_gateway.router import Router
 from api_gateway.system.output import process_output
-from api_gateway.upstreams.target import Target
-
-logger = logging.getLogger(__name__)
 
 
 def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, FastPath, Explainer]:
@@ -271,8 +266,8 @@ def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozen
         max_body_bytes=config.server.max_body_bytes,
         omit=server_headers,
         observe_attempt=recorder.observe_attempt,
-        on_transition=_log_transition,
-        on_target_transition=_log_target_transition,
+        on_transition=log_transition,
+        on_target_transition=log_target_transition,
         on_cost=settlement.on_cost,
         on_content_cost=settlement.on_content_cost,
         on_retry=recorder.observe_retry,
@@ -358,24 +353,3 @@ def _shadow(gateway: Gateway) -> ShadowLimits | None:
         routes=gateway.routes,
     )
     return None if shadow.is_empty else shadow
-
-
-def _log_transition(upstream: str, transition: Transition) -> None:
-    level = logging.WARNING if transition.target == "OPEN" else logging.INFO
-    logger.log(
-        level,
-        "circuit breaker %s%s: %s -> %s: %s",
-        upstream,
-        " (mode observe)" if transition.mode is Mode.OBSERVE else "",
-        transition.source,
-        transition.target,
-        transition.cause,
-    )
-
-
-def _log_target_transition(upstream: str, target: Target, transition: Transition) -> None:
-    if transition.target == "OPEN":
-        words = "is" if transition.source == "CLOSED" else "stays"
-        logger.warning("upstream %s: target %s %s ejected: %s", upstream, target.url, words, transition.cause)
-    else:
-        logger.info("upstream %s: target %s returns: %s", upstream, target.url, transition.cause)

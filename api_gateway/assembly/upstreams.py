@@ -13,6 +13,7 @@ from functools import partial
 
 import httpx
 
+from api_gateway.assembly.transition_log import log_target_transition
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import StartupError
 from api_gateway.models import Clock
@@ -118,7 +119,10 @@ def build_upstream(
         _breaker(section, source, now),
         _picker(section, source),
         rotation=OutlierDetector(
-            _rotation_policy(section), draw=_draw(section, source), make_breaker=_make_breaker(section, source)
+            _rotation_policy(section),
+            draw=_draw(section, source),
+            make_breaker=_make_breaker(section, source),
+            on_unprobed_return=partial(log_target_transition, plan.name),
         ),
         limit=_limit(section, None, priorities, source, now),
     )

@@ -17,6 +17,10 @@ from api_gateway.upstreams.target import Target
 Draw = Callable[[Target, str], float]  # a number from 0 to 1, random or derived from the key
 
 
+def _ignore(_target: Target, _transition: Transition) -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class OutlierPolicy:
     """The largest share of ejected targets of an upstream, and the duration of slow start in seconds."""
@@ -39,6 +43,7 @@ class OutlierDetector:
     __slots__ = (
         "_draw",
         "_make_breaker",
+        "_on_unprobed_return",
         "abnormal",
         "policy",
     )
@@ -49,12 +54,17 @@ class OutlierDetector:
         *,
         draw: Draw = share_of_key,
         make_breaker: Callable[[float], CircuitBreaker] | None = None,
+        on_unprobed_return: Callable[[Target, Transition], None] = _ignore,
     ) -> None:
-        """`make_breaker` creates the breaker of a target; without it no target has one, and none is ejected."""
+        """`make_breaker` creates the breaker of a target; without it no target has one, and none is ejected.
+
+        `on_unprobed_return` is called when a target returns by time alone: `settle` has no transition to return then.
+        """
         self.policy = policy
         self.abnormal: set[Target] = set()
         self._draw = draw
         self._make_breaker = make_breaker
+        self._on_unprobed_return = on_unprobed_return
 
     def change(
         self,
@@ -212,6 +222,7 @@ class OutlierDetector:
             transition = None if target.breaker is None else target.breaker.close_if_not_probed(now)
             if transition is not None:
                 self._note_transition(target, transition)
+                self._on_unprobed_return(target, transition)
             if not _is_ejected(target) and self.share(target, now) >= 1:
                 target.returned_at = None
                 self.abnormal.discard(target)

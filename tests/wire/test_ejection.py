@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.kit import (
+    FakeClocks,
     RawClient,
     RawRequest,
     RawUpstream,
@@ -120,25 +121,50 @@ def test_one_target_or_none_with_a_breaker_goes_by_the_upstreams(
 
 
 def test_a_client_sees_nothing_of_a_target_that_went_away(
-    gateway: StartGateway, upstream: StartUpstream, caplog: pytest.LogCaptureFixture
+    gateway: Callable[..., RunningGateway], upstream: StartUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nor of the requests that try whether it is back."""
     caplog.set_level(logging.INFO)
+    clock = FakeClocks()
     good, bad = upstream(reply(b"good")), upstream(reply(b"back"))
     running = gateway(
-        sections(good.url, bad.url, circuit_breaker={**BREAKER, "recovery_timeout": 0.2, "max_recovery_timeout": 0.2})
+        sections(good.url, bad.url, circuit_breaker={**BREAKER, "recovery_timeout": 10, "max_recovery_timeout": 10}),
+        clock.clocks,
     )
     bad.behave = breaks_off
     assert statuses(running, 8) == [200] * 8
     for _ in range(3):
-        time.sleep(0.25)
+        clock.advance(11)
         assert statuses(running, 4) == [200] * 4
     assert view(running, bad.url)["passive"]["ejections_total"] == 1
     bad.behave = reply(b"back")
-    time.sleep(0.25)
+    clock.advance(11)
     assert statuses(running, 8) == [200] * 8
     assert view(running, bad.url)["passive"]["circuit_breaker"] == "CLOSED"
     assert f"target {bad.url} returns: 1 probes succeeded" in caplog.text
+
+
+@pytest.mark.parametrize("noticed_by", ["request", "view"])
+def test_a_target_that_no_request_has_probed_returns_by_time_and_that_is_logged_too(
+    gateway: Callable[..., RunningGateway],
+    upstream: StartUpstream,
+    caplog: pytest.LogCaptureFixture,
+    noticed_by: str,
+) -> None:
+    caplog.set_level(logging.INFO)
+    clock = FakeClocks()
+    good, bad = upstream(reply(b"good")), upstream(breaks_off)
+    running = gateway(
+        sections(good.url, bad.url, circuit_breaker={**BREAKER, "recovery_timeout": 10, "max_recovery_timeout": 10}),
+        clock.clocks,
+    )
+    assert statuses(running, 8) == [200] * 8
+    clock.advance(10 + 15)
+    bad.behave = reply(b"back")
+    if noticed_by == "request":
+        assert statuses(running, 1) == [200]
+    assert view(running, bad.url)["passive"]["circuit_breaker"] == "CLOSED"
+    assert f"target {bad.url} returns: no probe for 15 s" in caplog.text
 
 
 def test_health_checks_and_live_requests_are_shown_side_by_side(
