@@ -24,6 +24,7 @@ from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_history import FailedCall, Transition, TransitionRecord
 from api_gateway.resilience.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State, diagram
 from api_gateway.resilience.call_windows import Counts
+from tests.cases import each
 from tests.examples import examples
 
 NOW = 1000.0
@@ -64,7 +65,7 @@ def probing(probes: int = 1) -> tuple[CircuitBreaker, float]:
 # The table
 
 
-@pytest.mark.parametrize(("state", "event"), sorted(set(product(State, Event)) - set(TRANSITIONS)))
+@each(("state", "event"), sorted(set(product(State, Event)) - set(TRANSITIONS)))
 def test_a_move_not_in_the_table_raises_and_changes_nothing(state: State, event: Event) -> None:
     breaker = CircuitBreaker(BY_STREAK, NOW)
     breaker.state = state

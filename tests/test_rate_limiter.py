@@ -21,6 +21,7 @@ from api_gateway.rate_limiter import (
     take_each,
     tightest_of,
 )
+from tests.cases import each
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.examples import examples
 
@@ -88,7 +89,7 @@ def entries(limiter: MemoryLimiter) -> tuple[dict[str, int], dict[str, int], dic
 # Quota
 
 
-@pytest.mark.parametrize(
+@each(
     ("rate", "capacity", "emission_ns", "burst_ns"),
     [
         (1, 10, SECOND, 10 * SECOND),
@@ -109,7 +110,7 @@ def test_a_token_takes_its_share_of_a_second_rounded_up_to_a_nanosecond(
     assert (quota.name, quota.rate, quota.capacity) == ("q", rate, capacity)
 
 
-@pytest.mark.parametrize(
+@each(
     ("quota", "cost", "cost_ns"),
     [
         (FREE, 0, 0),
@@ -128,7 +129,7 @@ def test_a_cost_takes_its_share_of_the_budget_rounded_up_to_a_nanosecond(
     assert quota.cost_ns(cost) == cost_ns
 
 
-@pytest.mark.parametrize(("rate", "capacity"), [(0, 1), (-1, 1), (math.nan, 1), (math.inf, 1), (1, 0), (1, -5)])
+@each(("rate", "capacity"), [(0, 1), (-1, 1), (math.nan, 1), (math.inf, 1), (1, 0), (1, -5)])
 def test_an_impossible_quota_is_refused_by_name_and_value(rate: float, capacity: int) -> None:
     with pytest.raises(ValueError, match="quota 'GOLD'") as raised:
         Quota.per_second("GOLD", rate, capacity)

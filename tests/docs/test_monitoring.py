@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.cases import each
 from tests.unit.test_surface import labels_of, metric_families
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -41,7 +42,7 @@ def queries() -> dict[str, str]:
 EXPRESSIONS = {**rules(), **queries()}
 
 
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@each("name", EXPRESSIONS)
 def test_an_expression_names_metrics_and_labels_that_exist(name: str) -> None:
     known = metric_families()
     recorded = set(rules())

@@ -23,6 +23,7 @@ from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.fair_shares import share_refusal
 from api_gateway.resilience.priorities import PriorityClasses
 from tests import sources
+from tests.cases import each
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
@@ -59,7 +60,7 @@ def anchors(name: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_every_relative_link_resolves(name: str) -> None:
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(name)):
@@ -78,7 +79,7 @@ def test_the_index_lists_every_page() -> None:
     assert set(NAMES) - {"docs/README.md"} <= listed
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_every_metric_it_names_exists(name: str) -> None:
     snapshot = WorkerSnapshot("", Recorder([], [], [], [50], 0.0), process=dict.fromkeys(FIGURES, 0.0))
     exposition = PrometheusExposition(snapshot, "0")
@@ -116,7 +117,7 @@ def is_file(text: str) -> bool:
     return any((folder / text).exists() for folder in (ROOT, ROOT / "api_gateway", ROOT / "tests"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_every_setting_it_names_exists(name: str) -> None:
     known = known_settings()
     sections = {path.partition(".")[0] for path in known if "." in path}
@@ -124,13 +125,13 @@ def test_every_setting_it_names_exists(name: str) -> None:
     assert {path for path in named if path.partition(".")[0] in sections} <= known
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_every_make_target_it_names_exists(name: str) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {text.split()[1] for text in code(name) if text.startswith("make ")} <= targets
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_every_file_it_names_exists(name: str) -> None:
     """On pages for maintainers, whatever looks like a path; elsewhere, paths in the folders of the repository."""
     paths = [text for part in code(name) for text in part.split() if FILE.fullmatch(text)]
@@ -151,7 +152,7 @@ def defined() -> set[str]:
     return known
 
 
-@pytest.mark.parametrize("name", MAINTAINERS)
+@each("name", MAINTAINERS)
 def test_every_class_function_and_constant_it_names_exists(name: str) -> None:
     named = [re.sub(r"\(.*\)$", "", text) for text in code(name) if NAME.fullmatch(text)]
     assert not [text for text in named if not set(text.removeprefix("httpx.").split(".")) <= defined() | FOREIGN]
@@ -176,7 +177,7 @@ def words() -> set[str]:
     return {word.lower() for text in texts for word in re.findall(r"\w+", text)}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
+@each("name", [name for name in NAMES if name != "CHANGELOG.md"])
 def test_every_name_with_underscores_exists(name: str) -> None:
     """Settings, fields, labels and values, as they are now: the changelog alone names former ones."""
     named = {word for text in code(name) for word in re.findall(r"(?<![\w./-])[a-z]+(?:_[a-z0-9]+)+(?![\w/-])", text)}

@@ -29,6 +29,7 @@ from benchmarks.plot import Row, draw
 from benchmarks.processes import cpu_seconds, reset_peak, resident_bytes, running
 from benchmarks.report import Results, tables
 from benchmarks.upstream import CHUNKED, SIZES, SMALL, TARGETS, TLS_ADDRESS, UPLOADED
+from tests.cases import each
 from tests.kit import free_port, soon
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +107,7 @@ def response(status: int, body: bytes, *lines: str) -> bytes:
     return f"HTTP/1.1 {status} OK\r\n{head}\r\n".encode() + body
 
 
-@pytest.mark.parametrize(
+@each(
     ("case", "responses", "message"),
     [
         ("small", [response(200, SMALL)], None),

@@ -5,8 +5,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import pytest
-
+from tests.cases import each
 from tests.fuzz.case import FIN, PAUSE, RESET, SEND, Case, Step, read, write
 from tests.fuzz.generator import Generator
 from tests.fuzz.mutation import ended, mutated, paced
@@ -62,7 +61,7 @@ def test_mutations_accept_any_bytes() -> None:
             ended(source, [Step(SEND, data)])
 
 
-@pytest.mark.parametrize(
+@each(
     ("received", "what"),
     [
         (answer(OTHER, OTHER), "another client"),

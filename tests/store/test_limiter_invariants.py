@@ -429,7 +429,7 @@ class SharedWalk(Walk):
 
 
 TestMemory = MemoryWalk.TestCase
-TestMemory.settings = settings(patient, max_examples=70, stateful_step_count=50)
+TestMemory.settings = settings(patient, max_examples=50, stateful_step_count=50)
 TestShared = SharedWalk.TestCase
 TestShared.settings = TestMemory.settings
 

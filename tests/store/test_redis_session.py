@@ -9,6 +9,7 @@ from redis import Redis
 
 from api_gateway.models import Quota
 from api_gateway.settings.store_url import StoreUrl
+from tests.cases import each
 from tests.kit import eventually, free_port, soon
 from tests.store_kit import StoreServer, asking, charge, gateways, is_older_than_7
 
@@ -95,7 +96,7 @@ async def test_sentinels_say_which_server_is_the_master(binary: str) -> None:
 # URLs
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "telling"),
     [
         ("mongodb://host", "redis+sentinel://"),

@@ -143,9 +143,12 @@ OUTAGES = {
 }
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(
+    ("count", "are_replies_lost"),
+    [(1, False), (4, False), (4, True)],
+    ids=["one gateway", "four gateways", "four gateways, replies lost after execution"],
+)
 @pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES)
-@pytest.mark.parametrize("are_replies_lost", [False, True], ids=["no replies", "replies lost after execution"])
 def test_a_client_at_its_limit_gets_no_more_by_an_outage(
     count: int,
     outage: Schedule,
@@ -194,7 +197,7 @@ happenings = st.one_of(
 
 
 @given(count=st.sampled_from((1, 2, 4)), schedule=st.lists(happenings, min_size=10, max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_store_never_owes_less_and_at_most_the_idle_shares_more(
     count: int, schedule: list[tuple[str, int, float]]
 ) -> None:

@@ -16,13 +16,14 @@ from api_gateway.http1.headers import Network, is_within
 from api_gateway.http1.network_set import NetworkSet
 from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.settings.diagnostics import ConfigError
+from tests.cases import each
 
 
 def networks(*names: str) -> list[Network]:
     return ["unix" if name == "unix" else ip_network(name) for name in names]
 
 
-@pytest.mark.parametrize(
+@each(
     ("allow", "deny", "refused", "accepted"),
     [
         ([], [], [], ["192.0.2.7", "2001:db8::1", "unix", "unknown"]),

@@ -35,6 +35,7 @@ from api_gateway.proxy.stages import (
 )
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.resilience.priorities import SINGLE_PRIORITY
+from tests.cases import each
 
 HOST = (b"host", b"gateway.test")
 FREE = Quota.per_second("FREE", 1, 10)
@@ -189,7 +190,7 @@ STRIPPED = Route("stripped", "/api/cut", "people", strip_prefix="/api/cut")
 ROUTES = RouteTable([USERS, PARTNER, STRIPPED])
 
 
-@pytest.mark.parametrize(
+@each(
     ("plan", "route", "cost"),
     [
         (request("/api/users"), "users", 2.0),
@@ -340,8 +341,8 @@ def test_a_refusal_says_who_is_limited_by_what() -> None:
     }
 
 
-@pytest.mark.parametrize("rate", [0.3, 1, 3, 7, 1000])
-@pytest.mark.parametrize("cost", [0.7, 1, 3])
+@each("rate", [0.3, 1, 3, 7, 1000])
+@each("cost", [0.7, 1, 3])
 def test_a_client_that_waits_exactly_as_long_as_it_is_told_passes(rate: float, cost: float) -> None:
     client = Client("acme", "client:acme", Quota.per_second("T", rate, 3), "default")
     limiting = Limiting()
@@ -565,7 +566,7 @@ async def test_a_wait_of_a_selected_stage_goes_on_with_the_selected_ones() -> No
         assert noted == expected
 
 
-@pytest.mark.parametrize(
+@each(
     ("stage", "header", "concerned"),
     [
         (AmbiguityStage(), (b"x-other", b"1"), False),

@@ -32,6 +32,7 @@ from api_gateway.models import NANOSECONDS, HeaderList, Quota
 from api_gateway.proxy.api_key_source import ApiKeySource, KeyProof
 from api_gateway.proxy.identity_sources import NO_EXPIRY
 from api_gateway.proxy.route_table import Route
+from tests.cases import each
 from tests.kit import FakeClock
 
 KEY = new_key(bytes(range(RANDOM_BYTES))).encode()
@@ -249,7 +250,7 @@ def test_a_line_of_a_log_has_no_key() -> None:
     assert without_keys("nothing of 100%") == "nothing of 100%"
 
 
-@pytest.mark.parametrize(
+@each(
     "spelled",
     [
         KEY.decode().replace("_", "%5F"),

@@ -36,6 +36,7 @@ from api_gateway.transport.local_resources import LocalResourcesExhausted
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
+from tests.cases import each
 from tests.kit import FakeClock
 
 PAGE = Path(__file__).parents[2] / "docs" / "circuit-breakers.md"
@@ -104,7 +105,7 @@ def test_only_what_happened_before_a_connection_is_attributed_to_the_target() ->
     }
 
 
-@pytest.mark.parametrize(("error", "client", "has_head", "outcome"), CASES)
+@each(("error", "client", "has_head", "outcome"), CASES)
 def test_the_outcome_of_an_error(
     error: type[httpx.TransportError], client: ClientProgress, outcome: Outcome, *, has_head: bool
 ) -> None:
@@ -169,7 +170,7 @@ class Scene:
 EXPECTED = {SUCCESS: (1, 0, 0), FAILURE: (1, 1, 0), IGNORED: (0, 0, 0)}
 
 
-@pytest.mark.parametrize(("error", "client", "has_head", "outcome"), CASES)
+@each(("error", "client", "has_head", "outcome"), CASES)
 def test_an_error_settles_its_attempt_once_by_the_table(
     error: type[httpx.TransportError], client: ClientProgress, outcome: Outcome, *, has_head: bool
 ) -> None:
@@ -187,7 +188,7 @@ def test_an_error_settles_its_attempt_once_by_the_table(
     assert scene.upstream.targets[0].in_flight == 0
 
 
-@pytest.mark.parametrize("status", [101, 200, 304, 400, 401, 403, 404, 408, 429, 499])
+@each("status", [101, 200, 304, 400, 401, 403, 404, 408, 429, 499])
 def test_a_head_below_500_is_a_success_however_the_attempt_ends(status: int) -> None:
     scene = Scene()
     scene.head(status)

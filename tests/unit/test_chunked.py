@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.http1.chunked import ARRIVING, ENDED, INVALID, MAX_CHUNKS, NOT_PLAIN, ChunkedBody, ChunkedEnd
+from tests.cases import each
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -72,7 +73,7 @@ def test_no_other_bytes_are_taken_than_those_that_the_parser_takes(
             reader.parser.feed_data(body.rest)
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "checked", "state"),
     [
         (b"2;a\r\nok\r\n", b"", NOT_PLAIN),

@@ -17,6 +17,7 @@ from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
+from tests.cases import each
 
 NOW = 1000.0
 TIERS = PriorityClasses({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})
@@ -173,7 +174,7 @@ def lagging(seconds: float, most: float | None = 0.25, priorities: PriorityClass
     return lag
 
 
-@pytest.mark.parametrize(
+@each(
     ("times", "shares"),
     [
         (0.5, (0, 0, 0, 0)),

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.settings.diagnostics import ConfigError
+from tests.cases import each
 
 WHOLE = """
 server:    {host: 0.0.0.0, port: 8001, workers: 4, max_body_bytes: 1048576, max_header_bytes: 32768,
@@ -245,7 +246,7 @@ def test_a_health_check_takes_statuses_and_ranges_of_them() -> None:
     assert check.statuses == ["204-204", "401-401", "500-503"]
 
 
-@pytest.mark.parametrize("status", [0, 99, 600, True, 200.5, "2xx", "399-200", "200-", "200-600", "-", ""])
+@each("status", [0, 99, 600, True, 200.5, "2xx", "399-200", "200-", "200-600", "-", ""])
 def test_a_status_that_is_none_is_refused(status: Any) -> None:
     (line,) = problems(of_users(health_check={"statuses": [status]}))
     assert "upstreams.users.health_check.statuses[0]: " in line
@@ -258,20 +259,18 @@ def test_what_a_hash_cannot_go_by_is_refused(hash_on: str) -> None:
     assert "upstreams.users.hash_on: " in line
 
 
-@pytest.mark.parametrize(
-    "host", ["", "Client:x", "a b", "\xfc.example", "http://a", "a/b", "a:0", "a:70000", "[::g]", "a\r\nb"]
-)
+@each("host", ["", "Client:x", "a b", "\xfc.example", "http://a", "a/b", "a:0", "a:70000", "[::g]", "a\r\nb"])
 def test_what_cannot_be_a_host_is_no_host_header(host: str) -> None:
     (line,) = problems(of_users(host_header=host))
     assert "upstreams.users.host_header: must be target, client, or a host" in line
 
 
-@pytest.mark.parametrize("host", ["target", "client", "users.internal", "users.internal:8080", "[::1]:80", "10.0.0.1"])
+@each("host", ["target", "client", "users.internal", "users.internal:8080", "[::1]:80", "10.0.0.1"])
 def test_a_host_header_is_a_choice_or_a_host(host: str) -> None:
     assert load_config(None, of_users(host_header=host)).upstreams["users"].host_header == host
 
 
-@pytest.mark.parametrize("domains", [{"a b": "c"}, {"a": "b c"}, {"": "a"}, {"a": "*"}, {"**": ""}, {"a": "b;c"}])
+@each("domains", [{"a b": "c"}, {"a": "b c"}, {"": "a"}, {"a": "*"}, {"**": ""}, {"a": "b;c"}])
 def test_what_cannot_be_a_domain_is_refused(domains: dict[str, str]) -> None:
     route = {"name": "users", "path": "/api/users", "upstream": "users", "cookie_domains": domains}
     (line,) = problems({"upstreams": ONE_UPSTREAM, "routes": [route]})
@@ -540,7 +539,7 @@ def test_a_number_is_no_network() -> None:
     assert "server.trusted_proxies[0]" in problems({"server": {"trusted_proxies": [10]}})[0]
 
 
-@pytest.mark.parametrize(
+@each(
     ("place", "key", "suggestion"),
     [
         ((), "upstream", "upstreams"),
@@ -573,7 +572,7 @@ def test_an_unknown_key_like_no_other_names_them_all() -> None:
     assert "percentiles" in line
 
 
-@pytest.mark.parametrize(
+@each(
     ("sections", "place", "value"),
     [
         ({"server": {"port": 65_536}}, "server.port", "65536"),
@@ -626,7 +625,7 @@ def test_a_wrong_value_is_refused_with_its_place_and_itself(sections: dict[str, 
     assert any(line.endswith(f", got {value}") for line in lines), lines
 
 
-@pytest.mark.parametrize(
+@each(
     "url",
     [
         "127.0.0.1:9001",
@@ -648,7 +647,7 @@ def test_a_target_is_scheme_host_and_port_only(url: str) -> None:
 # Rules between sections
 
 
-@pytest.mark.parametrize(
+@each(
     ("sections", "telling"),
     [
         (one_route(upstream="user"), ["routes[0] (users).upstream", "'user'", "did you mean 'users'"]),
@@ -713,7 +712,7 @@ def test_two_routes_of_one_name_are_refused() -> None:
     assert "routes[0]" in line
 
 
-@pytest.mark.parametrize(
+@each(
     ("one", "other"),
     [
         ({}, {}),

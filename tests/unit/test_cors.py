@@ -32,6 +32,7 @@ from api_gateway.resilience.event_loop_limit import LAG_SAMPLES, EventLoopShedde
 from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import access_warnings
+from tests.cases import each
 
 APP = b"https://app.example"
 NAMES = ", ".join(EXPOSED).encode()
@@ -43,7 +44,7 @@ BAD_ORIGIN = "must be an origin such as https://app.example.com or https://*.exa
 DEFAULT_PORT = "never matches, as browsers leave the default port out: write 'https://a.example'"
 
 
-@pytest.mark.parametrize(
+@each(
     ("origin", "allowed", "others"),
     [
         (
@@ -86,7 +87,7 @@ def test_an_origin_matches_as_a_whole(origin: str, allowed: list[str], others: l
     assert [one for one in others if policy.allows(one.encode())] == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("policy", "origin", "fields"),
     [
         (POLICY, APP, {"access-control-allow-origin": APP, "access-control-allow-credentials": b"true",
@@ -110,7 +111,7 @@ def test_a_response_has_the_fields_of_its_origin(
     assert found.lines == b"".join(b"%b: %b\r\n" % pair for pair in found.pairs)
 
 
-@pytest.mark.parametrize(
+@each(
     ("policy", "asked", "of_route", "fields"),
     [
         (CorsPolicy(origins=[APP.decode()]), Preflight(b"PUT", None), None,
@@ -163,7 +164,7 @@ def test_a_preflight_has_one_origin_and_one_method(
     assert preflight_of(fields_of(headers)) == preflight
 
 
-@pytest.mark.parametrize(
+@each(
     ("upstream", "expected"),
     [
         ([], POLICY.fields(APP).pairs),
@@ -351,7 +352,7 @@ def test_the_fields_are_remembered_with_the_header_set_for_one_route() -> None:
 CORS_OF = {"open": OPEN, "own": POLICY, "none": None}
 
 
-@pytest.mark.parametrize(
+@each(
     ("origin", "is_public"),
     [
         *((f"https://*.{name}", True) for name in ("com", "io", "co.uk", "com.au", "github.io", "workers.dev")),

@@ -6,6 +6,7 @@ from api_gateway.admin.cross_site import check_content_type, is_foreign, is_forg
 from api_gateway.errors import InvalidValue
 from api_gateway.http1.headers import fields_of
 from api_gateway.models import HeaderList
+from tests.cases import each
 
 HOST = (b"host", b"localhost:8000")
 
@@ -14,7 +15,7 @@ def from_(*headers: tuple[bytes, bytes]) -> dict[bytes, list[bytes]]:
     return fields_of([HOST, *headers])
 
 
-@pytest.mark.parametrize(
+@each(
     "headers",
     [
         [],
@@ -65,7 +66,7 @@ FOREIGN: list[HeaderList] = [
 ]
 
 
-@pytest.mark.parametrize("headers", FOREIGN)
+@each("headers", FOREIGN)
 def test_any_other_origin_is_refused(headers: HeaderList) -> None:
     for method in ("GET", "POST", "DELETE"):
         assert is_forged(method, from_(*headers), holds_data=True)
@@ -94,7 +95,7 @@ def test_a_page_is_not_embedded_in_another(destination: bytes) -> None:
 LENGTH = (b"content-length", b"5")
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "headers"),
     [
         ("POST", [LENGTH, (b"content-type", b"application/json")]),
@@ -110,8 +111,8 @@ def test_json_and_no_body_are_taken(method: str, headers: HeaderList) -> None:
     check_content_type(method, from_(*headers))
 
 
-@pytest.mark.parametrize("method", ["POST", "DELETE", "PUT", "PATCH", "ANYTHING"])
-@pytest.mark.parametrize(
+@each("method", ["POST", "DELETE", "PUT", "PATCH", "ANYTHING"])
+@each(
     "headers",
     [
         [LENGTH],

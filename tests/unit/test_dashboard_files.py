@@ -9,6 +9,7 @@ import pytest
 
 from api_gateway.admin.pages import CONTENT_SECURITY_POLICY, ENTRIES, StaticPages
 from api_gateway.errors import NoRoute
+from tests.cases import each
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "api_gateway" / "dashboard"
@@ -27,7 +28,7 @@ def test_there_are_files() -> None:
     assert {"dashboard.html", "docs.html", "home.html", "style.css", "app.js"} <= {path.name for path in OWN}
 
 
-@pytest.mark.parametrize("path", OWN, ids=lambda path: path.name)
+@each("path", OWN, ids=lambda path: path.name)
 def test_text_never_becomes_markup_and_nothing_is_loaded_from_elsewhere(path: Path) -> None:
     text = path.read_text()
     assert not MARKUP.findall(text)

@@ -10,6 +10,7 @@ import pytest
 from api_gateway.config import load_config
 from api_gateway.settings.diagnostics import ConfigError, SettingsFile, Sources, nearest
 from api_gateway.settings.yaml_file import read_yaml
+from tests.cases import each
 
 SECRET = "hunter2-hunter2"
 
@@ -198,7 +199,7 @@ SOURCES = Sources(
 )
 
 
-@pytest.mark.parametrize(
+@each(
     ("place", "origin"),
     [
         (("server", "port"), "command line: "),

@@ -22,6 +22,7 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.limits.limit_reached import LimitReached
+from tests.cases import each
 
 
 def below(cls: type[GatewayError]) -> Iterator[type[GatewayError]]:
@@ -79,13 +80,13 @@ def test_the_documented_responses_are_all_there_are() -> None:
     assert {cls: (cls.status, cls.reason.value) for cls in CONCRETE} == DOCUMENTED
 
 
-@pytest.mark.parametrize("cls", EVERY)
+@each("cls", EVERY)
 def test_every_error_has_a_status_and_a_reason_of_the_closed_list(cls: type[GatewayError]) -> None:
     assert isinstance(cls.reason, Reason)
     assert 400 <= cls.status <= 599
 
 
-@pytest.mark.parametrize("reason", list(Reason))
+@each("reason", list(Reason))
 def test_every_reason_is_given_by_some_error(reason: Reason) -> None:
     assert reason in {cls.reason for cls in CONCRETE}
 
@@ -180,7 +181,7 @@ def test_a_problem_carries_what_else_is_known() -> None:
     assert "retry_after_seconds" not in body
 
 
-@pytest.mark.parametrize("cls", SENT)
+@each("cls", SENT)
 def test_every_error_that_is_sent_has_a_problem_with_a_type_and_its_title(cls: type[GatewayError]) -> None:
     """RFC 9457 section 4.2.1: the title of about:blank is the phrase of the status."""
     body = problem(cls("Why."), instance="/")

@@ -25,6 +25,7 @@ from api_gateway.http1.headers import (
     inspected_headers,
     stripped_headers,
 )
+from tests.cases import each
 
 REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nAccept: b\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
 ANSWER = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\nETag: x\r\n\r\nok"
@@ -74,15 +75,15 @@ def test_a_request_is_split_into_its_parts() -> None:
     assert remove_lines(parts[3], found[:1]) == parts[3].replace(b"Host: a\r\n", b"")
 
 
-@pytest.mark.parametrize("name", sorted(NOTED))
-@pytest.mark.parametrize("spell", [bytes.lower, bytes.upper, bytes.title])
+@each("name", sorted(NOTED))
+@each("spell", [bytes.lower, bytes.upper, bytes.title])
 def test_a_noted_name_is_found_in_every_spelling_and_no_name_that_holds_it(name: bytes, spell: Any) -> None:
     lookalikes = b"\r\nX-%b: a\r\n%b-x: a\r\nX: %b: a\r\n" % (name, name, name)
     found = InspectedHeaders(frozenset({name})).find(lookalikes + spell(name) + b": a\r\n")
     assert found == [(spell(name), b"a")]
 
 
-@pytest.mark.parametrize(
+@each(
     "line",
     [
         b"GET  /api HTTP/1.1",
@@ -110,7 +111,7 @@ def test_an_incomplete_head_is_left_to_the_parser() -> None:
         assert parse_request_head(REQUEST[:end]) is None
 
 
-@pytest.mark.parametrize(
+@each(
     "lines",
     [
         b"",
@@ -216,7 +217,7 @@ def test_a_line_that_goes_no_further_is_taken_out_and_no_other_that_looks_like_i
     assert parts[7] == (b"timeout=5" if line.startswith(b"Keep") else None)
 
 
-@pytest.mark.parametrize(
+@each(
     "lines",
     [
         b"",

@@ -22,6 +22,7 @@ from api_gateway.http1.forwarded import (
 from api_gateway.http1.headers import FORWARDING, Network, fields_of
 from api_gateway.models import HeaderList
 from api_gateway.settings.rules import access_warnings
+from tests.cases import each
 
 TRUSTED: list[Network] = [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
 BY_FORWARDED = Forwarding(FORWARDED, sends_x_forwarded=False, sends_forwarded=True)
@@ -33,7 +34,7 @@ def decided(*values: bytes, read: bytes = FORWARDED, peer: str = "10.0.0.1") -> 
     return found.address, found.reporter, found.position
 
 
-@pytest.mark.parametrize(
+@each(
     ("values", "expected"),
     [
         ((b"for=203.0.113.9",), ("203.0.113.9", "10.0.0.1", 1)),
@@ -216,7 +217,7 @@ def test_what_a_stranger_writes_is_replaced(
     assert sent(headers, forwarding, peer="192.0.2.7", is_trusted=False) == expected
 
 
-@pytest.mark.parametrize(
+@each(
     ("headers", "forwarding", "expected"),
     [
         ([HOST, (b"Forwarded", b'for="[2001:db8::1]:1";proto=https;host=a.example')], BY_FORWARDED, {

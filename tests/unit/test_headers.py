@@ -31,6 +31,7 @@ from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.via import Via
 from api_gateway.models import HeaderList
 from api_gateway.proxy.header_facts import HeaderReader
+from tests.cases import each
 
 TOUCHED = HOP_BY_HOP | FORWARDING | GATEWAY_HEADERS | PROTECTED | {b"expect", b"x-request-id", b"date", b"server"}
 TOKEN = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-.!#$&'*+^`|~", min_size=1, max_size=12)
@@ -88,7 +89,7 @@ def test_untouched_response_headers_keep_their_order_and_bytes(headers: HeaderLi
     assert clients_view(headers, [], frozenset()) == [*headers, (b"via", b"1.1 api-gateway")]
 
 
-@pytest.mark.parametrize("name", sorted((HOP_BY_HOP - {b"transfer-encoding"}) | {b"x-request-id"}))
+@each("name", sorted((HOP_BY_HOP - {b"transfer-encoding"}) | {b"x-request-id"}))
 def test_what_concerns_this_hop_only_stays_here(name: bytes) -> None:
     seen = upstreams_view([(b"host", b"h"), (name.title(), b"theirs")])
     assert (name.title(), b"theirs") not in seen
@@ -118,7 +119,7 @@ def test_connection_cannot_name_away_what_the_gateway_depends_on(name: bytes) ->
     assert values(seen, b"via") == [b"1.0 x", b"1.1 api-gateway"]
 
 
-@pytest.mark.parametrize("name", sorted(FORWARDING))
+@each("name", sorted(FORWARDING))
 def test_forwarding_fields_of_an_untrusted_peer_are_replaced(name: bytes) -> None:
     seen = upstreams_view([(b"host", b"h"), (name.upper(), b"forged")])
     assert b"forged" not in [value for _, value in seen]
@@ -154,8 +155,8 @@ def test_a_request_without_host_gets_no_forwarded_host() -> None:
     assert values(seen, b"via") == [b"1.0 api-gateway"]
 
 
-@pytest.mark.parametrize("name", [b"X_Forwarded_For", b"x-forwarded_proto", b"X_Client_ID"])
-@pytest.mark.parametrize("is_trusted", [False, True])
+@each("name", [b"X_Forwarded_For", b"x-forwarded_proto", b"X_Client_ID"])
+@each("is_trusted", [False, True])
 def test_a_name_cannot_be_forged_with_underscores(name: bytes, is_trusted: bool) -> None:  # noqa: FBT001 - parametrised
     """CGI and WSGI give `X_Forwarded_For` and `X-Forwarded-For` to the application as one variable."""
     seen = upstreams_view([(name, b"forged")], is_trusted=is_trusted, protected=frozenset({b"x-client-id"}))
@@ -169,7 +170,7 @@ def test_other_names_may_hold_underscores() -> None:
 # Towards the client
 
 
-@pytest.mark.parametrize("name", sorted(HOP_BY_HOP | GATEWAY_HEADERS | {b"date"}))
+@each("name", sorted(HOP_BY_HOP | GATEWAY_HEADERS | {b"date"}))
 def test_fields_that_are_not_for_the_client_are_removed_from_the_response(name: bytes) -> None:
     assert clients_view([(name.title(), b"1"), (b"X", b"2")], [], frozenset({b"date"})) == [
         (b"X", b"2"),
@@ -220,7 +221,7 @@ def test_connection_options(given_values: list[bytes], options: set[bytes]) -> N
     assert connection_options(given_values) == options
 
 
-@pytest.mark.parametrize(
+@each(
     ("headers", "expected"),
     [
         ([], False),
@@ -235,7 +236,7 @@ def test_has_body(headers: HeaderList, expected: bool) -> None:  # noqa: FBT001 
     assert (framing(fields_of(headers)) is not None) is expected
 
 
-@pytest.mark.parametrize(
+@each(
     ("hosts", "name"),
     [
         ([b"Example.ORG"], "example.org"),
@@ -254,7 +255,7 @@ def test_host_name(hosts: list[bytes], name: str) -> None:
     assert host_name(fields_of([(b"Host", host) for host in hosts])) == name
 
 
-@pytest.mark.parametrize(
+@each(
     ("value", "expected"),
     [
         (b"a", True),
@@ -272,7 +273,7 @@ def test_is_visible_ascii(value: bytes, expected: bool) -> None:  # noqa: FBT001
     assert is_visible_ascii(value) is expected
 
 
-@pytest.mark.parametrize(
+@each(
     "headers",
     [
         [(b"Host", b"example.org")],
@@ -287,7 +288,7 @@ def test_a_plain_request_has_no_flaw(headers: HeaderList) -> None:
     assert ambiguity(fields_of(headers), "1.1") is None
 
 
-@pytest.mark.parametrize(
+@each(
     ("headers", "telling"),
     [
         ([], "0 Host fields"),
@@ -326,7 +327,7 @@ def test_http_date_is_the_one_of_rfc_9110(second: int, date: bytes) -> None:
 TRUSTED = [ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")]
 
 
-@pytest.mark.parametrize(
+@each(
     ("address", "key"),
     [
         ("192.0.2.7", "192.0.2.7"),
@@ -353,7 +354,7 @@ def test_two_ipv6_addresses_share_a_key_exactly_if_they_share_a_64(site: int, on
     assert address_key(spell(site, one)) != address_key(spell(site + 1 & 2**64 - 1 or 1, one))
 
 
-@pytest.mark.parametrize(
+@each(
     ("address", "expected"),
     [
         ("10.1.2.3", True),
@@ -374,7 +375,7 @@ def test_nothing_is_within_no_network() -> None:
     assert not is_within("10.1.2.3", [])
 
 
-@pytest.mark.parametrize(
+@each(
     ("peer", "hops", "address"),
     [
         ("192.0.2.7", [b"203.0.113.9"], "192.0.2.7"),  # a stranger's word
@@ -402,7 +403,7 @@ def test_the_client_is_the_last_hop_that_is_no_trusted_proxy(peer: str, hops: li
     assert client_address(peer, fields_of(headers), TRUSTED).address == address
 
 
-@pytest.mark.parametrize(
+@each(
     ("hop", "address"),
     [
         (b"203.0.113.9", "203.0.113.9"),

@@ -11,6 +11,7 @@ import pytest
 
 from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, HealthThreshold, SendProbe, check
 from api_gateway.upstreams.target import Target
+from tests.cases import each
 from tests.kit import FakeClock, soon
 
 POLICY = HealthPolicy("/health", 0.001, 5, healthy_threshold=2, unhealthy_threshold=3, statuses=(range(200, 400),))
@@ -48,7 +49,7 @@ async def silent(_url: str, _timeout: float) -> int:
 # The health of a target
 
 
-@pytest.mark.parametrize(
+@each(
     ("is_healthy", "results", "changes"),  # + is a good result, - a bad one; * where the verdict changes
     [
         (True, "++++", "...."),

@@ -6,6 +6,7 @@ from api_gateway.clients.api_keys import new_key
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.headers import fields_of
+from tests.cases import each
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ def test_a_client_need_not_say_who_it_is() -> None:
     assert client_id(fields_of([(b"x-client", b"acme")]), b"x-client-id") is None
 
 
-@pytest.mark.parametrize(
+@each(
     "sent",
     [b"", b" ", b"x" * 129, "é".encode(), b"\xff", b"two words", b"tab\there", b"line\nbreak", b"nul\0", b"\x7f"],
 )

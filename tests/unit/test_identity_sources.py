@@ -35,6 +35,7 @@ from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.stages import IdentityStage
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.resilience.priorities import SINGLE_PRIORITY
+from tests.cases import each
 
 FREE = Quota.per_second("FREE", 1, 10)
 PREMIUM = Quota.per_second("PREMIUM", 20, 200)
@@ -371,7 +372,7 @@ def test_without_the_header_an_id_means_nothing(tmp_path: Path) -> None:
     assert setup.client(b"x-client-id: acme") == PEER
 
 
-@pytest.mark.parametrize(
+@each(
     ("rules", "stored", "has_keys", "expected"),
     [
         (NO_RULES, None, False, False),

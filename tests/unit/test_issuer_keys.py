@@ -15,6 +15,7 @@ from api_gateway.clients.jose import keys_of_set
 from api_gateway.errors import StartupError
 from api_gateway.settings.jwt import ASYMMETRIC, IssuerSection
 from api_gateway.transport.document_fetch import MAX_DOCUMENT_BYTES, DocumentUnavailable, fetch_document
+from tests.cases import each
 from tests.jwt_kit import AUDIENCE, DISCOVERY, ISSUER, Published, key_for, key_set
 from tests.kit import FakeClock, refusing_url, soon
 
@@ -392,7 +393,7 @@ def test_sections_become_terms_and_meanings() -> None:
 # The section
 
 
-@pytest.mark.parametrize(
+@each(
     ("settings", "message"),
     [
         ({"audiences": []}, "at least 1 item"),

@@ -13,6 +13,7 @@ from api_gateway.proxy.content_cost import MAX_DECODED, ContentCost, ContentScan
 from api_gateway.proxy.event_scanner import EventScanner
 from api_gateway.proxy.json_scanner import JsonScanner
 from api_gateway.settings.json_pointer import parse_pointer
+from tests.cases import each
 
 PATH = ("usage", "total_tokens")
 NAMES = ["usage", "total_tokens", "0", "1", "", "a/b", "m~n", "ä", "\U0001f600", '"', "\\", "us"]
@@ -71,7 +72,7 @@ def test_it_finds_what_json_loads_finds_wherever_the_text_is_cut(
     assert scanned(text, path, *range(1, len(text))) == expected
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "expected"),
     [
         (b'{"usage":{"total_tokens":15}}', 15),
@@ -121,7 +122,7 @@ def test_its_state_is_bounded_whatever_the_text() -> None:
     assert deep.finish() == 3
 
 
-@pytest.mark.parametrize(
+@each(
     ("pointer", "tokens"),
     [
         ("", ()),
@@ -167,7 +168,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize(("stream", "expected"), STREAMS.values(), ids=STREAMS)
+@each(("stream", "expected"), STREAMS.values(), ids=STREAMS)
 def test_the_last_event_with_a_number_counts(stream: str, expected: float | None) -> None:
     text = stream.encode()
     for cut in range(len(text) + 1):
@@ -201,7 +202,7 @@ DONE = {
 }
 
 
-@pytest.mark.parametrize(("text", "is_done"), DONE.items(), ids=map(repr, DONE))
+@each(("text", "is_done"), DONE.items(), ids=map(repr, DONE))
 def test_the_event_that_ends_a_stream_is_recognised(text: str, *, is_done: bool) -> None:
     stream = (event(FIVE) + text).encode()
     for cut in range(len(stream) + 1):

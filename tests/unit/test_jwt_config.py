@@ -7,6 +7,7 @@ import pytest
 from api_gateway.config import load_config
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import find_warnings
+from tests.cases import each
 
 ONE = {"issuer": "https://one.test", "audiences": ["api"]}
 UPSTREAM = {"up": {"targets": [{"url": "http://127.0.0.1:9001"}]}}
@@ -20,7 +21,7 @@ def sections(
     return {"identity": identity, "upstreams": UPSTREAM, **more}
 
 
-@pytest.mark.parametrize(
+@each(
     ("given", "problem"),
     [
         (sections({}), "identity.jwt.issuers: needs an issuer, as identity.sources names jwt"),

@@ -13,6 +13,7 @@ from api_gateway.clients.jwt_reader import IssuerTerms, ReadToken, TokenFault, T
 from api_gateway.clients.jwt_verifier import ClaimMeanings, Issuer, JwtVerifier, KeyNeeded, VerifiedToken
 from api_gateway.models import NANOSECONDS
 from api_gateway.settings.jwt import ASYMMETRIC, HMAC
+from tests.cases import each
 from tests.jwt_kit import (
     AUDIENCE,
     BROKEN,
@@ -56,7 +57,7 @@ def checked() -> Checked:
     return Checked()
 
 
-@pytest.mark.parametrize("algorithm", ASYMMETRIC)
+@each("algorithm", ASYMMETRIC)
 def test_a_valid_token_names_its_client(algorithm: str) -> None:
     found = Checked(algorithm).result(signed(algorithm=algorithm))
     assert isinstance(found, VerifiedToken)
@@ -192,7 +193,7 @@ def test_a_token_is_remembered_by_its_hash(checked: Checked) -> None:
 # The meaning of claims
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "value"),
     [
         ("sub", "acme"),
@@ -272,7 +273,7 @@ def split(token: bytes) -> tuple[bytes, bytes]:
     return read.signed, read.signature
 
 
-@pytest.mark.parametrize("document", [b"", b"[]", b'{"keys": {}}', b'{"keys": []}', b"[" * 100_000, b"\xff"])
+@each("document", [b"", b"[]", b'{"keys": {}}', b'{"keys": []}', b"[" * 100_000, b"\xff"])
 def test_a_document_without_usable_keys_is_an_error(document: bytes) -> None:
     with pytest.raises(ValueError, match=r"no JSON|none of its"):
         keys_of_set(document, ASYMMETRIC)

@@ -32,6 +32,7 @@ from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.outlier_detection import OutlierDetector
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
+from tests.cases import each
 
 START = 1000.0
 TIERS = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "PREMIUM")}
@@ -137,8 +138,8 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random], float]] = {
 }
 
 
-@pytest.mark.parametrize("draw", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
-@pytest.mark.parametrize("percent", [0.1, 50, 90, 95, 99, 99.9])
+@each("draw", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
+@each("percent", [0.1, 50, 90, 95, 99, 99.9])
 def test_percentiles_of_many_values_stay_within_one_percent(
     draw: Callable[[random.Random], float], percent: float
 ) -> None:
@@ -282,7 +283,7 @@ def test_a_rate_can_be_asked_for_at_the_very_start() -> None:
 # One exchange
 
 
-@pytest.mark.parametrize(
+@each(
     ("exchange", "gateway_errors", "upstream_errors", "limited"),
     [
         (ended(), 0, 0, 0),
@@ -427,7 +428,7 @@ def test_clients_paths_and_methods_add_no_series() -> None:
     assert recorder.requests == {("users", "_other", 200, "upstream", "FREE"): 10_001}
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+@each("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 def test_known_methods_have_their_own_label(method: str) -> None:
     recorder = recorder_of()
     recorder.observe(ended(method=method))
@@ -530,7 +531,7 @@ def test_the_buckets_of_a_histogram_are_cumulative(
     assert found[f"{name}_sum{{{label}}}"] == pytest.approx(total)
 
 
-@pytest.mark.parametrize("bound", DURATION_BOUNDS)
+@each("bound", DURATION_BOUNDS)
 def test_a_histogram_bucket_is_right_to_one_percent(bound: float) -> None:
     recorder = recorder_of()
     for factor in (0.985, 1.015):

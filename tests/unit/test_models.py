@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from api_gateway.models import NANOSECONDS, Body, Client, Decision, Exchange, Problem, Quota, TierChange
+from tests.cases import each
 
 FREE = Quota.per_second("FREE", 1, 10)
 
@@ -42,9 +43,7 @@ def test_a_quota_of_nothing_is_refused(rate: float, capacity: int) -> None:
         Quota.per_second("T", rate, capacity)
 
 
-@pytest.mark.parametrize(
-    ("cost", "nanoseconds"), [(0, 0), (1, 10**9), (2.5, 25 * 10**8), (0.1, 10**8), (1e-10, 1), (10, 10**10)]
-)
+@each(("cost", "nanoseconds"), [(0, 0), (1, 10**9), (2.5, 25 * 10**8), (0.1, 10**8), (1e-10, 1), (10, 10**10)])
 def test_a_cost_is_exact_and_rounded_to_the_stricter_side(cost: float, nanoseconds: int) -> None:
     assert FREE.cost_ns(cost) == nanoseconds
 
@@ -101,7 +100,7 @@ def below(cls: type[Body]) -> Iterator[type[Body]]:
         yield from below(child)
 
 
-@pytest.mark.parametrize("cls", list(below(Body)))
+@each("cls", list(below(Body)))
 def test_a_body_refuses_fields_it_does_not_know(cls: type[Body]) -> None:
     with pytest.raises(ValidationError) as caught:
         cls.model_validate({"nonsense": 1})

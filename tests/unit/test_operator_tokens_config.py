@@ -11,6 +11,7 @@ from api_gateway.assembly.access import operator_access
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.reload.serialization import deserialized, serialized
 from api_gateway.settings.diagnostics import ConfigError
+from tests.cases import each
 
 SECRET = "a-canary-of-a-secret"
 
@@ -56,7 +57,7 @@ def test_tokens_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch, t
     assert found(config, "from-the-environment") == Operator("prometheus", Role.READ)
 
 
-@pytest.mark.parametrize(
+@each(
     ("admin", "words"),
     [
         ({"tokens": {"reader": {}}}, ["admin.tokens.reader", "needs a token or a token_file"]),

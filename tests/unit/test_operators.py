@@ -1,16 +1,15 @@
 """The tokens of operators: only the right one, sent once, identifies its operator."""
 
-import pytest
-
 from api_gateway.admin.operators import LOCAL, Operator, Role, Tokens, bearer_token
 from api_gateway.http1.headers import fields_of
+from tests.cases import each
 
 READER, OPERATOR = Operator("prometheus", Role.READ), Operator("alice", Role.OPERATE)
 TOKEN = b"a-long-enough-token"
 TOKENS = Tokens([(READER, b"read-only-token"), (OPERATOR, TOKEN), (OPERATOR, b"alice-had-this-before")])
 
 
-@pytest.mark.parametrize(
+@each(
     ("given", "operator"),
     [
         (TOKEN, OPERATOR),
@@ -42,7 +41,7 @@ def test_the_role_operate_includes_read() -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@each(
     ("sent", "token"),
     [
         ([], None),

@@ -25,6 +25,7 @@ from api_gateway.upstreams.load_balancing import (
 from api_gateway.upstreams.outlier_detection import OutlierDetector, OutlierPolicy
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
+from tests.cases import each
 from tests.examples import examples
 
 NOW = 1000.0
@@ -203,7 +204,7 @@ def test_without_breakers_nothing_is_ejected() -> None:
     assert served(upstream) == {"a": 30, "b": 30}
 
 
-@pytest.mark.parametrize(
+@each(
     ("count", "max_ejected_ratio", "most"),
     [(1, 1, 0), (2, 0.5, 1), (2, 0.49, 0), (2, 1, 1), (3, 0.5, 1), (4, 0.5, 2), (5, 0.5, 2), (5, 1, 4), (5, 0, 0)],
 )

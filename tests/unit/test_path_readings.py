@@ -16,6 +16,7 @@ from api_gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NoRou
 from api_gateway.http1.request_paths import MAX_READINGS, is_below, is_unusual, matching_path, readings
 from api_gateway.middleware import is_proxied
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
+from tests.cases import each
 from tests.examples import examples
 
 COSTLY = "/api/orders/export"
@@ -171,7 +172,7 @@ NAMED = [
 ]
 
 
-@settings(max_examples=examples(1_000))
+@settings(max_examples=examples(500))
 @given(ANY | NEAR)
 def test_a_path_that_some_server_takes_for_the_costly_one_costs_as_much_or_is_refused(raw: str) -> None:
     assume(is_proxied(unquote(raw)))
@@ -181,7 +182,7 @@ def test_a_path_that_some_server_takes_for_the_costly_one_costs_as_much_or_is_re
             assert not isinstance(found, float | int) or found >= 5, f"{name} serves {server(raw)!r}"
 
 
-@settings(max_examples=examples(1_000))
+@settings(max_examples=examples(500))
 @given(ANY | NEAR, st.sampled_from(list(SERVERS)), st.sampled_from(list(SERVERS)))
 def test_nor_is_it_cheaper_behind_a_chain_of_servers(raw: str, first: str, second: str) -> None:
     """The second server gets what the first has made of the path."""
@@ -192,13 +193,13 @@ def test_nor_is_it_cheaper_behind_a_chain_of_servers(raw: str, first: str, secon
         assert not isinstance(found, float | int) or found >= 5, passed
 
 
-@pytest.mark.parametrize("raw", NAMED)
+@each("raw", NAMED)
 def test_the_spellings_that_are_known_from_attacks_cost_as_much_or_are_refused(raw: str) -> None:
     assert any(is_below(merged(server(raw)), COSTLY) for server in SERVERS.values()), "no server is deceived"
     assert cost_of(raw) in (5, BadRequest)
 
 
-@pytest.mark.parametrize(
+@each(
     "raw",
     [
         *("/api/x/..;/orders", "/api/x/..%3B/orders", "/api/x/..%253B/orders", "/api/x/.;/orders", "/api/x/..;v"),
@@ -210,7 +211,7 @@ def test_an_ambiguous_path_is_refused_with_400(raw: str) -> None:
     assert cost_of(raw) is BadRequest
 
 
-@pytest.mark.parametrize(
+@each(
     ("raw", "expected"),
     [
         ("/api/orders/1", 1),
@@ -231,9 +232,7 @@ def test_paths_that_only_look_unusual_keep_their_cost(raw: str, expected: float)
     assert cost_of(raw) == expected
 
 
-@pytest.mark.parametrize(
-    "raw", ["/api/read;v", "/api/x/../read", "/api/read/../x", "/api/read%2Fx", "/api/read//..", "/api//read"]
-)
+@each("raw", ["/api/read;v", "/api/x/../read", "/api/read/../x", "/api/read%2Fx", "/api/read//..", "/api//read"])
 def test_no_spelling_avoids_a_route_that_is_restricted_to_some_methods(raw: str) -> None:
     assert cost_of(raw, "POST") is MethodNotAllowed
     assert cost_of(raw) == 1
@@ -281,7 +280,7 @@ def test_the_form_for_matching_is_final_and_each_reading_is_an_absolute_path(raw
     assert unquote(raw) in found
 
 
-@pytest.mark.parametrize(
+@each(
     "raw",
     [
         *(

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from api_gateway.limits.periods import HOUR, PERIOD_LENGTHS, UNITS, Calendar, CalendarPeriod, Unit
 from api_gateway.settings.limits import TimeZone
+from tests.cases import each
 
 ZONES = (
     "UTC",
@@ -42,7 +43,7 @@ def _text(instant: int) -> str:
     return datetime.fromtimestamp(instant, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-@pytest.mark.parametrize(
+@each(
     ("unit", "zone", "now", "start", "end"),
     [
         ("month", "UTC", "2027-01-31 23:59:59", "2027-01-01 00:00:00", "2027-02-01 00:00:00"),
@@ -89,7 +90,7 @@ def test_the_period_of_an_instant_is_the_one_that_a_calendar_shows(
     assert bounds(unit, zone, at(now)) == (start, end)
 
 
-@pytest.mark.parametrize(
+@each(
     ("unit", "zone", "began", "begins"),
     [
         # The 31st, in months that have none; each from the first, not from the month before.

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.models import LimiterState
 from api_gateway.reload.outcome import ReloadState
@@ -20,6 +18,7 @@ from api_gateway.reporting.snapshot import (
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.upstreams.target import CheckRecord
+from tests.cases import each
 
 NOW = 1000.0
 EJECTED = OutlierSnapshot(
@@ -151,9 +150,7 @@ CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("state", "points", "severity", "text", "link"), CASES, ids=lambda one: one if isinstance(one, str) else ""
-)
+@each(("state", "points", "severity", "text", "link"), CASES, ids=lambda one: one if isinstance(one, str) else "")
 def test_each_problem_is_one_sentence_with_a_link(
     state: WorkerSnapshot, points: list[dict[str, Any]], severity: str, text: str, link: str
 ) -> None:

@@ -14,6 +14,7 @@ from api_gateway.downstream.proxy_protocol import (
     ProxyHeaderError,
     parse_proxy_header,
 )
+from tests.cases import each
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 FOUR = IPv4Address("203.0.113.9").packed + IPv4Address("192.0.2.1").packed + struct.pack("!HH", 4711, 443)
@@ -51,7 +52,7 @@ BINARIES = [
 HEADERS = [(line + b"\r\n", source) for line, source in LINES] + BINARIES
 
 
-@pytest.mark.parametrize(("header", "source"), HEADERS)
+@each(("header", "source"), HEADERS)
 def test_a_header_names_the_client_in_whatever_pieces_it_comes(header: bytes, source: tuple[str, int] | None) -> None:
     """What follows it is not read; nothing is concluded before it is complete."""
     assert parse_proxy_header(header + REQUEST) == (source, len(header))
@@ -59,7 +60,7 @@ def test_a_header_names_the_client_in_whatever_pieces_it_comes(header: bytes, so
         assert parse_proxy_header(bytearray(header[:size])) is None
 
 
-@pytest.mark.parametrize(
+@each(
     ("received", "cause"),
     [
         (REQUEST, "does not begin with"),

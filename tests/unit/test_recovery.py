@@ -25,6 +25,7 @@ from api_gateway.upstreams.load_balancing import Picker, least_requests, rendezv
 from api_gateway.upstreams.outlier_detection import OutlierDetector, OutlierPolicy
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
+from tests.cases import each
 from tests.examples import examples
 
 NOW = 1000.0
@@ -111,8 +112,8 @@ def test_a_breaker_closes_once_calls_succeed_whatever_was_before_and_whatever_ca
     assert is_whole(calls.breaker, calls.now), calls.breaker
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("is_other_safe", [True, False])
+@each("policy", POLICIES)
+@each("is_other_safe", [True, False])
 def test_a_client_whose_calls_always_fail_does_not_keep_a_breaker_open_for_one_whose_calls_succeed(
     policy: BreakerPolicy, *, is_other_safe: bool
 ) -> None:
@@ -277,8 +278,8 @@ def ejected(service: Service, name: str, principal: str | None = None) -> Target
     return target
 
 
-@pytest.mark.parametrize("pick", PICKERS)
-@pytest.mark.parametrize("safe", [[True], [False], [True, False]], ids=["safe", "unsafe", "both"])
+@each("pick", PICKERS)
+@each("safe", [[True], [False], [True, False]], ids=["safe", "unsafe", "both"])
 def test_a_probe_takes_the_next_request_whatever_load_balancing_selects(pick: str, safe: list[bool]) -> None:
     """A target on which a request never ends has the most requests in flight, so it would be selected for none."""
     service = Service(3, POLICIES[0], PICKERS[pick]())
@@ -373,9 +374,9 @@ def test_a_client_whose_requests_always_fail_does_not_keep_a_target_ejected(pick
     assert returned
 
 
-@pytest.mark.parametrize("pick", PICKERS)
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("stays_broken", ["a", "b", "c"])
+@each("pick", PICKERS)
+@each("policy", POLICIES)
+@each("stays_broken", ["a", "b", "c"])
 def test_when_all_but_one_target_recover_from_an_outage_of_all_the_upstream_serves_again(
     pick: str, policy: BreakerPolicy, stays_broken: str
 ) -> None:

@@ -35,6 +35,7 @@ from api_gateway.replay.report import document_of, text_of
 from api_gateway.replay.sharding import shards
 from api_gateway.replay.simulation import Simulation
 from api_gateway.replay.snapshot import read_snapshot
+from tests.cases import each
 from tests.unit.test_access_log import EXCHANGES, OfAnOrganisation, bare
 
 SECOND = 1_000_000_000
@@ -553,7 +554,7 @@ FIGURES = {
 }
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "holds"),
     [
         ('tier == "PREMIUM" and newly_limited > 0', True),
@@ -569,7 +570,7 @@ def test_a_condition_is_evaluated(text: str, holds: object) -> None:
     assert ClientCondition(text).holds(FIGURES) is holds
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "cause"),
     [
         (

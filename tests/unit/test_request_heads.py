@@ -15,6 +15,7 @@ from api_gateway.http1.fast_parser import pairs_of, parse_request_head
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import HeaderList
 from api_gateway.proxy.header_facts import HeaderReader
+from tests.cases import each
 from tests.kit import LIMITS, attributes_of
 
 HEADS = 16_000
@@ -234,7 +235,7 @@ def test_a_difference_is_found() -> None:
     assert first.headers != second.headers
 
 
-@pytest.mark.parametrize("cut", range(1, 60, 7))
+@each("cut", range(1, 60, 7))
 def test_the_general_parser_yields_the_same_head_however_it_is_cut(cut: int) -> None:
     received = b"POST /api/x?y HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nok"
     whole = by_general_parser(received)

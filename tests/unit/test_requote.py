@@ -12,6 +12,7 @@ from api_gateway.clients.registry import PreviousClients
 from api_gateway.config import from_values
 from api_gateway.models import Charge, Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
+from tests.cases import each
 
 SECOND = 1_000_000_000
 START = 10_000 * SECOND
@@ -114,7 +115,7 @@ def limits_with(**terms: Any) -> dict[str, Any]:
     return {"limits": [limit], "clients": {"rich": {"tier": "PREMIUM"}}}
 
 
-@pytest.mark.parametrize(
+@each(
     ("before", "after", "key", "left"),
     [
         ({}, {"capacity": 30}, "limit:own:client:a", 12),

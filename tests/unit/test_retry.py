@@ -18,6 +18,7 @@ from api_gateway.resilience.retry import (
     max_delay,
     retry_after_of,
 )
+from tests.cases import each
 
 POLICY = RetryPolicy(attempts=3, budget=0.2, base=0.025, cap=0.25, max_retry_after=1.0)
 SAFE = FailedAttempt(attempts=1, is_sent=True, is_repeatable=True, is_replayable=True)
@@ -31,7 +32,7 @@ def retries(policy: RetryPolicy = POLICY) -> RetryDecider:
 # The table
 
 
-@pytest.mark.parametrize(
+@each(
     ("failed", "expected"),
     [
         (SAFE, None),
@@ -99,7 +100,7 @@ def test_a_budget_that_is_spent_denies() -> None:
     assert not any(isinstance(decision, RetryDenied) for decision in decisions[:10])
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "key", "expected"),
     [
         ("GET", (), True),
@@ -163,7 +164,7 @@ DATE = b"Wed, 21 Oct 2015 07:28:00 GMT"
 LATER = b"Wed, 21 Oct 2015 07:28:30 GMT"
 
 
-@pytest.mark.parametrize(
+@each(
     ("given", "dates", "expected"),
     [
         ((), (), None),

@@ -12,6 +12,7 @@ from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.models import Exchange
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable, upstream_target
+from tests.cases import each
 
 
 def route(path: str, **options: Any) -> Route:
@@ -26,7 +27,7 @@ def exchange(method: str = "GET", path: str = "/api/x") -> Exchange:
 # Matching
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "expected"),
     [
         ("/api", "/api"),
@@ -48,7 +49,7 @@ def test_the_longest_prefix_of_whole_segments_wins(path: str, expected: str) -> 
     assert table.find("any", "GET", path)[0].path == expected
 
 
-@pytest.mark.parametrize("path", ["/", "", "/ap", "/apix", "/metrics", "/x/api/users"])
+@each("path", ["/", "", "/ap", "/apix", "/metrics", "/x/api/users"])
 def test_a_path_below_no_route_has_none(path: str) -> None:
     with pytest.raises(NoRoute):
         RouteTable([route("/api"), route("/api/users")]).find("any", "GET", path)
@@ -80,8 +81,8 @@ def test_the_table_finds_what_a_search_through_all_routes_finds(prefixes: list[s
         assert found == max(matching, key=len)
 
 
-@pytest.mark.parametrize("is_reversed", [False, True])
-@pytest.mark.parametrize(("host", "expected"), [("a.test", "for a"), ("b.test", "for b"), ("c.test", "for any")])
+@each("is_reversed", [False, True])
+@each(("host", "expected"), [("a.test", "for a"), ("b.test", "for b"), ("c.test", "for any")])
 def test_a_route_for_the_host_comes_before_one_for_any(host: str, expected: str, *, is_reversed: bool) -> None:
     """In whatever order they are configured."""
     routes = [
@@ -152,7 +153,7 @@ def test_a_path_of_very_many_segments_is_matched_quickly(path: str) -> None:
 # Costs
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "path", "cost"),
     [
         ("GET", "/api/x", 1),
@@ -173,7 +174,7 @@ def test_the_first_rule_that_matches_sets_the_cost(method: str, path: str, cost:
     assert route("/api/x", costs=rules).cost_of(method, path) == cost
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "prefix", "expected"),
     [
         ("/a", "/a", True),
@@ -189,7 +190,7 @@ def test_below_means_by_whole_segments(path: str, prefix: str, *, expected: bool
     assert is_below(path, prefix) is expected
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "expected"),
     [
         ("/api/x", "/api/x"),
@@ -228,7 +229,7 @@ def test_a_resolved_path_has_nothing_left_to_resolve(path: str) -> None:
     assert matching_path(resolved) == resolved
 
 
-@pytest.mark.parametrize(
+@each(
     "path",
     [
         "/api/x/export",
@@ -260,7 +261,7 @@ def test_a_candidate_cost_is_that_of_the_dearest_reading() -> None:
 # The target for the upstream
 
 
-@pytest.mark.parametrize(
+@each(
     ("prefix", "target", "expected"),
     [
         ("", b"/api/a%2Fb/../c?x=%zz", b"/api/a%2Fb/../c?x=%zz"),

@@ -15,6 +15,7 @@ from api_gateway.resilience.fair_shares import (
     holder_of,
     merge_states,
 )
+from tests.cases import each
 
 QUOTA = Quota.per_second("FREE", 1, 10)
 
@@ -100,7 +101,7 @@ class Holders(RuleBasedStateMachine):
 TestHolders = Holders.TestCase
 
 
-@pytest.mark.parametrize(
+@each(
     ("client", "address", "holder"),
     [
         (Client("acme", "client:acme", QUOTA, "configured"), "10.0.0.1", "client:acme"),

@@ -18,6 +18,7 @@ from api_gateway.observability.trace_context import (
 )
 from api_gateway.observability.tracing import Sampling, Tracer
 from api_gateway.resilience.breaker_policy import State
+from tests.cases import each
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 VALID = f"00-{TRACE}-{SPAN}-01".encode()
@@ -51,7 +52,7 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize("value", MALFORMED)
+@each("value", MALFORMED)
 def test_a_malformed_traceparent_is_none(value: bytes) -> None:
     assert parent_context([value]) is None
 
@@ -81,7 +82,7 @@ def test_any_bytes_are_read_without_an_error(value: bytes) -> None:
     assert isinstance(state_of([value]), bytes)
 
 
-@pytest.mark.parametrize(
+@each(
     ("values", "found"),
     [
         ([], b""),
@@ -132,7 +133,7 @@ def test_lines_and_pairs_are_read_alike(parents: list[bytes], states: list[bytes
     assert split_lines(lines_of(pairs)) == (lines_of(kept), *context)
 
 
-@pytest.mark.parametrize(
+@each(
     "line",
     [
         b"traceparent:x",
@@ -184,7 +185,7 @@ def test_an_attempt_has_its_own_span_in_the_trace_of_the_client() -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@each(
     ("parent", "flags", "ratio", "is_sampled"),
     [
         ("obey", "01", 0.0, True),
@@ -209,9 +210,7 @@ def test_the_parents_decision_is_obeyed_or_not(parent: Any, flags: str, ratio: f
         assert int(trace.flags, 16) & 2 == int(flags, 16) & 2
 
 
-@pytest.mark.parametrize(
-    "value", [one for one in MALFORMED if one.strip() == one and one.isascii() and b"\n" not in one]
-)
+@each("value", [one for one in MALFORMED if one.strip() == one and one.isascii() and b"\n" not in one])
 def test_a_malformed_traceparent_is_replaced_and_tracestate_with_it(value: bytes) -> None:
     _, trace = tracer().begin(b"\r\ntraceparent: %b\r\ntracestate: a=1\r\n" % value)
     assert (trace.parent_id, trace.state, trace.link) == ("", b"", None)
@@ -239,7 +238,7 @@ def exchange(one: Tracer, flags: str = "00", **values: Any) -> Exchange:
     return found
 
 
-@pytest.mark.parametrize(
+@each(
     ("values", "is_kept"),
     [
         ({}, False),

@@ -27,6 +27,7 @@ from api_gateway.observability.tracing import Sampling
 from api_gateway.process.start_check import file_errors
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.settings.diagnostics import ConfigError
+from tests.cases import each
 from tests.kit import PATIENCE, eventually, refusing_url
 from tests.trace_kit import CLIENT, ERROR, SERVER, UNSET, Collector, collector, spans_of
 
@@ -391,7 +392,7 @@ def test_tracing_is_off_by_default_and_if_the_environment_disables_it() -> None:
     assert tracing_plan(config(), {"OTEL_SDK_DISABLED": "TRUE"}) is None
 
 
-@pytest.mark.parametrize(
+@each(
     ("settings", "variables", "endpoint"),
     [
         ({}, {}, "http://localhost:4318/v1/traces"),
@@ -415,7 +416,7 @@ def test_settings_precede_the_environment(settings: dict[str, Any], variables: d
     assert plan.endpoint == endpoint
 
 
-@pytest.mark.parametrize(
+@each(
     ("settings", "variables", "parent", "ratio"),
     [
         ({}, {}, "obey", 1.0),

@@ -15,6 +15,7 @@ from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.upstreams.load_balancing import Picker, least_requests, rendezvous_hash, round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
+from tests.cases import each
 from tests.examples import examples
 
 NOW = 1000.0
@@ -145,8 +146,8 @@ def test_more_weight_draws_keys_and_repels_none() -> None:
 # Checkout
 
 
-@pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
-@pytest.mark.parametrize("healthy", ["a", "bd", "acd"])
+@each("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
+@each("healthy", ["a", "bd", "acd"])
 def test_an_unhealthy_target_is_never_chosen(pick: Picker, healthy: str) -> None:
     pool = targets(a=1, b=2, c=3, d=4)
     for target in pool:

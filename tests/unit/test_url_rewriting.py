@@ -5,13 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
+from tests.cases import each
 
 REWRITER = UrlRewriter(b"/api", cookies=True)
 AUTHORITY = b"10.0.0.1:8080"
 TARGET = Authorities((AUTHORITY,))
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "expected"),
     [
         ("/users/7", "/api/users/7"),
@@ -30,7 +31,7 @@ def test_a_url_that_leads_past_the_gateway_becomes_a_path_below_the_prefix(url: 
     assert REWRITER.url(url.encode(), TARGET).decode() == expected
 
 
-@pytest.mark.parametrize(
+@each(
     "url",
     [
         *("/api", "/api/users", "/api?a", "/api#a", "users/8", "../x", "?page=2", "#top", ""),
@@ -71,7 +72,7 @@ def test_a_url_that_names_the_host_that_the_upstream_got_leads_past_the_gateway_
     assert REWRITER.rewrite([(b"Set-Cookie", cookie)], authorities) == [(b"Set-Cookie", kept)]
 
 
-@pytest.mark.parametrize(
+@each(
     ("value", "expected"),
     [
         ("5; url=/x", "5; url=/api/x"),
@@ -86,7 +87,7 @@ def test_the_url_of_refresh(value: str, expected: str) -> None:
     assert REWRITER.rewrite([(b"Refresh", value.encode())], TARGET) == [(b"Refresh", expected.encode())]
 
 
-@pytest.mark.parametrize(
+@each(
     ("value", "expected"),
     [
         ("a=b; Path=/users; Secure", "a=b; Path=/api/users; Secure"),
@@ -104,9 +105,9 @@ def test_cookies(value: str, expected: str) -> None:
     assert plain.rewrite([(b"Set-Cookie", value.encode())], TARGET) == [(b"Set-Cookie", value.encode())]
 
 
-@pytest.mark.parametrize("prefix", [b"", b"/api"])
-@pytest.mark.parametrize("cookies", [True, False])
-@pytest.mark.parametrize(
+@each("prefix", [b"", b"/api"])
+@each("cookies", [True, False])
+@each(
     ("domains", "value", "expected"),
     [
         ({"users.internal": "example.com"}, "a=b; Domain=users.internal; Secure", "a=b; Domain=example.com; Secure"),

@@ -9,9 +9,10 @@ from api_gateway.models import HeaderList
 from api_gateway.proxy.admission import Admission
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.stages import AmbiguityStage
+from tests.cases import each
 
 
-@pytest.mark.parametrize(
+@each(
     ("values", "expected"),
     [
         ([b"1.1 edge-1"], True),
@@ -39,7 +40,7 @@ def test_an_entry_names_the_received_version(version: str) -> None:
     assert Via("edge-1").is_in([value])
 
 
-@pytest.mark.parametrize(
+@each(
     ("headers", "is_loop"),
     [
         ([(b"Via", b"1.1 edge-1")], True),

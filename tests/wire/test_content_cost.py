@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from api_gateway.config import GatewayConfig
+from tests.cases import each
 from tests.kit import (
     RawAnswer,
     RawClient,
@@ -267,7 +268,7 @@ def test_other_routes_are_not_read_and_use_the_fast_path(
     assert settled(running) == {"charged": 0, "refunded": 0, "unreadable": 0}
 
 
-@pytest.mark.parametrize(
+@each(
     ("cost_from", "message"),
     [
         ({"pointer": "usage"}, r"0\.cost_from\.pointer.*a JSON pointer begins with / \(RFC 6901\)"),

@@ -25,6 +25,7 @@ from api_gateway.errors import (
 )
 from api_gateway.models import Exchange, Outcome
 from api_gateway.proxy.fallback import Fallback, applies
+from tests.cases import each
 from tests.kit import (
     FakeClocks,
     RawAnswer,
@@ -47,7 +48,7 @@ STATIC, OTHER = Fallback(status=200), Fallback("other")
 # For which failures
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "repeatable", "once"),
     [
         (NoHealthyUpstream, True, True),
@@ -88,7 +89,7 @@ def problems(fallback: Any) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize(
+@each(
     ("fallback", "words"),
     [
         ({"upstream": "order"}, "routes[0] (r).fallback.upstream: no such upstream, got 'order'"),

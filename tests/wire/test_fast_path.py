@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -94,11 +95,14 @@ def is_calm(running: RunningGateway, up: RawUpstream) -> bool:
 
 
 def says(*pieces: bytes, pause: float = 0.05, closes: bool = False) -> Callable[[Wire, RawRequest], bool]:
-    """Return a behaviour that sends `pieces`, some time apart."""
+    """Return a behaviour that sends `pieces`, each once the gateway has read those before, and some time apart."""
 
     def behave(wire: Wire, _request: RawRequest) -> bool:
         for number, piece in enumerate(pieces):
-            time.sleep(pause if number else 0)
+            if number:
+                with suppress(OSError):  # it has closed the connection
+                    eventually(lambda: wire.unread_by_peer() == 0, "the gateway reads")
+                time.sleep(pause)
             wire.send(piece)
         return not closes
 
@@ -805,7 +809,7 @@ def test_a_breaker_refuses_probes_and_recovers_equally_on_both_paths(
         clocks.advance(0.25)
         up.behave = reply()
         assert client.get(headers=headers).status == 200
-        assert running.live.upstreams["up"].breaker.state == "CLOSED"
+        eventually(lambda: running.live.upstreams["up"].breaker.state == "CLOSED", "the probe is settled")
         clocks.advance(ramp)
         assert client.get(headers=headers).status == 200
     assert fast_path_spy == [not headers] * 4

@@ -9,10 +9,11 @@ import pytest
 import uvloop
 
 from api_gateway.eventloop.lag_sampler import SAMPLE_INTERVAL, LagSampler
+from tests.cases import each
 
 
-@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-@pytest.mark.parametrize("busy", [SAMPLE_INTERVAL / 2, SAMPLE_INTERVAL, SAMPLE_INTERVAL * 2])
+@each("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@each("busy", [SAMPLE_INTERVAL / 2, SAMPLE_INTERVAL, SAMPLE_INTERVAL * 2])
 def test_the_lag_of_a_busy_loop_is_reported_and_that_of_an_idle_one_is_zero(
     make_loop: Callable[[], asyncio.AbstractEventLoop], busy: float
 ) -> None:

@@ -13,6 +13,7 @@ from api_gateway.models import Client, Outcome, Quota
 from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.principals import RecentPrincipals
+from tests.cases import each
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, ask, eventually, in_front_of, reply
 
 NOW = 1000.0
@@ -22,7 +23,7 @@ StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
 
-@pytest.mark.parametrize(
+@each(
     ("source", "address", "principal"),
     [
         ("registered", "192.0.2.1", "client:c"),

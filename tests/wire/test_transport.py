@@ -669,7 +669,7 @@ async def test_silence_after_an_early_head_is_noticed_although_the_upload_ended_
     up = upstream(behave, reads_body=False)
     body = Pieces([bytes(MIB)] * 32)
     headers = [(b"Content-Length", b"%d" % (32 * MIB))]
-    request = request_to(up, method="POST", headers=headers, body=body, idle=0.5)
+    request = request_to(up, method="POST", headers=headers, body=body, idle=2.0)
     response = await send(transport, request)
     reading = asyncio.create_task(read(response))
     await asyncio.sleep(0.1)
@@ -677,7 +677,7 @@ async def test_silence_after_an_early_head_is_noticed_although_the_upload_ended_
     gate.set()
     await soon(lambda: body.taken == 32 * MIB, "the upload ends")
     with pytest.raises(httpx.ReadTimeout):
-        await asyncio.wait_for(reading, 2)
+        await asyncio.wait_for(reading, PATIENCE)
 
 
 @pytest.mark.parametrize(
