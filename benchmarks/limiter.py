@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from api_gateway.limits.period_counters import PeriodCounters, PeriodQuota
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
 from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders

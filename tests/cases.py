@@ -34,8 +34,9 @@ def each(
                 try:
                     test(**dict(zip(keys, case, strict=True)), **others)
                 except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - raised below
-                    error.add_note(f"in the case {title}")
-                    failures.append(error if isinstance(error, Exception) else AssertionError(str(error)))
+                    failure = error if isinstance(error, Exception) else AssertionError(str(error))
+                    failure.add_note(f"in the case {title}")
+                    failures.append(failure)
             if len(failures) == 1:
                 raise failures[0]
             if failures:

@@ -29,7 +29,7 @@ from api_gateway.http1.fast_parser import lines_of
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.limits.limit import Limit
-from api_gateway.limits.period_counters import PeriodQuota
+from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.middleware import API_PREFIX, proxied_paths
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, Quota, TierView
 from api_gateway.proxy.admission import Admission, ExtensionCall, RequestPlan, Wait

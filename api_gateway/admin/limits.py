@@ -13,7 +13,7 @@ from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit, limit_of
-from api_gateway.limits.period_counters import PeriodQuota
+from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.metrics import Recorder
 from api_gateway.models import Body, Quota
 from api_gateway.rate_limiter import MemoryLimiter

@@ -10,7 +10,7 @@ from api_gateway.admin.context import AdminContext, Audit, Audited, ClientId, Gu
 from api_gateway.admin.openapi import CLIENT_REFUSALS, TIER_REFUSALS, TOKEN
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import InvalidValue
-from api_gateway.limits.period_counters import UNITS_PER_TOKEN, Adjustment, PeriodQuota, Standing
+from api_gateway.limits.period_standing import UNITS_PER_TOKEN, Adjustment, PeriodQuota, Standing
 from api_gateway.models import Body, Instant, RequestBody
 
 router = APIRouter(tags=["quotas"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])

@@ -10,7 +10,8 @@ from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit
-from api_gateway.limits.period_counters import MICROSECONDS, UNITS_PER_TOKEN, PeriodCounters, PeriodQuota, Warned
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import MICROSECONDS, UNITS_PER_TOKEN, PeriodQuota, Warned
 from api_gateway.limits.period_store import PeriodJournal, PeriodStore
 from api_gateway.limits.quota_book import LocalBook, QuotaBook, StoreBook
 from api_gateway.limits.quota_limiter import QuotaLimiter

@@ -21,7 +21,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
-from api_gateway.limits.period_counters import PeriodQuota
+from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Client, Quota

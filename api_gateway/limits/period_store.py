@@ -12,7 +12,8 @@ from contextlib import closing
 from pathlib import Path
 
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.limits.period_counters import Count, Counter, PeriodCounters, past_at
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import Count, Counter, past_at
 from api_gateway.limits.periods import UNITS
 from api_gateway.models import Clock
 from api_gateway.storage.sqlite_file import SqliteFile

@@ -4,14 +4,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from api_gateway.errors import StoreUnavailable
-from api_gateway.limits.period_counters import (
-    MICROSECONDS,
-    Adjustment,
-    PeriodCounters,
-    PeriodQuota,
-    Standing,
-    standing_of,
-)
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import MICROSECONDS, Adjustment, PeriodQuota, Standing, standing_of
 from api_gateway.limits.period_store import CounterRow, PeriodJournal, row_of
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 

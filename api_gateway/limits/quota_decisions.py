@@ -7,7 +7,7 @@ the period that was charged, in seconds since the epoch.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from api_gateway.limits.period_counters import MICROSECONDS, PeriodQuota, Standing, reached
+from api_gateway.limits.period_standing import MICROSECONDS, PeriodQuota, Standing, reached
 from api_gateway.models import Charge, Decision, Notice
 from api_gateway.rate_limiter import NEVER_NS, debts_of
 

@@ -6,7 +6,8 @@ Buckets are those of another limiter. Counters are in this process, so both are 
 from collections.abc import Callable, Sequence
 from math import ceil
 
-from api_gateway.limits.period_counters import MICROSECONDS, Counter, PeriodCounters, PeriodQuota, Standing, Warned
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import MICROSECONDS, Counter, PeriodQuota, Standing, Warned
 from api_gateway.limits.quota_decisions import (
     counter_decision,
     joint_allowance,

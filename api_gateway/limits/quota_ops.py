@@ -2,13 +2,13 @@
 
 A counter in the store is fifteen integers: the unit of its period (its index in `UNITS`), the beginning of the first
 period, the latest count (start, used, carried, drawn, peak), the end of its period, the count before (start -1: none),
-the balance of top-ups and its end; see `period_counters`.
+the balance of top-ups and its end; see `period_standing`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from api_gateway.limits.period_counters import (
+from api_gateway.limits.period_standing import (
     MICROSECONDS,
     UNITS_PER_TOKEN,
     Adjustment,

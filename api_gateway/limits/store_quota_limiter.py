@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from api_gateway.errors import StoreUnavailable
-from api_gateway.limits.period_counters import (
+from api_gateway.limits.period_standing import (
     MICROSECONDS,
     Adjustment,
     Counter,

@@ -12,7 +12,8 @@ from api_gateway.clients.records import ClientStore
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
-from api_gateway.limits.period_counters import MICROSECONDS, PeriodCounters, PeriodQuota
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import MICROSECONDS, PeriodQuota
 from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, ClientSource, Decision, Exchange, Quota

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from api_gateway.limits.period_counters import Counter
+from api_gateway.limits.period_standing import Counter
 from api_gateway.limits.period_store import CounterRow, counter_of, row_of
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.log_lines import MAX_WHOLE

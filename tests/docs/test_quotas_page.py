@@ -12,7 +12,8 @@ import yaml
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
-from api_gateway.limits.period_counters import KEPT, KEPT_LONGER, OVERFLOW_COUNTERS
+from api_gateway.limits.period_counters import OVERFLOW_COUNTERS
+from api_gateway.limits.period_standing import KEPT, KEPT_LONGER
 from api_gateway.limits.period_store import QUOTA_WRITE_INTERVAL, QUOTAS_FILE
 from api_gateway.settings.limits import LimitSection
 from api_gateway.transport.webhooks import FIRST_DELAY, MAX_ATTEMPTS, MAX_QUEUED, MAX_WEBHOOK_DELAY

@@ -98,7 +98,7 @@ MUTANTS = (
         ),
     ),
     *_of(
-        "limits/period_counters.py",
+        "limits/period_standing.py",
         ("        return end * MICROSECONDS - now_us\n", "        return end * MICROSECONDS - now_us - 1\n", _QUOTAS),
         (
             "if latest.start == end and cost > quota.burst_ns + latest.carried - latest.used:",
@@ -131,6 +131,15 @@ MUTANTS = (
             "return use(replace(standing, count=count), change, now)",
             f"{_COUNTERS}::test_a_charge_afterwards_may_exceed_the_allowance_by_a_second_one",
         ),
+        ("    return past_at(counter) < now\n", "    return counter.end < now\n", _COUNTERS),
+        (
+            "if peak < share * allowance <= count.peak",
+            "if share * allowance <= count.peak",
+            f"{_COUNTERS}::test_each_share_is_reported_once_in_a_period",
+        ),
+    ),
+    *_of(
+        "limits/period_counters.py",
         (
             "return (self.unverified if is_unverified else len(self.counters) - self.unverified) < self.limit",
             "return len(self.counters) < self.limit",
@@ -141,16 +150,10 @@ MUTANTS = (
             "hash(key) % OVERFLOW_COUNTERS, False",
             f"{_COUNTERS}::test_invented_keys_take_no_room_and_no_allowance_from_verified_ones",
         ),
-        ("    return past_at(counter) < now\n", "    return counter.end < now\n", _COUNTERS),
         (
             "if held is not None and held.unit != quota.calendar.unit:",
             "if False:",
             f"{_QUOTAS}::test_a_charge_from_before_a_change_of_the_period_does_not_begin_counts_anew",
-        ),
-        (
-            "if peak < share * allowance <= count.peak",
-            "if share * allowance <= count.peak",
-            f"{_COUNTERS}::test_each_share_is_reported_once_in_a_period",
         ),
     ),
     *_of(

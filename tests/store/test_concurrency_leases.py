@@ -15,7 +15,7 @@ import pytest
 from api_gateway.limits.concurrency import ConcurrencyQuota, SlottedCharges
 from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL, LeasedSlots
 from api_gateway.limits.concurrency_ops import LEASE
-from api_gateway.limits.period_counters import PeriodQuota
+from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
 from api_gateway.limits.script_batcher import ScriptOp, _call
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter

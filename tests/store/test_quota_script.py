@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.limits.period_counters import (
-    MICROSECONDS,
-    Adjustment,
-    Counter,
-    PeriodCounters,
-    PeriodQuota,
-    Warned,
-    is_past,
-)
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import MICROSECONDS, Adjustment, Counter, PeriodQuota, Warned, is_past
 from api_gateway.limits.periods import HOUR, UNITS, Calendar, Unit
 from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.quota_ops import CounterOp

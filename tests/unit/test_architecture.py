@@ -80,6 +80,7 @@ NO_CLOCK = (
     "limits.deny_cache",
     "limits.fallback_limiter",
     "limits.period_counters",
+    "limits.period_standing",
     "limits.periods",
     "limits.quota_decisions",
     "limits.ratelimit_headers",

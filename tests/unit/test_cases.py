@@ -34,7 +34,7 @@ def test_failures_are_shown_with_their_cases_and_end_no_other() -> None:
         table()
     assert len(seen) == 6
     first, second = failed.value.exceptions
-    assert first.__notes__ == ["in the case one", "in the case ('a',)"] or "one" in str(first)
+    assert first.__notes__ == ["in the case one", "in the case ('a',)"]
     assert isinstance(second, ExceptionGroup)
     assert [error.__notes__ for error in second.exceptions] == [["in the case one"], ["in the case two"]]
 

@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.limits.period_counters import (
-    MICROSECONDS,
-    NEVER_US,
-    UNITS_PER_TOKEN,
-    PeriodCounters,
-    PeriodQuota,
-    Warned,
-)
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import MICROSECONDS, NEVER_US, UNITS_PER_TOKEN, PeriodQuota, Warned
 from api_gateway.limits.periods import HOUR, UNITS, Calendar, Unit
 
 DAY = 24 * HOUR

@@ -8,7 +8,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from api_gateway.limits.period_counters import MICROSECONDS, Counter, PeriodCounters, PeriodQuota
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import MICROSECONDS, Counter, PeriodQuota
 from api_gateway.limits.period_store import CounterRow, PeriodJournal, PeriodStore
 from api_gateway.limits.periods import HOUR, Calendar
 from tests.kit import FakeClock, soon

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.limits.period_counters import PeriodCounters, PeriodQuota, Warned
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import PeriodQuota, Warned
 from api_gateway.limits.periods import HOUR, Calendar, Unit
 from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.models import NANOSECONDS, Charge, Decision, Notice, Quota
