@@ -22,8 +22,9 @@ def each(
     Every case is run, and every failure shown with its case. Other arguments are fixtures, which the cases share.
     """
     keys = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    cases = [tuple(value) if len(keys) > 1 else (value,) for value in values]
-    titles = list(map(str, ids)) if ids is not None and not callable(ids) else [repr(case) for case in cases]
+    given = list(values)
+    cases = [_values(value, len(keys)) for value in given]
+    titles = list(map(str, ids)) if ids is not None and not callable(ids) else list(map(_title, given))
     assert cases, "a table without cases"
 
     def decorated(test: TestFunction) -> TestFunction:
@@ -48,3 +49,15 @@ def each(
         return run
 
     return decorated
+
+
+def _values(value: Any, width: int) -> tuple[Any, ...]:
+    """Return the arguments of a case, which may be a `pytest.param`."""
+    if hasattr(value, "marks"):
+        assert not value.marks, "a case of a table has no marks"
+        return tuple(value.values)
+    return tuple(value) if width > 1 else (value,)
+
+
+def _title(value: Any) -> str:
+    return str(getattr(value, "id", None) or repr(value))

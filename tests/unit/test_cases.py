@@ -34,7 +34,7 @@ def test_failures_are_shown_with_their_cases_and_end_no_other() -> None:
         table()
     assert len(seen) == 6
     first, second = failed.value.exceptions
-    assert first.__notes__ == ["in the case one", "in the case ('a',)"]
+    assert first.__notes__ == ["in the case one", "in the case 'a'"]
     assert isinstance(second, ExceptionGroup)
     assert [error.__notes__ for error in second.exceptions] == [["in the case one"], ["in the case two"]]
 
@@ -42,3 +42,18 @@ def test_failures_are_shown_with_their_cases_and_end_no_other() -> None:
 def test_a_table_without_cases_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match="without cases"):
         each("one", [])
+
+
+def test_a_case_may_be_a_param_with_an_id() -> None:
+    seen = []
+
+    @each(("one", "other"), [pytest.param(1, 2, id="first"), (3, 4)])
+    @each("third", [pytest.param(5, id="fifth")])
+    def table(one: int, other: int, third: int) -> None:
+        seen.append((one, other, third))
+        assert one > 1
+
+    with pytest.raises(AssertionError) as failed:
+        table()
+    assert seen == [(1, 2, 5), (3, 4, 5)]
+    assert failed.value.__notes__ == ["in the case fifth", "in the case first"]

@@ -926,6 +926,32 @@ def test_the_end_of_a_delay(
     asyncio.run(run())
 
 
+def test_a_delay_and_a_deadline_of_an_ended_exchange_do_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if they fire: their generation has passed, which is what counts where cancelling comes too late."""
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch, NO_BODY)
+        exchange = await sent(world)
+        lose(world, exchange)
+        assert exchange.states.phase == states.BACKING_OFF
+        generation, last = exchange.generation, exchange._last_attempt
+        exchange.on_client_disconnected()
+        assert exchange.states.phase == states.ABORTED
+        assert exchange.generation != generation
+        assert exchange.delay is exchange.timer is None
+        exchange._last_attempt = last  # as if nothing else told that it is over
+        exchange._on_delay(generation)
+        exchange._on_deadline(generation)
+        await turns()
+        assert exchange.exchange.attempts == 1
+        assert len(world.ended) == 1
+        check_resources(world, exchange)
+
+    asyncio.run(run())
+
+
 @BODIES
 def test_a_connection_that_opens_as_the_client_leaves_is_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Body
