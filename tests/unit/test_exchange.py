@@ -61,6 +61,7 @@ from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
+from tests.cases import each
 from tests.kit import case
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
@@ -117,6 +118,23 @@ def test_an_exchange_that_waits_for_others_ends_when_its_client_leaves_or_the_dr
                 after = successor(one, event)
                 assert after is not None
                 assert (after.phase, after.response) == (states.ABORTED, states.ABORTED), one
+
+
+@each(
+    ("body", "after"),
+    [
+        (states.WITHHELD, states.FLOWING),
+        (states.FLOWING, states.FLOWING),
+        (states.PAUSED, states.PAUSED),
+        (states.COMPLETE, states.COMPLETE),
+    ],
+)
+def test_an_upstream_may_send_100_continue_whatever_has_become_of_the_body(
+    body: states.RequestBodyState, after: states.RequestBodyState
+) -> None:
+    """Early, twice, or when it has everything."""
+    exchanging = States(states.EXCHANGING, body)
+    assert states.successor(exchanging, states.CONTINUE) == States(states.EXCHANGING, after)
 
 
 def test_an_illegal_event_changes_nothing_and_names_state_and_event() -> None:
