@@ -72,8 +72,9 @@ class Router:
         self.on_cost = on_cost or _ignore
         self.on_content_cost = on_content_cost or _ignore
         for route in routes:
-            if route.content_cost is not None:  # an exchange looks at routes of such upstreams only
-                self.upstream_clients[route.upstream].is_simple = False
+            if route.watches_content:  # an exchange looks at routes of such upstreams only
+                for name in route.upstreams:
+                    self.upstream_clients[name].is_simple = False
         self.on_retry, self.on_denial = on_retry or _ignore, on_denial or _ignore
         self.on_fallback = on_fallback or _ignore
         self.priorities = priorities

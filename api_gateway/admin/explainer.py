@@ -180,7 +180,7 @@ class Explainer:
         buckets = [_Bucket(*pair) for pair in zip(exchange.charges, plan.inspected, strict=True)]
         binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
         if error is None and route is not None:
-            error = self._refused(route, plan)
+            error = self._refused(route, plan) if route.upstream else None
         fallback = self._fallback(route, error)
         return Explanation(
             result=explained_result(error, fallback),
@@ -204,7 +204,7 @@ class Explainer:
                 LimitExplained(name=limit.name, detail=why) for limit, why in self._limits.lacking(plan)
             ],
             candidate=await self._candidate(client, exchange),
-            upstream=None if route is None else self._upstream_view(route, plan),
+            upstream=None if route is None or not route.upstream else self._upstream_view(route, plan),
             fallback=fallback,
             event_loop=LagExplained(
                 lag_seconds=round(self._shedder.lag, 6),

@@ -21,7 +21,7 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.access_log import AccessLog
-from api_gateway.observability.selected_lines import sampled, with_fields
+from api_gateway.observability.selected_lines import by_route, sampled, with_fields
 from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
@@ -40,6 +40,7 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
+from api_gateway.proxy.route_stages import BodyLimitStage, DirectAnswerStage, PathRewritingStage, SplitStage
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -232,10 +233,13 @@ def _admission(
             identification,
             *([] if rules is None else [AddressStage(rules)]),
             RouteStage(router.routes),
+            *_when(any(route.split is not None for route in gateway.routes), SplitStage()),
+            *_when(any(route.uses_path for route in gateway.routes), PathRewritingStage()),
             *([] if cors is None else [CorsStage()]),
             *([ExtensionCostStage(hooks["cost"])] if hooks["cost"] else []),
             *([RouteAddressStage()] if any(route.addresses is not None for route in gateway.routes) else []),
             *access,
+            *_when(any(route.max_body_bytes is not None for route in gateway.routes), BodyLimitStage()),
             DeadlineStage(
                 {name: client.total_timeout for name, client in router.upstream_clients.items()},
                 have_routes_timeouts=any(route.timeout is not None for route in gateway.routes),
@@ -245,6 +249,7 @@ def _admission(
             limits,
             FinalRecipientStage(),
             *([ExtensionRequestStage(hooks["on_request"])] if hooks["on_request"] else []),
+            *_when(any(route.answer is not None for route in gateway.routes), DirectAnswerStage()),
         ]
     )
 
@@ -255,6 +260,10 @@ def _requirements(gateway: Gateway) -> Iterator[Stage]:
         yield RequirementStage()
     if any(route.requires_certificate for route in gateway.routes):
         yield CertificateStage()
+
+
+def _when(is_needed: bool, stage: Stage) -> list[Stage]:  # noqa: FBT001 - the only argument that says so
+    return [stage] if is_needed else []
 
 
 def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozenset[bytes]) -> Router:
@@ -331,7 +340,9 @@ def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
     else:
         write_line = output.write if log.fields is None else with_fields(output.write, frozenset(log.fields))
         write = AccessLog(write_line, without_keys, gateway.numbers).write
-    return [write if log.sample_successes == 1 else sampled(write, log.sample_successes)]
+    chosen = write if log.sample_successes == 1 else sampled(write, log.sample_successes)
+    levels = {route.name: route.access_log for route in gateway.config.routes if route.access_log != "all"}
+    return [by_route(chosen, levels) if levels else chosen]
 
 
 def _next_number(gateway: Gateway) -> Callable[[], int] | None:

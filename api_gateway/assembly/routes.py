@@ -1,5 +1,8 @@
 """Builds routes from their sections: costs, timeouts and fallbacks."""
 
+from dataclasses import replace
+
+from api_gateway.assembly.route_actions import answer_of, compression_of, editor_of, rewriting_of
 from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
@@ -7,6 +10,7 @@ from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.route_conditions import FieldCondition, QueryCondition, RouteCondition, ValueTest
 from api_gateway.proxy.route_table import CostRule, Route
+from api_gateway.proxy.upstream_split import UpstreamSplit
 from api_gateway.proxy.url_rewriting import UrlRewriter
 from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
@@ -38,10 +42,11 @@ def address_rules(section: AddressesSection) -> AddressRules | None:
 def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
     """Return the route that a section describes; `cors` is its policy unless it has one of its own."""
     prefix = (section.strip_prefix or "").rstrip("/")
-    return Route(
+    names = section.upstream_names
+    route = Route(
         name=section.name,
         path=section.path,
-        upstream=section.upstream,
+        upstream=names[0] if names else "",
         strip_prefix=prefix,
         methods=frozenset(section.methods) if section.methods else None,
         host=section.host,
@@ -57,13 +62,21 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         timeout=section.timeout,
         min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
-        url_rewriter=_url_rewriter(section, prefix),
+        url_rewriter=editor_of(section, _url_rewriter(section, prefix)),
         addresses=address_rules(section.addresses),
         forward_credentials=section.forward_credentials,
         requirement=None if section.require is None else _requirement(section.require),
         requires_certificate=section.require_certificate,
         cors=cors if section.cors is None else cors_of(section.cors),
+        rewriting=rewriting_of(section),
+        max_body_bytes=section.max_body_bytes,
+        answer=answer_of(section),
+        compression=None if section.compression is None else compression_of(section.name, section.compression),
     )
+    if not section.upstreams:
+        return route
+    split = UpstreamSplit(tuple((one.name, one.weight) for one in section.upstreams))
+    return replace(route, split=split, variants={name: replace(route, upstream=name) for name in names})
 
 
 def _conditions(section: MatchSection) -> tuple[RouteCondition, ...]:

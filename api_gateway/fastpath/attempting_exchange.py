@@ -109,8 +109,10 @@ class AttemptingExchange(RelayingExchange):
         host, identity = upstream_client.hosts[attempt.target], exchange.id.encode()
         if not host:
             host = upstream_client.host_of(attempt.target, self.plan.facts.host_field)
+        sent = self.plan.headers.sent
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
+            sent = route.url_rewriter.edited(sent, exchange, plan.raw_target)
         if plan.facts.claim is not None:
             host += self._credential_lines()
         if deadline is not None and deadline.is_forwarded:
@@ -123,7 +125,7 @@ class AttemptingExchange(RelayingExchange):
             exchange.method.encode(),
             plan.target,
             host,
-            self.plan.headers.sent,
+            sent,
             identity,
         )
         if upload is None:

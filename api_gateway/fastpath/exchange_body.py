@@ -83,6 +83,7 @@ class ExchangeBody:
         self._pieces = [first] if first else []
         self.received = len(first)  # bytes
         self.length = length  # bytes; None: it is chunked
+        self.limit = context.router.max_body_bytes  # maximum size in bytes; replaced by that of the route
         self.is_complete = self.received == length
         self._owner = None if self.is_complete else owner  # the exchange, while pieces of the body may be for it
 
@@ -102,14 +103,15 @@ class ExchangeBody:
         return None if self.length is None else self.length - self.received
 
     @property
-    def limit(self) -> int:
-        """The maximum size in bytes."""
-        return self._context.router.max_body_bytes
-
-    @property
     def is_too_large(self) -> bool:
         """True if the body is larger than `limit`. One behind a plain head is not: the parser reads those."""
         return self.is_parsed and (self.received if self.length is None else self.length) > self.limit
+
+    def exceeds(self, limit: int | None) -> bool:
+        """Apply the limit of the route, None if that has none; tell whether the body is larger."""
+        if limit is not None:
+            self.limit = limit
+        return self.is_too_large
 
     @property
     def is_full(self) -> bool:

@@ -11,6 +11,7 @@ from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan
 from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
+from api_gateway.proxy.compression import ContentEncoder
 from api_gateway.proxy.content_cost import ContentScan
 from api_gateway.proxy.exchange import (
     BODY,
@@ -74,6 +75,7 @@ class ExchangeLife(ProxyExchange):
     events: EventBoundaries | None = None  # of an event stream
     is_watched = False  # the content of the response states its cost
     scan: ContentScan | None = None  # of the content, from the head on
+    encoder: ContentEncoder | None = None  # that compresses the content
     task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
 
     def __init__(
@@ -165,7 +167,7 @@ class ExchangeLife(ProxyExchange):
     def _forget(self) -> None:
         """Return to the state of a response of which nothing has arrived."""
         self.forget()
-        self.is_relayed, self.is_framed = True, False
+        self.is_relayed, self.is_framed, self.encoder = True, False, None
         self.is_sent, self.is_repeated = True, False
         self.waited_before_head = 0.0
 
@@ -235,8 +237,11 @@ class ExchangeLife(ProxyExchange):
         if self.events is None or not self.events.is_between or self.phase != EXCHANGING or self.response == NONE:
             return
         self.close()
+        rest = b"" if self.encoder is None else self.encoder.end()
         if self.is_framed:
-            self._client.transport.write(b"0\r\n\r\n")
+            self._client.transport.write((b"%x\r\n%b\r\n" % (len(rest), rest) if rest else b"") + b"0\r\n\r\n")
+        elif rest:
+            self._client.transport.write(rest)
         self.move(END)
         self._end(self._context.clock(), Outcome.SUCCESS, keep_alive=self.keep_alive)
 

@@ -100,10 +100,10 @@ class FastExchange(AttemptingExchange):
         assert client is not None  # noqa: S101 - as above
         key = client.key
         if not upstream_client.is_simple:
-            self.is_watched = route.content_cost is not None
+            self.is_watched = route.watches_content
             key = self._key(upstream_client)
         exchange.upstream = route.upstream
-        if self.upload is not None and self.upload.is_too_large:
+        if self.upload is not None and self.upload.exceeds(route.max_body_bytes):
             return body_too_large(self.upload.limit)
         upstream_client.retries.budget.deposit(exchange.started)
         if deadline is not None and deadline.at <= now:

@@ -8,10 +8,12 @@ from api_gateway.errors import GatewayError
 from api_gateway.fastpath.client_port import Downstream
 from api_gateway.fastpath.exchange_life import ExchangeLife
 from api_gateway.fastpath.response_head import parsed_head, plain_head
+from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import (
     BODILESS,
     COST,
     FALLBACK,
+    fields_of,
     forwardable_interim,
     forwardable_trailers,
 )
@@ -30,6 +32,7 @@ from api_gateway.proxy.exchange import (
     PAUSED,
 )
 from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.head_editing import ResponseEditor
 from api_gateway.proxy.sse import EventBoundaries, is_event_stream
 from api_gateway.proxy.url_rewriting import NO_AUTHORITIES, Authorities
 from api_gateway.transport.error_mapping import translate
@@ -159,17 +162,21 @@ class RelayingExchange(ExchangeLife):
             connection.resume_reading()  # a large read pauses it
             connection.set_timer("idle")
 
-    def _write_head(self, attempt: Attempt) -> None:
+    def _write_head(self, attempt: Attempt) -> None:  # noqa: C901, PLR0912 - a call less for each response
         """Send the head and what has arrived of the body."""
         context, exchange, route = self._context, self.exchange, self.plan.route
         exchange.status, exchange.source = self.status, "upstream"
         if self.upload is not None:
             self.upload.is_started = True
             self._end_persistence_if_withheld()
-        rewriter, authorities = None if route is None else route.url_rewriter, NO_AUTHORITIES
-        if rewriter is not None:
+        rewriter: ResponseEditor | None = None
+        authorities = NO_AUTHORITIES
+        if route is not None and route.url_rewriter is not None:
+            rewriter = route.url_rewriter.bound(exchange, self.plan.raw_target)
             upstream_client = context.router.upstream_clients[attempt.upstream.name]
             authorities = Authorities.of(upstream_client, attempt.target, self.plan.facts.host_field)
+        if self.is_watched:
+            self._begin_compression()
         if self.head:
             if self.cost is not None:
                 context.router.on_cost(exchange, (self.cost,))
@@ -177,8 +184,11 @@ class RelayingExchange(ExchangeLife):
         else:
             if COST in self.fields:
                 context.router.on_cost(exchange, self.fields[COST])
+            is_counted = self.is_counted
+            if self.is_watched:  # the head may be another one than the parser has parsed
+                is_counted = b"content-length" in self.fields and b"transfer-encoding" not in self.fields
             self.is_framed = self._client.abilities.framing and not (
-                self.is_to_head or self.status in BODILESS or self.is_counted
+                self.is_to_head or self.status in BODILESS or is_counted
             )
             head = parsed_head(
                 self, exchange, context, rewriter, authorities, is_chunked=self.is_framed, keep_alive=self.keep_alive
@@ -187,7 +197,7 @@ class RelayingExchange(ExchangeLife):
             self._begin_scan()
         if exchange.fallback is not None:
             head = b"%b%b: %b\r\n\r\n" % (head[:-2], FALLBACK, exchange.fallback.encode())
-        if self.is_framed or self.chunks is not None or self.scan is not None:
+        if self.is_framed or self.chunks is not None or self.is_watched:
             piece = self._take_piece()
         else:
             piece = self.take()
@@ -196,6 +206,21 @@ class RelayingExchange(ExchangeLife):
             self._client.transport.writelines((head, piece))
         else:
             self._client.transport.write(head + piece)
+
+    def _begin_compression(self) -> None:
+        """Compress the content of the response if route, client and response permit it, and change its head."""
+        route, fields = self.plan.route, self.fields
+        compression = None if route is None else route.compression
+        if compression is None or not compression.concerns(self.status, fields):
+            return
+        accepted = fields_of(pairs_of(self.plan.headers.received)).get(b"accept-encoding", ())
+        found = compression.coding(accepted)
+        reason = self.reason
+        self._headers = compression.headers(self.headers, None if found is None else found[0])
+        self._fields, self._reason, self.head = None, reason, b""
+        if found is not None and not self.is_to_head:
+            self.encoder = found[1](b"content-length" not in fields)
+            self.is_relayed = False  # so that no more is compressed at once than READ_SIZE
 
     def _begin_scan(self) -> None:
         """Read the cost in the content of the response."""
@@ -214,6 +239,10 @@ class RelayingExchange(ExchangeLife):
             self.scan.feed(piece)
             if self.is_complete:
                 self.scan.end(is_complete=True)
+        if self.encoder is not None:
+            piece = self.encoder.encode(piece)
+            if self.is_complete:
+                piece += self.encoder.end()
         if self.chunks is not None:
             exchange.bytes_out = self.chunks.content
             return piece

@@ -8,7 +8,8 @@ from api_gateway.http1.serializer import COLON, status_line
 from api_gateway.models import Exchange
 from api_gateway.proxy.cors import complete, complete_lines
 from api_gateway.proxy.fallback import Fallback
-from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
+from api_gateway.proxy.head_editing import ResponseEditor
+from api_gateway.proxy.url_rewriting import Authorities
 from api_gateway.transport.response import UpstreamResponse
 
 _LENGTH, _NOTHING = frozenset({b"content-length"}), frozenset[bytes]()
@@ -18,7 +19,7 @@ def plain_head(
     response: UpstreamResponse,
     exchange: Exchange,
     context: ExchangeContext,
-    rewriter: UrlRewriter | None,
+    rewriter: ResponseEditor | None,
     authorities: Authorities,
     *,
     keep_alive: bool,
@@ -48,7 +49,7 @@ def parsed_head(
     response: UpstreamResponse,
     exchange: Exchange,
     context: ExchangeContext,
-    rewriter: UrlRewriter | None,
+    rewriter: ResponseEditor | None,
     authorities: Authorities,
     *,
     is_chunked: bool,

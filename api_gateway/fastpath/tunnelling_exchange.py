@@ -95,7 +95,8 @@ class TunnellingExchange(FastExchange):
         context, exchange, headers, route = self._context, self.exchange, self.headers, self.plan.route
         if route is not None and route.url_rewriter is not None:
             host = self.plan.facts.host_field
-            headers = route.url_rewriter.rewrite(headers, Authorities.of(upstream_client, attempt.target, host))
+            authorities = Authorities.of(upstream_client, attempt.target, host)
+            headers = route.url_rewriter.bound(exchange, self.plan.raw_target).rewrite(headers, authorities)
         if COST in self.fields:
             context.router.on_cost(exchange, self.fields[COST])
         own = context.response_headers(exchange)

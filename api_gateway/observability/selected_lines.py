@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from api_gateway.models import Exchange
 
@@ -26,6 +26,17 @@ def sampled(
 
     def write_some(exchange: Exchange, now: float) -> None:
         if exchange.status >= _ERROR or exchange.reason is not None or draw() < share:
+            write(exchange, now)
+
+    return write_some
+
+
+def by_route(write: Callable[[Exchange, float], None], levels: Mapping[str, str]) -> Callable[[Exchange, float], None]:
+    """Return what writes the exchanges of routes with a level by that: `errors` only those, `none` nothing."""
+
+    def write_some(exchange: Exchange, now: float) -> None:
+        level = levels.get(exchange.route or "")
+        if level is None or (level == "errors" and (exchange.status >= _ERROR or exchange.reason is not None)):
             write(exchange, now)
 
     return write_some

@@ -10,6 +10,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.demo import banner
 from api_gateway.process.listeners import Sockets
 from api_gateway.settings.bind_address import UNIX_PREFIX, authority
+from api_gateway.settings.routes import RouteSection
 
 _REACHED_AS_LOCALHOST = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
@@ -38,6 +39,13 @@ class ReachableAddress:
         return f"{self.bound} ({self.url if self.curl == 'curl' else f'{self.curl} {self.url}'})"
 
 
+def _destination(route: RouteSection) -> str:
+    """Return where the requests of a route go, in words."""
+    if route.redirect is not None:
+        return f"{route.redirect.status} {route.redirect.to}"
+    return ", ".join(route.upstream_names) or f"{200 if route.respond is None else route.respond.status}"
+
+
 def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
     """Return the startup message: addresses, routes, where the operator token is, and which ids anyone can claim."""
     notice = claim_notice(config)
@@ -45,7 +53,7 @@ def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) ->
     operators = place
     if sockets.admin:
         operators = ReachableAddress.of(sockets.admin, "https" if config.admin.tls else "http")
-    routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
+    routes = [f"  {route.host or ''}{route.path} -> {_destination(route)}" for route in config.routes]
     lines = [f"Listening on {place}", *routes]
     if config.is_demo:
         lines = [banner(str(place), place.url, place.curl, f"{operators.curl} {operators.url}")]

@@ -5,19 +5,24 @@ may read differently (see `http1.request_paths`) costs as much as its dearest re
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
 from api_gateway.proxy.address_rules import AddressRules
+from api_gateway.proxy.compression import Compression
 from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
+from api_gateway.proxy.direct_answers import DirectAnswer
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.head_editing import HeadEditor
+from api_gateway.proxy.path_rewriting import PathRewriting
 from api_gateway.proxy.path_table import PATH_PREFIX, PathTable, Pattern
 from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.route_conditions import NO_FIELDS, FieldValues, RouteCondition, meets
+from api_gateway.proxy.upstream_split import UpstreamSplit
 from api_gateway.proxy.url_rewriting import UrlRewriter
 
 UNKNOWN_TARGET = b"%unknown"  # in place of a request target, by identity: only the decoded path is known
@@ -62,7 +67,9 @@ class Route:
     rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
     if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the
     token of a request must have, None if it needs none. `cors` is the CORS policy, None if the gateway has none for
-    the route. `addresses` are rules besides those for all routes.
+    the route. `addresses` are rules besides those for all routes. `split` chooses one of `variants`, which are the
+    route with each of its upstreams. `rewriting` replaces the path for the upstream. `max_body_bytes` None: the
+    server's. `answer` is the response in place of an upstream. `compression` None: responses pass as they are.
     """
 
     name: str
@@ -80,12 +87,18 @@ class Route:
     timeout: float | None = None
     min_body_rate: float | None = None
     fallback: Fallback | None = None
-    url_rewriter: UrlRewriter | None = None
+    url_rewriter: UrlRewriter | HeadEditor | None = None
     forward_credentials: bool = False
     requirement: Requirement | None = None
     requires_certificate: bool = False  # of the connection of a request
     cors: CorsPolicy | None = None
     addresses: AddressRules | None = None
+    split: UpstreamSplit | None = None
+    variants: Mapping[str, "Route"] = field(default_factory=dict, repr=False, compare=False)
+    rewriting: PathRewriting | None = None
+    max_body_bytes: int | None = None
+    answer: DirectAnswer | None = None
+    compression: Compression | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""
@@ -114,6 +127,23 @@ class Route:
     def _costs_of(self, method: str, path: str) -> tuple[float, float | None]:
         rule = self._rule_of(method, path)
         return (self.cost, self.candidate_cost) if rule is None else (rule.cost, rule.candidate_cost)
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        """The names of all upstreams that requests may be sent to; none if the gateway responds itself."""
+        return tuple(self.variants) or ((self.upstream,) if self.upstream else ())
+
+    @property
+    def uses_path(self) -> bool:
+        """True if the path for the upstream is another one, or parts of it are values of header fields."""
+        return self.rewriting is not None or (
+            isinstance(self.url_rewriter, HeadEditor) and bool(self.url_rewriter.path)
+        )
+
+    @property
+    def watches_content(self) -> bool:
+        """True if the content of responses is read or changed."""
+        return self.content_cost is not None or self.compression is not None
 
     @property
     def has_candidate(self) -> bool:

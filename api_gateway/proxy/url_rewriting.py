@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from api_gateway.models import HeaderList
+from api_gateway.models import Exchange, HeaderList
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
@@ -70,6 +70,14 @@ class UrlRewriter:
         object.__setattr__(self, "request_line", line)
         object.__setattr__(self, "_lines", re.compile(pattern))
         object.__setattr__(self, "_domains", dict(self.domains))
+
+    def edited(self, lines: bytes, _exchange: Exchange, _raw_target: bytes) -> bytes:
+        """Return the header lines for the upstream, see `HeadEditor`."""
+        return lines
+
+    def bound(self, _exchange: Exchange, _raw_target: bytes) -> "UrlRewriter":
+        """Return what changes the response to a request, see `HeadEditor`."""
+        return self
 
     def rewrite(self, headers: HeaderList, authorities: Authorities) -> HeaderList:
         """Return response fields with rewritten values."""

@@ -1,6 +1,6 @@
 """Sections of routes: which requests match, their cost, and their fallbacks."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -9,6 +9,15 @@ from api_gateway.settings.addresses import AddressesSection
 from api_gateway.settings.cors import CorsSection
 from api_gateway.settings.json_pointer import JsonPointer
 from api_gateway.settings.jwt import RequireSection
+from api_gateway.settings.route_actions import (
+    CompressionSection,
+    RedirectSection,
+    RequestHeadersSection,
+    RespondSection,
+    ResponseHeadersSection,
+    RewriteSection,
+    WeightedUpstreamSection,
+)
 from api_gateway.settings.route_match import MatchSection
 from api_gateway.settings.setting_types import (
     CookieDomains,
@@ -19,6 +28,7 @@ from api_gateway.settings.setting_types import (
     Methods,
     Seconds,
     Section,
+    Size,
     WholePath,
 )
 
@@ -72,7 +82,19 @@ class RouteSection(Section):
 
     name: Identifier = Field(description="The name in metrics, logs and responses.")
     path: WholePath = Field(description="Requests with this path, or one below it, match.")
-    upstream: str = Field(description="The name of the upstream that gets the requests.")
+    upstream: str | None = Field(default=None, description="The name of the upstream that gets the requests.")
+    upstreams: list[WeightedUpstreamSection] = Field(
+        default=[], description="Instead of one upstream: several ones, by weight. A client stays with one of them."
+    )
+    respond: RespondSection | None = Field(default=None, description="A static response instead of an upstream.")
+    redirect: RedirectSection | None = Field(default=None, description="A redirect instead of an upstream.")
+    rewrite: RewriteSection | None = Field(default=None, description="Another path for the upstream.")
+    request_headers: RequestHeadersSection = Field(
+        default=RequestHeadersSection(), description="Changes to header fields for the upstream."
+    )
+    response_headers: ResponseHeadersSection = Field(
+        default=ResponseHeadersSection(), description="Changes to header fields of the upstream's responses."
+    )
     strip_prefix: WholePath | None = Field(
         default=None, description="The beginning of the path that the upstream does not get."
     )
@@ -105,6 +127,14 @@ class RouteSection(Section):
     min_body_rate: float | None = Field(
         default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
     )
+    max_body_bytes: Size | None = Field(
+        default=None, ge=0, description="Largest request body, less than the server's. None: the server's."
+    )
+    compression: CompressionSection | None = Field(default=None, description="Compression of responses. None: off.")
+    access_log: Literal["all", "errors", "none"] = Field(
+        default="all",
+        description="Which requests are logged; errors: those with a status of 400 or more, or a reason.",
+    )
     forward_credentials: bool = Field(
         default=False, description="Whether the upstream receives the credential of the gateway in a request."
     )
@@ -117,3 +147,16 @@ class RouteSection(Section):
         default=False, description="Whether the connection must have a certificate of the client."
     )
     cors: CorsSection | None = Field(default=None, description="Instead of the setting for all routes.")
+
+    @model_validator(mode="after")
+    def _has_one_destination(self) -> "RouteSection":
+        given = [name for name in ("upstream", "upstreams", "respond", "redirect") if getattr(self, name)]
+        if len(given) != 1:
+            shown = " and ".join(given) or "none"
+            raise ValueError(f"must have one of upstream, upstreams, respond and redirect, got {shown}")
+        return self
+
+    @property
+    def upstream_names(self) -> list[str]:
+        """The upstreams that requests may be sent to."""
+        return [self.upstream] if self.upstream is not None else [one.name for one in self.upstreams]

@@ -14,6 +14,7 @@ from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limit_rules import allowances, limit_findings
 from api_gateway.settings.limits import AllowanceSection, LimitSection
+from api_gateway.settings.route_action_rules import action_findings
 from api_gateway.settings.route_match_rules import match_findings
 from api_gateway.settings.route_rules import never_reached, path_problem, unused_cost_rules
 from api_gateway.settings.routes import RouteSection
@@ -115,7 +116,7 @@ def access_warnings(config: ConfigSections) -> Iterator[Finding]:
 def find_warnings(config: ConfigSections) -> Iterator[Finding]:
     """Yield settings that are valid and probably not intended."""
     yield from access_warnings(config)
-    used = {route.upstream for route in config.routes}
+    used = {name for route in config.routes for name in route.upstream_names}
     used |= {route.fallback.upstream or "" for route in config.routes if route.fallback}
     for name, upstream in config.upstreams.items():
         key_path = ("upstreams", name)
@@ -329,6 +330,7 @@ def _route_findings(config: ConfigSections) -> Iterator[Finding]:
         for key, message, depends_on in (
             *_reference_findings(config, route),
             *match_findings(config, route),
+            *action_findings(config, route, config.upstreams),
             *_cost_findings(config, route),
             *_route_cors_findings(route),
         ):
@@ -347,14 +349,14 @@ _Wrong = tuple[KeyPath, str, tuple[KeyPath, ...]]
 
 
 def _reference_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wrong]:
-    if route.upstream not in config.upstreams:
+    if route.upstream is not None and route.upstream not in config.upstreams:
         hint = nearest(route.upstream, config.upstreams)
         yield ("upstream",), f"no such upstream, got {route.upstream!r}{hint}", (("upstreams",),)
     other = None if route.fallback is None else route.fallback.upstream
     if other is not None and other not in config.upstreams:
         hint = nearest(other, config.upstreams)
         yield ("fallback", "upstream"), f"no such upstream, got {other!r}{hint}", (("upstreams",),)
-    elif other is not None and other == route.upstream:
+    elif other is not None and other in route.upstream_names:
         message = f"must be another upstream than the route's own, got {other!r}"
         yield ("fallback", "upstream"), message, ()
 

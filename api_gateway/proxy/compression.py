@@ -1,0 +1,146 @@
+"""Compression of responses, on routes that ask for it. Pure, except for the state of an encoder.
+
+A response is compressed if its media type is listed, it is long enough, and nothing speaks against it: another coding,
+`no-transform` (RFC 9111 section 5.2.2.6), a part of a representation (206), or a digest of its bytes. The coding is
+the one with the highest weight in `Accept-Encoding` (RFC 9110 section 12.5.3); of equal ones, the first that is
+configured. A response of unknown length is flushed with each piece, so that no event is held back.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from api_gateway.http1.headers import BODILESS, Fields
+from api_gateway.models import HeaderList
+
+GZIP, ZSTD = b"gzip", b"zstd"
+_GZIP_WINDOW = 31  # of zlib: the largest, in the gzip format
+_PARTIAL = 206
+_WEIGHT = re.compile(rb"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)", re.IGNORECASE)
+_DIGESTS = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
+_REPLACED = frozenset({b"content-length", b"content-encoding", b"accept-ranges", b"etag", b"vary"})
+
+
+class ContentEncoder(Protocol):
+    """Compresses one response."""
+
+    def encode(self, piece: bytes) -> bytes:
+        """Return what is ready after a piece, which may be nothing."""
+        ...
+
+    def end(self) -> bytes:
+        """Return the rest."""
+        ...
+
+
+class GzipEncoder:
+    """Compresses by gzip. `flushes`: what was given is returned at once, at some cost in size."""
+
+    def __init__(self, level: int, flushes: bool) -> None:  # noqa: FBT001 - see `NewEncoder`
+        self._compressor = zlib.compressobj(level, zlib.DEFLATED, _GZIP_WINDOW)
+        self._flushes = flushes
+
+    def encode(self, piece: bytes) -> bytes:
+        """See `ContentEncoder`."""
+        ready = self._compressor.compress(piece)
+        return ready + self._compressor.flush(zlib.Z_SYNC_FLUSH) if self._flushes and piece else ready
+
+    def end(self) -> bytes:
+        """See `ContentEncoder`."""
+        return self._compressor.flush()
+
+
+class ZstdEncoder:
+    """Compresses by Zstandard. `flushes` as for `GzipEncoder`."""
+
+    def __init__(self, compressor: Any, flush_block: int, flush_frame: int, flushes: bool) -> None:  # noqa: FBT001
+        """`compressor` has `compress(piece)` and `flush(mode)`: of Python 3.14, or of the package zstandard."""
+        self._compressor = compressor
+        self._block, self._frame = flush_block, flush_frame
+        self._flushes = flushes
+
+    def encode(self, piece: bytes) -> bytes:
+        """See `ContentEncoder`."""
+        ready: bytes = self._compressor.compress(piece)
+        return ready + self._compressor.flush(self._block) if self._flushes and piece else ready
+
+    def end(self) -> bytes:
+        """See `ContentEncoder`."""
+        rest: bytes = self._compressor.flush(self._frame)
+        return rest
+
+
+NewEncoder = Callable[[bool], ContentEncoder]  # the argument: whether it flushes each piece
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """What is compressed, and how: `codings` are in the order of preference, `types` in lower case.
+
+    A type may end with `/*`. `minimum` is in bytes; responses of unknown length are taken to be long enough.
+    """
+
+    codings: tuple[tuple[bytes, NewEncoder], ...]
+    types: frozenset[bytes]
+    minimum: int
+
+    def concerns(self, status: int, fields: Fields) -> bool:
+        """Tell whether a response may be compressed, for a client that accepts it."""
+        if status in BODILESS or status == _PARTIAL or b"content-range" in fields or not _DIGESTS.isdisjoint(fields):
+            return False
+        if any(value.strip().lower() != b"identity" for value in fields.get(b"content-encoding", ())):
+            return False
+        if any(b"no-transform" in value.lower() for value in fields.get(b"cache-control", ())):
+            return False
+        lengths = fields.get(b"content-length")
+        if lengths and lengths[0].isdigit() and int(lengths[0]) < self.minimum:
+            return False
+        media_type = fields.get(b"content-type", (b"",))[0].partition(b";")[0].strip().lower()
+        return media_type in self.types or media_type.partition(b"/")[0] + b"/*" in self.types
+
+    def coding(self, accepted: Sequence[bytes]) -> tuple[bytes, NewEncoder] | None:
+        """Return the coding for the values of `Accept-Encoding`, None for the response as it is."""
+        weights = weights_of(accepted)
+        best, found = 0.0, None
+        for name, new in self.codings:
+            weight = weights.get(name, weights.get(b"x-" + name, weights.get(b"*", 0.0)))
+            if weight > best:
+                best, found = weight, (name, new)
+        return None if found is None or best < weights.get(b"identity", 0.0) else found
+
+    def headers(self, headers: HeaderList, coding: bytes | None) -> HeaderList:
+        """Return the header fields of a response that it concerns, compressed by `coding` or, if None, as it is.
+
+        An entity tag becomes a weak one, as the bytes differ (RFC 9110 section 8.8.1).
+        """
+        vary = [value for name, value in headers if name.lower() == b"vary"]
+        is_varied = any(
+            one.strip().lower() in (b"*", b"accept-encoding") for value in vary for one in value.split(b",")
+        )
+        if coding is None:
+            return headers if is_varied else [*headers, (b"vary", b"Accept-Encoding")]
+        kept = [pair for pair in headers if pair[0].lower() not in _REPLACED]
+        for name, value in headers:
+            if name.lower() == b"etag":
+                kept.append((name, value if value.startswith(b"W/") else b"W/" + value))
+            elif name.lower() == b"vary":
+                kept.append((name, value))
+        if not is_varied:
+            kept.append((b"vary", b"Accept-Encoding"))
+        return [*kept, (b"content-encoding", coding)]
+
+
+def weights_of(accepted: Sequence[bytes]) -> Mapping[bytes, float]:
+    """Return the weight of each coding in `Accept-Encoding`; an element that is not valid counts as 0."""
+    found: dict[bytes, float] = {}
+    for element in b",".join(accepted).split(b","):
+        name, *parameters = [part.strip() for part in element.split(b";")]
+        weight = 1.0
+        for parameter in parameters:
+            valid = _WEIGHT.fullmatch(parameter)
+            weight = float(valid[1]) if valid is not None else 0.0
+        if name:
+            found[name.lower()] = weight
+    return found

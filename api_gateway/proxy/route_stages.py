@@ -1,0 +1,66 @@
+"""The stages for what some routes have and most have not. A stage is there only if some route needs it."""
+
+from api_gateway.errors import BadRequest, BodyTooLarge
+from api_gateway.proxy.admission import DirectResponse, RequestPlan, StageResult
+from api_gateway.proxy.head_editing import HeadEditor
+from api_gateway.proxy.stages import ReadOnlyStage
+
+
+class SplitStage(ReadOnlyStage):
+    """Chooses the upstream of a request whose route has several ones."""
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Replace the route by the same one with the upstream of the client."""
+        route, client = plan.route, plan.exchange.client
+        if route is not None and route.split is not None and client is not None:
+            plan.route = route.variants[route.split.upstream_of(client.key)]
+        return None
+
+
+class PathRewritingStage(ReadOnlyStage):
+    """Determines the target for the upstream of routes that rewrite the path, or use parts of it elsewhere."""
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Set the target; refuse a request whose path is spelt in an unusual way."""
+        route = plan.route
+        if route is None:
+            return None
+        try:
+            if route.rewriting is not None:
+                plan.target = route.rewriting.target_of(plan.raw_target)
+            if isinstance(route.url_rewriter, HeadEditor):
+                route.url_rewriter.values_of(plan.exchange, plan.raw_target)  # which must not fail later
+        except BadRequest as error:
+            return error.with_traceback(None)
+        return None
+
+
+class BodyLimitStage(ReadOnlyStage):
+    """Refuses requests whose body is known to be larger than their route permits; others, see `ExchangeBody`."""
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Refuse with 413."""
+        route, length = plan.route, plan.facts.length
+        limit = None if route is None else route.max_body_bytes
+        if limit is None or length is None or length <= limit:
+            return None
+        return BodyTooLarge(f"The body is larger than {limit} bytes.", headers={"connection": "close"})
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """See `Stage`; a described request has no body."""
+
+
+class DirectAnswerStage(ReadOnlyStage):
+    """Responds in place of an upstream, on routes that say so. It comes last, so such requests are charged too."""
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Respond, or go on."""
+        route, cors = plan.route, plan.exchange.cors
+        answer = None if route is None else route.answer
+        if answer is None:
+            return None
+        try:
+            fields = answer.fields(plan.raw_target)
+        except BadRequest as error:
+            return error.with_traceback(None)
+        return DirectResponse(answer.status, [*fields, *([] if cors is None else cors.pairs)], answer.body)

@@ -1,0 +1,71 @@
+"""Rules on what a route does: placeholders that nothing fills, contradictions, and upstreams that do not exist."""
+
+from collections.abc import Collection, Iterator
+from typing import Protocol
+
+from api_gateway.settings.diagnostics import nearest
+from api_gateway.settings.identity import IdentitySection
+from api_gateway.settings.route_actions import named_in
+from api_gateway.settings.route_match_rules import WrongSetting
+from api_gateway.settings.routes import RouteSection
+from api_gateway.settings.server import ServerSection
+
+_OF_ANY_REQUEST = frozenset({"client", "request_id"})
+_OF_TARGETS = frozenset({"path", "query"})
+
+
+class ActingSections(Protocol):
+    """The sections that decide what routes can do."""
+
+    @property
+    def server(self) -> ServerSection: ...  # noqa: D102 - see `GatewayConfig`
+    @property
+    def identity(self) -> IdentitySection: ...  # noqa: D102
+
+
+def action_findings(config: ActingSections, route: RouteSection, upstreams: Collection[str]) -> Iterator[WrongSetting]:
+    """Yield what is wrong with what a route does: where, the message, and what else must be right for it."""
+    yield from _destination_findings(route, upstreams)
+    yield from _placeholder_findings(route)
+    if route.rewrite is not None and route.strip_prefix is not None:
+        yield ("rewrite",), "replaces the path, so strip_prefix must be left out: write prefix: / to remove it", ()
+    if route.rewrite is not None and route.rewrite.prefix is not None and route.match.path != "prefix":
+        message = f"needs match.path: prefix; write path instead of prefix, got {route.match.path!r}"
+        yield ("rewrite", "prefix"), message, (("match",),)
+    most = config.server.max_body_bytes
+    if route.max_body_bytes is not None and route.max_body_bytes > most:
+        message = f"must be at most server.max_body_bytes, {most}, got {route.max_body_bytes}"
+        yield ("max_body_bytes",), message, (("server", "max_body_bytes"),)
+    own = config.identity.header.lower()
+    for name in (*route.request_headers.set, *route.request_headers.add, *route.request_headers.remove):
+        if name.lower() == own:
+            yield ("request_headers",), f"cannot change {name}, which names the client", (("identity", "header"),)
+
+
+def _destination_findings(route: RouteSection, upstreams: Collection[str]) -> Iterator[WrongSetting]:
+    names = [one.name for one in route.upstreams]
+    for number, name in enumerate(names):
+        if name not in upstreams:
+            hint = nearest(name, upstreams)
+            yield ("upstreams", str(number), "name"), f"no such upstream, got {name!r}{hint}", (("upstreams",),)
+        if name in names[:number]:
+            yield ("upstreams", str(number), "name"), f"is named before, got {name!r}", ()
+    if names and not any(one.weight for one in route.upstreams):
+        yield ("upstreams",), "needs a weight above 0", ()
+
+
+def _placeholder_findings(route: RouteSection) -> Iterator[WrongSetting]:
+    of_path = named_in(route.path) if route.match.path == "template" else set()
+    texts: list[tuple[tuple[str, ...], str, frozenset[str]]] = []
+    for section, edits in (("request_headers", route.request_headers), ("response_headers", route.response_headers)):
+        for key, values in (("set", edits.set), ("add", edits.add)):
+            texts += [((section, key, name), text, _OF_ANY_REQUEST) for name, text in values.items()]
+    if route.rewrite is not None and route.rewrite.path is not None:
+        texts.append((("rewrite", "path"), route.rewrite.path, frozenset()))
+    if route.redirect is not None:
+        texts.append((("redirect", "to"), route.redirect.to, _OF_TARGETS))
+    for key_path, text, names in texts:
+        known = names | of_path
+        for name in sorted(named_in(text) - known):
+            shown = ", ".join(f"{{{one}}}" for one in sorted(known)) or "none, as match.path is not template"
+            yield key_path, f"has no value for {{{name}}}; the placeholders are {shown}, got {text!r}", (("path",),)

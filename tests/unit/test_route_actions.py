@@ -1,0 +1,280 @@
+"""What routes do with requests and responses: nothing that a request contains changes more than it should."""
+
+import sys
+import zlib
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from api_gateway.assembly.route_actions import compression_of
+from api_gateway.errors import BadRequest, StartupError
+from api_gateway.models import Exchange
+from api_gateway.observability.selected_lines import by_route
+from api_gateway.proxy.compression import GZIP, ZSTD, Compression, GzipEncoder, weights_of
+from api_gateway.proxy.direct_answers import DirectAnswer
+from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
+from api_gateway.proxy.path_rewriting import PathRewriting
+from api_gateway.proxy.upstream_split import chosen
+from api_gateway.proxy.value_template import ValueTemplate, path_parameters
+from api_gateway.settings.route_actions import (
+    CompressionSection,
+    RedirectSection,
+    RequestHeadersSection,
+    ResponseHeadersSection,
+)
+
+TARGETS = st.lists(
+    st.sampled_from(
+        ["/", "//", "a", "..", ".", "%2F", "%5C", "\\", "%252F", "%00", "%0d%0a", ";", "@", ":", "x.test"]
+    ),
+    max_size=6,
+).map(lambda parts: "/" + "".join(parts))
+
+
+# Redirects
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        *("{path}", "//x.test", "/\\x.test", "/{path}", "https://", "https://{id}", "https://x.test{id}", "x.test/a"),
+        *(
+            "https://x.test{query}",
+            "https://{path}",
+            "javascript:{path}",
+            "https://user@x.test/",
+            "/a/{path}",
+            "/{",
+            "",
+        ),
+    ],
+)
+def test_a_redirect_whose_host_a_request_could_choose_is_refused(to: str) -> None:
+    with pytest.raises(ValidationError):
+        RedirectSection(to=to)
+
+
+@given(
+    TARGETS,
+    st.sampled_from(["https://www.test{path}{query}", "/new{path}", "/{id}", "/to/{id}{query}", "/?to={path}"]),
+)
+def test_no_request_chooses_the_host_of_a_redirect_or_ends_its_line(target: str, to: str) -> None:
+    RedirectSection(to=to)
+    answer = DirectAnswer(308, location=ValueTemplate.of(to), path="/{id}")
+    try:
+        fields = dict(answer.fields(target.encode()))
+    except BadRequest:
+        return
+    location = fields[b"location"].decode()
+    assert location.isascii()
+    assert location.isprintable()
+    assert "\\" not in location
+    if to.startswith("https"):
+        assert location.startswith("https://www.test/")
+    else:
+        assert location.startswith("/")
+        assert not location.startswith("//")
+
+
+# Paths
+
+
+@given(TARGETS)
+def test_a_rewritten_path_has_the_segments_of_its_template_for_every_server(target: str) -> None:
+    rewriting = PathRewriting("/u/{id}", template=ValueTemplate.of("/internal/{id}/x"))
+    try:
+        found = rewriting.target_of(f"/u{target}".encode()).decode()
+    except BadRequest:
+        return
+    first, inner, middle, last = found.split("/")
+    assert (first, inner, last) == ("", "internal", "x")
+    assert middle.strip(".; ") or not middle
+
+
+@pytest.mark.parametrize("segment", ["..", "%2e%2e", "%252e.", "..;x", "a%2Fb", "a%5cb", "a%252fb", "%00", ".%20", ""])
+def test_a_segment_that_servers_read_differently_is_no_parameter(segment: str) -> None:
+    with pytest.raises(BadRequest):
+        path_parameters("/u/{id}/x", f"/u/{segment}/x".encode())
+
+
+# Header fields
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Host", "Content-Length", "Transfer-Encoding", "Connection", "TE", "Upgrade", "Via", "Expect", "Trailer"),
+        *("X-Forwarded-For", "Forwarded", "X-Request-ID", "X-Request-Timeout", "X-Gateway-Cost", "RateLimit"),
+    ],
+)
+def test_fields_that_the_gateway_depends_on_cannot_be_changed(name: str) -> None:
+    for given_fields in ({"set": {name: "x"}}, {"add": {name: "x"}}, {"remove": [name]}):
+        with pytest.raises(ValidationError, match="by the gateway itself"):
+            RequestHeadersSection.model_validate(given_fields)
+    for name_of_response in (
+        "Content-Length",
+        "Connection",
+        "Date",
+        "Content-Encoding",
+        "Access-Control-Allow-Origin",
+    ):
+        with pytest.raises(ValidationError, match="by the gateway itself"):
+            ResponseHeadersSection.model_validate({"set": {name_of_response: "x"}})
+    with pytest.raises(ValidationError, match="credentials"):
+        RequestHeadersSection.model_validate({"set": {"Authorization": "Bearer x"}})
+    with pytest.raises(ValidationError):
+        RequestHeadersSection.model_validate({"set": {"X-A": "a\r\nX-B: c"}})
+
+
+def test_values_of_a_request_end_no_line_and_fields_are_replaced_by_name_alone() -> None:
+    editor = HeadEditor(
+        HeaderEdits(frozenset({b"x-gone"}), ((b"X-Set", ValueTemplate.of("<{client}>")),)),
+        HeaderEdits(frozenset(), (), ((b"X-Id", ValueTemplate.of("{request_id}")),)),
+    )
+    exchange = Exchange("r1", "GET", "/api", "peer", 0.0)
+    exchange.client = type("Named", (), {"id": "a\r\nX-Evil: \u00e9 1"})()
+    lines = b"\r\nX-GONE: 1\r\nx-set: old\r\nX-Sets: kept\r\nA: X-Gone: 2\r\n"
+    expected = b"\r\nX-Sets: kept\r\nA: X-Gone: 2\r\nX-Set: <a%0D%0AX-Evil:%20%C3%A9%201>\r\n"
+    assert editor.edited(lines, exchange, b"/api") == expected
+
+
+# Weights
+
+
+def test_changed_weights_move_as_few_clients_as_necessary_and_only_to_the_upstream_that_grows() -> None:
+    clients = [f"id:{number}" for number in range(20_000)]
+    before = {client: chosen([("a", 95), ("b", 5)], client) for client in clients}
+    after = {client: chosen([("a", 90), ("b", 10)], client) for client in clients}
+    assert Counter(before.values())["b"] == pytest.approx(1_000, rel=0.15)
+    assert Counter(after.values())["b"] == pytest.approx(2_000, rel=0.15)
+    assert all(after[client] == "b" for client, name in before.items() if name == "b")
+    assert {chosen([("a", 1), ("b", 0)], client) for client in clients[:1_000]} == {"a"}
+
+
+# Compression
+
+
+def gzip_encoder(flushes: bool) -> GzipEncoder:  # noqa: FBT001 - see `NewEncoder`
+    return GzipEncoder(5, flushes)
+
+
+POLICY = Compression(((ZSTD, gzip_encoder), (GZIP, gzip_encoder)), frozenset({b"text/*", b"application/json"}), 100)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "expected"),
+    [
+        ([], None),
+        ([b"gzip"], GZIP),
+        ([b"GZip"], GZIP),
+        ([b"x-gzip"], GZIP),
+        ([b"*"], ZSTD),
+        ([b"gzip, zstd"], ZSTD),
+        ([b"gzip", b"zstd;q=0.9"], GZIP),
+        ([b"zstd;q=0, *"], GZIP),
+        ([b"*;q=0"], None),
+        ([b"gzip;q=0.5, identity"], None),
+        ([b"gzip;q=0.5, identity;q=0.1"], GZIP),
+        ([b"gzip;q=2"], None),
+        ([b"gzip;q="], None),
+        ([b"gzip;level=1"], None),
+        ([b",, gzip ;Q=1.000,"], GZIP),
+        ([b"br, deflate"], None),
+    ],
+)
+def test_the_coding_is_the_one_with_the_highest_weight(accepted: list[bytes], expected: bytes | None) -> None:
+    found = POLICY.coding(accepted)
+    assert (None if found is None else found[0]) == expected
+
+
+def test_weights_are_limited_to_valid_ones() -> None:
+    assert weights_of([b"a;q=0.123, b;q=0.1234, c;q=-1, d"]) == {b"a": 0.123, b"b": 0.0, b"c": 0.0, b"d": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("status", "changes", "expected"),
+    [
+        (200, {}, True),
+        (404, {}, True),
+        (200, {b"content-length": [b"99"]}, False),
+        (200, {b"content-length": []}, True),
+        (200, {b"content-type": [b"Text/HTML; charset=utf-8"]}, True),
+        (200, {b"content-type": [b"image/png"]}, False),
+        (200, {b"content-type": []}, False),
+        (200, {b"content-encoding": [b"br"]}, False),
+        (200, {b"content-encoding": [b"identity"]}, True),
+        (200, {b"cache-control": [b"public, No-Transform"]}, False),
+        (200, {b"content-range": [b"bytes 0-1/2"]}, False),
+        (200, {b"repr-digest": [b"sha-256=:x:"]}, False),
+        (206, {}, False),
+        (204, {}, False),
+        (304, {}, False),
+    ],
+)
+def test_only_what_may_be_changed_is_compressed(
+    status: int, changes: dict[bytes, list[bytes]], *, expected: bool
+) -> None:
+    fields = {b"content-type": [b"application/json"], b"content-length": [b"100"], **changes}
+    assert POLICY.concerns(status, {name: values for name, values in fields.items() if values}) is expected
+
+
+def test_the_head_of_a_compressed_response_says_so() -> None:
+    headers = [(b"ETag", b'"x"'), (b"Content-Length", b"9"), (b"Accept-Ranges", b"bytes"), (b"Vary", b"Origin")]
+    assert POLICY.headers(headers, GZIP) == [
+        (b"ETag", b'W/"x"'),
+        (b"Vary", b"Origin"),
+        (b"vary", b"Accept-Encoding"),
+        (b"content-encoding", b"gzip"),
+    ]
+    assert POLICY.headers(headers, None) == [*headers, (b"vary", b"Accept-Encoding")]
+    kept = [(b"Vary", b"Origin, ACCEPT-encoding"), (b"ETag", b'W/"x"')]
+    assert POLICY.headers(kept, None) == kept
+    assert POLICY.headers(kept, GZIP) == [*kept, (b"content-encoding", b"gzip")]
+
+
+def test_an_encoder_that_flushes_holds_nothing_back() -> None:
+    encoder, reader = gzip_encoder(True), zlib.decompressobj(31)
+    for piece in (b"data: 1\n\n", b"data: 2\n\n"):
+        assert reader.decompress(encoder.encode(piece)) == piece
+    assert encoder.encode(b"") == b""
+    reader.decompress(encoder.end())
+    assert reader.eof
+
+
+def test_zstd_needs_a_library_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("compression", "compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(StartupError, match=r"route 'users': compression by zstd needs .*api-gateway\[zstd\]"):
+        compression_of("users", CompressionSection(codings=["zstd"]))
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_zstd_compresses_with_the_library_that_is_there(*, flushes: bool) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    ((name, new),) = compression_of("users", CompressionSection(codings=["zstd"])).codings
+    encoder, pieces = new(flushes), [b"data: %d\n\n" % number for number in range(100)]
+    reader = zstandard.ZstdDecompressor().decompressobj()
+    seen = []
+    for piece in pieces:
+        seen.append(reader.decompress(encoder.encode(piece)))
+        assert not flushes or seen[-1] == piece
+    seen.append(reader.decompress(encoder.end()))
+    assert (name, b"".join(seen)) == (ZSTD, b"".join(pieces))
+
+
+# The access log
+
+
+def test_the_access_log_of_a_route_has_what_its_level_says() -> None:
+    lines: list[Any] = []
+    write = by_route(lambda exchange, _: lines.append((exchange.route, exchange.status)), {"e": "errors", "n": "none"})
+    for route in ("e", "n", "a", None):
+        for status in (200, 500):
+            exchange = Exchange("1", "GET", "/", "p", 0.0)
+            exchange.route, exchange.status = route, status
+            write(exchange, 0.0)
+    assert lines == [("e", 500), ("a", 200), ("a", 500), (None, 200), (None, 500)]
