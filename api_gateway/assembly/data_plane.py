@@ -40,7 +40,7 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
-from api_gateway.proxy.route_stages import BodyLimitStage, DirectAnswerStage, PathRewritingStage, SplitStage
+from api_gateway.proxy.route_stages import DirectAnswerStage, stages_of_routes
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -233,13 +233,11 @@ def _admission(
             identification,
             *([] if rules is None else [AddressStage(rules)]),
             RouteStage(router.routes),
-            *_when(any(route.split is not None for route in gateway.routes), SplitStage()),
-            *_when(any(route.uses_path for route in gateway.routes), PathRewritingStage()),
+            *stages_of_routes(gateway.routes),
             *([] if cors is None else [CorsStage()]),
             *([ExtensionCostStage(hooks["cost"])] if hooks["cost"] else []),
             *([RouteAddressStage()] if any(route.addresses is not None for route in gateway.routes) else []),
             *access,
-            *_when(any(route.max_body_bytes is not None for route in gateway.routes), BodyLimitStage()),
             DeadlineStage(
                 {name: client.total_timeout for name, client in router.upstream_clients.items()},
                 have_routes_timeouts=any(route.timeout is not None for route in gateway.routes),
@@ -247,9 +245,7 @@ def _admission(
             LoadSheddingStage(gateway.event_loop_shedder),
             *([] if next_number is None else [DecisionNumberStage(next_number)]),
             limits,
-            FinalRecipientStage(),
-            *([ExtensionRequestStage(hooks["on_request"])] if hooks["on_request"] else []),
-            *_when(any(route.answer is not None for route in gateway.routes), DirectAnswerStage()),
+            *_last_stages(gateway, hooks),
         ]
     )
 
@@ -262,8 +258,13 @@ def _requirements(gateway: Gateway) -> Iterator[Stage]:
         yield CertificateStage()
 
 
-def _when(is_needed: bool, stage: Stage) -> list[Stage]:  # noqa: FBT001 - the only argument that says so
-    return [stage] if is_needed else []
+def _last_stages(gateway: Gateway, hooks: Hooks) -> list[Stage]:
+    """Return the stages that respond in place of an upstream."""
+    return [
+        FinalRecipientStage(),
+        *([ExtensionRequestStage(hooks["on_request"])] if hooks["on_request"] else []),
+        *([DirectAnswerStage()] if any(route.answer is not None for route in gateway.routes) else []),
+    ]
 
 
 def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozenset[bytes]) -> Router:

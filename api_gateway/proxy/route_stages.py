@@ -1,8 +1,11 @@
 """The stages for what some routes have and most have not. A stage is there only if some route needs it."""
 
+from collections.abc import Sequence
+
 from api_gateway.errors import BadRequest, BodyTooLarge
-from api_gateway.proxy.admission import DirectResponse, RequestPlan, StageResult
+from api_gateway.proxy.admission import DirectResponse, RequestPlan, Stage, StageResult
 from api_gateway.proxy.head_editing import HeadEditor
+from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.stages import ReadOnlyStage
 
 
@@ -64,3 +67,12 @@ class DirectAnswerStage(ReadOnlyStage):
         except BadRequest as error:
             return error.with_traceback(None)
         return DirectResponse(answer.status, [*fields, *([] if cors is None else cors.pairs)], answer.body)
+
+
+def stages_of_routes(routes: Sequence[Route]) -> list[Stage]:
+    """Return the stages that some of the routes need, to be put right after the route is known."""
+    return [
+        *([SplitStage()] if any(route.split is not None for route in routes) else []),
+        *([PathRewritingStage()] if any(route.uses_path for route in routes) else []),
+        *([BodyLimitStage()] if any(route.max_body_bytes is not None for route in routes) else []),
+    ]

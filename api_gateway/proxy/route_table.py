@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
@@ -299,7 +300,7 @@ class RouteTable:
         raw = raw_target.partition(b"?")[0]
         found = readings(raw.decode("latin-1"))
         if self._is_by_segments(host, raw):
-            found += readings(_ENCODED_SLASH.sub(b"%EF%BF%BF", raw).decode("latin-1"))
+            found += readings(_segment_wise(raw))
         return found
 
     def _find_reading(
@@ -326,8 +327,9 @@ class RouteTable:
     ) -> tuple[Route, float]:
         """Return the route of a path with several readings, and the cost of the dearest one.
 
-        Each reading must be allowed. A reading without a route is refused, unless it is one of a server that does not
-        resolve dot segments. Readings with repeated slashes cost no more than those without.
+        Each reading must be allowed. Whether an encoded slash ends a segment must not decide about the route, which
+        decides about more than the cost. A reading without a route is refused, unless it is one of a server that does
+        not resolve dot segments. Readings with repeated slashes cost no more than those without.
         """
         try:
             found = self._readings(host, path, raw_target)
@@ -335,6 +337,10 @@ class RouteTable:
             raise BadRequest(f"The path is ambiguous: {error}.") from None
         query = raw_target.partition(b"?")[2]
         route, cost = self._find_reading(host, method, matching_path(path), query, fields)
+        if self._is_by_segments(host, raw_target):
+            whole = matching_path(unquote(_segment_wise(raw_target.partition(b"?")[0])))
+            if self._find_reading(host, method, whole, query, fields)[0] is not route:
+                raise BadRequest("The path is ambiguous: whether an encoded slash ends a segment decides its route.")
         for reading in found:
             if "//" in reading:
                 continue
@@ -344,6 +350,11 @@ class RouteTable:
                 if not has_dot_segment(reading):
                     raise
         return route, cost
+
+
+def _segment_wise(raw_path: bytes) -> str:
+    """Return a path as sent, with encoded slashes as characters that are a part of their segment."""
+    return _ENCODED_SLASH.sub(b"%EF%BF%BF", raw_path).decode("latin-1")
 
 
 def upstream_target(route: Route, target: bytes) -> bytes:

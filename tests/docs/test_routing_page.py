@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from api_gateway.config import GatewayConfig
+from benchmarks.routing import FEATURES, sections
 from tests.kit import RawAnswer, RawClient, RawRequest, RawUpstream, Wire, case, running_gateway
 
 PAGE = (Path(__file__).parents[2] / "docs" / "routing.md").read_text()
@@ -77,3 +79,10 @@ def test_each_request_has_the_result_that_the_page_states(
                 assert outcome(answer) == first
                 for part in parts:
                     assert part.encode().lower() in (answer.head + answer.body).lower()
+
+
+def test_each_feature_whose_cost_is_measured_is_on_the_page_and_has_a_valid_configuration() -> None:
+    for name, feature in FEATURES.items():
+        assert f"| {name} |" in PAGE
+        config = GatewayConfig.model_validate(sections(feature, 9))
+        assert config.routes[0].name == "all"
