@@ -1,0 +1,58 @@
+"""The tutorial is run: its commands in their order, in one shell, and what it shows compared with what comes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kit import free_port
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/tutorial.md").read_text()
+STEP = re.compile(r"```sh\n(.*?)\n```(?:\n\n```text\n(.*?)\n```)?", re.DOTALL)
+END = "=== end of a step ==="
+PORTS = ("8000", "8443", "9001", "9002")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("curl", "openssl"))), reason="the tutorial needs curl and openssl")
+def test_the_commands_print_what_is_shown(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "api-gateway"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m api_gateway "$@"\n')
+    program.chmod(0o755)
+    ports = dict(zip(PORTS, map(str, (free_port() for _ in PORTS)), strict=True))
+    steps = STEP.findall(PAGE)
+    # The ports of the page may be in use here: others are set where the page relies on the default.
+    lines = ["trap 'kill $(jobs -p) 2> /dev/null; wait' EXIT", f"export GATEWAY_SERVER__PORT={ports['8000']}"]
+    for commands, _ in steps:
+        if "port: 8443" in commands:
+            lines.append("unset GATEWAY_SERVER__PORT")
+        lines += [re.sub("|".join(PORTS), lambda found: ports[found[0]], commands), f"echo '{END}'"]
+    variables = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")},
+        "PATH": f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "NO_PROXY": "*",
+    }
+    run = subprocess.run(
+        ["bash", "-uo", "pipefail", "-c", "\n".join(lines)],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    log = tmp_path / "shop" / "gateway.log"
+    told = run.stderr[-1000:] + (log.read_text()[-2000:] if log.exists() else "")
+    outputs = run.stdout.split(f"{END}\n")
+    assert len(outputs) == len(steps) + 1, told
+    for (commands, shown), output in zip(steps, outputs, strict=False):
+        if shown:
+            assert "\n".join(" ".join(line.split()) for line in output.splitlines()) == shown, f"{commands}\n{told}"
+    assert "limited" in outputs[5], outputs[5]
+    assert "PREMIUM" in outputs[-2], outputs[-2]
