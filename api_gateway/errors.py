@@ -76,6 +76,7 @@ class Reason(StrEnum):
     INVALID_VALUE = "invalid_value"
     LOOP_DETECTED = "loop_detected"
     INTERNAL_ERROR = "internal_error"
+    EXTENSION_FAILED = "extension_failed"
     CLIENT_DISCONNECTED = "client_disconnected"
 
 
@@ -355,6 +356,12 @@ class LoopDetected(GatewayError):
 
 class InternalError(GatewayError):
     """A defect of the gateway."""
+
+
+class ExtensionFailed(GatewayError):
+    """A hook of an extension has failed, and its policy is to refuse the request."""
+
+    reason = Reason.EXTENSION_FAILED
 
 
 class ClientDisconnected(GatewayError):

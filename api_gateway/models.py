@@ -30,7 +30,7 @@ BreakerMode = Literal["auto", "observe", "forced_closed", "forced_open"]
 
 # Source of a client's tier: a grant, a registration by the API, the configuration, the token that proves a client
 # without any of these, or the default (id or address).
-ClientSource = Literal["granted", "registered", "configured", "token", "default", "address"]
+ClientSource = Literal["granted", "registered", "configured", "credential", "default", "address"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ class Client:
     @property
     def is_registered(self) -> bool:
         """True if the id has a grant or keys, is registered by the API or the configuration, or proved by a token."""
-        return self.source in ("granted", "registered", "configured", "token") or self.has_keys
+        return self.source in ("granted", "registered", "configured", "credential") or self.has_keys
 
 
 class Credential(Protocol):

@@ -50,7 +50,7 @@ _IDENTIFICATION = {
     "granted": "identified by {header}; its tier is a grant, by POST /clients/{{id}}/grants",
     "registered": "identified by {header}; its tier was set by POST /clients/{{id}}/tier",
     "configured": "identified by {header}; its tier is set in the configuration",
-    "token": "identified by a token, which may state its tier",
+    "credential": "identified by {header}; a credential may state the tier, which is otherwise the default",
     "default": "identified by {header}; not registered, so it has the default tier, {address}",
     "address": "no {header}, so it is identified by its address and has the default tier",
 }

@@ -340,7 +340,7 @@ class ClientRegistry:
         if client.is_registered:
             return client
         quota = self.tiers.get(tier or "", client.quota)
-        return Client(client.id, client.key, quota, "token", is_verified_only=client.is_verified_only)
+        return Client(client.id, client.key, quota, "credential", is_verified_only=client.is_verified_only)
 
     def by_address(self, address: str) -> Client:
         """Return the client of a request without a client id: the address."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple
 
-from api_gateway.errors import InternalError
+from api_gateway.errors import ExtensionFailed
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,6 @@ class HookPolicy(NamedTuple):
     budget: float
     on_error: AfterFailure
     on_timeout: AfterFailure
-
-
-class HookFailed(InternalError):
-    """A hook has failed, and its policy is to refuse the request."""
 
 
 class Hook:
@@ -59,7 +55,7 @@ class Hook:
         return f"<Hook {self.name} of {self.extension}>"
 
     def begin(self, *arguments: object) -> Any:
-        """Call the hook. Returns the checked result, or an awaitable of it; raises HookFailed."""
+        """Call the hook. Returns the checked result, or an awaitable of it; raises ExtensionFailed."""
         began = time.perf_counter_ns()
         try:
             result = self._call(*arguments)
@@ -99,7 +95,7 @@ class Hook:
             )
 
     def _failed(self, began: int, outcome: HookResult, error: Exception) -> None:
-        """Count and log a failure. Raises HookFailed, or returns None, as if the hook had returned that."""
+        """Count and log a failure. Raises ExtensionFailed, or returns None, as if the hook had returned that."""
         self._on_call(self.extension, self.name, outcome, time.perf_counter_ns() - began)
         policy = self.policy.on_timeout if outcome == "timeout" else self.policy.on_error
         if self._may_log():
@@ -109,7 +105,7 @@ class Hook:
             logger.error("extension %s: %s %s; %s", self.extension, self.name, why, done, exc_info=trace)
         if policy == "refuse":
             words = "did not respond in time" if outcome == "timeout" else "failed"
-            raise HookFailed(f"The extension '{self.extension}' {words} in {self.name}.") from error
+            raise ExtensionFailed(f"The extension '{self.extension}' {words} in {self.name}.") from error
 
     def _may_log(self) -> bool:
         """Return True once in a second, so that a failing hook does not flood the log."""

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.errors import GatewayError
+from api_gateway.errors import ExtensionFailed, GatewayError
 from api_gateway.extensions.fields import FieldChange, FieldsView, changed_lines
-from api_gateway.extensions.hooks import Hook, HookFailed
+from api_gateway.extensions.hooks import Hook
 from api_gateway.extensions.interface import Identity, RequestClient, RequestView, Respond, ResponseView
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.models import Client
@@ -85,7 +85,7 @@ class HookStage:
             hook = self._hooks[step.number]
             try:
                 found = hook.begin(*self._arguments(plan, step.view))
-            except HookFailed as error:
+            except ExtensionFailed as error:
                 return error.with_traceback(None)
             if isinstance(found, Awaitable):
                 return Wait.on(partial(_answer, found), partial(self._resume, step=step))
@@ -96,7 +96,7 @@ class HookStage:
         return self._end(plan, step)
 
     def _resume(self, plan: RequestPlan, answer: "tuple[Any]", *, step: _Step) -> StageResult:
-        if isinstance(answer[0], HookFailed):
+        if isinstance(answer[0], ExtensionFailed):
             return answer[0]
         outcome = self._took(plan, step, answer[0])
         return self._go_on(plan, outcome) if isinstance(outcome, _Step) else outcome
@@ -113,7 +113,7 @@ async def _answer(awaited: Awaitable[Any]) -> tuple[Any]:
     """Return the result in a tuple: as a reply, an error would be a failure of the question."""
     try:
         return (await awaited,)
-    except HookFailed as error:
+    except ExtensionFailed as error:
         return (error.with_traceback(None),)
 
 
@@ -228,7 +228,7 @@ class ResponseHooks:
         while index < len(self._hooks):
             try:
                 found = self._hooks[index].begin(request, response)
-            except HookFailed as error:
+            except ExtensionFailed as error:
                 on_end(error.with_traceback(None))
                 return True
             if isinstance(found, Awaitable):
@@ -251,7 +251,7 @@ class ResponseHooks:
     ) -> None:
         if isinstance(answer, Exception):
             raise answer
-        if isinstance(answer[0], HookFailed):
+        if isinstance(answer[0], ExtensionFailed):
             on_end(answer[0])
             return
         response, changes = _with(response, changes, answer[0])

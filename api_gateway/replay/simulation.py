@@ -335,18 +335,18 @@ class Simulation:
         return client
 
     def _resolve(self, client_id: str, tier: str, tier_source: str, has_keys: bool) -> Client:  # noqa: FBT001 - of a log
-        """Return the client of a request: its tier is the log's if the gateway or a token set it, else configured."""
+        """Return the client of a request: with the tier of the log, unless it was configured."""
         if tier_source == "address":
             return self._registry.by_address(client_id)
         client = self._registry.by_id(client_id)
         if has_keys and not client.has_keys:
             client = replace(client, has_keys=True)
-        if tier_source not in ("granted", "registered", "token"):
+        if tier_source not in ("granted", "registered", "credential"):
             return client
         quota = self._registry.tiers.get(tier)
         if quota is None:
             self.unknown_tiers.add(tier)
-        if tier_source == "token":
+        if tier_source == "credential":
             return self._registry.proved(client, tier)
         return client if quota is None else replace(client, quota=quota, source=cast("ClientSource", tier_source))
 

@@ -15,6 +15,8 @@ _YAML_TOKEN = re.compile(
     r".|\\.|<[a-z ]+>"
 )  # what YAML's messages quote that is not from the file, and single characters
 _HOLDS_ITSELF = "contains itself"
+_MAX_VALUES = 200_000  # of a file, with what its aliases repeat
+_TOO_MANY = f"the file has more than {_MAX_VALUES:,} values; aliases of aliases multiply them"
 _TEXT = "tag:yaml.org,2002:str"
 _KEY_TAGS = (_TEXT, "tag:yaml.org,2002:merge")
 
@@ -42,7 +44,7 @@ def read_yaml(path: Path) -> SettingsFile:
         faults = [
             f"{path}:{line}: {path_text(key_path)}: {fault}" for key_path, line, fault in _index_lines(root, (), lines)
         ]
-        if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
+        if any(fault.endswith((_HOLDS_ITSELF, _TOO_MANY)) for fault in faults):
             raise ConfigError(faults)
         values = None if root is None else _TextKeys().construct_document(root)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date
@@ -86,6 +88,11 @@ def _index_lines(
     """Fill `lines`; yield place, line and fault of each key or value that is valid YAML and not accepted here."""
     if any(node is outer for outer in above) and node is not None:
         yield key_path, node.start_mark.line + 1, _HOLDS_ITSELF
+        return
+    if len(lines) > _MAX_VALUES:
+        if len(lines) == _MAX_VALUES + 1:
+            lines[*key_path, ""] = 0  # said once
+            yield key_path, 0 if node is None else node.start_mark.line + 1, _TOO_MANY
         return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:

@@ -12,6 +12,7 @@ from api_gateway.config import Loaded, load_config, read_config
 from api_gateway.process.config_watch import ConfigSource, contents_of
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.toml_file import toml_lines
+from api_gateway.settings.yaml_file import read_yaml
 
 UPSTREAM = "upstreams: {users: http://127.0.0.1:9001}\n"
 Write = Callable[..., Path]
@@ -369,3 +370,11 @@ def test_a_watch_notices_files_that_are_added_changed_and_removed(write: Write) 
     states.append(contents_of(source.files))
     assert all(one != other for one, other in itertools.pairwise(states))
     assert set(source.load().config.upstreams) == {"users"}
+
+
+def test_aliases_that_multiply_end_the_reading(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"bomb\.yaml:1: .*: the file has more than 200,000 values; aliases of"):
+        read_yaml(tmp_path / "bomb.yaml")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from api_gateway.errors import ExtensionFailed
 from api_gateway.extensions.fields import (
     REQUEST_FIXED,
     RESPONSE_FIXED,
@@ -15,7 +16,7 @@ from api_gateway.extensions.fields import (
     changed_pairs,
     checked_changes,
 )
-from api_gateway.extensions.hooks import Hook, HookFailed, HookPolicy
+from api_gateway.extensions.hooks import Hook, HookPolicy
 from api_gateway.extensions.interface import Identity, Respond, checked_cost, checked_identity
 from api_gateway.extensions.loading import ExtensionError, load_extension
 from api_gateway.extensions.trial import try_extension
@@ -150,13 +151,13 @@ async def test_failures_are_contained_counted_and_logged_with_the_name_of_the_ho
     for call in (_wrong, lambda: -1, lambda: "x"):
         hook = calls.hook(call, policy=policy)
         if policy == "refuse":
-            with pytest.raises(HookFailed, match="'ext' failed in cost"):
+            with pytest.raises(ExtensionFailed, match="'ext' failed in cost"):
                 hook.begin()
         else:
             assert hook.begin() is None
     slow = calls.hook(_slow, 0.01, policy)
     if policy == "refuse":
-        with pytest.raises(HookFailed, match="did not respond in time in cost"):
+        with pytest.raises(ExtensionFailed, match="did not respond in time in cost"):
             await slow.begin()
     else:
         assert await slow.begin() is None

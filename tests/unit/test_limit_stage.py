@@ -128,7 +128,7 @@ def test_a_key_that_anyone_could_have_invented_is_charged_as_such() -> None:
     invented = replace(ACME, id="new", key="client:new", source="default")
     assert unverified(invented) == unverified(ACME) | {"client", "client-route"}
     assert unverified(replace(invented, has_keys=True)) == unverified(ACME)
-    assert unverified(replace(invented, source="token")) == unverified(ACME)
+    assert unverified(replace(invented, source="credential")) == unverified(ACME)
 
 
 def test_only_clients_that_are_not_registered_are_charged_to_their_address() -> None:

@@ -7,7 +7,7 @@ import { clock, duration, number, percent, seconds } from "../format.js";
 import { poll, stream } from "../stream.js";
 
 const SORTS = [["limited", "Most limited"], ["requests", "Most requests"], ["bare", "Bare ids"]];
-const SOURCES = { granted: "grant", registered: "registered", configured: "configuration", token: "token", default: "default", address: "address" };
+const SOURCES = { granted: "grant", registered: "registered", configured: "configuration", credential: "credential", default: "default", address: "address" };
 
 export function clients(main, argument, signal) {
   let sort = "limited", tier = "", after = "", selected = argument, detail = null;
