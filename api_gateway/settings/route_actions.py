@@ -104,9 +104,9 @@ class RewriteSection(Section):
 class RespondSection(Section):
     """A response to all requests, in place of an upstream."""
 
-    status: int = Field(default=200, ge=_LOWEST, le=_HIGHEST)
-    headers: dict[HeaderName, HeaderValue] = Field(default={})
-    body: str = Field(default="", max_length=65_536)
+    status: int = Field(default=200, ge=_LOWEST, le=_HIGHEST, description="The status code.")
+    headers: dict[HeaderName, HeaderValue] = Field(default={}, description="Header fields, such as Content-Type.")
+    body: str = Field(default="", max_length=65_536, description="The body, sent as UTF-8.")
 
     @model_validator(mode="after")
     def _agree(self) -> "RespondSection":
@@ -131,7 +131,7 @@ class RedirectSection(Section):
     to: Annotated[_Template, AfterValidator(_location)] = Field(
         description="A URL or path; {path}, {query} with its '?', and segments of the route's template."
     )
-    status: Literal[301, 302, 307, 308] = 308
+    status: Literal[301, 302, 307, 308] = Field(default=308, description="307 and 308 keep method and body.")
 
 
 class WeightedUpstreamSection(Section):

@@ -40,7 +40,7 @@ class ValueSection(Section):
     def _is_one(self) -> "ValueSection":
         given = [name for name in ("exact", "prefix", "present") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"must have one of exact, prefix and present, got {' and '.join(given) or 'none'}")
+            raise ValueError(f"must have one of exact, prefix and present; it has {' and '.join(given) or 'none'}")
         for text in (self.exact, self.prefix):
             if text is not None and (text != text.strip() or not text.isprintable()):
                 raise ValueError("must neither begin nor end with a space, nor contain control characters")

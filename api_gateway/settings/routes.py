@@ -153,7 +153,7 @@ class RouteSection(Section):
         given = [name for name in ("upstream", "upstreams", "respond", "redirect") if getattr(self, name)]
         if len(given) != 1:
             shown = " and ".join(given) or "none"
-            raise ValueError(f"must have one of upstream, upstreams, respond and redirect, got {shown}")
+            raise ValueError(f"must have one of upstream, upstreams, respond and redirect; it has {shown}")
         return self
 
     @property

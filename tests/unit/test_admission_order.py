@@ -172,6 +172,7 @@ class Paths:
         client = SimpleNamespace(
             client=(request.address, 50_000),
             scheme="http",
+            certificate=None,
             abilities=DownstreamConnection.abilities,
             last_headers=None,
             limits=SimpleNamespace(header_bytes=10_000, header_lines=100),

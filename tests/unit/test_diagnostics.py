@@ -44,7 +44,7 @@ def test_a_message_names_the_line_of_the_value(refused: Refused) -> None:
 
 
 def test_a_missing_key_is_reported_at_the_line_of_its_section(refused: Refused) -> None:
-    assert refused("\nroutes:\n  - name: a\n    path: /api/a\n") == [":3: routes[0].upstream: is missing"]
+    assert refused("\nroutes:\n  - respond: {}\n    path: /api/a\n") == [":3: routes[0].name: is missing"]
 
 
 def test_the_line_is_found_whatever_the_case_of_a_tier(refused: Refused) -> None:
@@ -60,7 +60,6 @@ def test_a_key_given_twice_is_refused_with_its_second_line(refused: Refused) -> 
         ":5: routes[0].name: given twice",
         ":6: server: given twice",
         ":5: routes[0].path: is missing",
-        ":5: routes[0].upstream: is missing",
     ]
 
 
