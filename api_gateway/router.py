@@ -1,6 +1,6 @@
 """Routes, upstreams and retries: what an exchange needs to know to be forwarded, under one configuration.
 
-`upstreams.upstream` and `circuit_breaker` decide on targets, admission and outcomes; `fastpath` forwards.
+`upstreams.upstream` and `circuit_breaker` decide on targets, admission and outcomes; `exchanges` forwards.
 """
 
 import asyncio

@@ -12,8 +12,8 @@ from api_gateway.assembly.routes import address_rules
 from api_gateway.assembly.transition_log import log_target_transition, log_transition
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
-from api_gateway.fastpath.fast_path import FastPath
-from api_gateway.fastpath.hooked_exchange import HookedExchange
+from api_gateway.exchanges.fast_path import FastPath
+from api_gateway.exchanges.hooked_exchange import HookedExchange
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
 from api_gateway.limits.concurrency_headers import ConcurrencyHeaders

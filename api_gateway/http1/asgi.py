@@ -115,7 +115,7 @@ class FastPathHandler(Protocol):
     def try_handle(self, client: Any, received: bytes) -> bool:
         """Serve the received request and return True, or change nothing and return False.
 
-        `client` is the connection, see `fastpath.client_port.Downstream`.
+        `client` is the connection, see `exchanges.client_port.Downstream`.
         """
         ...
 

@@ -1,7 +1,7 @@
 """The life of a request: its phase, its request body and its response, as three tables, and their legal combinations.
 
 Each table maps a state to the events that the state allows, and each of those to the next state, in the manner of h11.
-An event that occurs in several tables must be allowed by each of them. `fastpath` performs the actions that belong to
+An event that occurs in several tables must be allowed by each of them. `exchanges` performs the actions that belong to
 the events; here are the states only.
 
 Phases whose work is done within one callback (admitting, selecting) allow no event from outside, because events are

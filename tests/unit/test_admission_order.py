@@ -17,7 +17,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.errors import GatewayError
-from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.exchanges.fast_path import FastPath
 from api_gateway.http1.asgi import Message, Scope
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders

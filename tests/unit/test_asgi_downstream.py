@@ -20,8 +20,8 @@ from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.errors import CredentialsInvalid, RateLimited
-from api_gateway.fastpath import asgi_downstream
-from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.exchanges import asgi_downstream
+from api_gateway.exchanges.fast_path import FastPath
 from api_gateway.http1.asgi import SERVER_EXTENSION, Message, Receive, Scope, Send
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder

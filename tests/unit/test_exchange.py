@@ -19,10 +19,10 @@ import pytest
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
-from api_gateway.fastpath.exchange_body import ExchangeBody
-from api_gateway.fastpath.fast_exchange import FastExchange
-from api_gateway.fastpath.fast_path import FastPath
-from api_gateway.fastpath.tunnelling_exchange import TunnellingExchange
+from api_gateway.exchanges.exchange_body import ExchangeBody
+from api_gateway.exchanges.fast_path import FastPath
+from api_gateway.exchanges.http_exchange import HttpExchange
+from api_gateway.exchanges.tunnelling_exchange import TunnellingExchange
 from api_gateway.http1.asgi import BodyReceiver, DownstreamAbilities, InFlight
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
@@ -258,14 +258,14 @@ class FakeDownstream:
         self.limits: Any = SimpleNamespace(header_bytes=60_000, header_lines=100)
         self.is_write_paused = False
         self.last_headers: RewrittenHeaders | None = None
-        self.exchange: FastExchange | None = None
-        self.begun: list[FastExchange] = []
+        self.exchange: HttpExchange | None = None
+        self.begun: list[HttpExchange] = []
         self.ends: list[bool] = []  # whether the connection is kept
         self.body: BodyReceiver | None = None
         self.is_draining = self.is_read_paused = False
 
     def begin_exchange(self, exchange: InFlight) -> None:
-        assert isinstance(exchange, FastExchange)
+        assert isinstance(exchange, HttpExchange)
         if self.exchange is not exchange:
             self.begun.append(exchange)
         self.exchange = exchange
@@ -423,7 +423,7 @@ class World:
         """Put an idle connection into the pool."""
         self.pool.release(await self.pool.acquire(None, None))
 
-    def request(self) -> FastExchange:
+    def request(self) -> HttpExchange:
         """Receive a request of the client, and return its exchange."""
         self.send_request()
         return self.client.begun[-1]
@@ -475,18 +475,18 @@ class World:
         return held | ({"connection"} if busy[3] and exchange.task is None else set())
 
 
-async def waiting(world: World) -> FastExchange:
+async def waiting(world: World) -> HttpExchange:
     world.limiter.is_remote, world.limiter.replies_at_once = True, False
     await world.connect()
     return world.request()
 
 
-async def sent(world: World) -> FastExchange:
+async def sent(world: World) -> HttpExchange:
     await world.connect()
     return world.request()
 
 
-async def connecting(world: World) -> FastExchange:
+async def connecting(world: World) -> HttpExchange:
     world.opened = asyncio.get_running_loop().create_future()
     exchange = world.request()
     await turns()
@@ -499,13 +499,13 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-async def flowing(world: World) -> FastExchange:
+async def flowing(world: World) -> HttpExchange:
     exchange = await sent(world)
     world.receive(HALF)
     return exchange
 
 
-async def paused(world: World) -> FastExchange:
+async def paused(world: World) -> HttpExchange:
     exchange = await sent(world)
     world.client.is_write_paused = True
     world.receive(HALF)
@@ -513,7 +513,7 @@ async def paused(world: World) -> FastExchange:
     return exchange
 
 
-async def backing_off(world: World) -> FastExchange:
+async def backing_off(world: World) -> HttpExchange:
     exchange = await sent(world)
     if world.body.rest:  # then a response is not retried, because the rest of the body goes to its target
         lose(world, exchange)
@@ -522,7 +522,7 @@ async def backing_off(world: World) -> FastExchange:
     return exchange
 
 
-async def tunnelling(world: World) -> FastExchange:
+async def tunnelling(world: World) -> HttpExchange:
     await world.connect()
     fields = [(b"Host", b"a"), (b"X-Client-ID", b"a"), (b"Upgrade", b"websocket"), (b"Connection", b"Upgrade")]
     head = RequestHead("GET", b"/api/x", fields, "1.1", 0, keep_alive=True)
@@ -534,33 +534,33 @@ async def tunnelling(world: World) -> FastExchange:
     return world.client.begun[-1]
 
 
-async def done(world: World) -> FastExchange:
+async def done(world: World) -> HttpExchange:
     exchange = await flowing(world)
     world.receive(b"half")
     return exchange
 
 
-async def aborted(world: World) -> FastExchange:
+async def aborted(world: World) -> HttpExchange:
     exchange = await flowing(world)
     exchange.on_client_disconnected()
     return exchange
 
 
-async def admitting(world: World) -> FastExchange:
+async def admitting(world: World) -> HttpExchange:
     """An event within a callback, which no port may deliver."""
     exchange = await waiting(world)
     exchange.phase = states.ADMITTING
     return exchange
 
 
-async def selecting(world: World) -> FastExchange:
+async def selecting(world: World) -> HttpExchange:
     """As `admitting`."""
     exchange = await waiting(world)
     exchange.phase = states.SELECTING
     return exchange
 
 
-async def falling_back(world: World) -> FastExchange:
+async def falling_back(world: World) -> HttpExchange:
     """As `admitting`."""
     exchange = await waiting(world)
     exchange.phase = states.FALLING_BACK
@@ -583,7 +583,7 @@ SITUATIONS: dict[str, tuple[Callable[[World], Any], States]] = {
 }
 
 
-def receive(world: World, exchange: FastExchange, first: bytes, further: bytes) -> None:
+def receive(world: World, exchange: HttpExchange, first: bytes, further: bytes) -> None:
     """Receive the beginning of a response, or more of it; without a connection, report progress all the same."""
     if exchange.phase == states.EXCHANGING:
         world.receive(first if exchange.response == states.NONE else further)
@@ -591,7 +591,7 @@ def receive(world: World, exchange: FastExchange, first: bytes, further: bytes) 
         exchange.on_progress()
 
 
-def lose(world: World, exchange: FastExchange) -> None:
+def lose(world: World, exchange: HttpExchange) -> None:
     if world.opened is not None and exchange.phase == states.CONNECTING:
         world.opened.set_exception(httpx.ConnectError("refused"))
     elif exchange.phase == states.EXCHANGING:
@@ -602,7 +602,7 @@ def lose(world: World, exchange: FastExchange) -> None:
         exchange.on_progress()
 
 
-def pass_deadline(world: World, exchange: FastExchange) -> None:
+def pass_deadline(world: World, exchange: HttpExchange) -> None:
     """Let the timer of the deadline fire, if there is one; an exchange without it never gets the event."""
     timer = exchange.timer
     if timer is not None:
@@ -610,14 +610,14 @@ def pass_deadline(world: World, exchange: FastExchange) -> None:
         timer._run()  # as the loop does
 
 
-def body_of(exchange: FastExchange) -> ExchangeBody:
+def body_of(exchange: HttpExchange) -> ExchangeBody:
     """Return the body of the request."""
     assert exchange.upload is not None
     return exchange.upload
 
 
 # The events of the ports, each with the events of the tables that it may stand for.
-EVENTS: dict[str, tuple[Callable[[World, FastExchange], object], tuple[ExchangeEvent, ...]]] = {
+EVENTS: dict[str, tuple[Callable[[World, HttpExchange], object], tuple[ExchangeEvent, ...]]] = {
     "a part": (partial(receive, first=HALF, further=b"ha"), (states.HEAD, states.DATA)),
     "the end": (partial(receive, first=HALF + b"half", further=b"half"), (states.HEAD, states.END)),
     "the loss of the upstream": (lose, (states.RETRY, states.BREAK)),
@@ -795,7 +795,7 @@ def illegal_events(situation: str, body: Body) -> Iterator[str]:
             yield event
 
 
-def check_resources(world: World, exchange: FastExchange) -> None:
+def check_resources(world: World, exchange: HttpExchange) -> None:
     """Check that an exchange holds what its phase may hold, and that an ended one has ended everything."""
     held = world.held()
     if exchange.phase in ENDED:

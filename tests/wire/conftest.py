@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.fastpath.asgi_downstream import AsgiDownstream
-from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.exchanges.asgi_downstream import AsgiDownstream
+from api_gateway.exchanges.fast_path import FastPath
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of, reply, running_gateway
 
 

@@ -18,7 +18,7 @@ from api_gateway.admin.explainer import Explainer
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
-from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.exchanges.fast_path import FastPath
 from api_gateway.http1.asgi import Message
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder

@@ -3,15 +3,15 @@
 from functools import partial
 
 from api_gateway.errors import GatewayError
+from api_gateway.exchanges.http_exchange import HttpExchange
 from api_gateway.extensions.fields import FieldChange, FieldsView, changed_lines, changed_pairs
 from api_gateway.extensions.interface import ResponseView
-from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.http1.headers import fields_of
 from api_gateway.proxy.exchange import EXCHANGING, NONE
 
 
-class HookedExchange(FastExchange):
-    """A `FastExchange` that calls the hooks of a response once, as soon as its head is complete.
+class HookedExchange(HttpExchange):
+    """A `HttpExchange` that calls the hooks of a response once, as soon as its head is complete.
 
     While a hook is awaited, the connection to the upstream is not read, and what has arrived is kept.
     """

@@ -1,13 +1,13 @@
-"""The relaying half of an exchange on the fast path: the response, from its head to its end."""
+"""The relaying half of an exchange: the response, from its head to its end."""
 
 from functools import partial
 
 import httpx
 
 from api_gateway.errors import GatewayError
-from api_gateway.fastpath.client_port import Downstream
-from api_gateway.fastpath.exchange_life import ExchangeLife
-from api_gateway.fastpath.response_head import parsed_head, plain_head
+from api_gateway.exchanges.client_port import Downstream
+from api_gateway.exchanges.exchange_life import ExchangeLife
+from api_gateway.exchanges.response_head import parsed_head, plain_head
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import (
     BODILESS,

@@ -14,8 +14,8 @@ After an early response the rest is discarded, or still sent to the upstream wit
 
 from typing import Protocol
 
-from api_gateway.fastpath.client_port import Downstream
-from api_gateway.fastpath.context import ExchangeContext
+from api_gateway.exchanges.client_port import Downstream
+from api_gateway.exchanges.context import ExchangeContext
 from api_gateway.http1.headers import forwardable_interim, forwardable_trailers
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList

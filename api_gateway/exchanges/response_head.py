@@ -2,7 +2,7 @@
 
 import time
 
-from api_gateway.fastpath.context import ExchangeContext
+from api_gateway.exchanges.context import ExchangeContext
 from api_gateway.http1.headers import BODILESS, FALLBACK, http_date, rewrite_response
 from api_gateway.http1.serializer import COLON, status_line
 from api_gateway.models import Exchange

@@ -4,8 +4,8 @@ from typing import Final
 
 import httpx
 
-from api_gateway.fastpath.fast_exchange import FastExchange
-from api_gateway.fastpath.relaying_exchange import InterimListener
+from api_gateway.exchanges.http_exchange import HttpExchange
+from api_gateway.exchanges.relaying_exchange import InterimListener
 from api_gateway.http1.headers import COST, rewrite_response
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.attribution import NO_PROGRESS
@@ -23,7 +23,7 @@ _FIELDS: Final[HeaderList] = [(b"connection", b"Upgrade"), (b"upgrade", b"websoc
 _NOTHING: Final = frozenset[bytes]()
 
 
-class TunnellingExchange(FastExchange):
+class TunnellingExchange(HttpExchange):
     """A handshake. If the upstream accepts it, bytes pass in both directions until the tunnel ends.
 
     An upstream with another transport gets the request without the handshake.

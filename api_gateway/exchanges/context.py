@@ -1,4 +1,4 @@
-"""What all exchanges of the fast path have in common under one configuration."""
+"""What all exchanges have in common under one configuration."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One request on the fast path, from its admission to its response: the order of its phases.
+"""One request, from its admission to its response: the order of its phases.
 
 The tables are in `proxy.exchange`; the halves of an exchange are `attempting_exchange` and `relaying_exchange`.
 """
@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
-from api_gateway.fastpath.attempting_exchange import AttemptingExchange
-from api_gateway.fastpath.exchange_body import ExchangeBody
-from api_gateway.fastpath.exchange_life import body_too_large
-from api_gateway.fastpath.response_head import static_response
+from api_gateway.exchanges.attempting_exchange import AttemptingExchange
+from api_gateway.exchanges.exchange_body import ExchangeBody
+from api_gateway.exchanges.exchange_life import body_too_large
+from api_gateway.exchanges.response_head import static_response
 from api_gateway.models import NANOSECONDS, Outcome
 from api_gateway.proxy.admission import DirectResponse, Wait
 from api_gateway.proxy.deadline import Deadline, deadline_error
@@ -33,8 +33,8 @@ from api_gateway.proxy.route_table import Route
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
 
-class FastExchange(AttemptingExchange):
-    """One request on the fast path, and the response to it: the actions that belong to the tables of `proxy.exchange`.
+class HttpExchange(AttemptingExchange):
+    """One request, and the response to it: the actions that belong to the tables of `proxy.exchange`.
 
     This class has admission, the choice of the upstream, the deadline, and the fallback.
     """

@@ -1,21 +1,21 @@
-"""The fast path: plain requests are admitted, forwarded and relayed in callbacks of the event loop.
+"""The two ways of a request to its exchange: in callbacks of the event loop (the fast path), or by ASGI.
 
 Most requests wait for nothing but the rest of their body and the upstream's response. They need no ASGI scope, no
 coroutine and no task. A head that is not plain is left to the general parser, which offers it again with what it has
 read (`try_head`). Requests of HTTP/1.0, those that follow others before their response, and those to other servers or
 behind middleware come by ASGI (`serve`); the exchange is the same.
-`proxy.exchange` has the states of an exchange, `fast_exchange` the actions.
+`proxy.exchange` has the states of an exchange, `http_exchange` the actions.
 """
 
 from urllib.parse import unquote
 
 from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trailers
 from api_gateway.errors import GatewayError
-from api_gateway.fastpath.asgi_downstream import AsgiDownstream
-from api_gateway.fastpath.client_port import Downstream
-from api_gateway.fastpath.context import ExchangeContext
-from api_gateway.fastpath.fast_exchange import FastExchange
-from api_gateway.fastpath.tunnelling_exchange import TunnellingExchange
+from api_gateway.exchanges.asgi_downstream import AsgiDownstream
+from api_gateway.exchanges.client_port import Downstream
+from api_gateway.exchanges.context import ExchangeContext
+from api_gateway.exchanges.http_exchange import HttpExchange
+from api_gateway.exchanges.tunnelling_exchange import TunnellingExchange
 from api_gateway.http1.asgi import FIELDS, SERVER_EXTENSION, Receive, Scope, Send, ServerExtension
 from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
@@ -30,7 +30,7 @@ from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeader
 class FastPath(ExchangeContext):
     """Admits plain requests; see the module. Has no state but configuration."""
 
-    exchange_kind: type[FastExchange] = FastExchange
+    exchange_kind: type[HttpExchange] = HttpExchange
 
     def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911, PLR0912 - each branch is a reason
         """Start or refuse the received request and return True, or change nothing and return False.

@@ -1,12 +1,12 @@
-"""The beginning and the end of an exchange on the fast path, its request body, and the events of its client."""
+"""The beginning and the end of an exchange, its request body, and the events of its client."""
 
 import asyncio
 import re
 
 from api_gateway.errors import BodyTooLarge, ClientDisconnected, GatewayError, InternalError
-from api_gateway.fastpath.client_port import Downstream
-from api_gateway.fastpath.context import ExchangeContext
-from api_gateway.fastpath.exchange_body import ExchangeBody
+from api_gateway.exchanges.client_port import Downstream
+from api_gateway.exchanges.context import ExchangeContext
+from api_gateway.exchanges.exchange_body import ExchangeBody
 from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan
@@ -109,7 +109,7 @@ class ExchangeLife(ProxyExchange):
                 self.request_body = WITHHELD
 
     def __repr__(self) -> str:
-        return f"<FastExchange {self.exchange.method} {self.exchange.path} [{self.states}]>"
+        return f"<HttpExchange {self.exchange.method} {self.exchange.path} [{self.states}]>"
 
     @property
     def is_head_sent(self) -> bool:

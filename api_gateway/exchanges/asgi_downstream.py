@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from api_gateway.errors import GatewayError, InternalError
-from api_gateway.fastpath.exchange_life import ExchangeLife
+from api_gateway.exchanges.exchange_life import ExchangeLife
 from api_gateway.http1.asgi import (
     CERTIFICATE,
     FIELDS,

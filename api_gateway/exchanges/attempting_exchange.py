@@ -1,10 +1,10 @@
-"""The sending half of an exchange on the fast path: its attempts, from the connection to the retry."""
+"""The sending half of an exchange: its attempts, from the connection to the retry."""
 
 import httpx
 
 from api_gateway.errors import GatewayError, UpstreamFailed
-from api_gateway.fastpath.exchange_body import ExchangeBody
-from api_gateway.fastpath.relaying_exchange import RelayingExchange
+from api_gateway.exchanges.exchange_body import ExchangeBody
+from api_gateway.exchanges.relaying_exchange import RelayingExchange
 from api_gateway.http1.fast_parser import pairs_of, remove_lines
 from api_gateway.http1.headers import (
     REQUEST_TIMEOUT,
