@@ -42,6 +42,7 @@ _COUNTERS = (
     "tls_failures",
     "tls_reloads",
     "requests_not_kept",
+    "mirrored_in_flight",
 )
 
 # The recorder's counters with several labels.
@@ -56,6 +57,7 @@ _TABLES = (
     "would_refuse_by_limit",
     "hook_calls",
     "hook_ns",
+    "mirrored",
 )
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -141,6 +143,8 @@ class Recorder:
         self.would_refuse_by_limit: Counter[tuple[str, str]] = Counter()  # the same of candidates, if admitted
         self.hook_calls: Counter[tuple[str, str, str]] = Counter()  # extension, hook, result
         self.hook_ns: Counter[tuple[str, str]] = Counter()  # nanoseconds, by extension and hook
+        self.mirrored: Counter[tuple[str, str]] = Counter()  # copies of requests, by route and result
+        self.mirrored_in_flight: Counter[str] = Counter()  # by route
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
@@ -242,6 +246,13 @@ class Recorder:
         yield
         self.limited_by_bucket = HeavyHitters.from_state(state["limited_by_bucket"])
 
+    def end(self) -> None:
+        """Clear figures of the present, after the end of the process that counted them."""
+        self.in_flight = self.waiting_traces = 0
+        for present in (self.in_flight_by_limit, self.mirrored_in_flight):
+            for name in present:
+                present[name] = 0
+
     def absorb(self, other: "Recorder") -> None:
         """Add the counts of another recorder."""
         self.started = min(self.started, other.started)
@@ -311,6 +322,17 @@ class Recorder:
         """Count a call of a hook of an extension; `result` is ok, error or timeout."""
         self.hook_calls[extension, hook, result] += 1
         self.hook_ns[extension, hook] += took_ns
+
+    def expect_mirrored(self, routes: Iterable[str], results: Sequence[str]) -> None:
+        """Add the series of routes whose requests are copied, with the value zero unless they exist."""
+        for route in routes:
+            self.mirrored_in_flight.setdefault(route, 0)
+            for result in results:
+                self.mirrored.setdefault((route, result), 0)
+
+    def observe_mirrored(self, route: str, result: str) -> None:
+        """Count a copy of a request of a route, by what became of it."""
+        self.mirrored[route, result] += 1
 
     def observe_denial(self, upstream: str, reason: str) -> None:
         """Count a failed attempt that was not retried; `reason` is a `RetryDenied`."""

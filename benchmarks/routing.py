@@ -52,6 +52,8 @@ FEATURES: Mapping[str, Feature] = {
         {"response_headers": {"set": {"Cache-Control": "no-store"}, "remove": ["Server"]}}, 5
     ),
     "two upstreams": Feature({"upstream": None, "upstreams": [{"name": "up"}, {"name": "other", "weight": 0}]}, 1),
+    "another route with a mirror": Feature({}, 4, others=[{"path": "/api/else", "mirror": {"upstream": "other"}}]),
+    "mirror, all requests": Feature({"mirror": {"upstream": "other"}}, 120),
     "limit of the body": Feature({"max_body_bytes": 1000}, 0.5),
     "static response": Feature({"upstream": None, "respond": {"body": "ready"}}, 0, body=b"ready"),
     "compression, not accepted": Feature({"compression": _COMPRESSED}, 15),

@@ -14,6 +14,7 @@ from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
 from api_gateway.exchanges.fast_path import FastPath
 from api_gateway.exchanges.hooked_exchange import HookedExchange
+from api_gateway.exchanges.mirroring_exchange import MirroringExchange
 from api_gateway.http1.asgi import ASGIApp
 from api_gateway.http1.via import Via
 from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
@@ -96,6 +97,8 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     response_hooks = ResponseHooks(hooks["on_response"])
     if hooks["on_response"]:
         fast_path.exchange_kind, fast_path.response_hooks = HookedExchange, response_hooks
+    if any(route.mirroring is not None for route in gateway.routes):
+        fast_path.exchange_kind, fast_path.mirrors = MirroringExchange, gateway.mirrors
     explainer = Explainer(
         admission=admission,
         headers=headers,

@@ -23,6 +23,7 @@ from api_gateway.assembly.history import history_limits
 from api_gateway.assembly.issuers import Issuers
 from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.quotas import QuotaKeeping
+from api_gateway.assembly.route_actions import mirrored_routes
 from api_gateway.assembly.routes import cors_of, route_of
 from api_gateway.assembly.store_schema import hold_store_schema
 from api_gateway.assembly.stores import (
@@ -64,6 +65,7 @@ from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.observability.request_history import RequestHistory
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
+from api_gateway.proxy.mirroring import MIRROR_RESULTS, Mirrors
 from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.rate_limiter import RateLimiter
@@ -112,6 +114,7 @@ class Gateway:
     tokens: JwtSource | None  # None unless tokens are a source of identities
     cors: CorsPolicy | None  # of routes without one of their own
     open_exchanges: OpenExchanges
+    mirrors: Mirrors
     tracing: Tracing
     extensions: tuple[LoadedExtension, ...]
 
@@ -231,6 +234,7 @@ class Assembly:
             modes = asyncio.create_task(gateway.overrides.follow_file(), name="modes of circuit breakers")
             stack.push_async_callback(_cancelled, modes)
             stack.push_async_callback(self._close_upstreams)
+            stack.push_async_callback(gateway.mirrors.close)
             self._start_monitor(gateway.upstreams)
             closing = asyncio.create_task(self._close_retired_periodically(), name="retired transports")
             stack.push_async_callback(_cancelled, closing)
@@ -288,6 +292,7 @@ class Assembly:
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
         before.slots.follow(limit.name for limit in plan.quotas.concurrency)
+        before.recorder.expect_mirrored(mirrored_routes(plan.routes), MIRROR_RESULTS)
         before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
         before.history.change(history_limits(config))
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
@@ -336,19 +341,7 @@ class Assembly:
             for name, one in plan.upstreams.items()
             if one is not None
         }
-        recorder = Recorder(
-            (route.name for route in plan.routes),
-            upstreams,
-            quotas.tiers,
-            config.metrics.percentiles,
-            clocks.monotonic(),
-            self._rejections,
-            *process_output().losses,
-            PARSED_HEADS,
-            ILLEGAL_EVENTS.counts,
-        )
-        recorder.tls_handshakes, recorder.tls_failures = TLS_COUNTERS.handshakes, TLS_COUNTERS.failures
-        recorder.tls_reloads = TLS_COUNTERS.reloads
+        recorder = self._recorder(plan, upstreams)
         keeping = QuotaKeeping(config, recorder, clocks)
         tracing = Tracing(recorder, clocks)
         tracing.follow(plan.tracing, config)
@@ -386,9 +379,33 @@ class Assembly:
             tokens=plan.tokens,
             cors=plan.cors,
             open_exchanges=OpenExchanges(),
+            mirrors=Mirrors(
+                clock=clocks.monotonic,
+                draw=self._source.random,
+                observe=recorder.observe_mirrored,
+                in_flight=recorder.mirrored_in_flight,
+            ),
             tracing=tracing,
             extensions=plan.extensions,
         )
+
+    def _recorder(self, plan: Plan, upstreams: Iterable[str]) -> Recorder:
+        """Return the recorder, which shares counters with connections, TLS and the output of the process."""
+        recorder = Recorder(
+            (route.name for route in plan.routes),
+            upstreams,
+            plan.quotas.tiers,
+            plan.config.metrics.percentiles,
+            self._clocks.monotonic(),
+            self._rejections,
+            *process_output().losses,
+            PARSED_HEADS,
+            ILLEGAL_EVENTS.counts,
+        )
+        recorder.expect_mirrored(mirrored_routes(plan.routes), MIRROR_RESULTS)
+        recorder.tls_handshakes, recorder.tls_failures = TLS_COUNTERS.handshakes, TLS_COUNTERS.failures
+        recorder.tls_reloads = TLS_COUNTERS.reloads
+        return recorder
 
     # Upstreams
 

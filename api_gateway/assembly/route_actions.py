@@ -1,6 +1,7 @@
 """Builds what routes do besides forwarding: editing of heads, rewriting of paths, responses, and compression."""
 
 import importlib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,18 @@ from api_gateway.errors import StartupError
 from api_gateway.proxy.compression import GZIP, ZSTD, Compression, ContentEncoder, GzipEncoder, NewEncoder, ZstdEncoder
 from api_gateway.proxy.direct_answers import DirectAnswer
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
+from api_gateway.proxy.mirroring import Mirroring
 from api_gateway.proxy.path_rewriting import PathRewriting
 from api_gateway.proxy.path_table import PATH_TEMPLATE
+from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.url_rewriting import UrlRewriter
 from api_gateway.proxy.value_template import OF_ANY_REQUEST, ValueTemplate
-from api_gateway.settings.route_actions import CompressionSection, RequestHeadersSection, ResponseHeadersSection
+from api_gateway.settings.route_actions import (
+    CompressionSection,
+    MirrorSection,
+    RequestHeadersSection,
+    ResponseHeadersSection,
+)
 from api_gateway.settings.routes import RouteSection
 
 _NO_EDITS = HeaderEdits()
@@ -55,6 +63,28 @@ def answer_of(section: RouteSection) -> DirectAnswer | None:
         return None
     headers = tuple((name.encode(), value.encode()) for name, value in section.respond.headers.items())
     return DirectAnswer(section.respond.status, headers, section.respond.body.encode())
+
+
+def mirroring_of(section: MirrorSection | None) -> Mirroring | None:
+    """Return which requests of a route are copied, None if none is."""
+    if section is None:
+        return None
+    removed = frozenset(name.lower().encode() for name in section.remove)
+    return Mirroring(
+        section.upstream,
+        section.share,
+        section.max_in_flight,
+        section.max_body_bytes,
+        section.max_response_bytes,
+        section.timeout,
+        section.credentials,
+        Mirroring.edits_of(removed, keeps_credentials=section.credentials),
+    )
+
+
+def mirrored_routes(routes: Iterable[Route]) -> list[str]:
+    """Return the names of the routes whose requests are copied."""
+    return [route.name for route in routes if route.mirroring is not None]
 
 
 def compression_of(route: str, section: CompressionSection) -> Compression:

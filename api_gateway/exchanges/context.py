@@ -14,6 +14,7 @@ from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
 from api_gateway.proxy.cors_stages import CorsPolicies
 from api_gateway.proxy.extension_stages import ResponseHooks
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.mirroring import Mirrors
 from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.problem_response import problem_message
 from api_gateway.router import Router
@@ -23,6 +24,7 @@ class ExchangeContext:
     """What decides on requests and records them, and the header fields that the gateway adds: configuration only."""
 
     response_hooks: ResponseHooks | None = None  # of extensions
+    mirrors: Mirrors | None = None  # unless no route has a mirror
 
     def __init__(
         self,

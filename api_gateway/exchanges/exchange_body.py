@@ -107,6 +107,10 @@ class ExchangeBody:
         """True if the body is larger than `limit`. One behind a plain head is not: the parser reads those."""
         return self.is_parsed and (self.received if self.length is None else self.length) > self.limit
 
+    def held(self) -> list[bytes]:
+        """Return a copy of the list of pieces that are kept: before the first attempt, all that have arrived."""
+        return [*self._pieces]
+
     def exceeds(self, limit: int | None) -> bool:
         """Apply the limit of the route, None if that has none; tell whether the body is larger."""
         if limit is not None:

@@ -1,4 +1,4 @@
-"""An exchange whose response heads are seen by extensions before the client gets them."""
+"""An exchange whose response heads are seen by extensions, if there are any, before the client gets them."""
 
 from functools import partial
 
@@ -23,14 +23,13 @@ class HookedExchange(HttpExchange):
         """Show the head to the extensions; then forward what has arrived."""
         if self._is_held:
             return
-        if self._is_seen or self.phase != EXCHANGING or self.response != NONE:
+        hooks = self._context.response_hooks
+        if hooks is None or self._is_seen or self.phase != EXCHANGING or self.response != NONE:
             super().on_progress()
             return
         if self.error is not None or not self.is_head_complete:
             super().on_progress()
             return
-        hooks = self._context.response_hooks
-        assert hooks is not None  # noqa: S101 - or the exchange would be of another kind
         self._is_seen = self._is_held = True
         view = ResponseView(self.status, FieldsView(self.headers), self.exchange.upstream or "")
         self.is_pending = True

@@ -19,6 +19,7 @@ from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.direct_answers import DirectAnswer
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.head_editing import HeadEditor
+from api_gateway.proxy.mirroring import Mirroring
 from api_gateway.proxy.path_rewriting import PathRewriting
 from api_gateway.proxy.path_table import PATH_PREFIX, PathTable, Pattern
 from api_gateway.proxy.requirements import Requirement
@@ -71,6 +72,7 @@ class Route:
     the route. `addresses` are rules besides those for all routes. `split` chooses one of `variants`, which are the
     route with each of its upstreams. `rewriting` replaces the path for the upstream. `max_body_bytes` None: the
     server's. `answer` is the response in place of an upstream. `compression` None: responses pass as they are.
+    `mirroring` None: requests are not copied.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Route:
     max_body_bytes: int | None = None
     answer: DirectAnswer | None = None
     compression: Compression | None = None
+    mirroring: Mirroring | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""

@@ -171,6 +171,7 @@ def metrics_view(
         retries=_nested(recorder.upstreams, recorder.retries),
         retries_denied=_nested(recorder.upstreams, recorder.retries_denied),
         fallbacks=_by_route(recorder.fallbacks),
+        mirrored=_nested(recorder.mirrored_in_flight, recorder.mirrored),
         rejections=dict(recorder.rejections),
         operator_rejections=dict(recorder.operator_rejections),
         identity=IdentityCounts(

@@ -31,6 +31,7 @@ from api_gateway.reporting.prometheus_families import (
     history_families,
     hook_families,
     limit_families,
+    mirror_families,
     tls_families,
     trace_families,
     without_head,
@@ -91,6 +92,7 @@ class PrometheusExposition:
         yield from self._reloads()
         yield from self._shares()
         yield from hook_families(self._recorder)
+        yield from mirror_families(self._recorder)
         yield from trace_families(self._recorder)
         yield from tls_families(self._recorder, self._snapshot.tls)
         yield from process_families(self._snapshot.process)

@@ -50,6 +50,24 @@ def hook_families(recorder: Recorder) -> Iterator[Metric]:
     )
 
 
+def mirror_families(recorder: Recorder) -> Iterator[Metric]:
+    """Yield the copies of requests of routes with a mirror."""
+    yield from family_in_pieces(
+        CounterMetricFamily,
+        "gateway_mirrored_requests",
+        "Copies of requests for the mirror of a route, by result.",
+        ["route", "result"],
+        recorder.mirrored.items(),
+    )
+    yield from family_in_pieces(
+        GaugeMetricFamily,
+        "gateway_mirrored_requests_in_flight",
+        "Copies of requests that are being received or sent.",
+        ["route"],
+        (((route,), count) for route, count in recorder.mirrored_in_flight.items()),
+    )
+
+
 def access_families(recorder: Recorder) -> Iterator[Metric]:
     """Yield the counters of rejected operators and their changes, and of client ids that were not proved."""
     for name, words, label, counts in (

@@ -348,7 +348,8 @@ class WorkerSnapshot:
     def end(self) -> None:
         """Mark the worker as ended: keep its counts, and clear figures of the present."""
         self.is_over = True
-        self.recorder.in_flight = self.recorder.waiting_traces = self.buckets = self.tasks = 0
+        self.buckets = self.tasks = 0
+        self.recorder.end()
         self.lag = 0.0
         self.process = figures_at_end(self.process)
         self.history = dict.fromkeys(self.history, 0)

@@ -1,6 +1,6 @@
 """Rules on what a route does: placeholders that nothing fills, contradictions, and upstreams that do not exist."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from api_gateway.settings.diagnostics import nearest
@@ -20,12 +20,15 @@ class ActingSections(Protocol):
     @property
     def server(self) -> ServerSection: ...  # noqa: D102 - see `GatewayConfig`
     @property
+    def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
+    @property
     def identity(self) -> IdentitySection: ...  # noqa: D102
 
 
 def action_findings(config: ActingSections, route: RouteSection, upstreams: Collection[str]) -> Iterator[WrongSetting]:
     """Yield what is wrong with what a route does: where, the message, and what else must be right for it."""
     yield from _destination_findings(route, upstreams)
+    yield from _mirror_findings(config, route, upstreams)
     yield from _placeholder_findings(route)
     if route.rewrite is not None and route.strip_prefix is not None:
         yield ("rewrite",), "replaces the path, so strip_prefix must be left out: write prefix: / to remove it", ()
@@ -52,6 +55,24 @@ def _destination_findings(route: RouteSection, upstreams: Collection[str]) -> It
             yield ("upstreams", str(number), "name"), f"is named before, got {name!r}", ()
     if names and not any(one.weight for one in route.upstreams):
         yield ("upstreams",), "needs a weight above 0", ()
+
+
+def _mirror_findings(
+    config: ActingSections, route: RouteSection, upstreams: Collection[str]
+) -> Iterator[WrongSetting]:
+    """Yield why copies would reach no upstream, or one whose other requests they would disturb."""
+    if route.mirror is None:
+        return
+    name, where = route.mirror.upstream, ("mirror", "upstream")
+    if name not in upstreams:
+        yield where, f"no such upstream, got {name!r}{nearest(name, upstreams)}", (("upstreams",),)
+    if not route.upstream_names:
+        yield ("mirror",), "needs a route with an upstream, as the gateway itself responds", ()
+    for other in config.routes:
+        if name in other.upstream_names or (other.fallback is not None and name == other.fallback.upstream):
+            message = f"must be an upstream for copies alone, but route {other.name!r} sends requests to {name!r}"
+            yield where, f"{message}: add an upstream with the same targets under another name", (("routes",),)
+            return
 
 
 def _placeholder_findings(route: RouteSection) -> Iterator[WrongSetting]:

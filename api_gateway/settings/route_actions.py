@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from api_gateway.http1.headers import BODILESS, COST, FORWARDING, HOP_BY_HOP, PROTECTED, REQUEST_TIMEOUT
-from api_gateway.settings.setting_types import HEADER_NAME, HeaderName, HeaderValue, Section, Size, WholePath
+from api_gateway.settings.setting_types import HEADER_NAME, HeaderName, HeaderValue, Seconds, Section, Size, WholePath
 
 _LOWEST, _HIGHEST = 200, 599  # statuses of static responses
 _OF_REQUESTS = HOP_BY_HOP | PROTECTED | FORWARDING | {b"x-request-id", b"proxy", REQUEST_TIMEOUT, COST}
@@ -132,6 +132,29 @@ class RedirectSection(Section):
         description="A URL or path; {path}, {query} with its '?', and segments of the route's template."
     )
     status: Literal[301, 302, 307, 308] = Field(default=308, description="307 and 308 keep method and body.")
+
+
+class MirrorSection(Section):
+    """Copies of a share of the requests for another upstream, whose responses are thrown away."""
+
+    upstream: str = Field(description="The name of the upstream that gets the copies, and no other requests.")
+    share: float = Field(default=1, ge=0, le=1, description="The share of the requests that are copied, at random.")
+    max_in_flight: int = Field(
+        default=64, ge=1, le=10_000, description="Copies at a time in each worker; further ones are dropped."
+    )
+    max_body_bytes: Size = Field(
+        default=65_536, ge=0, le=16_777_216, description="A request with a larger body is not copied."
+    )
+    max_response_bytes: Size = Field(
+        default=1_048_576, ge=0, description="A response with a larger body is broken off."
+    )
+    timeout: Seconds = Field(default=5, description="Of a copy, from the complete request to the end of its response.")
+    credentials: bool = Field(
+        default=False, description="Whether copies keep Authorization, Cookie and fields with API keys."
+    )
+    remove: list[Annotated[str, Field(pattern=HEADER_NAME)]] = Field(
+        default=[], description="Names of further header fields that copies do not have."
+    )
 
 
 class WeightedUpstreamSection(Section):

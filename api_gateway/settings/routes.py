@@ -11,6 +11,7 @@ from api_gateway.settings.json_pointer import JsonPointer
 from api_gateway.settings.jwt import RequireSection
 from api_gateway.settings.route_actions import (
     CompressionSection,
+    MirrorSection,
     RedirectSection,
     RequestHeadersSection,
     RespondSection,
@@ -131,6 +132,7 @@ class RouteSection(Section):
         default=None, ge=0, description="Largest request body, less than the server's. None: the server's."
     )
     compression: CompressionSection | None = Field(default=None, description="Compression of responses. None: off.")
+    mirror: MirrorSection | None = Field(default=None, description="Copies of requests for another upstream.")
     access_log: Literal["all", "errors", "none"] = Field(
         default="all",
         description="Which requests are logged; errors: those with a status of 400 or more, or a reason.",

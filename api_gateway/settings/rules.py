@@ -118,6 +118,7 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
     yield from access_warnings(config)
     used = {name for route in config.routes for name in route.upstream_names}
     used |= {route.fallback.upstream or "" for route in config.routes if route.fallback}
+    used |= {route.mirror.upstream for route in config.routes if route.mirror}
     for name, upstream in config.upstreams.items():
         key_path = ("upstreams", name)
         is_tls = any(target.url.startswith("https:") for target in upstream.targets)

@@ -1,31 +1,36 @@
 """What routes do with requests and responses: nothing that a request contains changes more than it should."""
 
+import re
 import sys
 import zlib
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from api_gateway.assembly.route_actions import compression_of
+from api_gateway.assembly.route_actions import compression_of, mirroring_of
+from api_gateway.config import GatewayConfig
 from api_gateway.errors import BadRequest, StartupError
 from api_gateway.models import Exchange
 from api_gateway.observability.selected_lines import by_route
 from api_gateway.proxy.compression import GZIP, ZSTD, Compression, GzipEncoder, weights_of
 from api_gateway.proxy.direct_answers import DirectAnswer
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
+from api_gateway.proxy.mirroring import BODY_TOO_LARGE, BUSY, INCOMPLETE, CopiedHead, Mirrors
 from api_gateway.proxy.path_rewriting import PathRewriting
 from api_gateway.proxy.upstream_split import chosen
 from api_gateway.proxy.value_template import ValueTemplate, path_parameters
 from api_gateway.settings.route_actions import (
     CompressionSection,
+    MirrorSection,
     RedirectSection,
     RequestHeadersSection,
     ResponseHeadersSection,
 )
+from api_gateway.upstreams.upstream_client import UpstreamClient
 
 TARGETS = st.lists(
     st.sampled_from(
@@ -264,6 +269,52 @@ def test_zstd_compresses_with_the_library_that_is_there(*, flushes: bool) -> Non
         assert not flushes or seen[-1] == piece
     seen.append(reader.decompress(encoder.end()))
     assert (name, b"".join(seen)) == (ZSTD, b"".join(pieces))
+
+
+# Mirroring
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ({"mirror": {"upstream": "nxet"}}, "no such upstream, got 'nxet'; did you mean 'next'"),
+        ({"mirror": {"upstream": "users"}}, "for copies alone, but route 'users' sends requests to 'users'"),
+        ({"mirror": {"upstream": "spare"}}, "for copies alone, but route 'other' sends requests to 'spare'"),
+        ({"upstream": None, "respond": {}, "mirror": {"upstream": "next"}}, "needs a route with an upstream"),
+        ({"mirror": {"upstream": "next", "share": 1.5}}, "less than or equal to 1"),
+        ({"mirror": {"upstream": "next", "max_in_flight": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_a_mirror_whose_copies_would_disturb_others_or_reach_nothing_is_refused(
+    route: dict[str, Any], message: str
+) -> None:
+    upstreams = {name: {"targets": [{"url": f"http://{name}.test"}]} for name in ("users", "next", "spare")}
+    other = {"name": "other", "path": "/api/o", "upstream": "users", "fallback": {"upstream": "spare"}}
+    routes = [{"name": "users", "path": "/api", "upstream": "users", **route}, other]
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        GatewayConfig.model_validate({"upstreams": upstreams, "routes": routes})
+
+
+def test_a_share_of_requests_is_copied_and_only_what_is_within_the_limits() -> None:
+    draws, ends = iter((0.24, 0.25, 0.9, 0.0, 0.0, 0.0)), []
+    in_flight: Counter[str] = Counter()
+    mirrors = Mirrors(
+        clock=lambda: 0.0, draw=lambda: next(draws), observe=lambda *end: ends.append(end), in_flight=in_flight
+    )
+    mirroring = mirroring_of(MirrorSection(upstream="next", share=0.25, max_in_flight=1, max_body_bytes=10))
+    assert mirroring is not None
+    assert [mirrors.admits("r", mirroring, None) for _ in range(3)] == [True, False, False]
+    client, head = cast("UpstreamClient", None), CopiedHead("POST", b"/", b"h", b"", "k")
+    copy = mirrors.begin("r", mirroring, client, head)
+    assert not mirrors.admits("r", mirroring, 10)
+    assert not mirrors.admits("r", mirroring, 11)
+    copy.add(b"12345")
+    copy.add(b"678901")
+    copy.add(b"after its end")
+    copy.drop(INCOMPLETE)
+    assert ends == [("r", BUSY), ("r", BODY_TOO_LARGE), ("r", BODY_TOO_LARGE)]
+    assert (in_flight["r"], bytes(copy.body)) == (0, b"")
+    assert mirrors.admits("r", mirroring, 10)
 
 
 # The access log
