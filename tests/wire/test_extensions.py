@@ -164,7 +164,7 @@ def test_a_hook_that_fails_refuses_its_request_and_harms_nothing_else(
 ) -> None:
     with RawClient(hooked.port) as client:
         answer = client.get(f"/api/x?{query}")
-        assert reason(answer) == (500, "internal_error")
+        assert reason(answer) == (500, "extension_failed")
         assert "'hooks'" in json.loads(answer.body)["detail"]
         assert hook in json.loads(answer.body)["detail"]
         assert client.get("/api/x").status == 200
