@@ -532,7 +532,7 @@ def test_a_probe_with_a_status_below_500_closes_the_breaker(
     up.behave = reply(b"", status)
     with RawClient(running.port) as client:
         assert client.get(headers=WAYS[way]).status == int(status[:3])
-    assert running.live.upstreams["up"].breaker.state == "CLOSED"
+    eventually(lambda: running.live.upstreams["up"].breaker.state == "CLOSED", "the probe is settled")
 
 
 @both_ways

@@ -310,6 +310,7 @@ def test_health_shows_the_status_word_only_to_others(tokened: RunningGateway) ->
         "upstreams",
         "store",
         "client_store",
+        "tls",
         "event_loop",
         "resources",
         "configuration",

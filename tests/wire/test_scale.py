@@ -162,6 +162,7 @@ class SilentClient:
     client = ("127.0.0.1", 5)
     transport = SilentTransport()
     scheme = "http"
+    certificate = None
     last_headers = None
     is_write_paused = False
     limits = SimpleNamespace(header_bytes=60_000, header_lines=100)
