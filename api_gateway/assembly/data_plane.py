@@ -22,7 +22,7 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.access_log import AccessLog
-from api_gateway.observability.selected_lines import by_route, sampled, with_fields
+from api_gateway.observability.selected_lines import at_level, by_route, sampled, with_fields
 from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
@@ -345,7 +345,7 @@ def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
         write_line = output.write if log.fields is None else with_fields(output.write, frozenset(log.fields))
         write = AccessLog(write_line, without_keys, gateway.numbers).write
     chosen = write if log.sample_successes == 1 else sampled(write, log.sample_successes)
-    levels = {route.name: route.access_log for route in gateway.config.routes if route.access_log != "all"}
+    levels = {one.name: at_level(write, one.access_log) for one in gateway.config.routes if one.access_log != "all"}
     return [by_route(chosen, levels) if levels else chosen]
 
 

@@ -31,12 +31,26 @@ def sampled(
     return write_some
 
 
-def by_route(write: Callable[[Exchange, float], None], levels: Mapping[str, str]) -> Callable[[Exchange, float], None]:
-    """Return what writes the exchanges of routes with a level by that: `errors` only those, `none` nothing."""
+def by_route(
+    write: Callable[[Exchange, float], None], others: Mapping[str, Callable[[Exchange, float], None]]
+) -> Callable[[Exchange, float], None]:
+    """Return what writes the exchanges of each route in `others` by what that has, and all others by `write`."""
 
-    def write_some(exchange: Exchange, now: float) -> None:
-        level = levels.get(exchange.route or "")
-        if level is None or (level == "errors" and (exchange.status >= _ERROR or exchange.reason is not None)):
-            write(exchange, now)
+    def write_one(exchange: Exchange, now: float) -> None:
+        others.get(exchange.route or "", write)(exchange, now)
 
-    return write_some
+    return write_one
+
+
+def at_level(write: Callable[[Exchange, float], None], level: str | float) -> Callable[[Exchange, float], None]:
+    """Return what writes the exchanges of a route with a level.
+
+    `errors` only those; `none` nothing; a number errors, and this share of the others.
+    """
+    if level == "none":
+        return _write_nothing
+    return sampled(write, 0.0 if isinstance(level, str) else level)
+
+
+def _write_nothing(_exchange: Exchange, _now: float) -> None:
+    """Stand in for the access log."""

@@ -1,8 +1,8 @@
 """Sections of routes: which requests match, their cost, and their fallbacks."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from api_gateway.http1.headers import BODILESS
 from api_gateway.settings.addresses import AddressesSection
@@ -78,6 +78,20 @@ def _host(host: str) -> str:
     return host.lower().removesuffix(".")
 
 
+def _log_level(level: object) -> object:
+    """Refuse what is no level, before each alternative says so."""
+    is_number = isinstance(level, int | float) and not isinstance(level, bool)
+    if level in _LOG_LEVELS or (is_number and 0 <= cast("float", level) <= 1):
+        return level
+    raise ValueError("must be all, errors or none, or a share from 0 to 1")
+
+
+_LOG_LEVELS = ("all", "errors", "none")
+_LogLevel = Annotated[
+    Literal["all", "errors", "none"] | Annotated[float, Field(ge=0, le=1)], BeforeValidator(_log_level)
+]
+
+
 class RouteSection(Section):
     """A rule that selects the upstream, cost and timeout of requests by path, host and method."""
 
@@ -133,9 +147,10 @@ class RouteSection(Section):
     )
     compression: CompressionSection | None = Field(default=None, description="Compression of responses. None: off.")
     mirror: MirrorSection | None = Field(default=None, description="Copies of requests for another upstream.")
-    access_log: Literal["all", "errors", "none"] = Field(
+    access_log: _LogLevel = Field(
         default="all",
-        description="Which requests are logged; errors: those with a status of 400 or more, or a reason.",
+        description="Which requests are logged; errors: those with a status of 400 or more, or a reason."
+        " A number: errors, and this share of the others, instead of log.sample_successes.",
     )
     forward_credentials: bool = Field(
         default=False, description="Whether the upstream receives the credential of the gateway in a request."

@@ -15,7 +15,7 @@ from api_gateway.assembly.route_actions import compression_of, mirroring_of
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import BadRequest, StartupError
 from api_gateway.models import Exchange
-from api_gateway.observability.selected_lines import by_route
+from api_gateway.observability.selected_lines import at_level, by_route
 from api_gateway.proxy.compression import GZIP, ZSTD, Compression, GzipEncoder, weights_of
 from api_gateway.proxy.direct_answers import DirectAnswer
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
@@ -322,10 +322,16 @@ def test_a_share_of_requests_is_copied_and_only_what_is_within_the_limits() -> N
 
 def test_the_access_log_of_a_route_has_what_its_level_says() -> None:
     lines: list[Any] = []
-    write = by_route(lambda exchange, _: lines.append((exchange.route, exchange.status)), {"e": "errors", "n": "none"})
-    for route in ("e", "n", "a", None):
+
+    def write_line(exchange: Exchange, _: float) -> None:
+        lines.append((exchange.route, exchange.status))
+
+    levels: dict[str, str | float] = {"e": "errors", "n": "none", "o": 1.0, "z": 0.0}
+    write = by_route(write_line, {name: at_level(write_line, level) for name, level in levels.items()})
+    for route in ("e", "n", "o", "z", "a", None):
         for status in (200, 500):
             exchange = Exchange("1", "GET", "/", "p", 0.0)
             exchange.route, exchange.status = route, status
             write(exchange, 0.0)
-    assert lines == [("e", 500), ("a", 200), ("a", 500), (None, 200), (None, 500)]
+    assert lines[:4] == [("e", 500), ("o", 200), ("o", 500), ("z", 500)]
+    assert lines[4:] == [("a", 200), ("a", 500), (None, 200), (None, 500)]
