@@ -93,13 +93,17 @@ def _test(section: ValueSection) -> ValueTest:
 
 
 def _url_rewriter(section: RouteSection, prefix: str) -> UrlRewriter | None:
+    replacement = ""
+    if section.rewrite is not None and section.rewrite.prefix is not None:
+        prefix, replacement = section.path.rstrip("/"), section.rewrite.prefix.rstrip("/")
     rewrites = bool(prefix) and section.rewrite_urls
     if not rewrites and not section.cookie_domains:
         return None
     domains = tuple(
         (domain.lstrip(".").lower().encode(), new.encode()) for domain, new in section.cookie_domains.items()
     )
-    return UrlRewriter(prefix.encode() if rewrites else b"", rewrites and section.rewrite_cookies, domains)
+    cookies = rewrites and section.rewrite_cookies
+    return UrlRewriter(prefix.encode() if rewrites else b"", cookies, domains, replacement.encode())
 
 
 def _content_cost(section: CostFromSection) -> ContentCost:

@@ -1,10 +1,11 @@
-"""Rewrites URLs in response header fields, where a route strips a prefix that the upstream does not know. Pure.
+"""Rewrites URLs in response header fields, where a route strips or replaces a prefix. Pure.
 
 `Location`, `Content-Location` and `Refresh` (RFC 9110 sections 10.2.2 and 8.7; HTML standard) that name the target, or
 a path without the prefix, become paths below the prefix, so that the client stays behind the gateway. References to
-other hosts, relative paths, and whatever is not a URL stay as they are. In `Set-Cookie` (RFC 6265), if enabled, `Path`
-gets the prefix, and a `Domain` that is the target's host is removed, so that the cookie belongs to the gateway. Other
-domains are replaced as configured, with or without a stripped prefix.
+other hosts, relative paths, and whatever is not a URL stay as they are. Where the prefix is replaced by another one,
+paths below that get the prefix in its place, and all others stay as they are, as nothing leads to them. In
+`Set-Cookie` (RFC 6265), if enabled, `Path` gets the prefix, and a `Domain` that is the target's host is removed, so
+that the cookie belongs to the gateway. Other domains are replaced as configured, with or without a prefix.
 """
 
 import re
@@ -50,7 +51,8 @@ NO_AUTHORITIES = Authorities(())
 class UrlRewriter:
     """Rewrites the fields of responses of one route.
 
-    `prefix` is the stripped prefix, without a slash at the end; if it is empty, URLs pass. `domains` are pairs of a
+    `prefix` is the stripped prefix, without a slash at the end; if it is empty, URLs pass. `replacement` is what the
+    upstream gets in place of the prefix, likewise; empty: nothing. `domains` are pairs of a
     `Domain` of cookies in lower case without a leading dot (`*`: any other one) and its replacement; an empty one
     removes it.
     """
@@ -58,6 +60,7 @@ class UrlRewriter:
     prefix: bytes
     cookies: bool = False
     domains: tuple[tuple[bytes, bytes], ...] = ()
+    replacement: bytes = b""
     request_line: bytes = field(init=False, repr=False)  # that is added to the request, with a line break before it
     _lines: re.Pattern[bytes] = field(init=False, repr=False)
     _domains: dict[bytes, bytes] = field(init=False, repr=False, compare=False)
@@ -66,7 +69,7 @@ class UrlRewriter:
         names = (*(_NAMES if self.prefix else ()), *((b"set-cookie",) if self.cookies or self.domains else ()))
         # Most lines fail on their first letter, which takes a third less time than to compare whole names.
         pattern = rb"\r\n(?=[LlCcRrSs])((?i:%b)): ([^\r]*)" % b"|".join(names)
-        line = b"\r\n%b: %b" % (FORWARDED_PREFIX, self.prefix) if self.prefix else b""
+        line = b"\r\n%b: %b" % (FORWARDED_PREFIX, self.prefix) if self.prefix and not self.replacement else b""
         object.__setattr__(self, "request_line", line)
         object.__setattr__(self, "_lines", re.compile(pattern))
         object.__setattr__(self, "_domains", dict(self.domains))
@@ -110,13 +113,16 @@ class UrlRewriter:
         own = (*authorities.internal, authorities.public) if authorities.public else authorities.internal
         if not any(_is_same(scheme, host, authority) for authority in own):
             return url
-        return self._below(rest if rest.startswith(b"/") else b"/" + rest)
+        path = rest if rest.startswith(b"/") else b"/" + rest
+        if self.replacement and not _is_below(path, self.replacement):
+            return url
+        return self._below(path)
 
     def _below(self, path: bytes) -> bytes:
-        prefix = self.prefix
-        if path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in (b"", b"/", b"?", b"#"):
-            return path
-        return prefix + path
+        if self.replacement:
+            is_known = _is_below(path, self.replacement)
+            return self.prefix + path[len(self.replacement) :] if is_known else path
+        return path if _is_below(path, self.prefix) else self.prefix + path
 
     def _cookie(self, value: bytes, internal: tuple[bytes, ...]) -> bytes:
         first, *attributes = value.split(b";")
@@ -141,6 +147,10 @@ class UrlRewriter:
         if new is None and self.cookies and domain in map(_host_of, internal):
             return b""
         return self._domains.get(_ANY_DOMAIN) if new is None else new
+
+
+def _is_below(path: bytes, prefix: bytes) -> bool:
+    return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in (b"", b"/", b"?", b"#")
 
 
 def _host_of(authority: bytes) -> bytes:

@@ -115,7 +115,8 @@ class RouteSection(Section):
     )
     rewrite_urls: bool = Field(
         default=True,
-        description="With strip_prefix: Location, Content-Location and Refresh of responses get the prefix.",
+        description="With strip_prefix or rewrite.prefix: Location, Content-Location and Refresh of responses get the"
+        " prefix.",
     )
     rewrite_cookies: bool = Field(
         default=False,

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api_gateway.assembly.routes import route_of
 from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
+from api_gateway.settings.routes import RouteSection
 from tests.cases import each
 
 REWRITER = UrlRewriter(b"/api", cookies=True)
@@ -49,6 +51,38 @@ def test_any_other_reference_stays_as_it_is(url: str) -> None:
 )
 def test_a_default_port_may_be_missing(url: str, authority: str) -> None:
     assert REWRITER.url(url.encode(), Authorities((authority.encode(),))) == b"/api/x"
+
+
+@each(
+    ("url", "expected"),
+    [
+        ("/v2/users/7?x=/v2", "/api/v1/users/7?x=/v2"),
+        ("/v2", "/api/v1"),
+        ("/v2//evil.test", "/api/v1//evil.test"),
+        ("http://10.0.0.1:8080/v2#a", "/api/v1#a"),
+        *(
+            (url, url)
+            for url in ("/login", "/v20/x", "/api/v1/x", "//evil.test/v2/x", "https://evil.test/v2/x", "v2/x")
+        ),
+        *((url, url) for url in ("http://10.0.0.1:8080/login", "http://10.0.0.1:8080")),
+    ],
+)
+def test_a_replaced_prefix_comes_back_and_paths_that_the_route_does_not_reach_stay(url: str, expected: str) -> None:
+    section = RouteSection.model_validate(
+        {"name": "v1", "path": "/api/v1", "upstream": "up", "rewrite": {"prefix": "/v2"}, "rewrite_cookies": True}
+    )
+    rewriter = route_of(section).url_rewriter
+    assert isinstance(rewriter, UrlRewriter)
+    assert rewriter.url(url.encode(), TARGET).decode() == expected
+    assert rewriter.rewrite([(b"Set-Cookie", b"a=b; Path=/v2/x")], TARGET) == [(b"Set-Cookie", b"a=b; Path=/api/v1/x")]
+    assert rewriter.request_line == b"", "X-Forwarded-Prefix is for a prefix that is stripped"
+
+
+def test_a_route_for_all_paths_or_without_rewriting_leaves_urls_alone() -> None:
+    """Else `/v2//evil.test` would become a reference to another host."""
+    for more in ({"path": "/"}, {"rewrite_urls": False}, {"rewrite": {"path": "/v2"}}):
+        section = {"name": "v1", "path": "/api/v1", "upstream": "up", "rewrite": {"prefix": "/v2"}, **more}
+        assert route_of(RouteSection.model_validate(section)).url_rewriter is None
 
 
 @given(url=st.binary(max_size=40), authority=st.sampled_from([b"up", b"up:80", AUTHORITY]))
