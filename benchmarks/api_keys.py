@@ -95,15 +95,20 @@ def configuration(folder: Path, port: int, origin: int, key: str | None) -> dict
 
 @contextmanager
 def gateway(
-    checkout: Path, folder: Path, origin: int, key: str | None, more: Mapping[str, Any] | None = None
+    checkout: Path,
+    folder: Path,
+    origin: int,
+    key: str | None,
+    more: Mapping[str, Any] | None = None,
+    ready: Case | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Run the gateway of a checkout, with `more` sections; yield its process id and port."""
+    """Run the gateway of a checkout, with `more` sections; yield its process id and port once `ready` is served."""
     folder.mkdir()
     port, path = free_port(), folder / "gateway.json"
     path.write_text(json.dumps(configuration(folder, port, origin, key) | dict(more or {})))  # JSON is YAML
     command = [sys.executable, str(checkout / "run_gateway.py"), "--config", str(path)]
     with running(command, core=GATEWAY_CORE, port=port, folder=folder, env={"PYTHONPATH": str(checkout)}) as pid:
-        await_ready(port)
+        await_ready(port, case=ready)
         yield pid, port
 
 

@@ -168,12 +168,15 @@ def _exchange(port: int, case: Case) -> tuple[int, bytes, bool]:
     return answer.status, body, answer.will_close
 
 
-def await_ready(port: int, patience: float = 15.0) -> None:
-    """Wait until a server that listens also responds, as some load their routes later. Raises Failed."""
+def await_ready(port: int, patience: float = 15.0, case: Case | None = None) -> None:
+    """Wait until a server that listens also responds to a case, as some load their routes later. Raises Failed.
+
+    The case is `small` unless another one is given.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:
-            _verify_ready(port)
+            _verify_ready(port, CASES["small"] if case is None else case)
         except (Failed, OSError):
             if time.monotonic() > deadline:
                 raise
@@ -182,11 +185,11 @@ def await_ready(port: int, patience: float = 15.0) -> None:
             return
 
 
-def _verify_ready(port: int) -> None:
+def _verify_ready(port: int, case: Case) -> None:
     """Raise Failed unless the server responds as to a case, or as one that limits this client."""
-    status, body, _ = _exchange(port, CASES["small"])
-    if status != CASES["refused"].status and (status not in _OK or body != SMALL):
-        raise Failed(f"small: status {status} with {len(body)} bytes, not 200 with {len(SMALL)}")
+    status, body, _ = _exchange(port, case)
+    if status != CASES["refused"].status and (status not in _OK or body != case.body):
+        raise Failed(f"{case.title}: status {status} with {len(body)} bytes, not 200 with {len(case.body or b'')}")
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

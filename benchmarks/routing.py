@@ -43,7 +43,7 @@ FEATURES: Mapping[str, Feature] = {
     "template": Feature({"path": "/api/{name}", "match": {"path": "template"}}, 4),
     "header field": Feature({"match": {"headers": {"X-Beta": "1"}}}, 4, {"X-Beta": "1"}),
     "query": Feature({"match": {"query": {"v": "1"}}}, 6, path="small?v=1"),
-    "rewrite, prefix": Feature({"path": "/api/small", "rewrite": {"prefix": "/api/small"}}, 2),
+    "rewrite, prefix": Feature({"path": "/api/small", "rewrite": {"prefix": "/api/small"}}, 6),
     "rewrite, template": Feature(
         {"path": "/api/{name}", "match": {"path": "template"}, "rewrite": {"path": "/api/{name}"}}, 10
     ),
@@ -86,7 +86,7 @@ def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[
         gateways = {PLAIN: stack.enter_context(gateway(ROOT, folder / PLAIN, origin, None))}
         for number, (name, feature) in enumerate(FEATURES.items()):
             more = sections(feature, origin)
-            gateways[name] = stack.enter_context(gateway(ROOT, folder / str(number), origin, None, more))
+            gateways[name] = stack.enter_context(gateway(ROOT, folder / str(number), origin, None, more, cases[name]))
         runs = [(name, name) for name in cases]
         if before is not None:
             gateways["before"] = stack.enter_context(gateway(before, folder / "before", origin, None))
