@@ -20,6 +20,7 @@ from api_gateway.http1.headers import (
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.attribution import NO_PROGRESS
+from api_gateway.proxy.compression import NOT_MODIFIED
 from api_gateway.proxy.exchange import (
     BREAK,
     COMPLETE,
@@ -211,16 +212,23 @@ class RelayingExchange(ExchangeLife):
         """Compress the content of the response if route, client and response permit it, and change its head."""
         route, fields = self.plan.route, self.fields
         compression = None if route is None else route.compression
+        if compression is not None and self.status == NOT_MODIFIED:
+            self._replace_headers(compression.revalidated(self.headers))
+            return
         if compression is None or not compression.concerns(self.status, fields):
             return
         accepted = fields_of(pairs_of(self.plan.headers.received)).get(b"accept-encoding", ())
         found = compression.coding(accepted)
-        reason = self.reason
-        self._headers = compression.headers(self.headers, None if found is None else found[0])
-        self._fields, self._reason, self.head = None, reason, b""
+        self._replace_headers(compression.headers(self.headers, None if found is None else found[0]))
         if found is not None and not self.is_to_head:
             self.encoder = found[1](b"content-length" not in fields)
             self.is_relayed = False  # so that no more is compressed at once than READ_SIZE
+
+    def _replace_headers(self, headers: HeaderList) -> None:
+        """Set the header fields, in place of those that the head has."""
+        reason = self.reason
+        self._headers = headers
+        self._fields, self._reason, self.head = None, reason, b""
 
     def _begin_scan(self) -> None:
         """Read the cost in the content of the response."""

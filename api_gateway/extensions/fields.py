@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 
-from api_gateway.http1.headers import GATEWAY_HEADERS, HOP_BY_HOP
+from api_gateway.http1.headers import GATEWAY_HEADERS, HOP_BY_HOP, cgi_form
 from api_gateway.models import HeaderList
 
 FieldChanges = Mapping[str, str | None]
@@ -84,17 +84,24 @@ def _checked_value(name: str, value: object) -> bytes:
 
 
 def changed_pairs(pairs: HeaderList, changes: list[FieldChange]) -> HeaderList:
-    """Return header fields with changes: fields of a name are replaced by one at the end, or removed."""
-    names = {name.lower() for name, _ in changes}
-    kept = [pair for pair in pairs if pair[0].lower() not in names]
+    """Return header fields with changes: fields of a name are replaced by one at the end, or removed.
+
+    A name stands for its spellings with underscores too, which CGI does not distinguish: a client could otherwise have
+    its own value read in place of the one that is set.
+    """
+    names = {cgi_form(name) for name, _ in changes}
+    kept = [pair for pair in pairs if cgi_form(pair[0]) not in names]
     return kept + [(name, value) for name, value in changes if value is not None]
 
 
 def changed_lines(lines: bytes, changes: list[FieldChange]) -> bytes:
-    """Return header lines (from the line break before to the one after them, or without the latter) with changes."""
-    names = {name.lower() for name, _ in changes}
+    """Return header lines (from the line break before to the one after them, or without the latter) with changes.
+
+    See `changed_pairs`.
+    """
+    names = {cgi_form(name) for name, _ in changes}
     first, *rest = lines.split(b"\r\n")
-    kept = [line for line in rest if line.partition(b":")[0].lower() not in names]
+    kept = [line for line in rest if cgi_form(line.partition(b":")[0]) not in names]
     end = [kept.pop()] if kept and not kept[-1] else []
     added = [b"%b: %b" % (name, value) for name, value in changes if value is not None]
     return b"\r\n".join([first, *kept, *added, *end])

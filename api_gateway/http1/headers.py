@@ -182,6 +182,11 @@ def spellings(name: bytes) -> set[bytes]:
     return found
 
 
+def cgi_form(name: bytes) -> bytes:
+    """Return one form for all names of fields that CGI takes for one."""
+    return name.lower().replace(b"_", b"-")
+
+
 @lru_cache(maxsize=8)
 def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
     return HOP_BY_HOP | GATEWAY_HEADERS | omit

@@ -18,6 +18,7 @@ from api_gateway.models import HeaderList
 GZIP, ZSTD = b"gzip", b"zstd"
 _GZIP_WINDOW = 31  # of zlib: the largest, in the gzip format
 _PARTIAL = 206
+NOT_MODIFIED = 304
 _WEIGHT = re.compile(rb"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)", re.IGNORECASE)
 _DIGESTS = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
 _REPLACED = frozenset({b"content-length", b"content-encoding", b"accept-ranges", b"etag", b"vary"})
@@ -100,6 +101,13 @@ class Compression:
         media_type = fields.get(b"content-type", (b"",))[0].partition(b";")[0].strip().lower()
         return media_type in self.types or media_type.partition(b"/")[0] + b"/*" in self.types
 
+    def revalidated(self, headers: HeaderList) -> HeaderList:
+        """Return the header fields of a 304, which confirms a response that may have been compressed.
+
+        A strong tag would confirm none that has the weak one (RFC 9111 section 4.3.4).
+        """
+        return self.headers([_weak(pair) for pair in headers], None)
+
     def coding(self, accepted: Sequence[bytes]) -> tuple[bytes, NewEncoder] | None:
         """Return the coding for the values of `Accept-Encoding`, None for the response as it is."""
         weights = weights_of(accepted)
@@ -124,12 +132,18 @@ class Compression:
         kept = [pair for pair in headers if pair[0].lower() not in _REPLACED]
         for name, value in headers:
             if name.lower() == b"etag":
-                kept.append((name, value if value.startswith(b"W/") else b"W/" + value))
+                kept.append(_weak((name, value)))
             elif name.lower() == b"vary":
                 kept.append((name, value))
         if not is_varied:
             kept.append((b"vary", b"Accept-Encoding"))
         return [*kept, (b"content-encoding", coding)]
+
+
+def _weak(field: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    """Return a header field, with a weak tag if it is an entity tag."""
+    name, value = field
+    return (name, b"W/" + value) if name.lower() == b"etag" and not value.startswith(b"W/") else field
 
 
 def weights_of(accepted: Sequence[bytes]) -> Mapping[bytes, float]:

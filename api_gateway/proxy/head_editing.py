@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from api_gateway.http1.headers import cgi_form
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
 from api_gateway.proxy.value_template import ValueTemplate, path_parameters
@@ -11,7 +12,11 @@ from api_gateway.proxy.value_template import ValueTemplate, path_parameters
 
 @dataclass(frozen=True, slots=True)
 class HeaderEdits:
-    """Changes to header fields: those named in `removed` (lower case) and `assigned` go, then both sorts come."""
+    """Changes to header fields: those named in `removed` (lower case) and `assigned` go, then both sorts come.
+
+    A hyphen in a name that goes also stands for an underscore, and vice versa: CGI does not distinguish the two, so a
+    client could have its own value read in place of, or together with, the one that is set.
+    """
 
     removed: frozenset[bytes] = frozenset()
     assigned: tuple[tuple[bytes, ValueTemplate], ...] = ()
@@ -20,8 +25,8 @@ class HeaderEdits:
     _lines: re.Pattern[bytes] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        gone = self.removed | {name.lower() for name, _ in self.assigned}
-        names = b"|".join(re.escape(name) for name in sorted(gone))
+        gone = frozenset(map(cgi_form, (*self.removed, *(name for name, _ in self.assigned))))
+        names = b"|".join(re.escape(name).replace(rb"\-", b"[-_]") for name in sorted(gone))
         object.__setattr__(self, "_gone", gone)
         object.__setattr__(self, "_lines", re.compile(rb"\r\n(?i:%b):[^\r]*" % names) if gone else None)
 
@@ -36,7 +41,7 @@ class HeaderEdits:
 
     def kept(self, headers: HeaderList) -> HeaderList:
         """Return the fields that stay."""
-        return [pair for pair in headers if pair[0].lower() not in self._gone] if self._gone else headers
+        return [pair for pair in headers if cgi_form(pair[0]) not in self._gone] if self._gone else headers
 
     def kept_lines(self, lines: bytes) -> bytes:
         """Return lines, each with a line break before it, without those that go."""

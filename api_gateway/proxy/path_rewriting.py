@@ -10,7 +10,7 @@ from api_gateway.proxy.value_template import ValueTemplate, path_parameters
 class PathRewriting:
     """Replaces the path of requests of one route: `prefix` in place of the route's path, or `template` as a whole.
 
-    The query stays as it was sent.
+    The query stays as it was sent. Slashes at the beginning become one: servers may read what follows two as a host.
     """
 
     path: str  # of the route
@@ -27,4 +27,4 @@ class PathRewriting:
             if not raw_path.startswith(own) or raw_path[len(own) : len(own) + 1] not in (b"", b"/"):
                 raise BadRequest(f"The prefix {self.path} cannot be replaced: the path spells it differently.")
             path = (self.prefix or b"") + raw_path[len(own) :]
-        return (path or b"/") + question_mark + query
+        return b"/" + path.lstrip(b"/") + question_mark + query

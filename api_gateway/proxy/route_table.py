@@ -363,12 +363,11 @@ def _segment_wise(raw_path: bytes) -> str:
 def upstream_target(route: Route, target: bytes) -> bytes:
     """Return the request target for the upstream: path and query unchanged, without the route's prefix.
 
-    Raises BadRequest if the target does not begin with exactly the bytes of the prefix.
+    Slashes after the prefix become one: servers may read what follows two at the beginning as a host. Raises BadRequest if the target does not begin with exactly the bytes of the prefix.
     """
     prefix = route.strip_prefix.encode()
     if not prefix:
         return target
     if not target.startswith(prefix) or target[len(prefix) : len(prefix) + 1] not in (b"", b"/", b"?"):
         raise BadRequest(f"The prefix {route.strip_prefix} cannot be removed: the path spells it differently.")
-    rest = target[len(prefix) :]
-    return rest if rest.startswith(b"/") else b"/" + rest
+    return b"/" + target[len(prefix) :].lstrip(b"/")

@@ -70,6 +70,7 @@ def test_changes_of_lines_and_of_pairs_agree() -> None:
     lines = b"\r\nX-a: 1\r\nKept: 2\r\ngone: 3\r\nX-A: 4\r\n"
     assert changed_lines(lines, changes) == b"\r\nKept: 2\r\nx-A: new\r\n"
     assert changed_lines(b"HTTP/1.1 200 OK\r\nGone: 1", changes) == b"HTTP/1.1 200 OK\r\nx-A: new"
+    assert changed_lines(b"\r\nX_A: forged\r\n", changes) == b"\r\nx-A: new\r\n", "CGI reads X_A as X-A"
     assert changed_lines(b"\r\n", changes) == b"\r\nx-A: new\r\n"
     pairs = [(b"X-a", b"1"), (b"Kept", b"2"), (b"gone", b"3"), (b"X-A", b"4")]
     assert changed_pairs(pairs, changes) == [(b"Kept", b"2"), (b"x-A", b"new")]

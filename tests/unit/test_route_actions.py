@@ -100,6 +100,15 @@ def test_a_rewritten_path_has_the_segments_of_its_template_for_every_server(targ
     assert middle.strip(".; ") or not middle
 
 
+@pytest.mark.parametrize("prefix", [b"", b"/v2"])
+def test_no_request_has_its_path_for_the_upstream_begin_with_a_host(prefix: bytes) -> None:
+    rewriting = PathRewriting("/api", prefix=prefix)
+    for target in (b"/api//x.test/a?b=//c", b"/api///x.test/a?b=//c"):
+        found = rewriting.target_of(target)
+        assert not found.startswith(b"//")
+        assert found.endswith(b"/x.test/a?b=//c")
+
+
 @pytest.mark.parametrize("segment", ["..", "%2e%2e", "%252e.", "..;x", "a%2Fb", "a%5cb", "a%252fb", "%00", ".%20", ""])
 def test_a_segment_that_servers_read_differently_is_no_parameter(segment: str) -> None:
     with pytest.raises(BadRequest):
@@ -145,6 +154,9 @@ def test_values_of_a_request_end_no_line_and_fields_are_replaced_by_name_alone()
     lines = b"\r\nX-GONE: 1\r\nx-set: old\r\nX-Sets: kept\r\nA: X-Gone: 2\r\n"
     expected = b"\r\nX-Sets: kept\r\nA: X-Gone: 2\r\nX-Set: <a%0D%0AX-Evil:%20%C3%A9%201>\r\n"
     assert editor.edited(lines, exchange, b"/api") == expected
+    for forged in (b"\r\nX_Set: admin\r\n", b"\r\nx_SET: admin\r\nX_Gone: 1\r\n"):  # CGI reads X_Set as X-Set
+        assert editor.edited(forged, exchange, b"/api") == b"\r\nX-Set: <a%0D%0AX-Evil:%20%C3%A9%201>\r\n"
+    assert editor.request.kept([(b"X_Set", b"1"), (b"X-Sets", b"2")]) == [(b"X-Sets", b"2")]
 
 
 # Weights

@@ -271,7 +271,8 @@ def test_a_candidate_cost_is_that_of_the_dearest_reading() -> None:
         ("/api", b"/api/x?q", b"/x?q"),
         ("/api", b"/api?q", b"/?q"),
         ("/api", b"/api/", b"/"),
-        ("/api", b"/api//x", b"//x"),
+        ("/api", b"/api//x.test/y?a=//b", b"/x.test/y?a=//b"),
+        ("/api", b"/api///", b"/"),
         ("/api/x", b"/api/x/api/x", b"/api/x"),
     ],
 )

@@ -79,6 +79,15 @@ def test_what_may_not_be_compressed_passes_as_it_is(client: RawClient, up: RawUp
     assert answer.all("content-length") == [b"%d" % len(TEXT)]
 
 
+def test_a_304_confirms_the_response_that_was_compressed(client: RawClient, up: RawUpstream) -> None:
+    for tag, confirmed in ((b'"x"', b'W/"x"'), (b'W/"x"', b'W/"x"')):
+        up.behave = reply(b"", status=b"304 Not Modified", headers=((b"ETag", tag),))
+        answer, _ = got(client, 'If-None-Match: W/"x"')
+        assert (answer.status, answer.all("etag"), answer.all("vary")) == (304, [confirmed], [b"Accept-Encoding"])
+    up.behave = reply(TEXT, headers=(JSON,))
+    assert got(client)[1] == TEXT, "the connection is kept"
+
+
 def test_a_head_request_gets_the_same_fields_and_no_body(client: RawClient, up: RawUpstream) -> None:
     def behave(wire: Wire, _request: RawRequest) -> None:
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % len(TEXT))
