@@ -283,7 +283,7 @@ def read_config(
             f"{exposed_path}: holds a secret that every user of this machine can read (mode {mode:04o}); chmod 600 it"
         )
     found += [
-        describe_errors(detail, GatewayConfig, sources, PATTERNS)
+        sources.without_values(path_of_error(detail), describe_errors(detail, GatewayConfig, sources, PATTERNS))
         for detail in errors
         if detail["loc"] and not file.concerns_unset(path_of_error(detail))
     ]
@@ -295,7 +295,8 @@ def read_config(
         wrong = []
     for finding in _findings(errors):
         if not any(finding.concerns(key_path) for key_path in (*wrong, *file.unset)):
-            found.append(f"{sources.origin(finding.path)}{without_passwords(str(finding))}")
+            line = f"{sources.origin(finding.path)}{without_passwords(str(finding))}"
+            found.append(sources.without_values(finding.path, line))
     if config is None or found:
         raise ConfigError(found)
     return Loaded(config.with_origins(sources.origins), sources)

@@ -24,7 +24,7 @@ async def _store(config: GatewayConfig) -> list[CheckResult]:
         facts = await probe_store(store.url.get_secret_value(), seconds=max(store.timeout, 1.0))
     except StoreUnusable as error:
         remedy = f"Start it or correct store.url; until then store.on_failure applies ({store.on_failure})."
-        return [broken(_ABOUT, f"cannot be used: {error}", remedy)]
+        return [broken(_ABOUT, f"cannot be used: {str(error).rstrip('.')}", remedy)]
     return list(store_results(facts, decision_timeout=store.decision_timeout, keeps_clients=store.keeps_clients))
 
 

@@ -11,6 +11,7 @@ from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.request_cycle import RequestResponseCycle
 from api_gateway.downstream.states import ConnectionEvent
 from api_gateway.errors import GatewayError, InternalError, problem
+from api_gateway.eventloop.resetting import reset_connection
 from api_gateway.http1.asgi import FastPathProvider
 from api_gateway.http1.headers import http_date
 from api_gateway.http1.request_head import RequestHead
@@ -61,7 +62,7 @@ def break_off(owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
     if not cycle.is_started:
         _respond(owner, InternalError("The gateway failed to generate a response."), cycle)
     elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
-        owner.transport.abort()
+        reset_connection(owner.transport)
     else:
         close_connection(owner)
 

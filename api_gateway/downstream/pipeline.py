@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from api_gateway.downstream.request_cycle import REQUEST_HIGH_WATER, RequestResponseCycle
 from api_gateway.downstream.states import ConnectionState
+from api_gateway.eventloop.resetting import reset_connection
 from api_gateway.http1.asgi import SERVER_EXTENSION
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def _on_worker_done(owner: PipelineOwner, task: "asyncio.Task[None]") -> None:
     """Abort the connection if the server has cancelled its task at the end of the drain, even before it began."""
     owner.tasks.discard(task)
     if task.cancelled() or task.exception() is not None:
-        owner.transport.abort()
+        reset_connection(owner.transport)
 
 
 class HeldInput:

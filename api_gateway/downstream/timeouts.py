@@ -5,6 +5,7 @@ from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.states import Reading
 from api_gateway.errors import RequestTimeout
+from api_gateway.eventloop.resetting import reset_connection
 from api_gateway.eventloop.send_queue import unacknowledged
 from api_gateway.http1.asgi import BodyReceiver
 
@@ -83,8 +84,11 @@ class ConnectionTimeouts:
         """
         transport = owner.transport
         unsent = unacknowledged(transport)
-        if unsent == self._unsent or not transport.get_write_buffer_size():
+        if not transport.get_write_buffer_size():
             transport.abort()
+            return
+        if unsent == self._unsent:
+            reset_connection(transport)
             return
         self._unsent = unsent
         owner.timer.set(owner.limits.idle_timeout)

@@ -14,6 +14,8 @@ from api_gateway.settings.starter_file import starter_text
 
 def write_first_file(options: argparse.Namespace) -> None:
     """Write the file. Raises CommandFailed."""
+    if options.file.suffix.lower() == ".toml":
+        raise CommandFailed(f"{options.file}: a first file is written in YAML; name a file that ends in .yaml")
     upstreams = dict(map(_upstream, options.upstream))
     routes: list[DescribedRoute] = []
     default = next(iter(upstreams), "")

@@ -77,7 +77,10 @@ def _check(loaded: Loaded) -> int:
 
 def _report(loaded: Loaded, findings: Iterable[Finding], kind: str = "") -> bool:
     """Print a line for each finding; return whether there is any."""
-    lines = [f"{kind}{loaded.sources.origin(finding.path)}{finding}" for finding in findings]
+    sources = loaded.sources
+    lines = [
+        sources.without_values(finding.path, f"{kind}{sources.origin(finding.path)}{finding}") for finding in findings
+    ]
     for line in lines:
         print(line, file=sys.stderr)
     return bool(lines)

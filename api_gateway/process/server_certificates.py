@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream.certificates import CertificateError, LoadedCertificate
@@ -58,6 +61,7 @@ class ServerCertificates:
         if prepared is None:
             self.terminator = None
         elif self.terminator is None:
+            ignore_unreadable_names()
             self.terminator = TlsTerminator(prepared, self._wall)
         else:
             self.terminator.use(prepared)
@@ -110,3 +114,19 @@ def expiry_problem(certificate: LoadedCertificate, now: float, days: int) -> str
     if left <= 0:
         return f"{what} expired on {at}; clients refuse it. Renew it."
     return f"{what} expires in {left / _DAY:.1f} days, on {at}. Renew it."
+
+
+def ignore_unreadable_names() -> None:
+    """Report no server name that is not ASCII: `ssl` fails such a handshake, and writes a traceback for each.
+
+    Any client could fill the log with them; the failures are counted. Idempotent.
+    """
+    before = sys.unraisablehook
+    if not (isinstance(before, partial) and before.func is _report_unraisable):
+        sys.unraisablehook = partial(_report_unraisable, before)
+
+
+def _report_unraisable(before: Callable[[Any], Any], unraisable: "sys.UnraisableHookArgs") -> None:
+    is_name = unraisable.exc_type is UnicodeDecodeError and isinstance(unraisable.object, bytes)
+    if not is_name:
+        before(unraisable)

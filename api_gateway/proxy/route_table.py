@@ -363,7 +363,8 @@ def _segment_wise(raw_path: bytes) -> str:
 def upstream_target(route: Route, target: bytes) -> bytes:
     """Return the request target for the upstream: path and query unchanged, without the route's prefix.
 
-    Slashes after the prefix become one: servers may read what follows two at the beginning as a host. Raises BadRequest if the target does not begin with exactly the bytes of the prefix.
+    Slashes after the prefix become one: servers may read what follows two at the beginning as a host. Raises
+    BadRequest if the target does not begin with exactly the bytes of the prefix.
     """
     prefix = route.strip_prefix.encode()
     if not prefix:

@@ -9,12 +9,14 @@ import re
 import types
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from api_gateway.printable_text import printable
 from api_gateway.settings.secret import SUFFIX, Unusable, holds_secret, may_hold_password, shown_path
 
 KeyPath = tuple[str, ...]
@@ -30,9 +32,13 @@ NO_PATTERNS: Mapping[str, str] = {}
 
 
 class ConfigError(Exception):
-    """The configuration is invalid. `problems` holds one line for each mistake."""
+    """The configuration is invalid. `problems` holds one line for each mistake, as a terminal may show it.
+
+    Names of keys and files may be those of a team, and are no escape sequences for the one who reads them.
+    """
 
     def __init__(self, problems: list[str]) -> None:
+        problems = list(map(printable, problems))
         super().__init__("\n".join(problems))
         self.problems = problems
 
@@ -154,6 +160,32 @@ class Sources:
         """Return the variables in the value of the file that is in effect at `place`, or None."""
         return self.file.variables.get(tuple(map(str.lower, key_path)))
 
+    def variables_below(self, key_path: KeyPath) -> Iterator[KeyPath]:
+        """Yield the places, in lower case, of values with variables that are at `key_path` or below it."""
+        lower = tuple(map(str.lower, key_path))
+        return (place for place in self.file.variables if place[: len(lower)] == lower)
+
+    def without_values(self, key_path: KeyPath, message: str) -> str:
+        """Return a message about a place with the names of variables for the quoted texts that come from them."""
+        for place in self.variables_below(key_path):
+            value = str(_value_at(_lowered(self.file.values), place) or "").casefold()
+            if value:
+                message = QUOTED.sub(partial(_named, value, f"a value from {self.file.variables[place]}"), message)
+        return message
+
+
+def _lowered(value: Any) -> Any:
+    """Return values with keys in lower case."""
+    if isinstance(value, Mapping):
+        return {str(name).lower(): _lowered(inner) for name, inner in value.items()}
+    return [_lowered(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _named(value: str, name: str, quoted: re.Match[str]) -> str:
+    """Return a name in place of a quoted text that is a value, a part of it, or made from it."""
+    text = quoted[2].casefold()
+    return name if text and (text in value or value in text) else quoted[0]
+
 
 def _leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[KeyPath]:
     """Yield the places of the values that are no sections."""
@@ -212,6 +244,8 @@ def describe_errors(
     variables = sources.variables_of(key_path)
     if shown and variables is not None:
         shown = f", got a value from {variables}"
+    elif shown and any(True for _ in sources.variables_below(key_path)):
+        shown = ""  # a section with a value from a variable
     message = _message(detail, patterns) + (_example(type_at(model, key_path)) if kind == "model_type" else "")
     if kind == "extra_forbidden":
         known = _keys_at(model, key_path[:-1])

@@ -154,6 +154,8 @@ def test_init_writes_a_file_that_loads_and_overwrites_nothing(
     before = path.read_text()
     assert before.startswith("# yaml-language-server: $schema=")
     assert run_init([str(path)]) == 1
+    assert run_init([str(tmp_path / "gateway.toml")]) == 1, "it would be YAML, which a start does not read there"
+    assert not (tmp_path / "gateway.toml").exists()
     assert "exists already" in capsys.readouterr().err
     assert path.read_text() == before
 

@@ -198,6 +198,18 @@ def test_variables_may_stand_in_the_env_file(write: Write, tmp_path: Path, monke
             f"{UPSTREAM}server: {{port: '1${{TOKEN}}'}}\n",
             ["gateway.yaml:2: server.port: must be a whole number, got a value from ${TOKEN}"],
         ),
+        (
+            f"{UPSTREAM}routes: [{{name: a, path: /api/a, upstream: '${{TOKEN}}x'}}]\n",
+            [
+                "gateway.yaml:2: routes[0] (a).upstream: no such upstream, got a value from ${TOKEN}",
+            ],
+        ),
+        (
+            f"{UPSTREAM}routes: [{{name: a, path: '/api/${{TOKEN}}'}}]\n",
+            [
+                "gateway.yaml:2: routes[0]: must have one of upstream, upstreams, respond and redirect, got none",
+            ],
+        ),
     ],
 )
 def test_a_variable_that_cannot_be_used_is_named_and_no_value_is_shown(
@@ -331,6 +343,13 @@ def test_a_mistake_in_an_included_file_names_the_files_and_lines(
     path = write(f"include: conf.d/*.yaml\n{main}")
     write(team, "conf.d/b.yaml")
     assert refused(path) == lines
+
+
+def test_names_in_messages_are_no_escape_sequences(write: Write) -> None:
+    write('"\\e[2Jkey\\nforged: line": 1\n', "conf.d/b.yaml")
+    (line,) = refused(write(f"include: conf.d/*.yaml\n{UPSTREAM}"))
+    assert line.isprintable()
+    assert r"\x1b[2Jkey\nforged: line: an included file may only have" in line
 
 
 def test_a_name_in_two_included_files_names_both(write: Write) -> None:

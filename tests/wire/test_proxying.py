@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -590,6 +591,16 @@ def test_a_response_that_breaks_off_never_looks_complete(
     got = client.answer()
     assert (got.status, got.body, got.is_complete) == (200, b"half", False)
     assert client.is_closed()
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_response_that_breaks_off_is_reset_where_its_end_is_that_of_the_connection(
+    client: RawClient, up: RawUpstream, *, closes: bool
+) -> None:
+    up.behave = raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", closes=closes)
+    client.send(b"GET /api/x HTTP/1.0\r\nHost: gateway.test\r\n\r\n")
+    with pytest.raises(ConnectionResetError):
+        list(iter(partial(client.sock.recv, 65_536), b""))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 import json
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +142,27 @@ def test_plain_http_gets_a_response_and_noise_none(running: RunningGateway) -> N
     with counting(TLS_COUNTERS.failures, "not_tls"), RawClient(running.port) as client:
         client.send(b"\x00\x01\x02")
         assert client.is_closed()
+
+
+def test_a_name_that_is_no_text_fails_its_handshake_and_fills_no_log(
+    running: RunningGateway, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    for _ in range(2):
+        server_certificates.ignore_unreadable_names()
+    outgoing = ssl.MemoryBIO()
+    hello = authority.context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="name.test")
+    with suppress(ssl.SSLWantReadError):
+        hello.do_handshake()
+    with counting(TLS_COUNTERS.failures, "unknown_name"), RawClient(running.port) as client:
+        client.send(outgoing.read().replace(b"name.test", b"\xff\xfe\r\n.test"))
+        while client.fill():  # the alert
+            pass
+    assert not seen
+    other = SimpleNamespace(exc_type=UnicodeDecodeError, object=object())
+    sys.unraisablehook(other)
+    assert seen == [other]
 
 
 def test_a_slow_handshake_ends_and_their_number_is_limited(running: RunningGateway, authority: Authority) -> None:
