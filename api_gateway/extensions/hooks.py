@@ -62,7 +62,9 @@ class Hook:
             if inspect.isawaitable(result):
                 return self._finished(result, began)
             found = None if result is None else self._check(result)
-        except Exception as error:  # noqa: BLE001 - whatever the code of an extension raises
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever the code of an extension raises, such as SystemExit
             return self._failed(began, "error", error)
         self._note(began)
         return found
@@ -74,7 +76,12 @@ class Hook:
             found = None if result is None else self._check(result)
         except TimeoutError as error:
             return self._failed(began, "timeout" if timeout.expired() else "error", error)
-        except Exception as error:  # noqa: BLE001 - as above
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the request has ended; any other cancellation is a failure within the hook
             return self._failed(began, "error", error)
         self._on_call(self.extension, self.name, "ok", time.perf_counter_ns() - began)
         return found
@@ -94,7 +101,7 @@ class Hook:
                 self.policy.budget * 1e3,
             )
 
-    def _failed(self, began: int, outcome: HookResult, error: Exception) -> None:
+    def _failed(self, began: int, outcome: HookResult, error: BaseException) -> None:
         """Count and log a failure. Raises ExtensionFailed, or returns None, as if the hook had returned that."""
         self._on_call(self.extension, self.name, outcome, time.perf_counter_ns() - began)
         policy = self.policy.on_timeout if outcome == "timeout" else self.policy.on_error

@@ -207,7 +207,7 @@ def test_variables_may_stand_in_the_env_file(write: Write, tmp_path: Path, monke
         (
             f"{UPSTREAM}routes: [{{name: a, path: '/api/${{TOKEN}}'}}]\n",
             [
-                "gateway.yaml:2: routes[0]: must have one of upstream, upstreams, respond and redirect, got none",
+                "gateway.yaml:2: routes[0]: must have one of upstream, upstreams, respond and redirect; it has none",
             ],
         ),
     ],

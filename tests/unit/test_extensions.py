@@ -177,6 +177,25 @@ async def test_a_function_that_exceeds_its_budget_is_counted_and_its_result_is_u
     assert caplog.text.count("cannot be interrupted") == 1  # a line in a second
 
 
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, BaseException])
+async def test_a_hook_neither_ends_the_process_nor_leaves_its_request_without_a_response(
+    error: type[BaseException],
+) -> None:
+    async def later() -> float:
+        raise error
+
+    def at_once() -> float:
+        raise error
+
+    calls = Calls()
+    with pytest.raises(ExtensionFailed, match="failed in cost"):
+        calls.hook(at_once).begin()
+    with pytest.raises(ExtensionFailed, match="failed in cost"):
+        await calls.hook(later).begin()
+    assert await calls.hook(later, policy="ignore").begin() is None
+    assert calls.results == ["error"] * 3
+
+
 async def test_a_cancelled_call_is_cancelled() -> None:
     task = asyncio.ensure_future(Calls().hook(_slow).begin())
     await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kit import (
+    PATIENCE,
     RawAnswer,
     RawClient,
     RawRequest,
@@ -597,8 +599,17 @@ def test_a_response_that_breaks_off_never_looks_complete(
 def test_a_response_that_breaks_off_is_reset_where_its_end_is_that_of_the_connection(
     client: RawClient, up: RawUpstream, *, closes: bool
 ) -> None:
-    up.behave = raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", closes=closes)
+    passed = threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> bool | None:
+        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+        passed.wait(PATIENCE)
+        return False if closes else None
+
+    up.behave = behave
     client.send(b"GET /api/x HTTP/1.0\r\nHost: gateway.test\r\n\r\n")
+    assert client.read_until(b"half") is not None
+    passed.set()
     with pytest.raises(ConnectionResetError):
         list(iter(partial(client.sock.recv, 65_536), b""))
 
