@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from api_gateway import GatewayConfig, create_app
 from api_gateway.proxy.mirroring import MIRROR_RESULTS
 from tests.kit import (
     RawClient,
@@ -21,6 +23,7 @@ from tests.kit import (
     refusing_url,
     reply,
     running_gateway,
+    soon,
 )
 
 HOOKS = """
@@ -253,3 +256,38 @@ def test_a_gateway_with_extensions_mirrors_too_and_stops_without_waiting_for_cop
         assert found.in_flight() == MANY
     assert (recorder.mirrored["all", "cancelled"], recorder.mirrored_in_flight["all"]) == (MANY, 0)
     released.set()
+
+
+async def test_copies_in_flight_survive_a_reload_that_removes_their_mirror(
+    shared: RawUpstream, up: RawUpstream, mirror: RawUpstream, tmp_path: Path
+) -> None:
+    released = threading.Event()
+
+    def hold(wire: Wire, request: RawRequest) -> None:
+        assert released.wait(60)
+        reply()(wire, request)
+
+    mirror.behave = hold
+    mirror.requests.clear()
+    without = in_front_of(shared.url)
+    with_one = in_front_of(shared.url)
+    with_one["upstreams"]["next"] = {"targets": [{"url": mirror.url}]}
+    with_one["routes"][0]["mirror"] = {"upstream": "next", "timeout": 60}
+    common = {"state_dir": tmp_path, "log": {"access": False}}
+    configs = [GatewayConfig.model_validate(one | common) for one in (with_one, without, with_one)]
+    app = create_app(configs.pop(0), read=lambda: configs.pop(0))
+    async with app.router.lifespan_context(app):
+        recorder, reload = app.state.gateway.recorder, app.state.admin_context.aggregator.reload
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway.test") as client:
+            assert [(await client.post("/api/x", content=b"abc")).status_code for _ in range(2)] == [200, 200]
+            await soon(lambda: len(mirror.requests) == 2, "the copies arrive")
+            assert not (await reload("test")).problems
+            assert (await client.get("/api/x")).status_code == 200
+            assert recorder.mirrored_in_flight["all"] == 2
+            released.set()
+            await soon(lambda: recorder.mirrored["all", "2xx"] == 2, "the copies end")
+            assert not (await reload("test")).problems
+            assert (await client.get("/api/x")).status_code == 200
+            await soon(lambda: recorder.mirrored["all", "2xx"] == 3, "copies are made again")
+    assert [request.body for request in mirror.requests] == [b"abc", b"abc", b""]
+    assert recorder.mirrored_in_flight["all"] == 0
