@@ -212,13 +212,16 @@ class RelayingExchange(ExchangeLife):
         """Compress the content of the response if route, client and response permit it, and change its head."""
         route, fields = self.plan.route, self.fields
         compression = None if route is None else route.compression
-        if compression is not None and self.status == NOT_MODIFIED:
-            self._replace_headers(compression.revalidated(self.headers))
+        if compression is None:
             return
-        if compression is None or not compression.concerns(self.status, fields):
+        is_confirmation = self.status == NOT_MODIFIED
+        if not is_confirmation and not compression.concerns(self.status, fields):
             return
         accepted = fields_of(pairs_of(self.plan.headers.received)).get(b"accept-encoding", ())
         found = compression.coding(accepted)
+        if is_confirmation:
+            self._replace_headers(compression.revalidated(self.headers, is_accepted=found is not None))
+            return
         self._replace_headers(compression.headers(self.headers, None if found is None else found[0]))
         if found is not None and not self.is_to_head:
             self.encoder = found[1](b"content-length" not in fields)

@@ -101,12 +101,12 @@ class Compression:
         media_type = fields.get(b"content-type", (b"",))[0].partition(b";")[0].strip().lower()
         return media_type in self.types or media_type.partition(b"/")[0] + b"/*" in self.types
 
-    def revalidated(self, headers: HeaderList) -> HeaderList:
-        """Return the header fields of a 304, which confirms a response that may have been compressed.
+    def revalidated(self, headers: HeaderList, *, is_accepted: bool) -> HeaderList:
+        """Return the header fields of a 304, which confirms a response that was compressed if `is_accepted`.
 
         A strong tag would confirm none that has the weak one (RFC 9111 section 4.3.4).
         """
-        return self.headers([_weak(pair) for pair in headers], None)
+        return self.headers([_weak(pair) for pair in headers] if is_accepted else headers, None)
 
     def coding(self, accepted: Sequence[bytes]) -> tuple[bytes, NewEncoder] | None:
         """Return the coding for the values of `Accept-Encoding`, None for the response as it is."""

@@ -84,6 +84,8 @@ def test_a_304_confirms_the_response_that_was_compressed(client: RawClient, up: 
         up.behave = reply(b"", status=b"304 Not Modified", headers=((b"ETag", tag),))
         answer, _ = got(client, 'If-None-Match: W/"x"')
         assert (answer.status, answer.all("etag"), answer.all("vary")) == (304, [confirmed], [b"Accept-Encoding"])
+        client.request("GET", "/api/x")  # accepts no coding
+        assert client.answer().all("etag") == [tag]
     up.behave = reply(TEXT, headers=(JSON,))
     assert got(client)[1] == TEXT, "the connection is kept"
 
