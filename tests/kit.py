@@ -305,8 +305,9 @@ class Wire:
                 return body, False
             size = int(line.split(b";")[0], 16)
             if size == 0:
+                self.trailers = []
                 while (line := self.read_until(b"\r\n")) not in (None, b"\r\n"):
-                    pass  # a trailer
+                    self.trailers.append(line.strip())
                 return body, line is not None
             piece = self.read_exactly(size)
             body += piece

@@ -302,18 +302,8 @@ def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
 
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
     """Return what records an exchange: access log, usage and history, as far as they are on."""
-    return [*_writers(gateway), *([_historian(gateway)] if gateway.config.history.enabled else [])]
-
-
-def _historian(gateway: Gateway) -> Callable[[Exchange], None]:
-    """Return what adds an exchange to the history, if that has a place for it."""
-    takes, add, wall_clock = gateway.history.takes, gateway.history.record, gateway.clocks.wall
-
-    def record(exchange: Exchange) -> None:
-        if takes(exchange):
-            add(exchange, wall_clock())
-
-    return record
+    history = [gateway.history.observer(gateway.clocks.wall)] if gateway.config.history.enabled else []
+    return [*_writers(gateway), *history]
 
 
 def _writers(gateway: Gateway) -> list[Callable[[Exchange], None]]:

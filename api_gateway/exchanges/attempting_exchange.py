@@ -113,6 +113,8 @@ class AttemptingExchange(RelayingExchange):
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
             sent = route.url_rewriter.edited(sent, exchange, plan.raw_target)
+            if upload is not None:
+                upload.editor = route.url_rewriter
         if plan.facts.claim is not None:
             host += self._credential_lines()
         if deadline is not None and deadline.is_forwarded:

@@ -20,6 +20,8 @@ from api_gateway.http1.headers import forwardable_interim, forwardable_trailers
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList
 from api_gateway.proxy.attribution import ClientProgress
+from api_gateway.proxy.head_editing import HeadEditor
+from api_gateway.proxy.url_rewriting import UrlRewriter
 from api_gateway.transport.upstream_call import UpstreamCall
 
 _HIGH_WATER = 65_536  # bytes kept without a connection before reading pauses, unless the retry policy keeps more
@@ -61,6 +63,7 @@ class ExchangeBody:
     _awaited_since: float | None = None  # loop time since which the upstream has waited for the next piece
     is_parsed = False  # the general parser reads it
     trailer_fields: HeaderList = []  # noqa: RUF012 - of a body that is parsed, and filled before its end
+    editor: HeadEditor | UrlRewriter | None = None  # of the route, for the trailers
     # See `BodyReceiver`
     awaits_continue = False
     body_rate: float | None = None
@@ -163,6 +166,8 @@ class ExchangeBody:
         trailers = self.trailer_fields and forwardable_trailers(
             self.trailer_fields, self._context.headers.never_trailing
         )
+        if self.editor is not None:
+            trailers = self.editor.request_trailers(trailers)
         return b"0\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % pair for pair in trailers])
 
     def end_attempt(self) -> None:
@@ -256,6 +261,8 @@ class ExchangeBody:
             self.awaits_continue = False
             self._owner.on_continue()
         fields = forwardable_interim(headers, self._context.via)
+        if self.editor is not None:
+            fields = self.editor.later_fields(fields)
         self._client.transport.write(render_response_head(status, reason, fields))
 
     def send_continue(self) -> None:

@@ -33,9 +33,9 @@ from api_gateway.proxy.exchange import (
     PAUSED,
 )
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.head_editing import ResponseEditor
+from api_gateway.proxy.head_editing import HeadEditor, ResponseEditor
 from api_gateway.proxy.sse import EventBoundaries, is_event_stream
-from api_gateway.proxy.url_rewriting import NO_AUTHORITIES, Authorities
+from api_gateway.proxy.url_rewriting import NO_AUTHORITIES, Authorities, UrlRewriter
 from api_gateway.transport.error_mapping import translate
 from api_gateway.transport.response import NoListener
 from api_gateway.upstreams.upstream import Attempt
@@ -68,7 +68,7 @@ class RelayingExchange(ExchangeLife):
     def on_complex_head(self) -> None:
         """Forward interim responses, and take no more than READ_SIZE at once: the parser's callbacks take time."""
         if self.upload is None or self.upload.is_complete:
-            self.listener = InterimListener(self._client, self._context.via)
+            self.listener = InterimListener(self._client, self._context.via, self._editor())
         self.is_relayed = False
 
     def on_complex_chunk(self) -> None:
@@ -269,7 +269,14 @@ class RelayingExchange(ExchangeLife):
         if not self.trailers or not self.plan.facts.accepts_trailers:
             return b"0\r\n\r\n"
         trailers = forwardable_trailers(self.trailers, self._context.headers.protected)
+        editor = self._editor()
+        if editor is not None:
+            trailers = editor.later_fields(trailers)
         return b"0\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % pair for pair in trailers])
+
+    def _editor(self) -> HeadEditor | UrlRewriter | None:
+        """Return what changes header fields on the route of the request."""
+        return None if self.plan.route is None else self.plan.route.url_rewriter
 
     def _is_retried(self, status: int) -> bool:
         """Tell whether the retry policy names the status."""
@@ -293,11 +300,22 @@ class RelayingExchange(ExchangeLife):
 class InterimListener(NoListener):
     """Forwards interim responses. `upgrade`: the request asks for a switch of protocols."""
 
-    def __init__(self, client: Downstream, via: tuple[bytes, bytes], *, upgrade: bool = False) -> None:
+    def __init__(
+        self,
+        client: Downstream,
+        via: tuple[bytes, bytes],
+        editor: HeadEditor | UrlRewriter | None,
+        *,
+        upgrade: bool = False,
+    ) -> None:
         self.upgrade = upgrade
         self._client = client
         self._via = via
+        self._editor = editor
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ResponseListener`."""
-        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers, self._via)))
+        fields = forwardable_interim(headers, self._via)
+        if self._editor is not None:
+            fields = self._editor.later_fields(fields)
+        self._client.transport.write(render_response_head(status, reason, fields))

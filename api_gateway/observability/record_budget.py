@@ -12,10 +12,11 @@ class RecordBudget:
     ring, however many others send. The bucket has tokens for half of the ring; so one half of a ring is not older than
     a burst, and the other reaches back over its time at the budget's rate.
 
+    Before `full_until`, a monotonic time in seconds, it takes nothing of anyone.
     Its state are times at which tokens are there again, as in GCRA (see `rate_limiter`). Times are monotonic seconds.
     """
 
-    __slots__ = ("_due", "_dues", "_half", "_interval")
+    __slots__ = ("_due", "_dues", "_half", "_interval", "full_until")
 
     def __init__(self, rate: float, most: int) -> None:
         """`rate` are records in a second, `most` those that the ring can hold."""
@@ -27,14 +28,14 @@ class RecordBudget:
     def change(self, rate: float, most: int) -> None:
         """Apply another rate or another size of the ring, and begin anew."""
         self._dues: dict[str, float] = {}  # by client: when its own part has a token
-        self._due = 0.0  # when more than half of the tokens are left
+        self._due = self.full_until = 0.0  # when more than half of the tokens are left, and when any
         self._interval = 1 / rate
         self._half = most / 4 * self._interval
 
     def takes(self, holder: str, now: float) -> bool:
         """Charge a record of a client, and tell whether it is kept."""
         if now < self._due:
-            if now < self._due - self._half:
+            if now < self.full_until:
                 return False
             due = self._dues.get(holder)
             if due is not None and now < due:
@@ -44,6 +45,7 @@ class RecordBudget:
 
     def _charge(self, holder: str, now: float) -> None:
         self._due = max(self._due, now - self._half) + self._interval
+        self.full_until = self._due - self._half
         if len(self._dues) >= _MAX_HOLDERS:
             self._dues = {name: due for name, due in self._dues.items() if due > now}
             if len(self._dues) >= _MAX_HOLDERS:

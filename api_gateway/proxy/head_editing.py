@@ -71,6 +71,14 @@ class HeadEditor:
         new = self.request.new(self.values_of(exchange, raw_target))
         return lines + b"".join([b"%b: %b\r\n" % pair for pair in new])
 
+    def request_trailers(self, trailers: HeaderList) -> HeaderList:
+        """Return the trailers for the upstream: none has the name of a field that goes from the head."""
+        return self.request.kept(trailers)
+
+    def later_fields(self, fields: HeaderList) -> HeaderList:
+        """Return the trailers, or the fields of an interim response, for the client, likewise."""
+        return self.response.kept(fields)
+
     def bound(self, exchange: Exchange, raw_target: bytes) -> "BoundEditor":
         """Return what changes the response to a request."""
         return BoundEditor(self, self.response.new(self.values_of(exchange, raw_target)))

@@ -78,6 +78,16 @@ class UrlRewriter:
         """Return the header lines for the upstream, see `HeadEditor`."""
         return lines
 
+    @staticmethod
+    def request_trailers(trailers: HeaderList) -> HeaderList:
+        """Return the trailers for the upstream, see `HeadEditor`."""
+        return trailers
+
+    @staticmethod
+    def later_fields(fields: HeaderList) -> HeaderList:
+        """Return the trailers, or the fields of an interim response, for the client; see `HeadEditor`."""
+        return fields
+
     def bound(self, _exchange: Exchange, _raw_target: bytes) -> "UrlRewriter":
         """Return what changes the response to a request, see `HeadEditor`."""
         return self

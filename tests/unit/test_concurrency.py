@@ -23,6 +23,7 @@ from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
 from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL
 from api_gateway.limits.concurrency_ops import LEASE
 from api_gateway.limits.limit import Limit
+from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, ConcurrencySlot, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
@@ -229,7 +230,7 @@ def test_fields_list_the_limit_as_concurrent_requests() -> None:
 def test_a_settlement_keeps_the_slots_and_the_policy() -> None:
     slotted = Slotted(FIVE)
     exchange, _ = slotted.begin()
-    recorder: Any = type("Recorder", (), {"settlements": Counter()})()
+    recorder = Recorder([], [], [], [50], 0.0)
     settlement = CostSettlement(
         limiter=slotted.limiter,
         clock_ns=lambda: slotted.now_ns,

@@ -19,6 +19,13 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
     config["routes"] = [
         {"name": "all", "path": "/api", "upstream": "up", "compression": {"types": ["application/json", "text/*"]}},
         {"name": "small", "path": "/api/small", "upstream": "up", "max_body_bytes": 10},
+        {
+            "name": "edited",
+            "path": "/api/edited",
+            "upstream": "up",
+            "request_headers": {"set": {"X-Caller": "{client}"}},
+            "response_headers": {"remove": ["X-Inner"]},
+        },
         {"name": "direct", "path": "/api/direct", "respond": {"status": 200, "body": "ready"}},
     ]
     return config
@@ -180,3 +187,27 @@ def test_a_static_response_has_a_body_except_to_head(client: RawClient, up: RawU
     client.request("POST", "/api/direct", ("Transfer-Encoding: chunked", *WAYS[way]), b"3\r\nabc\r\n0\r\n\r\n")
     assert client.answer().body == b"ready"
     assert not up.requests
+
+
+@both_ways
+def test_fields_that_are_set_or_removed_come_by_no_other_way(client: RawClient, up: RawUpstream, way: str) -> None:
+    """Neither as trailers, in either direction, nor in an interim response."""
+    sent = []
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        sent.append(wire.trailers)
+        wire.send(b"HTTP/1.1 103 Early Hints\r\nX-Inner: 1\r\nLink: a\r\n\r\n")
+        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Inner: 2\r\nX-T: b\r\n\r\n")
+
+    up.behave = behave
+    fields = ("X-Client-ID: acme", "Transfer-Encoding: chunked", "TE: trailers", "Connection: TE", *WAYS[way])
+    body = b"1\r\na\r\n0\r\nX-Caller: admin\r\nX_Caller: admin\r\nX-Sum: 5\r\n\r\n"
+    for method, content in (("POST", body), ("GET", b"")):
+        client.request(method, "/api/edited", fields if content else (*fields[:1], *fields[2:]), content)
+        early = client.read_until(b"\r\n\r\n")
+        assert early is not None
+        assert b"Link: a" in early
+        assert b"X-Inner" not in early
+        assert client.answer(method).body == b"ok"
+        assert client.trailers == [b"X-T: b"]
+    assert sent[0] == [b"X-Sum: 5"]
