@@ -32,6 +32,7 @@ from tests.kit import (
     free_port,
     in_front_of,
     reason,
+    reply,
     running_gateway,
 )
 from tests.tls_kit import HOST, Authority, Pair, TlsClient
@@ -217,10 +218,18 @@ def test_bodies_pass_whole_both_ways_and_a_slow_reader_holds_the_sender_back(
 
 
 def test_a_client_that_ends_its_side_gets_its_response(client: TlsClient, up: RawUpstream) -> None:
+    has_ended, respond = threading.Event(), reply(b"late")
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        has_ended.wait(PATIENCE)
+        return respond(wire, request)
+
+    up.behave = behave
     client.request(headers=("Connection: close",))
     client.tls.setblocking(False)
     with pytest.raises(ssl.SSLWantReadError):  # close_notify is sent, that of the server has not come
         client.tls.unwrap()
+    has_ended.set()
     client.tls.settimeout(PATIENCE)
     assert client.answer().status == 200
     with pytest.raises(ssl.SSLZeroReturnError):
