@@ -1,7 +1,6 @@
 """Checks of this machine: files and packages, the state folder, ports, descriptors and time zones. All block."""
 
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from api_gateway.settings.rules import Finding, find_warnings
 from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.peer_process import PROC
 from api_gateway.system.socket_table import SocketTable
-from api_gateway.system.state_folder import LOCK_FILE, own_folder
+from api_gateway.system.state_folder import holder_of, own_folder
 
 _PRIVILEGED = 1024
 _CERTIFICATES = ("cert_file", "certificate")  # settings of all sections that name one
@@ -91,7 +90,7 @@ def check_state(config: GatewayConfig) -> Iterator[CheckResult]:
         yield broken("state_dir", one.message, remedy)
     if found:
         return
-    holder = _holder(config)
+    holder = holder_of(own_folder(config.state_dir))
     used = f", used by the gateway with process id {holder}" if holder is not None else ""
     yield good("state_dir", f"'{config.state_dir}' can be written{used}")
 
@@ -108,7 +107,7 @@ def check_ports(config: GatewayConfig, proc: Path = PROC) -> Iterator[CheckResul
         if address.path:
             yield _socket_result(about, Path(address.path))
         else:
-            yield _port_result(about, address, _holder(config), proc)
+            yield _port_result(about, address, holder_of(own_folder(config.state_dir)), proc)
 
 
 def _socket_result(about: str, path: Path) -> CheckResult:
@@ -162,16 +161,6 @@ def _parent(pid: int, proc: Path) -> str:
     with suppress(OSError):
         return (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[1]
     return ""
-
-
-def _holder(config: GatewayConfig) -> str | None:
-    """Return the id of the process that holds the state folder, or None."""
-    with suppress(OSError), (own_folder(config.state_dir) / LOCK_FILE).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return (file.read(100).split() or ["unknown"])[0]
-    return None
 
 
 def check_descriptors(

@@ -4,7 +4,6 @@ All functions block. A condition that may be gone at the start, such as a port i
 """
 
 import errno
-import fcntl
 import importlib.util
 import os
 import socket
@@ -27,7 +26,7 @@ from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.rules import Finding
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.embedded_server import NoServer, find_server
-from api_gateway.system.state_folder import LOCK_FILE, StateError, check_folder_version, own_folder
+from api_gateway.system.state_folder import StateError, check_folder_version, holder_of, own_folder
 
 _PRIVILEGED = 1024
 _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
@@ -123,7 +122,7 @@ def startup_warnings(config: GatewayConfig) -> Iterator[Finding]:
     yield from certificate_warnings(config)
     if config.store.keeps_clients:
         yield from _state_errors(config.state_dir)
-    holder = _holder(own_folder(config.state_dir) / LOCK_FILE)
+    holder = holder_of(own_folder(config.state_dir))
     if holder is not None:
         message = f"another gateway (process {holder}) uses {config.state_dir}; a second one cannot start meanwhile"
         yield Finding(("state_dir",), message)
@@ -285,13 +284,3 @@ def _state_errors(state_dir: Path) -> Iterator[Finding]:
             check_folder_version(own)
         except StateError as error:
             yield Finding(key_path, str(error).removeprefix("state_dir: "))
-
-
-def _holder(lock: Path) -> str | None:
-    """Return the id of the process that holds the folder, "unknown" if it is not known, or None."""
-    with suppress(OSError), lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return (file.read(100).split() or ["unknown"])[0]
-    return None

@@ -111,6 +111,16 @@ def make_private(folder: Path) -> None:
             folder.mkdir(mode=0o700)
 
 
+def holder_of(folder: Path) -> str | None:
+    """Return the id of the process that holds a folder, "unknown" if it is not known, or None."""
+    with suppress(OSError), (folder / LOCK_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return (file.read(100).split() or ["unknown"])[0]
+    return None
+
+
 class FolderInUse(StateError):
     """Another gateway uses the folder."""
 
