@@ -33,7 +33,7 @@ async def check_store_schema(config: GatewayConfig) -> bool:
         try:
             found = await session.set_once(key, str(STORE_SCHEMA))
         finally:
-            await _closed(session)
+            await session.close()
     except StoreError as error:
         logger.debug("the version of the keys in the store cannot be read: %s", error)
         return False
@@ -63,16 +63,6 @@ async def hold_store_schema(
     if config.store.is_shared and not await check_store_schema(config):
         checking = asyncio.create_task(_check_later(config, stop), name="version of the store")
         stack.push_async_callback(cancel_and_wait, checking)
-
-
-async def _closed(session: StoreSession) -> None:
-    """Close a session to its end, also if the gateway stops meanwhile: half closed, it would leave a connection."""
-    closing = asyncio.ensure_future(session.close())
-    try:
-        await asyncio.shield(closing)
-    except asyncio.CancelledError:
-        await closing
-        raise
 
 
 async def _check_later(config: GatewayConfig, stop: Callable[[], object]) -> None:

@@ -5,6 +5,7 @@ with the result, and the Redis client uses it to send commands.
 """
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 _AGAIN_AFTER = 0.25  # seconds after which `cancel` is repeated, enough for a task to clean up
@@ -24,6 +25,16 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
         running = {task for task in running if not task.done()}
     if interruption is not None:
         raise interruption
+
+
+async def run_to_completion(work: Coroutine[Any, Any, None]) -> None:
+    """Await work to its end, even if the caller is cancelled meanwhile; that is raised afterwards."""
+    running = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await running
+        raise
 
 
 def check_cancelled() -> None:

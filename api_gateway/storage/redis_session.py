@@ -35,7 +35,7 @@ from redis.exceptions import ConnectionError as Broken
 from redis.maint_notifications import MaintNotificationsConfig
 
 from api_gateway.errors import causes
-from api_gateway.eventloop.tasks import check_cancelled
+from api_gateway.eventloop.tasks import check_cancelled, run_to_completion
 from api_gateway.settings.store_url import StoreUrl
 
 logger = logging.getLogger(__name__)
@@ -202,8 +202,8 @@ class StoreSession:
         return list(found.values()) if all(isinstance(node, dict) for node in found.values()) else [found]
 
     async def close(self) -> None:
-        """Close all connections of the client."""
-        await disconnect(self.client)
+        """Close all connections of the client, to the end: also if the caller is cancelled meanwhile."""
+        await run_to_completion(disconnect(self.client))
 
 
 class ScriptConnection:

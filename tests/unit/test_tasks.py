@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from api_gateway.eventloop.tasks import cancel_and_wait
+from api_gateway.eventloop.tasks import cancel_and_wait, run_to_completion
 from tests.kit import turns
 
 
@@ -37,3 +37,22 @@ async def test_it_goes_through_with_it_when_it_is_cancelled_itself(monkeypatch: 
     await asyncio.wait([ending])
     assert ending.cancelled()
     assert task.cancelled()
+
+
+async def test_work_is_done_to_its_end_when_the_caller_is_cancelled() -> None:
+    begun, may_end, done = asyncio.Event(), asyncio.Event(), []
+
+    async def work() -> None:
+        begun.set()
+        await may_end.wait()
+        done.append(True)
+
+    caller = asyncio.create_task(run_to_completion(work()))
+    await begun.wait()
+    caller.cancel()
+    await asyncio.sleep(0)
+    assert not caller.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert done
