@@ -16,8 +16,8 @@ from typing import Protocol
 
 from api_gateway.exchanges.client_port import Downstream
 from api_gateway.exchanges.context import ExchangeContext
-from api_gateway.http1.headers import forwardable_interim, forwardable_trailers
-from api_gateway.http1.serializer import render_response_head
+from api_gateway.exchanges.response_head import interim_response
+from api_gateway.http1.headers import forwardable_trailers
 from api_gateway.models import HeaderList
 from api_gateway.proxy.attribution import ClientProgress
 from api_gateway.proxy.head_editing import HeadEditor
@@ -260,10 +260,7 @@ class ExchangeBody:
         if status == _CONTINUE:
             self.awaits_continue = False
             self._owner.on_continue()
-        fields = forwardable_interim(headers, self._context.via)
-        if self.editor is not None:
-            fields = self.editor.later_fields(fields)
-        self._client.transport.write(render_response_head(status, reason, fields))
+        self._client.transport.write(interim_response(status, reason, headers, self._context.via, self.editor))
 
     def send_continue(self) -> None:
         """Ask the client for the body, for an upstream whose interim responses are not reported."""

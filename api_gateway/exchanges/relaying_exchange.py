@@ -7,17 +7,15 @@ import httpx
 from api_gateway.errors import GatewayError
 from api_gateway.exchanges.client_port import Downstream
 from api_gateway.exchanges.exchange_life import ExchangeLife
-from api_gateway.exchanges.response_head import parsed_head, plain_head
+from api_gateway.exchanges.response_head import interim_response, parsed_head, plain_head
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import (
     BODILESS,
     COST,
     FALLBACK,
     fields_of,
-    forwardable_interim,
     forwardable_trailers,
 )
-from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.attribution import NO_PROGRESS
 from api_gateway.proxy.compression import NOT_MODIFIED
@@ -315,7 +313,4 @@ class InterimListener(NoListener):
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ResponseListener`."""
-        fields = forwardable_interim(headers, self._via)
-        if self._editor is not None:
-            fields = self._editor.later_fields(fields)
-        self._client.transport.write(render_response_head(status, reason, fields))
+        self._client.transport.write(interim_response(status, reason, headers, self._via, self._editor))

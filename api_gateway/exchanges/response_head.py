@@ -3,13 +3,13 @@
 import time
 
 from api_gateway.exchanges.context import ExchangeContext
-from api_gateway.http1.headers import BODILESS, FALLBACK, http_date, rewrite_response
-from api_gateway.http1.serializer import COLON, status_line
-from api_gateway.models import Exchange
+from api_gateway.http1.headers import BODILESS, FALLBACK, forwardable_interim, http_date, rewrite_response
+from api_gateway.http1.serializer import COLON, render_response_head, status_line
+from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.cors import complete, complete_lines
 from api_gateway.proxy.fallback import Fallback
-from api_gateway.proxy.head_editing import ResponseEditor
-from api_gateway.proxy.url_rewriting import Authorities
+from api_gateway.proxy.head_editing import HeadEditor, ResponseEditor
+from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
 from api_gateway.transport.response import UpstreamResponse
 
 _LENGTH, _NOTHING = frozenset({b"content-length"}), frozenset[bytes]()
@@ -74,6 +74,18 @@ def parsed_head(
         lines.append(b"connection: close")
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
+
+
+def interim_response(
+    status: int,
+    reason: bytes,
+    headers: HeaderList,
+    via: tuple[bytes, bytes],
+    editor: HeadEditor | UrlRewriter | None,
+) -> bytes:
+    """Return an interim response for the client; `editor` is that of the route."""
+    fields = forwardable_interim(headers, via)
+    return render_response_head(status, reason, fields if editor is None else editor.later_fields(fields))
 
 
 def static_response(fallback: Fallback, exchange: Exchange, context: ExchangeContext, *, keep_alive: bool) -> bytes:
