@@ -23,7 +23,7 @@ from api_gateway.settings.rules import Finding, find_warnings
 from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.peer_process import PROC
 from api_gateway.system.socket_table import SocketTable
-from api_gateway.system.state_folder import holder_of, own_folder
+from api_gateway.system.state_folder import lock_holder, own_folder
 
 _PRIVILEGED = 1024
 _CERTIFICATES = ("cert_file", "certificate")  # settings of all sections that name one
@@ -90,7 +90,7 @@ def check_state(config: GatewayConfig) -> Iterator[CheckResult]:
         yield broken("state_dir", one.message, remedy)
     if found:
         return
-    holder = holder_of(own_folder(config.state_dir))
+    holder = lock_holder(own_folder(config.state_dir))
     used = f", used by the gateway with process id {holder}" if holder is not None else ""
     yield good("state_dir", f"'{config.state_dir}' can be written{used}")
 
@@ -107,7 +107,7 @@ def check_ports(config: GatewayConfig, proc: Path = PROC) -> Iterator[CheckResul
         if address.path:
             yield _socket_result(about, Path(address.path))
         else:
-            yield _port_result(about, address, holder_of(own_folder(config.state_dir)), proc)
+            yield _port_result(about, address, lock_holder(own_folder(config.state_dir)), proc)
 
 
 def _socket_result(about: str, path: Path) -> CheckResult:

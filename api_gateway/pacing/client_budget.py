@@ -1,8 +1,8 @@
 """When the next request of one client may be sent. Decides only: reads no clock, does not wait.
 
-The budget knows the quotas that the server has stated, the requests in flight, and what requests cost. If nobody else
-spends the tokens of the client, and the costs are known, it is exact: all that the server has decided, and may still
-decide, is never more than what the quotas have for certain.
+The budget knows the quotas that the server has stated, the requests in flight, and what requests cost. If no other
+process spends the tokens of the client, and the costs are known, it is exact: all that the server has decided, and may
+still decide, is never more than what the quotas have for certain.
 """
 
 from collections.abc import Mapping

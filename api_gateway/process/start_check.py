@@ -26,7 +26,7 @@ from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.rules import Finding
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.embedded_server import NoServer, find_server
-from api_gateway.system.state_folder import StateError, check_folder_version, holder_of, own_folder
+from api_gateway.system.state_folder import StateError, check_folder_version, lock_holder, own_folder
 
 _PRIVILEGED = 1024
 _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
@@ -122,7 +122,7 @@ def startup_warnings(config: GatewayConfig) -> Iterator[Finding]:
     yield from certificate_warnings(config)
     if config.store.keeps_clients:
         yield from _state_errors(config.state_dir)
-    holder = holder_of(own_folder(config.state_dir))
+    holder = lock_holder(own_folder(config.state_dir))
     if holder is not None:
         message = f"another gateway (process {holder}) uses {config.state_dir}; a second one cannot start meanwhile"
         yield Finding(("state_dir",), message)

@@ -1,7 +1,7 @@
-"""Mirroring: copies of a route's requests for another upstream. Nobody waits for them, and only `Mirrors` counts them.
+"""Mirroring: copies of a route's requests for another upstream. No request waits for a copy; `Mirrors` counts copies.
 
 A copy takes no part in retries, breakers, outlier detection, adaptive limits and latencies, not even in those of the
-upstream that gets it: that is asked for a healthy target within its concurrency limit, and hears of no outcome.
+upstream that gets it: the upstream selects a healthy target within its concurrency limit, and no outcome is recorded.
 """
 
 import asyncio

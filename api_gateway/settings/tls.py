@@ -19,7 +19,7 @@ class CertificateSection(Section):
 
 
 class ClientCertificatesSection(Section):
-    """Certificates of clients: who issues them, and whether every connection needs one."""
+    """Certificates of clients: their authorities, and whether every connection needs a certificate."""
 
     ca: Path = Field(description="PEM certificates of the authorities that issue certificates of clients.")
     mode: Literal["optional", "required"] = Field(

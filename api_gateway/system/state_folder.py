@@ -111,7 +111,7 @@ def make_private(folder: Path) -> None:
             folder.mkdir(mode=0o700)
 
 
-def holder_of(folder: Path) -> str | None:
+def lock_holder(folder: Path) -> str | None:
     """Return the id of the process that holds a folder, "unknown" if it is not known, or None."""
     with suppress(OSError), (folder / LOCK_FILE).open() as file:
         try:

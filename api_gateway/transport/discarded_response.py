@@ -1,4 +1,4 @@
-"""A response that nobody reads: its bytes are counted and thrown away as they arrive."""
+"""A response that is discarded: its bytes are counted and dropped as they arrive."""
 
 import asyncio
 
