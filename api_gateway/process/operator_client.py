@@ -46,19 +46,19 @@ class OperatorClient:
         url: str,
         token: str | None,
         token_from: str = "--token-file",  # noqa: S107 - no secret
-        certificate: Path | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """`token_from` names the place of the token, for messages.
 
-        `certificate` is the only one that is trusted, and for any name: that of a gateway on this machine.
+        Without `tls`, the authorities of the system are trusted.
         """
         self.url = url
         self._token = token
         self._token_from = token_from
         # The token is for this URL: no proxy and no other server gets it.
         handlers: list[Any] = [urllib.request.ProxyHandler({}), _NoRedirection]
-        if certificate is not None:
-            handlers.append(urllib.request.HTTPSHandler(context=_pinned(certificate)))
+        if tls is not None:
+            handlers.append(urllib.request.HTTPSHandler(context=tls))
         self._opener = urllib.request.build_opener(*handlers)
 
     def __repr__(self) -> str:
@@ -84,12 +84,9 @@ class OperatorClient:
             with error:
                 raise self._refused(error.code, _detail(error.read())) from None
         except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise CommandFailed(
-                f"{self.url}: no usable response: {reason}. Start the gateway, or name the address of its operator"
-                " endpoints with --url, or its configuration with --config.",
-                NOT_REACHED,
-            ) from None
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            remedy = _remedy(reason)
+            raise CommandFailed(f"{self.url}: no usable response: {reason}. {remedy}", NOT_REACHED) from None
 
     def _refused(self, status: int, detail: str) -> CommandFailed:
         message = f"{self.url}: {status}: {detail}"
@@ -115,13 +112,29 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", help="configuration file of the gateway (default: $GATEWAY_CONFIG)"
     )
     parser.add_argument("--token-file", type=Path, help="file with an operator token (default: as configured)")
+    parser.add_argument(
+        "--ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM certificates of the authorities to trust (default: the configured certificate; with --url, the"
+        " system's authorities)",
+    )
+    parser.add_argument(
+        "--cert", type=Path, metavar="FILE", help="PEM certificate of the operator, if TLS requires one"
+    )
+    parser.add_argument("--key", type=Path, metavar="FILE", help="its key (default: in the file of the certificate)")
 
 
 def client_of(options: argparse.Namespace) -> OperatorClient:
     """Return the client for the options of `add_access_options`. Raises CommandFailed."""
     find_access = import_module("api_gateway.process.operator_access").find_access
     access = find_access(options.config, options.url, options.token_file)
-    return OperatorClient(*access)
+    tls = None
+    if access.url.startswith("https://"):
+        tls = _context(access.certificate, options.ca, options.cert, options.key)
+    elif options.ca or options.cert or options.key:
+        raise CommandFailed(f"{access.url}: --ca, --cert and --key are for https; begin --url with https://")
+    return OperatorClient(access.url, access.token, access.token_from, tls)
 
 
 def run_action(action: Callable[[], None]) -> int:
@@ -143,16 +156,48 @@ def show(line: str = "") -> None:
     print(printable(line), flush=True)
 
 
-def _pinned(certificate: Path) -> ssl.SSLContext:
-    """Return a context that trusts one certificate. Raises CommandFailed."""
+def _context(pinned: Path | None, ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
+    """Return what is trusted and presented: the authorities of `ca`, else `pinned`, else those of the system.
+
+    `pinned` is the certificate of the configuration, which is trusted for any name: the gateway is on this machine.
+    Raises CommandFailed.
+    """
+    if key is not None and certificate is None:
+        raise CommandFailed(f"--key: needs --cert, the certificate that it belongs to, got {key} alone")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # the certificate is that of the configuration, whatever its name
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    trusted = ca or pinned
     try:
-        context.load_verify_locations(certificate)
+        if trusted is None:
+            context.load_default_certs()
+        else:
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+            context.check_hostname = ca is not None
+            context.load_verify_locations(trusted)
     except (OSError, ssl.SSLError) as error:
-        raise CommandFailed(f"{certificate}: cannot be used: {error.strerror or error}") from None
+        raise CommandFailed(f"{trusted}: cannot be used: {error.strerror or error}") from None
+    if certificate is not None:
+        try:
+            context.load_cert_chain(certificate, key, _no_password)
+        except (OSError, ssl.SSLError) as error:
+            files = f"{certificate} with {key}" if key else f"{certificate}"
+            raise CommandFailed(f"{files}: cannot be used: {error.strerror or error}") from None
     return context
+
+
+def _no_password() -> str:
+    """Keep `ssl` from asking on the terminal for the password of an encrypted key; it cannot be used."""
+    return ""
+
+
+def _remedy(reason: object) -> str:
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return "Name a file with the authority of its certificate with --ca, and a host in the certificate with --url."
+    if isinstance(reason, ssl.SSLError) and "CERTIFICATE_REQUIRED" in str(reason):
+        return "Its TLS requires a certificate of clients: name one with --cert."
+    return (
+        "Start the gateway, or name the address of its operator endpoints with --url, or its configuration with"
+        " --config."
+    )
 
 
 def _detail(body: bytes) -> str:
