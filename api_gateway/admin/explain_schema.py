@@ -4,7 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from api_gateway.models import Body, ClientSource, DecisionSource, RequestBody, TierView
+from api_gateway.models import Body, ClientSource, DecisionSource, Instant, RequestBody, TierView
+
+
+class DescribedCertificate(RequestBody):
+    """A certificate of the client's connection, by the names that can be a client id; null: none of the kind."""
+
+    uri: str | None = Field(default=None, description="First alternative name of the kind URI.")
+    dns: str | None = Field(default=None, description="First alternative name of the kind DNS.")
+    email: str | None = Field(default=None, description="First alternative name of the kind email.")
+    common_name: str | None = Field(default=None, description="Common name of the subject.", examples=["Jane Doe"])
+    subject: str | None = Field(default=None, description="The whole subject.", examples=["CN=Jane Doe,O=Example"])
+    not_after: Instant | None = Field(default=None, description="End of its validity; null: it is valid.")
 
 
 class ExplainRequest(RequestBody):
@@ -37,6 +48,9 @@ class ExplainRequest(RequestBody):
     )
     organisation: str | None = Field(default=None, description="That of the request's token, for limits.")
     claims: dict[str, str] = Field(default={}, description="Claims of the request's token by path, for limits.")
+    certificate: DescribedCertificate | None = Field(
+        default=None, description="As if TLS had verified this certificate on the connection; null: it has none."
+    )
 
 
 class AddressExplained(Body):

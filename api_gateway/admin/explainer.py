@@ -11,6 +11,7 @@ from api_gateway.admin.explain_schema import (
     AddressExplained,
     BucketExplained,
     ClientExplained,
+    DescribedCertificate,
     ExplainRequest,
     Explanation,
     ExtensionExplained,
@@ -24,6 +25,7 @@ from api_gateway.admin.explain_schema import (
 )
 from api_gateway.admin.explained_parts import explained_concurrency, explained_fallback, explained_result
 from api_gateway.clients.api_keys import shown_id
+from api_gateway.downstream.client_certificate import as_client_id
 from api_gateway.errors import GatewayError, InvalidValue
 from api_gateway.http1.fast_parser import lines_of
 from api_gateway.http1.headers import Fields
@@ -31,7 +33,17 @@ from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.middleware import API_PREFIX, proxied_paths
-from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, Quota, TierView
+from api_gateway.models import (
+    NANOSECONDS,
+    Charge,
+    Client,
+    ClientCertificate,
+    Clock,
+    Decision,
+    Exchange,
+    Quota,
+    TierView,
+)
 from api_gateway.proxy.admission import Admission, ExtensionCall, RequestPlan, Wait
 from api_gateway.proxy.credential_stages import CredentialStage
 from api_gateway.proxy.extension_stages import NO_RESULT, ExtensionIdentityStage
@@ -54,6 +66,9 @@ _IDENTIFICATION = {
     "default": "identified by {header}; not registered, so it has the default tier, {address}",
     "address": "no {header}, so it is identified by its address and has the default tier",
 }
+
+
+_WITHOUT_END = 253_402_300_799.0  # the end of a certificate that has none, the year 9999 (RFC 5280 section 4.1.2.5)
 
 
 @dataclass(slots=True)
@@ -169,6 +184,8 @@ class Explainer:
                 raise InvalidValue(
                     f"key_id: there is no API key {shown_id(request.key_id)}, or api_key is not a source."
                 )
+        if request.certificate is not None:
+            self._headers.certify(facts, _certificate(request.certificate))
         facts.keyed = {**facts.keyed, **_described(request)}
         plan = Admission.plan(facts, request.method, path, request.path.encode("ascii"), self._clock_ns())
         plan.headers = RewrittenHeaders(_lines(self._fields(request)), facts, b"")
@@ -344,6 +361,16 @@ def _described(request: ExplainRequest) -> dict[bytes, str]:
     """Return what a described token says, as limits count by it."""
     found = {DESCRIBED_CLAIM + path.encode(): value for path, value in request.claims.items()}
     return found if request.organisation is None else {**found, DESCRIBED_ORGANISATION: request.organisation}
+
+
+def _certificate(described: DescribedCertificate) -> ClientCertificate:
+    """Return the described certificate, with names as `client_certificate.certificate_of` has them."""
+    names = described.model_dump(exclude={"not_after"}, exclude_none=True)
+    for kind in ("common_name", "subject"):
+        if kind in names:
+            names[kind] = as_client_id(names[kind])
+    end = _WITHOUT_END if described.not_after is None else described.not_after.timestamp()
+    return ClientCertificate(tuple(names.items()), end)
 
 
 def _bucket_view(bucket: _Bucket) -> BucketExplained:

@@ -35,10 +35,15 @@ def _names(peer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     parts = [pair for relative in peer["subject"] for pair in relative]
     common = [value for name, value in parts if name == "commonName"]
     if len(common) == 1:  # of several, none is the name
-        yield "common_name", quote(common[0], safe=_VISIBLE)
+        yield "common_name", as_client_id(common[0])
     if parts:
         text = ",".join(f"{_SHORT.get(name, name)}={_escaped(value)}" for name, value in reversed(parts))
-        yield "subject", quote(text, safe=_VISIBLE)
+        yield "subject", as_client_id(text)
+
+
+def as_client_id(name: str) -> str:
+    """Return a name of the subject with what a client id cannot contain, and `%`, percent-encoded."""
+    return quote(name, safe=_VISIBLE)
 
 
 def _escaped(value: str) -> str:

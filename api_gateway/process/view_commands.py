@@ -21,6 +21,7 @@ from api_gateway.process.operator_client import (
 )
 
 PAGE = 200  # requests that `tail` asks for at once
+CERTIFICATE_NAMES = ("uri", "dns", "email", "common_name", "subject")  # of `DescribedCertificate`
 
 
 def run_view(arguments: Sequence[str]) -> int:
@@ -38,6 +39,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--path", help="instead of an id: explain how a request for this path would be decided")
     explain.add_argument("--client", metavar="ID", help="of that request")
     explain.add_argument("--method", default="GET", help="of that request (default: GET)")
+    explain.add_argument(
+        "--certificate",
+        metavar="KIND=NAME",
+        action="append",
+        default=[],
+        help=f"name in the certificate of its connection; kinds: {', '.join(CERTIFICATE_NAMES)}; repeat for others",
+    )
     explain.set_defaults(action=_explain)
     clients = commands.add_parser("clients", help="the most limited clients, or one client")
     clients.add_argument("client", nargs="?", help="client id")
@@ -85,7 +93,9 @@ def _explain(client: OperatorClient, options: argparse.Namespace) -> None:
     if (options.request_id is None) == (options.path is None):
         raise CommandFailed("explain: give either the id of a request or --path")
     if options.path is not None:
-        body = {"path": options.path, "method": options.method, "client_id": options.client}
+        body: JsonObject = {"path": options.path, "method": options.method, "client_id": options.client}
+        if options.certificate:
+            body["certificate"] = _certificate_names(options.certificate)
         found = client.call("POST", "/explain", body)
         if options.json:
             _print_json(found)
@@ -100,6 +110,19 @@ def _explain(client: OperatorClient, options: argparse.Namespace) -> None:
         if number:
             show()
         _show_request(request)
+
+
+def _certificate_names(given: Sequence[str]) -> dict[str, str]:
+    """Return names of a certificate by kind. Raises CommandFailed."""
+    names: dict[str, str] = {}
+    for one in given:
+        kind, is_pair, name = one.partition("=")
+        if not is_pair or kind not in CERTIFICATE_NAMES or kind in names:
+            raise CommandFailed(
+                f"--certificate: must be KIND=NAME with one of {', '.join(CERTIFICATE_NAMES)}, each once, got '{one}'"
+            )
+        names[kind] = name
+    return names
 
 
 def _show_prediction(found: JsonObject) -> None:

@@ -293,7 +293,11 @@ def test_a_decision_is_explained_and_a_request_looked_up(browser: Any, site: Sit
         page.get_by_label("Path and query").fill("/api/orders/7")
         page.get_by_label("Client id").fill("fresh")
         page.get_by_label("Header fields, one on a line").fill("X-Tenant: a:b")
-        assert '"X-Tenant":"a:b"' in page.locator(".curl code").last.inner_text()
+        page.get_by_label("Name in the certificate").fill("subject=CN=jane,O=x")
+        shown = page.locator(".curl code").last.inner_text()
+        assert '"X-Tenant":"a:b"' in shown
+        assert '"certificate":{"subject":"CN=jane,O=x"}' in shown
+        page.get_by_label("Name in the certificate").fill("")
         page.get_by_role("button", name="Explain", exact=True).click()
         page.locator(".steps h3", has_text="Result").wait_for()
         titles = [re.split(r"\n", text)[0].split(" ")[0] for text in page.locator(".steps h3").all_inner_texts()]

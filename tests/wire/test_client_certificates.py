@@ -1,5 +1,6 @@
 """Certificates of clients on the wire: who they are, which routes require one, and when one is refused."""
 
+import json
 import ssl
 import time
 from collections.abc import Iterator
@@ -76,6 +77,41 @@ def test_the_name_in_the_certificate_is_the_client_and_nobody_else_can_claim_it(
         assert b"premium" not in anonymous.get(headers=odd).all("ratelimit-policy")[0]
     assert reason(anonymous.get(headers=(*odd, "X-Client-ID: spiffe://test/jane"))) == (401, "credentials_required")
     assert reason(certified.get(headers=(*odd, "X-Client-ID: other"))) == (400, "client_id_invalid")
+
+
+def test_a_described_certificate_is_explained_as_a_real_one_is_decided(
+    running: RunningGateway, certified: TlsClient, authority: Authority
+) -> None:
+    """Each description gets the outcome that requests on a connection with such a certificate have got."""
+    token = (running.config.state_dir / "state" / "operator-token").read_text().strip()
+    fields = (f"Authorization: Bearer {token}", "Content-Type: application/json")
+
+    def explained(status: int = 200, **described: Any) -> Any:
+        body = json.dumps({"client_id": None, "path": "/api/internal/x", **described}).encode()
+        with TlsClient(running.port, authority.context()) as client:
+            client.request("POST", "/explain", (*fields, f"Content-Length: {len(body)}"), body)
+            answer = client.answer()
+            assert answer.status == status, answer.body
+            return json.loads(answer.body)
+
+    jane = {"uri": "spiffe://test/jane", "common_name": "Jane Doe"}
+    assert certified.get("/api/internal/x").status == 200
+    found = explained(certificate=jane)
+    assert found["result"]["outcome"] == "allowed"
+    client = found["client"]
+    assert (client["id"], client["proved_by"]) == ("spiffe://test/jane", "certificate")
+    assert client["tier"]["name"] == "PREMIUM"
+    for described, status, why in (
+        ({}, 403, "certificate_required"),
+        ({"certificate": jane, "client_id": "other"}, 400, "client_id_invalid"),
+        ({"certificate": jane | {"not_after": "2026-01-01T00:00:00Z"}}, 401, "credentials_invalid"),
+        ({"certificate": {"uri": "x" * 129}}, 401, "credentials_invalid"),
+    ):
+        result = explained(**described)["result"]
+        assert (result["status"], result["reason"]) == (status, why), described
+    without = explained(certificate={"common_name": "Jane Doe"})  # identity.certificate.by is uri
+    assert (without["client"]["tier_source"], without["result"]["outcome"]) == ("address", "allowed")
+    assert "certificate.ury" in explained(422, certificate={"ury": "x"})["detail"]
 
 
 @pytest.mark.parametrize("odd", WAYS.values(), ids=WAYS)

@@ -13,6 +13,7 @@ export function explain(main, argument, signal) {
   const method = field("Method", { options: METHODS, value: "GET" });
   const client = field("Client id", { placeholder: "none" });
   const key = field("API key id", { placeholder: "none" });
+  const certificate = field("Name in the certificate", { placeholder: "uri=spiffe://acme/orders" });
   const address = field("Address of the peer", { value: "127.0.0.1" });
   const host = field("Host", { placeholder: "any" });
   const forwarded = field("Forwarded addresses", { placeholder: "203.0.113.9, 10.0.0.2" });
@@ -25,6 +26,8 @@ export function explain(main, argument, signal) {
   const body = () => {
     const given = { client_id: client.value || null, method: method.value, path: path.value };
     if (key.value) given.key_id = key.value;
+    const [kind, ...name] = certificate.value.split("=");
+    if (kind.trim() && name.length) given.certificate = { [kind.trim()]: name.join("=").trim() };
     if (address.value) given.address = address.value;
     if (host.value) given.host = host.value;
     if (forwarded.value) given.forwarded = forwarded.value;
@@ -42,7 +45,7 @@ export function explain(main, argument, signal) {
       if (error.name !== "AbortError") put(result, h("header", {}, h("h2", {}, "Order of decisions")), failure(error));
     }
   } },
-  h("div", { class: "form" }, path.element, method.element, client.element, address.element, host.element, key.element, forwarded.element, headers.element),
+  h("div", { class: "form" }, path.element, method.element, client.element, address.element, host.element, key.element, certificate.element, forwarded.element, headers.element),
   h("div", { class: "actions" }, h("button", { type: "submit", class: "primary" }, "Explain")), command);
 
   const look = async (wanted) => {
