@@ -112,7 +112,7 @@ class AttemptingExchange(RelayingExchange):
         sent = self.plan.headers.sent
         if route is not None and route.url_rewriter is not None:
             host += route.url_rewriter.request_line
-            sent = route.url_rewriter.edited(sent, exchange, plan.raw_target)
+            sent = route.url_rewriter.edited(sent, plan.facts, exchange, plan.raw_target)
             if upload is not None:
                 upload.editor = route.url_rewriter
         if plan.facts.claim is not None:

@@ -11,7 +11,7 @@ from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan
 from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
-from api_gateway.proxy.compression import ContentEncoder
+from api_gateway.proxy.compression import Coding, Compression, ContentEncoder
 from api_gateway.proxy.content_cost import ContentScan
 from api_gateway.proxy.exchange import (
     BODY,
@@ -73,7 +73,9 @@ class ExchangeLife(ProxyExchange):
     failed_target: str | None = None
     waited_before_head = 0.0  # seconds for which the attempt had waited for the client when the head arrived
     events: EventBoundaries | None = None  # of an event stream
-    is_watched = False  # the content of the response states its cost
+    is_watched = False  # the content of the response states its cost, or is compressed
+    compression: Compression | None = None  # of the route
+    coding: Coding | None = None  # by which a response that the compression concerns is compressed; None: as it is
     scan: ContentScan | None = None  # of the content, from the head on
     encoder: ContentEncoder | None = None  # that compresses the content
     task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection

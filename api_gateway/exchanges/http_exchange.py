@@ -100,7 +100,9 @@ class HttpExchange(AttemptingExchange):
         assert client is not None  # noqa: S101 - as above
         key = client.key
         if not upstream_client.is_simple:
-            self.is_watched = route.watches_content
+            self.compression = compression = route.compression
+            self.coding = None if compression is None else compression.coding_for(plan.headers.received)
+            self.is_watched = self.coding is not None or route.content_cost is not None
             key = self._key(upstream_client)
         exchange.upstream = route.upstream
         if self.upload is not None and self.upload.exceeds(route.max_body_bytes):

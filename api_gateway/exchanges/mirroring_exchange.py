@@ -3,7 +3,7 @@
 from api_gateway.errors import GatewayError
 from api_gateway.exchanges.hooked_exchange import HookedExchange
 from api_gateway.models import Outcome
-from api_gateway.proxy.mirroring import INCOMPLETE, CopiedHead, RequestCopy
+from api_gateway.proxy.mirroring import INCOMPLETE, CopiedHead, Mirroring, RequestCopy
 from api_gateway.proxy.route_table import Route
 
 
@@ -41,19 +41,27 @@ class MirroringExchange(HookedExchange):
         if not mirrors.admits(route.name, mirroring, facts.length):
             return None
         lines = plan.headers.sent
+        if route.url_rewriter is None and facts.claim is None:
+            lines = mirroring.kept_lines(lines, facts)
+            return self._begin_copy(route.name, mirroring, lines.removesuffix(b"\r\n"), pieces)
         if route.url_rewriter is not None:
-            lines = route.url_rewriter.request_line + route.url_rewriter.edited(lines, self.exchange, plan.raw_target)
+            editor = route.url_rewriter
+            lines = editor.request_line + editor.edited(lines, facts, self.exchange, plan.raw_target)
         if facts.claim is not None:
             if mirroring.keeps_credentials:
                 lines = self._credential_lines() + lines
             elif facts.proof is not None:
                 lines = facts.proof.lines + lines
-        lines = (
-            mirroring.edits.kept_lines(lines.removesuffix(b"\r\n")) + b"\r\nx-request-id: " + self.exchange.id.encode()
-        )
-        client = context.router.upstream_clients[mirroring.upstream]
-        head = CopiedHead(self.exchange.method, plan.target, facts.host_field, lines, self._key(client))
-        copy = mirrors.begin(route.name, mirroring, client, head)
+        return self._begin_copy(route.name, mirroring, mirroring.edits.kept_lines(lines.removesuffix(b"\r\n")), pieces)
+
+    def _begin_copy(self, route: str, mirroring: Mirroring, lines: bytes, pieces: list[bytes]) -> RequestCopy:
+        """Begin a copy with these header lines and the beginning of a body."""
+        plan, context = self.plan, self._context
+        mirrors, client = context.mirrors, context.router.upstream_clients[mirroring.upstream]
+        assert mirrors is not None  # noqa: S101 - as in `_copied`
+        fields = b"%b\r\nx-request-id: %b" % (lines, self.exchange.id.encode())
+        head = CopiedHead(self.exchange.method, plan.target, plan.facts.host_field, fields, self._key(client))
+        copy = mirrors.begin(route, mirroring, client, head)
         for piece in pieces:
             copy.add(piece)
         return copy

@@ -8,17 +8,15 @@ from api_gateway.errors import GatewayError
 from api_gateway.exchanges.client_port import Downstream
 from api_gateway.exchanges.exchange_life import ExchangeLife
 from api_gateway.exchanges.response_head import interim_response, parsed_head, plain_head
-from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import (
     BODILESS,
     COST,
     FALLBACK,
-    fields_of,
     forwardable_trailers,
 )
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.attribution import NO_PROGRESS
-from api_gateway.proxy.compression import NOT_MODIFIED
+from api_gateway.proxy.compression import NOT_MODIFIED, VARIES, Coding, Compression
 from api_gateway.proxy.exchange import (
     BREAK,
     COMPLETE,
@@ -172,19 +170,23 @@ class RelayingExchange(ExchangeLife):
         authorities = NO_AUTHORITIES
         if route is not None and route.url_rewriter is not None:
             rewriter = route.url_rewriter.bound(exchange, self.plan.raw_target)
-            upstream_client = context.router.upstream_clients[attempt.upstream.name]
-            authorities = Authorities.of(upstream_client, attempt.target, self.plan.facts.host_field)
-        if self.is_watched:
-            self._begin_compression()
+            if route.url_rewriter.needs_authorities:
+                upstream_client = context.router.upstream_clients[attempt.upstream.name]
+                authorities = Authorities.of(upstream_client, attempt.target, self.plan.facts.host_field)
+        if self.compression is not None:
+            self._begin_compression(self.compression)
         if self.head:
             if self.cost is not None:
                 context.router.on_cost(exchange, (self.cost,))
-            head = plain_head(self, exchange, context, rewriter, authorities, keep_alive=self.keep_alive)
+            is_chunked = self.chunks is not None or self.is_framed
+            head = plain_head(
+                self, exchange, context, rewriter, authorities, is_chunked=is_chunked, keep_alive=self.keep_alive
+            )
         else:
             if COST in self.fields:
                 context.router.on_cost(exchange, self.fields[COST])
             is_counted = self.is_counted
-            if self.is_watched:  # the head may be another one than the parser has parsed
+            if self.compression is not None:  # the head may be another one than the parser has parsed
                 is_counted = b"content-length" in self.fields and b"transfer-encoding" not in self.fields
             self.is_framed = self._client.abilities.framing and not (
                 self.is_to_head or self.status in BODILESS or is_counted
@@ -206,23 +208,32 @@ class RelayingExchange(ExchangeLife):
         else:
             self._client.transport.write(head + piece)
 
-    def _begin_compression(self) -> None:
-        """Compress the content of the response if route, client and response permit it, and change its head."""
-        route, fields = self.plan.route, self.fields
-        compression = None if route is None else route.compression
-        if compression is None:
-            return
-        is_confirmation = self.status == NOT_MODIFIED
-        if not is_confirmation and not compression.concerns(self.status, fields):
-            return
-        accepted = fields_of(pairs_of(self.plan.headers.received)).get(b"accept-encoding", ())
-        found = compression.coding(accepted)
-        if is_confirmation:
-            self._replace_headers(compression.revalidated(self.headers, is_accepted=found is not None))
-            return
-        self._replace_headers(compression.headers(self.headers, None if found is None else found[0]))
-        if found is not None and not self.is_to_head:
-            self.encoder = found[1](b"content-length" not in fields)
+    def _begin_compression(self, compression: Compression) -> None:
+        """Compress the content of the response if client and response permit it, and change its head."""
+        coding = self.coding
+        is_concerned = compression.concerns_plain(self.status, self.passed) if self.head else None
+        if is_concerned is None:
+            self._begin_compression_by_fields(compression)
+        elif is_concerned and coding is None:
+            self.passed += VARIES
+        elif is_concerned and coding is not None:
+            self.passed = compression.plain_head(self.passed, coding[0])
+            self._encode(coding, flushes=False)  # its length is known, or the parser would have parsed it
+            self.is_framed = self._client.abilities.framing and not self.is_to_head
+
+    def _begin_compression_by_fields(self, compression: Compression) -> None:
+        fields, coding = self.fields, self.coding
+        if self.status == NOT_MODIFIED:
+            self._replace_headers(compression.revalidated(self.headers, is_accepted=coding is not None))
+        elif compression.concerns(self.status, fields):
+            self._replace_headers(compression.headers(self.headers, None if coding is None else coding[0]))
+            if coding is not None:
+                self._encode(coding, flushes=b"content-length" not in fields)
+
+    def _encode(self, coding: Coding, *, flushes: bool) -> None:
+        """Compress what follows of the response, unless it is one without a body."""
+        if not self.is_to_head:
+            self.encoder = coding[1](flushes)
             self.is_relayed = False  # so that no more is compressed at once than READ_SIZE
 
     def _replace_headers(self, headers: HeaderList) -> None:

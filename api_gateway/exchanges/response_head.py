@@ -22,6 +22,7 @@ def plain_head(
     rewriter: ResponseEditor | None,
     authorities: Authorities,
     *,
+    is_chunked: bool,
     keep_alive: bool,
 ) -> bytes:
     """Return the head for the client of a response whose head was plain. `authorities` are of the request."""
@@ -30,7 +31,7 @@ def plain_head(
         passed = rewriter.rewrite_lines(passed, authorities)
     assert exchange.decision is not None  # noqa: S101 - the request is admitted
     end = b"" if keep_alive else b"connection: close\r\n"
-    if response.chunks is not None:
+    if is_chunked:
         end = b"transfer-encoding: chunked\r\n" + end
     if exchange.cors is not None:
         passed, lines = complete_lines(exchange.cors, passed)

@@ -96,7 +96,8 @@ class TunnellingExchange(HttpExchange):
         if route is not None and route.url_rewriter is not None:
             host = self.plan.facts.host_field
             authorities = Authorities.of(upstream_client, attempt.target, host)
-            headers = route.url_rewriter.bound(exchange, self.plan.raw_target).rewrite(headers, authorities)
+            rewriter = route.url_rewriter.bound(exchange, self.plan.raw_target)
+            headers = headers if rewriter is None else rewriter.rewrite(headers, authorities)
         if COST in self.fields:
             context.router.on_cost(exchange, self.fields[COST])
         own = context.response_headers(exchange)

@@ -9,7 +9,7 @@ configured. A response of unknown length is flushed with each piece, so that no 
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from api_gateway.http1.headers import BODILESS, Fields
@@ -21,6 +21,18 @@ _PARTIAL = 206
 NOT_MODIFIED = 304
 _WEIGHT = re.compile(rb"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)", re.IGNORECASE)
 _DIGESTS = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
+# Of a plain head: the fields that decide about compression besides media type and length, or that change the outcome.
+_UNUSUAL = re.compile(
+    rb"\r\n(?=[CcDdRrVv])(?i:content-(?:encoding|range|digest|md5)|repr-digest|digest|vary"
+    rb"|cache-control: [^\r]*no-transform)"
+)
+_MEDIA_TYPE = re.compile(rb"\r\n(?i:content-type): ([^\r;]*)")
+_LENGTH = re.compile(rb"\r\n(?i:content-length): ([0-9]*)")
+_DROPPED = re.compile(rb"\r\n(?=[CcAa])(?i:content-length|accept-ranges):[^\r]*")
+_STRONG_TAG = re.compile(rb"(\r\n(?i:etag): )(?!W/)")
+_ACCEPTED = re.compile(rb"\r\n(?i:accept-encoding): ([^\r]*)")
+_MOST_REMEMBERED = 64  # values of Accept-Encoding whose coding is remembered
+VARIES = b"\r\nvary: Accept-Encoding"  # a line of a head
 _REPLACED = frozenset({b"content-length", b"content-encoding", b"accept-ranges", b"etag", b"vary"})
 
 
@@ -74,6 +86,7 @@ class ZstdEncoder:
 
 
 NewEncoder = Callable[[bool], ContentEncoder]  # the argument: whether it flushes each piece
+Coding = tuple[bytes, NewEncoder]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +96,10 @@ class Compression:
     A type may end with `/*`. `minimum` is in bytes; responses of unknown length are taken to be long enough.
     """
 
-    codings: tuple[tuple[bytes, NewEncoder], ...]
+    codings: tuple[Coding, ...]
     types: frozenset[bytes]
     minimum: int
+    _known: dict[tuple[bytes, ...], Coding | None] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def concerns(self, status: int, fields: Fields) -> bool:
         """Tell whether a response may be compressed, for a client that accepts it."""
@@ -98,8 +112,28 @@ class Compression:
         lengths = fields.get(b"content-length")
         if lengths and lengths[0].isdigit() and int(lengths[0]) < self.minimum:
             return False
-        media_type = fields.get(b"content-type", (b"",))[0].partition(b";")[0].strip().lower()
+        return self._lists(fields.get(b"content-type", (b"",))[0].partition(b";")[0])
+
+    def concerns_plain(self, status: int, head: bytes) -> bool | None:
+        """Tell the same of a plain head by its lines; None if its fields have to be looked at, see `concerns`."""
+        if status in BODILESS or status == _PARTIAL or _UNUSUAL.search(head) is not None:
+            return None
+        length, media_type = _LENGTH.search(head), _MEDIA_TYPE.search(head)
+        if length is not None and int(length[1]) < self.minimum:
+            return False
+        return media_type is not None and self._lists(media_type[1])
+
+    def _lists(self, media_type: bytes) -> bool:
+        media_type = media_type.strip().lower()
         return media_type in self.types or media_type.partition(b"/")[0] + b"/*" in self.types
+
+    def plain_head(self, head: bytes, coding: bytes) -> bytes:
+        """Return a plain head that it concerns, compressed by `coding`; see `headers`."""
+        return b"%b%b\r\ncontent-encoding: %b" % (
+            _STRONG_TAG.sub(rb"\1W/", _DROPPED.sub(b"", head)),
+            VARIES,
+            coding,
+        )
 
     def revalidated(self, headers: HeaderList, *, is_accepted: bool) -> HeaderList:
         """Return the header fields of a 304, which confirms a response that was compressed if `is_accepted`.
@@ -108,7 +142,16 @@ class Compression:
         """
         return self.headers([_weak(pair) for pair in headers] if is_accepted else headers, None)
 
-    def coding(self, accepted: Sequence[bytes]) -> tuple[bytes, NewEncoder] | None:
+    def coding_for(self, lines: bytes) -> Coding | None:
+        """Return the coding for a request by its header lines. Clients repeat themselves, so it is remembered."""
+        accepted = tuple(_ACCEPTED.findall(lines))
+        if accepted not in self._known:
+            if len(self._known) >= _MOST_REMEMBERED:
+                self._known.clear()
+            self._known[accepted] = self.coding(accepted)
+        return self._known[accepted]
+
+    def coding(self, accepted: Sequence[bytes]) -> Coding | None:
         """Return the coding for the values of `Accept-Encoding`, None for the response as it is."""
         weights = weights_of(accepted)
         best, found = 0.0, None

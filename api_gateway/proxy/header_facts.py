@@ -39,6 +39,7 @@ from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.via import Via
 from api_gateway.models import Charge, Client, ClientCertificate, CorsFields, HeaderList
 from api_gateway.proxy.cors import INSPECTED, Preflight, origin_of, preflight_of
+from api_gateway.proxy.edited_lines import NOTHING_EDITED, EditedLines
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, Claim, IdentitySources, Proof
 from api_gateway.proxy.request_id import given_request_id
 from api_gateway.proxy.route_conditions import NO_FIELDS, FieldValues
@@ -65,8 +66,9 @@ class HeaderFacts:
     gateway. `proof` is what the claim proved, for the registry version `version`. `keyed` are the values of header
     fields that limits count by (for `/explain`, also `:organisation` and `:claim:PATH`), `charged` the charges by
     route, method and cost. `selecting` are the header fields that the conditions of routes read. `forged` are the
-    header fields that only the gateway may send to upstreams. `rest` are the facts of the other header fields, and
-    `id_field` is the one with the client id, if the two are read separately.
+    header fields that only the gateway may send to upstreams. `edited` are the header lines that a
+    route has edited last. `rest` are the facts of the other header fields, and `id_field` is the one with the client
+    id, if the two are read separately.
     """
 
     __slots__ = (
@@ -84,6 +86,7 @@ class HeaderFacts:
         "cost",
         "credentials",
         "dropped",
+        "edited",
         "expectation",
         "forged",
         "forwarding",
@@ -169,6 +172,7 @@ class HeaderFacts:
         self.charged = NONE_CHARGED
         self.selecting: FieldValues = NO_FIELDS
         self.rest: HeaderFacts | None = None
+        self.edited: EditedLines = NOTHING_EDITED
         self.admission: object = None  # an `Admission`
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
 

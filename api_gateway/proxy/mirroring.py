@@ -5,9 +5,12 @@ upstream that gets it: the upstream selects a healthy target within its concurre
 """
 
 import asyncio
+import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import httpx
 
@@ -15,11 +18,15 @@ from api_gateway.errors import Unavailable
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.models import Clock
+from api_gateway.proxy.edited_lines import KeepsEditedLines
 from api_gateway.proxy.head_editing import HeaderEdits
 from api_gateway.transport.discarded_response import DiscardedResponse
 from api_gateway.transport.pool import StaleConnection
 from api_gateway.transport.upstream_call import UpstreamCall
+from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
+
+logger = logging.getLogger(__name__)
 
 # What becomes of a copy, besides the class of the status of a complete response.
 BUSY, BODY_TOO_LARGE, INCOMPLETE, UNAVAILABLE = "busy", "body_too_large", "incomplete", "unavailable"
@@ -31,6 +38,7 @@ MIRROR_RESULTS = (
 )
 
 # Framing is written anew, as the body of a copy is complete. A tunnel and interim responses are not for copies.
+_CLOCK_STEP = 0.001  # seconds by which the event loop may call early
 _FRAMING = frozenset(
     {b"content-length", b"transfer-encoding", b"te", b"trailer", b"expect", b"upgrade", b"connection"}
 )
@@ -53,14 +61,21 @@ class Mirroring:
     keeps_credentials: bool
     edits: HeaderEdits
 
+    def kept_lines(self, lines: bytes, facts: KeepsEditedLines) -> bytes:
+        """Return the header lines of a request that a copy has; they are kept with `facts`, see `HeadEditor`."""
+        editor, known, kept = facts.edited
+        if editor is not self or known is not lines:
+            kept = self.edits.kept_lines(lines)
+            facts.edited = self, lines, kept
+        return kept
+
     @staticmethod
     def edits_of(removed: frozenset[bytes], *, keeps_credentials: bool) -> HeaderEdits:
         """Return what a copy loses: framing, credentials unless they are kept, and `removed` (lower case)."""
         return HeaderEdits(removed | _FRAMING | (frozenset() if keeps_credentials else CREDENTIAL_FIELDS))
 
 
-@dataclass(frozen=True, slots=True)
-class CopiedHead:
+class CopiedHead(NamedTuple):
     """The head of a copy. `fields` are lines with a line break before each; `host` is that of the client."""
 
     method: str
@@ -133,7 +148,9 @@ class Mirrors:
         self._draw = draw
         self._observe = observe
         self._in_flight = in_flight
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._sent: dict[SentCopy, None] = {}  # in their order
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf  # the time of the timer
 
     def __repr__(self) -> str:
         return f"<Mirrors [{self._in_flight.total()} in flight]>"
@@ -156,10 +173,25 @@ class Mirrors:
         return RequestCopy(self, route, mirroring, client, head)
 
     def send(self, copy: RequestCopy, *, has_body: bool) -> None:
-        """Send a copy in a task of its own."""
-        task = asyncio.get_running_loop().create_task(self._send(copy, has_body=has_body), name="mirrored request")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        """Send a copy: at once on an idle connection, else in a task that opens one."""
+        client, head, now = copy.client, copy.head, self._clock()
+        try:
+            attempt = client.upstream.acquire(now, head.key, is_safe=head.method in IDEMPOTENT)
+        except Unavailable:
+            self.end(copy, UNAVAILABLE)
+            return
+        message = head.message(client.host_of(attempt.target, head.host), len(copy.body) if has_body else None)
+        sent = SentCopy(self, copy, attempt, message + copy.body, now + copy.mirroring.timeout)
+        self._sent[sent] = None
+        if sent.end_at < self._due:
+            self._watch(sent.end_at, now)
+        sent.begin()
+
+    def ended(self, sent: "SentCopy", result: str) -> None:
+        """Count a copy that was sent, and return its place at the upstream."""
+        del self._sent[sent]
+        sent.attempt.release(self._clock())
+        self.end(sent.copy, result)
 
     def end(self, copy: RequestCopy, result: str) -> None:
         """Count a copy that has ended."""
@@ -167,59 +199,108 @@ class Mirrors:
         self._observe(copy.route, result)
 
     async def close(self) -> None:
-        """Cancel all copies and wait until they have ended."""
-        await cancel_and_wait(*self._tasks)
+        """Break off all copies, and wait until their tasks have ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks = [sent.task for sent in self._sent if sent.task is not None]
+        for sent in list(self._sent):
+            sent.end(CANCELLED)
+        await cancel_and_wait(*tasks)
 
-    async def _send(self, copy: RequestCopy, *, has_body: bool) -> None:
-        result = BROKEN_OFF
-        try:
-            async with asyncio.timeout(copy.mirroring.timeout):
-                result = await self._result(copy, has_body=has_body)
-        except (TimeoutError, httpx.TimeoutException):
-            result = TIMED_OUT
-        except httpx.TransportError:
-            result = BROKEN_OFF
-        except asyncio.CancelledError:
-            result = CANCELLED
-            raise
-        finally:
-            self.end(copy, result)
+    def _watch(self, end_at: float, now: float) -> None:
+        """Look for copies that take too long at `end_at`, the first time at which one may."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = end_at
+        self._timer = asyncio.get_running_loop().call_later(end_at - now, self._break_off)
 
-    async def _result(self, copy: RequestCopy, *, has_body: bool) -> str:
-        client, head = copy.client, copy.head
+    def _break_off(self) -> None:
+        """End the copies that take too long. One timer serves all, as nearly all copies end long before it."""
+        self._timer, self._due = None, math.inf
+        now = self._clock() + _CLOCK_STEP
+        for sent in [one for one in self._sent if one.end_at <= now]:
+            sent.end(TIMED_OUT)
+        if self._sent:
+            self._watch(min(one.end_at for one in self._sent), self._clock())
+
+
+class SentCopy:
+    """A copy from its sending to its end. `end` has an effect once; `task` opens a connection, if none was idle."""
+
+    def __init__(self, mirrors: Mirrors, copy: RequestCopy, attempt: Attempt, message: bytes, end_at: float) -> None:
+        """`end_at` is the time on the clock of `mirrors` at which it is broken off."""
+        self.copy = copy
+        self.attempt = attempt
+        self.end_at = end_at
+        self.task: asyncio.Task[None] | None = None
+        self._message = message
+        self._mirrors: Mirrors | None = mirrors
+        self._response: DiscardedResponse | None = None
+
+    def __repr__(self) -> str:
+        return f"<SentCopy {self.copy!r} [{self._response}]>"
+
+    def begin(self) -> None:
+        """Send it, or begin to open a connection for it."""
+        idle = self.copy.client.idle_connection(self.attempt.target, None)
+        if idle is None:
+            self._connect()
+        else:
+            self._start(idle)
+
+    def end(self, result: str) -> None:
+        """Let go of the connection, and count the copy."""
+        mirrors, self._mirrors = self._mirrors, None
+        if mirrors is None:
+            return
+        if self.task is not None:
+            self.task.cancel()
+        if self._response is not None:
+            self._response.close()
+        mirrors.ended(self, result)
+
+    def _connect(self) -> None:
+        self.task = asyncio.get_running_loop().create_task(self._send_anew(), name="mirrored request")
+
+    async def _send_anew(self) -> None:
+        client, target = self.copy.client, self.attempt.target
         try:
-            attempt = client.upstream.acquire(self._clock(), head.key, is_safe=head.method in IDEMPOTENT)
-        except Unavailable:
-            return UNAVAILABLE
-        target = attempt.target
-        try:
-            message = head.message(client.host_of(target, head.host), len(copy.body) if has_body else None)
-            idle = client.idle_connection(target, None)
-            if idle is not None:
-                try:
-                    return await _exchange(idle, copy, message)
-                except StaleConnection:
-                    if head.method not in IDEMPOTENT:
-                        raise
             connection = await client.connection(target, None, client.limits["connect"], _ignore, is_fresh=True)
-            return await _exchange(connection, copy, message)
-        finally:
-            attempt.release(self._clock())
+        except httpx.TransportError as error:
+            self.task = None
+            self.end(_result_of(error))
+            return
+        self.task = None
+        if self._mirrors is None:  # the cancellation came too late
+            connection.close()
+        else:
+            self._start(connection)
 
+    def _start(self, connection: UpstreamCall) -> None:
+        copy = self.copy
+        self._response = response = DiscardedResponse(
+            connection, copy.head.method, copy.client.limits, copy.mirroring.max_response_bytes, self._on_end
+        )
+        try:
+            connection.start(response, self._message)
+        except Exception:  # what becomes of a copy must not reach the request that is copied
+            logger.exception("route %s: a request could not be copied", copy.route)
+            self.end(BROKEN_OFF)
 
-async def _exchange(connection: UpstreamCall, copy: RequestCopy, message: bytes) -> str:
-    """Send a copy on a connection, and return its result. Raises httpx.TransportError."""
-    response = DiscardedResponse(connection, copy.head.method, copy.client.limits, copy.mirroring.max_response_bytes)
-    try:
-        connection.start(response, message + copy.body)
-        await response.ended
+    def _on_end(self, response: DiscardedResponse) -> None:
         error = response.error
-        if error is not None:
-            response.error = None  # a raised error refers to frames that refer to this: a cycle
-            raise error
-        return RESPONSE_TOO_LARGE if response.is_too_large else _STATUSES[response.status // 100]
-    finally:
-        response.close()
+        response.error = None
+        if error is None:
+            self.end(RESPONSE_TOO_LARGE if response.is_too_large else _STATUSES[response.status // 100])
+        elif isinstance(error, StaleConnection) and self.copy.head.method in IDEMPOTENT and self._mirrors is not None:
+            response.close()
+            self._connect()  # of a new connection, which is never stale
+        else:
+            self.end(_result_of(error))
+
+
+def _result_of(error: Exception) -> str:
+    return TIMED_OUT if isinstance(error, httpx.TimeoutException) else BROKEN_OFF
 
 
 def _ignore() -> None:

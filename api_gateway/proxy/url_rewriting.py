@@ -10,9 +10,10 @@ that the cookie belongs to the gateway. Other domains are replaced as configured
 
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from api_gateway.models import Exchange, HeaderList
+from api_gateway.proxy.edited_lines import KeepsEditedLines
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
@@ -61,6 +62,7 @@ class UrlRewriter:
     cookies: bool = False
     domains: tuple[tuple[bytes, bytes], ...] = ()
     replacement: bytes = b""
+    needs_authorities: ClassVar[bool] = True
     request_line: bytes = field(init=False, repr=False)  # that is added to the request, with a line break before it
     _lines: re.Pattern[bytes] = field(init=False, repr=False)
     _domains: dict[bytes, bytes] = field(init=False, repr=False, compare=False)
@@ -74,7 +76,7 @@ class UrlRewriter:
         object.__setattr__(self, "_lines", re.compile(pattern))
         object.__setattr__(self, "_domains", dict(self.domains))
 
-    def edited(self, lines: bytes, _exchange: Exchange, _raw_target: bytes) -> bytes:
+    def edited(self, lines: bytes, _facts: KeepsEditedLines, _exchange: Exchange, _raw_target: bytes) -> bytes:
         """Return the header lines for the upstream, see `HeadEditor`."""
         return lines
 

@@ -14,10 +14,13 @@ from pydantic import ValidationError
 from api_gateway.assembly.route_actions import compression_of, mirroring_of
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import BadRequest, StartupError
-from api_gateway.models import Exchange
+from api_gateway.http1.fast_parser import pairs_of
+from api_gateway.http1.headers import fields_of
+from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.selected_lines import at_level, by_route
-from api_gateway.proxy.compression import GZIP, ZSTD, Compression, GzipEncoder, weights_of
+from api_gateway.proxy.compression import GZIP, VARIES, ZSTD, Compression, GzipEncoder, weights_of
 from api_gateway.proxy.direct_answers import DirectAnswer
+from api_gateway.proxy.edited_lines import NOTHING_EDITED
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
 from api_gateway.proxy.mirroring import BODY_TOO_LARGE, BUSY, INCOMPLETE, CopiedHead, Mirrors
 from api_gateway.proxy.path_rewriting import PathRewriting
@@ -144,6 +147,12 @@ def test_fields_that_the_gateway_depends_on_cannot_be_changed(name: str) -> None
         RequestHeadersSection.model_validate({"set": {"X-A": "a\r\nX-B: c"}})
 
 
+class Facts:
+    """What belongs to the header fields of requests, see `KeepsEditedLines`."""
+
+    edited = NOTHING_EDITED
+
+
 def test_values_of_a_request_end_no_line_and_fields_are_replaced_by_name_alone() -> None:
     editor = HeadEditor(
         HeaderEdits(frozenset({b"x-gone"}), ((b"X-Set", ValueTemplate.of("<{client}>")),)),
@@ -153,10 +162,40 @@ def test_values_of_a_request_end_no_line_and_fields_are_replaced_by_name_alone()
     exchange.client = type("Named", (), {"id": "a\r\nX-Evil: \u00e9 1"})()
     lines = b"\r\nX-GONE: 1\r\nx-set: old\r\nX-Sets: kept\r\nA: X-Gone: 2\r\n"
     expected = b"\r\nX-Sets: kept\r\nA: X-Gone: 2\r\nX-Set: <a%0D%0AX-Evil:%20%C3%A9%201>\r\n"
-    assert editor.edited(lines, exchange, b"/api") == expected
+    assert editor.edited(lines, Facts(), exchange, b"/api") == expected
     for forged in (b"\r\nX_Set: admin\r\n", b"\r\nx_SET: admin\r\nX_Gone: 1\r\n"):  # CGI reads X_Set as X-Set
-        assert editor.edited(forged, exchange, b"/api") == b"\r\nX-Set: <a%0D%0AX-Evil:%20%C3%A9%201>\r\n"
+        assert editor.edited(forged, Facts(), exchange, b"/api") == b"\r\nX-Set: <a%0D%0AX-Evil:%20%C3%A9%201>\r\n"
     assert editor.request.kept([(b"X_Set", b"1"), (b"X-Sets", b"2")]) == [(b"X-Sets", b"2")]
+
+
+@pytest.mark.parametrize("text", ["fixed", "<{request_id}>"])
+def test_lines_that_are_kept_with_a_header_section_are_those_of_the_same_route_and_lines(text: str) -> None:
+    def editor_of(name: bytes) -> HeadEditor:
+        return HeadEditor(HeaderEdits(frozenset({b"x-gone"}), ((name, ValueTemplate.of(text)),)), HeaderEdits())
+
+    facts, editors = Facts(), (editor_of(b"X-One"), editor_of(b"X-Two"))
+    for number, lines in enumerate([b"\r\nA: 1\r\nX-Gone: 1\r\n", b"\r\nA: 2\r\n", b"\r\n"] * 2):
+        for _ in range(2):
+            for name, editor in zip((b"X-One", b"X-Two"), editors, strict=True):
+                exchange = Exchange(f"r{number}", "GET", "/api", "peer", 0.0)
+                value = text.format(request_id=exchange.id).encode()
+                expected = lines.replace(b"X-Gone: 1\r\n", b"") + name + b": " + value + b"\r\n"
+                assert editor.edited(lines, facts, exchange, b"/api") == expected
+    assert HeadEditor(HeaderEdits(), HeaderEdits()).edited(b"\r\n", facts, exchange, b"/api") == b"\r\n"
+
+
+@given(TARGETS.map(str.encode))
+def test_parameters_of_a_plain_path_are_what_the_closer_look_finds(raw_path: bytes) -> None:
+    def outcome(template: str, path: bytes) -> dict[str, bytes] | str:
+        try:
+            found = path_parameters(template, path)
+        except BadRequest as error:
+            return str(error)
+        return {name: value.replace(b"%61", b"a") for name, value in found.items()}
+
+    # A character that is encoded leaves the fast way, and stands for itself.
+    for template in ("/{id}", "/a/{id}", "/{one}/{two}"):
+        assert outcome(template, raw_path) == outcome(template, raw_path.replace(b"a", b"%61"))
 
 
 # Weights
@@ -251,6 +290,53 @@ def test_the_head_of_a_compressed_response_says_so() -> None:
     kept = [(b"Vary", b"Origin, ACCEPT-encoding"), (b"ETag", b'W/"x"')]
     assert POLICY.headers(kept, None) == kept
     assert POLICY.headers(kept, GZIP) == [*kept, (b"content-encoding", b"gzip")]
+
+
+RESPONSE_FIELDS = st.lists(
+    st.sampled_from(
+        [
+            *[(b"Content-Type", one) for one in (b"text/html; charset=utf-8", b"TEXT/plain", b"image/png")],
+            *[(b"content-length", one) for one in (b"99", b"100", b"1000")],
+            *[(b"ETag", b'"x"'), (b"etag", b'W/"x"'), (b"Accept-Ranges", b"bytes"), (b"X-Vary", b"1")],
+            *[(b"VARY", b"Origin"), (b"Vary", b"accept-encoding"), (b"Cache-Control", b"public")],
+            *[(b"cache-control", b"max-age=1, No-Transform"), (b"Content-Encoding", b"br"), (b"Digest", b"x")],
+        ]
+    ),
+    max_size=5,
+    unique_by=lambda pair: pair[0].lower(),
+)
+
+
+@given(headers=RESPONSE_FIELDS, status=st.sampled_from([200, 204, 206, 304, 404]))
+def test_a_plain_head_is_judged_and_changed_as_its_fields_are(headers: HeaderList, status: int) -> None:
+    head = b"HTTP/1.1 %d OK" % status + b"".join([b"\r\n%b: %b" % pair for pair in headers])
+    found = POLICY.concerns_plain(status, head)
+    if found is None:  # the fields have to be looked at
+        return
+    assert found is POLICY.concerns(status, fields_of(headers))
+
+    def in_any_order(given: HeaderList) -> list[tuple[bytes, bytes]]:
+        return sorted((name.lower(), value) for name, value in given)
+
+    if found:
+        assert in_any_order(pairs_of(head + VARIES)) == in_any_order(POLICY.headers(headers, None))
+        compressed = pairs_of(POLICY.plain_head(head, GZIP))
+        assert in_any_order(compressed) == in_any_order(POLICY.headers(headers, GZIP))
+
+
+def test_the_coding_of_a_request_is_found_in_its_lines_and_remembered_within_a_limit() -> None:
+    for _ in range(2):
+        for accepted, expected in ((b"gzip", GZIP), (b"br", None)):
+            lines = b"\r\nA: 1\r\naccept-ENCODING: %b\r\nX-Accept-Encoding: zstd\r\n" % accepted
+            found = POLICY.coding_for(lines)
+            assert (None if found is None else found[0]) == expected
+    assert POLICY.coding_for(b"\r\n") is None
+    both = POLICY.coding_for(b"\r\nAccept-Encoding: gzip;q=0.1\r\nAccept-Encoding: zstd\r\n")
+    assert both is not None
+    assert both[0] == ZSTD
+    for number in range(1_000):
+        POLICY.coding_for(b"\r\nAccept-Encoding: gzip;q=0.%03d\r\n" % number)
+    assert len(POLICY._known) <= 64
 
 
 def test_an_encoder_that_flushes_holds_nothing_back() -> None:
