@@ -19,12 +19,16 @@ from api_gateway.proxy.identity_sources import NO_EXPIRY, Claim, Proof, Question
 from api_gateway.proxy.route_table import Route
 
 _PREFIX = KEY_PREFIX.encode()
-_PREFIX_IN_BASE64 = base64.b64encode(_PREFIX)[:5]  # the characters that the following ones do not change
+# The prefix behind a multiple of 3 bytes, and 0, 1 or 2 more: the characters that what surrounds it does not change.
+_IN_BASE64 = tuple(
+    [base64.b64encode(before + _PREFIX)[a:b] for before, a, b in ((b"", 0, 5), (b"-", 2, 6), (b"--", 3, 8))]
+)
+_PREFIX_IN_BASE64 = _IN_BASE64[0]
 _NO_BASE64 = re.compile(rb"[^A-Za-z0-9+/]+")
 _AUTHORIZATION = b"authorization"
 _RETRY_AFTER = 1.0  # seconds
 _SECOND_WORD = re.compile(rb"\S++[ \t]++" + _PREFIX)
-_OTHER_FORM = _PREFIX  # stands for a key in `Authorization` that is neither a bearer token nor the user name of Basic
+_OTHER_FORM = b" "  # stands for a key in `Authorization` in another form; the value of no field
 
 
 class KeyProof(Proof):
@@ -54,7 +58,7 @@ class ApiKeySource:
     """Identifies clients by API keys. Other values of the same header fields belong to the upstream."""
 
     name = "api_key"
-    markers = (_PREFIX, _PREFIX_IN_BASE64)
+    markers = (_PREFIX, *_IN_BASE64)
 
     def __init__(self, directory: KeyDirectory, header: str) -> None:
         """`header` is the name of the header field for keys alone."""
@@ -141,9 +145,11 @@ def _key_in_authorization(value: bytes) -> bytes | None:
     rest = rest.lstrip(b" ")
     if scheme.lower() == b"bearer" and rest.startswith(_PREFIX):
         return rest
-    if scheme.lower() == b"basic" and (user := _user_of_basic(rest)) is not None:
+    is_basic = scheme.lower() == b"basic"
+    if is_basic and (user := _user_of_basic(rest)) is not None:
         return user
     is_ours = value.startswith(_PREFIX) or _SECOND_WORD.match(value) is not None or has_plain_key(value)
+    is_ours = is_ours or (is_basic and _has_key_within(rest))
     return _OTHER_FORM if is_ours else None
 
 
@@ -158,7 +164,16 @@ def _user_of_basic(credentials: bytes) -> bytes | None:
     return user if user.startswith(_PREFIX) else None
 
 
+def _has_key_within(credentials: bytes) -> bool:
+    """Tell whether Basic credentials have a key in another place than that of the user name, as the password is."""
+    return any(part in credentials for part in _IN_BASE64) and has_plain_key(_leniently_decoded(credentials))
+
+
 def _is_read_as_key(credentials: bytes) -> bool:
     """Tell whether a decoder that ignores what is no base64 would find a key, or its beginning."""
+    return _leniently_decoded(credentials).startswith(_PREFIX)
+
+
+def _leniently_decoded(credentials: bytes) -> bytes:
     found = _NO_BASE64.sub(b"", credentials)
-    return base64.b64decode(found[: len(found) // 4 * 4]).startswith(_PREFIX)
+    return base64.b64decode(found[: len(found) // 4 * 4])

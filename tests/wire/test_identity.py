@@ -405,6 +405,7 @@ def test_a_key_in_another_form_is_refused_and_not_forwarded(
     forms = (
         *(f"Authorization: Bearer\t{key}", f'Authorization: Bearer "{key}"', f"Authorization: Bearer {key}, x"),
         *(f"X-API-Key: Bearer {key}", f"X_API_Key: {key}", f"X-API_Key: {key}", f"x-api-key: x, {key}"),
+        *(f"Authorization: {basic(f'{user}:{key}')}" for user in ("", "u", "us")),
     )
     for form in forms:
         with RawClient(keyed.port) as client:
