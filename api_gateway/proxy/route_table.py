@@ -251,6 +251,13 @@ class RouteTable:
                         return route
         return None
 
+    def at_any_host(self, path: str) -> list[Route]:
+        """Return the routes for a path (percent-decoded) by precedence, whichever their hosts, conditions, methods."""
+        suffixes = sorted(self._suffixes, key=len, reverse=True)
+        tables = [*self._hosts.values(), *(self._suffixes[suffix] for suffix in suffixes), self._any]
+        path = matching_path(path)
+        return [route for table in tables for _, routes in table.groups(path) for route in routes]
+
     def passed_over(
         self, host: str, method: str, path: str, raw_target: bytes, fields: FieldValues
     ) -> list[tuple[Route, str]]:

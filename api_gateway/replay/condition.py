@@ -22,6 +22,7 @@ CONDITION_FIELDS: dict[str, type] = {
     "limited_before": float,
     "newly_limited": float,
     "newly_allowed": float,
+    "not_evaluable": float,
     "longest_wait_seconds": float,
     "limited_seconds": float,
 }

@@ -10,8 +10,9 @@ from api_gateway.config import GatewayConfig
 from api_gateway.models import NANOSECONDS, Decision
 from api_gateway.printable_text import printable, shortened, table
 from api_gateway.replay.log_lines import LogEvent
+from api_gateway.replay.logged_routes import route_notes
 from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
-from api_gateway.replay.simulation import SHARED, has_periods, unlogged_parts
+from api_gateway.replay.simulation import SHARED, has_periods, logged_routes_of, unlogged_parts
 from api_gateway.replay.tally import EXACT, Agreement
 
 Document = dict[str, Any]
@@ -63,6 +64,7 @@ def document_of(
             "limited": tally.limited,
             "newly_limited": tally.newly_limited_by.total(),
             "newly_allowed": sum(client["newly_allowed"] for client in clients),
+            "not_evaluable": sum(client["not_evaluable"] for client in clients),
             "refused_otherwise": tally.refused_otherwise,
             "credential_checks_refused": tally.checks_refused,
             "clients": len(clients),
@@ -79,7 +81,7 @@ def document_of(
             "candidate": _agreement(tally.agreement),
             "current": None if current is None else _agreement(tally.current_agreement),
         },
-        "not_evaluable": list(_not_evaluable(replayed, candidate[1])),
+        "not_evaluable": list(_not_evaluable(replayed, candidate[1], has_current=current is not None)),
         "cannot_know": [*UNKNOWN, _FULL if replayed.snapshot is None else _FROM],
         "processes": replayed.processes,
         "seconds": round(replayed.seconds, 3),
@@ -166,20 +168,9 @@ def _difference(event: LogEvent, outcome: Decision | None) -> Document:
     }
 
 
-def _not_evaluable(replayed: Replayed, candidate: GatewayConfig) -> Iterator[str]:
+def _not_evaluable(replayed: Replayed, candidate: GatewayConfig, *, has_current: bool) -> Iterator[str]:
     """Yield what the candidate has that the log does not suffice for."""
-    hosts = [route.name for route in candidate.routes if route.host is not None]
-    if hosts:
-        yield (
-            f"routes with a host ({', '.join(hosts)}): hosts are not logged; a request is taken to have the host of"
-            " the route that it had"
-        )
-    conditional = [route.name for route in candidate.routes if route.match.headers or route.match.query]
-    if conditional:
-        yield (
-            f"routes with conditions ({', '.join(conditional)}): header fields and queries are not logged; a request"
-            " is taken to have none of them"
-        )
+    yield from route_notes(logged_routes_of(candidate), replayed.tally.doubts, has_writer=has_current)
     quotas = Quotas.of(candidate)
     for limit in quotas.concurrency:
         yield (

@@ -18,14 +18,14 @@ from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, ClientSource, Decision, Exchange, Quota
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
-from api_gateway.proxy.admission import Admission, RequestPlan, Stage, StageResult
+from api_gateway.proxy.admission import Admission, RequestPlan, Stage
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.limit_stage import DESCRIBED_ORGANISATION, LimitListStage, RateLimitStage
-from api_gateway.proxy.route_table import UNKNOWN_TARGET, Route, RouteTable
-from api_gateway.proxy.stages import RouteStage
+from api_gateway.proxy.route_table import UNKNOWN_TARGET, Route
 from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.replay.log_lines import LogEvent
+from api_gateway.replay.logged_routes import LoggedRoutes, LoggedRouteStage
 from api_gateway.replay.snapshot import ReplaySnapshot
 
 MAX_PROCESSES = 64  # whose buckets are held at the same time; those of the least recent ones are dropped
@@ -50,39 +50,6 @@ class _NoStore:
         return None
 
 
-class _RememberedRoutes:
-    """Determines the route and the cost of a method and a path once: logs have the same ones again and again."""
-
-    def __init__(self, routes: RouteTable) -> None:
-        self.stage = RouteStage(routes)
-        self._found: dict[tuple[str, str, str], tuple[Route | None, float]] = {}
-
-    def decide(self, plan: RequestPlan) -> StageResult:
-        """See `RouteStage`."""
-        exchange = plan.exchange
-        key = plan.facts.host, exchange.method, exchange.path
-        found = self._found.get(key)
-        if found is None:
-            outcome = self.stage.decide(plan)
-            if outcome is None:
-                if len(self._found) >= MAX_FACTS:
-                    self._found.clear()
-                self._found[key] = plan.route, exchange.cost
-            return outcome
-        plan.route, exchange.cost = route, _ = found
-        assert route is not None  # noqa: S101 - only found ones are remembered
-        exchange.route = route.name
-        return None
-
-    def inspect(self, plan: RequestPlan) -> StageResult:
-        """See `Stage`."""
-        return self.stage.inspect(plan)
-
-    def concerns(self, facts: HeaderFacts) -> bool:
-        """See `Stage`."""
-        return self.stage.concerns(facts)
-
-
 class _Buckets:
     """The buckets of one process, or of the store, with the admission that charges them."""
 
@@ -99,7 +66,7 @@ class _Buckets:
         rules = address_rules(config.addresses)
         stages: list[Stage] = [
             *([] if rules is None else [AddressStage(rules)]),
-            _RememberedRoutes(simulation.table),
+            simulation.route_stage,
             RouteAddressStage(),
             self.limits,
         ]
@@ -134,10 +101,7 @@ class Simulation:
         self.now_ns = 0
         self.wall = 0.0  # seconds since the epoch, which decide about calendar periods
         self.recorder = Recorder((), (), (), (50.0,), 0.0)
-        # The prefix is removed for the upstream only, and from the target as it was sent, which is not logged.
-        routes = [replace(route_of(section), strip_prefix="") for section in config.routes]
-        self.table = RouteTable(routes)
-        self._hosts = {route.name: route.host.replace("*", "any") for route in routes if route.host is not None}
+        routes = logged_routes_of(config)
         self._registry = ClientRegistry(
             self.quotas.tiers,
             config.default_tier,
@@ -146,6 +110,8 @@ class Simulation:
             rules=identity_rules(config),
         )
         self.limits = evaluable(self.quotas.limits)
+        self.routes = LoggedRoutes(routes, self.limits, None if before is None else logged_routes_of(before))
+        self.route_stage = LoggedRouteStage(self.routes)
         has_counters = any(isinstance(quota, PeriodQuota) for limit in self.limits for quota in limit.all_quotas)
         most = _UNLIMITED if config.store.is_shared else config.store.max_buckets
         self.counters = PeriodCounters(most) if has_counters else None
@@ -158,7 +124,7 @@ class Simulation:
         )
         # If nothing but the cost depends on the route: by method and path, of requests that got to the limits.
         self._costs: dict[tuple[str, str], float] | None = None
-        is_plain = not self.limits and not self._hosts and address_rules(config.addresses) is None
+        is_plain = not self.limits and not self.routes.is_conditional and address_rules(config.addresses) is None
         if is_plain and all(route.addresses is None for route in routes):
             self._costs = {}
         self._buckets: dict[str, _Buckets] = {}
@@ -172,6 +138,7 @@ class Simulation:
         """Decide on a logged request; None if another stage than the limits refuses it."""
         process, source, client_id = event[4], event[5], event[6]
         buckets = self._buckets_of(process, source)
+        self.routes.doubtful = ()
         if event[15] == '"address"':  # of the verification of a credential
             return self._check(buckets, event[8], event[0])
         costs, last = self._costs, buckets.last.get(client_id)
@@ -201,8 +168,7 @@ class Simulation:
         client = exchange.client = facts.client
         exchange.method, exchange.path, exchange.peer = method, path, address
         exchange.decision = None
-        if self._hosts:
-            facts.host = self._hosts.get(route, "")
+        self.route_stage.logged = route
         assert client is not None  # noqa: S101 - set with the facts
         self._follow_tier(buckets, client, at_ns)
         buckets.admission.decide(plan)
@@ -240,7 +206,7 @@ class Simulation:
         if not self.limits:
             return RateLimitStage(limiter=limiter, address_quota=address_quota, exempt=exempt)
         return LimitListStage(
-            limiter=limiter, address_quota=address_quota, exempt=exempt, limits=self.limits, routes=self.table
+            limiter=limiter, address_quota=address_quota, exempt=exempt, limits=self.limits, routes=self.routes.table
         )
 
     def check(self, event: LogEvent) -> Decision:
@@ -349,6 +315,11 @@ class Simulation:
         if tier_source == "credential":
             return self._registry.proved(client, tier)
         return client if quota is None else replace(client, quota=quota, source=cast("ClientSource", tier_source))
+
+
+def logged_routes_of(config: GatewayConfig) -> list[Route]:
+    """Return the routes of a configuration, which remove no prefix: the target as it was sent is not logged."""
+    return [replace(route_of(section), strip_prefix="") for section in config.routes]
 
 
 def evaluable(limits: Iterable[Limit]) -> list[Limit]:

@@ -25,6 +25,7 @@ class ClientTally:
         "longest_wait_ns",
         "newly_allowed",
         "newly_limited",
+        "not_evaluable",
         "refused_since_ns",
         "requests",
     )
@@ -35,6 +36,7 @@ class ClientTally:
         self.limited = 0
         self.newly_limited = 0
         self.newly_allowed = 0
+        self.not_evaluable = 0  # may have had another route
         self.first_ns = self.last_ns = 0  # of those that are newly limited
         self.longest_wait_ns = 0
         self.limited_ns = 0  # from a refusal to the next admission, summed
@@ -73,6 +75,7 @@ class ClientTally:
             "limited": self.limited,
             "newly_limited": self.newly_limited,
             "newly_allowed": self.newly_allowed,
+            "not_evaluable": self.not_evaluable,
             "longest_wait_seconds": self.longest_wait_ns / NANOSECONDS,
             "limited_seconds": self.limited_ns / NANOSECONDS,
             "first_ns": self.first_ns,
@@ -117,6 +120,7 @@ class ReplayTally:
         self.refused_otherwise = 0
         self.newly_limited_by: Counter[str] = Counter()
         self.checks_refused = 0
+        self.doubts: Counter[str] = Counter()  # requests that may have had a route, by route
         self.agreement, self.current_agreement = Agreement(), Agreement()
         self.timeline = [[0] * SLOTS for _ in range(4)]  # decisions; refused in the log, by current, by the candidate
 
@@ -175,6 +179,7 @@ class ReplayTally:
         if client is None:
             client = self.clients[key] = ClientTally()
         client.requests += 1
+        client.not_evaluable += bool(self._candidate.routes.doubtful)
         client.limited_before += was_limited
         if outcome is None:
             self.refused_otherwise += 1
@@ -201,6 +206,7 @@ class ReplayTally:
         self.refused_otherwise += other.refused_otherwise
         self.newly_limited_by += other.newly_limited_by
         self.checks_refused += other.checks_refused
+        self.doubts += other.doubts
         self.agreement.add(other.agreement)
         self.current_agreement.add(other.current_agreement)
         for mine, others in zip(self.timeline, other.timeline, strict=True):
@@ -209,6 +215,7 @@ class ReplayTally:
     def without_simulations(self) -> "ReplayTally":
         """Drop the simulations, so that the figures can be passed to another process; return the tally."""
         self._current = None
+        self.doubts = self._candidate.routes.doubts
         del self._candidate
         return self
 

@@ -22,13 +22,15 @@ from api_gateway.config import GatewayConfig, from_values
 from api_gateway.models import Charge, Client, Decision, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.replay import log_lines, simulation
+from api_gateway.replay import log_lines
 from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.external_sort import RunWriter, merged
 from api_gateway.replay.log_files import blocks_of, log_parts
 from api_gateway.replay.log_lines import ForeignLine, LogEvent, NotDecided, events_of
+from api_gateway.replay.logged_routes import LoggedRouteStage
 from api_gateway.replay.page import page_of
 from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import document_of, text_of
@@ -56,13 +58,22 @@ class Traffic:
         self.now_ns = start_ns
         self.exchanges: list[Exchange] = []
 
-    def request(self, client_id: str, tier: str = "FREE", *, after: float = 0.0, path: str = "/api/up/x") -> Exchange:
+    def request(
+        self,
+        client_id: str,
+        tier: str = "FREE",
+        *,
+        after: float = 0.0,
+        path: str = "/api/up/x",
+        route: str = "up",
+        cost: float = 1.0,
+    ) -> Exchange:
         """Decide on a request, `after` seconds after the one before."""
         self.now_ns += round(after * SECOND)
         quota = self.quotas[tier]
         client = Client(client_id, f"client:{client_id}", quota, "registered")
-        exchange = Exchange("1", "GET", path, "192.0.2.1", self.now_ns / SECOND, client, route="up", cost=1.0)
-        exchange.charges = [Charge(client.key, quota, quota.cost_ns(1))]
+        exchange = Exchange("1", "GET", path, "192.0.2.1", self.now_ns / SECOND, client, route=route, cost=cost)
+        exchange.charges = [Charge(client.key, quota, quota.cost_ns(cost))]
         exchange.number = self.numbers.next()
         exchange.decision = self.limiter.decide(exchange.charges, self.now_ns)
         exchange.finished = exchange.started + 1
@@ -296,9 +307,14 @@ def test_what_is_remembered_of_a_client_and_a_path_changes_no_decision(
     remembered = figures()
     assert remembered["totals"]["refused_otherwise"] > 0
     assert remembered["newly_limited_by"].keys() >= {"FREE", "address"}
-    monkeypatch.setattr(simulation._RememberedRoutes, "decide", lambda self, plan: self.stage.decide(plan))
+    monkeypatch.setattr(LoggedRouteStage, "decide", _afresh)
     monkeypatch.setattr(Simulation, "decide", _by_stages)
     assert figures() == remembered
+
+
+def _afresh(self: LoggedRouteStage, plan: RequestPlan) -> StageResult:
+    self._routes._found.clear()
+    return self._routes.decide(plan, self.logged)
 
 
 def _by_stages(self: Simulation, event: LogEvent) -> Decision | None:
@@ -333,6 +349,7 @@ def test_what_is_newly_limited_says_who_when_how_long_and_by_which_limit(tmp_pat
         "limited": 2,
         "newly_limited": 2,
         "newly_allowed": 0,
+        "not_evaluable": 0,
         "longest_wait_seconds": 9.0,
         "limited_seconds": 11.0,
         "limits": {"BASIC": 2},
@@ -363,12 +380,73 @@ def test_what_the_log_does_not_suffice_for_is_reported(tmp_path: Path) -> None:
     route = {"name": "up", "path": "/api/up", "upstream": "up", "host": "a.example"}
     candidate = config(tiers={"BASIC": None}, routes=[route])
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
-    hosts, tier, outage = found["not_evaluable"]
-    assert hosts.startswith("routes with a host (up):")
+    tier, outage = found["not_evaluable"]
     assert tier.startswith("tier BASIC:")
     assert outage.startswith("1 decisions by local_share:")
     assert found["totals"]["refused_otherwise"] == 0, "the request has the host of its route"
     assert found["agreement"]["candidate"]["compared"] == 0
+
+
+BETA = {"name": "beta", "path": "/api/up", "upstream": "up", "cost": 5, "match": {"headers": {"X-Beta": "1"}}}
+SHOP = {"name": "shop", "path": "/api/up", "upstream": "up", "cost": 2, "host": "*.shop.example"}
+PLAIN = {"name": "up", "path": "/api/up", "upstream": "up"}
+LARGE = {"tiers": {"BASIC": {"rate": 5, "capacity": 50}}}
+
+
+def replayed_with_conditions(
+    folder: Path, routes: Sequence[Any], current: Sequence[Any] | None = None, **sections: Any
+) -> dict[str, Any]:
+    """Replay ten requests of the route `up`, four of `beta` and two of `shop`, which their log names."""
+    traffic = Traffic()
+    for route, cost, count in (("up", 1, 10), ("beta", 5, 4), ("shop", 2, 2)):
+        for _ in range(count):
+            traffic.request("acme", "BASIC", route=route, cost=cost)
+    candidate = config(routes=list(routes), **LARGE, **sections)
+    wrote = None if current is None else config(routes=list(current), **LARGE)
+    return reported(replay_logs([log_of(folder, traffic.lines())], candidate, wrote, jobs=1), candidate, wrote)
+
+
+def test_requests_have_the_route_with_conditions_that_the_log_names(tmp_path: Path) -> None:
+    """By the configuration that wrote the log, all others have not met its conditions: every decision is the same."""
+    written = [BETA, SHOP, PLAIN]
+    found = replayed_with_conditions(tmp_path, written, written)
+    assert found["agreement"]["candidate"] == found["agreement"]["current"]
+    assert found["agreement"]["candidate"]["same"] == found["totals"]["decisions"] == 16
+    assert (found["not_evaluable"], found["totals"]["not_evaluable"]) == ([], 0)
+
+
+STRICTER = {"limits": [{"name": "shops", "key": "client", "rate": 1, "capacity": 2, "routes": ["new"]}]}
+NEW = SHOP | {"name": "new", "host": "new.shop.example", "match": {"query": {"v": "2"}}}
+
+
+@pytest.mark.parametrize(
+    ("routes", "current", "sections", "notes"),
+    [
+        ([BETA, SHOP, PLAIN], None, {}, {"beta": 10, "shop": 14}),
+        ([BETA, SHOP, PLAIN, NEW], [BETA, SHOP, PLAIN], {}, {"new": 14}),  # the requests of `shop` cost the same
+        ([BETA, SHOP, PLAIN, NEW], [BETA, SHOP, PLAIN], STRICTER, {"new": 16}),  # and now they are limited
+        ([BETA | {"match": {"headers": {"X-Beta": "2"}}}, SHOP, PLAIN], [BETA, SHOP, PLAIN], {}, {"beta": 14}),
+        ([BETA | {"cost": 1}, SHOP | {"cost": 1}, PLAIN], None, {}, {}),  # whichever it was, it costs the same
+        ([BETA], None, {}, {"beta": 12}),  # else the request has no route
+    ],
+)
+def test_requests_that_may_have_another_route_are_reported_by_route(
+    tmp_path: Path, routes: list[Any], current: list[Any] | None, sections: dict[str, Any], notes: dict[str, int]
+) -> None:
+    found = replayed_with_conditions(tmp_path, routes, current, **sections)
+    counts = [
+        re.match(r"route (\w+): (.+), which is not logged; (\d+) requests", one) for one in found["not_evaluable"]
+    ]
+    assert {one[1]: int(one[3]) for one in counts if one} == notes
+    assert all(("--current" in one) is (current is None) for one in found["not_evaluable"])
+    if "new" in notes:
+        assert "route new: host new.shop.example, query v = '2', which is not logged" in found["not_evaluable"][0]
+
+
+def test_a_condition_can_fail_a_check_for_requests_that_are_not_evaluable(tmp_path: Path) -> None:
+    found = replayed_with_conditions(tmp_path, [BETA, PLAIN])
+    assert found["totals"]["not_evaluable"] == 12, "those of the route that the candidate does not have, too"
+    assert ClientCondition("not_evaluable > 0").holds({"not_evaluable": 12})
 
 
 def test_limits_on_values_that_are_not_logged_are_not_evaluated(tmp_path: Path) -> None:
@@ -549,6 +627,7 @@ FIGURES = {
     "limited_before": 1,
     "newly_limited": 3,
     "newly_allowed": 0,
+    "not_evaluable": 0,
     "longest_wait_seconds": 2.5,
     "limited_seconds": 7.0,
 }
