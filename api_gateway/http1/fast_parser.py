@@ -16,6 +16,7 @@ from api_gateway.models import HeaderList
 _NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _VALUE = rb"(?! )[\x20-\x7e\x80-\xff]++(?<! )"
 _LINES = re.compile(rb"(?:\r\n" + _NAME + rb": " + _VALUE + rb")++\r\n")
+_PLAIN_VALUE, _PLAIN_NAME = re.compile(_VALUE), re.compile(rb"(" + _NAME + rb"): ")
 _PAIR = re.compile(rb"\r\n([^:]++): ([^\r]*+)")
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 _REQUEST_LINE = re.compile(
@@ -151,6 +152,17 @@ def parse_response_head(  # noqa: C901 - each branch is one field, or one kind o
     if keep_alive is not None:
         keep_alive = keep_alive[len(b"\r\nkeep-alive: ") :]
     return status, head, size, body_length, close is None, date is not None, cost, keep_alive
+
+
+def is_plain_value(value: bytes) -> bool:
+    """Tell whether a plain head may have a field with this value."""
+    return _PLAIN_VALUE.fullmatch(value) is not None
+
+
+def field_name(line: bytes) -> bytes:
+    """Return the name in a header line of a plain head, empty if it is no such line."""
+    match = _PLAIN_NAME.match(line)
+    return b"" if match is None else match[1]
 
 
 def pairs_of(head: bytes) -> HeaderList:

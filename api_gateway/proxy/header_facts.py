@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
-from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, lines_of, remove_lines
+from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, is_plain_value, lines_of, remove_lines
 from api_gateway.http1.forwarded import (
     BY_X_FORWARDED,
     ClientAddress,
@@ -43,13 +43,13 @@ from api_gateway.proxy.edited_lines import NOTHING_EDITED, EditedLines
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, Claim, IdentitySources, Proof
 from api_gateway.proxy.request_id import given_request_id
 from api_gateway.proxy.route_conditions import NO_FIELDS, FieldValues
+from api_gateway.proxy.varying_value import VaryingValue, varying_value
 
 MAX_INSPECTED = 32  # inspected header fields of a plain head
 MAX_REMEMBERED_BYTES = 4_096  # size of the largest header section that is remembered
 MAX_REMEMBERED = 1_024  # entries of each cache but the following
 MAX_NAMED = 16_384  # client ids with their facts, about 1 KB each
 MAX_FIRST = 256  # entries of the cache of whole header sections
-MAX_ID_BYTES = 128  # size of the largest client id
 _MAX_HOP_DIGITS = 9  # of Max-Forwards; a longer value is ignored
 NONE_KEYED: Mapping[bytes, str] = {}
 NONE_CHARGED: dict[tuple[str | None, str, float], list[Charge]] = {}  # replaced when the client is determined
@@ -204,12 +204,14 @@ class HeaderFacts:
 class RewrittenHeaders(NamedTuple):
     """The header lines of a plain head as received, their meaning, and the lines as sent upstream.
 
-    These do not depend on the credential, which is verified later.
+    These do not depend on the credential, which is verified later. `varying` is the value in which the lines differ
+    from those of the request before, None if that is not known.
     """
 
     received: bytes
     facts: HeaderFacts
     sent: bytes
+    varying: VaryingValue | None = None
 
 
 class HeaderReader:
@@ -319,11 +321,14 @@ class HeaderReader:
         if before is None:
             read = self._first if len(lines) <= MAX_REMEMBERED_BYTES else self._read_anew
             return read(peer, scheme, lines, max_lines)
-        if before.facts.rest is not None:
-            headers = self._of_another_client(before, lines)
-            if headers is not None:
-                return headers
-        return self._read_anew(peer, scheme, lines, max_lines)
+        varying = before.varying
+        if varying is not None:
+            value = varying.value_in(lines)
+            facts = None if value is None else self._facts_with(before.facts, varying, value)
+            if value is not None and facts is not None:
+                return RewrittenHeaders(lines, facts, varying.sent_with(value), varying)
+        headers = self._read_anew(peer, scheme, lines, max_lines)
+        return None if headers is None else self._compared(before, headers)
 
     def _read_anew(self, peer: str, scheme: str, lines: bytes, max_lines: int) -> RewrittenHeaders | None:
         """Find the inspected header fields, and look up their meaning."""
@@ -431,31 +436,34 @@ class HeaderReader:
         facts.name, facts.id_field, facts.rest = id_field[1].decode("ascii"), id_field, rest
         return facts
 
-    def _of_another_client(self, before: RewrittenHeaders, lines: bytes) -> RewrittenHeaders | None:
-        """Return what header lines mean that differ from earlier ones in the client id alone; None if in more.
+    def _compared(self, before: RewrittenHeaders, headers: RewrittenHeaders) -> RewrittenHeaders:
+        """Return header lines with the value in which they differ from earlier ones, if that is all.
 
-        A connection on which many clients send their requests, such as that of a proxy, need not be read anew.
+        The inspected fields are the same if the facts are, but for the client id if the facts share the rest.
         """
-        name, value = before.facts.id_field
-        rest = before.facts.rest
-        line = b"\r\n%b: %b\r\n" % (name, value)
-        start = before.received.find(line) + len(name) + 4
-        end = len(lines) - (len(before.received) - start - len(value))
-        if (
-            rest is None
-            or rest.owner is not self
-            or not 0 <= end - start <= MAX_ID_BYTES  # a slice that ends before its start raises if it is compiled
-            or not lines.startswith(before.received[:start])
-            or not lines.endswith(before.received[start + len(value) :])
-        ):
+        received, facts, sent, _ = headers
+        known = before.facts
+        is_other_client = facts is not known
+        if is_other_client and (facts.rest is None or facts.rest is not known.rest):
+            return headers
+        varying = varying_value(before.received, received, sent)
+        if varying is None:
+            return headers
+        is_known = varying.name == facts.id_field[0] if is_other_client else self._is_passed_on(varying.name)
+        return RewrittenHeaders(received, facts, sent, varying) if is_known else headers
+
+    def _is_passed_on(self, name: bytes) -> bool:
+        """Tell whether fields of this name never mean anything to the gateway."""
+        line = b"\r\n%b: 1\r\n" % name
+        return not self._inspected.find(line) and not self._credential_lines.find(line)
+
+    def _facts_with(self, facts: HeaderFacts, varying: VaryingValue, value: bytes) -> HeaderFacts | None:
+        """Return the facts of header lines that differ from earlier ones in one value; None if they must be read."""
+        if facts.owner is not self or self._may_have_credential(value):
             return None
-        if self._may_have_credential(lines):
-            return None
-        given = lines[start:end]
-        facts = self._named(rest, (name, given))
-        if facts is None:
-            return None
-        return RewrittenHeaders(lines, facts, before.sent.replace(line, b"\r\n%b: %b\r\n" % (name, given), 1))
+        if facts.rest is not None and varying.name == facts.id_field[0]:
+            return self._named(facts.rest, (varying.name, value))
+        return facts if is_plain_value(value) else None
 
     def _may_have_credential(self, lines: bytes) -> bool:
         """Return False if header lines have no credential of this gateway."""

@@ -1,4 +1,4 @@
-"""Header lines that differ from those of an earlier request in the client id alone mean the same as if read anew."""
+"""Header lines that differ from those of an earlier request in one value mean the same as if read anew."""
 
 import pytest
 from hypothesis import example, given
@@ -44,14 +44,47 @@ def test_lines_mean_the_same_whatever_came_before_on_the_connection(
     place: int,
     value: str,
 ) -> None:
-    """`is_similar`: the second header section is the first one with another value in one line."""
+    """`is_similar`: the last header section is the first one with another value in one line, and so is one between."""
     later = [*earlier] if is_similar else other
+    between = [*earlier]
     if is_similar and place < len(later):
         later[place] = (later[place][0], value)
+        between[place] = (between[place][0], "between")
     first = reader()
     before = first.read_lines(PEER, "http", lines_of(earlier), MOST)
+    before = first.read_lines(PEER, "http", lines_of(between), MOST, before) or before
     found = first.read_lines(PEER, "http", lines_of(later), MOST, before)
     assert meaning(found) == meaning(reader().read_lines(PEER, "http", lines_of(later), MOST))
+
+
+@pytest.mark.parametrize("name", ["traceparent", "X-Client-ID"])
+def test_lines_that_differ_in_one_value_from_two_earlier_requests_are_not_parsed(name: str) -> None:
+    """A value that the gateway does not inspect, or the client id; neither a credential nor a malformed value."""
+    one = reader()
+    before = None
+    for value in ("1", "22", "333"):
+        section = lines_of([("Host", "a"), (name, value), ("X-Note", "x"), ("Via", "1.1 other")])
+        before = one.read_lines(PEER, "http", section, MOST, before)
+        assert before is not None
+        assert meaning(before) == meaning(reader().read_lines(PEER, "http", section, MOST))
+    assert before is not None
+    assert before.varying is not None
+    assert before.varying.name == name.encode()
+    for value in (" 1", "1 ", "1\r\nVia: 1.1 x", "1\n", "\0", ""):
+        section = lines_of([("Host", "a"), (name, value), ("X-Note", "x"), ("Via", "1.1 other")])
+        found = one.read_lines(PEER, "http", section, MOST, before)
+        assert meaning(found) == meaning(reader().read_lines(PEER, "http", section, MOST))
+
+
+def test_a_value_that_the_gateway_inspects_is_read_each_time() -> None:
+    one = reader()
+    before = None
+    for value in ("1-1", "1-2", "1-3"):
+        section = lines_of([("Host", "a"), ("X-Request-ID", value)])
+        before = one.read_lines(PEER, "http", section, MOST, before)
+        assert before is not None
+        assert before.varying is None
+        assert before.facts.request_id == value
 
 
 @pytest.mark.parametrize("count", [2, 1_000])

@@ -96,9 +96,7 @@ class Setup:
         self.clients = ClientRegistry(
             {"FREE": FREE, "PREMIUM": PREMIUM}, "FREE", {"acme": "PREMIUM"}, SqliteClientStore(folder), rules=rules
         )
-        self.reader = HeaderReader(
-            id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=100, sources=self.sources
-        )
+        self.reader = self.another_reader()
         self.limiter = MemoryLimiter([ADDRESS])
         self.observed: list[GatewayError] = []
         self.bare: list[Client] = []
@@ -123,6 +121,10 @@ class Setup:
                 ),
             ]
         )
+
+    def another_reader(self) -> HeaderReader:
+        """Return a reader that remembers nothing."""
+        return HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=100, sources=self.sources)
 
     def plan(self, *lines: bytes, now: float = 0) -> RequestPlan:
         """Return a plan of a request on the fast path."""
@@ -175,6 +177,23 @@ def test_a_credential_of_others_belongs_to_the_upstream(setup: Setup) -> None:
     assert rewritten is not None
     assert b"\r\nauthorization: Bearer theirs\r\n" in rewritten.sent
     assert rewritten.facts.claim is None
+
+
+@pytest.mark.parametrize("name", ["Authorization", "X-Note", "X-Client-ID"])
+def test_a_credential_is_found_whatever_came_before_on_the_connection(setup: Setup, name: str) -> None:
+    """Requests before it differ from it, and from each other, in its value alone; a field of others has none."""
+    before = None
+    for value in ("Bearer a", "Bearer b", "Bearer c", "Ticket acme"):
+        lines = HOST + f"\r\naccept: x\r\n{name}: {value}\r\n".encode()
+        before = setup.reader.read_lines(PEER, "http", lines, 100, before)
+        anew = setup.another_reader().read_lines(PEER, "http", lines, 100)
+        assert before is not None
+        assert anew is not None
+        assert before.sent == anew.sent
+        assert before.facts.credentials == anew.facts.credentials
+        assert (before.facts.claim is None) == (anew.facts.claim is None)
+    assert before is not None
+    assert (before.facts.claim is None) == (name != "Authorization")
 
 
 def test_a_credential_of_the_gateway_is_not_forwarded(setup: Setup) -> None:
