@@ -43,6 +43,7 @@ from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.included_files import INCLUDE, default_route, read_settings
 from api_gateway.settings.limits import LimitSection
 from api_gateway.settings.repair import errors_of_repaired
+from api_gateway.settings.route_ownership import IncludeSection, ownership_lines
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.rules import Finding, find_errors
 from api_gateway.settings.secret import Unusable, noting_exposed
@@ -104,7 +105,7 @@ _WrittenTiers = BeforeValidator(lambda tiers: tiers, json_schema_input_type=dict
 
 
 def _listed(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
+    return [given] if isinstance(given, str | Mapping) else given
 
 
 class GatewayConfig(BaseSettings):
@@ -118,7 +119,9 @@ class GatewayConfig(BaseSettings):
     )
 
     include: Annotated[
-        list[str], BeforeValidator(_listed, json_schema_input_type=list[str] | str), Field(max_length=100)
+        list[IncludeSection],
+        BeforeValidator(_listed, json_schema_input_type=list[IncludeSection] | IncludeSection),
+        Field(max_length=100),
     ] = Field(default=[], description="Files of teams: paths with wildcards, from the folder of this file.")
     server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
@@ -287,6 +290,8 @@ def read_config(
         for detail in errors
         if detail["loc"] and not file.concerns_unset(path_of_error(detail))
     ]
+    if config is not None and not any("routes" in given for given in (current.values, sources.overrides)):
+        found += ownership_lines(config.routes, file)
     if any(detail["loc"] for detail in errors):
         errors, wrong = errors_of_repaired(
             merged, GatewayConfig, errors, lambda values: _made(values, _Read(file.path))

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,19 @@ class ConfigError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Ownership:
+    """The file that each route is from, and what files own; the main file has the number 0, included ones follow.
+
+    `files` are the names of the files, and `granted_at` is where the main file says what a file owns.
+    """
+
+    files: Sequence[str]
+    route_files: Sequence[int]
+    owns: Mapping[int, Sequence[str]]
+    granted_at: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
 class SettingsFile:
     """Parsed files: the values, and by place in lower case where each was set, such as `gateway.yaml:3`.
 
@@ -58,6 +71,7 @@ class SettingsFile:
     variables: Mapping[KeyPath, str] = field(default_factory=dict)
     unset: frozenset[KeyPath] = frozenset()
     included: tuple[Path, ...] = ()
+    ownership: Ownership | None = None  # None without included files
 
     def place(self, key_path: KeyPath) -> str:
         """Return where the value, or what encloses it, was set, followed by a colon; or "" if that is unknown."""

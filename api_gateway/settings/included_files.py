@@ -3,6 +3,7 @@
 An included file belongs to a team. It may only have the sections of `shared`, whose entries have names, and its limits
 are for routes of its own. It uses no variables: with them a team could have the gateway's secrets sent to itself, in
 the body of a fallback for instance. The entries of all files are put together; a name that is used twice is an error.
+Which requests a file may have is the subject of `route_ownership`.
 """
 
 import glob
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from api_gateway.settings.diagnostics import ConfigError, KeyPath, SettingsFile, path_text
+from api_gateway.settings.diagnostics import ConfigError, KeyPath, Ownership, SettingsFile, path_text
 from api_gateway.settings.secret import note_file
 from api_gateway.settings.toml_file import read_toml
 from api_gateway.settings.variables import expanded
@@ -24,28 +25,43 @@ WILDCARDS = "*?["
 def read_settings(path: Path, variables: Mapping[str, str], shared: Collection[str]) -> SettingsFile:
     """Read a configuration file and those that it includes. Raises ConfigError if one cannot be read."""
     main = _read(path, variables)
-    patterns = main.values.get(INCLUDE)
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+    given = main.values.get(INCLUDE)
+    entries = [given] if isinstance(given, str | Mapping) else given
+    patterns = [_pattern_of(one) for one in entries] if isinstance(entries, list) else [None]
+    if None in patterns:
         return main  # the validation reports what is wrong with it
     merged = _Merged(main, shared)
     unreadable: list[str] = []
-    for index, pattern in enumerate(patterns):
+    for index, (pattern, entry) in enumerate(zip(patterns, entries or (), strict=True)):
+        assert pattern is not None  # noqa: S101 - see above
         whole = Path(glob.escape(str(path.parent))) / pattern
         found = matching_files(whole)
         note_file(whole)
         if not found and not any(one in pattern for one in WILDCARDS):
-            place = main.places.get((INCLUDE, str(index))) or main.places.get((INCLUDE,), str(path))
-            unreadable.append(f"{place}: {INCLUDE}[{index}]: no such file, got {pattern!r}")
+            unreadable.append(f"{merged.place_of_include(index)}: {INCLUDE}[{index}]: no such file, got {pattern!r}")
         for one in found:
             note_file(one)
+            if one in merged.included:  # of several entries for a file, the first one counts
+                continue
             try:
-                merged.add(_read(one, None))
+                merged.add(_read(one, None), _owns(entry), merged.place_of_include(index))
             except ConfigError as error:
                 unreadable += error.problems
     if unreadable:
         raise ConfigError([*main.problems, *merged.problems, *unreadable])
     return merged.file()
+
+
+def _pattern_of(entry: Any) -> str | None:
+    """Return the path of an entry, None if it is no valid one."""
+    found = entry.get("path") if isinstance(entry, Mapping) else entry
+    owns = entry.get("owns", []) if isinstance(entry, Mapping) else []
+    is_valid = isinstance(found, str) and isinstance(owns, list) and all(isinstance(one, str) for one in owns)
+    return str(found) if is_valid else None
+
+
+def _owns(entry: Any) -> list[str]:
+    return entry.get("owns", []) if isinstance(entry, Mapping) else []
 
 
 def matching_files(pattern: Path) -> list[Path]:
@@ -74,17 +90,28 @@ class _Merged:
     problems: list[str] = field(init=False)
     unset: set[KeyPath] = field(init=False)
     included: list[Path] = field(default_factory=list)
-    without_routes: list[list[str]] = field(default_factory=list)  # upstreams of each file that has no routes
+    without_routes: list[tuple[int, str]] = field(default_factory=list)  # files without routes, and their upstreams
+    route_files: list[int] = field(default_factory=list)  # the number of each route's file, see `Ownership`
+    owns: dict[int, list[str]] = field(default_factory=dict)
+    granted_at: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.values, self.places = dict(self.main.values), dict(self.main.places)
         self.variables, self.problems = dict(self.main.variables), list(self.main.problems)
         self.unset = set(self.main.unset)
         self._note_routes(self.main)
+        routes = self.values.get("routes")
+        self.route_files = [0] * len(routes) if isinstance(routes, list) else []
 
-    def add(self, file: SettingsFile) -> None:
-        """Add the entries of an included file."""
+    def place_of_include(self, index: int) -> str:
+        """Return where an entry of `include` was set."""
+        return self.places.get((INCLUDE, str(index))) or self.places.get((INCLUDE,), str(self.main.path))
+
+    def add(self, file: SettingsFile, owns: list[str], granted_at: str) -> None:
+        """Add the entries of an included file, and what it owns by the place `granted_at` of the main one."""
         self.included.append(file.path or Path())
+        if owns:
+            self.owns[len(self.included)], self.granted_at[len(self.included)] = owns, granted_at
         self.problems += [*file.problems, *self._strange_sections(file), *_strange_limits(file)]
         self._note_routes(file)
         for section in (name for name in file.values if name in self.shared):
@@ -99,10 +126,12 @@ class _Merged:
 
     def file(self) -> SettingsFile:
         """Return all of it. If one file has routes, upstreams of the others get their own, as with one file alone."""
-        if self.values.get("routes"):
-            made = [route for names in self.without_routes for route in map(default_route, names)]
-            taken = {one.get("name") for one in self.values["routes"] if isinstance(one, Mapping)}
-            self.values["routes"] = [*self.values["routes"], *(one for one in made if one["name"] not in taken)]
+        routes = self.values.get("routes")
+        if self.without_routes and (routes or ("routes" not in self.values and self.owns)):
+            taken = {one.get("name") for one in routes or () if isinstance(one, Mapping)}
+            made = [(number, default_route(name)) for number, name in self.without_routes if name not in taken]
+            self.values["routes"] = [*(routes or ()), *(route for _, route in made)]
+            self.route_files += [number for number, _ in made]
         return SettingsFile(
             self.main.path,
             self.values,
@@ -111,12 +140,13 @@ class _Merged:
             self.variables,
             frozenset(self.unset),
             tuple(self.included),
+            Ownership([str(self.main.path), *map(str, self.included)], self.route_files, self.owns, self.granted_at),
         )
 
     def _note_routes(self, file: SettingsFile) -> None:
         upstreams = file.values.get("upstreams")
         if not file.values.get("routes"):
-            self.without_routes.append(_names(upstreams))
+            self.without_routes += [(len(self.included), name) for name in _names(upstreams)]
 
     def _strange_sections(self, file: SettingsFile) -> Iterator[str]:
         known = ", ".join(sorted(self.shared))
@@ -155,6 +185,8 @@ class _Merged:
                 continue
             self._copy(file, place, (section, str(len(merged))))
             merged.append(entry)
+            if section == "routes":
+                self.route_files.append(len(self.included))
         self.values[section] = merged
         self.places.setdefault((section,), file.places.get((section,), str(file.path)))
 

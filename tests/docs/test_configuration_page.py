@@ -64,10 +64,17 @@ def test_the_message_about_a_variable_is_the_one_of_the_page(tmp_path: Path, mon
 
 
 def test_the_file_of_a_team_is_added_to_the_main_one(tmp_path: Path) -> None:
-    main, team = blocks("yaml", "Files of teams")
+    main, team, owning = blocks("yaml", "Files of teams")
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d" / "orders.yaml").write_text(team)
     (tmp_path / "gateway.yaml").write_text(main)
     config = load_config(tmp_path / "gateway.yaml")
     assert set(config.upstreams) == {"users", "orders"}
     assert [limit.name for limit in config.limits] == ["orders-rate"]
+    (tmp_path / "conf.d" / "refunds.yaml").write_text(
+        "upstreams: {refunds: http://a}\nroutes: [{name: refunds, path: /api/orders/refunds, upstream: refunds}]\n"
+    )
+    with pytest.raises(ConfigError, match="overlaps '/api/orders' of the route 'orders'"):
+        load_config(tmp_path / "gateway.yaml")
+    (tmp_path / "gateway.yaml").write_text(owning)
+    assert [route.name for route in load_config(tmp_path / "gateway.yaml").routes] == ["website", "refunds", "orders"]
