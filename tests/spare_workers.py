@@ -1,9 +1,9 @@
 """Workers that are forked in advance, for the gateways of tests: an executed one imports for a second of CPU time.
 
-`--workers N` of a forked gateway (see `forked`) has N of them: forks that are made before anything of the gateway
-runs, and that wait for the descriptors and parameters of a worker. Its supervisor takes them for its first N workers.
-Workers that replace others, and those of a gateway whose configuration sets their number, are executed, as always
-outside the tests.
+A forked gateway (see `forked`) with `--workers N`, or with a file that sets `server.workers` to N, has N of them: they
+are forked before anything of the gateway runs, and wait for the descriptors and parameters of a worker. Its supervisor
+takes them for its first N workers. Workers that replace others, and those of `processes.fresh_process`, are executed,
+as always outside the tests.
 """
 
 import asyncio
@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from api_gateway.process.worker_config import ENTRY
 from api_gateway.system.held_signals import block_signals
@@ -93,11 +95,12 @@ class _Input:
 
 
 def install(arguments: Sequence[str], prepare: Callable[[], None]) -> None:
-    """Fork as many spares as `--workers` says; a supervisor in this process uses them for its first workers."""
-    if "--workers" not in arguments:
+    """Fork a spare for each worker; a supervisor in this process uses them for its first workers."""
+    number = _number_of_workers(arguments)
+    if number < 2:  # one process serves itself
         return
     spares: list[Spare] = []
-    for _ in range(_number(arguments[arguments.index("--workers") + 1])):
+    for _ in range(number):
         spares.append(Spare(spares, prepare))
     execute: Any = asyncio.create_subprocess_exec
 
@@ -109,9 +112,19 @@ def install(arguments: Sequence[str], prepare: Callable[[], None]) -> None:
     asyncio.create_subprocess_exec = start  # type: ignore[assignment]
 
 
-def _number(text: str) -> int:
-    """Return the number of workers that an argument means: 0 for one process, and for what is no number."""
-    return int(text) if text.isdigit() and int(text) > 1 else 0
+def _number_of_workers(arguments: Sequence[str]) -> int:
+    """Return what the command line says, or the file that it names; 0 for what is no number."""
+    if "--workers" in arguments:
+        text = arguments[arguments.index("--workers") + 1]
+        return int(text) if text.isdigit() else 0
+    if "--config" not in arguments:
+        return 0
+    try:
+        sections = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
+        found = sections["server"]["workers"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return 0
+    return found if isinstance(found, int) else 0
 
 
 def _wait_and_work(control: socket.socket, prepare: Callable[[], None]) -> None:

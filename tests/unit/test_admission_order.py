@@ -251,18 +251,16 @@ def assert_agree(told: dict[str, Any], protocol: dict[str, Any], asgi: dict[str,
     assert (told["reason"], told["status"]) == (protocol["reason"], protocol["status"])
 
 
-@pytest.mark.parametrize(("further", "count"), [((), 2_000), (LIMITS, 2_000)], ids=["tiers", "list"])
-async def test_thousands_of_requests_are_decided_alike_on_all_paths(
-    tmp_path: Path, further: Sequence[Limit], count: int
-) -> None:
+@pytest.mark.parametrize("further", [(), LIMITS], ids=["tiers", "list"])
+async def test_thousands_of_requests_are_decided_alike_on_all_paths(tmp_path: Path, further: Sequence[Limit]) -> None:
     choose = random.Random(14)
     protocol, asgi = Paths(tmp_path, further=further), Paths(tmp_path, further=further)
     reasons: Counter[str | None] = Counter()
     charged: Counter[int] = Counter()
-    for number in range(count):
-        if number % 500 == 0:
+    for number in range(1_000):
+        if number % 250 == 0:
             for one in (protocol, asgi):
-                one.shed(is_on=number % 2_000 == 0)
+                one.shed(is_on=number == 0)
         gap_ns = choose.choice((0, 0, 1, NANOSECONDS // 100, NANOSECONDS // 10))
         for one in (protocol, asgi):
             one.now_ns += gap_ns
@@ -297,7 +295,7 @@ async def test_thousands_of_requests_are_decided_alike_on_all_paths(
         *("overloaded", "rate_limited", "cost_exceeds_capacity"),
     }
     assert reasons.keys() == {None, *everything}
-    assert min(reasons.values()) > 20, reasons
+    assert min(reasons.values()) > 10, reasons
     assert max(charged) == (5 if further else 2)
 
 
