@@ -11,6 +11,7 @@ from importlib import import_module
 
 from api_gateway.process.start_options import add_start_options
 from api_gateway.system.build import version_line
+from api_gateway.system.collection import collection_paused
 from api_gateway.system.held_signals import block_signals
 
 _VIEWS = "api_gateway.process.view_commands", "run_view"
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parsed(given)
     if threading.current_thread() is threading.main_thread():
         block_signals()
-    exit_code: int = import_module("api_gateway.process.serve_command").run_gateway(options)
+    with collection_paused():
+        exit_code: int = import_module("api_gateway.process.serve_command").run_gateway(options)
     return exit_code
 
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from fastapi.concurrency import run_in_threadpool
 
 from api_gateway._version import __version__
 from api_gateway.admin.audit_log import AuditFile, AuditLog
 from api_gateway.admin.context import AdminContext, Lifecycle
-from api_gateway.admin.endpoints import install
+from api_gateway.admin.endpoints import Endpoints
 from api_gateway.admin.explainer import Explainer
 from api_gateway.admin.gate import OperatorGate
 from api_gateway.admin.health_cache import HealthCache
@@ -65,18 +64,23 @@ class GatewayApp(FastAPI):
         self.server: UvicornServer | None = None  # that runs the application, once it has begun the lifespan
         self.listener: Listener | None = None  # set if that server uses the gateway's own protocol
         self.has_admin_listener = has_admin_listener
-        endpoints = install(self, refused)
-        self._own_routes = len(self.routes)
+        self._endpoints = Endpoints(self, super().__call__, refused)
         self.gate = OperatorGate(
-            super().__call__,
+            self._endpoints,
             access=NO_ACCESS,
-            endpoints=endpoints,
+            endpoints=self._endpoints.first_segments,
             has_admin_listener=has_admin_listener,
             readiness=self._readiness,
             health=self._health,
             limits=OperatorLimits(clocks.monotonic_ns),
             refused=refused,
         )
+
+    @property
+    def routes(self) -> list[Any]:
+        """All routes, the gateway's own first. The first access imports the modules of those not requested yet."""
+        self._endpoints.complete()
+        return super().routes
 
     @property
     def fast_path(self) -> FastPathProvider | None:
@@ -122,7 +126,7 @@ class GatewayApp(FastAPI):
     @property
     def _is_extended(self) -> bool:
         """True if the embedding program has added routes or middleware, so that any path may be its own."""
-        return len(self.routes) != self._own_routes or not self._has_no_other_middleware
+        return len(self.router.routes) != self._endpoints.present_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
         context: AdminContext | None = getattr(self.state, "admin_context", None)
@@ -176,7 +180,6 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
-        await run_in_threadpool(_nothing)  # creates the framework's thread pool, so that no request waits for that
         listener = app.listener = _listener_of(app.server, settings, rejections)
         changed = on_change if listener is None else partial(_apply_to_listener, listener, on_change)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
@@ -277,10 +280,6 @@ def _apply_to_listener(
     listener.change(config.server)
     if on_change is not None:
         on_change(config)
-
-
-def _nothing() -> None:
-    """Do nothing, in a thread."""
 
 
 def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregator) -> AdminContext:

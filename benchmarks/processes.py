@@ -11,7 +11,7 @@ from pathlib import Path
 
 from api_gateway.storage.embedded_server import find_server
 
-LISTEN_TIMEOUT = 30.0
+LISTEN_TIMEOUT = 60.0
 STOP_TIMEOUT = 40.0
 _TICK = os.sysconf("SC_CLK_TCK")
 _PARENT, _USER = 1, 11  # fields of /proc/<pid>/stat after the name: ppid; utime, stime, cutime, cstime

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from api_gateway.admin.endpoints import ROUTERS
 from tests import spare_workers
 from tests.loop_watch import watch_for
 from tests.measured import VARIABLE, measure_into
@@ -24,7 +25,12 @@ PRELOADED = [
     "api_gateway.cli",
     "api_gateway.process.serve_command",
     "api_gateway.process.operator_access",
+    "api_gateway.process.server",
     "api_gateway.process.worker",
+    *(f"api_gateway.admin.{module}" for module, _, _ in ROUTERS),
+    "api_gateway.admin.health_view",
+    "api_gateway.assembly.shared_store",
+    "anyio._backends._asyncio",
     "tests.forked",
     "uvloop",
     "uvicorn.loops.uvloop",

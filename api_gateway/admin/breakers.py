@@ -8,7 +8,8 @@ from api_gateway.admin.audit_log import AuditAction
 from api_gateway.admin.breaker_overrides import Override
 from api_gateway.admin.context import AdminContext, Audited, Guarded, who
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TOKEN, rendered
-from api_gateway.admin.views import target_health_view, utc, wall_time
+from api_gateway.admin.utc_times import utc, wall_time
+from api_gateway.admin.views import target_health_view
 from api_gateway.errors import InvalidValue, NoRoute
 from api_gateway.eventloop.pacing import each, paced
 from api_gateway.reporting.snapshot import BreakerSnapshot

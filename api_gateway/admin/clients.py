@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from api_gateway.admin.audit_log import AuditAction
 from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
-from api_gateway.admin.views import wall_time
+from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.limit import OwnBucket, client_buckets, limits_of_client, moved_buckets

@@ -10,7 +10,7 @@ from api_gateway.admin.context import Audited, Guarded, who
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN, rendered
 from api_gateway.admin.reload_views import record_view, reload_view
 from api_gateway.admin.settings_view import settings_of
-from api_gateway.admin.views import wall_time
+from api_gateway.admin.utc_times import wall_time
 from api_gateway.reload.outcome import ReloadResult
 from api_gateway.reporting.reload_schema import ConfigurationInForce, Reloaded
 

@@ -3,8 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -14,13 +13,13 @@ from api_gateway.admin.explainer import Explainer
 from api_gateway.admin.feed import Feed
 from api_gateway.admin.gate import OPERATOR, REQUEST_ID
 from api_gateway.admin.health_cache import HealthCache
-from api_gateway.admin.health_view import health_view
 from api_gateway.admin.operators import Operator
-from api_gateway.admin.views import wall_time
+from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import ClientIdInvalid, Forbidden
+from api_gateway.eventloop.late_imports import late_import
 from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
 from api_gateway.limits.concurrency import LocalSlots
@@ -31,6 +30,9 @@ from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.system.clocks import Clocks
 from api_gateway.usage.ledger import UsageLedger
+
+if TYPE_CHECKING:
+    from api_gateway.reporting.upstream_schema import HealthView
 
 
 class Lifecycle(StrEnum):
@@ -70,10 +72,13 @@ class AdminContext:
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
-        self.health = HealthCache(
-            partial(health_view, self.aggregator, self.clocks, self.version), self.clocks.monotonic
-        )
+        self.health = HealthCache(self._health_view, self.clocks.monotonic)
         self.feed = Feed(self.aggregator, self.clocks, self.overrides)
+
+    async def _health_view(self) -> "HealthView":
+        module = await late_import("api_gateway.admin.health_view")
+        view: HealthView = await module.health_view(self.aggregator, self.clocks, self.version)
+        return view
 
 
 def _context(request: Request) -> AdminContext:

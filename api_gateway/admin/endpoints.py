@@ -1,31 +1,20 @@
-"""Installation of the operator endpoints in an application, with their schema and error responses."""
+"""The operator endpoints of an application, with their schema and error responses.
+
+The modules of endpoints, whose models take a third of the time of a start, are imported when a request needs them.
+"""
 
 import asyncio
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from api_gateway.admin import (
-    audit,
-    breakers,
-    clients,
-    configuration,
-    dashboard,
-    explain,
-    health,
-    history,
-    keys,
-    limits,
-    metrics,
-    quotas,
-    usage,
-)
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
@@ -35,41 +24,95 @@ from api_gateway.errors import (
     NoRoute,
     problem,
 )
+from api_gateway.eventloop.late_imports import import_gently
+from api_gateway.http1.asgi import ASGIApp, Receive, Scope, Send
 from api_gateway.http1.request_paths import path_as_sent
 
-_ROUTERS = (
-    health.router,
-    configuration.router,
-    audit.router,
-    dashboard.router,
-    metrics.router,
-    breakers.router,
-    explain.router,
-    history.router,
-    clients.overview_router,
-    clients.router,
-    limits.router,
-    keys.router,
-    quotas.router,
-    usage.router,
+# In the order of the schema: module of this package, name of the router there, first segments of its paths.
+ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
+    ("health", "router", frozenset({"health", "healthz", "readyz"})),
+    ("configuration", "router", frozenset({"configuration", "reload"})),
+    ("audit", "router", frozenset({"audit"})),
+    ("dashboard", "router", frozenset({"dashboard"})),
+    ("metrics", "router", frozenset({"metrics"})),
+    ("breakers", "router", frozenset({"circuit-breakers"})),
+    ("explain", "router", frozenset({"explain"})),
+    ("history", "router", frozenset({"explain", "history"})),
+    ("clients", "overview_router", frozenset({"clients"})),
+    ("clients", "router", frozenset({"clients"})),
+    ("limits", "router", frozenset({"limits", "tiers"})),
+    ("keys", "router", frozenset({"clients"})),
+    ("quotas", "router", frozenset({"clients"})),
+    ("usage", "router", frozenset({"usage"})),
 )
+_BACKEND = "anyio._backends._asyncio"  # of the framework's thread pool, which it would import on the event loop
 
 
-def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
-    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths.
+class Endpoints:
+    """Serves operator endpoints by `app`, to which the routes are added when the first request needs them.
 
-    `refused` counts error responses by reason.
+    States of a router: absent, present; none is removed.
     """
-    app.state.refused = refused
-    app.state.rendered_schemas = {}
-    for router in _ROUTERS:
-        app.router.routes.extend(router.routes)  # `include_router` would build their models anew for each application
-    app.add_exception_handler(GatewayError, _error_response)
-    app.add_exception_handler(RequestValidationError, _error_response)
-    app.add_exception_handler(HTTPException, _error_response)
-    app.add_exception_handler(Exception, _error_response)  # the framework re-raises it, and the server logs it
-    app.router.routes.insert(0, Route("/openapi.json", _schema))
-    return frozenset(route.path.split("/")[1] for route in _routes(app)) | {"docs"}
+
+    def __init__(self, app: FastAPI, serve: ASGIApp, refused: Counter[str]) -> None:
+        """`serve` is the application without its gate. `refused` counts error responses by reason."""
+        self._routes = app.router.routes
+        self._serve = serve
+        self._lock = threading.Lock()
+        self._counts: dict[int, int] = {}  # routes of each router that is present, by its place in ROUTERS
+        app.state.refused = refused
+        app.state.rendered_schemas = {}
+        app.add_exception_handler(GatewayError, _error_response)
+        app.add_exception_handler(RequestValidationError, _error_response)
+        app.add_exception_handler(HTTPException, _error_response)
+        app.add_exception_handler(Exception, _error_response)  # the framework re-raises it, and the server logs it
+        self._routes.insert(0, Route("/openapi.json", _schema))
+        self._first = len(self._routes)  # index of the first route of a router
+
+    def __repr__(self) -> str:
+        return f"<Endpoints [{len(self._counts)} of {len(ROUTERS)} routers present]>"
+
+    @property
+    def first_segments(self) -> frozenset[str]:
+        """The first segments of all paths."""
+        return frozenset({"docs", "openapi.json"}).union(*(segments for _, _, segments in ROUTERS))
+
+    @property
+    def present_routes(self) -> int:
+        """The number of routes in the application that are the gateway's own."""
+        return self._first + sum(self._counts.values())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        absent = self._absent(scope["path"].split("/")[1])
+        if absent:
+            await asyncio.to_thread(self._add, absent)
+        await self._serve(scope, receive, send)
+
+    def complete(self) -> None:
+        """Add all routes that are absent. Blocks."""
+        self._add(range(len(ROUTERS)))
+
+    def _absent(self, first_segment: str) -> list[int]:
+        return [
+            place
+            for place, (_, _, segments) in enumerate(ROUTERS)
+            if first_segment in segments and place not in self._counts
+        ]
+
+    def _add(self, places: Collection[int]) -> None:
+        """Add routes before those of the embedding program. Their order is that of ROUTERS."""
+        import_gently(_BACKEND)
+        for place in places:
+            module, name, _ = ROUTERS[place]
+            router: APIRouter = getattr(import_gently(f"{__package__}.{module}"), name)
+            with self._lock:
+                if place in self._counts:
+                    continue
+                first = self._first + sum(count for other, count in self._counts.items() if other < place)
+                # `include_router` would build their models anew for each application
+                self._routes[first:first] = router.routes
+                self._counts[place] = len(router.routes)
 
 
 async def _schema(request: Request) -> Response:
@@ -109,7 +152,7 @@ def _allow(request: Request) -> str:
 
 def _routes(app: FastAPI) -> Iterator[Route]:
     """Return the routes of the operator endpoints."""
-    return (route for route in app.routes if isinstance(route, Route))
+    return (route for route in app.router.routes if isinstance(route, Route))
 
 
 def _gateway_error(raised: Exception) -> GatewayError:

@@ -8,9 +8,12 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from api_gateway.models import Clock
-from api_gateway.reporting.upstream_schema import HealthView
+
+if TYPE_CHECKING:
+    from api_gateway.reporting.upstream_schema import HealthView
 
 MAX_AGE = 1.0  # seconds
 REUSE = 10  # multiple of the rendering time for which the operators' body is reused
@@ -36,7 +39,7 @@ class HealthCache:
     the requests that wait for it, but is not kept.
     """
 
-    def __init__(self, render: Callable[[], Awaitable[HealthView]], clock: Clock) -> None:
+    def __init__(self, render: Callable[[], "Awaitable[HealthView]"], clock: Clock) -> None:
         self._render = render
         self._clock = clock
         self._bodies = _NEVER
@@ -78,7 +81,7 @@ class HealthCache:
         try:
             view = await self._render()
             full = view.model_dump_json(exclude_unset=True).encode()
-            word = HealthView(status=view.status).model_dump_json(exclude_unset=True).encode()
+            word = type(view)(status=view.status).model_dump_json(exclude_unset=True).encode()
             now = self._clock()
             bodies = HealthBodies(full, word, now, now + min(REUSE * (now - began), MAX_AGE))
             if self._rendering is this:

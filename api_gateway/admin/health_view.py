@@ -4,7 +4,8 @@ from dataclasses import asdict
 from typing import Literal
 
 from api_gateway.admin.reload_views import configuration_view
-from api_gateway.admin.views import upstream_view, wall_time
+from api_gateway.admin.utc_times import wall_time
+from api_gateway.admin.views import upstream_view
 from api_gateway.eventloop.pacing import each, paced
 from api_gateway.metrics import GATEWAY
 from api_gateway.reporting.metrics_view import concurrency_view

@@ -10,7 +10,7 @@ from api_gateway.admin.context import AdminContext, Guarded
 from api_gateway.admin.history_queries import MAX_FOUND, STATUS, Members
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 from api_gateway.admin.spent_tokens import spent_by
-from api_gateway.admin.views import wall_time
+from api_gateway.admin.utc_times import wall_time
 from api_gateway.errors import NoRoute
 from api_gateway.http1.request_paths import unescaped
 from api_gateway.observability.request_history import HistoryLimits

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from heapq import nlargest, nsmallest
 from typing import Any
 
-from api_gateway.admin.views import wall_time
+from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.eventloop.pacing import Steps
 from api_gateway.models import NANOSECONDS, Clock

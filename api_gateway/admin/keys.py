@@ -22,7 +22,7 @@ from api_gateway.admin.key_schema import (
     RotationRequest,
 )
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, STORE_REFUSAL, TOKEN
-from api_gateway.admin.views import wall_time
+from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import RANDOM_BYTES, ApiKey, digest_of, has_key, new_key, shown_id
 from api_gateway.clients.records import UNCHANGED, ClientRecord
 from api_gateway.errors import InvalidValue, NoRoute

@@ -1,6 +1,6 @@
 """Views of the configuration in force and of a reload."""
 
-from api_gateway.admin.views import wall_time
+from api_gateway.admin.utc_times import wall_time
 from api_gateway.errors import Draining, InternalError, InvalidValue
 from api_gateway.reload.outcome import ReloadOutcome, ReloadRecord, ReloadResult, ReloadState
 from api_gateway.reporting.reload_schema import ConfigurationView, Reloaded, ReloadView, SettingChanged

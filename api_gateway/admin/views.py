@@ -1,7 +1,6 @@
 """Views of upstreams and their targets: the results of health checks and outlier detection, in UTC times."""
 
-from datetime import UTC, datetime
-
+from api_gateway.admin.utc_times import utc
 from api_gateway.reporting.snapshot import HostNameSnapshot, OutlierSnapshot, TargetSnapshot, UpstreamSnapshot
 from api_gateway.reporting.upstream_schema import (
     ActiveView,
@@ -105,13 +104,3 @@ def _name_view(name: HostNameSnapshot, now: Moment) -> NameView:
         queried_at=None if name.asked_at is None else utc(name.asked_at, now),
         error=name.error,
     )
-
-
-def utc(at: float, now: Moment) -> str:
-    """Return a monotonic time, in seconds, as UTC wall-clock time in ISO 8601 with milliseconds."""
-    return wall_time(now.wall_of(at))
-
-
-def wall_time(at: float) -> str:
-    """Return seconds since the epoch as UTC in ISO 8601 with milliseconds."""
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

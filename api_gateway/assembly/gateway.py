@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -25,16 +27,15 @@ from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.quotas import QuotaKeeping
 from api_gateway.assembly.route_actions import mirrored_routes
 from api_gateway.assembly.routes import cors_of, route_of
-from api_gateway.assembly.store_schema import hold_store_schema
 from api_gateway.assembly.stores import (
     REPLACED_WITHIN,
-    Limiter,
     Quotas,
     hold_state_folder,
     limiter_of,
     move_buckets,
     registry_of,
     requote,
+    shared_store,
 )
 from api_gateway.assembly.tracing import Tracing, TracingPlan, tracing_plan
 from api_gateway.assembly.upstreams import (
@@ -57,8 +58,6 @@ from api_gateway.errors import StartupError
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.concurrency import LocalSlots
-from api_gateway.limits.concurrency_leases import LeasedSlots
-from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
@@ -68,7 +67,7 @@ from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.proxy.mirroring import MIRROR_RESULTS, Mirrors
 from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.route_table import Route, RouteTable
-from api_gateway.rate_limiter import RateLimiter
+from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.system.clocks import Clocks
@@ -81,6 +80,9 @@ from api_gateway.transport.shielded import ShieldedTransport
 from api_gateway.upstreams.dns import Resolve
 from api_gateway.upstreams.upstream_client import UpstreamClient
 from api_gateway.usage.ledger import UsageLedger
+
+if TYPE_CHECKING:
+    from api_gateway.assembly.stores import Limiter
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class Gateway:
     table: RouteTable
     priorities: PriorityClasses
     upstreams: Mapping[str, LiveUpstream]
-    limiter: Limiter  # of buckets
+    limiter: "Limiter"  # of buckets
     charging: RateLimiter  # of requests: the same, or with counters of calendar quotas
     keeping: QuotaKeeping
     slots: LocalSlots  # of concurrency limits, that requests of this process hold
@@ -205,7 +207,8 @@ class Assembly:
             raise_descriptor_limit()
             stack.push_async_callback(self._stop_demo)
             await hold_state_folder(config, stack, replaced_within)
-            await hold_store_schema(config, stack)
+            if config.store.is_shared:
+                await import_module("api_gateway.assembly.store_schema").hold_store_schema(config, stack)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
             stack.push_async_callback(gateway.tracing.close)
@@ -221,12 +224,11 @@ class Assembly:
             await start_usage(gateway.usage, stack)
             following = asyncio.create_task(gateway.clients.follow(), name="client store")
             stack.push_async_callback(_cancelled, following)
-            if isinstance(gateway.limiter, RedisLimiter):
+            if not isinstance(gateway.limiter, MemoryLimiter):
                 stack.push_async_callback(gateway.limiter.close)
                 await gateway.limiter.start()
-            if isinstance(gateway.slots, LeasedSlots):
-                stack.push_async_callback(gateway.slots.close)
-                await gateway.slots.start()
+            stack.push_async_callback(gateway.slots.close)
+            await gateway.slots.start()
             stack.push_async_callback(gateway.keeping.close)
             await gateway.keeping.open(config)
             gateway.keeping.follow_webhook(config.webhook)
@@ -315,11 +317,12 @@ class Assembly:
         before.keeping.follow_webhook(config.webhook)
         return self.gateway
 
-    def _slots(self, config: GatewayConfig, limiter: Limiter, recorder: Recorder) -> LocalSlots:
-        if not isinstance(limiter, RedisLimiter):
+    def _slots(self, config: GatewayConfig, limiter: "Limiter", recorder: Recorder) -> LocalSlots:
+        if isinstance(limiter, MemoryLimiter):
             return LocalSlots(recorder.in_flight_by_limit)
         name = f"{self._source.getrandbits(64):016x}"
-        return LeasedSlots(recorder.in_flight_by_limit, limiter, worker=name, prefix=config.store.prefix)
+        slots: LocalSlots = shared_store().shared_slots(config, limiter, recorder.in_flight_by_limit, name)
+        return slots
 
     def _on_key_fetch(self, issuer: str, succeeded: bool) -> None:  # noqa: FBT001 - a callback
         self.gateway.recorder.observe_key_fetch(issuer, succeeded=succeeded)

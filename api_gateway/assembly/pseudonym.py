@@ -5,10 +5,10 @@ import logging
 import re
 import secrets
 
+from api_gateway.assembly.stores import shared_store
 from api_gateway.config import GatewayConfig
 from api_gateway.http1.via import DEFAULT_PSEUDONYM
 from api_gateway.settings.setting_types import PSEUDONYM
-from api_gateway.storage.redis_session import StoreError, StoreSession
 from api_gateway.system.state_folder import create_once, own_folder
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ async def pseudonym_of(config: GatewayConfig) -> str:
     store is unavailable uses its own. If nothing can be written, it is that of this process only.
     """
     own = await asyncio.to_thread(_kept, config)
-    return await _agreed(config, own) if config.store.is_shared else own
+    return _checked(await shared_store().agreed_pseudonym(config, own)) or own if config.store.is_shared else own
 
 
 def _kept(config: GatewayConfig) -> str:
@@ -33,18 +33,6 @@ def _kept(config: GatewayConfig) -> str:
     except (OSError, ValueError) as error:
         logger.debug("the pseudonym is not kept: %s", error)
         return made
-
-
-async def _agreed(config: GatewayConfig, own: str) -> str:
-    try:
-        session = StoreSession(config.store.url.get_secret_value(), timeout=config.store.timeout)
-        try:
-            return _checked(await session.set_once(f"{config.store.prefix}:via", own)) or own
-        finally:
-            await session.close()
-    except StoreError as error:
-        logger.debug("the pseudonym is not shared: %s", error)
-        return own
 
 
 def _checked(text: str) -> str | None:

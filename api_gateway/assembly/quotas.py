@@ -5,6 +5,8 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
@@ -15,14 +17,15 @@ from api_gateway.limits.period_standing import MICROSECONDS, UNITS_PER_TOKEN, Pe
 from api_gateway.limits.period_store import PeriodJournal, PeriodStore
 from api_gateway.limits.quota_book import LocalBook, QuotaBook, StoreBook
 from api_gateway.limits.quota_limiter import QuotaLimiter
-from api_gateway.limits.redis_limiter import RedisLimiter
-from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.settings.webhook import WebhookSection, signing_key
 from api_gateway.system.clocks import Clocks
 from api_gateway.system.state_folder import own_folder
 from api_gateway.transport.webhooks import Webhook, WebhookEvent
+
+if TYPE_CHECKING:
+    from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +94,7 @@ class QuotaKeeping:
         if isinstance(buckets, MemoryLimiter):
             return QuotaLimiter(buckets, self.counters, wall_clock=self._clocks.wall, on_warned=self._on_warned)
         if self._in_store is None:  # kept, as it has what is to be charged in the store
-            assert isinstance(buckets, RedisLimiter)  # noqa: S101 - there are two limiters of buckets
-            self._in_store = StoreQuotaLimiter(
+            self._in_store = import_module("api_gateway.limits.store_quota_limiter").StoreQuotaLimiter(
                 buckets, prefix=config.store.prefix, wall_clock=self._clocks.wall, on_warned=self._on_warned
             )
         return self._in_store

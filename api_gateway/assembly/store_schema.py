@@ -60,7 +60,7 @@ async def hold_store_schema(
 
     Raises StartupError.
     """
-    if config.store.is_shared and not await check_store_schema(config):
+    if not await check_store_schema(config):
         checking = asyncio.create_task(_check_later(config, stop), name="version of the store")
         stack.push_async_callback(cancel_and_wait, checking)
 

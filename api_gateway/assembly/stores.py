@@ -3,18 +3,18 @@
 import asyncio
 import logging
 import multiprocessing
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import compress
 from operator import not_
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 from api_gateway.assembly.identity import identity_rules
 from api_gateway.clients.records import ClientStore
-from api_gateway.clients.redis_store import RedisClientStore
 from api_gateway.clients.registry import ClientRegistry, PreviousClients
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import GatewayConfig
@@ -23,17 +23,19 @@ from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
 from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
-from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.limits import AllowanceSection, LimitSection
-from api_gateway.storage.redis_session import StoreSession
 from api_gateway.system.clocks import Clocks
 from api_gateway.system.state_folder import FolderInUse, FolderOfNewer, StateError, StateFolder, own_folder
 
+if TYPE_CHECKING:
+    from api_gateway.limits.redis_limiter import RedisLimiter
+
+    Limiter = MemoryLimiter | RedisLimiter
+
 logger = logging.getLogger(__name__)
 
-Limiter = MemoryLimiter | RedisLimiter
 REPLACED_WITHIN = 5.0  # seconds that a worker may need to end when another one has been started in its place
 _RETRY_INTERVAL = 0.1  # seconds
 
@@ -240,7 +242,7 @@ def configured_clients(config: GatewayConfig) -> dict[str, str]:
 
 
 def requote(
-    limiter: Limiter,
+    limiter: "Limiter",
     clients: ClientRegistry,
     configs: tuple[GatewayConfig, GatewayConfig],
     quotas: tuple[Quotas, Quotas],
@@ -251,12 +253,12 @@ def requote(
     clients.bump_version()
     clients.keys.outage_tolerance = after.identity.api_key.outage_tolerance
     store = after.store
-    if isinstance(limiter, RedisLimiter):
+    if isinstance(limiter, MemoryLimiter):
+        limiter.bucket_limit = store.max_buckets
+    else:
         limiter.reconfigure(
             store.on_failure, max(store.min_gateway_processes, after.server.workers), store.max_buckets
         )
-    else:
-        limiter.bucket_limit = store.max_buckets
     old, new = quotas
     rules = identity_rules(after)
     terms = (before.default_tier, before.clients), (after.default_tier, after.clients)
@@ -266,23 +268,13 @@ def requote(
     limiter.change_quotas(new.all, PreviousQuotas(old, earlier).of, now_ns)
 
 
-def limiter_of(config: GatewayConfig, quotas: list[Quota], clocks: Clocks) -> Limiter:
+def limiter_of(config: GatewayConfig, quotas: list[Quota], clocks: Clocks) -> "Limiter":
     """Build the rate limiter. Raises StartupError if the TLS files of the store cannot be used."""
     store = config.store
     if not store.is_shared:
         return MemoryLimiter(quotas, bucket_limit=store.max_buckets)
-    return RedisLimiter(
-        _session(config),
-        quotas,
-        policy=store.on_failure,
-        deadline=store.decision_timeout,
-        processes=max(store.min_gateway_processes, config.server.workers),
-        bucket_limit=store.max_buckets,
-        prefix=store.prefix,
-        clock=clocks.monotonic,
-        clock_ns=clocks.monotonic_ns,
-        source=random.Random(),  # noqa: S311 - names a process and spreads attempts, guards nothing
-    )
+    limiter: RedisLimiter = shared_store().shared_limiter(config, quotas, clocks)
+    return limiter
 
 
 def client_store(config: GatewayConfig) -> ClientStore:
@@ -290,17 +282,16 @@ def client_store(config: GatewayConfig) -> ClientStore:
     store = config.store
     if not store.keeps_clients:
         return SqliteClientStore(own_folder(config.state_dir))
-    return RedisClientStore(_session(config), prefix=store.prefix)
+    clients: ClientStore = shared_store().shared_clients(config)
+    return clients
 
 
-def _session(config: GatewayConfig) -> StoreSession:
-    try:
-        return StoreSession(config.store.url.get_secret_value(), timeout=config.store.timeout)
-    except OSError as error:
-        raise StartupError(f"store.url: the files cannot be used: {error}") from error
+def shared_store() -> Any:
+    """Return the module that builds what uses the shared store."""
+    return import_module("api_gateway.assembly.shared_store")
 
 
-def move_buckets(limiter: Limiter, limits: Iterable[Limit], before: Client, after: Client, now_ns: int) -> None:
+def move_buckets(limiter: "Limiter", limits: Iterable[Limit], before: Client, after: Client, now_ns: int) -> None:
     """Change the quotas of a client's buckets: another gateway has changed its tier, or its grant has expired."""
     for key, old, new in moved_buckets(limits, before, after):
         limiter.change_quota(key, old, new, now_ns)

@@ -4,11 +4,12 @@ A request takes one slot of each limit that applies to it, or none, and returns 
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from api_gateway.models import NANOSECONDS, Charge, ConcurrencySlot, Decision, Exchange, Quota
+from api_gateway.rate_limiter import RateLimiter
 
 SHORTEST_HINT, LONGEST_HINT = 1.0, 60.0  # seconds of `Retry-After`
 DURATIONS = 9  # of a key's last requests, whose median is the hint
@@ -85,6 +86,23 @@ class LocalSlots:
 
     def __repr__(self) -> str:
         return f"<LocalSlots [{len(self.counters)} keys]>"
+
+    async def start(self) -> None:
+        """Begin to share slots with other processes, if they are shared."""
+
+    async def close(self) -> None:
+        """End what `start` has begun."""
+
+    def ask(
+        self,
+        exchange: Exchange,
+        limiter: RateLimiter,
+        charges: SlottedCharges,
+        now_ns: int,
+        on_decision: Callable[[Decision], None],
+    ) -> None:
+        """Have the limiter charge a request and count it. Only for shared slots: others are decided at once."""
+        raise NotImplementedError
 
     def follow(self, names: Iterable[str]) -> None:
         """Have a figure of each limit, also of one without requests."""

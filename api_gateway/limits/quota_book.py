@@ -1,13 +1,15 @@
 """Where operators read and change the counters of calendar quotas: in this process, or in the store."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from api_gateway.errors import StoreUnavailable
 from api_gateway.limits.period_counters import PeriodCounters
 from api_gateway.limits.period_standing import MICROSECONDS, Adjustment, PeriodQuota, Standing, standing_of
 from api_gateway.limits.period_store import CounterRow, PeriodJournal, row_of
-from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
+
+if TYPE_CHECKING:
+    from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 
 
 class QuotaBook(Protocol):
@@ -72,7 +74,7 @@ class LocalBook:
 class StoreBook:
     """The counters in the store. Implements `QuotaBook`."""
 
-    def __init__(self, limiter: StoreQuotaLimiter) -> None:
+    def __init__(self, limiter: "StoreQuotaLimiter") -> None:
         self._limiter = limiter
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 
 from api_gateway.assembly.identity import claim_notice
 from api_gateway.assembly.stores import client_store, state_folder
@@ -13,7 +14,6 @@ from api_gateway.config import GatewayConfig, Loaded
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.process.config_watch import ConfigSource
 from api_gateway.process.message_log import configure_logging
-from api_gateway.process.server import GatewayServer
 from api_gateway.process.start_check import file_errors, key_warnings, startup_errors, startup_warnings
 from api_gateway.process.start_options import overrides_of
 from api_gateway.process.supervisor import Supervisor
@@ -91,9 +91,13 @@ def _serve(config: GatewayConfig, source: ConfigSource, *, is_watched: bool) -> 
     manager = ServiceManager.of(os.environ)
     if config.server.workers > 1:
         return asyncio.run(Supervisor(config, source, is_watched=is_watched, manager=manager).run())
-    server = GatewayServer(config, read=source, is_watched=is_watched, manager=manager)
+    # Not imported by a supervisor, which does not serve: it has the framework, most of a process's memory.
+    server = import_module("api_gateway.process.server").GatewayServer(
+        config, read=source, is_watched=is_watched, manager=manager
+    )
     server.run()
-    return server.exit_code if server.started else STARTUP_FAILED
+    exit_code: int = server.exit_code
+    return exit_code if server.started else STARTUP_FAILED
 
 
 def _summary(config: GatewayConfig) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 import math
 import signal
@@ -24,19 +23,20 @@ from api_gateway.config import GatewayConfig
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.https_redirect import HttpsRedirect
 from api_gateway.downstream.listener import change_protocol, protocol_of
-from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
+from api_gateway.errors import DRAIN_INCOMPLETE
 from api_gateway.main import create_app
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, watched
 from api_gateway.process.message_log import change_logging
 from api_gateway.process.server_certificates import ServerCertificates
 from api_gateway.process.startup_message import startup_banner
-from api_gateway.process.watchdog import Watchdog
+from api_gateway.process.stop_times import stop_within, watchdog_of
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
 from api_gateway.resilience.fair_shares import FairShares, default_connections
 from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
+from api_gateway.system.collection import settle_objects
 from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.held_signals import unblocked_signals
 from api_gateway.system.service_manager import ServiceManager
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 ADMIN_CONNECTIONS = 256  # to the operator listener
 _STEP = 0.1  # seconds between checks of `force_exit`
-PROCESS_STOP_MARGIN = 3.0  # seconds that the process may take after its drain time
 
 
 class GatewayServer(uvicorn.Server):
@@ -135,7 +134,7 @@ class GatewayServer(uvicorn.Server):
             if self._redirect_config is not None:
                 await self._open_listener(self._sockets.redirect, self._redirect_config)
             self._watchdog.watch()
-            _tune_garbage_collection()
+            settle_objects()
             self.announce()
             if self._is_reload_due:
                 self.begin_reload("SIGHUP")
@@ -316,16 +315,6 @@ def _on_unused(number: int, _frame: FrameType | None) -> None:
     logger.warning("%s is ignored: there is a single process and no worker to restart", signal.Signals(number).name)
 
 
-def stop_within(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> float:
-    """Return the seconds after a stop signal within which a process must have ended."""
-    return section.drain_delay + section.drain_timeout + margin
-
-
-def watchdog_of(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> Watchdog:
-    """Return the watchdog of a process with these settings."""
-    return Watchdog(section.worker_timeout, stop_within(section, margin), blocked=BLOCKED, overdue=DRAIN_INCOMPLETE)
-
-
 def _uvicorn_config(
     app: Any,
     section: ServerSection,
@@ -341,6 +330,7 @@ def _uvicorn_config(
     return uvicorn.Config(
         app,
         http=factory,
+        ws="none",  # the protocol serves WebSockets itself
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -349,14 +339,3 @@ def _uvicorn_config(
         timeout_keep_alive=math.ceil(section.keep_alive_timeout),
         timeout_graceful_shutdown=math.ceil(section.drain_timeout),
     )
-
-
-def _tune_garbage_collection() -> None:
-    """Make the garbage collector run less often, and exempt the objects of the start.
-
-    Requests create no reference cycles, and the default thresholds cost a fifth of their time. Cycles of errors are
-    still collected.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)

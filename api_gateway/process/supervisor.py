@@ -22,8 +22,8 @@ from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
 from api_gateway.process.message_log import change_logging
-from api_gateway.process.server import stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
+from api_gateway.process.stop_times import stop_within, watchdog_of
 from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import ReloadOutcome, ReloadState
 from api_gateway.reload.reloader import ApplyError, Reloader, refused_reload
@@ -32,6 +32,7 @@ from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.reporting.traffic_history import TrafficHistory, seconds_to_next
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
+from api_gateway.system.collection import settle_objects
 from api_gateway.system.held_signals import unblocked_signals
 from api_gateway.system.service_manager import ServiceManager
 from api_gateway.system.state_folder import own_folder
@@ -204,6 +205,7 @@ class Supervisor:
         await self._start_all()
         print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - the startup message
         self._manager.ready()
+        settle_objects()
         async with asyncio.TaskGroup() as group:
             for slot in self._slots:
                 group.create_task(self._respawn(slot), name=f"post {slot.number}")

@@ -9,9 +9,9 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Workers use the module search path of the supervisor, however that was started.
+# Workers use the module search path of the supervisor, however that was started. `collection_paused` does the same.
 ENTRY = (
-    "import json, sys; brief = json.load(sys.stdin); sys.path[:] = brief['path'];"
+    "import gc, json, sys; gc.disable(); brief = json.load(sys.stdin); sys.path[:] = brief['path'];"
     " from api_gateway.process.worker import main; raise SystemExit(main(brief))"
 )
 

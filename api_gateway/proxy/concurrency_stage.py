@@ -10,7 +10,6 @@ from typing import Any
 
 from api_gateway.errors import GatewayError
 from api_gateway.limits.concurrency import ConcurrencyQuota, LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
-from api_gateway.limits.concurrency_leases import LeasedSlots
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, ConcurrencySlot, Decision, Quota
@@ -67,9 +66,7 @@ class ConcurrencyStage(LimitListStage):
                 self.slots.take(plan.exchange, charges.slots)
             return outcome
         if isinstance(charges, SlottedCharges):
-            slots = self.slots
-            assert isinstance(slots, LeasedSlots)  # noqa: S101 - buckets in memory decide at once
-            ask = partial(slots.ask, plan.exchange, self._limiter, charges, plan.now_ns)
+            ask = partial(self.slots.ask, plan.exchange, self._limiter, charges, plan.now_ns)
         else:
             ask = partial(self._ask, charges, plan.now_ns)
         return Wait(ask, self._on_decision)

@@ -90,7 +90,7 @@ class Shorthand:
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys are errors, and secrets may be read from files."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
     shorthand: ClassVar[Shorthand | None] = None
 
     @model_validator(mode="before")

@@ -227,21 +227,23 @@ def test_a_tier_survives_kill_9(tmp_path: Path) -> None:
     assert (view["tier"]["name"], view["tier_source"]) == ("BASIC", "registered")
 
 
-def test_no_request_imports_anything(tmp_path: Path) -> None:
-    """An import reads files, on the event loop of everybody's requests."""
+def test_no_request_of_a_client_imports_anything_and_operators_requests_do_so_once(tmp_path: Path) -> None:
+    """An import reads files, and takes the interpreter from the event loop of everybody's requests."""
     with process("-X", "importtime", *WAYS["python -m"], cwd=tmp_path, PYTHONPATH=str(ROOT)) as running:
         eventually(lambda: ask(f"{running.url}/readyz").status == 200, "it serves")
         (token,) = (file.read_text().strip() for file in tmp_path.rglob("operator-token"))
         operator = {"Authorization": f"Bearer {token}"}
-        before = len(running.errors.splitlines())
-        for path in (
-            "/api/users",
-            "/circuit-breakers",
-            "/health",
-            "/metrics",
-            "/metrics/latency",
-            "/clients",
-            "/docs",
-        ):
-            assert ask(f"{running.url}{path}", headers=operator).status == 200
-        assert [line for line in running.errors.splitlines()[before:] if line.startswith("import time:")] == []
+
+        def imported_by(*paths: str) -> set[str]:
+            before = len(running.errors.splitlines())
+            for path in paths:
+                assert ask(f"{running.url}{path}", headers=operator).status == 200, path
+            lines = [line for line in running.errors.splitlines()[before:] if line.startswith("import time:")]
+            return {line.rpartition("|")[2].strip() for line in lines}
+
+        assert not imported_by("/api/users", "/readyz", "/healthz", "/api/orders")
+        views = ("/circuit-breakers", "/health", "/metrics", "/metrics/latency", "/clients", "/docs")
+        imported = imported_by(*views)
+        assert {"api_gateway.reporting.metrics_view", "api_gateway.reporting.upstream_schema"} <= imported
+        assert not {"api_gateway.reporting.usage_schema", "redis"} & imported, "only what is asked for"
+        assert not imported_by(*views, "/api/users")

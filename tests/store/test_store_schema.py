@@ -63,8 +63,3 @@ async def test_a_gateway_that_started_in_an_outage_is_stopped_only_if_it_is_too_
         else:
             await soon(lambda: store.admin.get(KEY) == b"1", "the version is written")
     assert len(stops) == version - STORE_SCHEMA
-
-
-async def test_buckets_in_memory_have_no_version(tmp_path: Path) -> None:
-    async with AsyncExitStack() as stack:
-        await hold_store_schema(GatewayConfig.model_validate({"state_dir": tmp_path}), stack)

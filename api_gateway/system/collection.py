@@ -1,0 +1,31 @@
+"""The garbage collector: paused while a process starts, and tuned for serving."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Pause the collector within this block, or until `settle_objects`.
+
+    Nearly all that a start creates stays, so that collections only cost it time, a tenth of all.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def settle_objects() -> None:
+    """End the pause, exempt the objects of the start from collections, and have the collector run less often.
+
+    Requests create no reference cycles, and the default thresholds cost a fifth of their time. Cycles of errors are
+    still collected.
+    """
+    if gc.isenabled():  # the process is older than this start, so there may be much garbage
+        gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
