@@ -258,57 +258,55 @@ class Settlement:
     cost: float
 
 
-# The beginning of an attempt, as its span has it: id of the span, upstream, URL of the target, request target, state
-# of the upstream's circuit breaker, and monotonic seconds. How it ended is in the record of the exchange. A tuple, as
-# each traced request makes one.
-AttemptTrace = tuple[str, str, str, bytes, Enum, float]
+# The beginning of an attempt, as its span has it: upstream, URL of the target, request target, state of the upstream's
+# circuit breaker, and monotonic seconds. How it ended is in the record of the exchange. A tuple, as each traced
+# request makes one.
+AttemptTrace = tuple[str, str, bytes, Enum, float]
+
+# Where the header line `traceparent`, after a line break, has its parts.
+TRACE_ID, SPAN_ID, TRACE_FLAGS = slice(18, 50), slice(51, 67), slice(68, 70)
 
 
 class Trace:
-    """The trace context of an exchange (W3C Trace Context), and its attempts. Ids are in lower-case hexadecimal.
+    """The trace context of an exchange (W3C Trace Context), and its attempts.
 
-    `parent_id` is the span of the client, empty if the trace begins here; `link` are trace and span of a client whose
-    trace is not continued. `flags` are those sent upstream, in two digits. `state` is the client's `tracestate`.
-    `next_id` is the span of the first attempt. `host`, `scheme` and `version` are those of the request.
+    `fields` are the header lines for the upstream of the present attempt, each after a line break: `traceparent`, and
+    `tracestate` if the client has sent one, which is `state`. `parent_id` is the span of the client, empty if the
+    trace begins here; `link` are trace and span of a client whose trace is not continued. `host`, `scheme` and
+    `version` are those of the request. `attempt` is the present one, `earlier` have failed; `next_attempt` comes
+    between. The exchange's own span gets its id when it is encoded.
 
     No dataclass: what few traces have costs those nothing that are not sampled.
     """
 
+    fields = b""
+    is_sampled = False
     state = b""
     link: tuple[str, str] | None = None
+    parent_id = ""
     host = ""
     scheme = "http"
     version = "1.1"
-    attempts: tuple[AttemptTrace, ...] = ()
-
-    def __init__(
-        self,
-        trace_id: str,
-        span_id: str,
-        next_id: str,
-        parent_id: str,
-        flags: str,
-        is_sampled: bool,  # noqa: FBT001 - made for each request, so without keywords
-    ) -> None:
-        self.trace_id = trace_id
-        self.span_id = span_id
-        self.next_id = next_id
-        self.parent_id = parent_id
-        self.flags = flags
-        self.is_sampled = is_sampled
+    attempt: AttemptTrace | None = None
+    earlier: tuple[tuple[bytes, AttemptTrace], ...] = ()  # with `fields`
 
     def __repr__(self) -> str:
-        return f"<Trace {self.trace_id} [{self.flags}, {len(self.attempts)} attempts]>"
+        return f"<Trace {self.trace_id} [{self.fields[TRACE_FLAGS].decode()}, {len(self.attempts())} attempts]>"
 
-    def begin_attempt(self, upstream: str, target: str, path: bytes, breaker: Enum, now: float) -> None:
-        """Add an attempt that begins at `now`."""
-        span_id = secrets.token_hex(8) if self.attempts else self.next_id
-        self.attempts += ((span_id, upstream, target, path, breaker, now),)
+    @property
+    def trace_id(self) -> str:
+        """The id of the trace, in lower-case hexadecimal."""
+        return self.fields[TRACE_ID].decode("ascii")
 
-    def fields(self) -> bytes:
-        """Return the header lines for the upstream of the last attempt, each after a line break."""
-        line = f"\r\ntraceparent: 00-{self.trace_id}-{self.attempts[-1][0]}-{self.flags}".encode()
-        return b"%b\r\ntracestate: %b" % (line, self.state) if self.state else line
+    def attempts(self) -> tuple[tuple[bytes, AttemptTrace], ...]:
+        """Return all attempts, with the fields that they sent."""
+        return self.earlier if self.attempt is None else (*self.earlier, (self.fields, self.attempt))
+
+    def next_attempt(self) -> None:
+        """End the present attempt: the next one has a span of its own."""
+        self.earlier, fields = self.attempts(), self.fields
+        self.attempt = None
+        self.fields = fields[: SPAN_ID.start] + secrets.token_hex(8).encode() + fields[SPAN_ID.stop :]
 
 
 @dataclass(frozen=True, slots=True)

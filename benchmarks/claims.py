@@ -45,16 +45,24 @@ Measure = Callable[[float, int, Path | None], Mapping[str, Sequence[float]]]
 
 
 def print_costs(
-    module: str, description: str, measure: Measure, claims: Sequence[Claim], arguments: Sequence[str] | None
+    module: str,
+    description: str,
+    measure: Measure,
+    claims: Sequence[Claim],
+    arguments: Sequence[str] | None,
+    *,
+    seconds: float = 3.0,
+    rounds: int = 5,
 ) -> int:
     """Run a benchmark of costs as a program: print what it measured and a line on each claim; return the exit code.
 
     `measure` gets the seconds of a run, the number of rounds and another checkout. It returns microseconds in each
-    round by what was measured, and raises Failed. A claim against what was not measured is left out.
+    round by what was measured, and raises Failed. A claim against what was not measured is left out. `seconds` and
+    `rounds` are the defaults.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=seconds, help="of each run")
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--before", type=Path, help="a checkout of another commit")
     chosen = parser.parse_args(arguments)
     try:

@@ -107,11 +107,11 @@ def alternating_costs(
     """Return the CPU time of a request in microseconds in each round, by "case: gateway". Raises Failed.
 
     `gateways` are process ids and ports by name; `runs` are pairs of a gateway and a case, which follow one another in
-    each round. A round before the others is for warming up.
+    each round, forwards and backwards by turns. A round before the others is for warming up.
     """
     found: dict[str, list[float]] = {}
     for number in range(rounds + 1):
-        for name, case in runs:
+        for name, case in runs if number % 2 else reversed(runs):
             pid, port = gateways[name]
             began = cpu_seconds(pid)
             driven = drive_case(port, cases[case], core=core, seconds=seconds, connections=16)

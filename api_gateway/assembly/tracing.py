@@ -109,8 +109,8 @@ class Tracing:
         if self._exporter is None:
             return
         self._exporter.add(exchange)
-        if is_timed(exchange) and exchange.trace is not None:
-            duration = exchange.duration
+        if exchange.trace is not None and is_timed(exchange):
+            duration = exchange.finished - exchange.started
             self._recorder.exemplars[exchange.route or NO_ROUTE, bisect_left(DURATION_BOUNDS, duration)] = (
                 exchange.trace.trace_id,
                 duration,

@@ -48,11 +48,12 @@ class AttemptingExchange(RelayingExchange):
         exchange = self.exchange
         exchange.target, exchange.sent_at = attempt.target.url, now
         exchange.attempts += 1
-        if exchange.trace is not None:
+        trace = exchange.trace
+        if trace is not None:
+            if trace.attempt is not None:
+                trace.next_attempt()
             upstream = attempt.upstream
-            exchange.trace.begin_attempt(
-                upstream.name, attempt.target.url, self.plan.target, upstream.breaker.state, now
-            )
+            trace.attempt = upstream.name, attempt.target.url, self.plan.target, upstream.breaker.state, now
 
     def _key(self, upstream_client: UpstreamClient) -> str:
         """Return the key for load balancing."""
@@ -120,7 +121,7 @@ class AttemptingExchange(RelayingExchange):
         if deadline is not None and deadline.is_forwarded:
             identity += b"\r\n%b: %b" % (REQUEST_TIMEOUT, deadline.header_value(now))
         if exchange.trace is not None:
-            identity += exchange.trace.fields()
+            identity += exchange.trace.fields
         self.connection = connection
         self.phase = EXCHANGING
         head = b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n" % (

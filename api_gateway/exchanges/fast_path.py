@@ -21,7 +21,8 @@ from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.middleware import EXCHANGE
-from api_gateway.models import Exchange, HeaderList, Trace
+from api_gateway.models import Exchange, HeaderList
+from api_gateway.observability.trace_context import split_lines, split_pairs
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
 from api_gateway.proxy.cors import origin_of
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeaders
@@ -42,12 +43,14 @@ class FastPath(ExchangeContext):
         if parts is None:
             return False
         method, raw_path, query, lines, body = parts
-        trace: Trace | None = None
-        if self.tracer is not None:  # without the fields that differ in each request, the lines are often the same
-            lines, trace = self.tracer.begin(lines)
+        parent, state = None, b""
         headers = client.last_headers
         if headers is None or headers.received != lines or headers.facts.owner is not self.headers:
-            headers = self._read(client, lines)
+            if self.tracer is None:
+                headers = self._read(client, lines)
+            else:
+                lines, parent, state = split_lines(lines)
+                headers = self._read_without_context(client, lines)
         if headers is None:
             return False
         facts, received_length = headers.facts, len(body)
@@ -63,9 +66,9 @@ class FastPath(ExchangeContext):
         target = raw_path + query if query else raw_path
         plan = self.admission.plan(facts, method, path, target, self.clock_ns())
         plan.headers = headers
-        if trace is not None:
+        if self.tracer is not None:
+            plan.exchange.trace = trace = self.tracer.begin(parent, state)
             trace.host, trace.scheme = facts.host, client.scheme
-            plan.exchange.trace = trace
         self.record.begin(plan.exchange)
         try:
             result = self.admission.decide(plan)
@@ -119,17 +122,17 @@ class FastPath(ExchangeContext):
 
         `mixes_trailers`: the header fields may contain trailers.
         """
-        trace: Trace | None = None
+        parent, state = None, b""
         if self.tracer is not None:
-            head.headers, trace = self.tracer.begin_parsed(head.headers)
+            head.headers, parent, state = split_pairs(head.headers)
         headers = self._read_head(client, head)
         if mixes_trailers and headers.facts.ambiguity is None:
             headers.facts.require_length(TRAILERS_MIXED)
         plan = self.admission.plan(headers.facts, head.method, path, head.target, self.clock_ns())
         plan.headers = headers
-        if trace is not None:
+        if self.tracer is not None:
+            plan.exchange.trace = trace = self.tracer.begin(parent, state)
             trace.host, trace.scheme, trace.version = headers.facts.host, client.scheme, head.version
-            plan.exchange.trace = trace
         self.record.begin(plan.exchange)
         try:
             result = self.admission.decide(plan)
@@ -170,6 +173,13 @@ class FastPath(ExchangeContext):
             headers = self.headers.certified(headers, client.certificate)
         client.last_headers = headers if len(lines) <= MAX_REMEMBERED_BYTES else None
         return headers
+
+    def _read_without_context(self, client: Downstream, lines: bytes) -> RewrittenHeaders | None:
+        """Do as `_read`, with lines without the trace context, which are often those of the request before."""
+        headers = client.last_headers
+        if headers is not None and headers.received == lines and headers.facts.owner is self.headers:
+            return headers
+        return self._read(client, lines)
 
     def _read_head(self, client: Downstream, head: RequestHead) -> RewrittenHeaders:
         """Return the meaning of the header fields of a head that the general parser has read."""

@@ -5,8 +5,10 @@ it and remembered; the values that differ in each span are written here in proto
 for them costs several times as much.
 """
 
+import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from binascii import unhexlify
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,25 +18,33 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationSc
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status
 
-from api_gateway.models import NANOSECONDS, Exchange, Trace
+from api_gateway.models import NANOSECONDS, SPAN_ID, TRACE_FLAGS, TRACE_ID, Exchange, Trace
+from api_gateway.observability.span_format import SpanHeads, TextHeads, heads_of_number, varint
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
 TRACED_METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}  # of the conventions
 )
-MAX_REMEMBERED_PARTS = 4096
-_STEP = 16  # exchanges that are encoded at a stretch
+MAX_REMEMBERED_PARTS, MAX_REMEMBERED_HOSTS = 4096, 256
+_STEP = 32  # exchanges that are encoded at a stretch
 _LEFT = 499  # the client has left: no response was sent
 _SERVER_ERROR, _ERROR = 500, 400
 _LOCAL_PARENT, _REMOTE_PARENT = 0x100, 0x300  # flags that say where the parent of a span is
 # Keys of fields in the wire format: number and kind of a field of `Span`, and of messages in it.
-_SPANS = b"\x12"  # of ScopeSpans: 2, bytes
 _SCOPE_SPANS = b"\x12"  # of ResourceSpans: 2, bytes
 _RESOURCE_SPANS = b"\x0a"  # of ExportTraceServiceRequest: 1, bytes
-_SHORT = 124  # bytes of name and value
-_ATTRIBUTE = b"J"  # of Span: 9, bytes
-_SPAN = struct.Struct("<2s16s2s8ssQsQ2sI").pack  # trace and span (1 and 2), start and end (7 and 8), flags (16)
-_PARENT = b"\x22\x08%b"  # parent_span_id (4)
+_TRACE, _SPAN, _PARENT = b"\x0a\x10", b"\x12\x08", b"\x22\x08"  # ids (1, 2 and 4), with their lengths
+_STATE = b"\x1a"  # trace_state (3)
+# What is after the key of the start (7): start, end (8) and flags (16).
+_times = struct.Struct("<QsQ2sI").pack
+_START, _END, _FLAGS = b"\x39", b"\x41", b"\x85\x01"
+_LAST_FLAG, _FLAG_BITS = TRACE_FLAGS.stop - 1, 3  # the digit of the flags, and which of its bits are flags
+
+_SPAN_HEADS = SpanHeads()
+_PATH, _REQUEST_ID = TextHeads("url.path"), TextHeads("gateway.request.id")
+_FULL_URL, _SERVER_ADDRESS = TextHeads("url.full"), TextHeads("server.address")
+_CLIENT_ADDRESS, _CLIENT_ID = TextHeads("client.address"), TextHeads("gateway.client.id")
+_REMAINING = heads_of_number("gateway.tokens.remaining")
 
 AttributeValue = str | int | float | bool
 _KINDS = {str: "string_value", bool: "bool_value", int: "int_value", float: "double_value"}
@@ -71,7 +81,7 @@ class SpanEncoder:
         return f"<SpanEncoder [{_server_part.cache_info().currsize} parts remembered]>"
 
     def request(
-        self, exchanges: Iterable[Exchange], offset: float, pause: Callable[[], object] = bool
+        self, exchanges: Sequence[Exchange], offset: float, pause: Callable[[], object] = bool
     ) -> tuple[bytes, int]:
         """Return the body of a request to a collector, and the number of its spans.
 
@@ -79,20 +89,62 @@ class SpanEncoder:
         steps.
         """
         spans: list[bytes] = []
-        for number, exchange in enumerate(exchanges, 1):
-            trace = exchange.trace
-            if trace is not None:
-                spans.append(self._server(exchange, trace, offset))
-                spans += [self._client(exchange, trace, index, offset) for index in range(len(trace.attempts))]
-            if not number % _STEP:
+        ids, since = os.urandom(8 * len(exchanges)), round(offset * NANOSECONDS)
+        for number, exchange in enumerate(exchanges):
+            if exchange.trace is not None:
+                self._add_spans(spans, exchange, exchange.trace, ids[8 * number : 8 * number + 8], since)
+            if number % _STEP == _STEP - 1:
                 pause()
-        body = self._scope + b"".join([_SPANS + _length(len(span)) + span for span in spans])
-        body = self._resource + _SCOPE_SPANS + _length(len(body)) + body
-        return _RESOURCE_SPANS + _length(len(body)) + body, len(spans)
+        body = self._scope + b"".join(spans)
+        body = self._resource + _SCOPE_SPANS + varint(len(body)) + body
+        return _RESOURCE_SPANS + varint(len(body)) + body, len(spans) // 2
 
-    def _server(self, exchange: Exchange, trace: Trace, offset: float) -> bytes:
+    def _add_spans(self, spans: list[bytes], exchange: Exchange, trace: Trace, span_id: bytes, since: int) -> None:
+        """Add the spans of an exchange and of its attempts: each one's key and length, and its content.
+
+        `since` is the time of the monotonic clock's zero, in nanoseconds since the epoch.
+        """
+        trace_id, flags = unhexlify(trace.fields[TRACE_ID]), trace.fields[_LAST_FLAG] & _FLAG_BITS
+        path = _encoded(exchange.path)
+        redacted = self._redact(exchange.path)
+        shown = path if redacted is exchange.path else _encoded(redacted)
+        span = self._server(exchange, trace, shown, trace_id, span_id, since, flags)
+        spans.append(_SPAN_HEADS[len(span)])
+        spans.append(span)
+        attempts = trace.attempts()
+        for index, (fields, attempt) in enumerate(attempts):
+            upstream, target, raw, breaker, started = attempt
+            if raw != path:
+                raw = raw.partition(b"?")[0]
+            if (
+                len(attempts) == 1
+                and exchange.source == "upstream"
+                and exchange.head_at is not None
+                and not exchange.failures
+            ):
+                status, error, ended = exchange.status, None, exchange.finished  # `_end_of`, inlined for nearly all
+            else:
+                status, error, ended = _end_of(exchange, len(attempts), index)
+            state = breaker._value_  # its property is a function in Python
+            common, place = _client_part(exchange.method, upstream, target, status, error, index, state)
+            url = place + (shown if raw == path else _encoded(self._redact(raw.decode("latin-1"))))
+            times = _times(
+                since + round(started * NANOSECONDS),
+                _END,
+                since + round(ended * NANOSECONDS),
+                _FLAGS,
+                flags | _LOCAL_PARENT,
+            )
+            own_id, head = unhexlify(fields[SPAN_ID]), _FULL_URL[len(url)]
+            span = b"".join((common, _TRACE, trace_id, _SPAN, own_id, _PARENT, span_id, _START, times, head, url))
+            spans.append(_SPAN_HEADS[len(span)])
+            spans.append(span)
+
+    def _server(
+        self, exchange: Exchange, trace: Trace, path: bytes, trace_id: bytes, span_id: bytes, since: int, flags: int
+    ) -> bytes:
         """Return the span of an exchange."""
-        client, decision = exchange.client, exchange.decision
+        client, decision, request_id = exchange.client, exchange.decision, _encoded(self._redact(exchange.id))
         common = _server_part(
             exchange.method,
             exchange.status,
@@ -109,56 +161,46 @@ class SpanEncoder:
             None if decision is None else (decision.quota.policy, decision.source, decision.allowed),
             exchange.cost,
         )
-        own = [
-            common,
-            _own_part(
-                trace,
-                trace.span_id,
-                exchange.started + offset,
-                exchange.finished + offset,
-                _REMOTE_PARENT if trace.parent_id else _LOCAL_PARENT,
-            ),
-            _text(_PATH, self._redact(exchange.path)),
-            _text(_REQUEST_ID, self._redact(exchange.id)),
-        ]
-        if trace.parent_id:
-            own.append(_PARENT % bytes.fromhex(trace.parent_id))
-        if trace.state:
-            own.append(b"\x1a" + _length(len(trace.state)) + trace.state)
-        if trace.host:
-            own.append(_text(_SERVER_ADDRESS, trace.host))
+        more = _server_address(trace.host) if trace.host else b""
         if decision is not None:
-            own.append(_attribute("gateway.tokens.remaining", decision.remaining))
-        if trace.link is not None:
-            own.append(_link(trace.link))
-        if self.has_client:
-            own.append(_text(_CLIENT_ADDRESS, exchange.peer))
-            if client is not None:
-                own.append(_text(_CLIENT_ID, self._redact(client.id)))
-        return b"".join(own)
-
-    def _client(self, exchange: Exchange, trace: Trace, index: int, offset: float) -> bytes:
-        """Return the span of an attempt."""
-        span_id, upstream, target, path_and_query, breaker, started = trace.attempts[index]
-        status, error, ended = _end_of(exchange, trace, index)
-        path = path_and_query.partition(b"?")[0].decode("latin-1")
-        common = _client_part(exchange.method, upstream, target, status, error, index, breaker.value)
+            remaining = varint(decision.remaining)
+            more += _REMAINING[len(remaining)] + remaining
+        if trace.parent_id or trace.link is not None or self.has_client:
+            more += self._optional(exchange, trace)
+        times = _times(
+            since + round(exchange.started * NANOSECONDS),
+            _END,
+            since + round(exchange.finished * NANOSECONDS),
+            _FLAGS,
+            flags | (_REMOTE_PARENT if trace.parent_id else _LOCAL_PARENT),
+        )
+        heads = _PATH[len(path)], _REQUEST_ID[len(request_id)]
         return b"".join(
-            (
-                common,
-                _own_part(trace, span_id, started + offset, ended + offset, _LOCAL_PARENT),
-                _PARENT % bytes.fromhex(trace.span_id),
-                _text(_FULL_URL, target + self._redact(path)),
-            )
+            (common, _TRACE, trace_id, _SPAN, span_id, _START, times, heads[0], path, heads[1], request_id, more)
         )
 
+    def _optional(self, exchange: Exchange, trace: Trace) -> bytes:
+        """Return what only some spans of exchanges have: a client's span as parent or link, and the client."""
+        parts: list[bytes] = []
+        if trace.parent_id:
+            parts += _PARENT, unhexlify(trace.parent_id)
+        if trace.state:
+            parts += _STATE, varint(len(trace.state)), trace.state
+        if trace.link is not None:
+            parts.append(_link(trace.link))
+        if self.has_client:
+            parts.append(_text(_CLIENT_ADDRESS, exchange.peer))
+            if exchange.client is not None:
+                parts.append(_text(_CLIENT_ID, self._redact(exchange.client.id)))
+        return b"".join(parts)
 
-def _end_of(exchange: Exchange, trace: Trace, index: int) -> tuple[int, str | None, float]:
-    """Return status (0 without a response), error and end (monotonic seconds) of an attempt.
+
+def _end_of(exchange: Exchange, attempts: int, index: int) -> tuple[int, str | None, float]:
+    """Return status (0 without a response), error and end (monotonic seconds) of one of `attempts`.
 
     Each attempt that has failed has its row in `failures`, in their order; one that is followed by another has failed.
     """
-    is_last = index == len(trace.attempts) - 1
+    is_last = index == attempts - 1
     status, error, ended = 0, None, exchange.finished
     if index < len(exchange.failures):
         row = exchange.failures[index]
@@ -176,22 +218,6 @@ def rejected_spans(response: bytes) -> tuple[int, str]:
     """Return how many spans a collector has rejected, and why, by the body of its successful response."""
     partial = ExportTraceServiceResponse.FromString(response).partial_success
     return partial.rejected_spans, partial.error_message
-
-
-def _own_part(trace: Trace, span_id: str, started: float, ended: float, parent: int) -> bytes:
-    """Return ids, times (seconds since the epoch) and flags of a span. `parent` says where its parent is."""
-    return _SPAN(
-        b"\x0a\x10",
-        bytes.fromhex(trace.trace_id),
-        b"\x12\x08",
-        bytes.fromhex(span_id),
-        b"\x39",
-        round(started * NANOSECONDS),
-        b"\x41",
-        round(ended * NANOSECONDS),
-        b"\x85\x01",
-        int(trace.flags, 16) | parent,
-    )
 
 
 @lru_cache(maxsize=MAX_REMEMBERED_PARTS)
@@ -243,8 +269,11 @@ def _server_part(
 @lru_cache(maxsize=MAX_REMEMBERED_PARTS)
 def _client_part(
     method: str, upstream: str, target: str, status: int, error: str | None, index: int, breaker: str
-) -> bytes:
-    """Return name, kind, status and attributes that the spans of many attempts have in common."""
+) -> tuple[bytes, bytes]:
+    """Return what the spans of many attempts have in common, and the URL of their target.
+
+    In common are name, kind, status, and attributes.
+    """
     place = urlsplit(target)
     attributes: dict[str, AttributeValue] = {
         **_method(method),
@@ -262,7 +291,7 @@ def _client_part(
     if index:
         attributes["http.request.resend_count"] = index
     name = method if method in TRACED_METHODS else "HTTP"
-    return _part(name, Span.SPAN_KIND_CLIENT, attributes, is_failed=is_failed)
+    return _part(name, Span.SPAN_KIND_CLIENT, attributes, is_failed=is_failed), target.encode()
 
 
 def _method(method: str) -> dict[str, AttributeValue]:
@@ -284,13 +313,6 @@ def _key_value(name: str, value: AttributeValue) -> Any:
     return KeyValue(key=name, value=AnyValue(**typed))
 
 
-@lru_cache(maxsize=MAX_REMEMBERED_PARTS)
-def _attribute(name: str, value: AttributeValue) -> bytes:
-    """Return an attribute of a span, as its field in the wire format."""
-    found: bytes = Span(attributes=[_key_value(name, value)]).SerializeToString()
-    return found
-
-
 def _link(link: tuple[str, str]) -> bytes:
     """Return a link of a span, as its field in the wire format."""
     trace_id, span_id = map(bytes.fromhex, link)
@@ -298,39 +320,16 @@ def _link(link: tuple[str, str]) -> bytes:
     return found
 
 
-def _name_of(name: str) -> bytes:
-    """Return the name of an attribute, as its field in the wire format (KeyValue: 1, bytes)."""
-    return b"\x0a" + _length(len(name)) + name.encode()
+def _encoded(text: str) -> bytes:
+    return text.encode() if text.isascii() else text.encode("utf-8", "replace")
 
 
-def _text(name: bytes, text: str) -> bytes:
-    """Return an attribute of a span that is text: KeyValue (name; value: 2, bytes) with AnyValue (text: 1, bytes)."""
-    value = text.encode("utf-8", "replace")
-    size = len(value)
-    if len(name) + size < _SHORT:  # each length has one byte
-        return b"J%c%b\x12%c\x0a%c%b" % (len(name) + size + 4, name, size + 2, size, value)
-    value = b"\x0a" + _length(len(value)) + value
-    pair = name + b"\x12" + _length(len(value)) + value
-    return _ATTRIBUTE + _length(len(pair)) + pair
+def _text(heads: TextHeads, text: str) -> bytes:
+    """Return an attribute of a span that is text, as its field in the wire format."""
+    value = _encoded(text)
+    return heads[len(value)] + value
 
 
-def _varint(number: int) -> bytes:
-    found = bytearray()
-    while number > 0x7F:  # noqa: PLR2004 - seven bits in each byte
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    found.append(number)
-    return bytes(found)
-
-
-_LENGTHS = [_varint(number) for number in range(1024)]
-
-
-def _length(number: int) -> bytes:
-    """Return a length in the wire format."""
-    return _LENGTHS[number] if number < len(_LENGTHS) else _varint(number)
-
-
-_PATH, _REQUEST_ID = _name_of("url.path"), _name_of("gateway.request.id")
-_SERVER_ADDRESS, _FULL_URL = _name_of("server.address"), _name_of("url.full")
-_CLIENT_ADDRESS, _CLIENT_ID = _name_of("client.address"), _name_of("gateway.client.id")
+@lru_cache(maxsize=MAX_REMEMBERED_HOSTS)
+def _server_address(host: str) -> bytes:
+    return _text(_SERVER_ADDRESS, host)

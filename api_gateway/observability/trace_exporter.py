@@ -173,7 +173,7 @@ class TraceExporter:
 
 
 def _spans(exchange: Exchange) -> int:
-    return 1 + (0 if exchange.trace is None else len(exchange.trace.attempts))
+    return 1 + (0 if exchange.trace is None else len(exchange.trace.attempts()))
 
 
 def _yield() -> None:

@@ -2,27 +2,26 @@
 
 import math
 import random
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from api_gateway.models import Exchange, HeaderList, Trace
-from api_gateway.observability.trace_context import (
-    FIELD_NAMES,
-    RANDOM,
-    SAMPLED,
-    ParentContext,
-    split_lines,
-    split_pairs,
-)
+from api_gateway.models import SPAN_ID, TRACE_ID, Exchange, Trace
+from api_gateway.observability.trace_context import RANDOM, SAMPLED, ParentContext
 
 Parent = Literal["obey", "ignore", "restart"]
 
 _RANDOM_BITS = 56  # of a trace id, at its end (W3C Trace Context Level 2)
-_FIRST_RANDOM_DIGIT = 32 - _RANDOM_BITS // 4
+_RANDOM_LENGTH = _RANDOM_BITS // 4  # digits
+_RANDOM_DIGITS = slice(TRACE_ID.stop - _RANDOM_LENGTH, TRACE_ID.stop)  # of `Trace.fields`
 _NEVER = 2**_RANDOM_BITS  # the threshold that no trace reaches
 _SERVER_ERROR, _ERROR, _SWITCHED = 500, 400, 101
-_FLAGS = ("00", "01", "02", "03")
+_FLAGS = (b"00", b"01", b"02", b"03")
+_TRACEPARENT = b"\r\ntraceparent: 00-%b-%b-%b"
+_BLOCK = 64  # traces that are made at once
+_IDS = struct.Struct("32s16s" * _BLOCK)  # the digits of each trace, and of the span of its first attempt
+_NEW_FIELDS = b",".join([_TRACEPARENT % (b"%b", b"%b", b"02")] * _BLOCK)  # random, and not sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,8 @@ class Sampling:
 class Tracer:
     """Begins the trace of each exchange, and passes on those that are exported when they have ended.
 
-    One for each configuration. Its state is the number of exchanges kept in the present second.
+    One for each configuration. Its state are the next traces that begin here, and the number of exchanges kept in the
+    present second.
     """
 
     def __init__(
@@ -56,59 +56,70 @@ class Tracer:
         """`export` must not block. `source` is that of ids, which differ and are not secret."""
         self._sampling = sampling
         self._export = export
-        self._random_bits = (source or random.Random()).getrandbits  # noqa: S311 - as above
-        self._threshold = round((1 - sampling.ratio) * _NEVER)
+        self._random_bytes = (source or random.Random()).randbytes  # noqa: S311 - as above
+        threshold = round((1 - sampling.ratio) * _NEVER)
+        self._threshold = b"%014x" % threshold if threshold < _NEVER else b"never"  # which is above all digits
         self._slow_after = math.inf if sampling.slow_after is None else sampling.slow_after
+        self._new: list[Trace] = []
         self._second = 0
         self._kept = 0
 
     def __repr__(self) -> str:
         return f"<Tracer {self._sampling}>"
 
-    def begin(self, lines: bytes) -> tuple[bytes, Trace]:
-        """Return the header lines of a plain head without the trace context, and the trace of the exchange."""
-        if lines.lower().find(FIELD_NAMES) < 0:
-            return lines, self._new(None)
-        lines, parent, state = split_lines(lines)
-        return lines, self._new(None) if parent is None else self._continued(parent, state)
-
-    def begin_parsed(self, headers: HeaderList) -> tuple[HeaderList, Trace]:
-        """Do as `begin`, with header fields."""
-        kept, parent, state = split_pairs(headers)
-        return kept, self._new(None) if parent is None else self._continued(parent, state)
-
-    def _continued(self, parent: ParentContext, state: bytes) -> Trace:
-        policy = self._sampling.parent
-        if policy == "restart":
-            return self._new(parent)
-        ids = f"{self._random_bits(128):032x}"
-        is_sampled = bool(parent.flags & SAMPLED) if policy == "obey" else self._is_chosen(parent.trace_id)
-        flags = _FLAGS[parent.flags & RANDOM | is_sampled]
-        trace = Trace(parent.trace_id, ids[:16], ids[16:], parent.span_id, flags, is_sampled)
-        if state:
-            trace.state = state
-        return trace
-
-    def _new(self, parent: ParentContext | None) -> Trace:
-        """Return a trace that begins here, with a link to the client's if it has one."""
-        ids = f"{self._random_bits(256):064x}"
-        trace_id = ids[:32]
-        is_sampled = self._is_chosen(trace_id)
-        trace = Trace(trace_id, ids[32:48], ids[48:], "", _FLAGS[RANDOM | is_sampled], is_sampled)
+    def begin(self, parent: ParentContext | None, state: bytes) -> Trace:
+        """Return the trace of an exchange, given what the client has sent (see `trace_context.split_lines`)."""
+        if not self._new:
+            self._make_traces()
+        trace = self._new.pop()
         if parent is not None:
-            trace.link = parent.trace_id, parent.span_id
+            if self._sampling.parent == "restart":
+                trace.link = parent.trace_id, parent.span_id
+            else:
+                self._continue(trace, parent, state)
         return trace
 
-    def _is_chosen(self, trace_id: str) -> bool:
-        """Tell whether the ratio selects a trace; the same for each gateway, as only its id decides."""
-        threshold = self._threshold
-        return not threshold or (threshold < _NEVER and int(trace_id[_FIRST_RANDOM_DIGIT:], 16) >= threshold)
+    def _continue(self, trace: Trace, parent: ParentContext, state: bytes) -> None:
+        """Put a new trace in the place of a span of the client's."""
+        trace_id = parent.trace_id.encode()
+        if self._sampling.parent == "obey":
+            is_sampled = bool(parent.flags & SAMPLED)
+        else:
+            is_sampled = trace_id[-_RANDOM_LENGTH:] >= self._threshold
+        fields = _TRACEPARENT % (trace_id, trace.fields[SPAN_ID], _FLAGS[parent.flags & RANDOM | is_sampled])
+        trace.fields = fields + b"\r\ntracestate: %b" % state if state else fields
+        trace.is_sampled, trace.parent_id, trace.state = is_sampled, parent.span_id, state
+
+    def _make_traces(self) -> None:
+        """Make the next traces that begin here, as making several at once costs less.
+
+        The ratio selects a trace by its id alone, so each gateway selects the same ones. Digits compare as numbers do.
+        """
+        threshold, digits = self._threshold, self._random_bytes(_IDS.size // 2).hex().encode()
+        new = self._new
+        for fields in (_NEW_FIELDS % _IDS.unpack(digits)).split(b","):
+            trace = Trace()
+            if fields[_RANDOM_DIGITS] >= threshold:
+                trace.fields, trace.is_sampled = fields[:-1] + b"3", True
+            else:
+                trace.fields = fields
+            new.append(trace)
 
     def record(self, exchange: Exchange) -> None:
         """Export an ended exchange if it is sampled or kept."""
         trace = exchange.trace
-        if trace is not None and (trace.is_sampled or self._is_kept(exchange)):
-            self._export(exchange)
+        if trace is None:
+            return
+        if not trace.is_sampled:
+            if (
+                exchange.reason is None
+                and exchange.status < _SERVER_ERROR
+                and exchange.finished - exchange.started < self._slow_after
+            ):
+                return  # `_is_kept`, inlined for nearly all
+            if not self._is_kept(exchange):
+                return
+        self._export(exchange)
 
     def _is_kept(self, exchange: Exchange) -> bool:
         """Tell whether an exchange that is not sampled is exported: it has failed, or its response was slow.

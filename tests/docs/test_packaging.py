@@ -232,7 +232,6 @@ SLICES = {
     "data[end - 2:end]": "at least the two bytes of the line break are expected",
     "data[position:end]": "the end is searched from the position on",
     "head[13:head.index(b'\\r')]": "a plain status line has a space after the status, the 13th byte",
-    "ids[32:48]": "of text",
     "piece[at:end]": "the end is that of a match from `at` on",
     "piece[at:end if found is None else found.start()]": "the end is searched from `at` on, which is before the last",
     "received[start:end + 2]": "the end is searched from the start on",

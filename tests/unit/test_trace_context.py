@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.http1.fast_parser import lines_of
-from api_gateway.models import Exchange
+from api_gateway.models import SPAN_ID, TRACE_FLAGS, TRACE_ID, Exchange, Trace
 from api_gateway.observability.trace_context import (
     parent_context,
     split_lines,
@@ -163,26 +163,50 @@ def lines(flags: str = "01", trace_id: str = TRACE, state: bytes = b"") -> bytes
     return given + (b"tracestate: %b\r\n" % state if state else b"")
 
 
-def test_a_new_trace_has_random_ids_and_says_so() -> None:
-    one = tracer()
-    traces = [one.begin(b"\r\nhost: x\r\n")[1] for _ in range(100)]
-    assert len({trace.trace_id for trace in traces}) == len({trace.span_id for trace in traces}) == 100
-    assert {(len(trace.trace_id), len(trace.span_id), trace.parent_id) for trace in traces} == {(32, 16, "")}
-    assert {trace.flags for trace in traces} == {"03"}, "sampled, and random"
+def begun(one: Tracer, received: bytes = b"\r\nhost: x\r\n") -> Trace:
+    """Return the trace that begins with header lines."""
+    _, parent, state = split_lines(received)
+    return one.begin(parent, state)
+
+
+@pytest.mark.parametrize(("ratio", "flags"), [(1.0, b"03"), (0.0, b"02")])
+def test_a_new_trace_has_random_ids_and_says_so(ratio: float, flags: bytes) -> None:
+    one = tracer(ratio=ratio)
+    traces = [begun(one) for _ in range(200)]
+    for place in (TRACE_ID, SPAN_ID):
+        assert len({trace.fields[place] for trace in traces}) == 200
+    assert {trace.is_sampled for trace in traces} == {flags == b"03"}
+    assert {trace.parent_id for trace in traces} == {""}
+    for trace in traces:
+        name, value = trace.fields[2:].split(b": ")
+        assert (name, value[-2:]) == (b"traceparent", flags)
+        assert parent_context([value]) is not None
+        assert trace.trace_id == value[3:35].decode()
+
+
+def test_a_ratio_selects_its_share_of_new_traces_by_their_last_56_bits() -> None:
+    one = tracer(ratio=0.25)
+    traces = [begun(one) for _ in range(4000)]
+    assert 850 < sum(trace.is_sampled for trace in traces) < 1150
+    for trace in traces:
+        assert trace.is_sampled is (int(trace.trace_id[-14:], 16) >= 0.75 * 2**56)
+        assert trace.fields[TRACE_FLAGS] == (b"03" if trace.is_sampled else b"02")
 
 
 def test_an_attempt_has_its_own_span_in_the_trace_of_the_client() -> None:
-    _, trace = tracer().begin(lines(state=b"a=1"))
+    trace = begun(tracer(), lines(state=b"a=1"))
     assert (trace.trace_id, trace.parent_id, trace.is_sampled) == (TRACE, SPAN, True)
     sent = []
-    for _ in range(3):
-        trace.begin_attempt("up", "http://a", b"/", State.CLOSED, 1.0)
-        sent.append(trace.fields())
-    spans = [attempt[0] for attempt in trace.attempts]
-    assert len({SPAN, trace.span_id, *spans}) == 5
-    assert sent == [
-        b"\r\ntraceparent: 00-%b-%b-01\r\ntracestate: a=1" % (TRACE.encode(), span.encode()) for span in spans
-    ]
+    for number in range(3):
+        if number:
+            trace.next_attempt()
+        trace.attempt = "up", "http://a", b"/", State.CLOSED, float(number)
+        sent.append(trace.fields)
+    assert [attempt[-1] for _, attempt in trace.attempts()] == [0.0, 1.0, 2.0]
+    assert [fields for fields, _ in trace.attempts()] == sent
+    spans = [fields[SPAN_ID] for fields in sent]
+    assert len({SPAN.encode(), *spans}) == 4
+    assert sent == [b"\r\ntraceparent: 00-%b-%b-01\r\ntracestate: a=1" % (TRACE.encode(), span) for span in spans]
 
 
 @each(
@@ -199,20 +223,21 @@ def test_an_attempt_has_its_own_span_in_the_trace_of_the_client() -> None:
     ],
 )
 def test_the_parents_decision_is_obeyed_or_not(parent: Any, flags: str, ratio: float, *, is_sampled: bool) -> None:
-    _, trace = tracer(parent=parent, ratio=ratio).begin(lines(flags, state=b"a=1"))
+    trace = begun(tracer(parent=parent, ratio=ratio), lines(flags, state=b"a=1"))
+    sent_flags = int(trace.fields[TRACE_FLAGS], 16)
     assert trace.is_sampled is is_sampled
-    assert int(trace.flags, 16) & 1 == is_sampled
+    assert sent_flags & 1 == is_sampled
     if parent == "restart":
         assert trace.trace_id != TRACE
         assert (trace.parent_id, trace.state, trace.link) == ("", b"", (TRACE, SPAN))
     else:
         assert (trace.trace_id, trace.parent_id, trace.state, trace.link) == (TRACE, SPAN, b"a=1", None)
-        assert int(trace.flags, 16) & 2 == int(flags, 16) & 2
+        assert sent_flags & 2 == int(flags, 16) & 2
 
 
 @each("value", [one for one in MALFORMED if one.strip() == one and one.isascii() and b"\n" not in one])
 def test_a_malformed_traceparent_is_replaced_and_tracestate_with_it(value: bytes) -> None:
-    _, trace = tracer().begin(b"\r\ntraceparent: %b\r\ntracestate: a=1\r\n" % value)
+    trace = begun(tracer(), b"\r\ntraceparent: %b\r\ntracestate: a=1\r\n" % value)
     assert (trace.parent_id, trace.state, trace.link) == ("", b"", None)
     assert trace.trace_id != TRACE
 
@@ -221,18 +246,19 @@ def test_the_ratio_selects_by_the_trace_id_alone() -> None:
     source = random.Random(7)
     ids = [f"{source.getrandbits(128):032x}" for _ in range(4000)]
     chosen = [
-        {one for one in ids if tracer(ratio=0.1, parent="ignore").begin(lines(trace_id=one))[1].is_sampled}
-        for _ in range(2)
+        {one for one in ids if begun(some, lines(trace_id=one)).is_sampled}
+        for some in (tracer(ratio=0.1, parent="ignore"), tracer(ratio=0.1, parent="ignore"))
     ]
     assert chosen[0] == chosen[1]
     assert 300 < len(chosen[0]) < 500
-    half = {one for one in ids if tracer(ratio=0.5, parent="ignore").begin(lines(trace_id=one))[1].is_sampled}
+    other = tracer(ratio=0.5, parent="ignore")
+    half = {one for one in ids if begun(other, lines(trace_id=one)).is_sampled}
     assert chosen[0] < half, "a larger ratio selects the same traces, and more"
 
 
 def exchange(one: Tracer, flags: str = "00", **values: Any) -> Exchange:
     found = Exchange("id", "GET", "/api", "192.0.2.1", 10.0, status=200, finished=10.1)
-    found.trace = one.begin(lines(flags))[1]
+    found.trace = begun(one, lines(flags))
     for name, value in values.items():
         setattr(found, name, value)
     return found

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from api_gateway.assembly.tracing import tracing_plan
 from api_gateway.config import GatewayConfig, from_values, load_config
 from api_gateway.errors import StartupError
-from api_gateway.models import AttemptFailure, Exchange, Trace
+from api_gateway.models import AttemptFailure, Client, Decision, Exchange, Quota, Trace
 from api_gateway.observability import trace_exporter
 from api_gateway.observability.access_log import LINE_FIELDS, AccessLog
 from api_gateway.observability.trace_exporter import EXPORT_BATCH, MAX_DELIVERIES, RESULTS, TraceExporter
@@ -39,9 +39,13 @@ ACCEPTED = Delivery("accepted")
 def traced(number: int = 0, attempts: int = 0, **values: Any) -> Exchange:
     """Return an ended exchange with a trace."""
     found = Exchange(f"id-{number}", "GET", "/api/x", "192.0.2.1", 10.0, status=200, finished=10.5)
-    found.trace = Trace(f"{number + 1:032x}", f"{number + 1:016x}", "00000000000000aa", "", "03", True)
-    for _ in range(attempts):
-        found.trace.begin_attempt("up", "http://10.0.0.1:81", b"/x?secret=1", State.CLOSED, 10.1)
+    found.trace = Trace()
+    found.trace.fields = b"\r\ntraceparent: 00-%032x-00000000000000aa-03" % (number + 1)
+    found.trace.is_sampled = True
+    for index in range(attempts):
+        if index:
+            found.trace.next_attempt()
+        found.trace.attempt = "up", "http://10.0.0.1:81", b"/x?secret=1", State.CLOSED, 10.1
     for name, value in values.items():
         setattr(found, name, value)
     return found
@@ -303,6 +307,34 @@ def test_any_text_is_encoded_as_the_library_decodes_it(path: str, request_id: st
     assert {span.parent_id for span in spans[1:]} <= {spans[0].span_id}
     assert len({span.span_id for span in spans}) == 1 + attempts
     assert spans[0].resource == {"a": "b"}
+
+
+@each("size", [0, 1, 90, 100, 127, 128, 16_383, 16_384, 100_000])
+def test_a_text_of_any_length_is_encoded_as_the_library_decodes_it(size: int) -> None:
+    one = traced(path="x" * size, attempts=1)
+    assert one.trace is not None
+    one.trace.attempt = "up", "http://10.0.0.1:81", b"/" + b"y" * size, State.OPEN, 10.1
+    own, attempt = spans_of(encoding.SpanEncoder({}, "1").request([one], 0.0)[0])
+    assert own.attributes["url.path"] == "x" * size
+    assert attempt.attributes["url.full"] == f"http://10.0.0.1:81/{'y' * size}"
+    assert attempt.attributes["gateway.circuit_breaker.state"] == "open"
+
+
+@given(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 2**22))
+def test_any_number_is_encoded_as_the_library_decodes_it(remaining: int) -> None:
+    decision = Decision("client:c", Quota.per_second("FREE", 1, 10), True, remaining, 0, 0)
+    (own,) = spans_of(encoding.SpanEncoder({}, "1").request([traced(decision=decision)], 0.0)[0])
+    assert own.attributes["gateway.tokens.remaining"] == remaining
+
+
+def test_optional_parts_are_encoded_as_the_library_decodes_them() -> None:
+    one = traced(client=Client("c", "client:c", Quota.per_second("FREE", 1, 10), "default"))
+    assert one.trace is not None
+    one.trace.host, one.trace.parent_id, one.trace.state, one.trace.link = "h", "b" * 16, b"a=1", ("c" * 32, "d" * 16)
+    (own,) = spans_of(encoding.SpanEncoder({}, "1", has_client=True).request([one], 0.0)[0])
+    assert (own.parent_id, own.state, own.links, own.flags) == ("b" * 16, "a=1", [("c" * 32, "d" * 16)], 0x303)
+    found = {name: own.attributes[name] for name in ("server.address", "client.address", "gateway.client.id")}
+    assert found == {"server.address": "h", "client.address": "192.0.2.1", "gateway.client.id": "c"}
 
 
 def test_a_span_of_an_unknown_method_has_no_method_in_its_name() -> None:

@@ -182,6 +182,24 @@ def test_an_invalid_context_is_replaced(
     assert sent_on(up) == [(context(attempt, "03"), [])]
 
 
+def test_each_request_of_a_connection_has_a_context_of_its_own(
+    client: RawClient, up: RawUpstream, received: Collector
+) -> None:
+    other = f"traceparent: 00-{'c' * 32}-{SPAN}-00"
+    for fields in ((PARENT,), (), (other,), (), (PARENT,), (PARENT,)):
+        assert get(client, "up/1", *fields) == 200
+    parents = [parent.decode().split("-") for parent, _ in sent_on(up)]
+    ids, spans, flags = zip(*[parent[1:] for parent in parents], strict=True)
+    assert (ids[0], ids[2], ids[4], ids[5]) == (TRACE, "c" * 32, TRACE, TRACE)
+    assert len({*ids}) == 4, "traces that begin here differ"
+    assert len({SPAN, *spans}) == 7
+    assert flags == ("01", "03", "00", "03", "01", "01")
+    exported = [
+        context(attempt, flag) for (_, attempt), flag in zip(received.exchanges(5), flags[:2] + flags[3:], strict=True)
+    ]
+    assert exported == [parent for parent, _ in sent_on(up) if not parent.endswith(b"00")]
+
+
 def test_a_request_of_http_1_0_is_traced(client: RawClient, up: RawUpstream, received: Collector) -> None:
     client.send(f"GET /api/up/1 HTTP/1.0\r\nHost: gateway.test\r\n{PARENT}\r\ntracestate: a=1\r\n\r\n".encode())
     assert client.answer().status == 200
