@@ -56,10 +56,13 @@ from api_gateway.router import Router
 from api_gateway.system.output import process_output
 
 
-def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, FastPath, Explainer]:
+def data_plane_of(
+    gateway: Gateway, server_headers: frozenset[bytes], *, has_own_tls: bool
+) -> tuple[ASGIApp, FastPath, Explainer]:
     """Return the ASGI application, the fast path and the explainer, which share one admission.
 
     `server_headers` are header fields that the server adds to responses, so those of upstreams are omitted.
+    `has_own_tls`: `server.tls` is that of the connections, if it is configured.
     """
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     limit_headers = ConcurrencyHeaders() if gateway.quotas.concurrency else RateLimitHeaders()
@@ -92,7 +95,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         cors=cors,
         open_exchanges=gateway.open_exchanges,
         tracer=gateway.tracing.tracer,
-        added=_added_fields(config),
+        added=hsts_fields(config) if has_own_tls else [],
     )
     response_hooks = ResponseHooks(hooks["on_response"])
     if hooks["on_response"]:
@@ -115,10 +118,10 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return fast_path.serve, fast_path, explainer
 
 
-def _added_fields(config: GatewayConfig) -> HeaderList:
-    """Return the header fields that every response gets. A client uses the first one, an upstream's own if it has one.
+def hsts_fields(config: GatewayConfig) -> HeaderList:
+    """Return the header fields of every response over TLS; plain HTTP must have none (RFC 6797 section 7.2).
 
-    RFC 6797 section 8.1.
+    A client uses the first one, an upstream's own if it has one (section 8.1).
     """
     section = config.server.tls
     if section is None or section.hsts is None:

@@ -96,7 +96,9 @@ class Installation:
         """Apply the first configuration; `context` creates the context of the operator endpoints."""
         gateway = self._assembly.gateway
         self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
-        data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
+        data_plane, fast_path, explainer = data_plane_of(
+            gateway, self._server_headers, has_own_tls=self._tls is not None
+        )
         self._switch.set(data_plane, fast_path, fast_path.is_proxied)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
@@ -123,7 +125,9 @@ class Installation:
         self._plan = None
         assert plan is not None and access is not None and settings is not None  # noqa: S101, PT018 - see the class
         gateway = self._assembly.commit(plan)
-        data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
+        data_plane, fast_path, explainer = data_plane_of(
+            gateway, self._server_headers, has_own_tls=self._tls is not None
+        )
         self._switch.set(data_plane, fast_path, fast_path.is_proxied)
         self._app.state.gateway = gateway
         context: AdminContext = self._app.state.admin_context

@@ -50,9 +50,9 @@ def refuse_request(owner: ConnectionOwner, error: GatewayError, head: RequestHea
 def _respond(owner: ConnectionOwner, error: GatewayError, request: RequestResponseCycle | RequestHead | None) -> None:
     """Send problem details as the last response, to a request whose head is known or not."""
     provider: FastPathProvider | None = getattr(owner.app, "fast_path", None)
-    more: HeaderList = []
+    more = owner.secure_fields
     if request is not None and provider is not None:
-        more = provider.current.refusal_fields(request.headers, request.target)
+        more = [*more, *provider.current.refusal_fields(request.headers, request.target)]
     owner.transport.write(last_response(error, more))
     linger(owner)
 

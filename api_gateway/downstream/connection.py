@@ -88,6 +88,7 @@ class DownstreamConnection:
         "raw_headers",
         "receiving",
         "scheme",
+        "secure_fields",
         "slot",
         "state",
         "tasks",
@@ -104,6 +105,7 @@ class DownstreamConnection:
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by `connection_made`
         self.client: tuple[str, int] | None = None
         self.scheme = "http"
+        self.secure_fields = _NO_HEADERS  # of all responses
         self.certificate: ClientCertificate | None = None
         self.state: ConnectionState = START
         self.accepts_plain = self.is_write_paused = self.is_read_paused = False
@@ -183,6 +185,7 @@ class DownstreamConnection:
         self.client = client = self.client or peer_of(transport)
         if transport.get_extra_info("sslcontext") is not None:
             self.scheme = "https"
+            self.secure_fields = self.listener.secure_fields
             self.certificate = certificate_of(transport.get_extra_info("peercert"))
             if self.certificate is not None:
                 self.scopes.marks[CERTIFICATE] = self.certificate

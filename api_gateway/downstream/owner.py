@@ -17,6 +17,7 @@ from api_gateway.errors import GatewayError
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.http1.asgi import BodyReceiver, InFlight
 from api_gateway.http1.request_head import RequestHead
+from api_gateway.models import HeaderList
 
 
 class TimeoutsPart(Protocol):
@@ -52,6 +53,7 @@ class ConnectionOwner(Protocol):
     tasks: set["asyncio.Task[None]"]
     limits: ConnectionLimits
     transport: asyncio.Transport
+    secure_fields: HeaderList
     state: ConnectionState
     accepts_plain: bool
     is_write_paused: bool

@@ -24,6 +24,7 @@ class DownstreamPort(Protocol):
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     raw_headers: HeaderList
+    secure_fields: HeaderList
     expects_continue: bool
     is_write_paused: bool
 
@@ -192,6 +193,7 @@ class RequestResponseCycle:
         refuse_hidden_lines(lines)
         if b"close" in fields.get(b"connection", [b""])[0].lower():
             self.keep_alive = False
+        lines += [COLON(pair) for pair in self.connection.secure_fields if pair[0] not in fields]
         if b"date" not in fields:
             lines.append(b"date: " + http_date(int(time.time())))
         if self._is_head or status in BODILESS:

@@ -19,6 +19,7 @@ import uvicorn
 from api_gateway.admin.context import Lifecycle
 from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
+from api_gateway.assembly.data_plane import hsts_fields
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.https_redirect import HttpsRedirect
@@ -190,6 +191,7 @@ class GatewayServer(uvicorn.Server):
         public: Any = self.config.http
         admin: Any = self._admin_config.http
         public.tls = self._certificates.terminator
+        public.secure_fields = hsts_fields(config)  # not for operators: a browser would apply it to all of localhost
         admin.tls = self._certificates.terminator if config.admin.tls else None
 
     def _redirection(self, config: GatewayConfig, refused: Counter[str]) -> uvicorn.Config | None:

@@ -60,7 +60,7 @@ class ServerTlsSection(Section):
     hsts: str | None = Field(
         default=None,
         pattern=HSTS,
-        description="Strict-Transport-Security of proxied responses, such as max-age=86400.",
+        description="Strict-Transport-Security of all responses by TLS, such as max-age=86400.",
     )
     expiry_warning_days: int = Field(
         default=14, ge=0, le=3650, description="Days before its expiry from which a certificate is reported."

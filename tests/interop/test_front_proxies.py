@@ -17,6 +17,7 @@ from tests.kit import RawRequest, RawUpstream, RunningGateway, Wire, ask, eventu
 pytestmark = pytest.mark.interop
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "proxies"
+FILES = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg", "caddy": "Caddyfile", "envoy": "envoy.yaml"}
 CLIENT = "127.0.0.3"  # the proxies connect from 127.0.0.1
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 WEBSOCKET_KEY = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="  # of RFC 6455, section 1.3
@@ -57,7 +58,7 @@ def command_of(name: str, folder: Path, port: int, gateway: int) -> list[str]:
         capture_output=True,
     )
     both.write_bytes(certificate.read_bytes() + key.read_bytes())
-    file = next(DEPLOY.glob({"nginx": "nginx.conf", "haproxy": "haproxy.cfg", "caddy": "Caddyfile"}[name]))
+    file = DEPLOY / FILES[name]
     text = file.read_text()
     changes = {
         "127.0.0.1:8000": f"127.0.0.1:{gateway}",
@@ -65,6 +66,10 @@ def command_of(name: str, folder: Path, port: int, gateway: int) -> list[str]:
         "/etc/nginx/certificate.pem": str(certificate),
         "/etc/nginx/key.pem": str(key),
         "/etc/haproxy/certificate-and-key.pem": str(both),
+        "/etc/envoy/certificate.pem": str(certificate),
+        "/etc/envoy/key.pem": str(key),
+        "port_value: 8000": f"port_value: {gateway}",
+        "              - endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 8001}}}\n": "",
         "gateway.example.com {": f"https://localhost:{port} {{\n\ttls {certificate} {key}",
         "  server second 127.0.0.1:8001\n": "",
         "events {}\nhttp {": "events {}\ndaemon off; master_process off; pid %s/pid; error_log stderr;\nhttp {\n"
@@ -79,6 +84,7 @@ def command_of(name: str, folder: Path, port: int, gateway: int) -> list[str]:
         "nginx": ["nginx", "-c", str(path), "-p", str(folder)],
         "haproxy": ["haproxy", "-db", "-f", str(path)],
         "caddy": ["caddy", "run", "--config", str(path), "--adapter", "caddyfile"],
+        "envoy": ["envoy", "-c", str(path), "--concurrency", "1", "--disable-hot-restart", "-l", "warning"],
     }[name]
 
 
@@ -97,7 +103,7 @@ def send(wire: Wire, port: int, path: str, *headers: str) -> None:
     wire.send("\r\n".join(lines).encode())
 
 
-@pytest.mark.parametrize("name", ["nginx", "haproxy", "caddy"])
+@pytest.mark.parametrize("name", FILES)
 def test_the_configuration_of_a_proxy_in_front(name: str, upstream: RawUpstream, tmp_path: Path) -> None:
     port = free_port()
     trust = {"trusted_proxies": ["127.0.0.1"]}

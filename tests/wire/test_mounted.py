@@ -79,3 +79,13 @@ async def test_a_root_path_that_the_server_puts_before_every_path_is_taken_off(
     async with gateway.router.lifespan_context(gateway):
         assert (await get(behind_a_prefix, "/api/x")).status_code == 200
     assert up.requests[0].line == b"GET /api/x HTTP/1.1"
+
+
+async def test_it_sends_no_hsts_as_its_connections_may_be_plain(up: RawUpstream, tmp_path: Path) -> None:
+    """`server.tls` has no effect under another server, so its field must not be on plain HTTP (RFC 6797, 7.2)."""
+    tls = {"certificates": [{"certificate": "none.pem"}], "hsts": "max-age=86400"}
+    sections = in_front_of(up.url) | {"state_dir": tmp_path, "server": {"tls": tls}}
+    gateway = create_app(GatewayConfig.model_validate(sections))
+    async with gateway.router.lifespan_context(gateway):
+        answer = await get(gateway, "/api/x")
+    assert (answer.status_code, answer.headers.get("strict-transport-security")) == (200, None)

@@ -112,6 +112,34 @@ def test_requests_are_forwarded_as_https_and_responses_have_hsts(
     assert running.live.recorder.tls_handshakes is TLS_COUNTERS.handshakes
 
 
+@pytest.mark.parametrize(
+    ("request_head", "status"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n", 401),
+        (b"GET /unknown HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (b"GET /api/x HTTP/1.0\r\nHost: a\r\n\r\n", 200),
+        (b"GET /api/x HTTP/1.1\r\n\r\n", 400),
+        (b"\x00 / HTTP/1.1\r\n\r\n", 400),
+        (b"GET /api/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 200_000 + b"\r\n\r\n", 431),
+        (b"GET /api/x HTTP/1.1\r\nHost: a\r\nX-Request-Timeout: 0\r\nX-Client-ID: \xff\r\n\r\n", 400),
+    ],
+)
+def test_every_response_over_tls_has_hsts_once_and_none_of_plain_http(
+    client: TlsClient, up: RawUpstream, redirect_port: int, request_head: bytes, status: int
+) -> None:
+    client.send(request_head)
+    answer = client.answer()
+    assert (answer.status, answer.all("strict-transport-security")) == (
+        status,
+        [b"max-age=86400; includeSubDomains"],
+    )
+    assert len(up.requests) <= 1
+    with RawClient(redirect_port) as plain:
+        plain.send(request_head)
+        assert plain.answer().all("strict-transport-security") == []
+
+
 def test_old_versions_are_refused(running: RunningGateway, authority: Authority) -> None:
     old = authority.context()
     old.set_ciphers("DEFAULT:@SECLEVEL=0")
