@@ -210,7 +210,7 @@ class BodyTooLarge(RequestRefused):
 
 
 class HeadersTooLarge(RequestRefused):
-    """The request head exceeds `server.max_header_bytes`."""
+    """The head of the request exceeds `max_header_bytes` or `max_header_lines` of the server or the route."""
 
     status = 431
     reason = Reason.HEADERS_TOO_LARGE

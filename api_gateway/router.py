@@ -72,7 +72,7 @@ class Router:
         self.on_cost = on_cost or _ignore
         self.on_content_cost = on_content_cost or _ignore
         for route in routes:
-            if route.watches_content:  # an exchange looks at routes of such upstreams only
+            if not route.is_simple:  # an exchange looks at routes of such upstreams only
                 for name in route.upstreams:
                     self.upstream_clients[name].is_simple = False
         self.on_retry, self.on_denial = on_retry or _ignore, on_denial or _ignore

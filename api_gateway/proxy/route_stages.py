@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from api_gateway.errors import BadRequest, BodyTooLarge
+from api_gateway.errors import BadRequest, BodyTooLarge, HeadersTooLarge
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Stage, StageResult
 from api_gateway.proxy.head_editing import HeadEditor
 from api_gateway.proxy.route_table import Route
@@ -53,6 +53,32 @@ class BodyLimitStage(ReadOnlyStage):
         """See `Stage`; a described request has no body."""
 
 
+class HeadLimitStage(ReadOnlyStage):
+    """Refuses requests whose head is larger than their route permits, before they are charged.
+
+    The size is that of the request line and of the header lines without superfluous white space, and without the trace
+    context if the gateway traces requests.
+    """
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Refuse with 431."""
+        route, lines = plan.route, plan.headers.received
+        if route is None:
+            return None
+        most = route.max_header_bytes
+        if most is not None and _head_size(plan, lines) > most:
+            return HeadersTooLarge(f"The head of the request is larger than {most} bytes.")
+        most = route.max_header_lines
+        if most is not None and lines.count(b"\r\n") - 1 > most:
+            return HeadersTooLarge(f"The request has more than {most} header lines.")
+        return None
+
+
+def _head_size(plan: RequestPlan, lines: bytes) -> int:
+    """Return the size of a head in bytes; `lines` are the header lines with the line breaks before and after them."""
+    return len(plan.exchange.method) + len(plan.raw_target) + len("  HTTP/1.1") + len(lines) + len("\r\n")
+
+
 class DirectAnswerStage(ReadOnlyStage):
     """Responds in place of an upstream, on routes that say so. It comes last, so such requests are charged too."""
 
@@ -74,5 +100,6 @@ def stages_of_routes(routes: Sequence[Route]) -> list[Stage]:
     return [
         *([SplitStage()] if any(route.split is not None for route in routes) else []),
         *([PathRewritingStage()] if any(route.uses_path for route in routes) else []),
+        *([HeadLimitStage()] if any(route.limits_head for route in routes) else []),
         *([BodyLimitStage()] if any(route.max_body_bytes is not None for route in routes) else []),
     ]

@@ -70,9 +70,10 @@ class Route:
     if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the
     token of a request must have, None if it needs none. `cors` is the CORS policy, None if the gateway has none for
     the route. `addresses` are rules besides those for all routes. `split` chooses one of `variants`, which are the
-    route with each of its upstreams. `rewriting` replaces the path for the upstream. `max_body_bytes` None: the
-    server's. `answer` is the response in place of an upstream. `compression` None: responses pass as they are.
-    `mirroring` None: requests are not copied.
+    route with each of its upstreams. `rewriting` replaces the path for the upstream. `max_body_bytes`,
+    `max_header_bytes` and `max_header_lines` None: the server's. `response_timeout` is the time in seconds until the
+    head of the response to an attempt, None for the upstream's. `answer` is the response in place of an upstream.
+    `compression` None: responses pass as they are. `mirroring` None: requests are not copied.
     """
 
     name: str
@@ -100,6 +101,9 @@ class Route:
     variants: Mapping[str, "Route"] = field(default_factory=dict, repr=False, compare=False)
     rewriting: PathRewriting | None = None
     max_body_bytes: int | None = None
+    max_header_bytes: int | None = None
+    max_header_lines: int | None = None
+    response_timeout: float | None = None
     answer: DirectAnswer | None = None
     compression: Compression | None = None
     mirroring: Mirroring | None = None
@@ -143,6 +147,16 @@ class Route:
         return self.rewriting is not None or (
             isinstance(self.url_rewriter, HeadEditor) and bool(self.url_rewriter.path)
         )
+
+    @property
+    def limits_head(self) -> bool:
+        """True if the head of a request may be smaller only than what the server takes."""
+        return self.max_header_bytes is not None or self.max_header_lines is not None
+
+    @property
+    def is_simple(self) -> bool:
+        """True if forwarding depends on nothing that an exchange looks at only for some upstreams."""
+        return not self.watches_content and self.response_timeout is None
 
     @property
     def watches_content(self) -> bool:

@@ -35,14 +35,26 @@ def action_findings(config: ActingSections, route: RouteSection, upstreams: Coll
     if route.rewrite is not None and route.rewrite.prefix is not None and route.match.path != "prefix":
         message = f"needs match.path: prefix; write path instead of prefix, got {route.match.path!r}"
         yield ("rewrite", "prefix"), message, (("match",),)
-    most = config.server.max_body_bytes
-    if route.max_body_bytes is not None and route.max_body_bytes > most:
-        message = f"must be at most server.max_body_bytes, {most}, got {route.max_body_bytes}"
-        yield ("max_body_bytes",), message, (("server", "max_body_bytes"),)
+    yield from _limit_findings(config.server, route)
     own = config.identity.header.lower()
     for name in (*route.request_headers.set, *route.request_headers.add, *route.request_headers.remove):
         if name.lower() == own:
             yield ("request_headers",), f"cannot change {name}, which names the client", (("identity", "header"),)
+
+
+def _limit_findings(server: ServerSection, route: RouteSection) -> Iterator[WrongSetting]:
+    """Yield which limits of the route have no effect."""
+    for name in ("max_body_bytes", "max_header_bytes", "max_header_lines"):
+        own, most = getattr(route, name), getattr(server, name)
+        if own is not None and own > most:
+            yield (name,), f"must be at most server.{name}, {most}, got {own}", (("server", name),)
+    if route.response_timeout is None:
+        return
+    if not route.upstream_names:
+        yield ("response_timeout",), "needs a route with an upstream, as the gateway itself responds", ()
+    elif route.timeout is not None and route.response_timeout > route.timeout:
+        message = f"must be at most the route's timeout, {route.timeout:g}, got {route.response_timeout:g}"
+        yield ("response_timeout",), message, (("timeout",),)
 
 
 def _destination_findings(route: RouteSection, upstreams: Collection[str]) -> Iterator[WrongSetting]:

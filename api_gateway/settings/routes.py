@@ -146,6 +146,16 @@ class RouteSection(Section):
     max_body_bytes: Size | None = Field(
         default=None, ge=0, description="Largest request body, less than the server's. None: the server's."
     )
+    max_header_bytes: Size | None = Field(
+        default=None, ge=64, description="Largest head of a request, less than the server's. None: the server's."
+    )
+    max_header_lines: int | None = Field(
+        default=None, ge=1, description="Most header lines of a request, less than the server's. None: the server's."
+    )
+    response_timeout: Seconds | None = Field(
+        default=None,
+        description="Of each attempt, until the head of the response, instead of the upstream's timeouts.response.",
+    )
     compression: CompressionSection | None = Field(default=None, description="Compression of responses. None: off.")
     mirror: MirrorSection | None = Field(default=None, description="Copies of requests for another upstream.")
     access_log: _LogLevel = Field(

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import httpx
@@ -53,10 +53,23 @@ class HostFields(dict[Target, bytes]):
         return host
 
 
+class ResponseLimits(dict[float, dict[str, float]]):
+    """Timeouts by the time until the head of the response, which routes may set."""
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        super().__init__()
+        self._timeouts = timeouts
+
+    def __missing__(self, response: float) -> dict[str, float]:
+        found = self[response] = _limits(replace(self._timeouts, response=response))
+        return found
+
+
 class UpstreamClient:
     """An upstream with its transport, timeouts and retries. By default there are no retries.
 
-    `is_native`: it is reached by the gateway's own transport; `is_simple`: load balancing needs no header field.
+    `is_native`: it is reached by the gateway's own transport; `is_simple`: load balancing needs no header field, and
+    no route of it is one that an exchange has to look at.
 
     `hash_header` (lower case) is the header field whose value is the key for load balancing, instead of the client.
     `host_header` is the `Host` that the upstream gets: see `HostFields`. `max_aborted` limits the calls that another
@@ -65,6 +78,7 @@ class UpstreamClient:
 
     __slots__ = (
         "_acquire_idle",
+        "_limits_by_response",
         "_removed",
         "calls",
         "hash_header",
@@ -118,6 +132,7 @@ class UpstreamClient:
         self.is_simple = hash_header is None
         self.tunnel_timeout = timeouts.tunnel
         self.limits = _limits(timeouts)
+        self._limits_by_response = ResponseLimits(timeouts)
 
     def __repr__(self) -> str:
         return f"<UpstreamClient {self.upstream!r}>"
@@ -219,6 +234,10 @@ class UpstreamClient:
         """Refuse a tunnel before its handshake: raises ShareExceeded if the holder's share is used up."""
         assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
         self.transport.pool(self.origins[target]).admit_tunnel(holder)
+
+    def limits_within(self, response: float | None) -> dict[str, float]:
+        """Return the timeouts with another one until the head of the response; None: the upstream's."""
+        return self.limits if response is None else self._limits_by_response[response]
 
     async def connection(
         self,

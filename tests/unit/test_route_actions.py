@@ -415,6 +415,32 @@ def test_a_share_of_requests_is_copied_and_only_what_is_within_the_limits() -> N
     assert mirrors.admits("r", mirroring, 10)
 
 
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ({"max_header_bytes": 70_000}, "max_header_bytes: must be at most server.max_header_bytes, 65536, got 70000"),
+        ({"max_header_lines": 300}, "max_header_lines: must be at most server.max_header_lines, 200, got 300"),
+        (
+            {"max_body_bytes": "1GB"},
+            "max_body_bytes: must be at most server.max_body_bytes, 104857600, got 1000000000",
+        ),
+        ({"response_timeout": 9, "timeout": 5}, "response_timeout: must be at most the route's timeout, 5, got 9"),
+        ({"upstream": None, "respond": {}, "response_timeout": 9}, "response_timeout: needs a route with an upstream"),
+        ({"response_timeout": 0}, "greater than 0"),
+        ({"max_header_lines": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_limits_of_a_route_that_have_no_effect_are_errors(route: dict[str, Any], message: str) -> None:
+    upstreams = {"users": {"targets": [{"url": "http://users.test"}]}}
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        GatewayConfig.model_validate(
+            {"upstreams": upstreams, "routes": [{"name": "a", "path": "/api", "upstream": "users", **route}]}
+        )
+
+
 # The access log
 
 

@@ -1,5 +1,7 @@
 """What routes do besides forwarding, on real connections: compression while it streams, and limits of bodies."""
 
+import threading
+import time
 import zlib
 from typing import Any
 
@@ -19,6 +21,8 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
     config["routes"] = [
         {"name": "all", "path": "/api", "upstream": "up", "compression": {"types": ["application/json", "text/*"]}},
         {"name": "small", "path": "/api/small", "upstream": "up", "max_body_bytes": 10},
+        {"name": "head", "path": "/api/head", "upstream": "up", "max_header_bytes": 150, "max_header_lines": 5},
+        {"name": "quick", "path": "/api/quick", "upstream": "up", "response_timeout": 0.2},
         {
             "name": "edited",
             "path": "/api/edited",
@@ -79,11 +83,21 @@ def test_what_may_not_be_compressed_passes_as_it_is(client: RawClient, up: RawUp
         up.behave = reply(TEXT, headers=fields)
         answer, content = got(client, *WAYS[way])
         assert (content, answer.all("content-length")) == (TEXT, [b"%d" % len(TEXT)])
-    up.behave = reply(TEXT, headers=(JSON,))
-    client.request("GET", "/api/x", WAYS[way])
-    answer = client.answer()
-    assert (answer.body, answer.all("vary")) == (TEXT, [b"Accept-Encoding"])
-    assert answer.all("content-length") == [b"%d" % len(TEXT)]
+    for behave, varies in (
+        (reply(TEXT, headers=(JSON,)), [b"Accept-Encoding"]),
+        (reply(TEXT, headers=(JSON, (b"Vary", b"Origin"))), [b"Origin", b"Accept-Encoding"]),
+        (in_chunks(TEXT[:100], TEXT[100:]), [b"Accept-Encoding"]),
+        (in_chunks(TEXT, fields=b"Content-Type: text/css\r\nVary: accept-encoding\r\n"), [b"accept-encoding"]),
+        (reply(TEXT, headers=((b"Content-Type", b"image/png"),)), []),
+        (reply(b"short", headers=(JSON,)), []),
+    ):
+        up.behave = behave
+        client.request("GET", "/api/x", WAYS[way])
+        answer = client.answer()
+        assert answer.body in (TEXT, b"short")
+        assert (answer.is_complete, answer.all("vary"), answer.all("content-encoding")) == (True, varies, [])
+        is_counted = answer.all("content-length") == [b"%d" % len(answer.body)]
+        assert is_counted or answer.all("transfer-encoding") == [b"chunked"]
 
 
 def test_a_304_confirms_the_response_that_was_compressed(client: RawClient, up: RawUpstream) -> None:
@@ -211,3 +225,50 @@ def test_fields_that_are_set_or_removed_come_by_no_other_way(client: RawClient, 
         assert client.answer(method).body == b"ok"
         assert client.trailers == [b"X-T: b"]
     assert sent[0] == [b"X-Sum: 5"]
+
+
+@both_ways
+def test_a_head_beyond_the_limits_of_its_route_is_refused_with_431(
+    client: RawClient, up: RawUpstream, way: str
+) -> None:
+    up.behave = reply()
+    own = 1 + len(WAYS[way])  # header lines besides those that follow
+    few, many = [f"A{number}: 1" for number in range(5 - own)], [f"A{number}: 1" for number in range(6 - own)]
+    for method, target, fields, status in (
+        ("GET", "/api/head", few, 200),
+        ("GET", "/api/head", many, 431),
+        ("POST", "/api/head", [*many, "Content-Length: 0"], 431),
+        ("GET", "/api/x", many, 200),
+        ("GET", "/api/head?" + "q" * 150, [], 431),
+        ("GET", "/api/x?" + "q" * 150, [], 200),
+    ):
+        client.request(method, target, (*WAYS[way], *fields))
+        answer = client.answer(method)
+        assert answer.status == status
+        assert status == 200 or reason(answer) == (431, "headers_too_large")
+    assert len(up.requests) == 3, "a refused request reaches no upstream, and the connection is kept"
+
+
+def test_a_head_of_exactly_the_limit_passes(client: RawClient, up: RawUpstream) -> None:
+    up.behave = reply()
+    plain = b"GET /api/head HTTP/1.1\r\nHost: gateway.test\r\nX-Fill: %b\r\n\r\n"
+    fill = 150 - len(plain % b"")
+    for more, status in ((0, 200), (1, 431)):
+        client.send(plain % (b"x" * (fill + more)))
+        assert client.answer().status == status
+
+
+def test_a_response_later_than_its_route_permits_gets_504_and_others_may_take_longer(
+    client: RawClient, up: RawUpstream
+) -> None:
+    refused = threading.Event()
+
+    def late(wire: Wire, request: RawRequest) -> None:
+        refused.wait(30)
+        time.sleep(0.3)  # longer than the other route permits
+        reply()(wire, request)
+
+    up.behave = late
+    assert reason(client.get("/api/quick")) == (504, "upstream_timeout")
+    refused.set()
+    assert client.get("/api/x").status == 200
