@@ -23,6 +23,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from api_gateway.limits.redis_limiter import RedisLimiter
+from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.models import Charge, Decision, Quota
 from api_gateway.storage.embedded_server import find_server
 from api_gateway.storage.redis_session import StoreSession
@@ -270,7 +271,7 @@ async def gateways(url: str, *quotas: Quota, count: int = 1, **options: Any) -> 
         await asyncio.gather(*[limiter.close() for limiter in limiters])
 
 
-def asking(limiter: RedisLimiter, *charges: Charge) -> asyncio.Future[Decision]:
+def asking(limiter: RedisLimiter | StoreQuotaLimiter, *charges: Charge) -> asyncio.Future[Decision]:
     """Decide as a gateway does: at once, or after the reply of the store."""
     answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
     now_ns = time.monotonic_ns()

@@ -44,6 +44,13 @@ def counter_decision(charge: Charge, standing: Standing, now_us: int, now_ns: in
     )
 
 
+def counter_allowance(charge: Charge, standing: Standing, now_us: int, now_ns: int) -> Decision:
+    """Return the decision of a counter alone on a request that it has allowed; `standing` is that after the charge."""
+    decision = counter_decision(charge, standing, now_us, now_ns)
+    decision.allowed, decision.wait_ns, decision.debts_ns = True, 0, (standing.count.start,)
+    return decision
+
+
 def refusal_of(decisions: Sequence[Decision]) -> Decision:
     """Return the longest refusal of several decisions, with the quotas of all that refuse."""
     refusals = [decision for decision in decisions if not decision.allowed]

@@ -23,6 +23,7 @@ from api_gateway.limits.period_standing import (
 )
 from api_gateway.limits.periods import UNITS
 from api_gateway.limits.quota_decisions import (
+    counter_allowance,
     counter_decision,
     joint_allowance,
     of_buckets,
@@ -134,7 +135,7 @@ def read_counter(reply: Iterator[int]) -> tuple[bool, Counter | None]:
 
 
 class QuotaChargeOp(ScriptOp):
-    """Charges all buckets and counters of one request, or none."""
+    """Charges all buckets and counters of one request, or none; or one counter alone, without buckets."""
 
     __slots__ = ("_asked", "_asked_ns", "_charges", "_limiter", "_on_decision", "_reported")
 
@@ -214,8 +215,13 @@ class QuotaChargeOp(ScriptOp):
             refused.source = "store"
             self._on_decision(refused)
             return
-        decision = joint_decision(of_tokens, taken, now_ns, "store")
         standings = self._charge(standings, [charge.increment_ns for charge, _ in counted], clock_us)
+        if not of_tokens:  # a counter alone, see `multi_node_quotas`
+            allowed = counter_allowance(counted[0][0], standings[0], clock_us, now_ns)
+            allowed.source = "store"
+            self._on_decision(allowed)
+            return
+        decision = joint_decision(of_tokens, taken, now_ns, "store")
         self._on_decision(joint_allowance(self._charges, decision, standings, clock_us))
 
     def _charge(self, standings: Sequence[Standing], costs: Sequence[int], clock_us: int) -> list[Standing]:

@@ -165,6 +165,11 @@ class RedisLimiter:
                     return self._refusal(charges, now_ns)
         return None
 
+    @property
+    def is_divided(self) -> bool:
+        """True if the store is a cluster: the keys of a script call must be in one slot."""
+        return self._session.is_divided
+
     def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
         """Have the store decide; call `on_decision` within the deadline, if necessary with the policy's decision."""
         if len(charges) > 1 and self._session.is_divided:

@@ -1,8 +1,9 @@
 """The limiter of a configuration with calendar quotas whose buckets and counters are in a shared store.
 
-One script call charges all buckets and counters of a request, or none. The store's clock decides which period it is,
-so machines whose clocks differ share one period. While the store is unavailable, the policy for outages decides: by
-`local_share`, each process admits its share of what was left by its last reading. It is charged afterwards.
+One script call charges all buckets and counters of a request, or none; on a cluster, see `multi_node_quotas`. The
+store's clock decides which period it is, so machines whose clocks differ share one period. While the store is
+unavailable, the policy for outages decides: by `local_share`, each process admits its share of what was left by its
+last reading. It is charged afterwards.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from api_gateway.errors import StoreUnavailable
+from api_gateway.limits.multi_node_quotas import MultiNodeQuotaCharge
 from api_gateway.limits.period_standing import (
     MICROSECONDS,
     Adjustment,
@@ -25,6 +27,7 @@ from api_gateway.limits.period_standing import (
     standing_of,
 )
 from api_gateway.limits.quota_decisions import (
+    counter_allowance,
     counter_decision,
     joint_allowance,
     of_buckets,
@@ -34,7 +37,7 @@ from api_gateway.limits.quota_decisions import (
 )
 from api_gateway.limits.quota_ops import CorrectOp, CounterOp, Owed, QuotaChargeOp
 from api_gateway.limits.redis_limiter import RedisLimiter
-from api_gateway.models import Charge, Clock, Decision, LimiterState, Quota
+from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota
 from api_gateway.rate_limiter import debts_of
 
 
@@ -99,10 +102,12 @@ class StoreQuotaLimiter:
 
     def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
         """Have the store decide."""
-        if of_counters(charges):
-            self.buckets.batcher.submit(QuotaChargeOp(self, charges, now_ns, on_decision))
-        else:
+        if not of_counters(charges):
             self.buckets.decide_async(charges, now_ns, on_decision)
+        elif self.buckets.is_divided:
+            MultiNodeQuotaCharge(self, charges, now_ns, on_decision).submit()
+        else:
+            self.buckets.batcher.submit(QuotaChargeOp(self, charges, now_ns, on_decision))
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """Return each decision on its charge alone, without charging it."""
@@ -124,26 +129,30 @@ class StoreQuotaLimiter:
         after = self.buckets.settle(
             of_buckets(changes), without_counters(decision, changes), now_ns, of_buckets(settled_to)
         )
-        starts, clock_us = debts_of(decision), self._store_us()
-        now, standings = clock_us // MICROSECONDS, []
-        for change, start in zip(changes, starts, strict=True):
-            if not isinstance(change.quota, PeriodQuota):
-                continue
-            if change.increment_ns and decision.source == "store":
-                self.buckets.batcher.submit(CorrectOp(self, change.key, change.quota, change.increment_ns, start))
-            elif change.increment_ns:
-                self._owe(change.key, change.increment_ns, start)
-            standing = self._standing(change.key, change.quota, now)
-            kept = standing.kept(start)
-            if kept is None and change.increment_ns > 0:
-                attach(standing)
-                self.known[change.key] = standing.counter
-            warned = settle(standing, kept, change.increment_ns, now)
-            if warned:
-                self.warn(warned)
-            standing = standing_of(change.key, change.quota, standing.counter, now)
-            standings.append(standing)
-        return joint_allowance(settled_to or changes, after, standings, clock_us, starts)
+        starts = debts_of(decision)
+        standings = [
+            self.correct(change, change.quota, decision, start)
+            for change, start in zip(changes, starts, strict=True)
+            if isinstance(change.quota, PeriodQuota)
+        ]
+        return joint_allowance(settled_to or changes, after, standings, self.store_us(), starts)
+
+    def correct(self, change: Charge, quota: PeriodQuota, decision: Decision, start: int) -> Standing:
+        """Charge or refund a difference in the period from `start`; return the standing after it."""
+        now = self.store_time()
+        if change.increment_ns and decision.source == "store":
+            self.buckets.batcher.submit(CorrectOp(self, change.key, quota, change.increment_ns, start))
+        elif change.increment_ns:
+            self._owe(change.key, change.increment_ns, start)
+        standing = self._standing(change.key, quota, now)
+        kept = standing.kept(start)
+        if kept is None and change.increment_ns > 0:
+            attach(standing)
+            self.known[change.key] = standing.counter
+        warned = settle(standing, kept, change.increment_ns, now)
+        if warned:
+            self.warn(warned)
+        return standing_of(change.key, quota, standing.counter, now)
 
     async def refill(self, key: str) -> None:
         """Fill a bucket to its capacity."""
@@ -172,7 +181,29 @@ class StoreQuotaLimiter:
             raise StoreUnavailable("The store did not confirm the state of the quota.", retry_after=1)
         return counter, clock_us
 
-    # See `quota_ops.CountersPort`
+    # See `quota_ops.CountersPort` and `multi_node_quotas.NodesPort`
+
+    def decide_buckets(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
+        """Have the store decide on buckets alone."""
+        self.buckets.decide_async(charges, now_ns, on_decision)
+
+    def refund_buckets(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> None:
+        """Refund what was charged to buckets."""
+        back = [Charge(one.key, one.quota, -one.increment_ns, is_unverified=one.is_unverified) for one in charges]
+        self.buckets.settle(back, decision, now_ns)
+
+    def standing(self, key: str, quota: PeriodQuota) -> Standing:
+        """Return the present standing by the last reading."""
+        return self._standing(key, quota, self.store_time())
+
+    def refusals(self, charges: Sequence[Charge]) -> list[Decision]:
+        """Return the refusals of counters by their last readings."""
+        now_us, now_ns = self.store_us(), self.buckets.clock_ns()
+        found = [
+            counter_decision(charge, self._standing(charge.key, quota, now_us // MICROSECONDS), now_us, now_ns)
+            for charge, quota in of_counters(charges)
+        ]
+        return [decision for decision in found if not decision.allowed]
 
     def began(self, key: str) -> int | None:
         """Return when the first period of a key began, by the last reading."""
@@ -181,7 +212,7 @@ class StoreQuotaLimiter:
 
     def store_time(self) -> int:
         """Return the store's time in seconds, by the last reading."""
-        return self._store_us() // MICROSECONDS
+        return self.store_us() // MICROSECONDS
 
     def note(self, key: str, counter: Counter | None, clock_us: int) -> None:
         """Keep a reading."""
@@ -213,7 +244,7 @@ class StoreQuotaLimiter:
 
     def decide_without_store(self, charges: Sequence[Charge], *, may_be_charged: bool) -> Decision:
         """Decide by the policy for outages: by `local_share`, by the share of what was left by the last reading."""
-        now_ns, now_us = self.buckets.clock_ns(), self._store_us()
+        now_ns, now_us = self.buckets.clock_ns(), self.store_us()
         of_tokens, counted = of_buckets(charges), of_counters(charges)
         if self.buckets.policy == "local_share":
             decisions = [
@@ -226,6 +257,8 @@ class StoreQuotaLimiter:
                 refused = refusal_of(decisions)
                 refused.source = "local_share"
                 return refused
+        if not of_tokens:
+            return self._counter_without_store(*counted[0], now_ns, may_be_charged=may_be_charged)
         decision = self.buckets.decide_without_store(of_tokens, now_ns, may_be_charged=may_be_charged)
         if not decision.allowed:
             return decision
@@ -234,9 +267,21 @@ class StoreQuotaLimiter:
             self._owe(charge.key, charge.increment_ns, standing.count.start, is_reported=may_be_charged)
         return joint_allowance(charges, decision, standings, now_us)
 
+    def _counter_without_store(
+        self, charge: Charge, quota: PeriodQuota, now_ns: int, *, may_be_charged: bool
+    ) -> Decision:
+        """Decide on a counter alone by the policy; its share has allowed the request."""
+        if self.buckets.policy == "deny":
+            return Decision(charge.key, quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
+        standing = self._standing(charge.key, quota, self.store_time())
+        self._owe(charge.key, charge.increment_ns, standing.count.start, is_reported=may_be_charged)
+        decision = counter_allowance(charge, standing, self.store_us(), now_ns)
+        decision.source = self.buckets.policy
+        return decision
+
     def _may_refuse(self, charges: Sequence[Charge]) -> bool:
         """Tell whether a counter refuses a request, too, by the last readings: its wait may be the longer one."""
-        now_us = self._store_us()
+        now_us = self.store_us()
         return any(
             self._standing(charge.key, quota, now_us // MICROSECONDS).wait_us(charge.increment_ns, now_us)
             for charge, quota in of_counters(charges)
@@ -270,7 +315,7 @@ class StoreQuotaLimiter:
         try:
             counter, clock_us = await self.counter(charge.key, quota)
         except StoreUnavailable:
-            clock_us = self._store_us()
+            clock_us = self.store_us()
             standing = self._share(charge.key, quota, clock_us // MICROSECONDS)
             decision = counter_decision(charge, standing, clock_us, now_ns)
             decision.source = "local_share"
@@ -283,7 +328,8 @@ class StoreQuotaLimiter:
     def _now_us(self) -> int:
         return math.ceil(self._wall_clock() * MICROSECONDS)
 
-    def _store_us(self) -> int:
+    def store_us(self) -> int:
+        """Return the store's time in microseconds, by the last reading."""
         return self._now_us() + self.offset_us
 
     def _hashed(self, key: str) -> str:

@@ -160,11 +160,6 @@ def _store_findings(config: ConfigSections) -> Iterator[Finding]:
         return
     is_cluster = "+cluster" in config.store.url.get_secret_value().partition("://")[0]
     for index, limit in enumerate(config.limits):
-        if limit.period is not None and is_cluster:
-            message = (
-                "is a quota, which needs one server: set store.url to one that is no cluster, or remove the period"
-            )
-            yield _of_limit(config, (str(index), "period"), f"{message}, got {limit.period!r}", (("store", "url"),))
         if limit.concurrent is not None and is_cluster:
             message = "needs one server: set store.url to one that is no cluster, or remove the limit"
             yield _of_limit(

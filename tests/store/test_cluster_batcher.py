@@ -4,12 +4,16 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from zoneinfo import ZoneInfo
 
 import pytest
 from redis.crc import key_slot
 
+from api_gateway.limits.period_standing import UNITS_PER_TOKEN, PeriodQuota
+from api_gateway.limits.periods import Calendar
 from api_gateway.limits.redis_limiter import RedisLimiter
-from api_gateway.models import Decision, Quota
+from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
+from api_gateway.models import Charge, Decision, Quota
 from tests.kit import eventually, free_port, soon
 from tests.store_kit import CALM, SERVERS, StoreServer, asking, charge, gateways
 
@@ -93,6 +97,76 @@ async def test_buckets_on_all_nodes_are_charged_by_the_store(cluster: list[Store
         assert all(limiter.batcher.connections == 6 for limiter in limiters)
 
 
+FEW = PeriodQuota.of("few", 5, Calendar("month", ZoneInfo("UTC")))
+MANY = PeriodQuota.of("many", 9, Calendar("day", ZoneInfo("UTC")))
+
+
+def charges_of(number: int) -> list[Charge]:
+    """Return the charges of a request: two buckets and two counters, which are on any of the nodes."""
+    keys = (("client", SLOW), ("peer", SLOW), ("few", FEW), ("many", MANY))
+    return [charge(quota, key=f"{name}-{number}") for name, quota in keys]
+
+
+async def test_quotas_and_buckets_on_several_nodes_are_charged_all_or_none(cluster: list[StoreServer]) -> None:
+    """Two gateways at the same time admit no more than a quota; what was refused is given back everywhere."""
+    async with gateways(url_of(cluster), SLOW, count=2) as limiters:
+        machines = [StoreQuotaLimiter(one, prefix="test", wall_clock=time.time) for one in limiters]
+        for one in limiters:
+            one.cache.is_trusted = False
+        numbers = range(8)
+        spread = {key_slot(machines[0].counter_key(f"few-{number}").encode()) // 5462 for number in numbers}
+        assert len(spread) > 1, "the counters are on several nodes"
+        for number in numbers:
+            asked = [asking(machines[turn % 2], *charges_of(number)) for turn in range(12)]
+            found = await asyncio.gather(*asked)
+            assert {decision.source for decision in found} == {"store"}
+            admitted = sum(decision.allowed for decision in found)
+            assert 0 < admitted <= 5
+            await counts_become(machines[0], number, admitted)
+            for turn in range(5 - admitted):  # those that others had hindered
+                assert (await asking(machines[turn % 2], *charges_of(number))).allowed
+            refused = await asking(machines[1], *charges_of(number))
+            assert (refused.allowed, refused.quota, refused.violated) == (False, FEW, (FEW,))
+            assert refused.wait_ns > 0
+            await counts_become(machines[0], number, 5)
+
+
+async def counts_become(machine: StoreQuotaLimiter, number: int, charged: int) -> None:
+    """Wait until so many requests are charged to both counters, as refunds come after the decision.
+
+    Of refunds that overlap, buckets may get a part only (see `Refunds`): they have too few tokens, never too many.
+    """
+    found: list[int] = []
+    for _ in range(500):
+        counters = [await machine.counter(f"{one.name}-{number}", one) for one in (FEW, MANY)]
+        found = [counter.count.used // UNITS_PER_TOKEN for counter, _ in counters if counter is not None]
+        if found == [charged] * 2:
+            break
+        await asyncio.sleep(0.01)
+    assert found == [charged] * 2
+    free = [charge(SLOW, 0, key=f"{name}-{number}") for name in ("client", "peer")]
+    assert all(charged <= 100 - one.remaining <= 13 for one in await machine.inspect(free, time.monotonic_ns()))
+
+
+async def test_a_request_that_a_bucket_refuses_is_not_charged_to_a_quota(cluster: list[StoreServer]) -> None:
+    async with gateways(url_of(cluster), SLOW) as (limiter,):
+        machine = StoreQuotaLimiter(limiter, prefix="test", wall_clock=time.time)
+        limiter.cache.is_trusted = False
+        dear = [charge(SLOW, 60, key="dear"), charge(MANY, key="dear-many")]
+        assert (await asking(machine, *dear)).allowed
+        refused = await asking(machine, *dear)
+        assert (refused.allowed, refused.quota) == (False, SLOW)
+        counter, _ = await machine.counter("dear-many", MANY)
+        assert counter is not None
+        assert counter.count.used == UNITS_PER_TOKEN
+        after = machine.settle(
+            [charge(SLOW, -10, key="dear"), charge(MANY, 2, key="dear-many")],
+            await asking(machine, charge(SLOW, 1, key="dear"), charge(MANY, key="dear-many")),
+            time.monotonic_ns(),
+        )
+        assert (after.quota.name, after.remaining) == ("many", 5)
+
+
 async def test_a_slot_that_moves_is_followed_and_the_store_decides_throughout(cluster: list[StoreServer]) -> None:
     """A refusal with MOVED proves that nothing was charged, so the question is asked again where it belongs."""
     async with gateways(url_of(cluster), SLOW) as (limiter,):
@@ -127,6 +201,30 @@ async def test_a_node_that_hangs_takes_its_own_buckets_with_it_and_no_others(clu
         await soon(lambda: limiter.batcher.is_whole, "it is back")
         assert (await without_the_last_node(limiter))[0] == {"store"}
         assert limiter.state().decision_source == "store"
+
+
+async def test_a_quota_on_a_node_that_hangs_is_decided_without_it(cluster: list[StoreServer]) -> None:
+    """By the share of what was left, which is charged when the node is back, once."""
+    ample = PeriodQuota.of("ample", 1000, Calendar("month", ZoneInfo("UTC")))
+    async with gateways(url_of(cluster), SLOW, deadline=DEADLINE) as (limiter,):
+        machine = StoreQuotaLimiter(limiter, prefix="test", wall_clock=time.time)
+        limiter.cache.is_trusted = False
+        names = [f"hang-{number}" for number in range(200)]
+        counted = next(one for one in names if SLOTS[2][0] <= key_slot(machine.counter_key(one).encode()))
+        bucket = next(one for one in names if place(limiter, one) == 0)
+        charges = [charge(SLOW, key=bucket), charge(ample, key=counted)]
+        assert (await asking(machine, *charges)).source == "store"
+        cluster[2].pause()
+        try:
+            found = [await asking(machine, *charges) for _ in range(5)]
+        finally:
+            cluster[2].resume()
+        assert {(decision.allowed, decision.source) for decision in found} == {(True, "local_share")}
+        await soon(lambda: limiter.batcher.is_whole, "the node is connected again")
+        assert (await asking(machine, *charges)).source == "store"
+        counter, _ = await machine.counter(counted, ample)
+        assert counter is not None
+        assert counter.count.used == 7 * UNITS_PER_TOKEN
 
 
 async def test_a_node_that_dies_does_so_too_until_its_replica_takes_over(cluster: list[StoreServer]) -> None:
