@@ -64,9 +64,17 @@ class Phase(Enum):
     BODY = "within the body", True  # `transport.connection`
     STREAM = "after the head of a stream", None  # `transport.connection`, `proxy.websocket_tunnel`
 
-    def __init__(self, words: str, has_head: bool | None) -> None:  # noqa: FBT001 - the values of the members
-        self.words = words
-        self.has_head = has_head
+    @property
+    def words(self) -> str:
+        """The words for the documentation."""
+        words: str = self.value[0]
+        return words
+
+    @property
+    def has_head(self) -> bool | None:
+        """Whether the head of a response has arrived; None: both."""
+        has_head: bool | None = self.value[1]
+        return has_head
 
 
 class Cause(StrEnum):

@@ -107,7 +107,7 @@ class Compression:
             return False
         if any(value.strip().lower() != b"identity" for value in fields.get(b"content-encoding", ())):
             return False
-        if any(b"no-transform" in value.lower() for value in fields.get(b"cache-control", ())):
+        if any(value.lower().find(b"no-transform") >= 0 for value in fields.get(b"cache-control", ())):
             return False
         lengths = fields.get(b"content-length")
         if lengths and lengths[0].isdigit() and int(lengths[0]) < self.minimum:

@@ -170,7 +170,7 @@ class ExtensionCostStage(HookStage):
     def _arguments(self, plan: RequestPlan, view: RequestView) -> tuple[object, ...]:
         return (view, plan.exchange.route)
 
-    def _take(self, plan: RequestPlan, step: _Step, found: float) -> StageResult | _Step:
+    def _take(self, plan: RequestPlan, step: _Step, found: Any) -> StageResult | _Step:
         plan.exchange.cost = float(found)
         return step._replace(view=replace(step.view, cost=plan.exchange.cost))
 

@@ -1,6 +1,5 @@
 """What is installed is what is declared: requirements, version, licence, typing marker, examples."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pydantic import BaseModel
 import api_gateway
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.system.extras import EXTRAS
-from tests import sources
 
 DEVELOPMENT = ("dev", "interop", "release", "servers", "site")  # extras
 ROOT = Path(__file__).parents[2]
@@ -180,123 +178,3 @@ def test_development_and_production_run_on_the_same_versions() -> None:
 def test_the_lock_files_name_no_index(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not re.search(r"://|index-url|find-links|@", text)
-
-
-def compiled_modules() -> list[str]:
-    """Return the modules that mypyc compiles."""
-    hook = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["mypyc"]
-    assert not hook["enable-by-default"]
-    compiled: list[str] = hook["include"]
-    return compiled
-
-
-def test_what_is_compiled_exists_and_has_nothing_that_mypyc_cannot_compile() -> None:
-    compiled = compiled_modules()
-    assert compiled == sorted(set(compiled))
-    assert [path for path in compiled if not (ROOT / path).is_file()] == []
-    for path in compiled:
-        source = (ROOT / path).read_text()
-        assert "cached_property" not in source, path
-        assert "from copy import" not in source, path
-        assert "@runtime_checkable" not in source, path
-        nodes = sources.nodes()[ROOT / path]
-        for scope in (one for one in nodes if isinstance(one, ast.AsyncFunctionDef)):
-            assert not any(isinstance(one, ast.Yield) for one in ast.walk(scope)), f"{path}: {scope.name}"
-        for kind in (one for one in nodes if isinstance(one, ast.ClassDef)):
-            several = [one for one in kind.body if isinstance(one, ast.Assign) and len(one.targets) > 1]
-            assert not several, f"{path}: {kind.name} assigns several names at once"
-
-
-def test_no_test_inherits_from_what_is_compiled() -> None:
-    """An interpreted class cannot: see decision 6. A protocol and a named tuple are ordinary classes."""
-    compiled: set[str] = set()
-    for path in compiled_modules():
-        for one in sources.nodes()[ROOT / path]:
-            if isinstance(one, ast.ClassDef):
-                bases = {ast.unparse(base).partition("[")[0] for base in one.bases}
-                compiled |= set() if bases & {"Protocol", "NamedTuple", "Exception"} else {one.name}
-    for file in sorted((ROOT / "tests").rglob("*.py")):
-        nodes = list(ast.walk(ast.parse(file.read_text())))
-        imports = [one for one in nodes if isinstance(one, ast.ImportFrom)]
-        named = {name.name for one in imports if (one.module or "").startswith("api_gateway") for name in one.names}
-        for one in nodes:
-            if isinstance(one, ast.ClassDef):
-                bases = {ast.unparse(base).partition("[")[0] for base in one.bases}
-                assert not bases & named & compiled, f"{file.relative_to(ROOT)}: {one.name}"
-
-
-MAPPINGS = ("fields", "names")  # the ends of the names of mappings and sets of bytes
-
-# Expressions with slices that cannot end before their start, and why.
-SLICES = {
-    "data[end - 2:end]": "at least the two bytes of the line break are expected",
-    "data[position:end]": "the end is searched from the position on",
-    "head[13:head.index(b'\\r')]": "a plain status line has a space after the status, the 13th byte",
-    "piece[at:end]": "the end is that of a match from `at` on",
-    "piece[at:end if found is None else found.start()]": "the end is searched from `at` on, which is before the last",
-    "received[start:end + 2]": "the end is searched from the start on",
-    "received[start:end]": "the end is searched from the start on",
-    "lines[start:end]": "the order is checked before",
-    "target[len(prefix):len(prefix) + 1]": "of one byte",
-}
-
-
-def test_no_slice_of_bytes_in_what_is_compiled_ends_before_its_start() -> None:
-    """Interpreted, such a slice is empty. Compiled, it raises SystemError (mypyc 2.4: `CPyBytes_GetSlice`)."""
-    found: set[str] = set()
-    for path in compiled_modules():
-        for one in sources.nodes()[ROOT / path]:
-            if isinstance(one, ast.Subscript) and isinstance(one.slice, ast.Slice):
-                has_both = one.slice.lower is not None and one.slice.upper is not None
-                found.update({ast.unparse(one)} if has_both and ast.unparse(one.slice) != "1:-1" else ())
-    assert found == set(SLICES)
-
-
-def test_nothing_that_is_compiled_searches_bytes_by_in() -> None:
-    """`b"x" in data` tries `b"x"` as a number first: an error is raised and dropped, which takes ten times as long."""
-    for path in compiled_modules():
-        for one in sources.nodes()[ROOT / path]:
-            if isinstance(one, ast.Compare) and isinstance(one.ops[0], ast.In | ast.NotIn):
-                sought, among = one.left, ast.unparse(one.comparators[0])
-                is_bytes = isinstance(sought, ast.Constant) and isinstance(sought.value, bytes)
-                assert not is_bytes or among.endswith(MAPPINGS), f"{path}: {ast.unparse(one)}"
-
-
-def test_what_is_compiled_has_the_same_attributes_of_classes() -> None:
-    """Compiled, an attribute of a class is one of its objects, unless it is a `ClassVar`."""
-    for path in compiled_modules():
-        for kind in (one for one in sources.nodes()[ROOT / path] if isinstance(one, ast.ClassDef)):
-            if not any(base.endswith("Enum") for base in map(ast.unparse, kind.bases)):
-                assigned = [ast.unparse(one.targets[0]) for one in kind.body if isinstance(one, ast.Assign)]
-                constants = [name for name in assigned if name.isupper()]
-                assert not constants, f"{path}: {constants} of {kind.name} must be ClassVar"
-
-
-def test_nothing_inherits_from_a_named_tuple() -> None:
-    """A compiled function unpacks a named tuple, so it would not use what a subclass overrides."""
-    classes = [
-        (path, one) for path, nodes in sources.nodes().items() for one in nodes if isinstance(one, ast.ClassDef)
-    ]
-    named = {one.name for _, one in classes if "NamedTuple" in map(ast.unparse, one.bases)}
-    for path, one in classes:
-        assert named.isdisjoint(map(ast.unparse, one.bases)), f"{path}: {one.name}"
-
-
-def test_no_class_inherits_across_the_border_of_what_is_compiled() -> None:
-    """An interpreted class cannot inherit from a compiled one, and a compiled one would become an ordinary class.
-
-    Named tuples are ordinary classes in any case.
-    """
-    compiled = set(compiled_modules())
-    places: dict[str, list[str]] = {}
-    classes: list[tuple[str, ast.ClassDef]] = []
-    for path, nodes in sources.nodes().items():
-        for one in nodes:
-            if isinstance(one, ast.ClassDef) and "NamedTuple" not in map(ast.unparse, one.bases):
-                classes.append((str(path.relative_to(ROOT)), one))
-                places.setdefault(one.name, []).append(classes[-1][0])
-    for place, one in classes:
-        for base in one.bases:
-            name = ast.unparse(base).partition("[")[0].rpartition(".")[2]
-            for other in places.get(name, ()):
-                assert (place in compiled) == (other in compiled), f"{place}: {one.name}, and {name} of {other}"
