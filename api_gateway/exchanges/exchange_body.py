@@ -63,7 +63,6 @@ class ExchangeBody:
     _awaited_since: float | None = None  # loop time since which the upstream has waited for the next piece
     is_parsed = False  # the general parser reads it
     trailer_fields: HeaderList = []  # noqa: RUF012 - of a body that is parsed, and filled before its end
-    editor: HeadEditor | UrlRewriter | None = None  # of the route, for the trailers
     # See `BodyReceiver`
     awaits_continue = False
     body_rate: float | None = None
@@ -82,7 +81,9 @@ class ExchangeBody:
         """`first` is what has arrived with the head, `length` the bytes of the whole body, None if it is chunked."""
         self._client = client
         self._context = context
-        self._connection: UpstreamCall | None = None  # a class attribute of this type is not set if it is compiled
+        # Defaults of these types in the class would be dropped by mypyc.
+        self._connection: UpstreamCall | None = None
+        self.editor: HeadEditor | UrlRewriter | None = None  # of the route, for the trailers
         self._pieces = [first] if first else []
         self.received = len(first)  # bytes
         self.length = length  # bytes; None: it is chunked

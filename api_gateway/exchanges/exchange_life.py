@@ -77,7 +77,6 @@ class ExchangeLife(ProxyExchange):
     compression: Compression | None = None  # of the route
     coding: Coding | None = None  # by which a response that the compression concerns is compressed; None: as it is
     scan: ContentScan | None = None  # of the content, from the head on
-    encoder: ContentEncoder | None = None  # that compresses the content
     task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
 
     def __init__(
@@ -90,6 +89,7 @@ class ExchangeLife(ProxyExchange):
     ) -> None:
         """`body` is what has arrived of it. `trailers` is filled before its end, None behind a plain head."""
         self.connection = self.error = None
+        self.encoder: ContentEncoder | None = None  # that compresses the content
         self.exchange = exchange = plan.exchange
         self.is_to_head = exchange.method == "HEAD"
         self.listener = NO_LISTENER

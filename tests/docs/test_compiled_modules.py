@@ -192,6 +192,25 @@ def test_what_is_compiled_has_the_same_attributes_of_classes() -> None:
                 assert not constants, f"{path}: {constants} of {kind.name} must be ClassVar"
 
 
+def test_what_is_compiled_has_no_default_that_mypyc_drops() -> None:
+    """In the body of a class, None is dropped if the type is a compiled protocol or one of several classes (2.4)."""
+    classes = [
+        (path, one)
+        for path in compiled_modules()
+        for one in sources.nodes()[ROOT / path]
+        if isinstance(one, ast.ClassDef)
+    ]
+    protocols = {one.name for _, one in classes if "Protocol" in map(ast.unparse, one.bases)}
+    for path, kind in classes:
+        if any("dataclass" in ast.unparse(one) for one in kind.decorator_list):
+            continue
+        for one in kind.body:
+            if isinstance(one, ast.AnnAssign) and one.value is not None and ast.unparse(one.value) == "None":
+                names = set(ast.unparse(one.annotation).split(" | "))
+                drops = len(names) > 2 or names & protocols
+                assert not drops, f"{path}: {kind.name}.{ast.unparse(one.target)} must be set in the constructor"
+
+
 def test_nothing_inherits_from_a_named_tuple() -> None:
     """A compiled function unpacks a named tuple, so it would not use what a subclass overrides."""
     classes = [
