@@ -44,6 +44,7 @@ INTERPRETED = {
         "exchanges/client_port.py",
         "extensions/interface.py",
         "http1/asgi.py",
+        "proxy/edited_lines.py",
         "resilience/breaker_history.py",
     ),
     "what it finds out is remembered with the header set, and it has a protocol that is checked at run time": (
