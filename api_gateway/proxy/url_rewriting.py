@@ -10,7 +10,7 @@ that the cookie belongs to the gateway. Other domains are replaced as configured
 
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.edited_lines import KeepsEditedLines
@@ -62,7 +62,7 @@ class UrlRewriter:
     cookies: bool = False
     domains: tuple[tuple[bytes, bytes], ...] = ()
     replacement: bytes = b""
-    needs_authorities: ClassVar[bool] = True
+    needs_authorities: bool = field(init=False, repr=False)  # always
     request_line: bytes = field(init=False, repr=False)  # that is added to the request, with a line break before it
     _lines: re.Pattern[bytes] = field(init=False, repr=False)
     _domains: dict[bytes, bytes] = field(init=False, repr=False, compare=False)
@@ -72,6 +72,7 @@ class UrlRewriter:
         # Most lines fail on their first letter, which takes a third less time than to compare whole names.
         pattern = rb"\r\n(?=[LlCcRrSs])((?i:%b)): ([^\r]*)" % b"|".join(names)
         line = b"\r\n%b: %b" % (FORWARDED_PREFIX, self.prefix) if self.prefix and not self.replacement else b""
+        object.__setattr__(self, "needs_authorities", True)
         object.__setattr__(self, "request_line", line)
         object.__setattr__(self, "_lines", re.compile(pattern))
         object.__setattr__(self, "_domains", dict(self.domains))

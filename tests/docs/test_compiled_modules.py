@@ -193,6 +193,14 @@ def test_what_is_compiled_has_the_same_attributes_of_classes() -> None:
                 assert not constants, f"{path}: {constants} of {kind.name} must be ClassVar"
 
 
+def test_no_data_class_that_is_compiled_has_class_variables() -> None:
+    """Compiled, `dataclass` takes a `ClassVar` for a field, whose value cannot be set."""
+    for path in compiled_modules():
+        for kind in (one for one in sources.nodes()[ROOT / path] if isinstance(one, ast.ClassDef)):
+            if any("dataclass" in ast.unparse(one) for one in kind.decorator_list):
+                assert "ClassVar" not in ast.unparse(kind), f"{path}: {kind.name}"
+
+
 def test_what_is_compiled_has_no_default_that_mypyc_drops() -> None:
     """In the body of a class, None is dropped if the type is a compiled protocol or one of several classes (2.4)."""
     classes = [

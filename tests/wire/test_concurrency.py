@@ -16,7 +16,6 @@ import uvicorn
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.main import create_app
 from api_gateway.settings.diagnostics import ConfigError
-from api_gateway.upstreams.upstream import Upstream
 from tests.kit import (
     PATIENCE,
     RawAnswer,
@@ -393,16 +392,11 @@ def test_whatever_ends_a_request_under_another_server_it_returns_its_slots(
 def test_a_defect_of_the_gateway_ends_its_exchange_alone(
     running: RunningGateway, up: RawUpstream, monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...], method: str
 ) -> None:
-    acquire = Upstream.acquire
-
-    def broken(*arguments: Any, **options: Any) -> Any:
-        acquire(*arguments, **options).release(0.0)
-        raise RuntimeError("a defect")
-
+    upstream = running.server._app.state.gateway.upstream_clients["up"].upstream
     all_returned(running)
     before = running.live.recorder.in_flight
     with monkeypatch.context() as patched:
-        patched.setattr(Upstream, "acquire", broken)
+        patched.setattr(upstream, "targets", [])  # it always has one, so selecting one raises
         for _ in range(6):
             with RawClient(running.port) as client:
                 length = ("Content-Length: 4",) if method == "POST" else ()
