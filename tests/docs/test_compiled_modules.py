@@ -24,7 +24,6 @@ INTERPRETED = {
     "its classes inherit from errors or quotas, which are interpreted": (
         "errors.py",
         "limits/concurrency.py",
-        "limits/concurrency_leases.py",
         "limits/limit_reached.py",
         "limits/period_standing.py",
     ),
