@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from fastapi import FastAPI
@@ -18,7 +18,6 @@ from api_gateway._version import __version__
 from api_gateway.admin.audit_log import AuditFile, AuditLog
 from api_gateway.admin.context import AdminContext, Lifecycle
 from api_gateway.admin.endpoints import Endpoints
-from api_gateway.admin.explainer import Explainer
 from api_gateway.admin.gate import OperatorGate
 from api_gateway.admin.health_cache import HealthCache
 from api_gateway.admin.locality import Locality
@@ -41,6 +40,9 @@ from api_gateway.settings.rules import access_warnings
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.system.state_folder import own_folder
 from api_gateway.upstreams.dns import Resolve, resolve_host
+
+if TYPE_CHECKING:
+    from api_gateway.admin.explainer import Explainer
 
 logger = logging.getLogger(__name__)
 
@@ -282,14 +284,16 @@ def _apply_to_listener(
         on_change(config)
 
 
-def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregator) -> AdminContext:
+def _admin_context(
+    gateway: Gateway, make_explainer: Callable[[], "Explainer"], aggregator: Aggregator
+) -> AdminContext:
     return AdminContext(
         version=__version__,
         limiter=gateway.limiter,
         clients=gateway.clients,
         aggregator=aggregator,
         clocks=gateway.clocks,
-        explainer=explainer,
+        make_explainer=make_explainer,
         overrides=gateway.overrides,
         quotas=gateway.keeping.book,
         numbers=gateway.numbers,

@@ -5,22 +5,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 
 from api_gateway.admin.audit_log import AuditAction
-from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
-from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
-from api_gateway.admin.utc_times import wall_time
-from api_gateway.clients.registry import ClientRegistry
-from api_gateway.errors import InvalidValue
-from api_gateway.limits.limit import OwnBucket, client_buckets, limits_of_client, moved_buckets
-from api_gateway.metrics import Recorder
-from api_gateway.models import (
-    NANOSECONDS,
+from api_gateway.admin.client_schema import (
     BucketReset,
     BucketView,
-    Charge,
-    Client,
     ClientView,
-    ConcurrencySlot,
-    Decision,
     GrantChanged,
     GrantRequest,
     GrantView,
@@ -28,7 +16,6 @@ from api_gateway.models import (
     HeavyClients,
     LimitBucketView,
     LimitReset,
-    Quota,
     RegisteredClient,
     RegisteredClients,
     SlotView,
@@ -36,6 +23,14 @@ from api_gateway.models import (
     TierChanged,
     TierView,
 )
+from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
+from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
+from api_gateway.admin.utc_times import wall_time
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.errors import InvalidValue
+from api_gateway.limits.limit import OwnBucket, client_buckets, limits_of_client, moved_buckets
+from api_gateway.metrics import Recorder
+from api_gateway.models import NANOSECONDS, Charge, Client, ConcurrencySlot, Decision, Quota
 
 overview_router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 

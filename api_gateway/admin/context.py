@@ -9,7 +9,6 @@ from fastapi import Depends, Request
 
 from api_gateway.admin.audit_log import AuditAction, AuditEntry, AuditLog
 from api_gateway.admin.breaker_overrides import BreakerOverrides
-from api_gateway.admin.explainer import Explainer
 from api_gateway.admin.feed import Feed
 from api_gateway.admin.gate import OPERATOR, REQUEST_ID
 from api_gateway.admin.health_cache import HealthCache
@@ -32,6 +31,7 @@ from api_gateway.system.clocks import Clocks
 from api_gateway.usage.ledger import UsageLedger
 
 if TYPE_CHECKING:
+    from api_gateway.admin.explainer import Explainer
     from api_gateway.reporting.upstream_schema import HealthView
 
 
@@ -47,8 +47,8 @@ class Lifecycle(StrEnum):
 class AdminContext:
     """The objects that the operator endpoints read and change.
 
-    A reload replaces `explainer`, `route_names` (of all routes), `accepts_keys` (API keys are a source of identities)
-    and `configuration`.
+    A reload replaces `make_explainer`, `route_names` (of all routes), `accepts_keys` (API keys are a source of
+    identities) and `configuration`.
     """
 
     version: str
@@ -56,7 +56,7 @@ class AdminContext:
     clients: ClientRegistry
     aggregator: Aggregator
     clocks: Clocks
-    explainer: Explainer
+    make_explainer: Callable[[], "Explainer"]
     overrides: BreakerOverrides
     audit: AuditLog
     route_names: Sequence[str]
@@ -74,6 +74,11 @@ class AdminContext:
     def __post_init__(self) -> None:
         self.health = HealthCache(self._health_view, self.clocks.monotonic)
         self.feed = Feed(self.aggregator, self.clocks, self.overrides)
+
+    @property
+    def explainer(self) -> "Explainer":
+        """What explains requests under the configuration in force."""
+        return self.make_explainer()
 
     async def _health_view(self) -> "HealthView":
         module = await late_import("api_gateway.admin.health_view")

@@ -4,6 +4,7 @@ The modules of endpoints, whose models take a third of the time of a start, are 
 """
 
 import asyncio
+import logging
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -28,6 +29,8 @@ from api_gateway.eventloop.late_imports import import_gently
 from api_gateway.http1.asgi import ASGIApp, Receive, Scope, Send
 from api_gateway.http1.request_paths import path_as_sent
 
+logger = logging.getLogger(__name__)
+
 # In the order of the schema: module of this package, name of the router there, first segments of its paths.
 ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("health", "router", frozenset({"health", "healthz", "readyz"})),
@@ -45,7 +48,9 @@ ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("quotas", "router", frozenset({"clients"})),
     ("usage", "router", frozenset({"usage"})),
 )
-_BACKEND = "anyio._backends._asyncio"  # of the framework's thread pool, which it would import on the event loop
+# Imported with the first router, as the event loop would import them else: the backend of the framework's thread pool,
+# and what several endpoints ask.
+_SHARED = ("anyio._backends._asyncio", f"{__package__}.explainer")
 
 
 class Endpoints:
@@ -86,12 +91,23 @@ class Endpoints:
         """Serve one request."""
         absent = self._absent(scope["path"].split("/")[1])
         if absent:
-            await asyncio.to_thread(self._add, absent)
+            await self._load(absent)
         await self._serve(scope, receive, send)
+
+    async def _load(self, places: Collection[int]) -> None:
+        """Add routers. Raises InternalError, as the files may be those of another release by now."""
+        try:
+            await asyncio.to_thread(self.add, places)
+        except Exception as error:  # whatever a module that does not fit the others raises
+            logger.exception("the operator endpoint cannot be imported")
+            raise InternalError(
+                f"The endpoint cannot be imported: {type(error).__name__}. If the package was replaced since the"
+                " start, restart the gateway."
+            ) from error
 
     def complete(self) -> None:
         """Add all routes that are absent. Blocks."""
-        self._add(range(len(ROUTERS)))
+        self.add(range(len(ROUTERS)))
 
     def _absent(self, first_segment: str) -> list[int]:
         return [
@@ -100,9 +116,10 @@ class Endpoints:
             if first_segment in segments and place not in self._counts
         ]
 
-    def _add(self, places: Collection[int]) -> None:
-        """Add routes before those of the embedding program. Their order is that of ROUTERS."""
-        import_gently(_BACKEND)
+    def add(self, places: Collection[int]) -> None:
+        """Add the routes of some of ROUTERS that are absent, in its order, before the embedding program's. Blocks."""
+        for name in _SHARED:
+            import_gently(name)
         for place in places:
             module, name, _ = ROUTERS[place]
             router: APIRouter = getattr(import_gently(f"{__package__}.{module}"), name)

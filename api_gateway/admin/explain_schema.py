@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from api_gateway.models import Body, ClientSource, DecisionSource, Instant, RequestBody, TierView
+from api_gateway.admin.client_schema import TierView
+from api_gateway.models import Body, ClientSource, DecisionSource, Instant, RequestBody
 
 
 class DescribedCertificate(RequestBody):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from api_gateway.admin.client_schema import TierView
 from api_gateway.admin.explain_schema import (
     AddressExplained,
     BucketExplained,
@@ -33,17 +34,7 @@ from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.middleware import API_PREFIX, proxied_paths
-from api_gateway.models import (
-    NANOSECONDS,
-    Charge,
-    Client,
-    ClientCertificate,
-    Clock,
-    Decision,
-    Exchange,
-    Quota,
-    TierView,
-)
+from api_gateway.models import NANOSECONDS, Charge, Client, ClientCertificate, Clock, Decision, Exchange, Quota
 from api_gateway.proxy.admission import Admission, ExtensionCall, RequestPlan, Wait
 from api_gateway.proxy.credential_stages import CredentialStage
 from api_gateway.proxy.extension_stages import NO_RESULT, ExtensionIdentityStage

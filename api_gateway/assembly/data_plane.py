@@ -1,8 +1,10 @@
-"""Builds the data plane of a gateway: the fast path, its ASGI application, and the explainer of both."""
+"""Builds the data plane of a gateway: the fast path, its ASGI application, and what makes the explainer of both."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.extensions import Hooks, hooks_by_name
 from api_gateway.assembly.forwarding import forwarding_of
 from api_gateway.assembly.gateway import Gateway
@@ -55,11 +57,14 @@ from api_gateway.proxy.stages import (
 from api_gateway.router import Router
 from api_gateway.system.output import process_output
 
+if TYPE_CHECKING:
+    from api_gateway.admin.explainer import Explainer
+
 
 def data_plane_of(
     gateway: Gateway, server_headers: frozenset[bytes], *, has_own_tls: bool
-) -> tuple[ASGIApp, FastPath, Explainer]:
-    """Return the ASGI application, the fast path and the explainer, which share one admission.
+) -> tuple[ASGIApp, FastPath, Callable[[], "Explainer"]]:
+    """Return the ASGI application, the fast path, and what makes explainers; they share one admission.
 
     `server_headers` are header fields that the server adds to responses, so those of upstreams are omitted.
     `has_own_tls`: `server.tls` is that of the connections, if it is configured.
@@ -102,7 +107,8 @@ def data_plane_of(
         fast_path.exchange_kind, fast_path.response_hooks = HookedExchange, response_hooks
     if any(route.mirroring is not None for route in gateway.routes):
         fast_path.exchange_kind, fast_path.mirrors = MirroringExchange, gateway.mirrors
-    explainer = Explainer(
+    make_explainer = partial(
+        _explainer,
         admission=admission,
         headers=headers,
         router=router,
@@ -115,7 +121,12 @@ def data_plane_of(
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
-    return fast_path.serve, fast_path, explainer
+    return fast_path.serve, fast_path, make_explainer
+
+
+def _explainer(**parts: Any) -> "Explainer":
+    explainer: Explainer = import_module("api_gateway.admin.explainer").Explainer(**parts)
+    return explainer
 
 
 def hsts_fields(config: GatewayConfig) -> HeaderList:

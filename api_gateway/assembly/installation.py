@@ -96,14 +96,14 @@ class Installation:
         """Apply the first configuration; `context` creates the context of the operator endpoints."""
         gateway = self._assembly.gateway
         self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
-        data_plane, fast_path, explainer = data_plane_of(
+        data_plane, fast_path, make_explainer = data_plane_of(
             gateway, self._server_headers, has_own_tls=self._tls is not None
         )
         self._switch.set(data_plane, fast_path, fast_path.is_proxied)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
         self._app.state.traffic_history = self._history
-        self._app.state.admin_context = context(gateway, explainer, aggregator)
+        self._app.state.admin_context = context(gateway, make_explainer, aggregator)
         aggregator.register(self.snapshot, self)
         aggregator.answer_by(HistoryQueries(gateway.history, gateway.clocks.wall).answer)
 
@@ -125,13 +125,13 @@ class Installation:
         self._plan = None
         assert plan is not None and access is not None and settings is not None  # noqa: S101, PT018 - see the class
         gateway = self._assembly.commit(plan)
-        data_plane, fast_path, explainer = data_plane_of(
+        data_plane, fast_path, make_explainer = data_plane_of(
             gateway, self._server_headers, has_own_tls=self._tls is not None
         )
         self._switch.set(data_plane, fast_path, fast_path.is_proxied)
         self._app.state.gateway = gateway
         context: AdminContext = self._app.state.admin_context
-        context.explainer, context.route_names = explainer, gateway.route_names
+        context.make_explainer, context.route_names = make_explainer, gateway.route_names
         context.accepts_keys, context.configuration = gateway.accepts_keys, gateway.config
         self._app.gate.access = access
         if self._on_change is not None:

@@ -2,37 +2,58 @@
 
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
 
-from api_gateway.admin.endpoints import ROUTERS
+from api_gateway.admin import endpoints as endpoints_module
+from api_gateway.admin.endpoints import ROUTERS, Endpoints
+from api_gateway.errors import InternalError
+from api_gateway.http1.asgi import Receive, Scope, Send
 from tests.processes import ROOT, START
 
-# Serves a request, and prints all modules that the process then has.
-SCRIPT = """
+VIEWS = ("metrics", "health", "circuit-breakers", "clients", "limits", "tiers", "audit", "history", "configuration")
+# Serves a request and prints all modules that the process then has; then the status of each view, asked for at once.
+SCRIPT = f"""
     import os, signal, sys, threading, time
-    from urllib.request import urlopen
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+    from urllib.request import Request, urlopen
     from api_gateway.cli import main
     from tests.kit import free_port
 
     port = free_port()
 
+    def status(path):
+        (token,) = (file.read_text().strip() for file in Path("state").rglob("operator-token"))
+        request = Request(f"http://127.0.0.1:{{port}}/{{path}}", headers={{"Authorization": f"Bearer {{token}}"}})
+        with urlopen(request) as response:
+            return response.status
+
     def look():
         while True:
             try:
-                urlopen(f"http://127.0.0.1:{port}/api/users").read()
+                urlopen(f"http://127.0.0.1:{{port}}/api/users").read()
             except OSError:
                 time.sleep(0.05)
             else:
                 break
         print("modules", *sys.modules, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        with ThreadPoolExecutor(16) as pool:
+            print("views", *pool.map(status, {VIEWS * 2}), flush=True)
 
-    threading.Thread(target=look, daemon=True).start()
+    def observe():
+        try:
+            look()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=observe, daemon=True).start()
     raise SystemExit(main(["--port", str(port)]))
 """
 
@@ -59,6 +80,8 @@ LEFT_OUT = {
     "api_gateway.settings.starter_file": "the command init",
     "api_gateway.testing": "the tests of others",
     **{f"api_gateway.admin.{module}": "operators" for module, _, _ in ROUTERS},
+    "api_gateway.admin.client_schema": "operators",
+    "api_gateway.admin.explainer": "operators",
     "api_gateway.admin.views": "operators",
     "api_gateway.admin.health_view": "/health",
     "api_gateway.reporting.history_schema": "operators",
@@ -69,18 +92,27 @@ LEFT_OUT = {
 }
 
 
-def test_a_start_without_configuration_imports_nothing_that_only_some_gateways_need(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Return what SCRIPT prints, by the first word of the line."""
+    folder = tmp_path_factory.mktemp("started")
     done = subprocess.run(
         [sys.executable, "-c", dedent(SCRIPT)],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "GATEWAY_STATE_DIR": str(tmp_path / "state")},
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(folder), "GATEWAY_STATE_DIR": str(folder / "state")},
         capture_output=True,
         text=True,
         timeout=START,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (modules,) = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("modules ")]
+    return {words[0]: words[1:] for line in done.stdout.splitlines() if (words := line.split())}
+
+
+def test_a_start_without_configuration_imports_nothing_that_only_some_gateways_need(
+    printed: dict[str, list[str]],
+) -> None:
+    modules = printed["modules"]
     assert "api_gateway.exchanges.fast_path" in modules
     needless = {
         f"{prefix}, for {need}"
@@ -89,6 +121,47 @@ def test_a_start_without_configuration_imports_nothing_that_only_some_gateways_n
         if module == prefix or module.startswith(f"{prefix}.")
     }
     assert not needless
+
+
+def test_first_requests_for_all_operator_endpoints_at_once_are_served(printed: dict[str, list[str]]) -> None:
+    assert printed["views"] == ["200"] * 2 * len(VIEWS)
+
+
+def test_routes_that_are_added_by_several_threads_are_present_once_and_in_order() -> None:
+    added, completed = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
+    endpoints = Endpoints(added, added, Counter())
+    added.add_api_route("/embedder", lambda: None)
+    with ThreadPoolExecutor(len(ROUTERS)) as pool:
+        list(pool.map(lambda place: endpoints.add([place]), [*range(len(ROUTERS)), *range(len(ROUTERS))]))
+    Endpoints(completed, completed, Counter()).complete()
+    paths = [getattr(route, "path", None) for route in added.router.routes]
+    assert paths == [*(getattr(route, "path", None) for route in completed.router.routes), "/embedder"]
+    assert endpoints.present_routes == len(paths) - 1
+
+
+async def test_an_endpoint_that_cannot_be_imported_names_the_remedy_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an upgrade in place, when the files on the disk are not those of the running process."""
+    app, served = FastAPI(openapi_url=None), []
+
+    async def serve(scope: Scope, _receive: Receive, _send: Send) -> None:
+        served.append(scope["path"])
+
+    async def nothing(*_message: object) -> Any:
+        pytest.fail("the gate responds")
+
+    def broken(name: str) -> Any:
+        raise AttributeError(f"{name} has no attribute of the new release")
+
+    tried = Endpoints(app, serve, Counter()), {"type": "http", "path": "/metrics"}, nothing, nothing
+    with monkeypatch.context() as patched:
+        patched.setattr(endpoints_module, "import_gently", broken)
+        with pytest.raises(InternalError, match="restart the gateway"):
+            await tried[0](*tried[1:])
+    assert "of the new release" in caplog.text
+    await tried[0](*tried[1:])
+    assert served == ["/metrics"]
 
 
 @pytest.mark.parametrize("module", sorted({module for module, _, _ in ROUTERS}))

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from api_gateway.models import NANOSECONDS, Body, Client, Decision, Exchange, Problem, Quota, TierChange
+from api_gateway.admin.client_schema import TierChange
+from api_gateway.models import NANOSECONDS, Body, Client, Decision, Exchange, Problem, Quota
 from tests.cases import each
 
 FREE = Quota.per_second("FREE", 1, 10)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from api_gateway import models
+from api_gateway.admin import client_schema
 from api_gateway.reporting import metrics_schema, upstream_schema
 from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of, reply, running_gateway
 
@@ -104,7 +105,7 @@ def test_a_grant_stands_over_the_tier_until_it_is_ended(plain: RunningGateway) -
     url = f"{plain.url}/clients/granted"
     post(f"{url}/tier", {"tier": "BASIC"})
     changed = post(f"{url}/grants", {"tier": "premium", "until": "2999-12-01T00:00:00+01:00"})
-    assert models.GrantChanged.model_validate({key: changed[key] for key in changed if key != "http"})
+    assert client_schema.GrantChanged.model_validate({key: changed[key] for key in changed if key != "http"})
     assert (changed["previous"]["name"], changed["current"]["name"]) == ("BASIC", "PREMIUM")
     assert changed["until"] == "2999-11-30T23:00:00.000+00:00"
     assert (changed["tokens_before"], changed["tokens_after"]) == (50, 200)
@@ -137,7 +138,7 @@ def test_a_reset_fills_the_bucket(plain: RunningGateway) -> None:
     live.limiter.decide([models.Charge(client.key, client.quota, client.quota.burst_ns)], time.monotonic_ns())
     filled = post(f"{url}/reset")
     assert filled.pop("http") == 200
-    models.BucketReset.model_validate(filled)
+    client_schema.BucketReset.model_validate(filled)
     assert filled["tokens_before"] < filled["tokens_after"] == client.quota.capacity
     assert ask(url).json()["bucket"]["tokens"] == client.quota.capacity
 
@@ -401,8 +402,8 @@ def test_the_schema_says_which_endpoints_take_a_token(plain: RunningGateway) -> 
         ("/metrics/latency", metrics_schema.LatencyView),
         ("/circuit-breakers", upstream_schema.BreakersView),
         ("/circuit-breakers/up/history", upstream_schema.HistoryView),
-        ("/clients/acme", models.ClientView),
-        ("/clients", models.HeavyClients),
+        ("/clients/acme", client_schema.ClientView),
+        ("/clients", client_schema.HeavyClients),
     ],
 )
 def test_responses_are_what_the_schema_says(plain: RunningGateway, path: str, model: Any) -> None:
