@@ -26,7 +26,7 @@ TRACED_METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}  # of the conventions
 )
 MAX_REMEMBERED_PARTS, MAX_REMEMBERED_HOSTS = 4096, 256
-_STEP = 32  # exchanges that are encoded at a stretch
+_STEP = 128  # exchanges that are encoded at a stretch, in half a millisecond: each stretch waits for the interpreter
 _LEFT = 499  # the client has left: no response was sent
 _SERVER_ERROR, _ERROR = 500, 400
 _LOCAL_PARENT, _REMOTE_PARENT = 0x100, 0x300  # flags that say where the parent of a span is
