@@ -53,7 +53,7 @@ class ContentCost:
         """Return the cost in tokens that a number states, None if it is none."""
         if value is None or not 0 <= value / self.per <= MAX_CONTENT_COST:
             return None
-        return round(value / self.per, 9)
+        return abs(round(value / self.per, 9))  # -0 is 0
 
 
 class ContentScan:

@@ -10,6 +10,7 @@ from api_gateway.proxy.json_scanner import JsonScanner
 _LINE_END = re.compile(rb"[\r\n]")
 _DATA = b"data:"
 _DONE = b"[DONE]"  # the data of the event with which services like OpenAI's end a stream
+_MARK = b"\xef\xbb\xbf"  # of the byte order, which a stream may begin with
 _KEPT = 16  # bytes of an event's data that are kept to recognise it
 
 
@@ -19,7 +20,17 @@ class EventScanner:
     `is_done` is true once an event has said that it is the last one; many clients leave then, before the stream ends.
     """
 
-    __slots__ = ("_begun", "_is_after_return", "_is_data", "_json", "_lines", "_start", "is_done", "value")
+    __slots__ = (
+        "_begun",
+        "_is_after_return",
+        "_is_at_start",
+        "_is_data",
+        "_json",
+        "_lines",
+        "_start",
+        "is_done",
+        "value",
+    )
 
     def __init__(self, path: tuple[str, ...]) -> None:
         """`path` are the reference tokens of a JSON pointer."""
@@ -29,6 +40,7 @@ class EventScanner:
         self._json = JsonScanner(path)
         self._start: bytes | None = b""  # of a line; None once it is known whether the line `_is_data`
         self._is_data = False
+        self._is_at_start = True  # of the stream, where a byte order mark is no part of the line
         self._is_after_return = False  # a following line feed belongs to the same line end
         self._lines = 0
 
@@ -65,12 +77,16 @@ class EventScanner:
         self._lines += 1
         if self._start is not None:
             part = self._start + part
+            if self._is_at_start and part.startswith(_MARK):
+                self._is_at_start, part = False, part[len(_MARK) :]
             if not part and is_over:
+                self._is_at_start = False
                 self._end_event()
                 return
             if len(part) < len(_DATA) and not is_over:
                 self._start = part
                 return
+            self._is_at_start = False
             self._start, self._is_data = None, part.startswith(_DATA)
             part = part[len(_DATA) :]
         if self._is_data:

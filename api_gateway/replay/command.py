@@ -14,7 +14,7 @@ from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.options import SHOWN_CLIENTS
 from api_gateway.replay.page import page_of
 from api_gateway.replay.pipeline import Replayed, replay_logs
-from api_gateway.replay.report import document_of, text_of
+from api_gateway.replay.report import Document, document_of, text_of
 from api_gateway.replay.snapshot import read_snapshot
 from api_gateway.settings.diagnostics import ConfigError
 
@@ -59,6 +59,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.html is not None:
         _write(options.html, page_of(document))
     print(json.dumps(document, indent=2) if options.json else text_of(document, options.clients), end="", flush=True)
+    if condition is not None:
+        _check_basis(document)
     if not matched:
         return 0
     shown = ", ".join(map(repr, matched[:SHOWN_CLIENTS])) + (", ..." if len(matched) > SHOWN_CLIENTS else "")
@@ -74,6 +76,20 @@ def clients_that_match(condition: ClientCondition, replayed: Replayed) -> list[s
         if condition.holds(client.figures(client_id, tier))
     ]
     return sorted(set(found))
+
+
+def _check_basis(document: Document) -> None:
+    """Raise ReplayError if a condition must not pass: logs without decisions make it true of nobody."""
+    log = document["log"]
+    if log["unread_files"]:
+        raise ReplayError(
+            f"--fail-if: {', '.join(log['unread_files'])} cannot be read to its end; see the messages above"
+        )
+    if not document["totals"]["decisions"]:
+        raise ReplayError(
+            f"--fail-if: no decision in {log['lines']} lines, so there is nothing to judge; an access log in JSON is"
+            " needed (log.format: json), with the field decision (log.fields), and one that goes on after --from"
+        )
 
 
 def _write(path: Path, text: str) -> None:

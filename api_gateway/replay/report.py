@@ -121,6 +121,7 @@ def _log(parts: Sequence[PartSummary]) -> Document:
         "end": time_of(end_ns),
         "seconds": (end_ns - begin_ns) / NANOSECONDS,
         "messages": messages,
+        "unread_files": [str(part.part.path) for part in parts if part.broken is not None],
     }
 
 
@@ -224,7 +225,7 @@ def text_of(document: Document, shown: int) -> str:
     lines = [
         (
             f"{', '.join(log['files'])}: {log['lines']} lines, {totals['decisions']} decisions"
-            f" in {log['seconds']:.1f} s from {log['begin']}"
+            + (f" in {log['seconds']:.1f} s from {log['begin']}" if log["begin"] else "")
         ),
         (
             f"  {log['not_decided']} requests did not get to the limits; {log['foreign_lines']} foreign lines,"

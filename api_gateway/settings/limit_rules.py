@@ -36,7 +36,8 @@ def limit_findings(config: LimitedSections) -> Iterator[Found]:
         place: KeyPath = (str(index),)
         other = taken.setdefault(limit.name.lower(), f"limits[{index}]")
         if other != f"limits[{index}]":
-            message = f"is also the name of {other}, and responses name limits; choose another, got {limit.name!r}"
+            message = f"is also the name of {other}, and responses name limits"
+            message += f"; choose one that differs in more than letter case, got {limit.name!r}"
             yield (*place, "name"), message, (("tiers",),)
         for number, part in enumerate(limit.key):
             problem = _key_problem(config.identity, part)

@@ -164,6 +164,10 @@ STREAMS = {
     "no blank line at the end": ('data: {"usage":{"total_tokens":5}}\n', 5),
     "other fields and comments": (':{"usage":{"total_tokens":1}}\nevent: x\nda\ndatas: 1\nretry: 5\n\n', None),
     "an empty stream": ("", None),
+    "a byte order mark": ("\ufeff" + event(FIVE), 5),
+    "a byte order mark before data": ('\ufeffdata: {"usage":{"total_tokens":5}}\n\n', 5),
+    "a byte order mark later": ('\n\ufeffdata: {"usage":{"total_tokens":5}}\n\n', None),
+    "two byte order marks": ('\ufeff\ufeffdata: {"usage":{"total_tokens":5}}\n\n', None),
     "no space": ('data:{"usage":{"total_tokens":5}}\n\n', 5),
 }
 

@@ -732,6 +732,14 @@ def test_the_command_fails_with_the_place_of_what_is_wrong(tmp_path: Path, capsy
     assert "\x1b" not in told.out
     assert main(["replay", log, *options, "--fail-if", "newly_limited > 100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fail_if"] == {"condition": "newly_limited > 100", "clients": []}
+    empty, cut = tmp_path / "empty.log", tmp_path / "cut.gz"
+    empty.write_text("02:17:03.808  200  GET  /api/orders\n")
+    cut.write_bytes(gzip.compress(Path(log).read_bytes())[:-20])
+    for unusable, cause in ((empty, "no decision in 1 lines"), (cut, f"{cut} cannot be read to its end")):
+        assert main(["replay", str(unusable), *options]) == 0
+        assert " from None" not in capsys.readouterr().out
+        assert main(["replay", str(unusable), *options, "--fail-if", "newly_limited > 0"]) == 3
+        assert f"--fail-if: {cause}" in capsys.readouterr().err
     assert main(["replay", log, *options, "--fail-if", "newly > 1"]) == 3
     assert "--fail-if: column 1" in capsys.readouterr().err
     assert main(["replay", log, "--config", str(tmp_path / "none.yaml")]) == 3
