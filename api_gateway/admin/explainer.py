@@ -27,7 +27,7 @@ from api_gateway.admin.explain_schema import (
 from api_gateway.admin.explained_parts import explained_concurrency, explained_fallback, explained_result
 from api_gateway.clients.api_keys import shown_id
 from api_gateway.downstream.client_certificate import as_client_id
-from api_gateway.errors import GatewayError, InvalidValue
+from api_gateway.errors import CredentialsRequired, GatewayError, InvalidValue
 from api_gateway.http1.fast_parser import lines_of
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
@@ -56,6 +56,7 @@ _IDENTIFICATION = {
     "credential": "identified by {header}; a credential may state the tier, which is otherwise the default",
     "default": "identified by {header}; not registered, so it has the default tier, {address}",
     "address": "no {header}, so it is identified by its address and has the default tier",
+    "unproved": "{header} names a client that a credential must prove, so the request is refused, as its address's",
 }
 
 
@@ -193,7 +194,7 @@ class Explainer:
         return Explanation(
             result=explained_result(error, fallback),
             address=self._address_view(request),
-            client=self._client_view(client, exchange),
+            client=self._client_view(client, plan, error),
             route=None if route is None else self._route_view(route, plan),
             routes_passed_over=self._passed_over(plan),
             buckets=[_bucket_view(bucket) for bucket in buckets],
@@ -283,17 +284,21 @@ class Explainer:
         decisions = await self._limiter.inspect(charges, self._clock_ns())
         return _bucket_view(_Bucket(charges[0], decisions[0]))
 
-    def _client_view(self, client: Client, exchange: Exchange) -> ClientExplained:
+    def _client_view(self, client: Client, plan: RequestPlan, error: GatewayError | None) -> ClientExplained:
+        exchange = plan.exchange
         quota, proof = client.quota, exchange.credential
         is_limited = self._limits.limits_address_of(client, exchange.peer)
         source = proof.claim.source.name if isinstance(proof, Proof) else None
         words = (
             "and the address limit applies too" if is_limited else "and its address is exempt from the address limit"
         )
+        basis: str = client.source
+        if basis == "address" and plan.facts.name is not None and isinstance(error, CredentialsRequired):
+            basis = "unproved"
         return ClientExplained(
             id=client.id,
             tier_source=client.source,
-            detail=_IDENTIFICATION[client.source].format(header=source or self._header, address=words),
+            detail=_IDENTIFICATION[basis].format(header=source or self._header, address=words),
             registered=client.is_registered,
             proved_by=source,
             verified_only=client.is_verified_only,
