@@ -4,6 +4,7 @@ Commands are imported when they run, as importing the gateway takes a second, an
 """
 
 import argparse
+import difflib
 import sys
 import threading
 from collections.abc import Sequence
@@ -48,17 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the options. The message about an unknown option does not show its value, which may be a secret."""
+    """Parse the options. A message about what is unknown does not show values, which may be secrets."""
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
-    if options.command is not None:
-        unknown.append(options.command)
-    if unknown:
-        names = [one.partition("=")[0] for one in unknown if one.startswith("-")]
+    names = [one.partition("=")[0] for one in unknown if one.startswith("-")]
+    if names:
         parser.error(
-            f"unknown: {', '.join(names) or 'positional arguments'}; use the file for other settings, or variables"
-            " such as GATEWAY_STORE__URL"
+            f"unknown: {', '.join(names)}; use the file for other settings, or variables such as GATEWAY_STORE__URL"
         )
+    if options.command in COMMANDS:
+        parser.error(f"the command {options.command} must be the first argument")
+    if options.command is not None:
+        near = difflib.get_close_matches(options.command, COMMANDS, n=1)
+        advice = f" did you mean {near[0]}?" if near else ""
+        parser.error(f"unknown command;{advice} the commands are {', '.join(sorted(COMMANDS))}")
     return options
 
 

@@ -146,9 +146,10 @@ async def _error_response(request: Request, raised: Exception) -> Response:
     """Return problem details for an error of an operator endpoint; for OPTIONS, 204 with `Allow`."""
     error = _gateway_error(raised)
     if isinstance(error, MethodNotAllowed):
-        error.headers["allow"] = _allow(request)
+        allowed = _allow(request)
+        error = MethodNotAllowed(f"The endpoint supports only {allowed}.", headers={"allow": allowed})
         if request.method == "OPTIONS":
-            return Response(status_code=204, headers={"allow": error.headers["allow"]})
+            return Response(status_code=204, headers=error.headers)
     request.app.state.refused[error.reason] += 1
     return JSONResponse(
         problem(error, instance=path_as_sent(request.scope)),
@@ -188,6 +189,8 @@ def _gateway_error(raised: Exception) -> GatewayError:
 
 def _validation_message(item: Mapping[str, Any]) -> str:
     """Return a message with place, error and value; the value is left out if it is an object or a list."""
+    if item["type"] == "json_invalid":
+        return f"The body is not JSON: {item['ctx']['error']}, at character {item['loc'][-1]}"
     given = item.get("input")
     value = f", got {given!r}" if isinstance(given, str | int | float) else ""
-    return f"{'.'.join(map(str, item['loc']))}: {item['msg']}{value}"
+    return f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}{value}"

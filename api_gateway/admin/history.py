@@ -2,16 +2,17 @@
 
 import json
 from operator import itemgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
+from pydantic import AfterValidator
 
 from api_gateway.admin.context import AdminContext, Guarded
 from api_gateway.admin.history_queries import MAX_FOUND, STATUS, Members
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 from api_gateway.admin.spent_tokens import spent_by
 from api_gateway.admin.utc_times import wall_time
-from api_gateway.errors import NoRoute
+from api_gateway.errors import NoRoute, Reason
 from api_gateway.http1.request_paths import unescaped
 from api_gateway.observability.request_history import HistoryLimits
 from api_gateway.observability.request_record import REQUEST_OUTCOMES
@@ -26,6 +27,12 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
 }
 
 
+def _checked_status(text: str) -> str:
+    if STATUS.fullmatch(text) is None:
+        raise ValueError("must be a status such as 429, or a class such as 4xx")
+    return text
+
+
 @router.get(
     "/history",
     summary="The last requests",
@@ -37,12 +44,12 @@ async def recent_requests(
     after: Annotated[int | None, Query(ge=0, description="Only requests with higher numbers.")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
     status: Annotated[
-        str | None, Query(pattern=f"^{STATUS.pattern}$", description="A status, or a class such as 4xx.")
+        Annotated[str, AfterValidator(_checked_status)] | None, Query(description="A status, or a class such as 4xx.")
     ] = None,
     client: Annotated[str | None, Query(description="Only of this client id.")] = None,
-    reason: Annotated[str | None, Query(description="Only with this reason.")] = None,
+    reason: Annotated[Reason | None, Query(description="Only with this reason.")] = None,
     route: Annotated[str | None, Query(description="Only of this route.")] = None,
-    outcome: Annotated[str | None, Query(pattern="^(success|refusal|error)$")] = None,
+    outcome: Literal["success", "refusal", "error"] | None = None,
 ) -> Response:
     """Return the last requests of all workers, oldest first; with `after` the first ones that ended after that one.
 

@@ -12,7 +12,7 @@ import pytest
 
 import api_gateway
 from api_gateway import __version__, rate_limiter
-from api_gateway.cli import COMMANDS
+from api_gateway.cli import COMMANDS, main
 from api_gateway.models import Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, free_port, reply
@@ -61,6 +61,23 @@ def test_help_and_version_import_no_gateway(arguments: list[str], tmp_path: Path
         assert running.exit_code() == 0, running.errors
     assert running.output
     assert running.errors.split() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["toop"], "unknown command; did you mean top? the commands are breakers, "),
+        (["start"], "unknown command; the commands are breakers, "),
+        (["--watch", "keys"], "the command keys must be the first argument"),
+        (["--prot", "9"], "unknown: --prot; use the file for other settings"),
+    ],
+)
+def test_an_unknown_command_is_told_which_there_are(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert words in capsys.readouterr().err
 
 
 def test_a_traceback_names_the_line_in_either_variant() -> None:

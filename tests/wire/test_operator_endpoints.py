@@ -321,6 +321,33 @@ def test_health_shows_the_status_word_only_to_others(tokened: RunningGateway) ->
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("PUT", "/metrics", "The endpoint supports only GET, HEAD, OPTIONS."),
+        (
+            "POST",
+            "/clients/acme/tier",
+            "The body is not JSON: Expecting property name enclosed in double quotes, at character 1.",
+        ),
+        (
+            "GET",
+            "/history?status=9xx",
+            "query.status: must be a status such as 429, or a class such as 4xx, got '9xx'.",
+        ),
+        ("GET", "/history?reason=none", "query.reason: Input should be 'rate_limited', "),
+        (
+            "GET",
+            "/history?outcome=none",
+            "query.outcome: Input should be 'success', 'refusal' or 'error', got 'none'.",
+        ),
+    ],
+)
+def test_a_message_says_what_would_be_accepted(plain: RunningGateway, method: str, path: str, words: str) -> None:
+    answer = ask(plain.url + path, method=method, headers={"Content-Type": "application/json"}, body=b"{tier: FREE}")
+    assert words in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
     ("method", "path", "body", "status", "reason"),
     [
         ("GET", "/nowhere", None, 404, "no_route"),
