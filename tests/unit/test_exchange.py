@@ -62,7 +62,7 @@ from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 from tests.cases import each
-from tests.kit import case
+from tests.kit import PATIENCE, case
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 BEGIN, END = "<!-- exchange: begin -->\n", "<!-- exchange: end -->"
@@ -357,7 +357,7 @@ class World:
         retry = RetryPolicy(attempts=2, budget=1.0, statuses=frozenset({503}), base=1.5, cap=1.5)
         longest: Any = SimpleNamespace(uniform=lambda _, high: high)  # a delay that does not end by itself
         self.upstream_client = UpstreamClient(
-            upstream, self.transport, Timeouts(1, 1, 1, None), retry=retry, source=longest
+            upstream, self.transport, Timeouts(PATIENCE, PATIENCE, PATIENCE, None), retry=retry, source=longest
         )
         self.recorder = Recorder(["all"], ["up"], ["FREE"], [50], 0.0)
         limit_headers = RateLimitHeaders()
@@ -825,7 +825,7 @@ def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
 
     async def run(event: str) -> None:
         world = World(tmp_path, monkeypatch, body)
-        other = World(tmp_path / "other", monkeypatch)
+        other = World(tmp_path / "other", monkeypatch, timeout=None)  # nothing but an event may end it
         undisturbed = await flowing(other)
         begin, before = SITUATIONS[situation]
         monkeypatch.setattr("api_gateway.transport.http1_transport._connect", world._connect)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,6 @@ from api_gateway.pacing.cost_estimates import CostEstimates
 from api_gateway.pacing.stated_limits import Remaining, StatedPolicy, policies_of, remaining_of, stated_retry_after
 from api_gateway.rate_limiter import MemoryLimiter
 from tests import virtual_time
-from tests.kit import RunningGateway, in_front_of
 
 SECOND = 1_000_000_000
 
@@ -353,24 +351,3 @@ def test_threads_share_a_budget() -> None:
             thread.join()
     assert sorted(map(str, outcomes)) == ["200"] * 5 + ["late"] * 3
     assert not refused
-
-
-@pytest.mark.parametrize("seconds", [2.0, pytest.param(30.0, marks=pytest.mark.heavy)])
-async def test_fifty_clients_of_a_real_gateway_get_no_429(gateway: Any, upstream: Any, seconds: float) -> None:
-    sections = in_front_of(upstream().url) | {"tiers": {"FREE": {"rate": 4, "capacity": 4}}}
-    running: RunningGateway = gateway(sections)
-    transport = PacingTransport(httpx.AsyncHTTPTransport(), max_retries=0)
-    async with httpx.AsyncClient(transport=transport, base_url=running.url, timeout=60) as client:
-
-        async def use(name: str) -> float:
-            """Return the share of the budget that a client has used from its first response to its last."""
-            statuses, began, end = [], 0.0, time.monotonic() + seconds
-            while time.monotonic() < end:
-                statuses.append((await client.get("/api/x", headers={"X-Client-ID": name})).status_code)
-                began = began or time.monotonic()
-            assert set(statuses) == {200}
-            return len(statuses) / (4 + 4 * (time.monotonic() - began))
-
-        shares = await asyncio.gather(*(use(f"client-{number}") for number in range(50)))
-    if seconds > 2:  # alone on the machine
-        assert min(shares) >= 0.98
