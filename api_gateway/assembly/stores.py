@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 from api_gateway.assembly.identity import identity_rules
+from api_gateway.clients.client_tiers import PreviousClients
 from api_gateway.clients.records import ClientStore
-from api_gateway.clients.registry import ClientRegistry, PreviousClients
+from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError

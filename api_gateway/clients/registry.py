@@ -1,7 +1,8 @@
 """The clients and their tiers: held in memory for requests, and kept in a store.
 
 A change is stored first, then applied. Changes by other processes are read from the store and applied. Clients that do
-not fit into memory are looked up in the store, concurrent look-ups in one query.
+not fit into memory are looked up in the store, concurrent look-ups in one query. `client_tiers` has what a record
+means, and `grant_endings` what ends at its time.
 
 Long because registrations, grants and changes from the store all modify the same in-memory copy.
 """
@@ -13,13 +14,13 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.client_pages import ListedClient, client_page
-from api_gateway.clients.grant_expiry import Expiry, ExpiryQueue
+from api_gateway.clients.client_tiers import ClientTiers, PreviousClients, owner_of
+from api_gateway.clients.grant_endings import GrantEndings
 from api_gateway.clients.identity_rules import NO_RULES, IdentityRules
 from api_gateway.clients.key_directory import KeyDirectory
 from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
@@ -37,18 +38,14 @@ from api_gateway.clients.records import (
 )
 from api_gateway.errors import StoreUnavailable
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.models import Client, ClientSource, Clock, Quota
+from api_gateway.models import Client, Clock, Quota
 
 logger = logging.getLogger(__name__)
 
 CLIENT_LIMIT = 100_000
 OUTAGE_TOLERANCE = 3600.0  # seconds
-_CLIENT, _ADDRESS = "client:", "address:"  # prefixes of bucket keys
 _RELOAD_BATCH = 500  # records processed before the event loop runs other tasks
-_CLEAR_RETRY_DELAY = 1.0  # seconds between two attempts to remove an expired grant
 _RECONNECT_DELAYS = (0.1, 2.0)  # seconds: the first delay, doubled after each failure, and the longest
-_MAX_TIMER_DELAY = 30.0  # seconds; the wall clock may be changed, so timers are at most this long
-_CLEAR_SPREAD = 0.2  # seconds over which processes spread the removal of an expired grant
 
 
 class ClientStatus(NamedTuple):
@@ -60,23 +57,6 @@ class ClientStatus(NamedTuple):
     is_confirmed: bool
 
 
-class PreviousClients(NamedTuple):
-    """Tiers and clients before a change of tiers or configured clients."""
-
-    tiers: Mapping[str, Quota]
-    default: Quota
-    registered: Mapping[str, Client]
-    configured: Mapping[str, Client]
-
-    def quota_of(self, key: str) -> Quota:
-        """Return the previous quota of the bucket with this key."""
-        client_id = key.removeprefix(_CLIENT)
-        if client_id == key:  # an address
-            return self.default
-        known = self.registered.get(client_id) or self.configured.get(client_id)
-        return self.default if known is None else known.quota
-
-
 def _ignore(_before: Client, _after: Client) -> None:
     pass
 
@@ -84,8 +64,8 @@ def _ignore(_before: Client, _after: Client) -> None:
 class ClientRegistry:
     """Resolves client ids and addresses to clients with a tier.
 
-    Precedence of tiers: granted, registered by the API, configured, default. Each process ends a grant by its own
-    clock; one process then removes it from the store, once it has expired by the store's clock.
+    Each process ends a grant by its own clock; one process then removes it from the store, once it has expired by the
+    store's clock.
 
     States: the store is in use, or unavailable (`store_error` is set, the last known tiers apply, and `follow`
     reconnects and loads all records). While records are loaded, changes are applied to the old and the new copy.
@@ -114,23 +94,18 @@ class ClientRegistry:
         `on_change` is called when a client changes for another reason than a call of `set_tier`, `grant`, `revoke` or
         `delete` in this process; the caller then converts the client's bucket.
         """
-        self.tiers = dict(tiers)
-        self.default = self.tiers[default_tier]
-        self._set_rules(rules)
-        self._configured = self._as_configured(configured)
+        self._tiers = ClientTiers(tiers, default_tier, configured, rules, wall_clock)
         self.version = 0  # increased by every change; a client that was resolved before must be resolved again
         self.store_error: str | None = None  # why the store is unavailable
         self._limit = limit
-        self._wall_clock = wall_clock
         self._random = random_source or random.Random()  # noqa: S311 - not used for security
         self._on_change = on_change
         self._store = store
         self._cursor = NO_CURSOR
-        self._cache = self._loading = ClientCache(limit, self._resolve)
+        self._cache = self._loading = ClientCache(limit, self._tiers.of_record)
         self._cache.is_complete = True  # until the store is loaded, no look-ups are made
         self._known = self._cache.clients
-        self._expiries = ExpiryQueue(limit)
-        self._timer: asyncio.TimerHandle | None = None
+        self._endings = GrantEndings(self, store, limit, wall_clock=wall_clock, source=self._random)
         self._lookups = LookupBatcher(
             store.look_up,
             self._on_lookup,
@@ -142,7 +117,7 @@ class ClientRegistry:
         self.keys = KeyDirectory(
             store,
             cache=lambda: self._cache,
-            configured=lambda: self._rules.keys,
+            configured=lambda: self._tiers.rules.keys,
             is_store_available=lambda: self.store_error is None,
             write=self._write_record,
             on_lookup=self._on_key_lookup,
@@ -154,12 +129,13 @@ class ClientRegistry:
         )
         self._writing: Counter[str] = Counter()  # changes in progress, by client
         self._deferred: dict[str, list[ClientRecord]] = {}  # records that arrived for these clients during the change
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         error = f", {self.store_error}" if self.store_error else ""
         part = "" if self._cache.is_complete else " of those"
-        return f"<ClientRegistry [{len(self._known)}{part} registered, {len(self._configured)} configured{error}]>"
+        return (
+            f"<ClientRegistry [{len(self._known)}{part} registered, {len(self._tiers.configured)} configured{error}]>"
+        )
 
     # The store
 
@@ -201,9 +177,7 @@ class ClientRegistry:
 
     async def close(self) -> None:
         """Cancel timers, tasks and look-ups, and close the store."""
-        if self._timer is not None:
-            self._timer.cancel()
-        await cancel_and_wait(*self._tasks)
+        await self._endings.close()
         await self._lookups.close()
         await self.keys.close()
         await self._store.close()
@@ -220,7 +194,7 @@ class ClientRegistry:
 
     async def _reload(self) -> None:
         """Replace the records held by those of the store. Changes meanwhile are applied to both copies."""
-        fresh = self._loading = ClientCache(self._limit, self._resolve)
+        fresh = self._loading = ClientCache(self._limit, self._tiers.of_record)
         changed_ids = set()
         try:
             snapshot = await self._store.load(self._limit)
@@ -250,10 +224,10 @@ class ClientRegistry:
         self.keys.on_recovery()
         self.version += 1
         for client_id in changed_ids:
-            self._notify(known.get(client_id) or self._fallback(client_id), self.by_id(client_id))
-        self._expiries.replace(fresh.records())
+            self._notify(known.get(client_id) or self._tiers.without_record(client_id), self.by_id(client_id))
+        self._endings.expiries.replace(fresh.records())
         self._warn_of_unknown_tiers(snapshot)
-        self._set_timer()
+        self._endings.set_timer()
 
     def _warn_of_unknown_tiers(self, snapshot: ClientSnapshot) -> None:
         for record in snapshot.records:
@@ -274,7 +248,7 @@ class ClientRegistry:
                 or self._lookups.is_pending(record.id)
                 or self.keys.is_pending(record)
             ):
-                self._apply(record)
+                self.apply(record)
             else:
                 self._cache.note_record(record)
                 self._lookups.retry_now(record.id)
@@ -303,11 +277,8 @@ class ClientRegistry:
 
         A client that is registered for a removed tier counts as not registered until the tier exists again.
         """
-        before = PreviousClients(self.tiers, self.default, dict(self._known), self._configured)
-        self.tiers = dict(tiers)
-        self.default = self.tiers[default_tier]
-        self._set_rules(rules)
-        self._configured = self._as_configured(configured)
+        before = PreviousClients(self.tiers, self.default, dict(self._known), self._tiers.configured)
+        self._tiers.change(tiers, default_tier, configured, rules)
         for cache in {id(cache): cache for cache in (self._cache, self._loading)}.values():
             cache.refresh_all()
         self.version += 1
@@ -319,6 +290,16 @@ class ClientRegistry:
 
     # Resolution of ids and addresses
 
+    @property
+    def tiers(self) -> Mapping[str, Quota]:
+        """The tiers by name."""
+        return self._tiers.tiers
+
+    @property
+    def default(self) -> Quota:
+        """The default tier."""
+        return self._tiers.default
+
     def by_id(self, client_id: str) -> Client:
         """Return the client with this id, as far as it is known in memory.
 
@@ -327,28 +308,26 @@ class ClientRegistry:
         known = self._known.get(client_id)
         if known is not None:
             return known
-        client = self._fallback(client_id)
-        if not client.is_verified_only and self._cache.may_need_proof(client_id, with_tier=bool(self._rules.tiers)):
+        client = self._tiers.without_record(client_id)
+        needs_proof = not client.is_verified_only and self._cache.may_need_proof(
+            client_id, with_tier=bool(self._tiers.rules.tiers)
+        )
+        if needs_proof:
             return replace(client, is_verified_only=True)
         return client
 
     def proved(self, client: Client, tier: str | None) -> Client:
-        """Return a client whose id was proved. One that is not registered gets the tier that the credential states.
-
-        Its id was not invented, so the address limit does not apply to it.
-        """
-        if client.is_registered:
-            return client
-        quota = self.tiers.get(tier or "", client.quota)
-        return Client(client.id, client.key, quota, "credential", is_verified_only=client.is_verified_only)
+        """Return a client whose id was proved; `tier` is what the credential states."""
+        return self._tiers.proved(client, tier)
 
     def by_address(self, address: str) -> Client:
         """Return the client of a request without a client id: the address."""
-        return Client(address, f"{_ADDRESS}{address}", self.default, "address")
+        return self._tiers.by_address(address)
 
     def by_bucket_key(self, key: str) -> Client:
         """Return the client whose bucket has this key."""
-        return self.by_address(key[len(_ADDRESS) :]) if key.startswith(_ADDRESS) else self.by_id(key[len(_CLIENT) :])
+        owner, is_address = owner_of(key)
+        return self.by_address(owner) if is_address else self.by_id(owner)
 
     def try_get(self, client_id: str) -> Client | None:
         """Return the client with this id, or None if `look_up` is necessary."""
@@ -368,7 +347,7 @@ class ClientRegistry:
         if record is None:
             self._cache.put_negative(client_id)
         elif was_late or self._cache.get(client_id) is not None:
-            self._apply(record)
+            self.apply(record)
         else:
             self._put(record)
 
@@ -413,27 +392,27 @@ class ClientRegistry:
         except OSError:
             record, is_confirmed = self._cache.get(client_id), False
         if record is not None and is_confirmed:
-            self._apply(record)
+            self.apply(record)
         return record or ClientRecord(client_id), is_confirmed
 
     async def page(self, after: str, limit: int, tier: str | None) -> tuple[list[ListedClient], str | None]:
         """Return a page of all registered clients; see `client_page`. Raises InvalidPosition and StoreUnavailable."""
         try:
             return await client_page(
-                self._store, self._configured, self._client_of, after=after, limit=limit, tier=tier
+                self._store, self._tiers.configured, self._client_of, after=after, limit=limit, tier=tier
             )
         except OSError as error:
             message = f"The registered clients cannot be read from {self._store.name}."
             raise StoreUnavailable(message, retry_after=5) from error
 
     def _client_of(self, record: ClientRecord) -> Client:
-        return self._resolve(record) or self._unregistered(record)
+        return self._tiers.of_record(record) or self._tiers.unregistered(record)
 
     async def inspect(self, client_id: str) -> ClientStatus:
         """Return a client as in the store, or as in memory if the store is unavailable (`is_confirmed` false)."""
         record, is_confirmed = await self.record_of(client_id)
-        otherwise = self._registered(record) or self._unregistered(record)
-        client = self._resolve(record) or otherwise
+        otherwise = self._tiers.registered(record) or self._tiers.unregistered(record)
+        client = self._tiers.of_record(record) or otherwise
         grant = record.grant if client.source == "granted" else None
         return ClientStatus(client, grant, otherwise, is_confirmed)
 
@@ -456,7 +435,7 @@ class ClientRegistry:
             if not self._writing[client_id]:
                 del self._writing[client_id]
                 for record in self._deferred.pop(client_id, ()):
-                    self._apply(record)
+                    self.apply(record)
 
     async def _store_change(self, client_id: str, change: Change) -> WriteResult:
         try:
@@ -476,13 +455,13 @@ class ClientRegistry:
         """Apply a change of this process, after an earlier change by another that it was based on."""
         client_id = written.after.id
         if written.before.version:
-            self._apply(written.before)
+            self.apply(written.before)
         before = self.by_id(client_id)
         self._put(written.after, is_new_epoch=written.epoch != self._cursor.epoch)
         self.version += 1
         return before, self.by_id(client_id)
 
-    def _apply(self, record: ClientRecord) -> None:
+    def apply(self, record: ClientRecord) -> None:
         """Apply a change of another process or a looked-up record, and report the client if it differs."""
         before, held = self.by_id(record.id), self._cache.get(record.id)
         if self._put(record):
@@ -499,8 +478,7 @@ class ClientRegistry:
         if was_complete and not self._cache.is_complete:
             logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if any(record.ends):
-            self._expiries.expect(record, self._is_current)
-            self._set_timer()
+            self._endings.expect(record)
         return True
 
     def _notify(self, before: Client, after: Client) -> None:
@@ -508,95 +486,22 @@ class ClientRegistry:
             self.version += 1
             self._on_change(before, after)
 
-    # Grants
+    # See `grant_endings.EndingRecords`
 
-    def _is_current(self, expiry: Expiry) -> bool:
-        record = self._cache.get(expiry.client_id)
-        return record is not None and record.version == expiry.version
+    def held(self, client_id: str) -> ClientRecord | None:
+        """Return the record that is held of a client; None if there is none."""
+        return self._cache.get(client_id)
 
-    def end_expired(self) -> None:
-        """End every grant and key that has expired, and set the timer for the next."""
-        now = self._wall_clock()
-        for expiry in self._expiries.due(now):
-            record = self._cache.get(expiry.client_id)
-            if record is None or record.version == expiry.version:
-                self.version += 1  # the client may have been resolved, or the key verified, before
-            if record is not None and record.version == expiry.version:
-                self._end_grant(record, now)
-        self._set_timer()
+    def on_expired(self) -> None:
+        """Invalidate all clients that were resolved before."""
+        self.version += 1
 
-    def _end_grant(self, record: ClientRecord, now: float) -> None:
-        if record.grant is None or record.grant.until > now:
-            return
+    def on_grant_ended(self, record: ClientRecord) -> None:
+        """Give the client the tier that it has without its grant."""
         before = self.by_id(record.id)
         self._cache.refresh(record)
         self._notify(before, self.by_id(record.id))
-        task = asyncio.create_task(self._clear_ended_grant(record), name="clearing of an ended grant")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
-    async def _clear_ended_grant(self, record: ClientRecord) -> None:
-        """Remove an expired grant from the store, unless another process does. Runs in the background."""
-        written = None
-        await asyncio.sleep(self._random.uniform(0, _CLEAR_SPREAD))
-        while written is None and self._cache.get(record.id) == record:
-            with suppress(OSError):
-                written = await self._store.end_grant(record.id, record.version)
-            if written is None:
-                await asyncio.sleep(_CLEAR_RETRY_DELAY)
-        if written is not None:
-            self._apply(written.after)
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._expiries.next_at is not None:
-            delay = min(max(self._expiries.next_at - self._wall_clock(), 0), _MAX_TIMER_DELAY)
-            self._timer = asyncio.get_running_loop().call_later(delay, self.end_expired)
-
-    # Resolution of records
-
-    def _as_configured(self, configured: Mapping[str, str]) -> dict[str, Client]:
-        return {
-            client_id: self._client(ClientRecord(client_id), self.tiers[tier], "configured")
-            for client_id, tier in configured.items()
-        }
-
-    def _resolve(self, record: ClientRecord) -> Client | None:
-        grant = record.grant
-        if grant is not None and grant.tier in self.tiers and grant.until > self._wall_clock():
-            return self._client(record, self.tiers[grant.tier], "granted")
-        registered = self._registered(record)
-        if registered is None and (record.keys or record.verified_only is not None):
-            return self._unregistered(record)
-        return registered
-
-    def _registered(self, record: ClientRecord) -> Client | None:
-        quota = None if record.tier is None else self.tiers.get(record.tier)
-        return None if quota is None else self._client(record, quota, "registered")
-
-    def _fallback(self, client_id: str) -> Client:
-        """Return a client that the store has no record of."""
-        return self._configured.get(client_id) or self._client(ClientRecord(client_id), self.default, "default")
-
-    def _unregistered(self, record: ClientRecord) -> Client:
-        """Return the client of a record without a tier of its own."""
-        other = self._fallback(record.id)
-        return self._client(record, other.quota, other.source)
-
-    def _client(self, record: ClientRecord, quota: Quota, source: ClientSource) -> Client:
-        has_keys = bool(record.keys) or record.id in self._keyed
-        is_verified_only = self._rules.is_verified_only(
-            record.id, quota.name, stored=record.verified_only, has_keys=has_keys
-        )
-        return Client(record.id, bucket_key(record.id), quota, source, has_keys, is_verified_only)
-
-    def _set_rules(self, rules: IdentityRules) -> None:
-        self._rules = rules
-        self._keyed = rules.keyed_clients
-
-
-def bucket_key(client_id: str) -> str:
-    """Return the key of the bucket of a client id, which differs from that of any address."""
-    return f"{_CLIENT}{client_id}"
+    def end_expired(self) -> None:
+        """End every grant and key that has expired, and set the timer for the next."""
+        self._endings.end_expired()

@@ -128,7 +128,9 @@ async def test_a_grant_ends_on_time_everywhere(store_server: StoreServer) -> Non
         for registry in (one, other):
             await soon(lambda each=registry: tier_of(each, "acme") == ("FREE", "default"), "it ends")  # type: ignore[misc]  # a loop's value
         assert 0 <= time.time() - until < 0.2
-        await soon(lambda: not one._tasks and not other._tasks, "one clears it, and the other lets it be")
+        await soon(
+            lambda: not one._endings._tasks and not other._endings._tasks, "one clears it, and the other lets it be"
+        )
         (record,) = await one._store.look_up(["acme"])
         assert record is not None
         assert (record.is_empty, record.version) == (True, 2)

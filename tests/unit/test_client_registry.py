@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from api_gateway.clients.bloom_filter import BloomFilter
+from api_gateway.clients.client_tiers import bucket_key
 from api_gateway.clients.records import (
     MAX_KEPT_CHANGES,
     Change,
@@ -23,7 +24,7 @@ from api_gateway.clients.records import (
     WriteResult,
     key_entry,
 )
-from api_gateway.clients.registry import ClientRegistry, bucket_key
+from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import StoreUnavailable
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Client, Quota
@@ -332,10 +333,10 @@ async def test_an_older_record_never_takes_the_place_of_a_newer_one() -> None:
         await registry.set_tier("acme", "BASIC")
         older = store.records["acme"]
         await registry.set_tier("acme", "PREMIUM")
-        registry._apply(older)
+        registry.apply(older)
         assert tier_of(registry, "acme") == ("PREMIUM", "registered")
         await registry.delete("acme")
-        registry._apply(replace(older, version=2))
+        registry.apply(replace(older, version=2))
         assert tier_of(registry, "acme") == ("FREE", "default")
 
 
@@ -613,7 +614,7 @@ async def test_a_change_of_a_client_that_is_not_remembered_is_not_missed() -> No
         assert registry.try_get("client-24") is None
         asking = asyncio.create_task(registry.look_up("newcomer"))
         await asyncio.sleep(0)
-        registry._apply(ClientRecord("newcomer", "BASIC", version=99))  # told while the question is under way
+        registry.apply(ClientRecord("newcomer", "BASIC", version=99))  # told while the question is under way
         assert view(await asking) == ("BASIC", "registered")
 
 
@@ -715,7 +716,7 @@ async def test_a_grant_ends_on_time_on_every_process_and_one_of_them_clears_it()
         assert one.version > versions[0]
         assert other.version > versions[1]
         await soon(lambda: store.records["acme"].grant is None, "one of them clears it")
-        await soon(lambda: not one._tasks and not other._tasks, "the other lets it be")
+        await soon(lambda: not one._endings._tasks and not other._endings._tasks, "the other lets it be")
     assert changed == ["one", "other"], "each process takes its own bucket over, once"
     assert store.ended == 1
 
@@ -765,7 +766,7 @@ async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
 
 
 async def test_a_grant_ends_on_time_while_the_store_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.clients.registry._CLEAR_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("api_gateway.clients.grant_endings.CLEAR_RETRY_DELAY", 0.02)
     clock = FakeClock(1000)
     store = HeldStore(clock)
     async with following(store, wall_clock=clock) as registry:
@@ -783,7 +784,7 @@ async def test_the_ends_of_replaced_grants_are_forgotten() -> None:
     async with following(HeldStore(), wall_clock=FakeClock(1000), limit=10) as registry:
         for number in range(200):
             await registry.grant("acme", "PREMIUM", 5000 + number)
-        assert len(registry._expiries) <= 22
+        assert len(registry._endings.expiries) <= 22
         assert tier_of(registry, "acme") == ("PREMIUM", "granted")
 
 

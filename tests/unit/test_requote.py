@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.assembly.stores import PreviousQuotas, Quotas
-from api_gateway.clients.registry import PreviousClients
+from api_gateway.clients.client_tiers import PreviousClients
 from api_gateway.config import from_values
 from api_gateway.models import Charge, Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
