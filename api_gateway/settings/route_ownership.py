@@ -76,7 +76,7 @@ class Space(NamedTuple):
 def space_of_owned(text: str) -> Space:
     """Return the space of an entry of `owns`."""
     host, _, path = text.partition("/")
-    return Space(host, _segments(f"/{path}"), is_prefix=True)
+    return Space(host.lower(), _segments(f"/{path}"), is_prefix=True)
 
 
 def space_of_route(route: RouteSection) -> Space:

@@ -54,7 +54,7 @@ def overlapping(index: int, path: str, of: str, at: str, name: str = "orders", o
 
 A = "conf.d/a.yaml:3"
 B_OWNS = "[{path: conf.d/b.yaml, owns: [/api/orders/refunds]}, conf.d/*.yaml]"
-A_OWNS = "[conf.d/b.yaml, {path: conf.d/a.yaml, owns: [/api/orders, orders.example]}]"
+A_OWNS = "[conf.d/b.yaml, {path: conf.d/a.yaml, owns: [/api/orders, Orders.example]}]"
 BOTH_OWN = "[{path: conf.d/b.yaml, owns: [/api/orders/refunds]}, {path: conf.d/a.yaml, owns: [/api/orders]}]"
 NOT_BELOW = (
     "conf.d/b.yaml:2: routes[0] (b).path: must be below /api/orders/refunds, which gateway.yaml:1 gives the file, got"
