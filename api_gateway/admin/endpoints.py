@@ -5,7 +5,6 @@ The modules of endpoints, whose models take a third of the time of a start, are 
 
 import asyncio
 import logging
-import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -48,6 +47,7 @@ ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("quotas", "router", frozenset({"clients"})),
     ("usage", "router", frozenset({"usage"})),
 )
+_SCHEMA = "openapi.json"
 # Imported with the first router, as the event loop would import them else: the backend of the framework's thread pool,
 # and what several endpoints ask.
 _SHARED = ("anyio._backends._asyncio", f"{__package__}.explainer")
@@ -63,7 +63,6 @@ class Endpoints:
         """`serve` is the application without its gate. `refused` counts error responses by reason."""
         self._routes = app.router.routes
         self._serve = serve
-        self._lock = threading.Lock()
         self._counts: dict[int, int] = {}  # routes of each router that is present, by its place in ROUTERS
         app.state.refused = refused
         app.state.rendered_schemas = {}
@@ -71,7 +70,7 @@ class Endpoints:
         app.add_exception_handler(RequestValidationError, _error_response)
         app.add_exception_handler(HTTPException, _error_response)
         app.add_exception_handler(Exception, _error_response)  # the framework re-raises it, and the server logs it
-        self._routes.insert(0, Route("/openapi.json", _schema))
+        self._routes.insert(0, Route(f"/{_SCHEMA}", _schema))
         self._first = len(self._routes)  # index of the first route of a router
 
     def __repr__(self) -> str:
@@ -80,7 +79,7 @@ class Endpoints:
     @property
     def first_segments(self) -> frozenset[str]:
         """The first segments of all paths."""
-        return frozenset({"docs", "openapi.json"}).union(*(segments for _, _, segments in ROUTERS))
+        return frozenset({"docs", _SCHEMA}).union(*(segments for _, _, segments in ROUTERS))
 
     @property
     def present_routes(self) -> int:
@@ -94,42 +93,55 @@ class Endpoints:
             await self._load(absent)
         await self._serve(scope, receive, send)
 
+    def complete(self) -> None:
+        """Add all routes that are absent. Blocks."""
+        places = range(len(ROUTERS))
+        _import(places)
+        self._add(places)
+
+    def _absent(self, first_segment: str) -> list[int]:
+        return [
+            place
+            for place, (_, _, segments) in enumerate(ROUTERS)
+            if place not in self._counts and (first_segment in segments or first_segment == _SCHEMA)
+        ]
+
     async def _load(self, places: Collection[int]) -> None:
-        """Add routers. Raises InternalError, as the files may be those of another release by now."""
+        """Import routers in a thread. Raises InternalError, as the files may be those of another release by now."""
         try:
-            await asyncio.to_thread(self.add, places)
+            await asyncio.to_thread(_import, places)
         except Exception as error:  # whatever a module that does not fit the others raises
             logger.exception("the operator endpoint cannot be imported")
             raise InternalError(
                 f"The endpoint cannot be imported: {type(error).__name__}. If the package was replaced since the"
                 " start, restart the gateway."
             ) from error
+        self._add(places)
 
-    def complete(self) -> None:
-        """Add all routes that are absent. Blocks."""
-        self.add(range(len(ROUTERS)))
+    def _add(self, places: Collection[int]) -> None:
+        """Add the routes of imported routers that are absent, in the order of ROUTERS, before the embedding program's.
 
-    def _absent(self, first_segment: str) -> list[int]:
-        return [
-            place
-            for place, (_, _, segments) in enumerate(ROUTERS)
-            if first_segment in segments and place not in self._counts
-        ]
-
-    def add(self, places: Collection[int]) -> None:
-        """Add the routes of some of ROUTERS that are absent, in its order, before the embedding program's. Blocks."""
-        for name in _SHARED:
-            import_gently(name)
+        Only in the thread of the event loop, once there is one, so that no request finds a part of it.
+        """
         for place in places:
-            module, name, _ = ROUTERS[place]
-            router: APIRouter = getattr(import_gently(f"{__package__}.{module}"), name)
-            with self._lock:
-                if place in self._counts:
-                    continue
+            if place not in self._counts:
+                routes = _router(place).routes
                 first = self._first + sum(count for other, count in self._counts.items() if other < place)
-                # `include_router` would build their models anew for each application
-                self._routes[first:first] = router.routes
-                self._counts[place] = len(router.routes)
+                self._routes[first:first] = routes  # `include_router` would build their models for each application
+                self._counts[place] = len(routes)
+
+
+def _import(places: Collection[int]) -> None:
+    for name in _SHARED:
+        import_gently(name)
+    for place in places:
+        _router(place)
+
+
+def _router(place: int) -> APIRouter:
+    module, name, _ = ROUTERS[place]
+    router: APIRouter = getattr(import_gently(f"{__package__}.{module}"), name)
+    return router
 
 
 async def _schema(request: Request) -> Response:

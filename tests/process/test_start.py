@@ -1,9 +1,9 @@
 """What a start imports: the modules that only some gateways need are left to those, as each takes time and memory."""
 
+import asyncio
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from textwrap import dedent
 from typing import Any
@@ -127,16 +127,20 @@ def test_first_requests_for_all_operator_endpoints_at_once_are_served(printed: d
     assert printed["views"] == ["200"] * 2 * len(VIEWS)
 
 
-def test_routes_that_are_added_by_several_threads_are_present_once_and_in_order() -> None:
+async def test_routes_that_many_requests_need_at_once_are_added_once_and_in_order() -> None:
     added, completed = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
-    endpoints = Endpoints(added, added, Counter())
+    endpoints = Endpoints(added, _ignored, Counter())
     added.add_api_route("/embedder", lambda: None)
-    with ThreadPoolExecutor(len(ROUTERS)) as pool:
-        list(pool.map(lambda place: endpoints.add([place]), [*range(len(ROUTERS)), *range(len(ROUTERS))]))
-    Endpoints(completed, completed, Counter()).complete()
-    paths = [getattr(route, "path", None) for route in added.router.routes]
-    assert paths == [*(getattr(route, "path", None) for route in completed.router.routes), "/embedder"]
-    assert endpoints.present_routes == len(paths) - 1
+    paths = [f"/{segment}" for _, _, segments in reversed(ROUTERS) for segment in segments]
+    await asyncio.gather(*(endpoints({"type": "http", "path": path}, _ignored, _ignored) for path in paths * 2))
+    Endpoints(completed, _ignored, Counter()).complete()
+    found = [getattr(route, "path", None) for route in added.router.routes]
+    assert found == [*(getattr(route, "path", None) for route in completed.router.routes), "/embedder"]
+    assert endpoints.present_routes == len(found) - 1
+
+
+async def _ignored(*_arguments: object) -> Any:
+    return None
 
 
 async def test_an_endpoint_that_cannot_be_imported_names_the_remedy_and_is_tried_again(
