@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from api_gateway.assembly.route_actions import compression_of, mirroring_of
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import BadRequest, StartupError
 from api_gateway.http1.fast_parser import pairs_of
@@ -26,6 +27,7 @@ from api_gateway.proxy.mirroring import BODY_TOO_LARGE, BUSY, INCOMPLETE, Copied
 from api_gateway.proxy.path_rewriting import PathRewriting
 from api_gateway.proxy.upstream_split import chosen
 from api_gateway.proxy.value_template import ValueTemplate, path_parameters
+from api_gateway.resilience.breaker_policy import BreakerPolicy
 from api_gateway.settings.route_actions import (
     CompressionSection,
     MirrorSection,
@@ -33,7 +35,11 @@ from api_gateway.settings.route_actions import (
     RequestHeadersSection,
     ResponseHeadersSection,
 )
-from api_gateway.upstreams.upstream_client import UpstreamClient
+from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
+from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 
 TARGETS = st.lists(
     st.sampled_from(
@@ -402,7 +408,9 @@ def test_a_share_of_requests_is_copied_and_only_what_is_within_the_limits() -> N
     mirroring = mirroring_of(MirrorSection(upstream="next", share=0.25, max_in_flight=1, max_body_bytes=10))
     assert mirroring is not None
     assert [mirrors.admits("r", mirroring, None) for _ in range(3)] == [True, False, False]
-    client, head = UpstreamClient.__new__(UpstreamClient), CopiedHead("POST", b"/", b"h", b"", "k")
+    upstream = Upstream("next", [Target("http://next")], CircuitBreaker(BreakerPolicy(), 0.0), round_robin)
+    client = UpstreamClient(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))
+    head = CopiedHead("POST", b"/", b"h", b"", "k")
     copy = mirrors.begin("r", mirroring, client, head)
     assert not mirrors.admits("r", mirroring, 10)
     assert not mirrors.admits("r", mirroring, 11)
