@@ -39,14 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(action=_list)
     rotate = commands.add_parser("rotate", help="create a key in place of another one, and print it")
     rotate.add_argument("client", help="client id")
-    rotate.add_argument("key", help="id of the key, as listed")
+    rotate.add_argument("key_id", metavar="key", help="id of the key, as listed")  # `--key` is the operator's
     rotate.add_argument(
         "--overlap", type=float, default=86_400, metavar="SECONDS", help="validity of the old key (default: a day)"
     )
     rotate.set_defaults(action=_rotate)
     revoke = commands.add_parser("revoke", help="revoke a key")
     revoke.add_argument("client", help="client id")
-    revoke.add_argument("key", help="id of the key, as listed")
+    revoke.add_argument("key_id", metavar="key", help="id of the key, as listed")  # `--key` is the operator's
     revoke.set_defaults(action=_revoke)
     generate = commands.add_parser("generate", help="print a key for the configuration file, and its digest")
     generate.set_defaults(action=_generate)
@@ -84,14 +84,14 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _rotate(options: argparse.Namespace) -> None:
-    path = f"{_path(options.client)}/{quote(options.key, safe='')}/rotate"
+    path = f"{_path(options.client)}/{quote(options.key_id, safe='')}/rotate"
     made = client_of(options).call("POST", path, {"overlap_seconds": options.overlap})
     _show_created(made)
     print(f"Key {made['previous_id']} is valid until {made['previous_expires_at']}.", file=sys.stderr)
 
 
 def _revoke(options: argparse.Namespace) -> None:
-    gone = client_of(options).call("DELETE", f"{_path(options.client)}/{quote(options.key, safe='')}")
+    gone = client_of(options).call("DELETE", f"{_path(options.client)}/{quote(options.key_id, safe='')}")
     print(f"Key {gone['id']} is revoked; {gone['keys_left']} valid keys are left.", file=sys.stderr)
 
 
