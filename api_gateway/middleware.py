@@ -21,7 +21,7 @@ from api_gateway.http1.asgi import (
 from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.metrics import Recorder
-from api_gateway.models import Exchange, HeaderList
+from api_gateway.models import Decision, Exchange, HeaderList
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.path_table import PATH_PREFIX, is_placeholder
 from api_gateway.proxy.problem_response import send_problem
@@ -141,11 +141,17 @@ class ExchangeRecords:
         recorder: Recorder,
         observers: Sequence[Observer],
         on_failure: Callable[[Exchange, GatewayError], None] | None = None,
+        on_late_decision: Callable[[Exchange, Decision], None] | None = None,
     ) -> None:
-        """`on_failure` is called before an error is sent, so that a refund shows in the rate limit fields."""
+        """Set the observers.
+
+        `on_failure` is called before an error is sent, so that a refund shows in the rate limit fields;
+        `on_late_decision` with the decision on an exchange that has ended meanwhile.
+        """
         self._recorder = recorder
         self._observers = tuple(observers)
         self._on_failure = on_failure
+        self._on_late_decision = on_late_decision
 
     def begin(self, exchange: Exchange) -> Exchange:
         """Count an exchange as in flight until `end`, and return it."""
@@ -157,6 +163,11 @@ class ExchangeRecords:
         """Log an error that is a defect of the gateway, with its traceback, and return the error for the client."""
         logger.error("request %s (%s %s) failed", exchange.id, exchange.method, exchange.path, exc_info=error)
         return InternalError(f"The gateway failed: {type(error).__name__}.")
+
+    def note_late_reply(self, exchange: Exchange, reply: object) -> None:
+        """Undo what a reply to a question of admission has charged for an exchange that has ended meanwhile."""
+        if isinstance(reply, Decision) and self._on_late_decision is not None:
+            self._on_late_decision(exchange, reply)
 
     def note_failure(self, exchange: Exchange, error: GatewayError) -> None:
         """Settle the charge of a failed exchange, and record why it failed."""

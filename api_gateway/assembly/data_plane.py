@@ -88,6 +88,7 @@ def data_plane_of(
         recorder=recorder,
         observers=_observers(gateway),
         on_failure=settlement.on_failure,
+        on_late_decision=settlement.on_late_decision,
     )
     fast_path = FastPath(
         record=record,

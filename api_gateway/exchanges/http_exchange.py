@@ -55,7 +55,8 @@ class HttpExchange(AttemptingExchange):
         question.ask(partial(self._on_reply, question, self.generation))
 
     def _on_reply(self, question: Wait, generation: int, reply: Any) -> None:
-        if generation != self.generation:  # the exchange has ended meanwhile, or the question has a reply
+        if generation != self.generation:  # the exchange has ended meanwhile
+            self._context.record.note_late_reply(self.exchange, reply)
             return
         self.generation += 1
         if not self._may(REPLY):

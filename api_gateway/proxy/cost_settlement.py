@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from api_gateway.errors import GatewayError
 from api_gateway.limits.concurrency import SlottedCharges
 from api_gateway.metrics import NO_ROUTE, Recorder
-from api_gateway.models import Charge, Exchange, Settlement
+from api_gateway.models import Charge, Decision, Exchange, Settlement
 from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.fallback import STATIC
 from api_gateway.rate_limiter import RateLimiter
@@ -80,6 +80,18 @@ class CostSettlement:
         """Refund the whole charge if nothing of the request was sent to an upstream and no response has begun."""
         if error.is_retry_safe and not exchange.status and not exchange.has_reached:
             self.settle(exchange, 0.0, is_whole=True)
+
+    def on_late_decision(self, exchange: Exchange, decision: Decision) -> None:
+        """Refund what a store has charged for an exchange that had ended before: nothing of it was sent.
+
+        The exchange was recorded without a decision, so this is no settlement of its record.
+        """
+        if exchange.decision is not None or not decision.allowed:
+            return
+        charges, changes = _settled_to(exchange.charges, 0.0, is_whole=True)
+        if any(change.increment_ns for change in changes):
+            self._recorder.settlements["refunded"] += 1
+            self._limiter.settle(changes, decision, self._clock_ns(), charges)
 
     def on_fallback(self, exchange: Exchange, error: GatewayError) -> None:
         """Count a fallback that replaces the response after `error`, and refund a static one like the error itself.

@@ -110,6 +110,23 @@ def test_a_client_that_disconnects_while_it_waits_is_recorded_and_goes_no_furthe
     assert running.live.recorder.in_flight == 0
 
 
+def test_a_request_whose_client_leaves_before_the_decision_costs_nothing(
+    gateway: GatewayStarter, up: RawUpstream, store: StoreServer
+) -> None:
+    """The store executes the charge when it goes on, and gets the refund then."""
+    running = started(gateway, up, store, wait=20, tiers={"FREE": {"rate": 0.01, "capacity": 10}})
+    with paused(store):
+        with RawClient(running.port) as client:
+            client.request(headers=("X-Client-ID: hasty",))
+            waits(running)
+        eventually(lambda: running.live.recorder.in_flight == 0, "it has ended")
+    eventually(lambda: running.live.recorder.settlements["refunded"] == 1, "the reply has arrived")
+    assert up.requests == []
+    with RawClient(running.port) as client:
+        left = [int(client.get("/api/x", ("X-Client-ID: hasty",)).all("x-ratelimit-remaining")[0]) for _ in range(3)]
+    assert left[-1] == 7, "the refund is sent without waiting for it"
+
+
 def test_what_comes_behind_it_is_served_after_it(gateway: GatewayStarter, up: RawUpstream, store: StoreServer) -> None:
     running = started(gateway, up, store)
     with paused(store), RawClient(running.port) as client:
