@@ -33,6 +33,7 @@ from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.http1.asgi import ADMIN, FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
 from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, respond_to_server_options
+from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess, SupervisorChannel
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
@@ -177,7 +178,7 @@ def create_app(
     """
     settings = config or load_config()
     read = read or (load_config if config is None else None)
-    rejections: Counter[str] = Counter() if refused is None else refused
+    rejections: Counter[str] = LabelCounter() if refused is None else refused
     switch = DataPlaneSlot()
 
     @asynccontextmanager

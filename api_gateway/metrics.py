@@ -12,6 +12,7 @@ from api_gateway.errors import Reason
 from api_gateway.eventloop.pacing import Steps, completed, each
 from api_gateway.models import Exchange
 from api_gateway.observability.heavy_hitters import HeavyHitters
+from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.observability.latency_series import WindowedSeries
 from api_gateway.observability.request_record import REQUEST_OUTCOMES
 from api_gateway.observability.trace_exporter import RESULTS
@@ -132,23 +133,23 @@ class Recorder:
         self.in_flight = self.waiting_traces = 0  # requests, and exchanges that wait to be exported
         self.routes = {name: WindowedSeries() for name in (*routes, NO_ROUTE)}
         self.upstreams = {name: WindowedSeries() for name in upstreams}
-        self.requests: Counter[tuple[str, str, int, str, str]] = Counter()  # route, method, status, source, tier
-        self.outcomes: dict[str, Counter[str]] = {name: Counter() for name in self.upstreams}
+        self.requests: Counter[tuple[str, str, int, str, str]] = LabelCounter()  # route, method, status, source, tier
+        self.outcomes: dict[str, Counter[str]] = {name: LabelCounter() for name in self.upstreams}
         self.retries: Counter[tuple[str, str]] = Counter()  # upstream, cause
         self.retries_denied: Counter[tuple[str, str]] = Counter()  # upstream, why
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, fallback, reason of the failure
         self.illegal_exchange_events: Counter[tuple[str, str]] = Counter()  # phase of an exchange, event
         self.key_fetches: Counter[tuple[str, str]] = Counter()  # issuer, result
-        self.refusals_by_limit: Counter[tuple[str, str]] = Counter()  # limit, tier; of all limits that refuse
+        self.refusals_by_limit: Counter[tuple[str, str]] = LabelCounter()  # limit, tier; of all limits that refuse
         self.would_refuse_by_limit: Counter[tuple[str, str]] = Counter()  # the same of candidates, if admitted
         self.hook_calls: Counter[tuple[str, str, str]] = Counter()  # extension, hook, result
         self.hook_ns: Counter[tuple[str, str]] = Counter()  # nanoseconds, by extension and hook
         self.mirrored: Counter[tuple[str, str]] = Counter()  # copies of requests, by route and result
         self.mirrored_in_flight: Counter[str] = Counter()  # by route
-        self.rejections: Counter[str] = Counter() if rejections is None else rejections
-        self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
-        self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
-        self.sources: Counter[str] = Counter()  # decisions by source
+        self.rejections: Counter[str] = LabelCounter() if rejections is None else rejections
+        self.allowed: Counter[str] = LabelCounter(dict.fromkeys(tiers, 0))
+        self.limited: Counter[str] = LabelCounter(dict.fromkeys(tiers, 0))
+        self.sources: Counter[str] = LabelCounter()  # decisions by source
         self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed; the candidate would refuse
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused; the candidate would allow
         self.would_refuse: Counter[str] = Counter(dict.fromkeys(OBSERVED_REASONS, 0))  # admitted by mode observe
@@ -167,7 +168,7 @@ class Recorder:
         self.tls_handshakes: Counter[str] = Counter()  # by version and session: `TLSv1.3/new` or `/resumed`
         self.tls_failures: Counter[str] = Counter()  # handshakes by reason
         self.tls_reloads: Counter[str] = Counter()  # of certificates, by result
-        self.requests_not_kept: Counter[str] = Counter(dict.fromkeys(REQUEST_OUTCOMES, 0))  # for lack of a place
+        self.requests_not_kept: Counter[str] = LabelCounter(dict.fromkeys(REQUEST_OUTCOMES, 0))  # for lack of a place
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}
         self.requests_by_client, self.limited_by_client = HeavyHitters(), HeavyHitters()  # by the client's key
@@ -184,7 +185,7 @@ class Recorder:
             self.routes.setdefault(name, WindowedSeries())
         for name in upstreams:
             self.upstreams.setdefault(name, WindowedSeries())
-            self.outcomes.setdefault(name, Counter())
+            self.outcomes.setdefault(name, LabelCounter())
             self.shed.setdefault(name, Counter())
         for tier in tiers:
             for counts in (self.allowed, self.limited, self.would_limit, self.would_allow, *self.shed.values()):

@@ -67,6 +67,7 @@ class ExchangeLife(ProxyExchange):
     failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
     last: UpstreamResponse | None = None  # the response of the last attempt, likewise
     tried: tuple[Target, ...] = ()  # the targets of the attempts that have failed
+    _last_attempt: Attempt | None = None  # ended, but its result may be final
     upload: ExchangeBody | None = None  # the request body
     first_failure: GatewayError | None = None  # the error for which another upstream is asked, as the fallback
     failed_upstream: str | None = None  # the upstream that has failed with it
@@ -90,13 +91,14 @@ class ExchangeLife(ProxyExchange):
         """`body` is what has arrived of it. `trailers` is filled before its end, None behind a plain head."""
         self.connection = self.error = None
         self.encoder: ContentEncoder | None = None  # that compresses the content
+        self.upload = self.chunks = None  # these three are read often, which takes longer for class attributes
+        self.is_watched = False
         self.exchange = exchange = plan.exchange
         self.is_to_head = exchange.method == "HEAD"
         self.listener = NO_LISTENER
         self.pieces = []
         self.plan = plan
         self.attempt: Attempt | None = None
-        self._last_attempt: Attempt | None = None  # ended, but its result may be final
         self._context = context
         self._client = client
         facts = plan.facts

@@ -34,6 +34,18 @@ class LimitReached(RateLimited):
     header fields, as lines.
     """
 
+    # Exceptions have a dictionary, too, but these attributes are not in it.
+    __slots__ = (
+        "_remaining",
+        "_situation",
+        "_template",
+        "_violated",
+        "detail",
+        "field_lines",
+        "headers",
+        "retry_after",
+    )
+
     def __init__(  # that of `GatewayError` takes twice the time for the same attributes
         self, template: "RefusalTemplate", retry_after: float, remaining: int, violated: Sequence[Quota] = ()
     ) -> None:
@@ -41,9 +53,9 @@ class LimitReached(RateLimited):
         self._situation = f"{remaining} remain. Retry in {retry_after:.3f} s."
         self.detail = template.cause + self._situation
         self.retry_after = retry_after
-        seconds = str(math.ceil(retry_after) or 1)
-        self.headers = {"retry-after": seconds}
-        self.field_lines = f"retry-after: {seconds}\r\n".encode()
+        seconds = math.ceil(retry_after) or 1
+        self.headers = {"retry-after": str(seconds)}
+        self.field_lines = b"retry-after: %d\r\n" % seconds
         self._violated = violated
         self._template = template
         self._remaining = remaining

@@ -26,6 +26,7 @@ from api_gateway.downstream.https_redirect import HttpsRedirect
 from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.errors import DRAIN_INCOMPLETE
 from api_gateway.main import create_app
+from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, watched
 from api_gateway.process.message_log import change_logging
@@ -76,7 +77,7 @@ class GatewayServer(uvicorn.Server):
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels still in progress at the end of the drain time
         self._sockets = Sockets([])
-        refused: Counter[str] = Counter()
+        refused: Counter[str] = LabelCounter()
         section = config.server
         self.connections = FairShares(section.max_connections or default_connections(raise_descriptor_limit()))
         self._aggregator = aggregator or SingleProcess()

@@ -20,6 +20,7 @@ from api_gateway.errors import Reason, UpstreamFailed
 from api_gateway.eventloop.pacing import completed
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
+from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.observability.latency_series import Tally, bucket_of, percentile
 from api_gateway.reporting.metrics_schema import RateWindow
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
@@ -693,3 +694,17 @@ def test_odd_names_are_escaped() -> None:
     recorder.observe_attempt(upstream.name, "2xx", 0.1, START)
     found = samples(exposition_of(recorder, upstream))
     assert found[f"gateway_circuit_breaker_opened_total{{upstream={upstream.name}}}"] == 0
+
+
+def test_a_label_counter_counts_as_a_counter_does() -> None:
+    """An absent label counts 0 and stays absent; to delete it is an error, unlike with `Counter`."""
+    counts: Counter[str] = LabelCounter(a=1)
+    counts["a"] += 1
+    counts["b"] += 2
+    assert counts == Counter(a=2, b=2)
+    assert counts.total() == 4
+    assert counts["c"] == 0
+    assert "c" not in counts
+    del counts["a"]
+    with pytest.raises(KeyError):
+        del counts["a"]
