@@ -323,10 +323,10 @@ class HeaderReader:
             return read(peer, scheme, lines, max_lines)
         varying = before.varying
         if varying is not None:
-            value = varying.value_in(lines)
+            value = varying.value_in(lines, before.received)
             facts = None if value is None else self._facts_with(before.facts, varying, value)
             if value is not None and facts is not None:
-                return RewrittenHeaders(lines, facts, varying.sent_with(value), varying)
+                return RewrittenHeaders(lines, facts, varying.sent_with(value, before.sent), varying)
         headers = self._read_anew(peer, scheme, lines, max_lines)
         return None if headers is None else self._compared(before, headers)
 

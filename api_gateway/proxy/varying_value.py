@@ -4,38 +4,38 @@ from api_gateway.http1.fast_parser import field_name
 
 
 class VaryingValue:
-    """What the header lines of two requests have in common that differ in the value of one line, of field `name`.
+    """Where header lines have the value in which they differ from those of the request before, of field `name`.
 
     So the lines of a further request need not be parsed if they differ in this value only, as is usual for requests of
-    one connection: of one program that is traced, or of a proxy with many clients.
+    one connection: of one program that is traced, or of a proxy with many clients. Offsets, because connections would
+    otherwise hold their lines twice.
     """
 
-    __slots__ = ("_after", "_before", "_sent_after", "_sent_before", "name")
+    __slots__ = ("_left", "_sent_left", "_sent_start", "_start", "name")
 
-    def __init__(self, name: bytes, received: tuple[bytes, bytes], sent: tuple[bytes, bytes]) -> None:
-        """`received` and `sent` are what stands before and behind the value, as received and as sent upstream."""
+    def __init__(self, name: bytes, received: tuple[int, int], sent: tuple[int, int]) -> None:
+        """`received` and `sent` are the bytes before and behind the value, as received and as sent upstream."""
         self.name = name
-        self._before, self._after = received
-        self._sent_before, self._sent_after = sent
+        self._start, self._left = received
+        self._sent_start, self._sent_left = sent
 
     def __repr__(self) -> str:
         return f"<VaryingValue of {self.name!r}>"
 
-    def value_in(self, lines: bytes) -> bytes | None:
-        """Return the value in header lines that are the same otherwise; None if they are not, or if it is empty."""
-        before, after = self._before, self._after
-        start, end = len(before), len(lines) - len(after)
-        if start < end and lines.startswith(before) and lines.endswith(after):
+    def value_in(self, lines: bytes, earlier: bytes) -> bytes | None:
+        """Return the value in header lines that equal earlier ones otherwise; None if not, or if it is empty."""
+        start, end = self._start, len(lines) - self._left
+        if start < end and lines.startswith(earlier[:start]) and lines.endswith(earlier[len(earlier) - self._left :]):
             return lines[start:end]
         return None
 
-    def sent_with(self, value: bytes) -> bytes:
-        """Return the lines for the upstream with another value."""
-        return self._sent_before + value + self._sent_after
+    def sent_with(self, value: bytes, earlier: bytes) -> bytes:
+        """Return earlier lines for the upstream with another value."""
+        return earlier[: self._sent_start] + value + earlier[len(earlier) - self._sent_left :]
 
 
 def varying_value(earlier: bytes, lines: bytes, sent: bytes) -> VaryingValue | None:
-    """Return what two sections of header lines have in common; None unless they differ in the value of one line.
+    """Return where two sections of header lines differ; None unless they differ in the value of one line.
 
     `sent` is what is sent upstream of `lines`.
     """
@@ -52,8 +52,6 @@ def varying_value(earlier: bytes, lines: bytes, sent: bytes) -> VaryingValue | N
     line = b"\r\n%b\r\n" % differing
     if not name or name != field_name(former) or own.count(differing) > 1 or line not in sent:
         return None
-    size = len(name) + 4  # with the line break before the name, and what separates it from the value
-    start, sent_start, length = lines.index(line) + size, sent.index(line) + size, len(line) - 2 - size
-    return VaryingValue(
-        name, (lines[:start], lines[start + length :]), (sent[:sent_start], sent[sent_start + length :])
-    )
+    at, sent_at, size = lines.index(line), sent.index(line), len(line) - 2  # without the line break behind it
+    before = len(name) + 4  # with the line break before the name, and what separates it from the value
+    return VaryingValue(name, (at + before, len(lines) - at - size), (sent_at + before, len(sent) - sent_at - size))
