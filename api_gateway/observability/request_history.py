@@ -156,16 +156,19 @@ class RequestHistory:
 
     def observer(self, wall_clock: Clock) -> Callable[[Exchange], None]:
         """Return what is called at the end of each exchange: it is recorded if there is a place for it."""
-        takes, record, successes, not_kept = self.takes, self.record, self._of_successes, self.not_kept
+        takes, record, not_kept = self.takes, self.record, self.not_kept
+        successes, refusals = self._of_successes, self._of_refusals
 
         def observe(exchange: Exchange) -> None:
-            if (
-                exchange.finished < successes.full_until
-                and exchange.reason is None
-                and exchange.status < _SERVER_ERROR
-            ):
-                not_kept["success"] += 1  # `takes`, inlined for nearly all requests at a high rate
-            elif takes(exchange):
+            status, finished = exchange.status, exchange.finished
+            if exchange.reason is None and status < _SERVER_ERROR:  # `takes`, inlined for nearly all at a high rate
+                if finished < successes.full_until:
+                    not_kept["success"] += 1
+                    return
+            elif finished < refusals.full_until and status < _CLIENT_DISCONNECTED and exchange.source == "gateway":
+                not_kept["refusal"] += 1
+                return
+            if takes(exchange):
                 record(exchange, wall_clock())
 
         return observe

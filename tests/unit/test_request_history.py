@@ -173,7 +173,8 @@ def test_a_request_uses_the_budget_of_the_outcome_that_its_record_has(
     history = RequestHistory(HistoryLimits(0, 0, 0, 1_000_000, 60, (0.001, 0.001, 0.001)))
     exchange = ended(status=status, reason=reason, source=source)
     assert [history.takes(exchange) for _ in range(2)] == [True, False]
-    assert history.not_kept == {name: int(name == outcome_of(exchange)) for name in REQUEST_OUTCOMES}
+    history.observer(lambda: 1)(exchange)
+    assert history.not_kept == {name: 2 * (name == outcome_of(exchange)) for name in REQUEST_OUTCOMES}
 
 
 def test_a_client_that_was_not_identified_is_held_by_its_address() -> None:
