@@ -26,7 +26,7 @@ from api_gateway.http1.asgi import (
     ServerExtension,
 )
 from api_gateway.http1.fast_parser import pairs_of
-from api_gateway.http1.headers import BODILESS, Fields, forwardable_trailers, framing
+from api_gateway.http1.headers import BODILESS, Fields, framing
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import ClientCertificate, Exchange, HeaderList
 from api_gateway.proxy.exchange import DONE
@@ -278,7 +278,7 @@ class AsgiDownstream:
                 last["is_body_ready"] = True
             self._messages.append({"type": _BODY, "body": b"", "more_body": False})
         if exchange is not None and self._has_trailers:
-            trailers = forwardable_trailers(exchange.trailers, exchange.protected)
+            trailers = exchange.trailers_for_client()
             self._messages.append({"type": _TRAILERS, "headers": trailers, "more_trailers": False})
 
     @property

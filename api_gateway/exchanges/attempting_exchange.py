@@ -11,14 +11,11 @@ from api_gateway.http1.headers import (
     fields_of,
 )
 from api_gateway.http1.methods import IDEMPOTENT
-from api_gateway.models import Outcome
 from api_gateway.proxy.attribution import NO_PROGRESS, outcome_of_abort
 from api_gateway.proxy.exchange import (
     CONNECT,
-    END,
     EXCHANGING,
     FINAL,
-    FLOWING,
     RESUME,
     RETRY,
 )
@@ -280,15 +277,8 @@ class AttemptingExchange(RelayingExchange):
             self.move(FINAL)
             self._forget()
             self.take_over(last)
-            self._write_head(self._last_attempt)
-            self.response = FLOWING
-            if self.error is not None:
-                self._on_error(self.error)
-            elif self.is_complete:
-                self.move(END)
-                self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
-            else:
-                self._receive_more()
+            if self._write_head(self._last_attempt):
+                self._go_on(now)
 
 
 def _second_failure(error: httpx.TransportError) -> httpx.ReadError:

@@ -261,7 +261,7 @@ class ExchangeBody:
         if status == _CONTINUE:
             self.awaits_continue = False
             self._owner.on_continue()
-        self._client.transport.write(interim_response(status, reason, headers, self._context.via, self.editor))
+        self._client.transport.write(interim_response(status, reason, headers, self._context, self.editor))
 
     def send_continue(self) -> None:
         """Ask the client for the body, for an upstream whose interim responses are not reported."""

@@ -7,6 +7,7 @@ from api_gateway.errors import BodyTooLarge, ClientDisconnected, GatewayError, I
 from api_gateway.exchanges.client_port import Downstream
 from api_gateway.exchanges.context import ExchangeContext
 from api_gateway.exchanges.exchange_body import ExchangeBody
+from api_gateway.http1.headers import forwardable_trailers
 from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.admission import DirectResponse, RequestPlan
@@ -38,7 +39,9 @@ from api_gateway.proxy.exchange import (
     ProxyExchange,
 )
 from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.head_editing import HeadEditor
 from api_gateway.proxy.sse import EventBoundaries
+from api_gateway.proxy.url_rewriting import UrlRewriter
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt
@@ -121,17 +124,22 @@ class ExchangeLife(ProxyExchange):
         return self.response != NONE
 
     @property
-    def protected(self) -> frozenset[bytes]:
-        """Names of fields, in lower case, that no trailer of a response may have."""
-        return self._context.headers.protected
-
-    @property
     def _is_repeatable(self) -> bool:
         """True if the method or an idempotency key makes the request repeatable, see `retry.is_repeatable`."""
         method = self.exchange.method
         return method in IDEMPOTENT or (
             method in KNOWN_METHODS and _HAS_KEY.search(self.plan.headers.received) is not None
         )
+
+    def trailers_for_client(self) -> HeaderList:
+        """Return the trailers that are forwarded."""
+        trailers = forwardable_trailers(self.trailers, self._context.headers.protected)
+        editor = self._editor()
+        return trailers if editor is None else editor.later_fields(trailers)
+
+    def _editor(self) -> HeadEditor | UrlRewriter | None:
+        """Return what changes header fields on the route of the request."""
+        return None if self.plan.route is None else self.plan.route.url_rewriter
 
     def _may(self, event: ExchangeEvent) -> bool:
         """Change the states by an event of a port, and return True; abort the exchange if they do not allow it."""

@@ -6,13 +6,15 @@ import httpx
 
 from api_gateway.errors import GatewayError
 from api_gateway.exchanges.client_port import Downstream
+from api_gateway.exchanges.context import ExchangeContext
 from api_gateway.exchanges.exchange_life import ExchangeLife
 from api_gateway.exchanges.response_head import interim_response, parsed_head, plain_head
+from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import (
     BODILESS,
     COST,
     FALLBACK,
-    forwardable_trailers,
+    fields_of,
 )
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.attribution import NO_PROGRESS
@@ -64,7 +66,7 @@ class RelayingExchange(ExchangeLife):
     def on_complex_head(self) -> None:
         """Forward interim responses, and take no more than READ_SIZE at once: the parser's callbacks take time."""
         if self.upload is None or self.upload.is_complete:
-            self.listener = InterimListener(self._client, self._context.via, self._editor())
+            self.listener = InterimListener(self._client, self._context, self._editor())
         self.is_relayed = False
 
     def on_complex_chunk(self) -> None:
@@ -97,7 +99,8 @@ class RelayingExchange(ExchangeLife):
                 return
             if not self.head and is_event_stream(self.fields) and not self._begin_stream(attempt):
                 return
-            self._write_head(attempt)
+            if not self._write_head(attempt):
+                return
             if not self.is_complete and attempt.is_probe:
                 self.is_pending = True
                 self.probe = self._context.router.settle_probe_soon(attempt, self._client.loop)
@@ -159,8 +162,25 @@ class RelayingExchange(ExchangeLife):
             connection.resume_reading()  # a large read pauses it
             connection.set_timer("idle")
 
-    def _write_head(self, attempt: Attempt) -> None:  # noqa: C901, PLR0912 - a call less for each response
-        """Send the head and what has arrived of the body."""
+    def _go_on(self, now: float) -> None:
+        """Forward what follows of a response whose head was written later than it had arrived."""
+        attempt = self.attempt
+        self.response = FLOWING
+        if self.error is not None:
+            self._on_error(self.error)
+        elif self.is_complete:
+            self.move(END)
+            self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
+        else:
+            if attempt is not None and attempt.is_probe:
+                self.is_pending = True
+                self.probe = self._context.router.settle_probe_soon(attempt, self._client.loop)
+            self._receive_more()
+            if self.events is not None and self._client.is_draining:
+                self.on_drain()
+
+    def _write_head(self, attempt: Attempt) -> bool:  # noqa: C901, PLR0912 - a call less for each response
+        """Send the head and what has arrived of the body, and return True; False if that happens later, or never."""
         context, exchange, route = self._context, self.exchange, self.plan.route
         exchange.status, exchange.source = self.status, "upstream"
         if self.upload is not None:
@@ -207,6 +227,7 @@ class RelayingExchange(ExchangeLife):
             self._client.transport.writelines((head, piece))
         else:
             self._client.transport.write(head + piece)
+        return True
 
     def _begin_compression(self, compression: Compression) -> None:
         """Compress the content of the response if client and response permit it, and change its head."""
@@ -222,11 +243,14 @@ class RelayingExchange(ExchangeLife):
             self.is_framed = self._client.abilities.framing and not self.is_to_head
 
     def _begin_compression_by_fields(self, compression: Compression) -> None:
-        fields, coding = self.fields, self.coding
+        headers, coding = self.headers, self.coding
+        if self.head:  # extensions change the lines that pass
+            headers = pairs_of(self.passed) if self.cost is None else [*pairs_of(self.passed), (COST, self.cost)]
+        fields = fields_of(headers)
         if self.status == NOT_MODIFIED:
-            self._replace_headers(compression.revalidated(self.headers, is_accepted=coding is not None))
+            self._replace_headers(compression.revalidated(headers, is_accepted=coding is not None))
         elif compression.concerns(self.status, fields):
-            self._replace_headers(compression.headers(self.headers, None if coding is None else coding[0]))
+            self._replace_headers(compression.headers(headers, None if coding is None else coding[0]))
             if coding is not None:
                 self._encode(coding, flushes=b"content-length" not in fields)
 
@@ -277,15 +301,7 @@ class RelayingExchange(ExchangeLife):
         """Return the last chunk, with the trailers that are forwarded if the client accepts some."""
         if not self.trailers or not self.plan.facts.accepts_trailers:
             return b"0\r\n\r\n"
-        trailers = forwardable_trailers(self.trailers, self._context.headers.protected)
-        editor = self._editor()
-        if editor is not None:
-            trailers = editor.later_fields(trailers)
-        return b"0\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % pair for pair in trailers])
-
-    def _editor(self) -> HeadEditor | UrlRewriter | None:
-        """Return what changes header fields on the route of the request."""
-        return None if self.plan.route is None else self.plan.route.url_rewriter
+        return b"0\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % pair for pair in self.trailers_for_client()])
 
     def _is_retried(self, status: int) -> bool:
         """Tell whether the retry policy names the status."""
@@ -312,16 +328,16 @@ class InterimListener(NoListener):
     def __init__(
         self,
         client: Downstream,
-        via: tuple[bytes, bytes],
+        context: ExchangeContext,
         editor: HeadEditor | UrlRewriter | None,
         *,
         upgrade: bool = False,
     ) -> None:
         self.upgrade = upgrade
         self._client = client
-        self._via = via
+        self._context = context
         self._editor = editor
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ResponseListener`."""
-        self._client.transport.write(interim_response(status, reason, headers, self._via, self._editor))
+        self._client.transport.write(interim_response(status, reason, headers, self._context, self._editor))

@@ -12,6 +12,7 @@ from api_gateway.proxy.head_editing import HeadEditor, ResponseEditor
 from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
 from api_gateway.transport.response import UpstreamResponse
 
+_EARLY_HINTS = frozenset({b"link", b"via"})
 _LENGTH, _NOTHING = frozenset({b"content-length"}), frozenset[bytes]()
 
 
@@ -81,11 +82,17 @@ def interim_response(
     status: int,
     reason: bytes,
     headers: HeaderList,
-    via: tuple[bytes, bytes],
+    context: ExchangeContext,
     editor: HeadEditor | UrlRewriter | None,
 ) -> bytes:
-    """Return an interim response for the client; `editor` is that of the route."""
-    fields = forwardable_interim(headers, via)
+    """Return an interim response for the client; `editor` is that of the route.
+
+    Extensions see the head of the final response only. What they would remove from that must not come before it, so
+    with extensions an interim response has `Link` alone (RFC 8297).
+    """
+    fields = forwardable_interim(headers, context.via)
+    if context.response_hooks is not None:
+        fields = [pair for pair in fields if pair[0].lower() in _EARLY_HINTS]
     return render_response_head(status, reason, fields if editor is None else editor.later_fields(fields))
 
 

@@ -55,7 +55,7 @@ class TunnellingExchange(HttpExchange):
     def on_complex_head(self) -> None:
         """Accept a switch of protocols."""
         super().on_complex_head()
-        self.listener = InterimListener(self._client, self._context.via, self._editor(), upgrade=self._is_asked)
+        self.listener = InterimListener(self._client, self._context, self._editor(), upgrade=self._is_asked)
 
     def on_progress(self) -> None:
         """Begin the tunnel after a 101; forward any other response."""

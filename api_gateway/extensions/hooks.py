@@ -1,7 +1,8 @@
 """The calls of hooks: their time, their errors, and what follows from them.
 
-A coroutine is ended when its budget is used up. A function cannot be interrupted: its time is measured, and one that
-exceeds its budget is counted and logged, but its result is used, as it has cost its time already.
+A coroutine is cancelled when its budget is used up, and its request goes on, whether it ends or not. A function cannot
+be interrupted: its time is measured, and one that exceeds its budget is counted and logged, but its result is used, as
+it has cost its time already.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from api_gateway.errors import ExtensionFailed
@@ -16,9 +18,11 @@ from api_gateway.errors import ExtensionFailed
 logger = logging.getLogger(__name__)
 
 AfterFailure = Literal["refuse", "ignore"]
-HookResult = Literal["ok", "error", "timeout"]
+HookResult = Literal["ok", "error", "timeout", "left"]
 OnCall = Callable[[str, str, str, int], None]  # extension, hook, outcome, nanoseconds
 
+MOST_LEFT = 100  # calls of a hook that were cancelled and have not ended; further calls fail at once
+_PATIENCE = 1.0  # seconds in which a cancelled call should end
 _LOG_EVERY_NS = 1_000_000_000  # the least time between two lines about the same hook
 
 
@@ -50,41 +54,57 @@ class Hook:
         self._check = check
         self._on_call = on_call
         self._logged_ns = 0
+        self._left: set[asyncio.Task[Any]] = set()  # cancelled, and not ended
+        self._has_left = False
 
     def __repr__(self) -> str:
         return f"<Hook {self.name} of {self.extension}>"
 
     def begin(self, *arguments: object) -> Any:
-        """Call the hook. Returns the checked result, or an awaitable of it; raises ExtensionFailed."""
+        """Call the hook. Returns the checked result, or a `HookCall` that has it later; raises ExtensionFailed."""
         began = time.perf_counter_ns()
+        if len(self._left) >= MOST_LEFT:
+            return self.failed(began, "timeout", TimeoutError("too many calls have not ended after their budget"))
         try:
             result = self._call(*arguments)
             if inspect.isawaitable(result):
-                return self._finished(result, began)
+                return HookCall(self, result, began)
             found = None if result is None else self._check(result)
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001 - whatever the code of an extension raises, such as SystemExit
-            return self._failed(began, "error", error)
+            return self.failed(began, "error", error)
         self._note(began)
         return found
 
-    async def _finished(self, awaited: Awaitable[Any], began: int) -> Any:
+    def finished(self, began: int, result: Any) -> Any:
+        """Count a call of a coroutine, and return its checked result. Raises ExtensionFailed."""
         try:
-            async with asyncio.timeout(self.policy.budget) as timeout:
-                result = await awaited
             found = None if result is None else self._check(result)
-        except TimeoutError as error:
-            return self._failed(began, "timeout" if timeout.expired() else "error", error)
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise  # the request has ended; any other cancellation is a failure within the hook
-            return self._failed(began, "error", error)
+        except Exception as error:  # noqa: BLE001 - as above
+            return self.failed(began, "error", error)
         self._on_call(self.extension, self.name, "ok", time.perf_counter_ns() - began)
         return found
+
+    def leave(self, task: asyncio.Task[Any]) -> None:
+        """Keep a task that is cancelled until it ends; look after a while whether it has."""
+        self._left.add(task)
+        task.add_done_callback(self._left.discard)
+        asyncio.get_running_loop().call_later(_PATIENCE, self._look_after, task)
+
+    def _look_after(self, task: asyncio.Task[Any]) -> None:
+        """Count a task that goes on although it is cancelled; say so once."""
+        if task.done():
+            return
+        self._on_call(self.extension, self.name, "left", 0)
+        if not self._has_left:
+            self._has_left = True
+            logger.error(
+                "extension %s: %s goes on although its call was cancelled, as it catches CancelledError; its request"
+                " does not wait for it. Further such calls are only counted",
+                self.extension,
+                self.name,
+            )
 
     def _note(self, began: int) -> None:
         """Count a call of a function, which may have exceeded its budget."""
@@ -101,7 +121,7 @@ class Hook:
                 self.policy.budget * 1e3,
             )
 
-    def _failed(self, began: int, outcome: HookResult, error: BaseException) -> None:
+    def failed(self, began: int, outcome: HookResult, error: BaseException) -> None:
         """Count and log a failure. Raises ExtensionFailed, or returns None, as if the hook had returned that."""
         self._on_call(self.extension, self.name, outcome, time.perf_counter_ns() - began)
         policy = self.policy.on_timeout if outcome == "timeout" else self.policy.on_error
@@ -121,3 +141,65 @@ class Hook:
             return False
         self._logged_ns = now
         return True
+
+
+class HookCall:
+    """A call of a coroutine. `ask` starts it, and replies once: when it ends, or when its budget is used up."""
+
+    __slots__ = ("_awaited", "_began", "_hook", "_on_reply", "_timer")
+
+    def __init__(self, hook: Hook, awaited: Awaitable[Any], began: int) -> None:
+        self._hook = hook
+        self._awaited = awaited
+        self._began = began
+        self._on_reply: Callable[[Any], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<HookCall of {self._hook!r}>"
+
+    def ask(self, on_reply: Callable[[Any], None]) -> None:
+        """Have `on_reply` called with a tuple of the result, or of an ExtensionFailed."""
+        self._on_reply = on_reply
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(_contained(self._awaited))
+        self._timer = loop.call_later(self._hook.policy.budget, self._on_budget, task)
+        task.add_done_callback(self._on_done)
+
+    def _on_budget(self, task: asyncio.Task[Any]) -> None:
+        task.cancel()
+        self._hook.leave(task)
+        self._reply(partial(self._hook.failed, self._began, "timeout", TimeoutError()))
+
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._on_reply is None or task.cancelled():  # replied already, or at the end of the event loop
+            return
+        result, error = task.result()
+        if error is None:
+            self._reply(partial(self._hook.finished, self._began, result))
+        else:
+            self._reply(partial(self._hook.failed, self._began, "error", error))
+
+    def _reply(self, outcome: Callable[[], Any]) -> None:
+        on_reply, self._on_reply = self._on_reply, None
+        assert on_reply is not None  # noqa: S101 - the first reply, after `ask`
+        try:
+            reply = outcome()
+        except ExtensionFailed as error:
+            reply = error.with_traceback(None)
+        on_reply((reply,))
+
+
+async def _contained(awaited: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """Return the result of a hook, or what it raises: nothing else may end the task, such as SystemExit."""
+    try:
+        return await awaited, None
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # any other cancellation is a failure within the hook
+        return None, error

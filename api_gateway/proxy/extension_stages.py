@@ -3,7 +3,7 @@
 A gateway without extensions has none of these stages.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import ExtensionFailed, GatewayError
 from api_gateway.extensions.fields import FieldChange, FieldsView, changed_lines
-from api_gateway.extensions.hooks import Hook
+from api_gateway.extensions.hooks import Hook, HookCall
 from api_gateway.extensions.interface import Identity, RequestClient, RequestView, Respond, ResponseView
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.models import Client
@@ -87,8 +87,8 @@ class HookStage:
                 found = hook.begin(*self._arguments(plan, step.view))
             except ExtensionFailed as error:
                 return error.with_traceback(None)
-            if isinstance(found, Awaitable):
-                return Wait.on(partial(_answer, found), partial(self._resume, step=step))
+            if isinstance(found, HookCall):
+                return Wait(found.ask, partial(self._resume, step=step))
             outcome = self._took(plan, step, found)
             if not isinstance(outcome, _Step):
                 return outcome
@@ -107,14 +107,6 @@ class HookStage:
             step.calls.append(ExtensionCall(hook.extension, hook.name, NO_RESULT if found is None else str(found)))
         following = step._replace(number=step.number + 1)
         return following if found is None else self._take(plan, following, found)
-
-
-async def _answer(awaited: Awaitable[Any]) -> tuple[Any]:
-    """Return the result in a tuple: as a reply, an error would be a failure of the question."""
-    try:
-        return (await awaited,)
-    except ExtensionFailed as error:
-        return (error.with_traceback(None),)
 
 
 class ExtensionIdentityStage(HookStage):
@@ -231,9 +223,8 @@ class ResponseHooks:
             except ExtensionFailed as error:
                 on_end(error.with_traceback(None))
                 return True
-            if isinstance(found, Awaitable):
-                later = partial(self._on_answer, request, response, changes, index, on_end)
-                Wait.on(partial(_answer, found), _unused).ask(later)
+            if isinstance(found, HookCall):
+                found.ask(partial(self._on_answer, request, response, changes, index, on_end))
                 return False
             response, changes = _with(response, changes, found)
             index += 1
@@ -249,8 +240,6 @@ class ResponseHooks:
         on_end: Callable[[list[FieldChange] | GatewayError], None],
         answer: Any,
     ) -> None:
-        if isinstance(answer, Exception):
-            raise answer
         if isinstance(answer[0], ExtensionFailed):
             on_end(answer[0])
             return
@@ -267,8 +256,3 @@ def _with(
     names = {name.lower() for name, _ in found}
     kept = [change for change in changes if change[0].lower() not in names]
     return replace(response, headers=response.headers.changed(found)), kept + found
-
-
-def _unused(_plan: RequestPlan, _reply: Any) -> StageResult:
-    """Stand in for what continues a stage: a response is not continued by admission."""
-    return None

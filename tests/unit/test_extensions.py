@@ -1,6 +1,7 @@
 """Extensions: their fields, results, loading, and the trial in another process."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from api_gateway.extensions.fields import (
     changed_pairs,
     checked_changes,
 )
-from api_gateway.extensions.hooks import Hook, HookPolicy
+from api_gateway.extensions.hooks import MOST_LEFT, Hook, HookCall, HookPolicy
 from api_gateway.extensions.interface import Identity, Respond, checked_cost, checked_identity
 from api_gateway.extensions.loading import ExtensionError, load_extension
 from api_gateway.extensions.trial import try_extension
+from tests import virtual_time
 
 
 def test_fields_have_no_letter_case_and_cannot_be_changed() -> None:
@@ -123,6 +125,19 @@ class Calls:
         self.results.append(result)
 
 
+async def outcome(hook: Hook) -> Any:
+    """Call a hook, and return its result when it has one. Raises ExtensionFailed."""
+    found = hook.begin()
+    if not isinstance(found, HookCall):
+        return found
+    replies: asyncio.Queue[tuple[Any]] = asyncio.Queue()
+    found.ask(replies.put_nowait)
+    (result,) = await replies.get()
+    if isinstance(result, ExtensionFailed):
+        raise result
+    return result
+
+
 async def _slow() -> float:
     await asyncio.sleep(60)
     return 1.0
@@ -139,7 +154,7 @@ def _wrong() -> float:
 async def test_results_of_functions_and_coroutines_are_checked_and_counted() -> None:
     calls = Calls()
     assert calls.hook(lambda: 2).begin() == 2
-    assert await calls.hook(_three).begin() == 3.0
+    assert await outcome(calls.hook(_three)) == 3.0
     assert calls.hook(lambda: None).begin() is None
     assert calls.results == ["ok"] * 3
 
@@ -159,9 +174,9 @@ async def test_failures_are_contained_counted_and_logged_with_the_name_of_the_ho
     slow = calls.hook(_slow, 0.01, policy)
     if policy == "refuse":
         with pytest.raises(ExtensionFailed, match="did not respond in time in cost"):
-            await slow.begin()
+            await outcome(slow)
     else:
-        assert await slow.begin() is None
+        assert await outcome(slow) is None
     assert calls.results == ["error"] * 3 + ["timeout"]
     assert "extension ext: cost failed" in caplog.text
     assert "not done within 10 ms" in caplog.text
@@ -191,17 +206,51 @@ async def test_a_hook_neither_ends_the_process_nor_leaves_its_request_without_a_
     with pytest.raises(ExtensionFailed, match="failed in cost"):
         calls.hook(at_once).begin()
     with pytest.raises(ExtensionFailed, match="failed in cost"):
-        await calls.hook(later).begin()
-    assert await calls.hook(later, policy="ignore").begin() is None
+        await outcome(calls.hook(later))
+    assert await outcome(calls.hook(later, policy="ignore")) is None
     assert calls.results == ["error"] * 3
 
 
-async def test_a_cancelled_call_is_cancelled() -> None:
-    task = asyncio.ensure_future(Calls().hook(_slow).begin())
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+def test_a_coroutine_that_catches_its_cancellation_holds_no_request_and_is_counted_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls, released = Calls(), False
+    seen: list[str] = []
+
+    async def stubborn() -> float:
+        while not released:
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+        return 2.0
+
+    async def main() -> None:
+        nonlocal released
+        try:
+            await leave_all()
+        finally:
+            released = True
+        await asyncio.sleep(20)
+        assert not hook._left
+        assert await outcome(hook) == 2.0
+
+    async def leave_all() -> None:
+        loop = asyncio.get_running_loop()
+        for number in range(MOST_LEFT):
+            began = loop.time()
+            assert await outcome(hook) is None
+            assert loop.time() == pytest.approx(began + 0.5), "the request goes on after the budget"
+            assert len(hook._left) == number + 1
+        await asyncio.sleep(2)
+        assert len(seen) == MOST_LEFT
+        assert Counter(calls.results) == {"timeout": MOST_LEFT, "left": MOST_LEFT}
+        assert hook.begin() is None, "a further one is not begun"
+        assert calls.results[-1] == "timeout"
+
+    hook = calls.hook(stubborn, 0.5, "ignore")
+    virtual_time.run(main())
+    assert caplog.text.count("goes on although its call was cancelled") == 1
 
 
 # Loading
