@@ -62,20 +62,19 @@ class ClientBudget:
                 return alone
         cost, longest = self.costs.expected(endpoint), 0.0
         for quota in self._quotas.values():
-            quota.advance(now)
+            quota.advance(now, self._undecided(now))
             longest = max(longest, quota.wait(cost))
         return longest + _ALLOWANCE if longest > 0 else 0.0
 
     def begin(self, endpoint: str, now: float) -> SentRequest:
         """Count a request that is sent now."""
         cost = self.costs.expected(endpoint)
-        self._in_doubt = [(until, one) for until, one in self._in_doubt if until > now]
-        overlap = self._cost_in_flight + sum(one for _, one in self._in_doubt)
+        overlap = self._undecided(now)
         self._cost_in_flight += cost
         self._cost_started += cost
         self.in_flight += 1
         for quota in self._quotas.values():
-            quota.advance(now)
+            quota.advance(now, overlap)
             quota.charge(cost)
         ticket = SentRequest(endpoint, cost, now, overlap, self._cost_started)
         if self.in_flight == 1 and self._quotas and self.costs.is_doubtful(endpoint):
@@ -106,6 +105,11 @@ class ClientBudget:
         self._take(ticket, headers, now, is_refused=True)
         self._blocked_until = max(self._blocked_until, now + retry_after)
 
+    def _undecided(self, now: float) -> float:
+        """Return the cost of the requests that the server may not have decided yet."""
+        self._in_doubt = [(until, one) for until, one in self._in_doubt if until > now]
+        return self._cost_in_flight + sum(one for _, one in self._in_doubt)
+
     def _end(self, ticket: SentRequest) -> None:
         self.in_flight -= 1
         if self._measured is ticket:
@@ -123,7 +127,7 @@ class ClientBudget:
             quota = next((one for policy, one in self._quotas.items() if policy.name == stated.name), None)
             if quota is None:
                 continue
-            quota.advance(now)
+            quota.advance(now, self._undecided(now))
             meanwhile = quota.refilled_in(now - ticket.sent)
             if not uncounted:
                 before = quota.low + ticket.cost - meanwhile

@@ -31,13 +31,17 @@ class QuotaEstimate:
         kind = "bucket" if self._is_bucket else "window"
         return f"<QuotaEstimate {self.policy.name}: {kind} with {self.low:.2f} to {self.high:.2f} tokens>"
 
-    def advance(self, now: float) -> None:
-        """Add what has been refilled until `now`."""
+    def advance(self, now: float, in_flight: float) -> None:
+        """Add what has been refilled until `now`.
+
+        `in_flight` is the cost of requests that the server may not have decided yet. A bucket that is full until it
+        decides them has only what its capacity exceeds them by, however long they take.
+        """
         if self._is_bucket:
-            self.low = min(float(self.policy.quota), self.low + self.refilled_in(now - self.since))
+            self.low = min(self.policy.quota - in_flight, self.low + self.refilled_in(now - self.since))
             self.high = min(float(self.policy.quota), self.high + self._most_refilled_in(now - self.since))
         elif now >= self._ends:
-            self.low = self.high = float(self.policy.quota)
+            self.low, self.high = self.policy.quota - in_flight, float(self.policy.quota)
             self._ends = now + self.policy.window
         self.since = now
 
