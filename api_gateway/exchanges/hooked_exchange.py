@@ -10,6 +10,8 @@ from api_gateway.http1.headers import cgi_form, fields_of
 from api_gateway.models import HeaderList
 from api_gateway.upstreams.upstream import Attempt
 
+_NO_CHANGES: list[FieldChange] = []
+
 
 class HookedExchange(HttpExchange):
     """A `HttpExchange` that calls the hooks of a response once it is decided that the client gets it.
@@ -19,7 +21,7 @@ class HookedExchange(HttpExchange):
 
     _held = 0  # the number of the call that is awaited, 0 for none
     _calls = 0
-    _found: list[FieldChange] | GatewayError | None = None  # of a call that was not awaited
+    _found: list[FieldChange] | GatewayError = _NO_CHANGES  # of a call that was not awaited
     _changed: frozenset[bytes] = frozenset()  # names in CGI's form of the fields that the hooks have set or removed
 
     def on_progress(self) -> None:
@@ -35,7 +37,7 @@ class HookedExchange(HttpExchange):
         view = ResponseView(self.status, FieldsView(self.headers), self.exchange.upstream or "")
         self._calls += 1
         if hooks.begin(self.plan, view, partial(self._on_changes, self._calls)):
-            return self._write_changed(attempt, self._found or [])
+            return self._write_changed(attempt, self._found)
         self._held, self.is_pending = self._calls, True
         if self.connection is not None:
             self.connection.pause_reading()
@@ -45,7 +47,7 @@ class HookedExchange(HttpExchange):
     def _forget(self) -> None:
         """See `ExchangeLife`."""
         super()._forget()
-        self._held, self._found, self._changed = 0, None, frozenset()
+        self._held, self._found, self._changed = 0, _NO_CHANGES, frozenset()
 
     def _invalidate(self) -> None:
         """See `ExchangeLife`."""

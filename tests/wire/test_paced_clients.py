@@ -11,9 +11,9 @@ from api_gateway import PacingTransport
 from tests.kit import RunningGateway, in_front_of
 
 
-@pytest.mark.parametrize("seconds", [2.0, pytest.param(30.0, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("seconds", [2.0, pytest.param(60.0, marks=pytest.mark.heavy)])
 async def test_fifty_clients_of_a_real_gateway_get_no_429(gateway: Any, upstream: Any, seconds: float) -> None:
-    sections = in_front_of(upstream().url) | {"tiers": {"FREE": {"rate": 4, "capacity": 4}}}
+    sections = in_front_of(upstream().url) | {"tiers": {"FREE": {"rate": 2, "capacity": 4}}}
     running: RunningGateway = gateway(sections)
     transport = PacingTransport(httpx.AsyncHTTPTransport(), max_retries=0)
     async with httpx.AsyncClient(transport=transport, base_url=running.url, timeout=60) as client:
@@ -25,8 +25,12 @@ async def test_fifty_clients_of_a_real_gateway_get_no_429(gateway: Any, upstream
                 statuses.append((await client.get("/api/x", headers={"X-Client-ID": name})).status_code)
                 began = began or time.monotonic()
             assert set(statuses) == {200}
-            return len(statuses) / (4 + 4 * (time.monotonic() - began))
+            return len(statuses) / (4 + 2 * (time.monotonic() - began))
 
+        busy, began = time.process_time(), time.monotonic()
         shares = await asyncio.gather(*(use(f"client-{number}") for number in range(50)))
+        busy, took = time.process_time() - busy, time.monotonic() - began
+    # Clients, gateway and upstream are one process, which cannot use more than one core.
+    print(f"shares of the budget: {min(shares):.3f} to {max(shares):.3f}; {busy / took:.0%} of a core was used")
     if seconds > 2:  # alone on the machine
         assert min(shares) >= 0.98
