@@ -23,7 +23,7 @@ from tests.tls_kit import HOST, Authority, Pair, TlsClient
 COMMANDS = (
     ("top", "--count", "1"),
     ("clients",),
-    ("explain", "--path", "/api/x"),
+    ("explain", "--path", "/api/x", "--certificate", "uri=spiffe://test/a=b", "--certificate", "dns=a.test"),
     ("breakers",),
     ("limits",),
     ("tail", "--no-follow"),
@@ -117,6 +117,9 @@ def test_commands_say_what_they_need(
         "key of another": (("--cert", str(folder / "pair.pem"), "--key", key), 1, "pair.pem with "),
         "plain": (("--url", f"http://127.0.0.1:{port}", "--ca", key), 1, "begin --url with https://"),
     }
+    for wrong in ("uri", "ip=::1", "=x"):
+        code, _, errors = command("explain", "--path", "/api/x", "--certificate", wrong, *place)
+        assert (code, f"each once, got '{wrong}'" in errors) == (1, True), errors
     locked = authority.issue("locked")
     secret = serialization.load_pem_private_key(locked.key.read_bytes(), None)
     form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
