@@ -43,14 +43,60 @@ class Results:
 
 
 def tables(results: Results, peers: Sequence[Peer]) -> str:
-    """Return a Markdown table for each measured case, followed by the failures."""
-    shown = [_table(results, case, peers) for case in TITLES if case in results.found or case in results.failures]
+    """Return Markdown tables: three of all requests by case and peer, one of each other case; then the failures."""
+    measured = [case for case in TITLES if case in results.found or case in results.failures]
+    requests = [case for case in measured if case not in _SHAPES]
+    shown = [_matrix(results, title, requests, peers, cell) for title, cell in _MATRICES if requests]
+    shown += [_table(results, case, peers) for case in measured if case in _SHAPES]
     failed = [f"{peer}, {case}: {why}" for case, whys in results.failures.items() for peer, why in whys.items()]
     return "\n".join([*shown, *(["Failed:", "", *failed, ""] if failed else [])])
 
 
+def _matrix(
+    results: Results,
+    title: str,
+    cases: Sequence[str],
+    peers: Sequence[Peer],
+    cell: Callable[[Results, str, str], str],
+) -> str:
+    """Return a table with a row for each case and a column for each peer."""
+    names = [peer.title.partition(",")[0] if peer.name != "compiled" else "compiled" for peer in peers]
+    lines = [f"{title}:", "", f"| | {' | '.join(names)} |", f"|---{'|---:' * len(names)}|"]
+    for case in cases:
+        cells = [_cell(results, case, peer, cell) for peer in peers]
+        lines.append(f"| {TITLES[case]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(results: Results, case: str, peer: Peer, cell: Callable[[Results, str, str], str]) -> str:
+    if not peer.takes(case):
+        return ""
+    return "failed" if peer.name in results.failures.get(case, {}) else cell(results, case, peer.name)
+
+
+def _cpu(results: Results, case: str, peer: str) -> str:
+    values = results.values(case, peer, "cpu")
+    return f"{statistics.median(values):,.0f} ({spread(values)})"
+
+
+def _ratio(results: Results, case: str, peer: str) -> str:
+    ours = results.values(case, OURS, "cpu")
+    return f"{statistics.median(results.values(case, peer, 'cpu')) / statistics.median(ours):.2f}" if ours else ""
+
+
+def _rate(results: Results, case: str, peer: str) -> str:
+    return f"{statistics.median(results.values(case, peer, 'rate')):,.0f}"
+
+
+_MATRICES = (
+    ("CPU time per request in microseconds, median and range", _cpu),
+    ("CPU time per request as a multiple of this gateway's", _ratio),
+    ("Requests per second", _rate),
+)
+
+
 def _table(results: Results, case: str, peers: Sequence[Peer]) -> str:
-    columns, row = _SHAPES.get(case, (_THROUGHPUT, _throughput_row))
+    columns, row = _SHAPES[case]
     lines = [f"{TITLES[case]}:", "", f"| | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
     for peer in peers:
         if peer.takes(case):
@@ -63,17 +109,6 @@ def _table(results: Results, case: str, peers: Sequence[Peer]) -> str:
 def spread(values: Sequence[float]) -> str:
     """Return the range."""
     return f"{min(values):,.0f} to {max(values):,.0f}"
-
-
-_THROUGHPUT = ("requests/s", "CPU µs/request", "least to most", "to ours")
-
-
-def _throughput_row(results: Results, case: str, peer: str) -> list[str]:
-    cpu = statistics.median(results.values(case, peer, "cpu"))
-    ours = results.values(case, OURS, "cpu")
-    rate = statistics.median(results.values(case, peer, "rate"))
-    ratio = f"{cpu / statistics.median(ours):.2f}" if ours else "-"
-    return [f"{rate:,.0f}", f"{cpu:,.0f}", spread(results.values(case, peer, "cpu")), ratio]
 
 
 _LATENCY = ("p50", "least to most", "p99", "least to most")
