@@ -14,7 +14,9 @@ Parent = Literal["obey", "ignore", "restart"]
 
 _RANDOM_BITS = 56  # of a trace id, at its end (W3C Trace Context Level 2)
 _RANDOM_LENGTH = _RANDOM_BITS // 4  # digits
-_RANDOM_DIGITS = slice(TRACE_ID.stop - _RANDOM_LENGTH, TRACE_ID.stop)  # of `Trace.fields`
+# Places in `Trace.fields`. Numbers, as compiled code takes a slice object for an index of bytes.
+_RANDOM_START, _RANDOM_END = int(TRACE_ID.stop - _RANDOM_LENGTH), int(TRACE_ID.stop)
+_SPAN_START, _SPAN_END = int(SPAN_ID.start), int(SPAN_ID.stop)
 _NEVER = 2**_RANDOM_BITS  # the threshold that no trace reaches
 _SERVER_ERROR, _ERROR, _SWITCHED = 500, 400, 101
 _FLAGS = (b"00", b"01", b"02", b"03")
@@ -86,7 +88,11 @@ class Tracer:
             is_sampled = bool(parent.flags & SAMPLED)
         else:
             is_sampled = trace_id[-_RANDOM_LENGTH:] >= self._threshold
-        fields = _TRACEPARENT % (trace_id, trace.fields[SPAN_ID], _FLAGS[parent.flags & RANDOM | is_sampled])
+        fields = _TRACEPARENT % (
+            trace_id,
+            trace.fields[_SPAN_START:_SPAN_END],
+            _FLAGS[parent.flags & RANDOM | is_sampled],
+        )
         trace.fields = fields + b"\r\ntracestate: %b" % state if state else fields
         trace.is_sampled, trace.parent_id, trace.state = is_sampled, parent.span_id, state
 
@@ -99,7 +105,7 @@ class Tracer:
         new = self._new
         for fields in (_NEW_FIELDS % _IDS.unpack(digits)).split(b","):
             trace = Trace()
-            if fields[_RANDOM_DIGITS] >= threshold:
+            if fields[_RANDOM_START:_RANDOM_END] >= threshold:
                 trace.fields, trace.is_sampled = fields[:-1] + b"3", True
             else:
                 trace.fields = fields

@@ -148,6 +148,7 @@ SLICES = {
     "data[position:end]": "the end is searched from the position on",
     "data[at:at + 1]": "of one byte, before the end of the data",
     "data[start:end]": "the end is behind the start, and not behind the end of the data",
+    "fields[_RANDOM_START:_RANDOM_END]": "the line is complete",
     "head[13:head.index(b'\\r')]": "a plain status line has a space after the status, the 13th byte",
     "piece[at:end]": "the end is that of a match from `at` on",
     "piece[at:end if found is None else found.start()]": "the end is searched from `at` on, which is before the last",
@@ -159,6 +160,7 @@ SLICES = {
     "target[len(prefix):len(prefix) + 1]": "of one byte",
     "value[special + 1:end]": "the search goes from the end to the start",
     "value[special:special + 1]": "of one byte that was found",
+    "trace.fields[_SPAN_START:_SPAN_END]": "the line is complete",
 }
 
 
