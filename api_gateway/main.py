@@ -61,15 +61,16 @@ class GatewayApp(FastAPI):
         self, switch: DataPlaneSlot, refused: Counter[str], *, clocks: Clocks, has_admin_listener: bool, **options: Any
     ) -> None:
         super().__init__(**options, docs_url=None, redoc_url=None)  # the gateway has a page of its own at /docs
+        self._endpoints = Endpoints(self, refused)
         self.add_middleware(DataPlaneSplit, switch=switch)
+        self._own_middleware = len(self.user_middleware)
         self._switch = switch
         self.startup_error: StartupError | None = None
         self.server: UvicornServer | None = None  # that runs the application, once it has begun the lifespan
         self.listener: Listener | None = None  # set if that server uses the gateway's own protocol
         self.has_admin_listener = has_admin_listener
-        self._endpoints = Endpoints(self, super().__call__, refused)
         self.gate = OperatorGate(
-            self._endpoints,
+            super().__call__,
             access=NO_ACCESS,
             endpoints=self._endpoints.first_segments,
             has_admin_listener=has_admin_listener,
@@ -92,7 +93,7 @@ class GatewayApp(FastAPI):
 
     @property
     def _has_no_other_middleware(self) -> bool:
-        return len(self.user_middleware) == 1
+        return len(self.user_middleware) == self._own_middleware
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, WebSocket or lifespan (ASGI)."""

@@ -26,7 +26,7 @@ from api_gateway.errors import (
 )
 from api_gateway.eventloop.late_imports import import_gently
 from api_gateway.http1.asgi import ASGIApp, Receive, Scope, Send
-from api_gateway.http1.request_paths import path_as_sent
+from api_gateway.http1.request_paths import first_segment, path_as_sent
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +54,18 @@ _SHARED = ("anyio._backends._asyncio", f"{__package__}.explainer")
 
 
 class Endpoints:
-    """Serves operator endpoints by `app`, to which the routes are added when the first request needs them.
+    """The routes of the operator endpoints, which are added to `app` when the first request needs them.
 
     States of a router: absent, present; none is removed.
     """
 
-    def __init__(self, app: FastAPI, serve: ASGIApp, refused: Counter[str]) -> None:
-        """`serve` is the application without its gate. `refused` counts error responses by reason."""
+    def __init__(self, app: FastAPI, refused: Counter[str]) -> None:
+        """`refused` counts error responses by reason."""
         self._routes = app.router.routes
-        self._serve = serve
         self._counts: dict[int, int] = {}  # routes of each router that is present, by its place in ROUTERS
         app.state.refused = refused
         app.state.rendered_schemas = {}
+        app.add_middleware(AddedWhenNeeded, endpoints=self)
         app.add_exception_handler(GatewayError, _error_response)
         app.add_exception_handler(RequestValidationError, _error_response)
         app.add_exception_handler(HTTPException, _error_response)
@@ -86,12 +86,11 @@ class Endpoints:
         """The number of routes in the application that are the gateway's own."""
         return self._first + sum(self._counts.values())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        absent = self._absent(scope["path"].split("/")[1])
+    async def add_for(self, scope: Scope) -> None:
+        """Add what the path of a request needs. Raises InternalError."""
+        absent = self._absent(first_segment(scope))
         if absent:
             await self._load(absent)
-        await self._serve(scope, receive, send)
 
     def complete(self) -> None:
         """Add all routes that are absent. Blocks."""
@@ -99,11 +98,12 @@ class Endpoints:
         _import(places)
         self._add(places)
 
-    def _absent(self, first_segment: str) -> list[int]:
+    def _absent(self, segment: str) -> list[int]:
+        """Return the places of the routers that a path with this first segment needs and that are not present."""
         return [
             place
             for place, (_, _, segments) in enumerate(ROUTERS)
-            if place not in self._counts and (first_segment in segments or first_segment == _SCHEMA)
+            if place not in self._counts and (segment in segments or segment == _SCHEMA)
         ]
 
     async def _load(self, places: Collection[int]) -> None:
@@ -129,6 +129,24 @@ class Endpoints:
                 first = self._first + sum(count for other, count in self._counts.items() if other < place)
                 self._routes[first:first] = routes  # `include_router` would build their models for each application
                 self._counts[place] = len(routes)
+
+
+class AddedWhenNeeded:
+    """ASGI middleware next to the routes, behind that of an embedding program, which may have changed the path."""
+
+    def __init__(self, app: ASGIApp, endpoints: Endpoints) -> None:
+        self._app = app
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, WebSocket or lifespan (ASGI)."""
+        serve = self._app
+        if scope["type"] == "http":
+            try:
+                await self._endpoints.add_for(scope)
+            except InternalError as error:
+                serve = await _error_response(Request(scope), error)
+        await serve(scope, receive, send)
 
 
 def _import(places: Collection[int]) -> None:

@@ -8,13 +8,12 @@ from importlib import import_module
 from textwrap import dedent
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 
 from api_gateway.admin import endpoints as endpoints_module
 from api_gateway.admin.endpoints import ROUTERS, Endpoints
-from api_gateway.errors import InternalError
-from api_gateway.http1.asgi import Receive, Scope, Send
 from tests.processes import ROOT, START
 
 VIEWS = ("metrics", "health", "circuit-breakers", "clients", "limits", "tiers", "audit", "history", "configuration")
@@ -129,43 +128,36 @@ def test_first_requests_for_all_operator_endpoints_at_once_are_served(printed: d
 
 async def test_routes_that_many_requests_need_at_once_are_added_once_and_in_order() -> None:
     added, completed = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
-    endpoints = Endpoints(added, _ignored, Counter())
+    endpoints = Endpoints(added, Counter())
     added.add_api_route("/embedder", lambda: None)
     paths = [f"/{segment}" for _, _, segments in reversed(ROUTERS) for segment in segments]
-    await asyncio.gather(*(endpoints({"type": "http", "path": path}, _ignored, _ignored) for path in paths * 2))
-    Endpoints(completed, _ignored, Counter()).complete()
+    await asyncio.gather(*(endpoints.add_for({"type": "http", "path": path}) for path in paths * 2))
+    Endpoints(completed, Counter()).complete()
     found = [getattr(route, "path", None) for route in added.router.routes]
     assert found == [*(getattr(route, "path", None) for route in completed.router.routes), "/embedder"]
     assert endpoints.present_routes == len(found) - 1
-
-
-async def _ignored(*_arguments: object) -> Any:
-    return None
 
 
 async def test_an_endpoint_that_cannot_be_imported_names_the_remedy_and_is_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As after an upgrade in place, when the files on the disk are not those of the running process."""
-    app, served = FastAPI(openapi_url=None), []
-
-    async def serve(scope: Scope, _receive: Receive, _send: Send) -> None:
-        served.append(scope["path"])
-
-    async def nothing(*_message: object) -> Any:
-        pytest.fail("the gate responds")
+    app = FastAPI(openapi_url=None)
+    Endpoints(app, Counter())
 
     def broken(name: str) -> Any:
         raise AttributeError(f"{name} has no attribute of the new release")
 
-    tried = Endpoints(app, serve, Counter()), {"type": "http", "path": "/metrics"}, nothing, nothing
-    with monkeypatch.context() as patched:
-        patched.setattr(endpoints_module, "import_gently", broken)
-        with pytest.raises(InternalError, match="restart the gateway"):
-            await tried[0](*tried[1:])
-    assert "of the new release" in caplog.text
-    await tried[0](*tried[1:])
-    assert served == ["/metrics"]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(endpoints_module, "import_gently", broken)
+            found = await client.get("/metrics")
+            assert (found.status_code, found.json()["reason"]) == (500, "internal_error")
+            assert "restart the gateway" in found.json()["detail"]
+        assert "of the new release" in caplog.text
+        assert (await client.get("/metrics")).status_code == 403, (
+            "the route is there, and refuses a request without operator"
+        )
 
 
 @pytest.mark.parametrize("module", sorted({module for module, _, _ in ROUTERS}))

@@ -199,9 +199,10 @@ def test_parameters_of_a_plain_path_are_what_the_closer_look_finds(raw_path: byt
             return str(error)
         return {name: value.replace(b"%61", b"a") for name, value in found.items()}
 
-    # A character that is encoded leaves the fast way, and stands for itself.
+    # A character that is encoded leaves the fast way, and stands for itself. A digit of an encoding stays.
+    encoded = re.sub(rb"(?s)(%.?.?)|a", lambda found: found[1] or b"%61", raw_path)
     for template in ("/{id}", "/a/{id}", "/{one}/{two}"):
-        assert outcome(template, raw_path) == outcome(template, raw_path.replace(b"a", b"%61"))
+        assert outcome(template, raw_path) == outcome(template, encoded)
 
 
 # Weights
