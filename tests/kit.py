@@ -265,7 +265,7 @@ class Wire:
     def fill(self) -> bool:
         """Read more into the buffer; False at the end of the connection."""
         try:
-            data = self.sock.recv(65_536)
+            data = self.sock.recv(1_048_576)
         except (ConnectionResetError, BrokenPipeError):
             return False
         self.buffer += data
