@@ -262,10 +262,10 @@ class Wire:
                 return int(queues.split(":")[1], 16)
         return 0
 
-    def fill(self) -> bool:
+    def fill(self, most: int = 65_536) -> bool:
         """Read more into the buffer; False at the end of the connection."""
         try:
-            data = self.sock.recv(1_048_576)
+            data = self.sock.recv(most)
         except (ConnectionResetError, BrokenPipeError):
             return False
         self.buffer += data
@@ -281,7 +281,7 @@ class Wire:
 
     def read_exactly(self, size: int) -> bytes:
         """Return `size` bytes, or fewer if the connection ends before."""
-        while len(self.buffer) < size and self.fill():
+        while len(self.buffer) < size and self.fill(1_048_576):  # few copies of a large body
             pass
         found, self.buffer = self.buffer[:size], self.buffer[size:]
         return found
