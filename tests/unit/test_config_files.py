@@ -2,7 +2,7 @@
 
 import itertools
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,12 @@ from api_gateway.process.config_watch import ConfigSource, contents_of
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.toml_file import toml_lines
 from api_gateway.settings.yaml_file import read_yaml
-
-UPSTREAM = "upstreams: {users: http://127.0.0.1:9001}\n"
-Write = Callable[..., Path]
+from tests.config_kit import UPSTREAM, Write, refused, writer
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a file below the folder of the test."""
-
-    def written(text: str, name: str = "gateway.yaml") -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        return path
-
-    return written
-
-
-def refused(path: Path) -> list[str]:
-    """Return the lines that a file is refused with, without its folder."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    return [line.replace(f"{path.parent}/", "") for line in caught.value.problems]
+    return writer(tmp_path)
 
 
 def read(path: Path) -> Loaded:

@@ -1,7 +1,6 @@
 """Which file may have which route: overlaps between files, and what the main file gives to each of them."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.config import load_config
-from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.route_ownership import Space
+from tests.config_kit import UPSTREAM, Write, refused, writer
 
-UPSTREAM = "upstreams: {users: http://127.0.0.1:9001}\n"
 ORDERS = "upstreams: {orders: http://127.0.0.1:2}\nroutes:\n- {name: orders, path: /api/orders, upstream: orders}\n"
-Write = Callable[..., Path]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a file below the folder of the test."""
-
-    def written(text: str, name: str = "gateway.yaml") -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        return path
-
-    return written
-
-
-def problems(path: Path) -> list[str]:
-    """Return the lines that a configuration is refused with, without its folder."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    return [line.replace(f"{path.parent}/", "") for line in caught.value.problems]
+    return writer(tmp_path)
 
 
 def team_of(path: str, **more: str) -> str:
@@ -108,7 +90,7 @@ def test_no_included_file_takes_requests_from_another_unless_the_main_file_says_
     write(ORDERS, "conf.d/a.yaml")
     write(team, "conf.d/b.yaml")
     if lines:
-        assert problems(path) == lines
+        assert refused(path) == lines
     else:
         assert len(load_config(path).routes) == 3
 
@@ -134,14 +116,14 @@ def test_the_main_file_decides_what_is_its_own(
     if is_allowed:
         assert {route.name for route in load_config(path).routes} == {"all", "orders"}
     else:
-        (line,) = problems(path)
+        (line,) = refused(path)
         assert f"{A}: routes[1] (orders).path: overlaps '{main}' of the route 'all' at gateway.yaml:3, got" in line
 
 
 def test_the_route_of_an_upstream_without_routes_belongs_to_its_file_too(write: Write) -> None:
     path = write(f"include: {{path: conf.d/*.yaml, owns: [/api/orders]}}\n{UPSTREAM}")
     write("upstreams:\n  stock: http://127.0.0.1:2\n", "conf.d/a.yaml")
-    (line,) = problems(path)
+    (line,) = refused(path)
     assert line.startswith("conf.d/a.yaml:2: routes[1] (stock).path: must be below /api/orders, which gateway.yaml:1")
 
 
@@ -155,7 +137,7 @@ def test_the_route_of_an_upstream_without_routes_belongs_to_its_file_too(write: 
     ],
 )
 def test_what_a_file_owns_is_a_path_or_a_host(owns: str, message: str, write: Write) -> None:
-    assert message in "".join(problems(write(f"include: [{{path: 'x/*.yaml', owns: {owns}}}]\n{UPSTREAM}")))
+    assert message in "".join(refused(write(f"include: [{{path: 'x/*.yaml', owns: {owns}}}]\n{UPSTREAM}")))
 
 
 def test_routes_of_the_environment_belong_to_no_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
