@@ -23,7 +23,10 @@ async def pseudonym_of(config: GatewayConfig) -> str:
     store is unavailable uses its own. If nothing can be written, it is that of this process only.
     """
     own = await asyncio.to_thread(_kept, config)
-    return _checked(await shared_store().agreed_pseudonym(config, own)) or own if config.store.is_shared else own
+    if not config.store.is_shared:
+        return own
+    agreed = await shared_store().agreed_value(config, f"{config.store.prefix}:via", own)
+    return _checked(agreed or own) or own
 
 
 def _kept(config: GatewayConfig) -> str:

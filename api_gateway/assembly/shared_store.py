@@ -43,17 +43,20 @@ def shared_clients(config: GatewayConfig) -> RedisClientStore:
     return RedisClientStore(_session(config), prefix=config.store.prefix)
 
 
-async def agreed_pseudonym(config: GatewayConfig, own: str) -> str:
-    """Return the pseudonym in the store, which is `own` if there was none; `own` while the store is unavailable."""
+async def agreed_value(config: GatewayConfig, key: str, own: str) -> str | None:
+    """Return the value of a key that all gateways have in common: `own` if there was none.
+
+    None while the store is unavailable.
+    """
     try:
         session = StoreSession(config.store.url.get_secret_value(), timeout=config.store.timeout)
         try:
-            return await session.set_once(f"{config.store.prefix}:via", own)
+            return await session.set_once(key, own)
         finally:
             await session.close()
     except StoreError as error:
-        logger.debug("the pseudonym is not shared: %s", error)
-        return own
+        logger.debug("'%s' cannot be read from the store: %s", key, error)
+        return None
 
 
 def _session(config: GatewayConfig) -> StoreSession:

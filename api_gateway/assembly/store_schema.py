@@ -9,10 +9,10 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
+from api_gateway.assembly.shared_store import agreed_value
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.storage.redis_session import StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +28,8 @@ def schema_key(prefix: str) -> str:
 async def check_store_schema(config: GatewayConfig) -> bool:
     """Return whether the version could be read. Raises StartupError if it is that of a newer gateway, or none."""
     key = schema_key(config.store.prefix)
-    try:
-        session = StoreSession(config.store.url.get_secret_value(), timeout=config.store.timeout)
-        try:
-            found = await session.set_once(key, str(STORE_SCHEMA))
-        finally:
-            await session.close()
-    except StoreError as error:
-        logger.debug("the version of the keys in the store cannot be read: %s", error)
+    found = await agreed_value(config, key, str(STORE_SCHEMA))
+    if found is None:
         return False
     if found == str(STORE_SCHEMA):
         return True
