@@ -22,7 +22,7 @@ HookResult = Literal["ok", "error", "timeout", "left"]
 OnCall = Callable[[str, str, str, int], None]  # extension, hook, outcome, nanoseconds
 
 MOST_LEFT = 100  # calls of a hook that were cancelled and have not ended; further calls fail at once
-_PATIENCE = 1.0  # seconds in which a cancelled call should end
+_GRACE_PERIOD = 1.0  # seconds within which a cancelled call should end
 _LOG_EVERY_NS = 1_000_000_000  # the least time between two lines about the same hook
 
 
@@ -90,7 +90,7 @@ class Hook:
         """Keep a task that is cancelled until it ends; look after a while whether it has."""
         self._left.add(task)
         task.add_done_callback(self._left.discard)
-        asyncio.get_running_loop().call_later(_PATIENCE, self._look_after, task)
+        asyncio.get_running_loop().call_later(_GRACE_PERIOD, self._look_after, task)
 
     def _look_after(self, task: asyncio.Task[Any]) -> None:
         """Count a task that goes on although it is cancelled; say so once."""

@@ -249,7 +249,7 @@ class SentCopy:
             self._start(idle)
 
     def end(self, result: str) -> None:
-        """Let go of the connection, and count the copy."""
+        """Release the connection, and count the copy."""
         mirrors, self._mirrors = self._mirrors, None
         if mirrors is None:
             return

@@ -79,7 +79,7 @@ def clients_that_match(condition: ClientCondition, replayed: Replayed) -> list[s
 
 
 def _check_basis(document: Document) -> None:
-    """Raise ReplayError if a condition must not pass: logs without decisions make it true of nobody."""
+    """Raise ReplayError if the logs cannot support a condition: they are incomplete, or have no decisions."""
     log = document["log"]
     if log["unread_files"]:
         raise ReplayError(
