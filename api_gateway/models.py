@@ -345,7 +345,7 @@ class Exchange:
     id: str
     method: str
     path: str
-    peer: str
+    client_address: str
     started: float
     client: Client | None = None
     route: str | None = None

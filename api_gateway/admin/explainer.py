@@ -135,7 +135,7 @@ class Explainer:
         `peer` is the address of the connection. Raises GatewayError.
         """
         facts = self._headers.read(peer, fields, version)
-        exchange = Exchange("", "GET", "", facts.peer, self._clock())
+        exchange = Exchange("", "GET", "", facts.client_address, self._clock())
         plan = RequestPlan(exchange, facts, b"", self._clock_ns())
         plan.headers = RewrittenHeaders(_lines(fields), facts, b"")
         result = self._identification.decide(plan)
@@ -287,7 +287,7 @@ class Explainer:
     def _client_view(self, client: Client, plan: RequestPlan, error: GatewayError | None) -> ClientExplained:
         exchange = plan.exchange
         quota, proof = client.quota, exchange.credential
-        is_limited = self._limits.limits_address_of(client, exchange.peer)
+        is_limited = self._limits.limits_address_of(client, exchange.client_address)
         source = proof.claim.source.name if isinstance(proof, Proof) else None
         words = (
             "and the address limit applies too" if is_limited else "and its address is exempt from the address limit"

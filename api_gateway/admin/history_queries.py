@@ -148,7 +148,7 @@ def _row(record: Record) -> Members:
         "request_id": _text(record.id),
         "outcome": record.outcome,
         "client_id": _text(record.client_id),
-        "client_address": record.peer,
+        "client_address": record.client_address,
         "tier": record.tier,
         "tier_source": record.tier_source,
         "method": record.method,

@@ -43,7 +43,7 @@ class IdentityObserver:
         unlogged, self._unlogged = self._unlogged, 0
         logger.warning(
             "identity.mode observe: a request from %s would be refused: %s: %s%s",
-            plan.facts.peer,
+            plan.facts.client_address,
             error.reason.value,
             error.detail,
             f" ({unlogged} such requests not logged since the last line)" if unlogged else "",

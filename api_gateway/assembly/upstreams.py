@@ -118,7 +118,7 @@ def build_upstream(
         [target for name in names for target in name.targets],
         _breaker(section, source, now),
         _picker(section, source),
-        rotation=OutlierDetector(
+        outliers=OutlierDetector(
             _rotation_policy(section),
             draw=_draw(section, source),
             make_breaker=_make_breaker(section, source),

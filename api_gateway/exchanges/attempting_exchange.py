@@ -69,7 +69,7 @@ class AttemptingExchange(RelayingExchange):
         Connecting may take half of the time that a deadline leaves, which allows a retry; a client's own deadline does
         not shorten it, as it would make each target appear unreachable.
         """
-        deadline, seconds, generation = self.plan.deadline, upstream_client.limits["connect"], self.generation
+        deadline, seconds, generation = self.plan.deadline, upstream_client.timeouts["connect"], self.generation
         if deadline is not None and not deadline.is_of_client:
             seconds = min(seconds, deadline.remaining(now) / 2)
         try:

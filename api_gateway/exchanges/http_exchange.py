@@ -99,7 +99,7 @@ class HttpExchange(AttemptingExchange):
         exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
         client = exchange.client
         assert client is not None  # noqa: S101 - as above
-        key, limits = client.key, upstream_client.limits
+        key, limits = client.key, upstream_client.timeouts
         if not upstream_client.is_simple:
             limits = upstream_client.limits_within(route.response_timeout)
             self.compression = compression = route.compression

@@ -24,8 +24,9 @@ class RequestClient:
 class RequestView:
     """A request as a hook sees it. Immutable; the body is not in it, as it has not arrived.
 
-    `path` is percent-decoded, `query` is as received, without the question mark. `peer` is the client's address.
-    `client` is None in `identify`, `route` (its name) is None there too. `cost` is in tokens, 0 before it is known.
+    `path` is percent-decoded, `query` is as received, without the question mark. `client_address` is the one that a
+    trusted proxy reports, else that of the connection. `client` is None in `identify`, `route` (its name) is None
+    there too. `cost` is in tokens, 0 before it is known.
     `is_explained`: an operator asks by `/explain` what would happen; nothing must be changed or counted.
     """
 
@@ -35,7 +36,7 @@ class RequestView:
     query: str
     headers: FieldsView
     host: str
-    peer: str
+    client_address: str
     client: RequestClient | None = None
     route: str | None = None
     cost: float = 0.0

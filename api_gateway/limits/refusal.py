@@ -69,7 +69,7 @@ def _holder(exchange: Exchange, client: Client, decision: Decision, *, is_named:
         return f"Limit '{decision.quota.policy}'"
     if decision.key == client.key:
         return f"Client '{client.id}' (tier {decision.quota.name})"
-    return f"Address '{address_key(exchange.peer)}'"
+    return f"Address '{address_key(exchange.client_address)}'"
 
 
 def _of_quota(quota: Quota) -> QuotaTemplate:

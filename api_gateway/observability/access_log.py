@@ -93,7 +93,7 @@ class AccessLog:
         line = (
             f'{{"time":"{self._timestamp}","request_id":{quoted(exchange.id)}'
             f"{'' if exchange.trace is None else f',{_TRACE}{quoted(exchange.trace.trace_id)}'}"
-            f',"client_address":{quoted(exchange.peer)},"client_id":{client_id},"tier":{tier},"tier_source":{tier_source}'
+            f',"client_address":{quoted(exchange.client_address)},"client_id":{client_id},"tier":{tier},"tier_source":{tier_source}'
             f"{'' if organisation is None else f',{_ORGANISATION}{quoted(organisation)}'}"
             f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)},"status":{exchange.status}'
             f',"reason":{"null" if reason is None else quoted(reason)}'

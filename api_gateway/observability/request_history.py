@@ -185,7 +185,7 @@ class RequestHistory:
             outcome, budget = "refusal", self._of_refusals
         if exchange.finished >= budget.full_until:
             client = exchange.client
-            if budget.takes(exchange.peer if client is None else client.key, exchange.finished):
+            if budget.takes(exchange.client_address if client is None else client.key, exchange.finished):
                 return True
         self.not_kept[outcome] += 1
         return False
@@ -201,7 +201,7 @@ class RequestHistory:
         texts = len(exchange.path) + len(exchange.detail or "") + sum([len(one.detail) for one in exchange.failures])
         parts = len(exchange.charges) + len(exchange.failures)
         self._rings[outcome].add(
-            exchange.peer if client is None else client.key,
+            exchange.client_address if client is None else client.key,
             (now, exchange, _RECORD_BYTES + _LIMIT_BYTES * parts + _BYTES_A_CHARACTER * texts),
         )
 
@@ -247,7 +247,7 @@ def _record_of(exchange: Exchange, ended: float) -> Record:
         client_id=None if client is None else client.id,
         tier=None if client is None else client.quota.name,
         tier_source=None if client is None else client.source,
-        peer=exchange.peer,
+        client_address=exchange.client_address,
         method=exchange.method,
         path=_shortened(exchange.path),
         status=exchange.status,

@@ -64,7 +64,7 @@ class Record(NamedTuple):
     client_id: str | None
     tier: str | None
     tier_source: str | None
-    peer: str
+    client_address: str
     method: str
     path: str
     status: int

@@ -189,7 +189,7 @@ class SpanEncoder:
         if trace.link is not None:
             parts.append(_link(trace.link))
         if self.has_client:
-            parts.append(_text(_CLIENT_ADDRESS, exchange.peer))
+            parts.append(_text(_CLIENT_ADDRESS, exchange.client_address))
             if exchange.client is not None:
                 parts.append(_text(_CLIENT_ID, self._redact(exchange.client.id)))
         return b"".join(parts)

@@ -15,13 +15,13 @@ class AddressStage(ReadOnlyStage):
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse a request whose address is denied or not allowed."""
-        address = plan.facts.peer
+        address = plan.facts.client_address
         cause = self._rules.cause(address)
         return None if cause is None else AddressDenied(f"The address {address} {cause}.")
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`."""
-        return self._rules.cause(facts.peer) is not None
+        return self._rules.cause(facts.client_address) is not None
 
 
 class RouteAddressStage(ReadOnlyStage):
@@ -32,6 +32,6 @@ class RouteAddressStage(ReadOnlyStage):
         route = plan.route
         if route is None or route.addresses is None:
             return None
-        address = plan.facts.peer
+        address = plan.facts.client_address
         cause = route.addresses.cause(address)
         return None if cause is None else AddressDenied(f"The address {address} {cause} on the route {route.name!r}.")

@@ -152,7 +152,9 @@ class Admission:
     @staticmethod
     def plan(facts: HeaderFacts, method: str, path: str, raw_target: bytes, now_ns: int) -> RequestPlan:
         """Return the plan of a request that has just arrived, with its exchange; `path` is percent-decoded."""
-        exchange = Exchange(facts.request_id or new_request_id(), method, path, facts.peer, now_ns / NANOSECONDS)
+        exchange = Exchange(
+            facts.request_id or new_request_id(), method, path, facts.client_address, now_ns / NANOSECONDS
+        )
         return RequestPlan(exchange, facts, raw_target, now_ns)
 
     def decide(self, plan: RequestPlan) -> StageResult:

@@ -96,7 +96,7 @@ class CredentialStage:
         found = claim.source.verify(claim, plan.now_ns)
         if isinstance(found, Proof) or (isinstance(found, GatewayError) and not self._is_enforced):
             return self._settle(plan, found, chain)
-        plan.exchange.client = self._clients.by_address(address_key(plan.facts.peer))
+        plan.exchange.client = self._clients.by_address(address_key(plan.facts.client_address))
         if chain.is_charged:
             return self._charge(plan, partial(self._proceed, plan, found, chain))
         return self._proceed(plan, found, chain)
@@ -155,7 +155,7 @@ class CredentialStage:
     def _set_client(self, plan: RequestPlan, proof: Proof, client: Client) -> Client:
         client = self._clients.proved(client, proof.tier)
         plan.exchange.client, plan.exchange.credential = client, proof
-        plan.principal = holder_of(client, plan.facts.peer)
+        plan.principal = holder_of(client, plan.facts.client_address)
         plan.priority = self._priorities.of(client.quota.name)
         if plan.now_ns >= proof.note_after_ns:
             proof.note_use(plan.now_ns)
@@ -172,7 +172,7 @@ class CredentialStage:
     # The charge of a failed attempt
 
     def _charge(self, plan: RequestPlan, proceed: Callable[[], StageResult]) -> StageResult:
-        charges = self._charges_of_address(plan.facts.peer)
+        charges = self._charges_of_address(plan.facts.client_address)
         if not charges:
             return proceed()
         plan.exchange.cost = 1.0

@@ -34,7 +34,7 @@ def request_view(plan: RequestPlan, *, is_explained: bool = False) -> RequestVie
         query=plan.raw_target.partition(b"?")[2].decode("latin-1"),
         headers=FieldsView(pairs_of(plan.headers.received)),
         host=plan.facts.host,
-        peer=exchange.peer,
+        client_address=exchange.client_address,
         client=None if client is None else RequestClient(client.id, client.quota.name),
         route=exchange.route,
         cost=exchange.cost,
@@ -147,7 +147,7 @@ class ExtensionIdentityStage(HookStage):
     def _set(self, plan: RequestPlan, client: Client, *, tier: str | None) -> StageResult:
         client = self._clients.proved(client, None if tier is None else tier.upper())
         plan.exchange.client = client
-        plan.principal = holder_of(client, plan.facts.peer)
+        plan.principal = holder_of(client, plan.facts.client_address)
         plan.priority = self._priorities.of(client.quota.name)
         return None
 

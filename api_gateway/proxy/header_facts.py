@@ -81,6 +81,7 @@ class HeaderFacts:
         "charges",
         "claim",
         "client",
+        "client_address",
         "cors",
         "cors_route",
         "cost",
@@ -105,7 +106,6 @@ class HeaderFacts:
         "name_error",
         "origin",
         "owner",
-        "peer",
         "preflight",
         "principal",
         "priority",
@@ -136,14 +136,14 @@ class HeaderFacts:
         self,
         owner: object,
         host: str,
-        peer: str,
+        client_address: str,
         is_trusted: bool,  # noqa: FBT001 - as above
         ambiguity: str | None,
         timeout: tuple[bytes, ...],
     ) -> None:
         self.owner = owner  # the `HeaderReader` whose configuration was used
         self.host = host
-        self.peer = peer  # the client's address; behind a trusted proxy, the one that it reports
+        self.client_address = client_address  # behind a trusted proxy, the one that it reports
         self.is_trusted = is_trusted  # whether the connection is that of a trusted proxy
         self.forwarding = BY_X_FORWARDED
         self.reported: Hop | None = None  # the element of a forwarding field with the client's address
@@ -177,7 +177,7 @@ class HeaderFacts:
         self.stages: tuple[Any, ...] | None = None  # None: not known yet
 
     def __repr__(self) -> str:
-        return f"<HeaderFacts of {self.name or self.peer!r}>"
+        return f"<HeaderFacts of {self.name or self.client_address!r}>"
 
     @property
     def credential_lines(self) -> bytes:
@@ -190,7 +190,7 @@ class HeaderFacts:
 
     def copy(self) -> "HeaderFacts":
         """Return the same facts without name, credential and client."""
-        other = HeaderFacts(self.owner, self.host, self.peer, self.is_trusted, self.ambiguity, self.timeout)
+        other = HeaderFacts(self.owner, self.host, self.client_address, self.is_trusted, self.ambiguity, self.timeout)
         other.request_id = self.request_id
         other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
         other.expectation = self.expectation

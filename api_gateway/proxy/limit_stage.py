@@ -111,7 +111,7 @@ class RateLimitStage:
         exchange, facts = plan.exchange, plan.facts
         client = exchange.client
         assert client is not None  # noqa: S101 - `IdentityStage` comes first
-        charges = exchange.charges = self.charges(client, exchange.peer, exchange.cost)
+        charges = exchange.charges = self.charges(client, exchange.client_address, exchange.cost)
         if facts.client is client:
             facts.charges, facts.cost = charges, exchange.cost
         return charges
@@ -204,7 +204,7 @@ class LimitListStage(RateLimitStage):
         exchange = plan.exchange
         client, cost, method = exchange.client, exchange.cost, exchange.method.upper()
         assert client is not None  # noqa: S101 - `IdentityStage` comes first
-        charges = self.charges(client, exchange.peer, cost)
+        charges = self.charges(client, exchange.client_address, cost)
         for limit, parts in self._limits:
             quota = limit.quota_of(client.quota.name)
             if quota is None or not any(limit.concerns(name, method) for name in names):
@@ -250,7 +250,7 @@ def _client(plan: RequestPlan) -> str | None:
 
 
 def _address(plan: RequestPlan) -> str | None:
-    return address_key(plan.exchange.peer)
+    return address_key(plan.exchange.client_address)
 
 
 def _route(plan: RequestPlan) -> str | None:

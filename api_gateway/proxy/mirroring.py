@@ -265,7 +265,7 @@ class SentCopy:
     async def _send_anew(self) -> None:
         client, target = self.copy.client, self.attempt.target
         try:
-            connection = await client.connection(target, None, client.limits["connect"], _ignore, is_fresh=True)
+            connection = await client.connection(target, None, client.timeouts["connect"], _ignore, is_fresh=True)
         except httpx.TransportError as error:
             self.task = None
             self.end(_result_of(error))
@@ -279,7 +279,7 @@ class SentCopy:
     def _start(self, connection: UpstreamCall) -> None:
         copy = self.copy
         self._response = response = DiscardedResponse(
-            connection, copy.head.method, copy.client.limits, copy.mirroring.max_response_bytes, self._on_end
+            connection, copy.head.method, copy.client.timeouts, copy.mirroring.max_response_bytes, self._on_end
         )
         try:
             connection.start(response, self._message)

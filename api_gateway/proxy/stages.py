@@ -115,13 +115,13 @@ class IdentityStage(ReadOnlyStage):
             name = facts.name if self._sources.accepts_header else None
             if facts.name_error is not None and self._sources.accepts_header:
                 return ClientIdInvalid(facts.name_error)
-            client = self._find(name, facts.peer)
+            client = self._find(name, facts.client_address)
             if client is None:
                 return Wait.on(partial(self._clients.look_up, name or ""), self._resume)
             if facts.claim is not None or self._is_bare(client) or not (name or self._sources.accepts_address):
                 return self._resume(plan, client)  # decided anew for each request
             facts.client, facts.cost = client, -1.0
-            facts.principal = holder_of(client, facts.peer)
+            facts.principal = holder_of(client, facts.client_address)
             facts.priority = self._priorities.of(client.quota.name)
             facts.version = self._clients.version
         plan.exchange.client = facts.client
@@ -148,12 +148,12 @@ class IdentityStage(ReadOnlyStage):
                 error = CredentialsRequired(f"The client id '{client.id}' needs a credential that proves it.")
         if error is not None:
             if self._is_enforced:
-                plan.exchange.client = self._clients.by_address(address_key(plan.facts.peer))
+                plan.exchange.client = self._clients.by_address(address_key(plan.facts.client_address))
                 return error
             if self.on_observed is not None:
                 self.on_observed(plan, error)
         plan.exchange.client = client
-        plan.principal = holder_of(client, plan.facts.peer)
+        plan.principal = holder_of(client, plan.facts.client_address)
         plan.priority = self._priorities.of(client.quota.name)
         return None
 

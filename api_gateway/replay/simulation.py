@@ -166,7 +166,7 @@ class Simulation:
         plan = self._plan
         plan.exchange, plan.facts, plan.now_ns = exchange, facts, at_ns
         client = exchange.client = facts.client
-        exchange.method, exchange.path, exchange.peer = method, path, address
+        exchange.method, exchange.path, exchange.client_address = method, path, address
         exchange.decision = None
         self.route_stage.logged = route
         assert client is not None  # noqa: S101 - set with the facts

@@ -132,8 +132,8 @@ class Attempt:
         elif not self._is_settled:
             self._is_settled = True
             if self.target_ticket is not None and self.target.breaker is self._target_breaker:
-                rotation, targets = self.upstream.outliers, self.upstream.targets
-                rotation.settle(targets, self.target, self.target_ticket, outcome, now, principal=self.principal)
+                outliers, targets = self.upstream.outliers, self.upstream.targets
+                outliers.settle(targets, self.target, self.target_ticket, outcome, now, principal=self.principal)
             self.upstream.breaker.settle(self.ticket, outcome, now, principal=self.principal)
         self.target.in_flight -= 1
         if self._limit is not None:
@@ -165,13 +165,13 @@ class Upstream:
         breaker: CircuitBreaker,
         picker: Picker,
         *,
-        rotation: OutlierDetector | None = None,
+        outliers: OutlierDetector | None = None,
         limit: ConcurrencyLimit | None = None,
     ) -> None:
         self.name = name
         self.limit = limit
         self.breaker = breaker
-        self.outliers = rotation or OutlierDetector()
+        self.outliers = outliers or OutlierDetector()
         self._picker = picker
         self.set_targets(targets, breaker.since)
 

@@ -53,7 +53,7 @@ class HostFields(dict[Target, bytes]):
         return host
 
 
-class ResponseLimits(dict[float, dict[str, float]]):
+class ResponseTimeouts(dict[float, dict[str, float]]):
     """Timeouts by the time until the head of the response, which routes may set."""
 
     def __init__(self, timeouts: Timeouts) -> None:
@@ -61,7 +61,7 @@ class ResponseLimits(dict[float, dict[str, float]]):
         self._timeouts = timeouts
 
     def __missing__(self, response: float) -> dict[str, float]:
-        found = self[response] = _limits(replace(self._timeouts, response=response))
+        found = self[response] = _timeouts_by_operation(replace(self._timeouts, response=response))
         return found
 
 
@@ -78,17 +78,17 @@ class UpstreamClient:
 
     __slots__ = (
         "_acquire_idle",
-        "_limits_by_response",
         "_removed",
+        "_timeouts_by_response",
         "calls",
         "hash_header",
         "hosts",
         "is_native",
         "is_simple",
-        "limits",
         "origins",
         "retried_statuses",
         "retries",
+        "timeouts",
         "total_timeout",
         "transport",
         "tunnel_timeout",
@@ -131,8 +131,8 @@ class UpstreamClient:
         self.hash_header = hash_header
         self.is_simple = hash_header is None
         self.tunnel_timeout = timeouts.tunnel
-        self.limits = _limits(timeouts)
-        self._limits_by_response = ResponseLimits(timeouts)
+        self.timeouts = _timeouts_by_operation(timeouts)
+        self._timeouts_by_response = ResponseTimeouts(timeouts)
 
     def __repr__(self) -> str:
         return f"<UpstreamClient {self.upstream!r}>"
@@ -237,7 +237,7 @@ class UpstreamClient:
 
     def limits_within(self, response: float | None) -> dict[str, float]:
         """Return the timeouts with another one until the head of the response; None: the upstream's."""
-        return self.limits if response is None else self._limits_by_response[response]
+        return self.timeouts if response is None else self._timeouts_by_response[response]
 
     async def connection(
         self,
@@ -257,12 +257,12 @@ class UpstreamClient:
             raise self.calls.refusal()
         pool = self.transport.pool(self.origins[target])
         return await pool.acquire(
-            connect, self.limits["pool"], holder=holder, is_fresh=is_fresh, on_connect=on_connect
+            connect, self.timeouts["pool"], holder=holder, is_fresh=is_fresh, on_connect=on_connect
         )
 
 
 @lru_cache(maxsize=256)
-def _limits(timeouts: Timeouts) -> dict[str, float]:
+def _timeouts_by_operation(timeouts: Timeouts) -> dict[str, float]:
     """Return the timeouts as an extension of requests: one object for all upstreams with the same, never changed."""
     return {
         "connect": timeouts.connect,

@@ -144,7 +144,7 @@ def test_a_client_without_an_id_is_its_address(identified: Identify, peer: str, 
     plan = request("/api", (b"x-forwarded-for", b"203.0.113.9"), peer=peer)
     client = identified(plan)
     assert (client.id, client.source) == (identity, "address")
-    assert plan.exchange.peer == peer
+    assert plan.exchange.client_address == peer
     assert plan.facts.is_trusted is False
 
 
@@ -152,14 +152,14 @@ def test_a_trusted_proxy_reports_the_address(identified: Identify) -> None:
     given = (b"x-forwarded-for", b"198.51.100.1, 2001:db8:1:2::9")
     plan = request("/api", given, peer="10.0.0.1", trusted=("10.0.0.0/8",))
     assert identified(plan).id == "2001:db8:1:2::/64"
-    assert plan.exchange.peer == "2001:db8:1:2::9"
+    assert plan.exchange.client_address == "2001:db8:1:2::9"
     assert plan.facts.is_trusted is True
 
 
 def test_other_peers_are_not_trusted(identified: Identify) -> None:
     plan = request("/api", (b"x-forwarded-for", b"203.0.113.9"), peer="192.0.2.7", trusted=("10.0.0.0/8",))
     identified(plan)
-    assert (plan.exchange.peer, plan.facts.is_trusted) == ("192.0.2.7", False)
+    assert (plan.exchange.client_address, plan.facts.is_trusted) == ("192.0.2.7", False)
 
 
 def test_an_invalid_client_id_is_refused(registry: ClientRegistry) -> None:

@@ -259,7 +259,7 @@ async def test_a_request_and_its_response_are_forwarded(world: World) -> None:
     assert (client.body, client.is_complete) == (b"ok", True)
     exchange = world.exchange
     assert (exchange.status, exchange.source, exchange.bytes_out, exchange.reason) == (200, "upstream", 2, None)
-    assert (exchange.peer, exchange.path) == ("192.0.2.1", "/api/a%2Fb")
+    assert (exchange.client_address, exchange.path) == ("192.0.2.1", "/api/a%2Fb")
 
 
 @pytest.mark.parametrize("status", [200, 204, 304])
@@ -371,7 +371,7 @@ async def test_a_request_id_that_cannot_be_used_is_made(world: World, given: lis
 
 async def test_a_peer_without_address_is_unknown(world: World) -> None:
     await ask(world, http(client=None))
-    assert world.exchange.peer == "unknown"
+    assert world.exchange.client_address == "unknown"
 
 
 async def test_options_to_the_final_recipient_are_answered(world: World) -> None:

@@ -27,7 +27,15 @@ def meaning(headers: RewrittenHeaders | None) -> object:
         return None
     facts: HeaderFacts = headers.facts
     return (
-        *(headers.received, headers.sent, facts.name, facts.name_error, facts.host, facts.peer, facts.ambiguity),
+        *(
+            headers.received,
+            headers.sent,
+            facts.name,
+            facts.name_error,
+            facts.host,
+            facts.client_address,
+            facts.ambiguity,
+        ),
         *(facts.is_loop, facts.timeout, facts.length, facts.keep_alive, facts.request_id, facts.host_field),
         *(facts.dropped, facts.added, facts.claim, facts.credentials),
     )

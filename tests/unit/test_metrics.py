@@ -422,7 +422,11 @@ def test_clients_paths_and_methods_add_no_series() -> None:
     for number in range(10_000):
         exchange = ended(START + number / 100, method=f"M{number}")
         exchange.client = Client(f"client-{number}", f"client:{number}", TIERS["FREE"], "default")
-        exchange.path, exchange.id, exchange.peer = f"/api/users/{number}", f"id-{number}", f"2001:db8::{number:x}"
+        exchange.path, exchange.id, exchange.client_address = (
+            f"/api/users/{number}",
+            f"id-{number}",
+            f"2001:db8::{number:x}",
+        )
         exchange.detail = f"detail {number}"
         recorder.observe(exchange)
     assert len(samples(exposition)) == before
@@ -597,8 +601,8 @@ def test_the_state_of_a_breaker_is_one_of_three() -> None:
 def test_the_series_of_a_target_end_with_it() -> None:
     upstream = people()
     upstream.targets[1].is_healthy, upstream.targets[0].ejections_total = True, 3
-    rotation = OutlierDetector(make_breaker=lambda now: CircuitBreaker(BreakerPolicy(failure_threshold=1), now))
-    upstream = Upstream("people", upstream.targets, upstream.breaker, round_robin, rotation=rotation)
+    outliers = OutlierDetector(make_breaker=lambda now: CircuitBreaker(BreakerPolicy(failure_threshold=1), now))
+    upstream = Upstream("people", upstream.targets, upstream.breaker, round_robin, outliers=outliers)
     first, second = upstream.targets
     lease = upstream.acquire(START, "", tried=[second])
     lease.settle(Outcome.FAILURE, START)

@@ -43,11 +43,11 @@ def upstream_of(
     **options: Any,
 ) -> Upstream:
     """Return an upstream whose own breaker never opens, so that only its targets' do."""
-    rotation = OutlierDetector(
+    outliers = OutlierDetector(
         OutlierPolicy(max_ejected_ratio, slow_start), make_breaker=lambda now: CircuitBreaker(policy, now), **options
     )
     targets = [Target("abcdefgh"[number]) for number in range(count)]
-    return Upstream("users", targets, CircuitBreaker(NEVER, NOW), pick, rotation=rotation)
+    return Upstream("users", targets, CircuitBreaker(NEVER, NOW), pick, outliers=outliers)
 
 
 def lease_on(upstream: Upstream, target: Target, now: float = NOW) -> Attempt:
@@ -121,7 +121,7 @@ def test_what_was_in_progress_at_a_target_that_is_ejected_does_not_open_the_upst
         [Target("a"), Target("b"), Target("c")],
         CircuitBreaker(POLICY, NOW),
         round_robin,
-        rotation=OutlierDetector(OutlierPolicy(0.5, 0.0), make_breaker=lambda now: CircuitBreaker(POLICY, now)),
+        outliers=OutlierDetector(OutlierPolicy(0.5, 0.0), make_breaker=lambda now: CircuitBreaker(POLICY, now)),
     )
     leases = [upstream.acquire(NOW, "") for _ in range(60)]
     sick, ill, gone = ([lease for lease in leases if lease.target.url == url] for url in "abc")
@@ -490,14 +490,14 @@ class Balancing(RuleBasedStateMachine):
         self.now, self.is_hash, self.names = NOW, pick == "hash", len(weights)
         self.leases: list[Attempt] = []
         self.policy = OutlierPolicy(max_ejected_ratio, slow_start=10)
-        rotation = OutlierDetector(
+        outliers = OutlierDetector(
             self.policy,
             draw=lambda _target, _key: source.random(),
             make_breaker=lambda now: CircuitBreaker(BreakerPolicy(2, recovery_timeout=5), now),
         )
         targets = [Target(f"t{number}", weight) for number, weight in enumerate(weights)]
         self.everyone = list(targets)
-        self.upstream = Upstream("users", targets, CircuitBreaker(NEVER, NOW), picks[pick], rotation=rotation)
+        self.upstream = Upstream("users", targets, CircuitBreaker(NEVER, NOW), picks[pick], outliers=outliers)
 
     @rule(key=st.integers(0, 20), tried=st.sets(st.integers(0, 5)))
     def request(self, key: int, tried: set[int]) -> None:

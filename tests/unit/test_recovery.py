@@ -187,11 +187,11 @@ class Service:
         self.targets = [Target("abcdefgh"[number]) for number in range(count)]
         self.broken: set[str] = set()
         source = random.Random(1)
-        rotation = OutlierDetector(
+        outliers = OutlierDetector(
             OutlierPolicy(0.5, SLOW_START), make_breaker=lambda now: CircuitBreaker(policy, now, source)
         )
         breaker = CircuitBreaker(policy, NOW, source)
-        self.upstream = Upstream("users", self.targets, breaker, pick, rotation=rotation)
+        self.upstream = Upstream("users", self.targets, breaker, pick, outliers=outliers)
         self.lost: list[Attempt] = []
 
     def ask(self, key: str = "", *, is_safe: bool = True, principal: str | None = None) -> bool:

@@ -34,7 +34,7 @@ def refused(
 ) -> GatewayError:
     """Return the error for a request that the client's bucket, or that of its address, refuses."""
     exchange.client = Client(client_id, f"client:{client_id}", FREE if by_address else quota, "default")
-    key = f"peer:{exchange.peer}" if by_address else exchange.client.key
+    key = f"peer:{exchange.client_address}" if by_address else exchange.client.key
     decision = Decision(key, quota, allowed=False, remaining=remaining, wait_ns=wait_ns, reset_ns=wait_ns)
     return refusal(exchange, decision)
 

@@ -288,7 +288,7 @@ def test_what_is_remembered_of_a_client_and_a_path_changes_no_decision(
         name, after = f"client-{rng.randrange(6)}", rng.random() * 0.02
         path = rng.choice(["/api/up/x", "/api/up/y", "/api/dear/z", "/api/nowhere", "/api/up/../dear"])
         exchange = traffic.request(name, rng.choice(["FREE", "BASIC", "BASIC"]), after=after, path=path)
-        exchange.peer = f"192.0.2.{rng.randrange(3)}"
+        exchange.client_address = f"192.0.2.{rng.randrange(3)}"
         exchange.method = rng.choice(["GET", "POST"])
         if rng.random() < 0.5:
             assert exchange.client is not None

@@ -181,5 +181,5 @@ def test_a_client_that_was_not_identified_is_held_by_its_address() -> None:
     history = RequestHistory(LIMITS)
     history.record(ended(client=None, decision=None, status=401, reason="credentials_invalid", source="gateway"), 1)
     (record,) = kept(history, 2)
-    assert (record.peer, record.client_id, record.decision) == ("10.0.0.1", None, None)
+    assert (record.client_address, record.client_id, record.decision) == ("10.0.0.1", None, None)
     assert [held[0][1].id for held in history._rings["refusal"].lists()] == ["one"]

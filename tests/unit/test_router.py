@@ -21,7 +21,7 @@ def route(path: str, **options: Any) -> Route:
 
 
 def exchange(method: str = "GET", path: str = "/api/x") -> Exchange:
-    return Exchange(id="1", method=method, path=path, peer="192.0.2.1", started=0.0)
+    return Exchange(id="1", method=method, path=path, client_address="192.0.2.1", started=0.0)
 
 
 # Matching

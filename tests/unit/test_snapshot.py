@@ -238,14 +238,14 @@ def test_a_target_is_healthy_when_every_worker_finds_it_so() -> None:
 def ejecting(worker: str, now: float, *, failures: int, names: tuple[HostNameSnapshot, ...] = ()) -> WorkerSnapshot:
     """Return the report of a worker on whose first target so many attempts have failed; three eject it."""
     policy = BreakerPolicy(failure_threshold=3, recovery_timeout=10)
-    rotation = OutlierDetector(make_breaker=lambda at: CircuitBreaker(policy, at))
+    outliers = OutlierDetector(make_breaker=lambda at: CircuitBreaker(policy, at))
     whole = CircuitBreaker(BreakerPolicy(failure_threshold=100), START)
     people = Upstream(
         "people",
         [Target("http://127.0.0.1:9001"), Target("http://127.0.0.1:9002")],
         whole,
         round_robin,
-        rotation=rotation,
+        outliers=outliers,
     )
     for _ in range(failures):
         people.acquire(now, "", people.targets[1:]).release(now, Outcome.FAILURE)
@@ -447,7 +447,7 @@ def with_targets(moves: int, target_moves: int) -> Upstream:
         [Target("http://127.0.0.1:9001"), Target("http://127.0.0.1:9002")],
         CircuitBreaker(policy, START),
         round_robin,
-        rotation=OutlierDetector(make_breaker=lambda at: CircuitBreaker(policy, at)),
+        outliers=OutlierDetector(make_breaker=lambda at: CircuitBreaker(policy, at)),
     )
     moving(people.breaker, moves)
     breaker = people.targets[0].breaker
