@@ -4,6 +4,7 @@ Everything runs on loopback. Upstreams and clients are plain sockets, so that as
 """
 
 import asyncio
+import atexit
 import copy
 import itertools
 import json
@@ -477,11 +478,10 @@ def refusing_url() -> str:
     """Return the URL of a port on which nobody listens. It is bound, so that no other test's server gets it."""
     holder = socket.socket()
     holder.bind(("127.0.0.1", 0))
-    _HOLDERS.append(holder)
+    atexit.register(holder.close)
     return f"http://127.0.0.1:{holder.getsockname()[1]}"
 
 
-_HOLDERS: list[socket.socket] = []
 _BLOCK = 100  # ports
 
 
@@ -509,7 +509,7 @@ def _own_ports() -> Iterator[int]:
         except OSError:
             holder.close()
             continue
-        _HOLDERS.append(holder)
+        atexit.register(holder.close)
         return itertools.cycle(range(first + 1, first + _BLOCK))
     raise AssertionError("there is no block of free ports")
 
