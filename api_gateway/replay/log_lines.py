@@ -1,7 +1,8 @@
 """The lines of an access log as events: decisions, settlements, and charges for the verification of credentials.
 
-An event is a plain tuple, which `marshal` can write and read fast. All begin with (time in nanoseconds, number, place,
-kind); the place (of the line in the logs) makes each event different, so that sorting never compares what follows.
+An event is a plain tuple, which `marshal` can write and read fast. All begin with the time in nanoseconds, the number,
+the place and the kind. The place of the line in the logs makes each event different, so that sorting never compares
+what follows.
 """
 
 import json
@@ -16,12 +17,12 @@ _MAX_CAUSE = 200  # characters of the reason why a line is foreign, which may co
 
 DECISION, SETTLEMENT, CHECK = 0, 1, 2  # kinds
 
-# What follows (time, number, place, kind) in an event of any kind:
-# process, source of the decision, client id, source of the tier, address
-# and then in a decision: tier, has keys, method, path, route, cost, limits, limit, wait_ns, remaining, settlements,
-# organisation, wall_us (0 if it is not logged)
-# in a settlement: number of the decision, cost
-KIND, PROCESS, SOURCE, ID_OF_CLIENT, TIER_SOURCE, ADDRESS = 3, 4, 5, 6, 7, 8
+# Positions in an event of any kind. SOURCE is that of the decision, TIER_SOURCE that of the client's tier.
+AT_NS, NUMBER, PLACE, KIND, PROCESS, SOURCE, ID_OF_CLIENT, TIER_SOURCE, ADDRESS = range(9)
+# In a decision, these follow. WALL_US is 0 if it is not logged.
+TIER, HAS_KEYS, REQUEST_METHOD, PATH, ROUTE, REQUEST_COST, LIMITS = range(9, 16)
+LIMIT, WAIT_NS, REMAINING, SETTLEMENT_COUNT, ORGANISATION, WALL_US = range(16, 22)
+# In a settlement, the number of its decision and the new cost follow.
 
 _TEXT = r'"([^"\\]*)"'  # with an escape, the general parser is used
 _COST = r"\d{1,30}(?:\.\d{1,30})?(?:e[+-]?\d{1,2})?"

@@ -20,8 +20,10 @@ from api_gateway.config import GatewayConfig
 from api_gateway.replay.external_sort import Run, RunWriter, merged
 from api_gateway.replay.log_files import BrokenFile, LogPart, blocks_of, log_parts
 from api_gateway.replay.log_lines import (
+    AT_NS,
     DECISION,
     KIND,
+    NUMBER,
     PROCESS,
     SOURCE,
     TIER_SOURCE,
@@ -204,7 +206,7 @@ def _count(summary: PartSummary, events: Sequence[LogEvent], is_limited: Callabl
             other = linked_address(event, is_limited)
             if other is not None:
                 links.add((key, other))
-        process, number = event[PROCESS], event[1]
+        process, number = event[PROCESS], event[NUMBER]
         if process in numbers:
             numbers[process].append(number)
         else:
@@ -212,7 +214,7 @@ def _count(summary: PartSummary, events: Sequence[LogEvent], is_limited: Callabl
     for process, given in numbers.items():
         _extend(summary, process, given)
     numbers.clear()
-    times = [event[0] for event in events]
+    times = [event[AT_NS] for event in events]
     summary.begin_ns, summary.end_ns = min(summary.begin_ns, *times), max(summary.end_ns, *times)
     summary.sources.update([event[SOURCE] for event in events if event[KIND] == DECISION])
 
@@ -255,7 +257,7 @@ def decide_shard(work: ShardWork) -> tuple[ReplayTally, set[str], ReplaySnapshot
         for events in merged(work.runs):
             for event in events:
                 if shard_of is None or shard_of[shard_key(event)] == shard:
-                    if event[0] > from_ns:
+                    if event[AT_NS] > from_ns:
                         add(event)
                     else:
                         tally.before_snapshot += event[KIND] == DECISION

@@ -9,7 +9,14 @@ from api_gateway.assembly.stores import Quotas
 from api_gateway.config import GatewayConfig
 from api_gateway.models import NANOSECONDS, Decision
 from api_gateway.printable_text import printable, shortened, table
-from api_gateway.replay.log_lines import LogEvent
+from api_gateway.replay.log_lines import (
+    AT_NS,
+    ID_OF_CLIENT,
+    LIMIT,
+    REMAINING,
+    WAIT_NS,
+    LogEvent,
+)
 from api_gateway.replay.logged_routes import route_notes
 from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
 from api_gateway.replay.simulation import SHARED, has_periods, logged_routes_of, unlogged_parts
@@ -160,9 +167,9 @@ def _agreement(agreement: Agreement) -> Document:
 
 def _difference(event: LogEvent, outcome: Decision | None) -> Document:
     return {
-        "time": time_of(event[0]),
-        "client": event[6],
-        "in_log": {"limit": event[16], "wait_ns": event[17], "remaining": event[18]},
+        "time": time_of(event[AT_NS]),
+        "client": event[ID_OF_CLIENT],
+        "in_log": {"limit": event[LIMIT], "wait_ns": event[WAIT_NS], "remaining": event[REMAINING]},
         "replayed": "refused by another rule"
         if outcome is None
         else {"limit": outcome.quota.name, "wait_ns": outcome.wait_ns, "remaining": outcome.remaining},

@@ -10,10 +10,20 @@ from functools import lru_cache
 
 from api_gateway.config import GatewayConfig
 from api_gateway.http1.headers import address_key, is_within
-from api_gateway.replay.log_lines import ADDRESS, CHECK, DECISION, ID_OF_CLIENT, KIND, TIER_SOURCE, LogEvent
+from api_gateway.replay.log_lines import (
+    ADDRESS,
+    CHECK,
+    DECISION,
+    HAS_KEYS,
+    ID_OF_CLIENT,
+    KIND,
+    LIMITS,
+    ORGANISATION,
+    TIER_SOURCE,
+    LogEvent,
+)
 
 UNREGISTERED = ("default", "configured")  # sources of the tier of clients that another configuration may not register
-_LIMITS, _HAS_KEYS, _ORGANISATION = 15, 10, 20  # in an event of a decision
 _key_of_address = lru_cache(maxsize=65_536)(address_key)
 
 
@@ -35,14 +45,14 @@ def shard_key(event: LogEvent) -> str:
     if event[TIER_SOURCE] == "address":
         return f"a:{event[ID_OF_CLIENT]}"
     kind = event[KIND]
-    if kind == CHECK or (kind == DECISION and event[_LIMITS] == '"address"'):
+    if kind == CHECK or (kind == DECISION and event[LIMITS] == '"address"'):
         return f"a:{_key_of_address(event[ADDRESS])}"
     return f"c:{event[ID_OF_CLIENT]}"
 
 
 def linked_address(event: LogEvent, is_limited: Callable[[str], bool]) -> str | None:
     """Return the key of the address whose bucket a decision may also charge; None if there is none."""
-    if event[KIND] != DECISION or event[TIER_SOURCE] not in UNREGISTERED or event[_HAS_KEYS]:
+    if event[KIND] != DECISION or event[TIER_SOURCE] not in UNREGISTERED or event[HAS_KEYS]:
         return None
     address = event[ADDRESS]
     return f"a:{_key_of_address(address)}" if is_limited(address) else None
@@ -54,7 +64,7 @@ def linked_by_limits(event: LogEvent, of_limits: Iterable[tuple[bool, bool]]) ->
         return
     for has_address, has_organisation in of_limits:
         address = _key_of_address(event[ADDRESS]) if has_address else ""
-        organisation = (event[_ORGANISATION] or "") if has_organisation else ""
+        organisation = (event[ORGANISATION] or "") if has_organisation else ""
         yield f"l:{has_address:d}{has_organisation:d}:{address}|{organisation}"
 
 

@@ -24,7 +24,22 @@ from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.limit_stage import DESCRIBED_ORGANISATION, LimitListStage, RateLimitStage
 from api_gateway.proxy.route_table import UNKNOWN_TARGET, Route
 from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
-from api_gateway.replay.log_lines import LogEvent
+from api_gateway.replay.log_lines import (
+    ADDRESS,
+    AT_NS,
+    HAS_KEYS,
+    ID_OF_CLIENT,
+    LIMITS,
+    ORGANISATION,
+    PATH,
+    PROCESS,
+    REQUEST_METHOD,
+    SETTLEMENT_COUNT,
+    SOURCE,
+    TIER,
+    TIER_SOURCE,
+    LogEvent,
+)
 from api_gateway.replay.logged_routes import LoggedRoutes, LoggedRouteStage
 from api_gateway.replay.snapshot import ReplaySnapshot
 
@@ -136,23 +151,23 @@ class Simulation:
 
     def decide(self, event: LogEvent) -> Decision | None:
         """Decide on a logged request; None if another stage than the limits refuses it."""
-        process, source, client_id = event[4], event[5], event[6]
+        process, source, client_id = event[PROCESS], event[SOURCE], event[ID_OF_CLIENT]
         buckets = self._buckets_of(process, source)
         self.routes.doubtful = ()
-        if event[15] == '"address"':  # of the verification of a credential
-            return self._check(buckets, event[8], event[0])
+        if event[LIMITS] == '"address"':  # of the verification of a credential
+            return self._check(buckets, event[ADDRESS], event[AT_NS])
         costs, last = self._costs, buckets.last.get(client_id)
-        if last is not None and costs is not None and not event[19]:
+        if last is not None and costs is not None and not event[SETTLEMENT_COUNT]:
             facts, tier, tier_source, has_keys, organisation, address = last
             if (
-                event[9] == tier
-                and event[7] == tier_source
-                and event[10] is has_keys
-                and event[20] == organisation
-                and (address is None or address == event[8])
-                and costs.get((event[11], event[12])) == facts.cost
+                event[TIER] == tier
+                and event[TIER_SOURCE] == tier_source
+                and event[HAS_KEYS] is has_keys
+                and event[ORGANISATION] == organisation
+                and (address is None or address == event[ADDRESS])
+                and costs.get((event[REQUEST_METHOD], event[PATH])) == facts.cost
             ):  # then the stages decide as they did on the client's last request
-                return buckets.limiter.decide(facts.charges, event[0])
+                return buckets.limiter.decide(facts.charges, event[AT_NS])
         return self._decide_by_stages(buckets, event)
 
     def _decide_by_stages(self, buckets: _Buckets, event: LogEvent) -> Decision | None:
@@ -211,7 +226,7 @@ class Simulation:
 
     def check(self, event: LogEvent) -> Decision:
         """Charge the address of a logged request for the verification of its credential."""
-        return self._check(self._buckets_of(event[4], event[5]), event[8], event[0])
+        return self._check(self._buckets_of(event[PROCESS], event[SOURCE]), event[ADDRESS], event[AT_NS])
 
     def begin_from_snapshot(self, memory: MemoryLimiter, process: str) -> None:
         """Give new buckets of a process the state that they had; they keep their filled fraction as on a reload."""
@@ -247,14 +262,14 @@ class Simulation:
     def settle(self, event: LogEvent) -> None:
         """Settle the cost of a request, if this configuration has admitted it."""
         *_, number, cost = event
-        buckets = self._buckets_of(event[4], event[5])
+        buckets = self._buckets_of(event[PROCESS], event[SOURCE])
         exchange, count = buckets.open.pop(number, (None, 0))
         if exchange is None:
             return
         if count > 1:
             buckets.open[number] = exchange, count - 1
-        self.now_ns = event[0]
-        self._set_wall(-(-event[0] // 1000))
+        self.now_ns = event[AT_NS]
+        self._set_wall(-(-event[AT_NS] // 1000))
         buckets.settlement.settle(exchange, cost)
 
     def _check(self, buckets: _Buckets, address: str, at_ns: int) -> Decision:

@@ -5,7 +5,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from api_gateway.models import NANOSECONDS, Decision
-from api_gateway.replay.log_lines import DECISION, KIND, SETTLEMENT, LogEvent
+from api_gateway.replay.log_lines import (
+    AT_NS,
+    DECISION,
+    ID_OF_CLIENT,
+    KIND,
+    LIMIT,
+    REMAINING,
+    SETTLEMENT,
+    SOURCE,
+    TIER,
+    TIER_SOURCE,
+    WAIT_NS,
+    LogEvent,
+)
 from api_gateway.replay.simulation import Simulation
 
 SLOTS = 120  # of the time that the log covers
@@ -150,7 +163,7 @@ class ReplayTally:
             yield self._current
 
     def _decide(self, event: LogEvent) -> None:
-        at_ns, wait_ns = event[0], event[17]
+        at_ns, wait_ns = event[AT_NS], event[WAIT_NS]
         self.decisions += 1
         slot = (at_ns - self._begin_ns) // self._slot_ns
         requests, in_log, by_current, by_candidate = self.timeline
@@ -173,8 +186,8 @@ class ReplayTally:
     def _count(
         self, event: LogEvent, outcome: Decision | None, by_candidate: list[int], slot: int, *, was_limited: bool
     ) -> None:
-        at_ns = event[0]
-        key = event[6], event[9], event[7] == "address"
+        at_ns = event[AT_NS]
+        key = event[ID_OF_CLIENT], event[TIER], event[TIER_SOURCE] == "address"
         client = self.clients.get(key)
         if client is None:
             client = self.clients[key] = ClientTally()
@@ -221,9 +234,9 @@ class ReplayTally:
 
 
 def _compare(agreement: Agreement, event: LogEvent, outcome: Decision | None) -> None:
-    if event[5] not in EXACT:
+    if event[SOURCE] not in EXACT:
         return
-    limit, wait_ns, remaining = event[16], event[17], event[18]
+    limit, wait_ns, remaining = event[LIMIT], event[WAIT_NS], event[REMAINING]
     agreement.compared += 1
     if outcome is None:
         agreement.same_outcome += wait_ns != 0
