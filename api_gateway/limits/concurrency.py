@@ -119,7 +119,7 @@ class LocalSlots:
         return None
 
     def take(self, exchange: Exchange, slots: tuple[ConcurrencySlot, ...]) -> None:
-        """Let an exchange hold slots until `release`."""
+        """Let an exchange hold slots, besides those that it holds, until `release`."""
         counters, in_flight = self.counters, self._in_flight
         for slot in slots:
             counter = counters.get(slot.key)
@@ -127,27 +127,43 @@ class LocalSlots:
                 counter = counters[slot.key] = SlotCounter()
             counter.in_flight += 1
             in_flight[slot.quota.policy] += 1
-        exchange.slots = slots
+        exchange.slots += slots
 
     def release(self, exchange: Exchange) -> None:
         """Return the slots of an exchange that has ended; nothing if it holds none."""
         slots = exchange.slots
-        if not slots:
-            return
-        exchange.slots = ()
+        if slots:
+            exchange.slots = ()
+            self._return(slots, exchange.finished - exchange.started)
+
+    def give_back(self, exchange: Exchange, slots: tuple[ConcurrencySlot, ...]) -> None:
+        """Return those of these slots that an exchange holds: it was not admitted."""
+        held = tuple([slot for slot in exchange.slots if slot in slots])
+        exchange.slots = tuple([slot for slot in exchange.slots if slot not in slots])
+        self._return(held, None)
+
+    def _return(self, slots: tuple[ConcurrencySlot, ...], seconds: float | None) -> None:
+        """Count one request less, which took so long; None if it was not admitted."""
         counters, in_flight = self.counters, self._in_flight
         for slot in slots:
             counter = counters[slot.key]
             counter.in_flight -= 1
             in_flight[slot.quota.policy] -= 1
+            if seconds is not None:
+                self._durations(slot, counter).append(seconds)
             if not counter.in_flight:
                 del counters[slot.key]
-                durations = self.ended.get(slot.quota.policy)
-                if durations is None:
-                    durations = self.ended[slot.quota.policy] = deque(maxlen=DURATIONS)
-            elif (durations := counter.durations) is None:
-                durations = counter.durations = deque(maxlen=DURATIONS)
-            durations.append(exchange.finished - exchange.started)
+
+    def _durations(self, slot: ConcurrencySlot, counter: SlotCounter) -> deque[float]:
+        """Return the durations of a key; of its limit if it has none in flight any more."""
+        if not counter.in_flight:
+            durations = self.ended.get(slot.quota.policy)
+            if durations is None:
+                durations = self.ended[slot.quota.policy] = deque(maxlen=DURATIONS)
+            return durations
+        if counter.durations is None:
+            counter.durations = deque(maxlen=DURATIONS)
+        return counter.durations
 
     def in_flight(self, key: str) -> int:
         """Return the number of requests of a key that are in flight in this process."""

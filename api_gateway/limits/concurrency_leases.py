@@ -6,6 +6,8 @@ lease gets one more. When the request ends, one less. So the sum is never above 
 lease ends `LEASE` seconds after its worker has last written it, which renews it every `RENEWAL_INTERVAL`: until then
 the requests of a worker that was killed count.
 
+On a cluster a key is on one server, and the charges of a request are on others, see `multi_node_claims`.
+
 If it is not known whether an operation was executed, the worker raises the epoch of the lease, which makes all earlier
 operations void, and sets the number of its requests anew. That is repeated until the store has confirmed it.
 
@@ -20,14 +22,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import count
+from math import ceil
+from typing import Literal
 
 from api_gateway.eventloop.tasks import cancel_and_wait, check_cancelled
 from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
 from api_gateway.limits.concurrency_ops import LEASE, ClaimOp, HeldOp, HoldOp, RenewOp, ReturnOp
+from api_gateway.limits.multi_node_claims import MultiNodeClaim
 from api_gateway.limits.redis_limiter import RedisLimiter
-from api_gateway.limits.script_batcher import MAX_BATCH
+from api_gateway.limits.script_batcher import MAX_BATCH, ScriptOp
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
-from api_gateway.models import ConcurrencySlot, Decision, Exchange
+from api_gateway.models import ConcurrencySlot, Decision, DecisionSource, Exchange
 from api_gateway.rate_limiter import RateLimiter
 
 RENEWAL_INTERVAL = 2.0  # seconds
@@ -44,12 +49,12 @@ class LeasedSlots(LocalSlots):
         self.epochs: dict[str, int] = {}  # used since the last renewal
         self._older: dict[str, int] = {}  # used before it, and not since
         self.unwritten: set[str] = set()
-        self.unconfirmed: set[str] = set()
+        self.unconfirmed: dict[str, int] = {}  # and at which heartbeat the epoch began
         self.under_way: Counter[str] = Counter()
         self._buckets = buckets
         self._prefix = prefix
         self._next_epoch = count(1).__next__
-        self._missed = 0  # renewals, since the store became unavailable
+        self._beats = 0
         self._task: asyncio.Task[None] | None = None
         self.lease_key = lru_cache(maxsize=65_536)(self._hashed)
 
@@ -90,6 +95,10 @@ class LeasedSlots(LocalSlots):
         on_decision: Callable[[Decision], None],
     ) -> None:
         """Have the store charge a request and count it, and let the exchange hold the slots if that is allowed."""
+        if self._buckets.is_divided:
+            charge = partial(limiter.decide_async, charges, now_ns)
+            MultiNodeClaim(self, exchange, charges.slots, charge, now_ns, on_decision).submit()
+            return
         assert isinstance(limiter, RedisLimiter | StoreQuotaLimiter)  # noqa: S101 - of the same store
         op = ClaimOp(
             self,
@@ -111,7 +120,7 @@ class LeasedSlots(LocalSlots):
     ) -> None:
         if decision.allowed:
             if decision.source == "store":
-                super().take(exchange, slots)
+                self.take_confirmed(exchange, slots)
             else:
                 self.take(exchange, slots)
             if exchange.finished:  # while the store was asked
@@ -129,14 +138,23 @@ class LeasedSlots(LocalSlots):
             refused = self._refusal_by_share(slots, now_ns)
         else:
             uses = [SlotUse(slot, total) for slot, total in zip(slots, totals, strict=True)]
-            refused = refusal_of_slots(uses, self, now_ns)
-            refused.source, refused.at_ns = "store", now_ns + self._buckets.offset_ns
+            refused = self.refuse(uses, "store", now_ns)
         on_decision(refused)
 
-    def release(self, exchange: Exchange) -> None:
-        """Return the slots of an exchange that has ended; see `LocalSlots`."""
-        slots = exchange.slots
-        super().release(exchange)
+    def take_confirmed(self, exchange: Exchange, slots: tuple[ConcurrencySlot, ...]) -> None:
+        """Let an exchange hold slots that the store has counted."""
+        super().take(exchange, slots)
+
+    def refuse(self, uses: Sequence[SlotUse], source: DecisionSource, now_ns: int) -> Decision:
+        """Return the refusal of a request, one of whose slots is not free."""
+        refused = refusal_of_slots(uses, self, now_ns)
+        refused.source = source
+        if source == "store":
+            refused.at_ns = now_ns + self._buckets.offset_ns
+        return refused
+
+    def _return(self, slots: tuple[ConcurrencySlot, ...], seconds: float | None) -> None:
+        super()._return(slots, seconds)
         for slot in slots:
             if slot.key in self.unwritten:
                 continue
@@ -157,22 +175,30 @@ class LeasedSlots(LocalSlots):
 
     def _refusal_by_share(self, slots: Sequence[ConcurrencySlot], now_ns: int) -> Decision:
         used = [slot for slot in slots if self.in_flight(slot.key) >= self._share(slot)]
-        refused = refusal_of_slots([SlotUse(slot, slot.quota.capacity) for slot in used], self, now_ns)
-        refused.source = "local_share"
-        return refused
+        return self.refuse([SlotUse(slot, slot.quota.capacity) for slot in used], "local_share", now_ns)
 
     async def look(self, slots: Sequence[ConcurrencySlot]) -> list[SlotUse]:
         """Return each slot as it is in all workers; while the store is unavailable, as it is in this one."""
-        if not slots or not self._buckets.batcher.is_usable:
+        if not self._buckets.batcher.is_usable:
             return await super().look(slots)
-        seen: asyncio.Future[list[int] | None] = asyncio.get_running_loop().create_future()
-        self._buckets.batcher.submit(HeldOp([self.lease_key(slot.key) for slot in slots], seen))
-        totals = await seen
-        if totals is None:
-            return await super().look(slots)
-        return [SlotUse(slot, total) for slot, total in zip(slots, totals, strict=True)]
+        return list(await asyncio.gather(*map(self._look, slots)))
+
+    async def _look(self, slot: ConcurrencySlot) -> SlotUse:
+        seen: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self.submit(HeldOp(self.lease_key(slot.key), seen))
+        total = await seen
+        return SlotUse(slot, self.in_flight(slot.key) if total is None else total)
 
     # Leases
+
+    @property
+    def policy(self) -> Literal["local_share", "deny", "allow"]:
+        """The policy for outages."""
+        return self._buckets.policy
+
+    def submit(self, op: ScriptOp) -> None:
+        """Send an operation to the store."""
+        self._buckets.batcher.submit(op)
 
     def epoch(self, key: str) -> int:
         """See `concurrency_ops.LeasePort`. Epochs of one key ascend, also if it was forgotten meanwhile."""
@@ -186,14 +212,14 @@ class LeasedSlots(LocalSlots):
         """See `concurrency_ops.LeasePort`."""
         self.epochs[key] = self._next_epoch()
         self.unwritten.add(key)
-        self.unconfirmed.add(key)
+        self.unconfirmed[key] = self._beats
         if self._buckets.batcher.is_usable:  # otherwise the next heartbeat sets it
             self._buckets.batcher.submit(HoldOp(self, key))
 
     def note_held(self, key: str, epoch: int) -> None:
         """See `concurrency_ops.LeasePort`."""
         if self.epoch(key) == epoch:
-            self.unconfirmed.discard(key)
+            self.unconfirmed.pop(key, None)
 
     async def _renew(self) -> None:
         while True:
@@ -206,15 +232,18 @@ class LeasedSlots(LocalSlots):
                 check_cancelled()
 
     def note_beat(self) -> None:
-        """Forget epochs of keys that are not used any more, and leases of no requests that have ended in an outage."""
+        """Forget epochs of keys that are not used any more, and leases of no requests that must have ended.
+
+        Those are leases that their server has not confirmed for longer than a lease lasts.
+        """
         self.epochs, self._older = {}, self.epochs
         for key in (*self.counters, *self.unconfirmed):
             self.epochs[key] = self._older.get(key) or self._next_epoch()
-        self._missed = 0 if self._buckets.batcher.is_usable else self._missed + 1
-        if self._missed * RENEWAL_INTERVAL > LEASE + RENEWAL_INTERVAL:
-            for key in [key for key in self.unconfirmed if not self.in_flight(key)]:
-                self.unconfirmed.discard(key)
-                self.unwritten.discard(key)
+        self._beats += 1
+        oldest = self._beats - ceil(LEASE / RENEWAL_INTERVAL) - 1
+        for key in [key for key, beat in self.unconfirmed.items() if beat < oldest and not self.in_flight(key)]:
+            del self.unconfirmed[key]
+            self.unwritten.discard(key)
 
     def renew(self, keys: Sequence[str]) -> None:
         """Renew the leases of keys, and set those that the store has not confirmed."""

@@ -22,7 +22,7 @@ from api_gateway.storage.redis_session import ScriptCall
 
 LEASE = 10.0  # seconds after which the requests of a worker that does not renew its leases do not count any more
 _VALUES_OF_COUNTER = 16  # in a reply, the first of which tells whether the script must be asked again
-_MILLISECONDS = 1000
+LEASE_MS = int(LEASE * 1000)
 _NONE = -1
 
 StoreLimiter = RedisLimiter | StoreQuotaLimiter
@@ -118,7 +118,7 @@ class ClaimOp(ScriptOp):
     def write(self, call: ScriptCall) -> None:
         """Append the claim, and the charge that passes only with it."""
         port, arguments = self._port, call.arguments
-        arguments += ("slots", port.worker, int(LEASE * _MILLISECONDS), len(self._slots))
+        arguments += ("slots", port.worker, LEASE_MS, len(self._slots))
         self._epochs = [port.epoch(slot.key) for slot in self._slots]
         for slot, epoch in zip(self._slots, self._epochs, strict=True):
             number = call.number(port.lease_key(slot.key))
@@ -216,8 +216,7 @@ class LeaseOp(ScriptOp):
 
     def write(self, call: ScriptCall) -> None:
         """Append the operation."""
-        lease_ms = int(LEASE * _MILLISECONDS)
-        call.arguments += (self.verb, self._port.worker, lease_ms, call.number(self.key), self._epoch)
+        call.arguments += (self.verb, self._port.worker, LEASE_MS, call.number(self.key), self._epoch)
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - no time is needed
         """Set the lease if the store has another one; nothing if it was set meanwhile anyway."""
@@ -308,24 +307,22 @@ class HoldOp(LeaseOp):
 
 
 class HeldOp(ScriptOp):
-    """Reads how many requests of each key are in flight."""
+    """Reads how many requests of a key are in flight."""
 
-    __slots__ = ("_keys", "_seen")
+    __slots__ = ("_seen",)
 
-    def __init__(self, keys: Sequence[str], seen: asyncio.Future[list[int] | None]) -> None:
-        """`keys` are those in the store, at least one. None is the result if the store does not respond."""
-        super().__init__(keys[0])
-        self._keys = keys
+    def __init__(self, key: str, seen: asyncio.Future[int | None]) -> None:
+        """`key` is that in the store. None is the result if the store does not respond."""
+        super().__init__(key)
         self._seen = seen
 
     def write(self, call: ScriptCall) -> None:
-        """Append the operations."""
-        for key in self._keys:
-            call.arguments += ("held", call.number(key))
+        """Append the operation."""
+        call.arguments += ("held", call.number(self.key))
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - no time is needed
-        """Complete with the numbers."""
-        found = [next(reply) for _ in self._keys]
+        """Complete with the number."""
+        found = next(reply)
         if not self._seen.done():
             self._seen.set_result(found)
 

@@ -158,13 +158,6 @@ def _store_findings(config: ConfigSections) -> Iterator[Finding]:
         yield Finding(("store", "clients"), message, depends_on=(("store", "url"), ("store", "url_file")))
     if not config.store.is_shared:
         return
-    is_cluster = "+cluster" in config.store.url.get_secret_value().partition("://")[0]
-    for index, limit in enumerate(config.limits):
-        if limit.concurrent is not None and is_cluster:
-            message = "needs one server: set store.url to one that is no cluster, or remove the limit"
-            yield _of_limit(
-                config, (str(index), "concurrent"), f"{message}, got {limit.concurrent}", (("store", "url"),)
-            )
     for key_path, term in _all_terms(config):
         seconds = _fill_time(term)
         if "candidate" not in key_path and seconds > MAX_BUDGET:

@@ -95,9 +95,18 @@ class Wires(Wire):
 class Worker:
     """A worker with a limiter, slots, and the requests that it has admitted."""
 
-    def __init__(self, store: LuaStore, number: int, *, processes: int = 1, with_quotas: bool = False) -> None:
+    def __init__(
+        self,
+        store: LuaStore,
+        number: int,
+        *,
+        processes: int = 1,
+        with_quotas: bool = False,
+        is_divided: bool = False,
+    ) -> None:
         self.store = store
         self.limiter = LuaLimiter(store, [PLENTY, SCARCE], processes=processes)
+        self.limiter._session.is_divided = is_divided
         self.wire = Wires(store)
         self.limiter.batcher = self.wire
         self.charging: Any = self.limiter
@@ -160,7 +169,7 @@ class Worker:
     def beat(self) -> None:
         """Renew the leases, as every `RENEWAL_INTERVAL`."""
         self.slots.note_beat()
-        self.slots.renew([*self.slots.counters, *(self.slots.unconfirmed - set(self.slots.counters))])
+        self.slots.renew([*self.slots.counters, *(self.slots.unconfirmed.keys() - self.slots.counters.keys())])
 
 
 def total(worker: Worker, one: ConcurrencySlot = FIVE) -> int:
@@ -384,6 +393,63 @@ async def test_operators_see_the_requests_of_all_workers(store: LuaStore) -> Non
     assert await two.slots.look([]) == []
 
 
+def on_a_cluster(store: LuaStore, number: int, **options: Any) -> Worker:
+    worker = Worker(store, number, is_divided=True, **options)
+    worker.limiter.cache.is_trusted = False
+    return worker
+
+
+def test_on_a_cluster_a_request_takes_everything_or_nothing(store: LuaStore) -> None:
+    """A missing slot charges nothing and returns the others; a refused charge returns all slots."""
+    one, two = on_a_cluster(store, 1), on_a_cluster(store, 2)
+    other = slot("other", 1)
+    scarce = Charge("client:scarce", SCARCE, SCARCE.cost_ns(1))
+    assert two.admitted(1, other) == 1
+    held = store.values.copy()
+    one.ask(FIVE, other, charges=[scarce])
+    one.wire.all_at_once()
+    (refused,) = one.refused
+    assert (refused.source, [quota.policy for quota in refused.violated]) == ("store", ["other"])
+    assert not [key for key in store.values.keys() - held.keys() if ":bucket:" in key], "no bucket was charged"
+    assert (total(one), total(one, other), one.in_flight["five"]) == (0, 1, 0)
+    assert not one.slots.ended, "what was not admitted has no duration"
+    for _ in range(5):
+        one.ask(FIVE, charges=[scarce])
+        one.wire.all_at_once()
+    assert (len(one.open), one.refused[-1].key) == (3, "client:scarce")
+    assert (total(one), one.in_flight["five"]) == (3, 3), "requests without tokens return their slots"
+
+
+def test_on_a_cluster_a_request_that_ends_between_its_slot_and_its_charge_costs_nothing(store: LuaStore) -> None:
+    worker = on_a_cluster(store, 1)
+    exchange = worker.ask(FIVE)
+    worker.wire.send()
+    worker.end(exchange)
+    worker.wire.all_at_once()
+    assert (total(worker), worker.in_flight["five"], worker.open) == (0, 0, [])
+    assert not [key for key in store.values if ":bucket:" in key]
+
+
+@pytest.mark.parametrize(("policy", "admitted"), [("local_share", 2), ("deny", 0), ("allow", 5)])
+def test_on_a_cluster_the_policy_decides_on_slots_whose_server_does_not_respond(
+    store: LuaStore, policy: Any, admitted: int
+) -> None:
+    worker = on_a_cluster(store, 1, processes=2)
+    worker.limiter.policy = policy
+    for _ in range(9):
+        worker.ask(FIVE)
+        worker.wire.send()
+        worker.wire.cut()  # the server of the slot does not respond
+        worker.wire.all_at_once()  # that of the bucket does
+    assert len(worker.open) == admitted
+    assert {one.source for one in worker.refused} == {"memory" if policy == "allow" else policy}
+    for exchange in [*worker.open]:
+        worker.end(exchange)
+    worker.beat()
+    worker.wire.all_at_once()
+    assert (total(worker), worker.slots.unconfirmed) == (0, {})
+
+
 FAILURES = ("late", "lost", "outage", "empty")
 
 
@@ -391,13 +457,18 @@ class Walk:
     """Three workers that do anything in any order, with failures of these kinds."""
 
     def __init__(self, seed: int, failures: tuple[str, ...]) -> None:
+        self.is_divided = seed % 2 == 1
         self.choose = random.Random(seed)
         self.store = LuaStore(NOW_US)
         self.failures = failures
         self.slots = [FIVE, slot("two", 2), slot("many", 9)]
-        self.workers = [Worker(self.store, number, processes=3, with_quotas=number == 2) for number in range(3)]
+        self.workers = [self.worker(number, with_quotas=number == 2) for number in range(3)]
         self.numbers = iter(range(100, 10_000))
         self.full: Counter[str] = Counter()
+
+    def worker(self, number: int, *, with_quotas: bool = False) -> Worker:
+        """Return a new worker. Every other walk is on a cluster: each slot and each bucket is asked for alone."""
+        return Worker(self.store, number, processes=3, with_quotas=with_quotas, is_divided=self.is_divided)
 
     def step(self) -> None:
         """Do one thing."""
@@ -443,7 +514,7 @@ class Walk:
             worker.wire.is_up = not worker.wire.is_up
             worker.wire.time_out()
         elif how == "killed":
-            self.workers[self.workers.index(worker)] = Worker(self.store, next(self.numbers), processes=3)
+            self.workers[self.workers.index(worker)] = self.worker(next(self.numbers))
         else:
             self.store.values.clear()
 

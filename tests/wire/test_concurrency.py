@@ -412,17 +412,6 @@ def test_a_defect_of_the_gateway_ends_its_exchange_alone(
 # Mistakes
 
 
-def test_a_cluster_is_refused(tmp_path: Path) -> None:
-    sections = in_front_of("http://127.0.0.1:9") | {
-        "limits": [{"name": "one", "concurrent": 5}],
-        "store": {"url": "redis+cluster://127.0.0.1:6379"},
-    }
-    path = tmp_path / "gateway.yaml"
-    path.write_text(json.dumps(sections))
-    with pytest.raises(ConfigError, match=r"limits\[0\] \(one\)\.concurrent: needs one server: set store\.url to one"):
-        load_config(path)
-
-
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
