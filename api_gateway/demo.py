@@ -163,23 +163,28 @@ class DemoUpstreams:
 
     def sections(self) -> dict[str, Any]:
         """Return the sections `upstreams` and `routes` of the demo."""
-        check = {"path": "/health", "interval": 5}
-        upstreams: dict[str, Any] = {
-            name: {"targets": [{"url": url}], "health_check": check} for name, url in self.urls.items()
-        }
-        # Low enough that a user sees the breaker open and recover within a minute.
-        upstreams["flaky"]["circuit_breaker"] = {"failure_threshold": 3, "recovery_timeout": 5, "jitter": 0}
-        routes: list[dict[str, Any]] = [
-            {"name": name, "path": f"/api/{name}", "upstream": name, "strip_prefix": "/api"} for name in self.urls
-        ]
-        routes[1]["costs"] = [{"methods": ["POST"], "path": "/api/orders/export", "cost": 5}]
-        return {"upstreams": upstreams, "routes": routes}
+        return demo_sections(self.urls)
 
     def _run(self) -> None:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
         await asyncio.gather(*(server.serve([self._sockets[name]]) for name, server in self._servers.items()))
+
+
+def demo_sections(urls: Mapping[str, str]) -> dict[str, Any]:
+    """Return the sections `upstreams` and `routes` of the demo, whose services have these URLs by name."""
+    check = {"path": "/health", "interval": 5}
+    upstreams: dict[str, Any] = {
+        name: {"targets": [{"url": url}], "health_check": check} for name, url in urls.items()
+    }
+    # Low enough that a user sees the breaker open and recover within a minute.
+    upstreams["flaky"]["circuit_breaker"] = {"failure_threshold": 3, "recovery_timeout": 5, "jitter": 0}
+    routes: list[dict[str, Any]] = [
+        {"name": name, "path": f"/api/{name}", "upstream": name, "strip_prefix": "/api"} for name in urls
+    ]
+    routes[1]["costs"] = [{"methods": ["POST"], "path": "/api/orders/export", "cost": 5}]
+    return {"upstreams": upstreams, "routes": routes}
 
 
 def _free_socket() -> socket.socket:

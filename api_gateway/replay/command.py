@@ -8,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from api_gateway.config import CONFIG_VARIABLE, GatewayConfig, load_config
+from api_gateway.demo import DEMO_NAMES, demo_sections
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.replay.condition import ClientCondition
 from api_gateway.replay.errors import ReplayError
@@ -38,9 +39,9 @@ def replay_with(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     condition = None if options.fail_if is None else ClientCondition(options.fail_if)
-    candidate = options.config, load_config(options.config)
+    candidate = options.config, _read(options.config)
     name = options.current or os.environ.get(CONFIG_VARIABLE)
-    current: tuple[str, GatewayConfig] | None = (name, load_config(name)) if name else None
+    current: tuple[str, GatewayConfig] | None = (name, _read(name)) if name else None
     replayed = replay_logs(
         options.logs,
         candidate[1],
@@ -66,6 +67,14 @@ def _run(options: argparse.Namespace) -> int:
     shown = ", ".join(map(repr, matched[:SHOWN_CLIENTS])) + (", ..." if len(matched) > SHOWN_CLIENTS else "")
     print(f"--fail-if: {options.fail_if} is true of {len(matched)} clients: {shown}", file=sys.stderr)
     return MATCHED
+
+
+def _read(path: str) -> GatewayConfig:
+    """Return a configuration, with the routes of the demo if a gateway would start that. Raises ConfigError."""
+    config = load_config(path)
+    if not config.is_demo:
+        return config
+    return config.model_validate({**config.model_dump(), **demo_sections(dict.fromkeys(DEMO_NAMES, "http://demo"))})
 
 
 def clients_that_match(condition: ClientCondition, replayed: Replayed) -> list[str]:

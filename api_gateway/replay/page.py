@@ -11,14 +11,25 @@ from api_gateway.replay.report import Document
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 200, 56, 24  # of a plot, in pixels
 MAX_CLIENTS = 200  # in the table
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1a1a1a; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; overflow-wrap: anywhere; }
+:root { color-scheme: light dark; --text: #1a1a1a; --faint: #555; --rule: #ddd; --log: #767676; --current: #2b6cb0;
+  --candidate: #c53030; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --faint: #aaa; --rule: #444; --log: #999; --current: #63b3ed; --candidate: #fc8181; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
+  color: var(--text); }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; }
+td:first-child { min-width: 6rem; max-width: 20rem; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; }
 svg { max-width: 100%; height: auto; }
-svg text { font: 11px system-ui, sans-serif; fill: #555; }
-.axis { stroke: #999; } .log { stroke: #999; fill: #999; } .current { stroke: #2b6cb0; fill: #2b6cb0; }
-.candidate { stroke: #c53030; fill: #c53030; } polyline { fill: none !important; stroke-width: 1.5; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--faint); }
+.axis { stroke: var(--log); }
+polyline.log { stroke: var(--log); } polyline.current { stroke: var(--current); stroke-dasharray: 6 3; }
+polyline.candidate { stroke: var(--candidate); } rect.candidate { fill: var(--candidate); }
+svg text.log { fill: var(--log); } svg text.current { fill: var(--current); }
+svg text.candidate { fill: var(--candidate); } polyline { fill: none !important; stroke-width: 1.5; }
 """.strip()
 _COLUMNS = (
     "client",

@@ -186,8 +186,6 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig, *, has_current:
             " refused did not get to the other limits"
         )
     yield from _limits_not_evaluable(replayed, quotas)
-    if candidate.is_demo:
-        yield "routes: the candidate configures none"
     for tier in sorted(replayed.unknown_tiers):
         yield f"tier {tier}: clients have it in the log, and the candidate does not; they get their configured tier"
     sources: Counter[str] = Counter()
@@ -271,7 +269,8 @@ def text_of(document: Document, shown: int) -> str:
     for title, notes in (("Not evaluable", document["not_evaluable"]), ("Not known", document["cannot_know"])):
         lines += ["", f"{title}:", *(f"- {note}" for note in notes)] if notes else []
     rate = log["lines"] / document["seconds"] if document["seconds"] else 0
-    how = f"{document['seconds']:.1f} s, {rate:,.0f} lines a second; decided in {document['processes']} processes"
+    processes = "one process" if document["processes"] == 1 else f"{document['processes']} processes"
+    how = f"{document['seconds']:.1f} s, {rate:,.0f} lines a second; decided in {processes}"
     lines += ["", how]
     return "\n".join([shortened(printable(line), MAX_TEXT_LINE) for line in lines]) + "\n"
 

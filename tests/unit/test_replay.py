@@ -387,6 +387,20 @@ def test_what_the_log_does_not_suffice_for_is_reported(tmp_path: Path) -> None:
     assert found["agreement"]["candidate"]["compared"] == 0
 
 
+def test_a_configuration_without_routes_has_those_of_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traffic = Traffic()
+    for _ in range(10):
+        traffic.request("acme", path="/api/users/1", route="users")
+    candidate = tmp_path / "new.yaml"
+    candidate.write_text("tiers: {FREE: {rate: 1, capacity: 4}}\n")
+    assert main(["replay", str(log_of(tmp_path, traffic.lines())), "--config", str(candidate), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["totals"]["refused_otherwise"], found["totals"]["newly_limited"]) == (0, 6)
+    assert found["not_evaluable"] == []
+
+
 BETA = {"name": "beta", "path": "/api/up", "upstream": "up", "cost": 5, "match": {"headers": {"X-Beta": "1"}}}
 SHOP = {"name": "shop", "path": "/api/up", "upstream": "up", "cost": 2, "host": "*.shop.example"}
 PLAIN = {"name": "up", "path": "/api/up", "upstream": "up"}
