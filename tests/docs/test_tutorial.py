@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,18 +40,24 @@ def test_the_commands_print_what_is_shown(tmp_path: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "NO_PROXY": "*",
     }
-    run = subprocess.run(
+    shell = subprocess.Popen(
         ["bash", "-uo", "pipefail", "-c", "\n".join(lines)],
         cwd=tmp_path,
         env=variables,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=170,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        stdout, stderr = shell.communicate(timeout=300)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)  # what a shell that did not end has started in the background
+        shell.wait()
     log = tmp_path / "shop" / "gateway.log"
-    told = run.stderr[-1000:] + (log.read_text()[-2000:] if log.exists() else "")
-    outputs = run.stdout.split(f"{END}\n")
+    told = stderr[-1000:] + (log.read_text()[-2000:] if log.exists() else "")
+    outputs = stdout.split(f"{END}\n")
     assert len(outputs) == len(steps) + 1, told
     for (commands, shown), output in zip(steps, outputs, strict=False):
         if shown:
