@@ -32,6 +32,9 @@ _LONGEST_METHOD = 64  # characters; the parser refuses a longer one
 _METHOD = re.compile(rb"[\r\n]*+(" + _TOKEN + rb"{1,%d}+)(?= )" % _LONGEST_METHOD)
 _METHOD_BEGUN = re.compile(rb"[\r\n]*+" + _TOKEN + rb"{1,%d}+" % _LONGEST_METHOD)
 _HEAD_END = b"\r\n\r\n"
+_VERSIONS = frozenset({"1.0", "1.1"})  # llhttp also takes 2.0, and 0.9 for a request line without a version
+_LINE_WITHOUT_VERSION = re.compile(rb"[\r\n]*+[^ \r\n]++ [^ \r\n]++\r?\n")
+_OTHER_VERSION = "The version of the request is not HTTP/1.0 or HTTP/1.1."
 # Methods that the parser gets as they are: those forwarded, and those refused by their name.
 _PARSED_METHODS = frozenset(name.encode() for name in KNOWN_METHODS | REFUSED_METHODS)
 
@@ -235,6 +238,7 @@ class RequestReader:
     def _feed(self, piece: memoryview) -> int:
         size = self._piece = len(piece)
         self._unparsed += size
+        begins = self._part is Part.START
         if self._parser is None:
             self.renew()
         try:
@@ -247,6 +251,8 @@ class RequestReader:
             self._on_error(error)
         else:
             self._deliver()
+            if begins and self._part is Part.HEAD and not self._is_stopped and _LINE_WITHOUT_VERSION.match(piece):
+                self._refuse(BadRequest(_OTHER_VERSION))  # a client of HTTP/0.9 would send no more
         return size
 
     def _deliver(self) -> None:
@@ -345,6 +351,9 @@ class RequestReader:
             return
         try:
             head = self._head()
+        except BadRequest as error:
+            self._refuse(error)
+            return
         except ValueError as error:
             self._refuse(BadRequest(f"The request target is not valid: {error}."))
             return
@@ -375,10 +384,12 @@ class RequestReader:
         self.sink.on_body_complete()
 
     def _head(self) -> RequestHead:
-        """Return the complete head; raises ValueError for an invalid target."""
+        """Return the complete head; raises ValueError for an invalid target, BadRequest for another version."""
         parser, headers = self._parser, self._headers
         method, version = (self._unknown_method or parser.get_method()).decode("ascii"), parser.get_http_version()
         self._unknown_method = b""
+        if version not in _VERSIONS:
+            raise BadRequest(_OTHER_VERSION)
         target, authority = origin_form(method, self._url)
         if authority is not None:
             headers = [(name, authority if name.lower() == b"host" else value) for name, value in headers]

@@ -160,10 +160,11 @@ def framing(fields: Fields) -> bytes | None:
 def stripped_headers(protected: frozenset[bytes], replaced: frozenset[bytes]) -> frozenset[bytes]:
     """Return the names of request fields that are not forwarded; `replaced` are those that the gateway replaces.
 
-    They include spellings with underscores of protected and forwarding names, which CGI does not distinguish.
+    They include spellings with underscores of all names that are protected, replaced or not forwarded, and of those
+    that determine the framing, because CGI does not distinguish the two.
     """
-    forgeable = FORWARDING | protected
-    aliases = {alias for name in forgeable for alias in spellings(name)} - forgeable
+    distinct = FORWARDING | protected | PROTECTED | _NOT_FORWARDED | HOP_BY_HOP
+    aliases = {alias for name in distinct for alias in spellings(name)} - distinct
     return _NOT_FORWARDED | aliases | replaced
 
 

@@ -27,6 +27,7 @@ _SURPLUS = "more bytes than announced"
 _HEAD_OF_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"  # for a parser that begins within the body
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
+_WEBSOCKET = [b"websocket"]
 _KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser ignores framing fields of these statuses
 
 
@@ -316,7 +317,11 @@ class UpstreamConnection(SendingConnection):
 
     def _on_special_status(self, response: UpstreamResponse, status: int, reason: bytes, headers: HeaderList) -> None:
         if status == SWITCHING and response.listener.upgrade and self._parser.should_upgrade():
-            response.set_head(status, reason, headers, fields_of(headers))
+            fields = fields_of(headers)
+            if [value.lower() for value in fields.get(b"upgrade", ())] != _WEBSOCKET:  # the only one requested
+                self._fail(response, "a switch to another protocol")
+                return
+            response.set_head(status, reason, headers, fields)
             self.timer.clear()
         elif status == SWITCHING:
             self._fail(response, "an unexpected switch of protocols")

@@ -288,6 +288,11 @@ def test_what_is_neither_head_nor_body_is_bounded_too(client: RawClient, beginni
         b"garbage\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"GET /api/x HTTP/9.9\r\n" + HOST + b"\r\n",
+        b"GET /api/x HTTP/2.0\r\n" + HOST + b"\r\n",
+        b"GET /api/x HTTP/0.9\r\n" + HOST + b"\r\n",
+        b"GET /api/x\r\n",
+        b"GET /api/x\r\n" + HOST + b"\r\n",
+        b"VERSION-CONTROL /api/x\r\n" + HOST + b"\r\n",
         b"G@T /api/x HTTP/1.1\r\n" + HOST + b"\r\n",
         b"M" * 65 + b" /api/x HTTP/1.1\r\n" + HOST + b"\r\n",
         b"PRI /api/x HTTP/1.1\r\n" + HOST + b"\r\n",
@@ -310,6 +315,13 @@ def test_what_follows_a_malformed_request_is_not_served(
     with RawClient(running.port) as later:
         assert later.get("/api/later").status == 200
     assert paths(up) == [b"/api/later"]
+
+
+def test_a_request_line_without_a_version_is_refused_at_once(client: RawClient) -> None:
+    """A client of HTTP/0.9 sends nothing behind it, and would wait until the timeout of a head."""
+    client.send(b"GET /api/x\r\n")
+    assert is_problem(client.answer(), 400, b"bad_request")
+    assert client.is_closed()
 
 
 def test_a_refusal_is_whole(client: RawClient) -> None:

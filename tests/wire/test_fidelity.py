@@ -48,6 +48,7 @@ def test_trailers_of_a_request_arrive_as_trailers(client: RawClient, up: RawUpst
     "forged",
     [
         *("X-Forwarded-For: 1.2.3.4", "X_Forwarded_For: 1.2.3.4", "x-client-id: other", "x_client_id: other"),
+        *("Transfer_Encoding: chunked", "Content_Length: 9"),
         *("Host: evil.test", "Authorization: Basic x", "Cookie: a=b"),
         *("Forwarded: for=1.2.3.4", "X-Request-ID: mine", "Connection: close", "Via: 1.1 x", "TE: gzip", "Proxy: h:1"),
     ],

@@ -268,6 +268,20 @@ def test_forwarding_fields_of_an_untrusted_peer_are_replaced(client: RawClient, 
     }
 
 
+@pytest.mark.parametrize("more", [(), ("X-Padded:  1",)], ids=["plain head", "general parser"])
+def test_a_spelling_with_underscores_of_a_field_that_is_not_forwarded_is_dropped(
+    client: RawClient, up: RawUpstream, more: tuple[str, ...]
+) -> None:
+    """CGI takes `Transfer_Encoding` for the real field."""
+    names = ["Transfer_Encoding", "Content_Length", "Keep_Alive", "Proxy_Authorization", "X_Request_ID"]
+    lines = [f"{name}: chunked" for name in names]
+    ask(client, "POST", "/api/x", *lines, *more, "Content-Length: 2", body=b"ok")
+    request = up.requests[0]
+    assert request.body == b"ok"
+    assert {name: request.all(name) for name in names} == {name: [] for name in names}
+    assert request.all("content-length") == [b"2"]
+
+
 def test_forwarding_fields_of_a_trusted_proxy_are_extended(trusting: RunningGateway, up: RawUpstream) -> None:
     told = {
         "X-Forwarded-Proto": "https",

@@ -496,8 +496,9 @@ def test_what_follows_a_101_that_was_not_requested_is_no_event_of_the_exchange(
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-def test_a_101_without_an_upgrade_field_is_a_502(client: RawClient, up: RawUpstream) -> None:
-    up.behave = lambda wire, _request: wire.send(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+@pytest.mark.parametrize("fields", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"], ids=["none", "another"])
+def test_a_101_to_no_protocol_or_another_is_a_502(client: RawClient, up: RawUpstream, fields: bytes) -> None:
+    up.behave = lambda wire, _request: wire.send(b"HTTP/1.1 101 Switching Protocols\r\n" + fields + b"\r\n")
     ask(client)
     assert reason(client.answer()) == (502, "upstream_protocol_error")
 
