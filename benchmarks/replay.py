@@ -37,7 +37,7 @@ def write_log(path: Path, lines: int, clients: int) -> None:
     numbers, now_ns = DecisionNumbers("1", lambda: 0, lambda: 1_700_000_000.0), 1_000_000_000
     open_ones: list[Exchange] = []
     with path.open("w") as file:
-        log = AccessLog(file.write, numbers=numbers)
+        log = AccessLog(numbers=numbers)
         for index in range(lines):
             now_ns += rng.randrange(1, GAP_NS)
             client = known[int(rng.random() ** 2 * clients)]
@@ -52,9 +52,8 @@ def write_log(path: Path, lines: int, clients: int) -> None:
             if len(open_ones) > IN_PROGRESS:
                 place = rng.randrange(IN_PROGRESS)
                 open_ones[place], open_ones[-1] = open_ones[-1], open_ones[place]
-                log.write(open_ones.pop(), ENDED_AT)
-        for exchange in open_ones:
-            log.write(exchange, ENDED_AT)
+                file.write(log.line(open_ones.pop(), ENDED_AT))
+        file.writelines(log.line(exchange, ENDED_AT) for exchange in open_ones)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import Exchange, HeaderList
-from api_gateway.observability.access_log import AccessLog
+from api_gateway.observability.access_log import LINE_BYTES, AccessLog
 from api_gateway.observability.selected_lines import at_level, by_route, sampled, with_fields
 from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
@@ -344,11 +344,18 @@ def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
     if not log.access:
         return []
     output = process_output().out
+    line: Callable[[Exchange, float], str]
     if log.format == "text" or (log.format == "auto" and output.is_terminal):
-        write = TextLog(output.write, without_keys).write
+        line = TextLog(without_keys).line
     else:
-        write_line = output.write if log.fields is None else with_fields(output.write, frozenset(log.fields))
-        write = AccessLog(write_line, without_keys, gateway.numbers).write
+        line = AccessLog(without_keys, gateway.numbers).line
+        if log.fields is not None:
+            line = with_fields(line, frozenset(log.fields))
+    write_later = output.write_later
+
+    def write(exchange: Exchange, now: float) -> None:
+        write_later(line, exchange, now, LINE_BYTES + len(exchange.path))
+
     chosen = write if log.sample_successes == 1 else sampled(write, log.sample_successes)
     levels = {one.name: at_level(write, one.access_log) for one in gateway.config.routes if one.access_log != "all"}
     return [by_route(chosen, levels) if levels else chosen]

@@ -41,26 +41,24 @@ LINE_FIELDS = (
     "decision",
     "credential_check",
 )
+LINE_BYTES = 650  # usual size of a line without the path
 _MICROSECONDS = 1_000_000
 _ORGANISATION = '"organisation":'
 _TRACE = '"trace_id":'
+_REMEMBERED = 1024  # parts of lines of each kind
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class AccessLog:
-    """Passes each line to `write_line`, which must not block.
+    """Renders the lines; see `system.output` for the thread that does so and writes them.
 
-    A line is one formatting operation, as the general encoder costs several times as much; only text is JSON-escaped,
-    which includes ids, paths and details. The values of an exchange are finite numbers.
+    A line is three formatting operations, as the general encoder costs several times as much. What many lines have in
+    common is remembered; only text is JSON-escaped, which includes ids, paths and details. The values of an exchange
+    are finite numbers.
     """
 
-    def __init__(
-        self,
-        write_line: Callable[[str], object],
-        redact: Callable[[str], str] = str,
-        numbers: DecisionNumbers | None = None,
-    ) -> None:
-        """`redact` returns a line without secrets that a client has put into a path or an id.
+    def __init__(self, redact: Callable[[str], str] = str, numbers: DecisionNumbers | None = None) -> None:
+        """`redact` returns a part of a line without secrets that a client has put into a path or an id.
 
         `numbers` converts the times of decisions; by default they are taken to be since the epoch.
         """
@@ -68,16 +66,16 @@ class AccessLog:
         self._epoch_ns = self._numbers.since_epoch(0)
         self._process = f',"process":{quoted(self._numbers.process)}'
         self._redact = redact
-        self._write_line = write_line
+        self._response: Callable[..., tuple[str, str]] = lru_cache(maxsize=_REMEMBERED)(self._response_of)
+        self._limits: Callable[..., str] = lru_cache(maxsize=_REMEMBERED)(self._limits_of)
         self._timestamp = ""  # of the times from `_from` until before `_until`, within one millisecond
         self._from = self._until = 0.0
 
-    def write(self, exchange: Exchange, now: float) -> None:
-        """Write the line of an exchange that has ended at `now`, in seconds since the epoch."""
+    def line(self, exchange: Exchange, now: float) -> str:
+        """Return the line of an exchange that has ended at `now`, in seconds since the epoch."""
         if not self._from <= now < self._until:
             self._set_timestamp(now)
-        client, decision, reason, detail = exchange.client, exchange.decision, exchange.reason, exchange.detail
-        credential = exchange.credential
+        client, decision, credential = exchange.client, exchange.decision, exchange.credential
         organisation = None if credential is None else credential.organisation
         client_id = tier = tier_source = "null"
         if client is not None:
@@ -90,25 +88,53 @@ class AccessLog:
         waited = "null" if sent_at is None or head_at is None else f"{(head_at - sent_at) * 1000:.3f}"
         if waited[-1] == "0":
             waited = _trimmed(waited)
-        line = (
+        request = self._redact(
             f'{{"time":"{self._timestamp}","request_id":{quoted(exchange.id)}'
             f"{'' if exchange.trace is None else f',{_TRACE}{quoted(exchange.trace.trace_id)}'}"
             f',"client_address":{quoted(exchange.client_address)},"client_id":{client_id},"tier":{tier},"tier_source":{tier_source}'
             f"{'' if organisation is None else f',{_ORGANISATION}{quoted(organisation)}'}"
-            f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)},"status":{exchange.status}'
-            f',"reason":{"null" if reason is None else quoted(reason)}'
-            f',"detail":{"null" if detail is None else quoted(detail)}'
-            f"{_origin(exchange.source, exchange.route, exchange.upstream, exchange.target)}"
-            f',"attempts":{exchange.attempts}'
-            f',"retry_reasons":{_encode(exchange.retried) if exchange.retried else "[]"}'
-            f',"fallback":{"null" if exchange.fallback is None else quoted(exchange.fallback)}'
-            f',"cost":{exchange.cost},"remaining":{"null" if decision is None else decision.remaining}'
+            f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)}'
+        )
+        before, after = self._response(
+            exchange.status,
+            exchange.reason,
+            exchange.source,
+            exchange.route,
+            exchange.upstream,
+            exchange.target,
+            exchange.attempts,
+            exchange.retried,
+            exchange.fallback,
+            exchange.cost,
+        )
+        detail = "null" if exchange.detail is None else self._redact(quoted(exchange.detail))
+        return (
+            f"{request}{before}{detail}{after}{'null' if decision is None else decision.remaining}"
             f',"bytes_received":{exchange.bytes_in},"bytes_sent":{exchange.bytes_out}'
             f',"duration_ms":{duration},"upstream_duration_ms":{waited}'
             f',"decision":{"null" if decision is None else self._decision(exchange, decision)}'
             f"{'' if exchange.credential_check is None else self._check(*exchange.credential_check)}}}\n"
         )
-        self._write_line(self._redact(line))
+
+    def _response_of(
+        self,
+        status: int,
+        reason: str | None,
+        source: str,
+        route: str | None,
+        upstream: str | None,
+        target: str | None,
+        attempts: int,
+        retried: tuple[str, ...],
+        fallback: str | None,
+        cost: float,
+    ) -> tuple[str, str]:
+        """Return the members from the status to the name `remaining`, as far as before and after the detail."""
+        first = {"status": status, "reason": reason}
+        origin = {"source": source, "route": route, "upstream": upstream, "target": target}
+        rest = {"attempts": attempts, "retry_reasons": retried, "fallback": fallback, "cost": cost}
+        before, after = f',{_encode(first)[1:-1]},"detail":', f',{_encode(origin | rest)[1:-1]},"remaining":'
+        return self._redact(before), self._redact(after)
 
     def _decision(self, exchange: Exchange, decision: Decision) -> str:
         """Return what is needed to make the decision again: time, number, limits, and changes of its cost."""
@@ -129,10 +155,15 @@ class AccessLog:
             rest = f',"wall_us":{wall_us}{rest}'
         at_ns = decision.at_ns if decision.source == "store" else decision.at_ns + self._epoch_ns
         return (
-            f'{{"at_ns":{at_ns},"number":{exchange.number}{self._process}'
-            f",{_limits(names, decision.quota.name, decision.source)}"
-            f',"wait_ns":{decision.wait_ns},"cost":{cost}{rest}}}'
+            f'{{"at_ns":{at_ns},"number":{exchange.number}'
+            f'{self._limits(names, decision.quota.name, decision.source)},"wait_ns":{decision.wait_ns}'
+            f',"cost":{_decimal(cost)}{rest}}}'
         )
+
+    def _limits_of(self, charged: tuple[str, ...], limit: str, source: str) -> str:
+        """Return the members that name the process, the limits charged, and the one that the decision is about."""
+        members = {"source": source, "limits": charged, "limit": limit}
+        return self._redact(f"{self._process},{_encode(members)[1:-1]}")
 
     def _settlement(self, settlement: Settlement) -> str:
         at_ns = self._numbers.since_epoch(settlement.at_ns)
@@ -168,14 +199,7 @@ def _second(second: int) -> str:
     return datetime.fromtimestamp(second, UTC).isoformat(timespec="seconds").removesuffix("+00:00")
 
 
-@lru_cache(maxsize=1024)
-def _limits(charged: tuple[str, ...], limit: str, source: str) -> str:
-    """Return the members that name the limits charged, and the one that the decision is about."""
-    return _encode({"source": source, "limits": charged, "limit": limit})[1:-1]
-
-
-@lru_cache(maxsize=1024)
-def _origin(source: str, route: str | None, upstream: str | None, target: str | None) -> str:
-    """Return the members that say where the response comes from, which are few for a configuration."""
-    members = {"source": source, "route": route, "upstream": upstream, "target": target}
-    return f",{_encode(members)[1:-1]}"
+@lru_cache(maxsize=_REMEMBERED)
+def _decimal(number: float) -> str:
+    """Return a number as Python writes it, for which it takes longer than for all numbers of a line together."""
+    return repr(number)

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange
+from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange, HeaderList
 from api_gateway.observability.record_budget import RecordBudget
 from api_gateway.observability.request_record import (
     NUMBERS,
@@ -194,11 +194,13 @@ class RequestHistory:
         """Keep an exchange that has ended at `now`, in seconds since the epoch, without its credential."""
         now = max(now, self._next)
         self._next = now + _APART
-        exchange.credential = None
+        organisation = None if exchange.credential is None else exchange.credential.organisation
+        exchange.credential = None if organisation is None else _FormerCredential(organisation)
         outcome, client = outcome_of(exchange), exchange.client
         if outcome == "success" and len(exchange.path) > MAX_SUCCESS_PATH:
             exchange = replace(exchange, path=f"{exchange.path[:MAX_SUCCESS_PATH]}...")
         texts = len(exchange.path) + len(exchange.detail or "") + sum([len(one.detail) for one in exchange.failures])
+        texts += len(organisation or "")
         parts = len(exchange.charges) + len(exchange.failures)
         self._rings[outcome].add(
             exchange.client_address if client is None else client.key,
@@ -269,6 +271,16 @@ def _record_of(exchange: Exchange, ended: float) -> Record:
         decision=None if decision is None else _decided(exchange, decision),
         failures=exchange.failures,
     )
+
+
+class _FormerCredential:
+    """What the access log, whose thread may render the exchange later, needs of its credential."""
+
+    __slots__ = ("fields", "organisation")
+
+    def __init__(self, organisation: str) -> None:
+        self.organisation: str | None = organisation
+        self.fields: HeaderList = []
 
 
 def _shortened(text: str) -> str:

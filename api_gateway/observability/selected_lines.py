@@ -9,14 +9,14 @@ from api_gateway.models import Exchange
 _ERROR = 400  # the first status of an error
 
 
-def with_fields(write_line: Callable[[str], object], fields: Collection[str]) -> Callable[[str], object]:
-    """Return what writes lines of JSON with only these fields, in their order in the line."""
+def with_fields(line: Callable[[Exchange, float], str], fields: Collection[str]) -> Callable[[Exchange, float], str]:
+    """Return what renders lines of JSON with only these fields of those of `line`, in their order."""
 
-    def write(line: str) -> None:
-        members = {name: value for name, value in json.loads(line).items() if name in fields}
-        write_line(f"{json.dumps(members, separators=(',', ':'))}\n")
+    def selected(exchange: Exchange, now: float) -> str:
+        members = {name: value for name, value in json.loads(line(exchange, now)).items() if name in fields}
+        return f"{json.dumps(members, separators=(',', ':'))}\n"
 
-    return write
+    return selected
 
 
 def sampled(

@@ -10,19 +10,18 @@ MAX_VALUE = 500  # characters of a path or detail; JSON has all of them
 
 
 class TextLog:
-    """Passes each line to `write_line`, which must not block.
+    """Renders the lines; see `system.output` for the thread that does so and writes them.
 
     A line cannot affect a terminal: what is not printable in a value (line breaks, escape sequences, characters that
     change the direction of writing) is escaped.
     """
 
-    def __init__(self, write_line: Callable[[str], object], redact: Callable[[str], str] = str) -> None:
+    def __init__(self, redact: Callable[[str], str] = str) -> None:
         """`redact` returns a line without secrets that a client has put into a path or an id."""
-        self._write_line = write_line
         self._redact = redact
 
-    def write(self, exchange: Exchange, now: float) -> None:
-        """Write the line of one finished exchange: time, status, request, duration, client, and what it went to.
+    def line(self, exchange: Exchange, now: float) -> str:
+        """Return the line of one finished exchange: time, status, request, duration, client, and what it went to.
 
         `now` is in seconds since the epoch.
         """
@@ -41,7 +40,7 @@ class TextLog:
         if reason is not None:
             parts.append(f"{reason}: {self._value(exchange.detail)}" if exchange.detail else reason)
             parts.append(f"[{printable(exchange.id)}]")
-        self._write_line(f"{self._redact('  '.join(parts))}\n")
+        return f"{self._redact('  '.join(parts))}\n"
 
     def _value(self, text: str) -> str:
         """Return a value as it is shown. Secrets are removed first: the beginning of one would not be recognised."""

@@ -107,6 +107,36 @@ def test_the_number_of_queued_entries_is_bounded_too(pipe: Callable[..., Pipe]) 
     assert one.lost == [(2, None)] * 5
 
 
+def test_lines_that_the_thread_renders_are_in_order_with_others(pipe: Callable[..., Pipe]) -> None:
+    """One that cannot be rendered is missing, and no other."""
+    one = pipe()
+    one.writer.write("before\n")
+    for number in range(300):
+        one.writer.write_later(lambda record, at: f"{[1, 2][record]} at {at}\n", number % 3, float(number), 10)
+        one.writer.write(f"{number}\n")
+    one.writer.write("end\n")
+    expected = ["before"]
+    for number in range(300):
+        expected += ([] if number % 3 == 2 else [f"{number % 3 + 1} at {float(number)}"]) + [str(number)]
+    assert one.read_until("end") == [*expected, "end"]
+    assert not one.lost
+
+
+def test_lines_that_are_not_rendered_yet_take_part_in_the_limit_by_their_size(pipe: Callable[..., Pipe]) -> None:
+    one = pipe(max_bytes=150_000)
+    one.writer.write("." * 100_000 + "\n")  # blocks the thread
+    for _ in range(7):
+        one.writer.write_later(lambda record, _: f"{record}\n", "late", 0.0, 10_000)
+    assert one.lost == [(1, None)] * 3
+    reading = threading.Thread(target=lambda: one.read_until("end"))
+    reading.start()
+    eventually(lambda: one.writer.flush(PATIENCE), "the rest is written")
+    one.writer.write("end\n")
+    reading.join(PATIENCE)
+    assert one.writer.flush(PATIENCE)
+    assert one.writer._pending == 0
+
+
 def test_lines_of_several_threads_are_neither_torn_nor_mixed(pipe: Callable[..., Pipe]) -> None:
     """Also those printed piece by piece, as `print` and tracebacks do."""
     one = pipe()

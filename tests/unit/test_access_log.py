@@ -5,9 +5,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from api_gateway.clients.api_keys import without_keys
 from api_gateway.models import Charge, Client, Decision, Exchange, HeaderList, Quota, Settlement
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
@@ -17,11 +19,8 @@ FREE = Quota.per_second("FREE", 1, 10)
 
 def logged(*exchanges: Exchange) -> list[dict[str, Any]]:
     """Return what is written of these, one object a line."""
-    written: list[str] = []
-    log = AccessLog(written.append)
-    for exchange in exchanges:
-        log.write(exchange, 1_700_000_000.25)
-    text = "".join(written)
+    log = AccessLog()
+    text = "".join(log.line(exchange, 1_700_000_000.25) for exchange in exchanges)
     assert text.isascii()
     lines = text.split("\n")
     assert lines.pop() == ""
@@ -141,6 +140,24 @@ def test_an_exchange_is_one_line() -> None:
 def test_odd_names_and_paths_are_data_and_never_lines(client: str, path: str) -> None:
     lines = logged(bare(client, path))
     assert [(line["client_id"], line["path"], line["request_id"]) for line in lines] == [(client, path, "id-1")]
+
+
+KEY = "agw_" + "0" * 43 + "123456"
+
+
+@pytest.mark.parametrize(
+    "place", ["id", "client_address", "method", "path", "detail", "route", "target", "fallback", "client"]
+)
+def test_a_line_has_no_key_wherever_a_client_or_an_operator_has_put_one(place: str) -> None:
+    exchange = bare()
+    if place == "client":
+        exchange.client = Client(f"x {KEY}", "k", FREE, "default")
+    else:
+        setattr(exchange, place, f"x {KEY}")
+    line = AccessLog(without_keys).line(exchange, 0.0)
+    assert KEY not in line
+    assert '"x agw_..."' in line
+    assert json.loads(line)["status"] == 0
 
 
 TEXT = st.text(max_size=12)
@@ -270,25 +287,23 @@ def documented(exchange: Exchange, now: float) -> str:
 @example(1_700_000_000.0019985, [1e-7] * 30)
 def test_the_time_of_each_line_is_its_own_whatever_the_clock_does(first: float, steps: list[float]) -> None:
     """The log renders a time once for each millisecond."""
-    now, written = first, list[str]()
-    log = AccessLog(written.append)
+    now, log = first, AccessLog()
     for step in (0.0, *steps):
         now = max(0.0, now + step)
-        log.write(bare(), now)
-        assert written[-1] == documented(bare(), now)
+        assert log.line(bare(), now) == documented(bare(), now)
 
 
 def test_times_of_decisions_are_since_the_epoch_whatever_the_wall_clock_does() -> None:
     """The store's are so already; others are converted by one difference, which keeps their order."""
     wall, monotonic, written = 1_700_000_000.5, 7_000, list[str]()
     numbers = DecisionNumbers("0", lambda: monotonic, lambda: wall)
-    log = AccessLog(written.append, numbers=numbers)
+    log = AccessLog(numbers=numbers)
     exchange = bare()
     for source, at_ns in (("memory", 8_000), ("store", 8_000), ("memory", 9_000)):
         wall -= 100
         exchange.decision = Decision("k", FREE, True, 1, 0, 0, at_ns, source=source)  # type: ignore[arg-type]
         exchange.number = numbers.next()
-        log.write(exchange, wall)
+        written.append(log.line(exchange, wall))
     decisions = [json.loads(line)["decision"] for line in written]
     assert [one["at_ns"] for one in decisions] == [1_700_000_000_500_001_000, 8_000, 1_700_000_000_500_002_000]
     assert [one["number"] for one in decisions] == [1, 2, 3]
@@ -299,6 +314,4 @@ def test_times_of_decisions_are_since_the_epoch_whatever_the_wall_clock_does() -
 @example(bare(), 1_700_000_000.0009999)
 @example(bare('"\\', "/api/\x7f\ud800"), 1_700_000_000.9999999)
 def test_a_line_is_that_of_the_general_encoder(exchange: Exchange, now: float) -> None:
-    written: list[str] = []
-    AccessLog(written.append).write(exchange, now)
-    assert written == [documented(exchange, now)]
+    assert AccessLog().line(exchange, now) == documented(exchange, now)

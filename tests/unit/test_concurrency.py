@@ -321,7 +321,7 @@ def test_the_access_log_names_no_limit_as_charged_by_a_refused_request() -> None
     slotted, written = Slotted(TWO_ON_X), list[str]()
     for _ in range(3):
         exchange, _ = slotted.begin()
-        AccessLog(written.append).write(exchange, 1_800_000_000.0)
+        written.append(AccessLog().line(exchange, 1_800_000_000.0))
     decisions = [json.loads(line)["decision"] for line in written]
     assert [(one["limits"], one["limit"]) for one in decisions] == [
         (["FREE"], "FREE"),

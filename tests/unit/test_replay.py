@@ -82,11 +82,9 @@ class Traffic:
 
     def lines(self, seed: int = 1) -> list[str]:
         """Return the lines, in a random order of completion."""
-        written: list[str] = []
-        log = AccessLog(written.append, numbers=self.numbers)
-        for exchange in random.Random(seed).sample(self.exchanges, len(self.exchanges)):
-            log.write(exchange, 1_700_000_000.0)
-        return written
+        log = AccessLog(numbers=self.numbers)
+        shuffled = random.Random(seed).sample(self.exchanges, len(self.exchanges))
+        return [log.line(exchange, 1_700_000_000.0) for exchange in shuffled]
 
 
 def log_of(folder: Path, lines: Sequence[str], name: str = "access.log") -> Path:
@@ -106,12 +104,11 @@ def reported(found: Replayed, candidate: GatewayConfig, current: GatewayConfig |
 @example(bare())
 def test_both_parsers_read_the_same_of_every_line(exchange: Exchange) -> None:
     """The fast one leaves what it does not know to the general one, which reads any JSON."""
-    written: list[str] = []
-    AccessLog(written.append).write(exchange, 0.0)
+    line = AccessLog().line(exchange, 0.0)
 
     def read(parse: Any) -> list[LogEvent] | type:
         try:
-            found: list[LogEvent] = parse(written[0], 7)
+            found: list[LogEvent] = parse(line, 7)
         except NotDecided:
             return NotDecided
         except ForeignLine:

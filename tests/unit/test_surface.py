@@ -181,9 +181,7 @@ def options() -> Iterator[str]:
 
 
 def log_fields() -> Iterator[str]:
-    lines: list[str] = []
-    AccessLog(lines.append).write(Exchange("1", "GET", "/", "192.0.2.1", 0.0), 0.0)
-    yield from json.loads(lines[0])
+    yield from json.loads(AccessLog().line(Exchange("1", "GET", "/", "192.0.2.1", 0.0), 0.0))
 
 
 def header_fields() -> Iterator[str]:

@@ -32,10 +32,7 @@ def exchange(**fields: Any) -> Exchange:
 
 
 def line_of(**fields: Any) -> str:
-    lines: list[str] = []
-    TextLog(lines.append).write(exchange(**fields), 0.0)
-    (line,) = lines
-    return line
+    return TextLog().line(exchange(**fields), 0.0)
 
 
 def test_a_line_is_short() -> None:
@@ -72,9 +69,8 @@ def test_a_line_stays_short_whatever_a_client_sends(field: str) -> None:
 def test_no_part_of_a_secret_is_left_where_a_path_is_shortened() -> None:
     lines: list[str] = []
     for length in range(MAX_VALUE - 20, MAX_VALUE + 2):
-        TextLog(lines.append, lambda text: text.replace("secret", "-")).write(
-            exchange(path="/" * length + "secret" * 4), 0.0
-        )
+        log = TextLog(lambda text: text.replace("secret", "-"))
+        lines.append(log.line(exchange(path="/" * length + "secret" * 4), 0.0))
     assert not any("s" in line.split("/", 1)[1].split("  ")[0] for line in lines)
 
 
@@ -84,16 +80,12 @@ def test_what_is_printable_stays() -> None:
 
 
 def test_a_line_in_json_has_the_chosen_fields_in_their_order() -> None:
-    lines: list[str] = []
-    write = with_fields(lines.append, frozenset({"status", "path", "time"}))
-    AccessLog(write).write(exchange(), 0.0)
-    assert lines == ['{"time":"1970-01-01T00:00:00.000+00:00","path":"/api/users/1","status":200}\n']
+    line = with_fields(AccessLog().line, frozenset({"status", "path", "time"}))
+    assert line(exchange(), 0.0) == '{"time":"1970-01-01T00:00:00.000+00:00","path":"/api/users/1","status":200}\n'
 
 
 def test_the_list_of_fields_is_that_of_a_line() -> None:
-    lines: list[str] = []
-    AccessLog(lines.append).write(exchange(), 0.0)
-    names = list(json.loads(lines[0]))
+    names = list(json.loads(AccessLog().line(exchange(), 0.0)))
     assert [name for name in LINE_FIELDS if name in names] == names
     assert set(LINE_FIELDS) - set(names) == {"has_keys", "organisation", "credential_check", "trace_id"}
 

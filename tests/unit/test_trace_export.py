@@ -402,11 +402,8 @@ def test_secrets_in_paths_are_redacted() -> None:
 
 
 def test_the_access_log_has_the_trace_id_while_tracing_is_on() -> None:
-    lines: list[str] = []
-    log = AccessLog(lines.append)
-    log.write(traced(), 1000.0)
-    log.write(traced(trace=None), 1000.0)
-    first, second = map(json.loads, lines)
+    log = AccessLog()
+    first, second = (json.loads(log.line(one, 1000.0)) for one in (traced(), traced(trace=None)))
     assert first["trace_id"] == f"{1:032x}"
     assert list(first) == [name for name in LINE_FIELDS if name in first]
     assert "trace_id" not in second
