@@ -206,7 +206,7 @@ class Recorder:
             "started": self.started,
             "in_flight": self.in_flight,
             "waiting_traces": self.waiting_traces,
-            "exemplars": [(*key, *exemplar) for key, exemplar in self.exemplars.items()],
+            "exemplars": [(*key, *exemplar) for key, exemplar in list(self.exemplars.items())],  # a thread adds some
             "routes": routes,
             "upstreams": upstreams,
             **{name: [(*key, count) for key, count in getattr(self, name).items()] for name in _TABLES},
@@ -259,7 +259,7 @@ class Recorder:
         self.started = min(self.started, other.started)
         self.in_flight += other.in_flight
         self.waiting_traces += other.waiting_traces
-        for key, exemplar in other.exemplars.items():
+        for key, exemplar in list(other.exemplars.items()):
             if exemplar[2] >= self.exemplars.get(key, exemplar)[2]:
                 self.exemplars[key] = exemplar
         for mine, theirs in ((self.routes, other.routes), (self.upstreams, other.upstreams)):

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,31 +91,34 @@ class Tracing:
                 sender,
                 self._recorder.trace_spans,
                 max_queue=section.max_queue,
+                on_batch=self._note_exemplars,
                 clock=self._clocks.monotonic,
                 wall_clock=self._clocks.wall,
             )
             self._exporter.start()
         else:
             self._exporter.change(encoder, sender, section.max_queue)
-        self.tracer = Tracer(plan.sampling, self._export)
+        self.tracer = Tracer(plan.sampling, self._exporter.add)
 
     @property
     def observers(self) -> list[Callable[[Exchange], None]]:
         """The observers of ended exchanges."""
         return [] if self.tracer is None else [self.tracer.record]
 
-    def _export(self, exchange: Exchange) -> None:
-        """Export an exchange; its trace becomes the exemplar of its bucket in the histogram of its route."""
-        if self._exporter is None:
-            return
-        self._exporter.add(exchange)
-        if exchange.trace is not None and is_timed(exchange):
-            duration = exchange.finished - exchange.started
-            self._recorder.exemplars[exchange.route or NO_ROUTE, bisect_left(DURATION_BOUNDS, duration)] = (
-                exchange.trace.trace_id,
-                duration,
-                self._clocks.wall(),
-            )
+    def _note_exemplars(self, exchanges: Sequence[Exchange], offset: float) -> None:
+        """Make the last trace of each route and bucket of its histogram the exemplar there.
+
+        In the exporter's thread: an assignment to the dictionary is one step for the readers in others. `offset` is
+        the difference of the wall clock to the monotonic clock.
+        """
+        for exchange in exchanges:
+            if exchange.trace is not None and is_timed(exchange):
+                duration = exchange.finished - exchange.started
+                self._recorder.exemplars[exchange.route or NO_ROUTE, bisect_left(DURATION_BOUNDS, duration)] = (
+                    exchange.trace.trace_id,
+                    duration,
+                    offset + exchange.finished,
+                )
 
     async def close(self) -> None:
         """Export what waits, within a few seconds, and end the thread."""

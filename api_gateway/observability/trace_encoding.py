@@ -108,7 +108,8 @@ class SpanEncoder:
         path = _encoded(exchange.path)
         redacted = self._redact(exchange.path)
         shown = path if redacted is exchange.path else _encoded(redacted)
-        span = self._server(exchange, trace, shown, trace_id, span_id, since, flags)
+        finished = since + round(exchange.finished * NANOSECONDS)
+        span = self._server(exchange, trace, shown, trace_id, span_id, since, finished, flags)
         spans.append(_SPAN_HEADS[len(span)])
         spans.append(span)
         attempts = trace.attempts()
@@ -122,28 +123,31 @@ class SpanEncoder:
                 and exchange.head_at is not None
                 and not exchange.failures
             ):
-                status, error, ended = exchange.status, None, exchange.finished  # `_end_of`, inlined for nearly all
+                status, error, end = exchange.status, None, finished  # `_end_of`, inlined for nearly all
             else:
                 status, error, ended = _end_of(exchange, len(attempts), index)
+                end = since + round(ended * NANOSECONDS)
             state = breaker._value_  # its property is a function in Python
             common, place = _client_part(exchange.method, upstream, target, status, error, index, state)
             url = place + (shown if raw == path else _encoded(self._redact(raw.decode("latin-1"))))
-            times = _times(
-                since + round(started * NANOSECONDS),
-                _END,
-                since + round(ended * NANOSECONDS),
-                _FLAGS,
-                flags | _LOCAL_PARENT,
-            )
+            times = _times(since + round(started * NANOSECONDS), _END, end, _FLAGS, flags | _LOCAL_PARENT)
             own_id, head = unhexlify(fields[SPAN_ID]), _FULL_URL[len(url)]
             span = b"".join((common, _TRACE, trace_id, _SPAN, own_id, _PARENT, span_id, _START, times, head, url))
             spans.append(_SPAN_HEADS[len(span)])
             spans.append(span)
 
     def _server(
-        self, exchange: Exchange, trace: Trace, path: bytes, trace_id: bytes, span_id: bytes, since: int, flags: int
+        self,
+        exchange: Exchange,
+        trace: Trace,
+        path: bytes,
+        trace_id: bytes,
+        span_id: bytes,
+        since: int,
+        finished: int,
+        flags: int,
     ) -> bytes:
-        """Return the span of an exchange."""
+        """Return the span of an exchange that has `finished`, in nanoseconds since the epoch."""
         client, decision, request_id = exchange.client, exchange.decision, _encoded(self._redact(exchange.id))
         common = _server_part(
             exchange.method,
@@ -170,7 +174,7 @@ class SpanEncoder:
         times = _times(
             since + round(exchange.started * NANOSECONDS),
             _END,
-            since + round(exchange.finished * NANOSECONDS),
+            finished,
             _FLAGS,
             flags | (_REMOTE_PARENT if trace.parent_id else _LOCAL_PARENT),
         )

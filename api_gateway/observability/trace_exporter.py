@@ -60,15 +60,21 @@ class TraceExporter:
         counts: Counter[str],
         *,
         max_queue: int,
+        on_batch: Callable[[list[Exchange], float], object] | None = None,
         clock: Clock = time.monotonic,
         wall_clock: Clock = time.time,
         source: random.Random | None = None,
     ) -> None:
-        """`max_queue` is the number of exchanges that can wait."""
+        """`max_queue` is the number of exchanges that can wait.
+
+        `on_batch` is called in the thread before exchanges are sent, with them and the difference of the wall clock to
+        the monotonic clock, in seconds.
+        """
         self._encoder = encoder
         self._sender = sender
         self._counts = counts
         self._max_queue = max_queue
+        self._on_batch = on_batch
         self._clock = clock
         self._wall_clock = wall_clock
         self._source = source or random.Random()  # noqa: S311 - spreads deliveries, guards nothing
@@ -133,6 +139,8 @@ class TraceExporter:
     def _deliver(self, batch: list[Exchange], sender: Sender) -> None:
         """Encode a batch and send it until it is accepted, refused or given up."""
         offset = self._wall_clock() - self._clock()
+        if self._on_batch is not None:
+            self._on_batch(batch, offset)
         body, spans = self._encoder.request(batch, offset, _yield)
         delay = FIRST_EXPORT_DELAY
         for number in range(1, MAX_DELIVERIES + 1):
