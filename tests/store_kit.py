@@ -164,8 +164,10 @@ class _Link:
 class Proxy:
     """A proxy between gateways and a server that can delay or drop replies, or forward nothing."""
 
-    def __init__(self, server: StoreServer) -> None:
+    def __init__(self, server: StoreServer, *, speaks_tls: bool = False) -> None:
+        """With `speaks_tls` connect to the server's port, which expects TLS, else to its Unix socket."""
         self._server = server
+        self._speaks_tls = speaks_tls
         self.delay = 0.0  # of replies, in seconds
         self.loses_replies = False  # after the server has executed the commands
         self.is_deaf = False  # nothing is forwarded in either direction, and no connection is closed
@@ -176,7 +178,8 @@ class Proxy:
 
     async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        scheme = "rediss" if self._speaks_tls else "redis"
+        self.url = f"{scheme}://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -195,6 +198,11 @@ class Proxy:
         for writer in self._writers:
             writer.transport.abort()
 
+    def descriptors(self) -> set[int]:
+        """Return the descriptors of all its sockets."""
+        own: list[Any] = [writer.transport.get_extra_info("socket") for writer in self._writers]
+        return {one.fileno() for one in (*own, *self._listener.sockets)}
+
     def lose_subscriptions(self) -> int:
         """Stop forwarding existing subscriptions without closing them, as a firewall may; return their number."""
         lost = [link for link in self._links if link.is_subscription]
@@ -209,7 +217,10 @@ class Proxy:
         assert accepting is not None
         self._keep(accepting)  # so that a task that is connecting at the end is waited for
         try:
-            from_server, to_server = await asyncio.open_unix_connection(str(self._server.path))
+            if self._speaks_tls:
+                from_server, to_server = await asyncio.open_connection("127.0.0.1", self._server.port)
+            else:
+                from_server, to_server = await asyncio.open_unix_connection(str(self._server.path))
         except OSError:
             writer.transport.abort()
             return

@@ -1,7 +1,7 @@
 """Sessions with the shared store, a Redis or Valkey server: connections, script calls and subscriptions.
 
-The only module that uses the client library. Nothing is retried here: only the caller knows whether a command may be
-sent twice; a decision of the limiter must not be.
+Nothing is retried here: only the caller knows whether a command may be sent twice; a decision of the limiter must not
+be.
 """
 
 import asyncio
@@ -37,10 +37,10 @@ from redis.maint_notifications import MaintNotificationsConfig
 from api_gateway.errors import causes
 from api_gateway.eventloop.tasks import check_cancelled, run_to_completion
 from api_gateway.settings.store_url import StoreUrl
+from api_gateway.storage.store_connections import StoreClient, close_client, make_prompt
 
 logger = logging.getLogger(__name__)
 
-StoreClient = Redis | RedisCluster
 StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all errors of a command
 MOVED = (MovedError, AskError, TryAgainError)  # the keys are on another node, or are being moved
 WRITE_REFUSALS = ResponseError  # an error reply of the server: the command has changed nothing
@@ -203,7 +203,7 @@ class StoreSession:
 
     async def close(self) -> None:
         """Close all connections of the client, to the end: also if the caller is cancelled meanwhile."""
-        await run_to_completion(disconnect(self.client))
+        await run_to_completion(close_client(self.client))
 
 
 class ScriptConnection:
@@ -294,10 +294,15 @@ def _packed(verb: str, script: str, call: ScriptCall) -> bytes:
 def connect(url: str, *, timeout: float) -> StoreClient:
     """Return a client of the store, which connects when it is used; `timeout` is the limit in seconds for a command.
 
-    The client never repeats a command, raises one of `StoreError`, and returns bytes. Raises ValueError if the URL is
-    invalid.
+    The client never repeats a command, raises one of `StoreError`, and returns bytes. Its connections are closed at
+    once. Raises ValueError if the URL is invalid.
     """
-    place = StoreUrl.parse(url)
+    client = _client(StoreUrl.parse(url), timeout)
+    make_prompt(client)
+    return client
+
+
+def _client(place: StoreUrl, timeout: float) -> StoreClient:
     options = {**place.options, **_common(timeout)}
     introduction = _introduction([options[name] for name in ("password", "username") if name in options])
     if place.path is not None:
@@ -322,17 +327,6 @@ def connect(url: str, *, timeout: float) -> StoreClient:
         return master
     ((host, port),) = place.hosts
     return Redis(host=host, port=port, **options)
-
-
-async def disconnect(client: StoreClient) -> None:
-    """Close a client, and its connections to sentinels."""
-    await client.aclose()
-    if isinstance(client, RedisCluster):  # after a failure its `aclose` does nothing, although connections are open
-        for group in ("nodes_cache", "startup_nodes"):
-            await client.nodes_manager.aclose(group)
-    sentinel = None if isinstance(client, RedisCluster) else getattr(client.connection_pool, "sentinel_manager", None)
-    for watcher in sentinel.sentinels if sentinel is not None else ():
-        await watcher.aclose()
 
 
 def _check_files(options: Mapping[str, Any]) -> None:

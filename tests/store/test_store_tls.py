@@ -1,7 +1,9 @@
 """A store with TLS, a real server: what is trusted, what is refused, and the message."""
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ from redis.exceptions import RedisError
 
 from api_gateway import GatewayConfig, create_app
 from api_gateway.errors import StartupError
+from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits import script_batcher
 from api_gateway.limits.redis_limiter import TOKEN_BUCKET_SCRIPT
 from api_gateway.models import Quota
-from api_gateway.storage.redis_session import StoreSession
+from api_gateway.storage.redis_session import StoreError, StoreSession
 from tests.kit import PATIENCE, RawClient, RawUpstream, RunningGateway, ask, eventually, free_port, in_front_of, soon
-from tests.store_kit import StoreServer, asking, charge, gateways, speaks_tls
+from tests.store_kit import Proxy, StoreServer, asking, charge, gateways, speaks_tls
 
 SLOW = Quota.per_second("slow", 0.001, 10)
 Serve = Callable[..., StoreServer]
@@ -100,6 +103,93 @@ def test_the_client_store_writes_and_is_notified_through_tls(
             return client.get("/api/x", ("X-Client-ID: acme",)).all("x-ratelimit-limit")
 
         eventually(lambda: limit() == [b"50"], "the other follows")
+
+
+# What is closed
+
+
+Ends = Callable[[StoreSession, Proxy], Awaitable[None]]
+FAREWELL = 30.0  # seconds that asyncio waits for the end of TLS; without TLS a socket is never closed before
+
+
+def sockets() -> set[int]:
+    """The descriptors of the sockets of this process."""
+    found = set()
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it is that of the folder itself
+            if str(file.readlink()).startswith("socket:"):
+                found.add(int(file.name))
+    return found
+
+
+async def _abort_a_script_connection(session: StoreSession, proxy: Proxy) -> None:
+    connection = await session.script_connection(TOKEN_BUCKET_SCRIPT)
+    proxy.is_deaf = True
+    connection.abort()
+
+
+async def _cancel_during_the_handshake(session: StoreSession, proxy: Proxy) -> None:
+    proxy.is_deaf = True
+    connecting = asyncio.ensure_future(session.script_connection(TOKEN_BUCKET_SCRIPT))
+    await soon(lambda: proxy.accepted, "it has connected")
+    await cancel_and_wait(connecting)
+
+
+async def _close_the_pool(session: StoreSession, proxy: Proxy) -> None:
+    await session.client.ping()
+    proxy.is_deaf = True
+
+
+async def _end_a_subscription(session: StoreSession, proxy: Proxy) -> None:
+    states: list[bool] = []
+    listening = asyncio.create_task(session.listen("channel", str, states.append))
+    await soon(lambda: states == [True], "it listens")
+    proxy.is_deaf = True
+    await cancel_and_wait(listening)
+
+
+async def _close_while_a_command_connects(session: StoreSession, proxy: Proxy) -> None:
+    proxy.delay = 0.2
+    asking = asyncio.ensure_future(session.client.ping())
+    await soon(lambda: proxy.accepted, "it has connected")
+    await session.close()
+    with pytest.raises(StoreError):
+        await asking
+
+
+async def _use_a_closed_session(session: StoreSession, proxy: Proxy) -> None:
+    await session.client.ping()
+    await session.close()
+    with pytest.raises(StoreError, match="closed"):
+        await session.client.ping()
+    with pytest.raises(StoreError, match="closed"):
+        await session.script_connection(TOKEN_BUCKET_SCRIPT)
+
+
+ENDS: dict[str, Ends] = {
+    "a script connection is aborted": _abort_a_script_connection,
+    "cancelled during the handshake": _cancel_during_the_handshake,
+    "the pool is closed": _close_the_pool,
+    "a subscription ends": _end_a_subscription,
+    "closed while a command connects": _close_while_a_command_connects,
+    "used after it was closed": _use_a_closed_session,
+}
+
+
+@pytest.mark.parametrize("speaks_tls", [True, False], ids=["TLS", "plain"])
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+async def test_no_socket_is_left_open_by_a_session_whose_server_has_become_silent(
+    serve: Serve, store: StoreServer, certificates: Path, end: Ends, *, speaks_tls: bool
+) -> None:
+    """The library would wait for the server's farewell, and would forget a socket that is connecting."""
+    server = serve() if speaks_tls else store
+    before = sockets()
+    async with Proxy(server, speaks_tls=speaks_tls) as proxy:
+        query = f"?ca_file={certificates}/here.pem" if speaks_tls else ""
+        session = StoreSession(proxy.url + query, timeout=PATIENCE)
+        await end(session, proxy)
+        await session.close()
+        await soon(lambda: sockets() <= before | proxy.descriptors(), "its sockets are closed", FAREWELL / 2)
 
 
 # What does not, and what it says
