@@ -131,7 +131,7 @@ async def _abort_a_script_connection(session: StoreSession, proxy: Proxy) -> Non
 async def _cancel_during_the_handshake(session: StoreSession, proxy: Proxy) -> None:
     proxy.is_deaf = True
     connecting = asyncio.ensure_future(session.script_connection(TOKEN_BUCKET_SCRIPT))
-    await soon(lambda: proxy.accepted, "it has connected")
+    await soon(lambda: proxy.accepted > 0, "it has connected")
     await cancel_and_wait(connecting)
 
 
@@ -141,8 +141,9 @@ async def _close_the_pool(session: StoreSession, proxy: Proxy) -> None:
 
 
 async def _end_a_subscription(session: StoreSession, proxy: Proxy) -> None:
+    received: list[str] = []
     states: list[bool] = []
-    listening = asyncio.create_task(session.listen("channel", str, states.append))
+    listening = asyncio.create_task(session.listen("channel", received.append, states.append))
     await soon(lambda: states == [True], "it listens")
     proxy.is_deaf = True
     await cancel_and_wait(listening)
@@ -151,7 +152,7 @@ async def _end_a_subscription(session: StoreSession, proxy: Proxy) -> None:
 async def _close_while_a_command_connects(session: StoreSession, proxy: Proxy) -> None:
     proxy.delay = 0.2
     asking = asyncio.ensure_future(session.client.ping())
-    await soon(lambda: proxy.accepted, "it has connected")
+    await soon(lambda: proxy.accepted > 0, "it has connected")
     await session.close()
     with pytest.raises(StoreError):
         await asking
