@@ -33,6 +33,7 @@ from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.http1.asgi import ADMIN, FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
 from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, respond_to_server_options
+from api_gateway.models import HeaderList
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess, SupervisorChannel
 from api_gateway.resilience.fair_shares import FairShares
@@ -90,6 +91,10 @@ class GatewayApp(FastAPI):
     def fast_path(self) -> FastPathProvider | None:
         """The fast path for plain requests; None if middleware was added, which must see all requests."""
         return self._switch if self._has_no_other_middleware else None
+
+    def cors_fields(self, headers: HeaderList, target: bytes) -> HeaderList:
+        """Return the CORS fields of a response that is given before the application sees the request."""
+        return self._switch.current.refusal_fields(headers, target)
 
     @property
     def _has_no_other_middleware(self) -> bool:

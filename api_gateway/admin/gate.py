@@ -16,6 +16,7 @@ from api_gateway.admin.health_cache import HealthCache
 from api_gateway.admin.locality import Locality
 from api_gateway.admin.operator_limits import OperatorLimits
 from api_gateway.admin.operators import LOCAL, Operator, Role, Tokens, bearer_token
+from api_gateway.admin.page_access import is_of_allowed_page, preflight_response, with_cors
 from api_gateway.admin.pages import StaticPages
 from api_gateway.admin.request_body import read_body, replay, without_body
 from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trailers
@@ -34,6 +35,7 @@ from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, ASGIApp, Message, Re
 from api_gateway.http1.forwarded import X_FORWARDED_FOR, client_address
 from api_gateway.http1.headers import Fields, Network, ambiguity, fields_of, framing
 from api_gateway.http1.request_paths import RequestTarget, first_segment, path_as_sent, target_of
+from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.problem_response import send_problem
 from api_gateway.proxy.request_id import given_request_id, new_request_id
 
@@ -65,6 +67,7 @@ class Access:
     locality: Locality
     trusted_proxies: Collection[Network] = ()
     forwarded_by: bytes = X_FORWARDED_FOR  # the field in which trusted proxies report clients
+    cors: CorsPolicy | None = None  # of what clients may ask here, such as their own usage
 
 
 class OperatorGate:
@@ -118,11 +121,20 @@ class OperatorGate:
         """Return whether the request came through a listener that does not serve operator endpoints."""
         return self._has_admin_listener and ADMIN not in scope
 
+    def _is_for_clients(self, scope: Scope) -> bool:
+        """Return whether pages of other origins may ask: for a client's own usage, or for what no operator has."""
+        segments = target_of(scope).segments
+        if segments == _OWN_USAGE:
+            return True
+        return ADMIN not in scope and not self.guards(scope) and not StaticPages.serves(segments)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; a path that is not guarded gets status 404."""
         fields = fields_of(scope["headers"])
         if scope["method"] == "HEAD":
             send = without_body(send)
+        if self._is_for_clients(scope):
+            send = with_cors(send, self.access.cors, fields)
         try:
             await self._serve(scope, fields, receive, send)
         except ClientDisconnected:
@@ -267,7 +279,12 @@ class OperatorGate:
 
     async def _show_own_usage(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
         """Pass a client's request for its own usage to the framework: it needs no operator, at any listener."""
-        if is_foreign(fields):
+        policy = self.access.cors
+        allowed = preflight_response(policy, scope["method"], fields)
+        if allowed is not None:
+            await _respond(send, 204, allowed)
+            return
+        if is_foreign(fields) and not is_of_allowed_page(policy, fields):
             error = Forbidden("A web page of another origin made this request (Origin, Sec-Fetch-Site).")
             raise self._refusal("cross_site", scope, error)
         self._limits.charge_view(self._address(scope, fields))

@@ -9,6 +9,7 @@ from api_gateway.admin.locality import Locality, LoopbackRule, NothingIsLocal
 from api_gateway.admin.operator_token import operator_token
 from api_gateway.admin.operators import Operator, Role, Tokens
 from api_gateway.assembly.forwarding import forwarding_of
+from api_gateway.assembly.routes import cors_of
 from api_gateway.config import GatewayConfig
 from api_gateway.settings.admin import AdminSection
 from api_gateway.system.peer_process import PeerProcesses
@@ -31,6 +32,7 @@ def operator_access(config: GatewayConfig, locality: Locality | None = None) -> 
         locality or _local_programs(config),
         config.server.trusted_proxies,
         forwarding_of(config.server.forwarded).read,
+        cors_of(config.cors),
     )
 
 

@@ -26,11 +26,22 @@ _HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?|\[[0-9a-f:.]+\]")
 class HttpsRedirect:
     """Redirects every request, except those for challenges if there is a folder of them."""
 
-    def __init__(self, port: int, challenges: Path | None, is_known: Callable[[str], bool] | None = None) -> None:
-        """`port` is that of https. `is_known` tells whether a host may be redirected to; None permits all."""
+    def __init__(
+        self,
+        port: int,
+        challenges: Path | None,
+        is_known: Callable[[str], bool] | None = None,
+        cors_fields: Callable[[HeaderList, bytes], HeaderList] | None = None,
+    ) -> None:
+        """`port` is that of https. `is_known` tells whether a host may be redirected to; None permits all.
+
+        `cors_fields` returns those of the response to a request with these fields and this target: a browser follows
+        a redirect for a page of another origin only if that page may read it.
+        """
         self._port = b"" if port == HTTPS_PORT else b":%d" % port
         self._challenges = challenges
         self._is_known = is_known
+        self._cors_fields = cors_fields
 
     def __repr__(self) -> str:
         return f"<HttpsRedirect [{'challenges of ' + str(self._challenges) if self._challenges else 'no challenges'}]>"
@@ -43,15 +54,17 @@ class HttpsRedirect:
         if self._challenges is not None and path.startswith(CHALLENGES):
             await self._challenge(self._challenges, unquote(path.removeprefix(CHALLENGES)), scope, send)
             return
+        raw_path, query = scope["raw_path"], scope["query_string"]
+        target = raw_path + b"?" + query if query else raw_path
+        cors = [] if self._cors_fields is None else self._cors_fields(scope["headers"], target)
         host = host_name(fields_of(scope["headers"]))
         if _HOST.fullmatch(host) is None or not (self._is_known is None or self._is_known(host.strip("[]"))):
             error = BadRequest("This port redirects to https, and the request names no host of this gateway.")
-            await _refuse(error, send)
+            await _refuse(error, send, cors)
             return
-        raw_path, query = scope["raw_path"], scope["query_string"]
-        target = b"/" if not raw_path.startswith(b"/") else raw_path
-        location = b"https://%b%b%b%b" % (host.encode(), self._port, target, b"?" + query if query else b"")
-        await _send(send, 308, [(b"location", location), (b"content-length", b"0")], b"")
+        place = target if raw_path.startswith(b"/") else b"/" + target[len(raw_path) :]
+        location = b"https://%b%b%b" % (host.encode(), self._port, place)
+        await _send(send, 308, [(b"location", location), (b"content-length", b"0"), *cors], b"")
 
     @staticmethod
     async def _challenge(folder: Path, token: str, scope: Scope, send: Send) -> None:
@@ -73,10 +86,10 @@ def _content_of(file: Path) -> bytes | None:
         return None
 
 
-async def _refuse(error: GatewayError, send: Send) -> None:
+async def _refuse(error: GatewayError, send: Send, more: HeaderList | None = None) -> None:
     body = json.dumps(problem(error, instance="")).encode()
     headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
-    await _send(send, error.status, headers, body)
+    await _send(send, error.status, [*headers, *(more or [])], body)
 
 
 async def _send(send: Send, status: int, headers: HeaderList, body: bytes) -> None:

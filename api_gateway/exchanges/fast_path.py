@@ -157,9 +157,9 @@ class FastPath(ExchangeContext):
 
     def refusal_fields(self, headers: HeaderList, target: bytes) -> HeaderList:
         """Return the CORS fields of a response with which the connection itself refuses a request."""
-        path = unquote(target.partition(b"?")[0].decode("latin-1"))
-        if self.cors is None or not self.is_proxied(path):
+        if self.cors is None:
             return []
+        path = unquote(target.partition(b"?")[0].decode("latin-1"))
         fields = fields_of(headers)
         cors = self.cors.at(host_name(fields), path, target, fields, origin_of(fields))
         return [] if cors is None else [*cors.pairs]

@@ -201,7 +201,9 @@ class GatewayServer(uvicorn.Server):
         if section is None or section.redirect_from is None:
             return None
         port = section.redirect_port or config.server.port
-        app = HttpsRedirect(port, section.acme_challenges, self._certificates.has_certificate_for)
+        app = HttpsRedirect(
+            port, section.acme_challenges, self._certificates.has_certificate_for, self._app.cors_fields
+        )
         return _uvicorn_config(app, config.server, refused, self.connections)
 
     async def _open_listener(self, sockets: list[socket.socket], config: uvicorn.Config) -> None:

@@ -206,6 +206,14 @@ def complete(cors: CorsFields, headers: HeaderList) -> tuple[HeaderList, HeaderL
     return headers, added
 
 
+def with_cors_fields(cors: CorsFields | None, headers: HeaderList) -> HeaderList:
+    """Return the fields of a response of the gateway itself with those of CORS, if any; see `complete`."""
+    if cors is None:
+        return headers
+    changed, added = complete(cors, headers)
+    return changed + added
+
+
 def _is_varied(values: Iterable[bytes]) -> bool:
     """Tell whether the values of `Vary`, in lower case, include the origin."""
     return any(item.strip(b" \t") in (b"origin", b"*") for value in values for item in value.split(b","))

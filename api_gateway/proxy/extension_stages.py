@@ -16,6 +16,7 @@ from api_gateway.extensions.interface import Identity, RequestClient, RequestVie
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.models import Client
 from api_gateway.proxy.admission import DirectResponse, ExtensionCall, RequestPlan, Stage, StageResult, Wait
+from api_gateway.proxy.cors import with_cors_fields
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import PriorityClasses
@@ -178,10 +179,7 @@ class ExtensionRequestStage(HookStage):
 
     def _take(self, plan: RequestPlan, step: _Step, found: Respond | list[FieldChange]) -> StageResult | _Step:
         if isinstance(found, Respond):
-            cors = plan.exchange.cors
-            return DirectResponse(
-                found.status, [*found.fields(), *([] if cors is None else cors.pairs)], found.content
-            )
+            return DirectResponse(found.status, with_cors_fields(plan.exchange.cors, found.fields()), found.content)
         plan.headers = plan.headers._replace(sent=changed_lines(plan.headers.sent, found))
         return step._replace(view=replace(step.view, headers=step.view.headers.changed(found)))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from api_gateway.errors import GatewayError, Reason
 from api_gateway.http1.headers import BODILESS
 from api_gateway.models import CorsFields, HeaderList
-from api_gateway.proxy.cors import complete
+from api_gateway.proxy.cors import with_cors_fields
 
 STATIC = "static"  # the name of a static fallback in `X-Gateway-Fallback`, log and metrics
 
@@ -35,10 +35,7 @@ class Fallback:
             headers.append((b"content-type", b"text/plain; charset=utf-8"))
         if self.status not in BODILESS:
             headers.append((b"content-length", b"%d" % len(self.body)))
-        if cors is None:
-            return headers
-        changed, added = complete(cors, headers)
-        return changed + added
+        return with_cors_fields(cors, headers)
 
 
 def add_failure(first: GatewayError, second: GatewayError) -> None:

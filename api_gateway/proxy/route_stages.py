@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from api_gateway.errors import BadRequest, BodyTooLarge, HeadersTooLarge
 from api_gateway.proxy.admission import DirectResponse, RequestPlan, Stage, StageResult
+from api_gateway.proxy.cors import with_cors_fields
 from api_gateway.proxy.head_editing import HeadEditor
 from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.stages import ReadOnlyStage
@@ -84,7 +85,7 @@ class DirectAnswerStage(ReadOnlyStage):
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Respond, or go on."""
-        route, cors = plan.route, plan.exchange.cors
+        route = plan.route
         answer = None if route is None else route.answer
         if answer is None:
             return None
@@ -92,7 +93,7 @@ class DirectAnswerStage(ReadOnlyStage):
             fields = answer.fields(plan.raw_target)
         except BadRequest as error:
             return error.with_traceback(None)
-        return DirectResponse(answer.status, [*fields, *([] if cors is None else cors.pairs)], answer.body)
+        return DirectResponse(answer.status, with_cors_fields(plan.exchange.cors, fields), answer.body)
 
 
 def stages_of_routes(routes: Sequence[Route]) -> list[Stage]:

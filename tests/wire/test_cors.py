@@ -52,6 +52,13 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
             "upstream": "down",
             "fallback": {"status": 200, "body": "instead", "headers": {"Vary": "Accept"}},
         },
+        {"name": "narrow", "path": "/api/narrow", "upstream": "up", "max_body_bytes": 10, "max_header_lines": 8},
+        {
+            "name": "said",
+            "path": "/api/said",
+            "respond": {"status": 200, "body": "said", "headers": {"Vary": "Accept"}},
+        },
+        {"name": "moved", "path": "/api/moved", "redirect": {"to": "https://www.example{path}", "status": 307}},
     ]
     for route in sections["routes"]:
         route["name"] = route["name"].replace(" ", "-")
@@ -64,6 +71,7 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
     sections["tiers"]["TINY"] = {"rate": 0.001, "capacity": 1}
     sections["tiers"]["LARGE"] = {"rate": 1000, "capacity": 1000}
     sections["clients"] = {"tiny": {"tier": "TINY"}, "large": {"tier": "LARGE"}}
+    sections["usage"] = {"enabled": True}
     return sections | {"server": {"via": "edge-1", "max_body_bytes": 100}}
 
 
@@ -176,6 +184,8 @@ def slow(wire: Wire, _request: RawRequest) -> None:
         ("GET", "/api/x/slow", (), (504, "upstream_timeout")),
         ("GET", "/api/x", ("Via: 1.1 edge-1",), (508, "loop_detected")),
         ("POST", "/api/x", ("Content-Length: 101",), (413, "body_too_large")),
+        ("POST", "/api/narrow", ("Content-Length: 11",), (413, "body_too_large")),
+        ("GET", "/api/narrow", ("A: 1",) * 9, (431, "headers_too_large")),
     ],
 )
 def test_every_refusal_is_readable(
@@ -211,16 +221,71 @@ def test_a_refusal_before_the_route_has_the_policy_of_its_path(client: RawClient
 
 
 @BOTH_WAYS
-def test_a_static_fallback_is_readable(client: RawClient, odd: tuple[str, ...]) -> None:
-    answer = ask(client, f"Origin: {APP}", *odd, target="/api/static")
-    assert (answer.status, answer.body) == (200, b"instead")
+@pytest.mark.parametrize(("path", "body"), [("/api/static", b"instead"), ("/api/said", b"said")])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_static_response_is_readable(
+    client: RawClient, odd: tuple[str, ...], method: str, path: str, body: bytes
+) -> None:
+    answer = ask(client, f"Origin: {APP}", *odd, method=method, target=path)
+    assert (answer.status, answer.body) == (200, b"" if method == "HEAD" else body)
     assert answer.all("access-control-allow-origin") == [APP.encode()]
     assert names(answer, "vary") == ["Accept", "Origin"]
 
 
-def test_a_refusal_by_the_connection_itself_is_readable(client: RawClient) -> None:
+@BOTH_WAYS
+def test_a_redirect_is_readable(client: RawClient, odd: tuple[str, ...]) -> None:
+    """A browser follows one for a page of another origin only if the page may read it."""
+    answer = ask(client, f"Origin: {APP}", *odd, target="/api/moved")
+    assert (answer.status, answer.all("location")) == (307, [b"https://www.example/api/moved"])
+    assert_readable(answer)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "headers", "status"),
+    [
+        ("GET", "/usage/me", (), 200),
+        ("HEAD", "/usage/me", ("Sec-Fetch-Site: cross-site",), 200),
+        ("GET", "/usage/me?by=color", (), 422),
+        ("GET", "/usage/me", ("X-API-Key: agw_wrong",), 401),
+        ("POST", "/usage/me", ("Content-Type: application/json",), 405),
+        ("GET", "/usage/me", ("X-Client-ID: a", "X-Client-ID: b"), 400),
+        ("GET", "/nothing", (), 404),
+        ("GET", "/nothing", ("Host: a", "Host: b"), 400),
+    ],
+)
+def test_what_clients_ask_beside_the_routes_is_readable(
+    running: RunningGateway, client: RawClient, method: str, target: str, headers: tuple[str, ...], status: int
+) -> None:
+    """The policy is that for all routes."""
+    answer = ask(client, f"Origin: {APP}", *headers, method=method, target=target)
+    assert answer.status == status
+    assert answer.all("access-control-allow-origin") == [APP.encode()]
+    assert set(EXPOSED) <= set(names(answer, "access-control-expose-headers"))
+    assert answer.all("vary") == [b"Origin"]
+    with RawClient(running.port) as page:
+        other = ask(page, f"Origin: {EVIL}", *headers, method=method, target=target)
+    assert other.status == (403 if target.startswith("/usage") else status)
+    assert other.all("access-control-allow-origin") == []
+    assert other.all("vary") == [b"Origin"]
+
+
+def test_a_page_sends_its_key_to_ask_for_its_usage(client: RawClient) -> None:
+    answer = preflight(client, "/usage/me", "Access-Control-Request-Headers: x-api-key", method="GET")
+    assert answer.status == 204
+    assert answer.all("access-control-allow-origin") == [APP.encode()]
+    assert answer.all("access-control-allow-headers") == [b"x-api-key"]
+    assert names(answer, "access-control-allow-methods") == ["GET", "HEAD"]
+    assert answer.all("vary") == [b"Origin"]
+    refused = preflight(client, "/usage/me", origin=EVIL, method="GET")
+    assert reason_of(refused) == (403, "forbidden")
+    assert refused.all("access-control-allow-origin") == []
+
+
+@pytest.mark.parametrize("target", ["/api/x", "/usage/me"])
+def test_a_refusal_by_the_connection_itself_is_readable(client: RawClient, target: str) -> None:
     """The head was read; the chunks of the body are malformed."""
-    answer = ask(client, f"Origin: {APP}", "Transfer-Encoding: chunked", method="POST", body=b"no size\r\n")
+    chunked = "Transfer-Encoding: chunked"
+    answer = ask(client, f"Origin: {APP}", chunked, method="POST", target=target, body=b"no size\r\n")
     assert answer.status == 400
     assert answer.all("access-control-allow-origin") == [APP.encode()]
 

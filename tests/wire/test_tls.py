@@ -472,6 +472,23 @@ def test_unknown_names_are_rejected_if_that_is_configured(
             assert plain.answer().all("location") == [b"https://a.test:8443/"]
 
 
+def test_pages_of_allowed_origins_follow_the_redirect(
+    authority: Authority, shared: RawUpstream, tmp_path: Path
+) -> None:
+    """Browsers follow a redirect for a page of another origin only if the page may read it."""
+    port = free_port()
+    tls = {"certificates": [authority.issue("pages", HOST).setting], "redirect_from": f"127.0.0.1:{port}"}
+    sections = in_front_of(shared.url) | {"server": {"tls": tls}, "cors": {"origins": ["https://app.example"]}}
+    with running_gateway(sections, tmp_path), RawClient(port) as plain:
+        for target in (b"/api/x", b"/other"):
+            for origin, allowed in ((b"https://app.example", [b"https://app.example"]), (b"https://evil.example", [])):
+                plain.send(b"GET %b HTTP/1.1\r\nHost: gateway.test\r\nOrigin: %b\r\n\r\n" % (target, origin))
+                answer = plain.answer()
+                assert answer.status == 308
+                assert answer.all("access-control-allow-origin") == allowed
+                assert answer.all("vary") == [b"Origin"]
+
+
 def test_a_drain_serves_what_is_in_flight(authority: Authority, tmp_path: Path) -> None:
     held = threading.Event()
 
