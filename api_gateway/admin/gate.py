@@ -34,6 +34,7 @@ from api_gateway.errors import (
 from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, ASGIApp, Message, Receive, Scope, Send
 from api_gateway.http1.forwarded import X_FORWARDED_FOR, client_address
 from api_gateway.http1.headers import Fields, Network, ambiguity, fields_of, framing
+from api_gateway.http1.plain_types import complete_scope
 from api_gateway.http1.request_paths import RequestTarget, first_segment, path_as_sent, target_of
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.problem_response import send_problem
@@ -130,6 +131,7 @@ class OperatorGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; a path that is not guarded gets status 404."""
+        complete_scope(scope)
         fields = fields_of(scope["headers"])
         if scope["method"] == "HEAD":
             send = without_body(send)

@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from api_gateway.http1.headers import BODILESS, fields_of, http_date
+from api_gateway.http1.plain_types import plain_bytes, plain_pairs
 from api_gateway.http1.serializer import COLON, refuse_hidden_lines, render_response_head, status_line
 from api_gateway.models import HeaderList
 
@@ -171,11 +172,11 @@ class RequestResponseCycle:
         if self.is_response_complete or (kind == "http.response.start") is self.is_started:
             raise RuntimeError(f"{kind} is out of order")
         if kind == "http.response.body":
-            self._send_body(message.get("body", b""), is_last=not message.get("more_body", False))
+            self._send_body(plain_bytes(message.get("body") or b""), is_last=not message.get("more_body", False))
         elif kind == "http.response.start":
             self._start(message)
         elif kind == "http.response.trailers" and self._trailers_follow:
-            self._send_trailers(message["headers"])
+            self._send_trailers(plain_pairs(message["headers"]))
         else:
             raise RuntimeError(f"{kind} is not supported")
 
@@ -186,7 +187,7 @@ class RequestResponseCycle:
         which guarantees that the first body piece follows at once, so that both are written together.
         """
         status: int = message["status"]
-        headers: HeaderList = message.get("headers", ())
+        headers = plain_pairs(message.get("headers", ()))
         self.is_started = True
         lines = [status_line(status, message.get("reason")), *map(COLON, headers)]
         fields = fields_of(headers)

@@ -27,6 +27,7 @@ from api_gateway.http1.asgi import (
 )
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import BODILESS, Fields, framing
+from api_gateway.http1.plain_types import plain_bytes
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import ClientCertificate, Exchange, HeaderList
 from api_gateway.proxy.exchange import DONE
@@ -83,13 +84,13 @@ class AsgiDownstream:
         return self
 
     def head_of(self, scope: Scope, target: bytes) -> RequestHead:
-        """Return the head of the request in a scope.
+        """Return the head of the request in a scope that is complete.
 
         Header fields are those that the client sent, in its spelling, unless a middleware has replaced them.
         """
         fields: Fields = scope[FIELDS]
         extension, kind = self._extension, framing(fields)
-        headers: HeaderList = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
+        headers: HeaderList = scope["headers"]
         if extension is not None and headers == [(name.lower(), value) for name, value in extension.headers]:
             headers = extension.headers
         is_expected = b"expect" in fields and fields[b"expect"][0].lower() == b"100-continue"
@@ -201,7 +202,7 @@ class AsgiDownstream:
             if message["type"] == "http.disconnect":
                 self._on_disconnected()
                 return False
-            piece, more = message.get("body", b""), message.get("more_body", False)
+            piece, more = plain_bytes(message.get("body") or b""), bool(message.get("more_body"))
             if not self._is_of_length(piece, more=more):
                 if self._exchange is not None and not self._is_ended:
                     self._exchange.on_refused(InternalError("The request body has another length than announced."))

@@ -19,6 +19,7 @@ from api_gateway.exchanges.tunnelling_exchange import TunnellingExchange
 from api_gateway.http1.asgi import FIELDS, SERVER_EXTENSION, Receive, Scope, Send, ServerExtension
 from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
+from api_gateway.http1.plain_types import complete_scope
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.middleware import EXCHANGE
 from api_gateway.models import Exchange, HeaderList
@@ -105,6 +106,7 @@ class FastPath(ExchangeContext):
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request by ASGI: the application for all paths that are proxied."""
+        complete_scope(scope)
         scope[FIELDS] = fields_of(scope["headers"])
         client = AsgiDownstream(scope, receive, send, self.router.omit)
         extension: ServerExtension | None = scope.get(SERVER_EXTENSION)

@@ -62,13 +62,17 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Respond:
-    """A response of the gateway in place of the upstream's. Raises ValueError if it is not valid HTTP."""
+    """A response of the gateway in place of the upstream's. Raises ValueError or TypeError if it is not valid HTTP."""
 
     status: int
     body: bytes | str = b""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.status, int):
+            raise TypeError(f"the status of a response must be a whole number, got {type(self.status).__name__}")
+        if not isinstance(self.body, str | bytes | bytearray | memoryview):
+            raise TypeError(f"the body of a response must be bytes or text, got {type(self.body).__name__}")
         if not 200 <= self.status <= 599:  # noqa: PLR2004 - a final response
             raise ValueError(f"the status of a response must be 200 to 599, got {self.status}")
         if self.status in BODILESS and self.body:
@@ -78,7 +82,7 @@ class Respond:
     @property
     def content(self) -> bytes:
         """The body as bytes."""
-        return self.body.encode() if isinstance(self.body, str) else self.body
+        return self.body.encode() if isinstance(self.body, str) else bytes(self.body)
 
     def fields(self) -> HeaderList:
         """Return the header fields, with the length and, for a text, its type."""

@@ -16,6 +16,7 @@ import httpx
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import BODILESS, Fields, fields_of, framing
+from api_gateway.http1.plain_types import plain_bytes
 from api_gateway.models import HeaderList
 from api_gateway.transport.abilities import CallAbilities
 from api_gateway.transport.request import NO_BODY, Origin
@@ -25,6 +26,7 @@ from api_gateway.transport.shielded import ShieldedTransport
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
+_CANCELLED = "the transport was cancelled"
 QUEUE_HIGH_WATER = 65_536  # bytes of a request body that are queued before reading from the client pauses
 RUNNING: Final[set["asyncio.Task[None]"]] = set()  # of all calls; the event loop holds tasks by weak references only
 
@@ -206,11 +208,17 @@ class HttpxCall:
         """Send the request, and report its response or its failure."""
         try:
             answer = await self._transport.handle_async_request(request)
+        except asyncio.CancelledError:
+            self._fail(httpx.ReadError(_CANCELLED))  # unless it was closed, which is what cancels it otherwise
+            raise
         except Exception as error:  # noqa: BLE001 - any failure of a transport fails the response
             self._fail(error)
             return
         try:
             await self._relay(answer)
+        except asyncio.CancelledError:
+            self._fail(httpx.ReadError(_CANCELLED))
+            raise
         except httpx.TransportError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - as above
@@ -324,10 +332,11 @@ async def _counted(answer: httpx.Response, length: int | None) -> AsyncIterator[
     """Yield the body of a response. Raises RemoteProtocolError if it does not have `length` bytes."""
     left = length or 0
     async for piece in answer.stream:  # type: ignore[union-attr]  # as above
-        left -= len(piece)
+        octets = plain_bytes(piece)
+        left -= len(octets)
         if length is not None and left < 0:
             raise httpx.RemoteProtocolError("more bytes than announced")
-        if piece:
-            yield piece
+        if octets:
+            yield octets
     if length is not None and left:
         raise httpx.RemoteProtocolError("closed before the response was complete")

@@ -84,6 +84,7 @@ class Stub(httpx.AsyncBaseTransport):
     """An upstream that responds, drips its body, fails at once, or never answers."""
 
     status = 200
+    pieces: tuple[Any, ...] = (b"o", b"k")
     headers: HeaderList = [(b"X-Up", b"1"), (b"Date", b"today"), (b"Content-Length", b"2")]  # noqa: RUF012 - replaced
 
     def __init__(self, kind: str = "responding") -> None:
@@ -105,7 +106,7 @@ class Stub(httpx.AsyncBaseTransport):
             return httpx.Response(413, headers=[(b"Content-Length", b"2")], stream=Pieces(b"no"))
         assert isinstance(request.stream, httpx.AsyncByteStream)
         self.bodies.append(b"".join([piece async for piece in request.stream]))
-        body = Pieces() if request.method == "HEAD" or self.status in (204, 304) else Pieces(b"o", b"k")
+        body = Pieces() if request.method == "HEAD" or self.status in (204, 304) else Pieces(*self.pieces)
         extensions = {"reason_phrase": b"Fine"}
         return httpx.Response(self.status, headers=self.headers, stream=body, extensions=extensions)
 
@@ -260,6 +261,51 @@ async def test_a_request_and_its_response_are_forwarded(world: World) -> None:
     exchange = world.exchange
     assert (exchange.status, exchange.source, exchange.bytes_out, exchange.reason) == (200, "upstream", 2, None)
     assert (exchange.client_address, exchange.path) == ("192.0.2.1", "/api/a%2Fb")
+
+
+@pytest.mark.parametrize(
+    ("part", "sent"),
+    [
+        ({"headers": [[b"host", b"gateway.test"]]}, {}),
+        ({"headers": iter([(bytearray(b"host"), memoryview(b"gateway.test"))])}, {}),
+        ({"client": ["192.0.2.1", 1]}, {}),
+        ({"client": ("192.0.2.1", None)}, {}),
+        ({"client": None}, {b"x-forwarded-for": b"unknown"}),
+        ({"query_string": None, "raw_path": None, "path": "/api/é"}, {b"target": b"/api/%C3%A9"}),
+        ({"query_string": bytearray(b"q=1")}, {b"target": b"/api/x?q=1"}),
+    ],
+    ids=["lists", "buffers", "list", "no port", "no client", "none", "query"],
+)
+async def test_a_server_may_leave_out_what_is_optional_and_pass_other_types(
+    world: World, part: Scope, sent: dict[bytes, bytes]
+) -> None:
+    client = await ask(world, {**http(), **part})
+    (request,) = world.stub.requests
+    found = dict(request.headers.raw) | {b"target": request.extensions["target"]}
+    wanted = {b"host": b"up.test", b"x-forwarded-host": b"gateway.test", b"x-forwarded-for": b"192.0.2.1"}
+    assert found | wanted | sent == found
+    assert (client.status, client.body) == (200, b"ok")
+
+
+async def test_optional_keys_of_a_scope_may_be_absent(world: World) -> None:
+    scope = http()
+    for key in ("raw_path", "query_string", "scheme", "client"):
+        del scope[key]
+    assert (await ask(world, scope)).status == 200
+    assert world.stub.requests[0].extensions["target"] == b"/api/x"
+    del (scope := http())["headers"]
+    assert (await ask(world, scope)).status == 400, "it has no Host"
+
+
+async def test_bodies_may_be_any_objects_with_a_buffer(world: World) -> None:
+    world.stub.pieces = (bytearray(b"o"), memoryview(b"k"))
+    pieces: list[Message] = [
+        {"type": "http.request", "body": bytearray(b"ab"), "more_body": 1},
+        {"type": "http.request", "body": memoryview(b"c")},
+    ]
+    client = await ask(world, http("POST", (b"content-length", b"3")), *pieces)
+    assert (client.status, client.body, world.stub.bodies) == (200, b"ok", [b"abc"])
+    assert [type(message["body"]) for message in client.got[1:]] == [bytes] * (len(client.got) - 1)
 
 
 @pytest.mark.parametrize("status", [200, 204, 304])

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ def test_a_response_frames_itself() -> None:
     for status, body in ((204, "x"), (101, ""), (600, "")):
         with pytest.raises(ValueError, match="status"):
             Respond(status, body)
+
+
+def test_a_response_has_a_status_and_a_body_that_can_be_sent() -> None:
+    made = Respond(HTTPStatus.CREATED, memoryview(b"x"))  # type: ignore[arg-type]  # works, though it is not promised
+    assert (made.content, made.fields()) == (b"x", [(b"content-length", b"1")])
+    for status, body, named in ((200.0, "x", "float"), ("200", "x", "str"), (200, [1], "list"), (200, None, "None")):
+        with pytest.raises(TypeError, match=named):
+            Respond(status, body)  # type: ignore[arg-type]  # that is the point
 
 
 # Calls

@@ -22,7 +22,7 @@ class Scripted(httpx.AsyncBaseTransport):
         self,
         pieces: list[bytes],
         headers: dict[str, str] | list[tuple[bytes, bytes]] | None = None,
-        error: Exception | None = None,
+        error: BaseException | None = None,
         reason: bytes = b"OK",
     ) -> None:
         self._pieces = pieces
@@ -72,6 +72,26 @@ def call_on(
 
 
 HEAD = b"PUT /x HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n"
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError("lost"), asyncio.CancelledError()], ids=["error", "cancelled"])
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_transport_that_fails_or_cancels_itself_fails_the_response(
+    error: BaseException, *, is_late: bool
+) -> None:
+    """Otherwise the request would wait for ever."""
+    transport = Scripted([b"x"], error=None if is_late else error)
+    transport.gate.set()
+
+    def fail() -> None:
+        raise error
+
+    transport.on_piece = fail
+    call, response = call_on(transport)
+    call.start(response, b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n")
+    await turns()
+    assert isinstance(response.error, httpx.ReadError)
+    assert not RUNNING
 
 
 async def test_the_queue_of_a_request_body_is_bounded() -> None:

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,30 @@ def test_the_gateways_protocol_forwards_trailers_as_trailers(
         assert client.answer().status == 200
     assert not up.requests[-1].all("x-client-id")
     assert b"X-Sum: 1" in ends[0]
+
+
+def test_the_gateways_protocol_takes_what_applications_pass_for_pairs_and_bytes(serve: Serve) -> None:
+    """ASGI permits any iterables; frameworks also pass other objects than bytes."""
+    heads: Iterator[Any] = iter(
+        [
+            [[b"Content-Length", b"2"]],
+            iter([(bytearray(b"Content-Length"), memoryview(b"2"))]),
+            ((b"content-length", b"2"),),
+            [],
+        ]
+    )
+
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": next(heads)})
+            await send({"type": "http.response.body", "body": bytearray(b"o"), "more_body": True})
+            await send({"type": "http.response.body", "body": memoryview(b"k")})
+
+    with RawClient(serve(app, OWN)) as client:
+        for _ in range(4):
+            client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            answer = client.answer()
+            assert (answer.status, answer.body) == (200, b"ok")
 
 
 @EVERY_WAY
