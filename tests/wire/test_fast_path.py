@@ -265,7 +265,7 @@ def test_a_response_is_the_same_on_both_paths(
             got = client.answer(method)
             seen.append((normal(got.head), got.body))
             assert got.is_complete
-            assert client.is_closed(within=0.05) == bool(last)
+            assert client.is_closed(within=PATIENCE if last else 0.05) == bool(last)
         assert fast_path_spy == [not extra]
     assert not asgi_forwards
     assert seen[0] == seen[1]
