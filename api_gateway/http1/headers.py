@@ -64,6 +64,7 @@ _NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {
     COST,
     REQUEST_TIMEOUT,
 }
+_LIKE_FRAMING = frozenset({b"transferencoding", b"transfer.encoding", b"contentlength", b"content.length"})
 # Not allowed in trailers: framing, routing, authentication, and fields that are evaluated before the body
 # (RFC 9110 section 6.5.1).
 _NEVER_TRAILING = (
@@ -161,11 +162,12 @@ def stripped_headers(protected: frozenset[bytes], replaced: frozenset[bytes]) ->
     """Return the names of request fields that are not forwarded; `replaced` are those that the gateway replaces.
 
     They include spellings with underscores of all names that are protected, replaced or not forwarded, and of those
-    that determine the framing, because CGI does not distinguish the two.
+    that determine the framing, because CGI does not distinguish the two; and what a lenient server might take for
+    framing.
     """
     distinct = FORWARDING | protected | PROTECTED | _NOT_FORWARDED | HOP_BY_HOP
     aliases = {alias for name in distinct for alias in spellings(name)} - distinct
-    return _NOT_FORWARDED | aliases | replaced
+    return _NOT_FORWARDED | aliases | _LIKE_FRAMING | replaced
 
 
 def inspected_headers(protected: frozenset[bytes]) -> frozenset[bytes]:
