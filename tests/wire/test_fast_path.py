@@ -173,7 +173,7 @@ def test_upstream_client_and_record_get_the_same_on_both_paths(
     assert normal(fast.head) == normal(asgi.head)
     assert fast.body == asgi.body == body
     eventually(lambda: len(done) == 2, "both end")
-    for name in ("method", "path", "peer", "client", "route", "upstream", "target", "cost", "attempts"):
+    for name in ("method", "path", "client_address", "client", "route", "upstream", "target", "cost", "attempts"):
         assert getattr(done[0], name) == getattr(done[1], name), name
     for name in ("status", "source", "reason", "detail", "bytes_in", "bytes_out"):
         assert getattr(done[0], name) == getattr(done[1], name), name
