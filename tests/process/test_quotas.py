@@ -33,6 +33,7 @@ def written(folder: Path, url: str, **more: Any) -> list[str]:
         "address_limit": {"rate": 0},
         "upstreams": {"up": {"targets": [{"url": url}]}},
         "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
+        "store": {"decision_timeout": 10},  # of several workers, which a busy machine does not miss
         "limits": [{"name": "monthly", "quota": QUOTA, "period": "month", "time_zone": "Europe/Berlin"}],
     }
     (folder / "gateway.yaml").write_text(yaml.safe_dump(sections | more))

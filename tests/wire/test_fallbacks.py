@@ -182,6 +182,7 @@ def done(running: RunningGateway) -> Iterator[list[Exchange]]:
     app: Any = running.server._app
     record = app.fast_path.current.record
     seen: list[Exchange] = []
+    eventually(lambda: running.live.recorder.in_flight == 0, "the requests of the tests before are recorded")
     before = record._observers
     record._observers = (*before, seen.append)
     yield seen

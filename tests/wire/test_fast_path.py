@@ -81,7 +81,8 @@ def lane(running: RunningGateway) -> Any:
 
 
 def finished(running: RunningGateway) -> list[Exchange]:
-    """Return the list into which every exchange goes from now on."""
+    """Return the list into which every exchange goes from now on, those of ended requests excepted."""
+    eventually(lambda: running.live.recorder.in_flight == 0, "the requests before are recorded")
     done: list[Exchange] = []
     record = lane(running).record
     record._observers = (*record._observers, done.append)
