@@ -54,10 +54,7 @@ async def create_key(
     if has_key(body.label.encode()):
         raise InvalidValue("body.label: must say for whom or what the key is, got an API key; labels are shown.")
     record, _ = await context.clients.record_of(client_id)
-    if sum(key.is_valid_at(now) for key in record.keys) >= MAX_VALID_KEYS:
-        raise InvalidValue(
-            f"Client '{client_id}' has {MAX_VALID_KEYS} valid keys, which is the limit; revoke one first."
-        )
+    _check_number(record, now, "revoke one first")
     routes = None if body.routes is None else tuple(dict.fromkeys(body.routes))
     secret, key = _new(body.label, now, _expiry(body, now), routes)
     verified_only = UNCHANGED if body.verified_only is None else body.verified_only
@@ -112,6 +109,8 @@ async def rotate_key(
     now = context.clocks.wall()
     record, _ = await context.clients.record_of(client_id)
     old = _stored(context, record, key_id, now)
+    if body.overlap_seconds:
+        _check_number(record, now, "revoke one first, or send overlap_seconds: 0")
     expires_at = _expiry(body, now)
     if expires_at is None and old.expires_at is not None:
         expires_at = now + (old.expires_at - old.created_at)
@@ -156,6 +155,12 @@ async def require_proof(client_id: ClientId, body: ProofRequest, context: Guarde
     views = ({"verified_only": value} for value in (was_verified_only, is_verified_only))
     await audit(AuditAction.PROOF_SET, client_id, *views)
     return ProofChanged(client_id=client_id, verified_only=is_verified_only)
+
+
+def _check_number(record: ClientRecord, now: float, remedy: str) -> None:
+    """Raise InvalidValue if the client may have no more valid keys."""
+    if sum(key.is_valid_at(now) for key in record.keys) >= MAX_VALID_KEYS:
+        raise InvalidValue(f"Client '{record.id}' has {MAX_VALID_KEYS} valid keys, which is the limit; {remedy}.")
 
 
 def _new(label: str, now: float, expires_at: float | None, routes: tuple[str, ...] | None) -> tuple[str, ApiKey]:

@@ -131,9 +131,10 @@ class KeyDirectory:
     async def rotate(self, client_id: str, digest: str, key: ApiKey, until: float) -> ClientRecord:
         """Add a key, and let the one with `digest` expire at `until`, in one change. Raises StoreUnavailable.
 
-        Nothing is changed if the client does not have that key any more.
+        Keys that expired long ago are removed. Nothing is changed if the client does not have that key any more.
         """
-        change = KeyChange(add=key, expire=((digest, until),), requires=digest)
+        old = tuple(one for one in self._expired_long_ago(client_id) if one != digest)
+        change = KeyChange(add=key, remove=old, expire=((digest, until),), requires=digest)
         return await self._write(client_id, Change(keys=change))
 
     async def revoke(self, client_id: str, digest: str) -> ClientRecord:

@@ -15,6 +15,7 @@ from api_gateway.clients.api_keys import new_key
 from tests.kit import (
     PATIENCE,
     Answer,
+    FakeClocks,
     RawClient,
     RawRequest,
     RawUpstream,
@@ -244,6 +245,31 @@ def test_the_number_of_keys_of_a_client_is_limited(keyed: RunningGateway) -> Non
     )
     assert answer.status == 422
     assert "32 valid keys" in answer.json()["detail"]
+
+
+def test_a_rotation_keeps_to_the_number_of_keys(keyed: RunningGateway) -> None:
+    """Otherwise rotations within the overlap would add valid keys without end."""
+    made = [call(keyed, "POST", "/clients/acme/keys", {}) for _ in range(MAX_VALID_KEYS)]
+    path = f"/clients/acme/keys/{made[0]['id']}/rotate"
+    answer = ask(f"{keyed.url}{path}", method="POST", body=b"{}", headers={"Content-Type": "application/json"})
+    assert answer.status == 422
+    assert "overlap_seconds: 0" in answer.json()["detail"]
+    new = call(keyed, "POST", path, {"overlap_seconds": 0})
+    assert ask(f"{keyed.url}/api/x", headers={"X-API-Key": new["key"]}).status == 200
+    valid = [key for key in call(keyed, "GET", "/clients/acme/keys")["keys"] if not key["expired"]]
+    assert len(valid) == MAX_VALID_KEYS
+
+
+def test_keys_that_expired_long_ago_are_removed_by_any_new_key(up: RawUpstream, tmp_path: Path) -> None:
+    """Also by a rotation: a client whose key is only ever rotated would else keep all of them."""
+    fake = FakeClocks()
+    with running_gateway(in_front_of(up.url), tmp_path, fake.clocks) as running:
+        key = call(running, "POST", "/clients/acme/keys", {})
+        for _ in range(3):
+            key = call(running, "POST", f"/clients/acme/keys/{key['id']}/rotate", {"overlap_seconds": 60})
+            fake.advance(31 * 86_400.0)
+        key = call(running, "POST", f"/clients/acme/keys/{key['id']}/rotate", {"overlap_seconds": 60})
+        assert len(call(running, "GET", "/clients/acme/keys")["keys"]) == 2
 
 
 def test_a_key_of_the_configuration_is_valid_and_cannot_be_changed_here(gateway: Gateway, up: RawUpstream) -> None:
