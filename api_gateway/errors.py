@@ -74,6 +74,7 @@ class Reason(StrEnum):
     REQUEST_TIMEOUT = "request_timeout"
     BAD_REQUEST = "bad_request"
     INVALID_VALUE = "invalid_value"
+    CONFLICT = "conflict"
     LOOP_DETECTED = "loop_detected"
     INTERNAL_ERROR = "internal_error"
     EXTENSION_FAILED = "extension_failed"
@@ -138,6 +139,13 @@ class InvalidValue(RequestRefused):
 
     status = 422
     reason = Reason.INVALID_VALUE
+
+
+class Conflict(RequestRefused):
+    """What the request for an operator endpoint would change has been changed already."""
+
+    status = 409
+    reason = Reason.CONFLICT
 
 
 class Unauthorized(RequestRefused):

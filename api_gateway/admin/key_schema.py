@@ -45,7 +45,7 @@ class KeyRequest(KeyTerms):
 class RotationRequest(KeyTerms):
     """The body of POST /clients/{id}/keys/{key}/rotate.
 
-    Without an expiry, the new key lives as long as the old one.
+    Without an expiry, the new key lives as long as the old one. A key is rotated once; then its successor is.
     """
 
     overlap_seconds: float = Field(
@@ -73,6 +73,7 @@ class KeyView(Body):
         description="UTC, ISO 8601, to the minute, up to a minute late; null: not used, or not known."
     )
     routes: list[str] | None
+    replaced_by: str | None = Field(description="Id of the key that a rotation created in its place; null: none.")
     configured: bool = Field(description="True for a key of the configuration, which this API cannot change.")
 
 

@@ -24,10 +24,10 @@ from api_gateway.admin.key_schema import (
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, STORE_REFUSAL, TOKEN
 from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import RANDOM_BYTES, ApiKey, digest_of, has_key, new_key, shown_id
-from api_gateway.clients.records import UNCHANGED, ClientRecord
-from api_gateway.errors import InvalidValue, NoRoute
+from api_gateway.clients.key_directory import KeyNotAdded
+from api_gateway.clients.records import MAX_VALID_KEYS, UNCHANGED, ClientRecord, KeyRefusal
+from api_gateway.errors import Conflict, InvalidValue, NoRoute, RequestRefused
 
-MAX_VALID_KEYS = 32  # valid keys of one client
 _UNKNOWN_KEY: dict[int | str, dict[str, Any]] = {
     404: {"description": "The client has no key with this id.", **PROBLEM}
 }
@@ -53,12 +53,13 @@ async def create_key(
     _check_routes(context, body.routes)
     if has_key(body.label.encode()):
         raise InvalidValue("body.label: must say for whom or what the key is, got an API key; labels are shown.")
-    record, _ = await context.clients.record_of(client_id)
-    _check_number(record, now, "revoke one first")
     routes = None if body.routes is None else tuple(dict.fromkeys(body.routes))
     secret, key = _new(body.label, now, _expiry(body, now), routes)
     verified_only = UNCHANGED if body.verified_only is None else body.verified_only
-    await context.clients.keys.create(client_id, key, verified_only=verified_only)
+    try:
+        await context.clients.keys.create(client_id, key, verified_only=verified_only)
+    except KeyNotAdded as error:
+        raise _too_many(error.record, "revoke one first") from error
     await audit(AuditAction.KEY_CREATED, client_id, None, {"key": key.id, "label": key.label})
     response.headers["cache-control"] = "no-store"
     return KeyCreated(**_created(context, client_id, secret, key))
@@ -80,6 +81,7 @@ async def client_keys(client_id: ClientId, context: Guarded) -> ClientKeys:
             expired=not key.is_valid_at(now),
             last_used_at=_time(uses.get(key.digest)),
             routes=None if key.routes is None else list(key.routes),
+            replaced_by=key.replaced_by,
             configured=is_configured,
         )
         for keys, is_configured in ((configured, True), (record.keys, False))
@@ -97,28 +99,33 @@ async def client_keys(client_id: ClientId, context: Guarded) -> ClientKeys:
     "/clients/{client_id}/keys/{key_id}/rotate",
     summary="Replace an API key",
     status_code=201,
-    responses={**_UNKNOWN_KEY, **_VALUES},
+    responses={
+        **_UNKNOWN_KEY,
+        409: {"description": "The key has been replaced already. `detail` names the key to rotate.", **PROBLEM},
+        **_VALUES,
+    },
 )
 async def rotate_key(
     client_id: ClientId, key_id: str, body: RotationRequest, response: Response, context: Guarded, audit: Audited
 ) -> KeyRotated:
     """Create a key with the label and routes of another one, which stays valid for the overlap.
 
-    Both happen in one change: at no time is neither valid.
+    Both happen in one change: at no time is neither valid. A key is replaced once, so that a request that is sent
+    again creates no further key.
     """
     now = context.clocks.wall()
     record, _ = await context.clients.record_of(client_id)
     old = _stored(context, record, key_id, now)
-    if body.overlap_seconds:
-        _check_number(record, now, "revoke one first, or send overlap_seconds: 0")
     expires_at = _expiry(body, now)
     if expires_at is None and old.expires_at is not None:
         expires_at = now + (old.expires_at - old.created_at)
-    until = min(now + body.overlap_seconds, old.expires_at or now + body.overlap_seconds)
+    until = round(now + body.overlap_seconds, 3)
+    until = until if old.expires_at is None else min(until, old.expires_at)
     secret, key = _new(old.label, now, expires_at, old.routes)
-    after = await context.clients.keys.rotate(client_id, old.digest, key, until)
-    if key not in after.keys:
-        raise _no_key(client_id, key_id)
+    try:
+        await context.clients.keys.rotate(client_id, old.digest, key, until)
+    except KeyNotAdded as error:
+        raise _not_rotated(error, key_id, now) from error
     label = {"label": old.label}
     await audit(AuditAction.KEY_ROTATED, client_id, {"key": old.id, **label}, {"key": key.id, **label})
     response.headers["cache-control"] = "no-store"
@@ -157,10 +164,28 @@ async def require_proof(client_id: ClientId, body: ProofRequest, context: Guarde
     return ProofChanged(client_id=client_id, verified_only=is_verified_only)
 
 
-def _check_number(record: ClientRecord, now: float, remedy: str) -> None:
-    """Raise InvalidValue if the client may have no more valid keys."""
-    if sum(key.is_valid_at(now) for key in record.keys) >= MAX_VALID_KEYS:
-        raise InvalidValue(f"Client '{record.id}' has {MAX_VALID_KEYS} valid keys, which is the limit; {remedy}.")
+def _too_many(record: ClientRecord, remedy: str) -> InvalidValue:
+    return InvalidValue(f"Client '{record.id}' has {MAX_VALID_KEYS} valid keys, which is the limit; {remedy}.")
+
+
+def _not_rotated(error: KeyNotAdded, key_id: str, now: float) -> RequestRefused:
+    """Return the error of a rotation that another request was faster than, or that would leave too many keys."""
+    if error.refusal is KeyRefusal.TOO_MANY:
+        return _too_many(error.record, "revoke one first, or send overlap_seconds: 0")
+    replaced = next((key for key in error.record.keys if key.id == key_id), None)
+    return _no_key(error.record.id, key_id) if replaced is None else _replaced(error.record, replaced, now)
+
+
+def _replaced(record: ClientRecord, key: ApiKey, now: float) -> Conflict:
+    """Return the error of a rotation of a key that has been replaced, with what to do if its successor was lost."""
+    by_id = {one.id: one for one in record.keys}
+    last = key
+    while last.replaced_by is not None and (successor := by_id.pop(last.replaced_by, None)) is not None:
+        last = successor
+    remedy = "create a new key"
+    if last is not key and last.replaced_by is None and last.is_valid_at(now):
+        remedy = f"rotate key '{last.id}' with overlap_seconds: 0 if the new key was lost"
+    return Conflict(f"Key '{key.id}' has been replaced by key '{key.replaced_by}'; {remedy}.")
 
 
 def _new(label: str, now: float, expires_at: float | None, routes: tuple[str, ...] | None) -> tuple[str, ApiKey]:
@@ -182,9 +207,11 @@ def _created(context: AdminContext, client_id: str, secret: str, key: ApiKey) ->
 
 
 def _stored(context: AdminContext, record: ClientRecord, key_id: str, now: float | None) -> ApiKey:
-    """Return the key with this id; with `now` only if it has not expired. Raises NoRoute and InvalidValue."""
+    """Return the key with this id; with `now` only if it can be rotated. Raises NoRoute, InvalidValue and Conflict."""
     for key in record.keys:
         if key.id == key_id:
+            if now is not None and key.replaced_by is not None:
+                raise _replaced(record, key, now)
             if now is not None and not key.is_valid_at(now):
                 raise InvalidValue(f"Key '{key_id}' has expired; create a new one.")
             return key

@@ -35,13 +35,17 @@ _ID_DIGITS = 16  # of the digest: enough to tell keys apart, and too few to veri
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What is stored of a key. Times are seconds since the epoch; `routes` None: all routes."""
+    """What is stored of a key. Times are seconds since the epoch; `routes` None: all routes.
+
+    `replaced_by` is the id of the key that a rotation created in its place, None if there was no rotation.
+    """
 
     digest: str  # SHA-256, 64 hexadecimal digits
     label: str = ""
     created_at: float = 0.0
     expires_at: float | None = None
     routes: tuple[str, ...] | None = None
+    replaced_by: str | None = None
 
     @property
     def id(self) -> str:
@@ -122,6 +126,8 @@ def as_members(key: ApiKey) -> dict[str, Any]:
         members["expires_at"] = round(key.expires_at, 3)
     if key.routes is not None:
         members["routes"] = list(key.routes)
+    if key.replaced_by is not None:
+        members["replaced_by"] = key.replaced_by
     return members
 
 
@@ -141,6 +147,7 @@ def api_keys_of(members: Mapping[str, Any]) -> tuple[ApiKey, ...]:
                 float(one["created_at"]),
                 None if one.get("expires_at") is None else float(one["expires_at"]),
                 None if one.get("routes") is None else tuple(map(str, one["routes"])),
+                None if one.get("replaced_by") is None else str(one["replaced_by"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"key {key_id(digest)!r}: {error!r}") from None

@@ -26,49 +26,82 @@ if ended_version ~= '' then
   end
 end
 
-if sets_tier == '1' then
-  record.tier = tier ~= '' and tier or nil
+-- The number of keys that have not expired at a time.
+local function count_valid(keys, at)
+  local count = 0
+  for _, key in pairs(keys) do
+    if not key.expires_at or at < key.expires_at then
+      count = count + 1
+    end
+  end
+  return count
 end
-if sets_grant == '1' then
-  record.grant = grant ~= '' and grant or nil
-  record.grant_until = tonumber(ends)
+
+-- The keys after a change, which may alter the given ones; nothing if it is refused, as by `KeyChange.refusal`.
+local function changed(keys, asked)
+  local after = {}
+  if not asked.clear then
+    for digest, key in pairs(keys) do
+      after[digest] = key
+    end
+  end
+  for _, digest in ipairs(asked.remove or {}) do
+    after[digest] = nil
+  end
+  local digest, added = next(asked.add or {})
+  if not added then
+    return after
+  end
+  local most = math.max(asked.most, count_valid(keys, added.created_at))
+  if asked.replaces then
+    local old = after[asked.replaces.digest]
+    if not old or old.replaced_by then
+      return nil
+    end
+    old.replaced_by = asked.replaces.by
+    if not (old.expires_at and old.expires_at <= asked.replaces['until']) then
+      old.expires_at = asked.replaces['until']
+    end
+  end
+  after[digest] = added
+  return count_valid(after, added.created_at) <= most and after or nil
 end
-if verified_only ~= '' then
-  record.verified_only = nil
-  if verified_only ~= 'null' then
-    record.verified_only = verified_only == 'true'
+
+local asked = key_change ~= '' and cjson.decode(key_change)
+local keys = record.keys or {}
+local keys_after = asked and changed(keys, asked)
+if asked and not keys_after then
+  record = before and cjson.decode(before) or {}  -- nothing is changed
+else
+  if sets_tier == '1' then
+    record.tier = tier ~= '' and tier or nil
+  end
+  if sets_grant == '1' then
+    record.grant = grant ~= '' and grant or nil
+    record.grant_until = tonumber(ends)
+  end
+  if verified_only ~= '' then
+    record.verified_only = nil
+    if verified_only ~= 'null' then
+      record.verified_only = verified_only == 'true'
+    end
+  elseif asked and asked.add and record.verified_only == nil then
+    record.verified_only = true
   end
 end
-if key_change ~= '' then
-  local keys, asked = record.keys or {}, cjson.decode(key_change)
-  if not asked.requires or keys[asked.requires] then
-    local removed = asked.remove or {}
-    if asked.clear then
-      removed = {}
-      for digest in pairs(keys) do
-        removed[#removed + 1] = digest
-      end
-    end
-    for _, digest in ipairs(removed) do
-      keys[digest] = nil
+if keys_after then
+  for digest in pairs(keys) do
+    if not keys_after[digest] then
       redis.call('HDEL', index, digest)
       redis.call('HDEL', uses, digest)
     end
-    for digest, at in pairs(asked.expire or {}) do
-      local key = keys[digest]
-      if key and not (key.expires_at and key.expires_at <= at) then
-        key.expires_at = at
-      end
-    end
-    for digest, key in pairs(asked.add or {}) do
-      keys[digest] = key
-      redis.call('HSET', index, digest, id)
-      if verified_only == '' and record.verified_only == nil then
-        record.verified_only = true
-      end
-    end
-    record.keys = next(keys) and keys or nil
   end
+  for digest in pairs(keys_after) do
+    if not keys[digest] then
+      redis.call('HSET', index, digest, id)
+    end
+  end
+  record.keys = next(keys_after) and keys_after or nil
 end
 local epoch = redis.call('HGET', meta, 'epoch')
 if not epoch then

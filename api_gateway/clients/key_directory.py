@@ -12,7 +12,16 @@ from enum import Enum
 from api_gateway.clients.api_keys import ApiKey, KnownKey, key_id
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
-from api_gateway.clients.records import Change, ClientRecord, ClientStore, KeyChange, Unchanged, key_entry
+from api_gateway.clients.records import (
+    Change,
+    ClientRecord,
+    ClientStore,
+    KeyChange,
+    KeyRefusal,
+    Replacement,
+    Unchanged,
+    key_entry,
+)
 from api_gateway.models import Clock
 
 USE_PRECISION = 60  # seconds
@@ -27,6 +36,15 @@ class KeyState(Enum):
     ABSENT = "absent"  # no client has it
     UNAVAILABLE = "unavailable"  # the store, which might know the key, is unavailable
     UNKNOWN = "unknown"  # the store must be asked
+
+
+class KeyNotAdded(Exception):
+    """A key was not added, and nothing was changed: `refusal` is why, `record` is that of the client."""
+
+    def __init__(self, refusal: KeyRefusal, record: ClientRecord) -> None:
+        super().__init__(refusal.value)
+        self.refusal = refusal
+        self.record = record
 
 
 class KeyDirectory:
@@ -124,18 +142,27 @@ class KeyDirectory:
     # For operators
 
     async def create(self, client_id: str, key: ApiKey, *, verified_only: bool | Unchanged) -> ClientRecord:
-        """Add a key durably; remove those that expired long ago. Raises StoreUnavailable."""
-        old = self._expired_long_ago(client_id)
-        return await self._write(client_id, Change(keys=KeyChange(add=key, remove=old), verified_only=verified_only))
+        """Add a key durably; remove those that expired long ago. Raises StoreUnavailable and KeyNotAdded."""
+        change = KeyChange(add=key, remove=self._expired_long_ago(client_id))
+        return await self._add(client_id, Change(keys=change, verified_only=verified_only), change, key.digest)
 
     async def rotate(self, client_id: str, digest: str, key: ApiKey, until: float) -> ClientRecord:
-        """Add a key, and let the one with `digest` expire at `until`, in one change. Raises StoreUnavailable.
+        """Add a key, and let the one with `digest` expire at `until`, in one change.
 
-        Keys that expired long ago are removed. Nothing is changed if the client does not have that key any more.
+        Keys that expired long ago are removed. Raises StoreUnavailable and KeyNotAdded.
         """
         old = tuple(one for one in self._expired_long_ago(client_id) if one != digest)
-        change = KeyChange(add=key, remove=old, expire=((digest, until),), requires=digest)
-        return await self._write(client_id, Change(keys=change))
+        change = KeyChange(add=key, remove=old, replaces=Replacement(digest, until))
+        return await self._add(client_id, Change(keys=change), change, key.digest)
+
+    async def _add(self, client_id: str, change: Change, keys: KeyChange, digest: str) -> ClientRecord:
+        """Make a change that adds a key; the store decides, so concurrent changes cannot exceed the limit together."""
+        after = await self._write(client_id, change)
+        if all(key.digest != digest for key in after.keys):
+            refusal = keys.refusal(after.keys)
+            if refusal is not None:
+                raise KeyNotAdded(refusal, after)
+        return after
 
     async def revoke(self, client_id: str, digest: str) -> ClientRecord:
         """Remove a key durably. Raises StoreUnavailable."""

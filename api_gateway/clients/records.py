@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from api_gateway.clients.api_keys import ApiKey
 from api_gateway.clients.bloom_filter import BloomFilter
 
+MAX_VALID_KEYS = 32  # of one client
 MAX_KEPT_CHANGES = 10_000  # changes that can be read by `changes`; a reader further behind loads all records
 
 
@@ -62,39 +63,69 @@ class ClientRecord:
                 yield key.expires_at
 
 
+class KeyRefusal(Enum):
+    """Why a key cannot be added."""
+
+    ABSENT = "absent"  # the client does not have the key that is to be replaced
+    REPLACED = "replaced"  # that key has been replaced already
+    TOO_MANY = "too many"  # the client would have more than MAX_VALID_KEYS
+
+
+class Replacement(NamedTuple):
+    """The digest of a key that a new one replaces, and when it expires, in seconds since the epoch."""
+
+    digest: str
+    until: float
+
+
 @dataclass(frozen=True, slots=True)
 class KeyChange:
-    """A change of keys, by digest, made as a whole: `clear` all, `remove`, let `expire` at a time, then `add`.
+    """A change of keys, made as a whole: `clear` all or `remove` some by digest, then `add`, which may replace a key.
 
-    A key never expires later than before. `requires`: without a key of this digest nothing is changed.
+    A key is replaced only once, and never expires later than before.
     """
 
     add: ApiKey | None = None
     remove: tuple[str, ...] = ()
-    expire: tuple[tuple[str, float], ...] = ()
+    replaces: Replacement | None = None
     clear: bool = False
-    requires: str | None = None
+
+    def refusal(self, keys: Sequence[ApiKey]) -> KeyRefusal | None:
+        """Return why a client with these keys cannot have the change, None if it can."""
+        if self.replaces is not None:
+            old = next((key for key in keys if key.digest == self.replaces.digest), None)
+            if old is None:
+                return KeyRefusal.ABSENT
+            if old.replaced_by is not None:
+                return KeyRefusal.REPLACED
+        if self.add is not None:
+            before, after = (_valid_at(self.add.created_at, held) for held in (keys, self.applied_to(keys)))
+            if after > max(MAX_VALID_KEYS, before):  # a key can also be replaced at once beside too many others
+                return KeyRefusal.TOO_MANY
+        return None
 
     def applied_to(self, keys: Sequence[ApiKey]) -> tuple[ApiKey, ...]:
-        """Return the keys after the change."""
-        if self.requires is not None and all(key.digest != self.requires for key in keys):
-            return tuple(keys)
-        ends = dict(self.expire)
-        kept = [
-            replace(key, expires_at=min(ends.get(key.digest, math.inf), key.expires_at or math.inf))
-            if key.digest in ends
-            else key
-            for key in keys
-            if not self.clear and key.digest not in self.remove
-        ]
+        """Return the keys after the change, which must not be refused."""
+        kept = [self._kept(key) for key in keys if not self.clear and key.digest not in self.remove]
         return (*kept, *(() if self.add is None else (self.add,)))
+
+    def _kept(self, key: ApiKey) -> ApiKey:
+        if self.add is None or self.replaces is None or key.digest != self.replaces.digest:
+            return key
+        ends = min(self.replaces.until, math.inf if key.expires_at is None else key.expires_at)
+        return replace(key, expires_at=ends, replaced_by=self.add.id)
+
+
+def _valid_at(now: float, keys: Sequence[ApiKey]) -> int:
+    return sum(key.is_valid_at(now) for key in keys)
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """A change to be written. Fields are changed independently, so concurrent changes of several fields are kept.
 
-    With the first key that is added, `verified_only` becomes true unless it is or was set.
+    With the first key that is added, `verified_only` becomes true unless it is or was set. If the change of keys is
+    refused, nothing is changed.
     """
 
     tier: str | Unchanged | None = UNCHANGED
@@ -104,10 +135,12 @@ class Change:
 
     def applied_to(self, before: ClientRecord, version: int, now: float) -> ClientRecord:
         """Return the record after the change."""
+        if self.keys is not None and self.keys.refusal(before.keys) is not None:
+            return replace(before, version=version, changed_at=now)
         keys = before.keys if self.keys is None else self.keys.applied_to(before.keys)
         verified_only = before.verified_only if self.verified_only is UNCHANGED else self.verified_only
         if self.verified_only is UNCHANGED and verified_only is None and self.keys is not None:
-            verified_only = True if self.keys.add is not None and self.keys.add in keys else None
+            verified_only = True if self.keys.add is not None else None
         return ClientRecord(
             before.id,
             before.tier if self.tier is UNCHANGED else self.tier,

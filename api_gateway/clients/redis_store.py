@@ -19,6 +19,7 @@ from api_gateway.clients.api_keys import api_keys_of, as_members
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
     MAX_KEPT_CHANGES,
+    MAX_VALID_KEYS,
     UNCHANGED,
     Change,
     Changes,
@@ -257,14 +258,14 @@ def _key_change(change: KeyChange) -> str:
     members: dict[str, Any] = {}
     if change.add is not None:
         members["add"] = {change.add.digest: as_members(change.add)}
+        members["most"] = MAX_VALID_KEYS
     if change.remove:
         members["remove"] = list(change.remove)
-    if change.expire:
-        members["expire"] = {digest: round(at, 3) for digest, at in change.expire}
+    if change.add is not None and change.replaces is not None:
+        digest, until = change.replaces
+        members["replaces"] = {"digest": digest, "until": round(until, 3), "by": change.add.id}
     if change.clear:
         members["clear"] = True
-    if change.requires is not None:
-        members["requires"] = change.requires
     return json.dumps(members)
 
 

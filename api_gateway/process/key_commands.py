@@ -74,12 +74,13 @@ def _list(options: argparse.Namespace) -> None:
             key["label"] or "-",
             "configuration" if key["configured"] else key["created_at"],
             "expired" if key["expired"] else key["expires_at"] or "never",
+            key["replaced_by"] or "-",
             key["last_used_at"] or "-",
             ", ".join(key["routes"] or ["all"]),
         )
         for key in found["keys"]
     ]
-    for line in table(("ID", "LABEL", "CREATED", "EXPIRES", "LAST USED", "ROUTES"), rows):
+    for line in table(("ID", "LABEL", "CREATED", "EXPIRES", "REPLACED BY", "LAST USED", "ROUTES"), rows):
         show(line)
 
 

@@ -53,7 +53,17 @@ def test_a_key_lives_from_its_creation_to_its_revocation(running: Running, folde
     assert status(running, key) == 200
     code, table, _ = keys(folder, running, "list", "acme")
     assert code == 0
-    assert table.splitlines()[0].split() == ["ID", "LABEL", "CREATED", "EXPIRES", "LAST", "USED", "ROUTES"]
+    assert table.splitlines()[0].split() == [
+        "ID",
+        "LABEL",
+        "CREATED",
+        "EXPIRES",
+        "REPLACED",
+        "BY",
+        "LAST",
+        "USED",
+        "ROUTES",
+    ]
     assert table.splitlines()[1].startswith(f"{key_id}  laptop")
     assert key.strip() not in table
     code, successor, told = keys(folder, running, "rotate", "acme", key_id, "--overlap", "600")

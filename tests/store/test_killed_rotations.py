@@ -22,7 +22,7 @@ OLD, NEW = (ApiKey(digest_of(new_key(number.to_bytes(32)).encode()), created_at=
 ROTATOR = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from api_gateway.clients.records import Change, KeyChange
+from api_gateway.clients.records import Change, KeyChange, Replacement
 from tests.store.test_killed_rotations import NEW, OLD, opened
 
 async def rotate(place, last_step, until):
@@ -49,7 +49,7 @@ async def rotate(place, last_step, until):
         store._file.connection.set_progress_handler(step, 25)
     else:
         store._client.hget, store._client.eval = stepping(store._client.hget), stepping(store._client.eval)
-    change = KeyChange(add=NEW, expire=((OLD.digest, until),), requires=OLD.digest)
+    change = KeyChange(add=NEW, replaces=Replacement(OLD.digest, until))
     await store.write("acme", Change(keys=change))
     step()
     print(count, flush=True)

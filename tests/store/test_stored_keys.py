@@ -4,6 +4,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ import pytest
 from api_gateway.clients.api_keys import ApiKey, KnownKey, digest_of, new_key
 from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.key_directory import KeyState
-from api_gateway.clients.records import UNCHANGED, Change, ClientStore, KeyChange, key_entry
+from api_gateway.clients.records import (
+    MAX_VALID_KEYS,
+    UNCHANGED,
+    Change,
+    ClientStore,
+    KeyChange,
+    Replacement,
+    key_entry,
+)
 from api_gateway.clients.redis_store import RedisClientStore
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
@@ -84,16 +94,45 @@ async def test_a_change_of_the_tier_keeps_the_keys_and_the_other_way_round(opene
 async def test_a_rotation_is_made_as_a_whole_or_not_at_all(opened: Open) -> None:
     async with store_of(opened) as store:
         await store.write("acme", Change(keys=KeyChange(add=ONE)))
-        rotation = KeyChange(add=THREE, expire=((ONE.digest, 1.9e9),), requires=ONE.digest)
-        after = (await store.write("acme", Change(keys=rotation))).after
-        assert [(key.digest, key.expires_at) for key in after.keys] == [(ONE.digest, 1.9e9), (THREE.digest, None)]
-        again = KeyChange(add=TWO, expire=((ONE.digest, 1.95e9),), requires=ONE.digest)
-        after = (await store.write("acme", Change(keys=again))).after
-        assert after.keys[0].expires_at == 1.9e9, "a key never expires later than before"
+        rotation = KeyChange(add=THREE, replaces=Replacement(ONE.digest, 1.9e9))
+        rotated = (await store.write("acme", Change(keys=rotation))).after
+        assert rotated.keys == (replace(ONE, expires_at=1.9e9, replaced_by=THREE.id), THREE)
+        again = KeyChange(add=made(4), remove=(THREE.digest,), replaces=Replacement(ONE.digest, 1.95e9))
+        after = (await store.write("acme", Change(tier="BASIC", keys=again, verified_only=False))).after
+        assert after == replace(rotated, version=after.version, changed_at=after.changed_at), "nothing is changed"
+        (record,) = await store.look_up(["acme"])
+        assert record == after
+        assert await store.look_up_keys([made(4).digest, THREE.digest]) == [None, after]
         await store.write("acme", Change(keys=KeyChange(remove=(ONE.digest,))))
-        late = KeyChange(add=made(5), expire=((ONE.digest, 1.9e9),), requires=ONE.digest)
+        after = (await store.write("acme", Change(keys=again))).after
+        assert after.keys == (THREE,), "the key was revoked meanwhile"
+        sooner = KeyChange(add=TWO, replaces=Replacement(THREE.digest, 2.5e9))
+        await store.write("acme", Change(keys=sooner))
+        late = KeyChange(add=made(4), replaces=Replacement(TWO.digest, 2.5e9))
         after = (await store.write("acme", Change(keys=late))).after
-        assert {key.digest for key in after.keys} == {TWO.digest, THREE.digest}
+        assert {key.expires_at for key in after.keys if key.digest == TWO.digest} == {TWO.expires_at}, "never later"
+
+
+async def test_concurrent_new_keys_do_not_exceed_the_limit(opened: Open) -> None:
+    """The store decides on the number, which each gateway could only have read before."""
+    async with store_of(opened) as one, store_of(opened) as other:
+        expired = made(0, expires_at=1.8e9 + 0.5)
+        await one.write("acme", Change(keys=KeyChange(add=expired)))
+        keys = [made(number) for number in range(1, MAX_VALID_KEYS + 9)]
+        changes = [Change(keys=KeyChange(add=key)) for key in keys]
+        written = await asyncio.gather(
+            *(store.write("acme", change) for change, store in zip(changes, cycle([one, other]), strict=False))
+        )
+        (record,) = await one.look_up(["acme"])
+        assert record is not None
+        held = set(record.keys) - {expired}
+        assert len(held) == MAX_VALID_KEYS
+        assert held == {key for key, result in zip(keys, written, strict=True) if key in result.after.keys}
+        first, new = min(held, key=lambda key: key.created_at), made(100)
+        overlapping = Change(keys=KeyChange(add=new, replaces=Replacement(first.digest, new.created_at + 60)))
+        assert new not in (await one.write("acme", overlapping)).after.keys
+        at_once = Change(keys=KeyChange(add=new, replaces=Replacement(first.digest, new.created_at)))
+        assert new in (await one.write("acme", at_once)).after.keys, "the number of valid keys stays"
 
 
 async def test_revoked_keys_are_found_no_more_and_the_id_stays_closed(opened: Open) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from api_gateway.clients.api_keys import (
     without_keys,
 )
 from api_gateway.clients.identity_rules import IdentityRules
-from api_gateway.clients.records import Change, ClientRecord, KeyChange
+from api_gateway.clients.records import Change, ClientRecord, KeyChange, KeyRefusal, Replacement
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.errors import CredentialsInsufficient, CredentialsInvalid
@@ -294,16 +295,24 @@ OLD, NEW, THIRD = (ApiKey(character * 64, character, number) for number, charact
 
 
 def test_a_rotation_is_one_change() -> None:
-    change = KeyChange(add=NEW, expire=((OLD.digest, 50.0),), requires=OLD.digest)
+    change = KeyChange(add=NEW, replaces=Replacement(OLD.digest, 50.0))
     old, new = change.applied_to([OLD])
-    assert (old.digest, old.expires_at, new) == (OLD.digest, 50.0, NEW)
-    assert change.applied_to([THIRD]) == (THIRD,), "the key was revoked meanwhile"
+    assert (old.digest, old.expires_at, old.replaced_by, new) == (OLD.digest, 50.0, NEW.id, NEW)
+    assert change.refusal([THIRD]) is KeyRefusal.ABSENT, "the key was revoked meanwhile"
+    assert change.refusal([old, new]) is KeyRefusal.REPLACED
 
 
-def test_a_key_never_expires_later_than_before() -> None:
-    change = KeyChange(expire=((OLD.digest, 50.0),))
-    (key,) = change.applied_to([ApiKey(OLD.digest, expires_at=20.0)])
+def test_a_replaced_key_never_expires_later_than_before() -> None:
+    change = KeyChange(add=NEW, replaces=Replacement(OLD.digest, 50.0))
+    key, _ = change.applied_to([ApiKey(OLD.digest, expires_at=20.0)])
     assert key.expires_at == 20.0
+
+
+def test_a_refused_change_of_keys_changes_nothing_else() -> None:
+    before = ClientRecord("acme", "FREE", version=1, keys=(THIRD,), verified_only=True)
+    keys = KeyChange(add=NEW, replaces=Replacement(OLD.digest, 50.0))
+    after = Change(tier="BASIC", keys=keys, verified_only=False).applied_to(before, 2, 5.0)
+    assert after == replace(before, version=2, changed_at=5.0)
 
 
 def test_keys_are_removed_one_by_one_or_all() -> None:

@@ -69,6 +69,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     RequestTimeout: (408, "request_timeout"),
     errors.BadRequest: (400, "bad_request"),
     errors.InvalidValue: (422, "invalid_value"),
+    errors.Conflict: (409, "conflict"),
     errors.LengthRequired: (411, "length_required"),
     errors.LoopDetected: (508, "loop_detected"),
     errors.InternalError: (500, "internal_error"),

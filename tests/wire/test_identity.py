@@ -5,13 +5,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from api_gateway.admin.keys import MAX_VALID_KEYS
 from api_gateway.clients.api_keys import new_key
+from api_gateway.clients.records import MAX_VALID_KEYS
 from tests.kit import (
     PATIENCE,
     Answer,
@@ -182,6 +183,49 @@ def test_a_rotated_key_and_its_successor_are_both_valid_for_the_overlap(keyed: R
     assert ask(f"{keyed.url}/api/x", headers={"X-API-Key": at_once["key"]}).status == 200
 
 
+def rotated_again(running: RunningGateway, key_id: str, **body: float) -> str:
+    """Rotate a key that has been rotated; return the detail of the refusal."""
+    headers = {"Content-Type": "application/json"}
+    path = f"{running.url}/clients/acme/keys/{key_id}/rotate"
+    answer = ask(path, method="POST", body=json.dumps(body).encode(), headers=headers)
+    assert told(answer) == (409, "conflict")
+    detail: str = answer.json()["detail"]
+    return detail
+
+
+def test_a_rotation_that_is_sent_again_is_refused_and_names_the_key_to_rotate(keyed: RunningGateway) -> None:
+    """Its response may be lost. Another successor would inherit the end of the overlap as its expiry."""
+    old = call(keyed, "POST", "/clients/acme/keys", {"label": "ci"})
+    lost = call(keyed, "POST", f"/clients/acme/keys/{old['id']}/rotate", {"overlap_seconds": 600})
+    before = call(keyed, "GET", "/clients/acme/keys")["keys"]
+    assert {key["id"]: key["replaced_by"] for key in before} == {old["id"]: lost["id"], lost["id"]: None}
+    remedy = "rotate key '{}' with overlap_seconds: 0 if the new key was lost."
+    detail = rotated_again(keyed, old["id"])
+    assert detail == f"Key '{old['id']}' has been replaced by key '{lost['id']}'; {remedy.format(lost['id'])}"
+    listed = call(keyed, "GET", "/clients/acme/keys")["keys"]
+    assert [(key["id"], key["expires_at"]) for key in listed] == [(key["id"], key["expires_at"]) for key in before]
+    new = call(keyed, "POST", f"/clients/acme/keys/{lost['id']}/rotate", {"overlap_seconds": 0})
+    assert new["expires_at"] is None, "as the key that was rotated first"
+    codes = [ask(f"{keyed.url}/api/x", headers={"X-API-Key": one["key"]}).status for one in (old, lost, new)]
+    assert codes == [200, 401, 200]
+    for one in (old, lost):
+        assert remedy.format(new["id"]) in rotated_again(keyed, one["id"], overlap_seconds=0)
+    call(keyed, "DELETE", f"/clients/acme/keys/{new['id']}")
+    assert rotated_again(keyed, old["id"]).endswith("; create a new key.")
+
+
+def test_of_rotations_of_a_key_at_once_one_is_made(keyed: RunningGateway) -> None:
+    old = call(keyed, "POST", "/clients/acme/keys", {})
+    path = f"{keyed.url}/clients/acme/keys/{old['id']}/rotate"
+    headers = {"Content-Type": "application/json"}
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: ask(path, method="POST", body=b"{}", headers=headers), range(6)))
+    assert sorted(answer.status for answer in answers) == [201] + [409] * 5
+    (new,) = (answer.json() for answer in answers if answer.status == 201)
+    assert all(new["id"] in answer.json()["detail"] for answer in answers if answer.status == 409)
+    assert {key["id"] for key in call(keyed, "GET", "/clients/acme/keys")["keys"]} == {old["id"], new["id"]}
+
+
 def test_a_revoked_key_is_refused_at_once_and_the_id_stays_closed(keyed: RunningGateway) -> None:
     made = call(keyed, "POST", "/clients/acme/keys", {})
     headers = {"Authorization": f"Bearer {made['key']}"}
@@ -240,11 +284,11 @@ def test_a_wrong_value_is_refused_with_its_place(
 def test_the_number_of_keys_of_a_client_is_limited(keyed: RunningGateway) -> None:
     for _ in range(MAX_VALID_KEYS):
         call(keyed, "POST", "/clients/acme/keys", {})
-    answer = ask(
-        f"{keyed.url}/clients/acme/keys", method="POST", body=b"{}", headers={"Content-Type": "application/json"}
-    )
+    headers, body = {"Content-Type": "application/json"}, b'{"verified_only": false}'
+    answer = ask(f"{keyed.url}/clients/acme/keys", method="POST", body=body, headers=headers)
     assert answer.status == 422
     assert "32 valid keys" in answer.json()["detail"]
+    assert call(keyed, "GET", "/clients/acme/keys")["verified_only"], "nothing else is changed"
 
 
 def test_a_rotation_keeps_to_the_number_of_keys(keyed: RunningGateway) -> None:
