@@ -212,6 +212,9 @@ class Explanation(Body):
     concurrency: list[SlotExplained] = Field(default=[], description="Concurrency limits that apply to the request.")
     limits_not_applied: list[LimitExplained] = Field(default=[], description="Other limits of the configuration.")
     candidate: BucketExplained | None = Field(description="Bucket of the candidate limits; it refuses nothing.")
+    candidate_concurrency: list[SlotExplained] = Field(
+        default=[], description="The concurrency limits with their candidates, which refuse nothing."
+    )
     upstream: UpstreamExplained | None
     fallback: FallbackExplained | None
     event_loop: LagExplained

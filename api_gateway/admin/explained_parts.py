@@ -1,10 +1,11 @@
 """Parts of an explanation that need nothing but what they describe."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from api_gateway.admin.explain_schema import ConcurrencyExplained, ExplainedResult, FallbackExplained
+from api_gateway.admin.explain_schema import ConcurrencyExplained, ExplainedResult, FallbackExplained, SlotExplained
 from api_gateway.errors import GatewayError, Reason
+from api_gateway.limits.concurrency import SlotUse
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 
@@ -39,6 +40,20 @@ def explained_fallback(fallback: Fallback, *, is_used: bool) -> FallbackExplaine
     """Return the fallback of a route, and whether it would respond."""
     status = fallback.status if fallback.upstream is None else None
     return FallbackExplained(name=fallback.name, status=status, used=is_used)
+
+
+def explained_slots(uses: Iterable[SlotUse]) -> list[SlotExplained]:
+    """Return the slots of concurrency limits as they are now."""
+    return [
+        SlotExplained(
+            key=use.slot.key,
+            policy=use.slot.quota.policy,
+            in_flight=use.in_flight,
+            concurrent=use.slot.quota.capacity,
+            allowed=use.is_free,
+        )
+        for use in uses
+    ]
 
 
 def explained_concurrency(limit: ConcurrencyLimit, priority: int, holder: str | None) -> ConcurrencyExplained:

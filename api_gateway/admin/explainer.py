@@ -21,16 +21,21 @@ from api_gateway.admin.explain_schema import (
     LimitExplained,
     PassedOver,
     RouteExplained,
-    SlotExplained,
     UpstreamExplained,
 )
-from api_gateway.admin.explained_parts import explained_concurrency, explained_fallback, explained_result
+from api_gateway.admin.explained_parts import (
+    explained_concurrency,
+    explained_fallback,
+    explained_result,
+    explained_slots,
+)
 from api_gateway.clients.api_keys import shown_id
 from api_gateway.downstream.client_certificate import as_client_id
 from api_gateway.errors import CredentialsRequired, GatewayError, InvalidValue
 from api_gateway.http1.fast_parser import lines_of
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.limits.concurrency import SlotUse
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.middleware import API_PREFIX, proxied_paths
@@ -191,6 +196,7 @@ class Explainer:
         if error is None and route is not None:
             error = self._refused(route, plan) if route.upstream else None
         fallback = self._fallback(route, error)
+        candidate, candidate_uses = await self._candidate(client, exchange)
         return Explanation(
             result=explained_result(error, fallback),
             address=self._address_view(request),
@@ -199,20 +205,12 @@ class Explainer:
             routes_passed_over=self._passed_over(plan),
             buckets=[_bucket_view(bucket) for bucket in buckets],
             limiting_bucket=binding.charge.key,
-            concurrency=[
-                SlotExplained(
-                    key=use.slot.key,
-                    policy=use.slot.quota.policy,
-                    in_flight=use.in_flight,
-                    concurrent=use.slot.quota.capacity,
-                    allowed=use.is_free,
-                )
-                for use in plan.slot_uses
-            ],
+            concurrency=explained_slots(plan.slot_uses),
             limits_not_applied=[
                 LimitExplained(name=limit.name, detail=why) for limit, why in self._limits.lacking(plan)
             ],
-            candidate=await self._candidate(client, exchange),
+            candidate=candidate,
+            candidate_concurrency=explained_slots(candidate_uses),
             upstream=None if route is None or not route.upstream else self._upstream_view(route, plan),
             fallback=fallback,
             event_loop=LagExplained(
@@ -274,15 +272,14 @@ class Explainer:
             is_used = other is None
         return explained_fallback(fallback, is_used=is_used)
 
-    async def _candidate(self, client: Client, exchange: Exchange) -> BucketExplained | None:
+    async def _candidate(self, client: Client, exchange: Exchange) -> tuple[BucketExplained | None, list[SlotUse]]:
+        """Return the bucket and the slots of the candidates; neither if none concerns the request."""
         shadow = self._limits.shadow
-        if shadow is None:
-            return None
-        charges = shadow.charges(exchange, client)
-        if not charges:
-            return None
+        charges = [] if shadow is None else shadow.charges(exchange, client)
+        if shadow is None or not charges:
+            return None, []
         decisions = await self._limiter.inspect(charges, self._clock_ns())
-        return _bucket_view(_Bucket(charges[0], decisions[0]))
+        return _bucket_view(_Bucket(charges[0], decisions[0])), await shadow.look(charges)
 
     def _client_view(self, client: Client, plan: RequestPlan, error: GatewayError | None) -> ClientExplained:
         exchange = plan.exchange

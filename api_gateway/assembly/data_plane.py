@@ -378,5 +378,6 @@ def _shadow(gateway: Gateway) -> ShadowLimits | None:
         recorder=gateway.recorder,
         candidates=gateway.candidates,
         routes=gateway.routes,
+        slots=gateway.slots,
     )
     return None if shadow.is_empty else shadow

@@ -293,7 +293,7 @@ class Assembly:
         before.recorder.extend(
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
-        before.slots.follow(limit.name for limit in plan.quotas.concurrency)
+        before.slots.follow(plan.quotas.slot_names)
         before.recorder.expect_mirrored(mirrored_routes(plan.routes), MIRROR_RESULTS)
         before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
         before.history.change(history_limits(config))
@@ -349,7 +349,7 @@ class Assembly:
         tracing = Tracing(recorder, clocks)
         tracing.follow(plan.tracing, config)
         slots = self._slots(config, limiter, recorder)
-        slots.follow(limit.name for limit in quotas.concurrency)
+        slots.follow(quotas.slot_names)
         return Gateway(
             config=config,
             quotas=quotas,

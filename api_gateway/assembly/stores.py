@@ -133,9 +133,15 @@ class Quotas:
     def all_candidates(self) -> dict[str, Quota]:
         """The candidates by the name of the quota in force."""
         found = dict(self.candidates)
-        for limit in self.limits:
+        for limit in (*self.limits, *self.concurrency):
             found |= limit.candidates
         return found
+
+    @property
+    def slot_names(self) -> list[str]:
+        """The names by which requests in flight are counted: of each concurrency limit, and of its candidate."""
+        names = [(limit.name, f"{limit.name} candidate") for limit in self.concurrency if limit.candidates]
+        return [*(limit.name for limit in self.concurrency), *(name for _, name in names)]
 
 
 def _limits(sections: Sequence[LimitSection]) -> tuple[tuple[Limit, ...], tuple[Limit, ...]]:
@@ -164,12 +170,28 @@ def _limit(section: LimitSection, index: int) -> Limit:
         methods=None if section.methods is None else frozenset(section.methods),
         cost=section.cost,
         candidates={
-            name: Quota.per_second(f"{name} candidate", own.candidate.rate, own.candidate.capacity, section.name)
+            name: Quota.per_second(f"{name} candidate", tried.rate, tried.capacity, section.name)
             for name, own in sections.items()
-            if own.candidate is not None
-        },
+            if own.candidate is not None and (tried := own.candidate.tokens) is not None
+        }
+        | _concurrency_candidates(section),
         index=index,
     )
+
+
+def _concurrency_candidates(section: LimitSection) -> dict[str, Quota]:
+    """Return the candidates of a concurrency limit by the name of the quota in force."""
+    candidate = section.candidate
+    if candidate is None:
+        return {}
+    numbers = {f"{section.name}:{tier}": candidate.concurrent_of(tier) for tier in section.concurrent_by_tier}
+    if isinstance(section.concurrent, int) and isinstance(candidate.concurrent, int):
+        numbers[section.name] = candidate.concurrent
+    return {
+        name: ConcurrencyQuota.of(f"{name} candidate", number, section.name)
+        for name, number in numbers.items()
+        if number is not None
+    }
 
 
 def _allowance(limit: LimitSection, section: AllowanceSection, name: str) -> Quota | None:

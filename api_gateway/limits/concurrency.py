@@ -100,8 +100,13 @@ class LocalSlots:
         charges: SlottedCharges,
         now_ns: int,
         on_decision: Callable[[Decision], None],
+        *,
+        is_trial: bool = False,
     ) -> None:
-        """Have the limiter charge a request and count it. Only for shared slots: others are decided at once."""
+        """Have the limiter charge a request and count it. Only for shared slots: others are decided at once.
+
+        `is_trial`: of candidates, which are decided on also if the exchange has ended meanwhile.
+        """
         raise NotImplementedError
 
     def follow(self, names: Iterable[str]) -> None:

@@ -93,11 +93,13 @@ class LeasedSlots(LocalSlots):
         charges: SlottedCharges,
         now_ns: int,
         on_decision: Callable[[Decision], None],
+        *,
+        is_trial: bool = False,
     ) -> None:
         """Have the store charge a request and count it, and let the exchange hold the slots if that is allowed."""
         if self._buckets.is_divided:
             charge = partial(limiter.decide_async, charges, now_ns)
-            MultiNodeClaim(self, exchange, charges.slots, charge, now_ns, on_decision).submit()
+            MultiNodeClaim(self, exchange, charges.slots, charge, now_ns, on_decision, is_trial=is_trial).submit()
             return
         assert isinstance(limiter, RedisLimiter | StoreQuotaLimiter)  # noqa: S101 - of the same store
         op = ClaimOp(

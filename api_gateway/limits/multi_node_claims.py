@@ -125,14 +125,20 @@ class MultiNodeClaim:
         charge: Callable[[OnDecision], None],
         now_ns: int,
         on_decision: OnDecision,
+        *,
+        is_trial: bool = False,
     ) -> None:
-        """`charge` has the charges of the request decided on, and calls back with the decision."""
+        """`charge` has the charges of the request decided on, and calls back with the decision.
+
+        A trial is charged also if the exchange has ended: its decision is counted.
+        """
         self._port = port
         self._exchange = exchange
         self._slots = slots
         self._charge = charge
         self._now_ns = now_ns
         self._callback = on_decision
+        self._is_trial = is_trial
         self._uses: list[SlotUse | None] = [None] * len(slots)
         self._source: DecisionSource = "local_share"  # of a refusal
 
@@ -170,7 +176,7 @@ class MultiNodeClaim:
         if not all(use.is_free for use in uses):
             self._port.give_back(self._exchange, self._slots)
             self._callback(self._refusal(uses))
-        elif self._exchange.finished:  # nobody reads the decision, and nothing was charged
+        elif self._exchange.finished and not self._is_trial:  # nobody reads the decision, and nothing was charged
             first = self._slots[0]
             self._callback(Decision(first.key, first.quota, False, 0, 0, 0, self._now_ns))
         else:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from api_gateway.errors import GatewayError
-from api_gateway.limits.concurrency import ConcurrencyQuota, LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
+from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, ConcurrencySlot, Decision, Quota
@@ -70,12 +70,6 @@ class ConcurrencyStage(LimitListStage):
         else:
             ask = partial(self._ask, charges, plan.now_ns)
         return Wait(ask, self._on_decision)
-
-    def _on_decision(self, plan: RequestPlan, decision: Decision) -> StageResult:
-        if isinstance(decision.quota, ConcurrencyQuota):  # which has no candidate
-            plan.exchange.decision = decision
-            return refusal(plan.exchange, decision)
-        return super()._on_decision(plan, decision)
 
     def inspect(self, plan: RequestPlan) -> StageResult:
         """Ask for what is in flight, and for the decision of each bucket alone."""

@@ -1,11 +1,13 @@
 """Candidate limits: evaluated on the same requests as the limits in force; their decisions are only counted."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 
+from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse
 from api_gateway.limits.limit import LIMIT_PREFIX
 from api_gateway.metrics import Recorder
-from api_gateway.models import Charge, Client, Decision, Exchange, Quota
+from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Exchange, Quota
 from api_gateway.proxy.route_table import Route
 from api_gateway.rate_limiter import RateLimiter
 
@@ -16,6 +18,9 @@ class ShadowLimits:
     All limits of a request are evaluated together, each with its candidate if it has one. Without a candidate among
     them, the request is not evaluated. If a cost has a candidate, all requests are evaluated, because the cost of one
     request affects the client's later ones. Address limits are not evaluated.
+
+    Concurrency limits have slots of their own, with the same prefix. A request that is evaluated takes all of them and
+    the tokens, or nothing, and returns the slots when its exchange ends, also if the limits in force have refused it.
     """
 
     def __init__(
@@ -26,6 +31,7 @@ class ShadowLimits:
         recorder: Recorder,
         candidates: Mapping[str, Quota],
         routes: Iterable[Route],
+        slots: LocalSlots,
     ) -> None:
         """`candidates` are the candidate quotas by name of the quota in force: of a tier, or of a limit."""
         self._limiter = limiter
@@ -33,6 +39,8 @@ class ShadowLimits:
         self._recorder = recorder
         self._candidates = dict(candidates)
         self._routes = {route.name: route for route in routes if route.has_candidate}
+        self._slots = slots
+        self._quota_of_slots = lru_cache(maxsize=1024)(self._tried_quota)
 
     def __repr__(self) -> str:
         return f"<ShadowLimits of {sorted(self._candidates)} and routes {sorted(self._routes)}>"
@@ -50,16 +58,38 @@ class ShadowLimits:
         if not charges:
             return
         now_ns = self._clock_ns()
+        count = partial(self._count, exchange, charges)
+        if isinstance(charges, SlottedCharges):
+            self._observe_slots(exchange, charges, now_ns, count)
+            return
         trial = self._limiter.decide(charges, now_ns)
         if trial is None:
-            self._limiter.decide_async(charges, now_ns, partial(self._count, exchange, charges))
+            self._limiter.decide_async(charges, now_ns, count)
         else:
-            self._count(exchange, charges, trial)
+            count(trial)
+
+    def _observe_slots(
+        self, exchange: Exchange, charges: SlottedCharges, now_ns: int, count: Callable[[Decision], None]
+    ) -> None:
+        trial = self._slots.refusal(charges.slots, now_ns) or self._limiter.decide(charges, now_ns)
+        if trial is None:
+            self._slots.ask(exchange, self._limiter, charges, now_ns, count, is_trial=True)
+            return
+        if trial.allowed:
+            self._slots.take(exchange, charges.slots)
+            if exchange.finished:  # while the store was asked about the limits in force
+                self._slots.release(exchange)
+        count(trial)
+
+    async def look(self, charges: Sequence[Charge]) -> list[SlotUse]:
+        """Return the candidate slots of such charges as they are now."""
+        return await self._slots.look(charges.slots) if isinstance(charges, SlottedCharges) else []
 
     def charges(self, exchange: Exchange, client: Client) -> list[Charge]:
         """Return the candidate charges of an exchange with charges in force; empty without a candidate."""
         further = [charge for charge in exchange.charges if charge.key.startswith(LIMIT_PREFIX)]
-        quotas = [client.quota, *(charge.quota for charge in further)]
+        held = exchange.charges.slots if isinstance(exchange.charges, SlottedCharges) else ()
+        quotas = [client.quota, *(charge.quota for charge in further), *(slot.quota for slot in held)]
         if not self._routes and all(quota.name not in self._candidates for quota in quotas):
             return []
         cost, tried = exchange.cost, self._routes.get(exchange.route or "")
@@ -67,7 +97,16 @@ class ShadowLimits:
             candidate = tried.candidate_cost_of(exchange.method.upper(), exchange.path)
             cost = cost if candidate is None else candidate
         own = Charge(client.key, client.quota, 0)
-        return [self._tried(charge, cost) for charge in (own, *further)]
+        charges = [self._tried(charge, cost) for charge in (own, *further)]
+        if not held:
+            return charges
+        slots = [ConcurrencySlot(f"candidate:{one.key}", self._quota_of_slots(one.quota)) for one in held]
+        return SlottedCharges(charges, tuple(slots))
+
+    def _tried_quota(self, quota: Quota) -> Quota:
+        """Return the quota of the candidate's slots, which are counted apart from those in force."""
+        tried = self._candidates.get(quota.name) or quota
+        return replace(tried, policy=f"{quota.policy} candidate")
 
     def _tried(self, charge: Charge, cost: float) -> Charge:
         quota = self._candidates.get(charge.quota.name) or charge.quota

@@ -101,16 +101,12 @@ def _tier_findings(config: LimitedSections, limit: LimitSection, place: KeyPath)
 def _concurrency_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:
     """Yield each tier that has a number and no such limit, or the limit and no number."""
     given = limit.concurrent_by_tier
+    yield from _number_findings(config, limit, place, given)
+    tried = None if limit.candidate is None else limit.candidate.concurrent
+    if isinstance(tried, dict):
+        yield from _number_findings(config, limit, (*place, "candidate"), tried)
     if not given:
         return
-    known = ", ".join(config.tiers)
-    for tier in given:
-        key_path: KeyPath = (*place, "concurrent", tier)
-        if tier not in config.tiers:
-            yield key_path, f"no such tier, got {tier!r}; the tiers are {known}", (("tiers",),)
-        elif limit.tiers is not None and tier not in limit.tiers:
-            message = f"the limit does not apply to this tier: add it to tiers or remove it, got {given[tier]}"
-            yield key_path, message, ((*place, "tiers"),)
     lacking = [tier for tier in limit.tiers or config.tiers if tier not in given and tier in config.tiers]
     if lacking:
         shown = ", ".join(f"{tier}: {number}" for tier, number in given.items())
@@ -119,6 +115,19 @@ def _concurrency_findings(config: LimitedSections, limit: LimitSection, place: K
             f" got {{{shown}}}"
         )
         yield (*place, "concurrent"), message, (("tiers",), (*place, "tiers"))
+
+
+def _number_findings(
+    config: LimitedSections, limit: LimitSection, place: KeyPath, given: Mapping[str, int]
+) -> Iterator[Found]:
+    """Yield each tier that has a number below `place`, and to which the limit cannot apply."""
+    for tier, number in given.items():
+        key_path: KeyPath = (*place, "concurrent", tier)
+        if tier not in config.tiers:
+            yield key_path, f"no such tier, got {tier!r}; the tiers are {', '.join(config.tiers)}", (("tiers",),)
+        elif limit.tiers is not None and tier not in limit.tiers:
+            message = f"the limit does not apply to this tier: add it to tiers or remove it, got {number}"
+            yield key_path, message, ((*place[:2], "tiers"),)
 
 
 def _reference_findings(config: LimitedSections, limit: LimitSection, place: KeyPath) -> Iterator[Found]:

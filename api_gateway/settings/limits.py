@@ -14,6 +14,60 @@ Names = Annotated[list[str], Field(min_length=1)]
 Requests = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
+def _by_tier(value: Any) -> Any:
+    """Return the allowances by tier, also of a list of tiers, which all have that of the limit."""
+    if isinstance(value, list):
+        names = [str(name).upper() for name in value]
+        value = dict.fromkeys(value) if all(isinstance(name, str) for name in value) else value
+    else:
+        names = [str(name).upper() for name in value] if isinstance(value, Mapping) else []
+    if len(set(names)) < len(names):
+        raise ValueError("must not name a tier twice")
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    """Return the tag of a value of `Concurrent`, which `diagnostics.place_of` leaves out."""
+    return "[by tier]" if isinstance(value, Mapping) else "[number]"
+
+
+Concurrent = Annotated[
+    Annotated[Requests, Tag("[number]")]
+    | Annotated[dict[TierName, Requests], Field(min_length=1), BeforeValidator(_by_tier), Tag("[by tier]")],
+    Discriminator(_kind_of),
+]
+
+
+class LimitCandidateSection(Section):
+    """Another allowance, which is evaluated beside the one in force: `rate` and `capacity`, or `concurrent`."""
+
+    rate: Annotated[Rate, Field(gt=0, le=1_000_000)] | None = Field(default=None, description="Tokens per second.")
+    capacity: int | None = Field(default=None, ge=1, le=1_000_000_000, description="The maximum number of tokens.")
+    concurrent: Concurrent | None = Field(
+        default=None, description="Requests in flight at the same time, for all tiers of the limit or some."
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "LimitCandidateSection":
+        if (self.rate is None) is not (self.capacity is None):
+            raise ValueError(f"needs {'rate' if self.rate is None else 'capacity'} too")
+        if (self.rate is None) is (self.concurrent is None):
+            got = "neither" if self.rate is None else "both"
+            raise ValueError(f"must have either rate and capacity, or concurrent, got {got}")
+        return self
+
+    @property
+    def tokens(self) -> CandidateSection | None:
+        """The candidate of a bucket; None if this is one of a concurrency limit."""
+        if self.rate is None or self.capacity is None:
+            return None
+        return CandidateSection(rate=self.rate, capacity=self.capacity)
+
+    def concurrent_of(self, tier: str) -> int | None:
+        """Return the requests in flight of a tier; None if the tier has no such candidate."""
+        return self.concurrent.get(tier) if isinstance(self.concurrent, dict) else self.concurrent
+
+
 class AllowanceSection(Section):
     """What a limit allows: `rate` in tokens per second and `capacity` in tokens, or `quota`: tokens in each period.
 
@@ -23,7 +77,7 @@ class AllowanceSection(Section):
     rate: Annotated[Rate, Field(gt=0, le=1_000_000)] | None = Field(default=None, description="Tokens per second.")
     capacity: int | None = Field(default=None, ge=1, le=1_000_000_000, description="The maximum number of tokens.")
     quota: int | None = Field(default=None, ge=1, le=1_000_000_000_000, description="Tokens in each period.")
-    candidate: CandidateSection | None = None
+    candidate: LimitCandidateSection | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> "AllowanceSection":
@@ -31,8 +85,10 @@ class AllowanceSection(Section):
             raise ValueError(f"needs {'rate' if self.rate is None else 'capacity'} too")
         if self.quota is not None and self.rate is not None:
             raise ValueError("must have either rate and capacity, or quota; for both, write two limits")
-        if self.candidate is not None and self.rate is None:
-            raise ValueError("a candidate needs rate and capacity beside it")
+        if self.candidate is not None and self.candidate.concurrent is None and self.rate is None:
+            raise ValueError(
+                "a candidate with rate and capacity needs both beside it; of a concurrency limit, it has concurrent"
+            )
         return self
 
     @property
@@ -75,30 +131,6 @@ def _parts(value: Any) -> Any:
     if isinstance(parts, list) and len({str(part).lower() for part in parts}) < len(parts):
         raise ValueError("must not name a part twice")
     return parts
-
-
-def _by_tier(value: Any) -> Any:
-    """Return the allowances by tier, also of a list of tiers, which all have that of the limit."""
-    if isinstance(value, list):
-        names = [str(name).upper() for name in value]
-        value = dict.fromkeys(value) if all(isinstance(name, str) for name in value) else value
-    else:
-        names = [str(name).upper() for name in value] if isinstance(value, Mapping) else []
-    if len(set(names)) < len(names):
-        raise ValueError("must not name a tier twice")
-    return value
-
-
-def _kind_of(value: Any) -> str:
-    """Return the tag of a value of `Concurrent`, which `diagnostics.place_of` leaves out."""
-    return "[by tier]" if isinstance(value, Mapping) else "[number]"
-
-
-Concurrent = Annotated[
-    Annotated[Requests, Tag("[number]")]
-    | Annotated[dict[TierName, Requests], Field(min_length=1), BeforeValidator(_by_tier), Tag("[by tier]")],
-    Discriminator(_kind_of),
-]
 
 
 LimitKey = Annotated[str, Field(pattern=LIMIT_KEY)]
@@ -148,16 +180,31 @@ class LimitSection(AllowanceSection):
         return self.concurrent if isinstance(self.concurrent, dict) else {}
 
     @model_validator(mode="after")
+    def _has_candidate_of_its_kind(self) -> "LimitSection":
+        own = [section.candidate for section in (self.tiers or {}).values() if section is not None]
+        if any(candidate is not None and candidate.concurrent is not None for candidate in own):
+            raise ValueError("a candidate with concurrent belongs to the limit: move it out of tiers")
+        tried = None if self.candidate is None else self.candidate.concurrent
+        if tried is not None and self.concurrent is None:
+            raise ValueError(f"a candidate with concurrent needs concurrent beside it, got {tried}")
+        if isinstance(tried, dict) and not self.concurrent_by_tier:
+            raise ValueError(
+                "a candidate has numbers by tier if concurrent has: write one number, or both by tier,"
+                f" got {self.concurrent} and {tried}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _is_concurrency_alone(self) -> "LimitSection":
         if self.concurrent is None:
             return self
         sections = {"": self, **{f"tiers.{name}: ": section for name, section in (self.tiers or {}).items()}}
         for place, section in sections.items():
-            for name in ("rate", "capacity", "quota", "candidate"):
+            for name in ("rate", "capacity", "quota"):
                 if section is not None and getattr(section, name) is not None:
                     raise ValueError(
                         f"{place}a limit with concurrent has no {name}: remove it, or write two limits,"
-                        f" got {getattr(section, name) if name != 'candidate' else 'one'}"
+                        f" got {getattr(section, name)}"
                     )
         for name in ("period", "cost"):
             if getattr(self, name) is not None:

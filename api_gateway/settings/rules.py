@@ -252,8 +252,9 @@ def _all_terms(config: ConfigSections) -> Iterator[tuple[KeyPath, _Terms]]:
     for index, limit in enumerate(config.limits):
         for key_path, section in allowances(limit):
             yield ("limits", str(index), *key_path), section
-            if section.candidate is not None:
-                yield ("limits", str(index), *key_path, "candidate"), section.candidate
+            tried = None if section.candidate is None else section.candidate.tokens
+            if tried is not None:
+                yield ("limits", str(index), *key_path, "candidate"), tried
 
 
 def _concurrency_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:

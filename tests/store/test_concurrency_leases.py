@@ -7,6 +7,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -19,7 +20,9 @@ from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
 from api_gateway.limits.script_batcher import ScriptOp, _call
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
-from api_gateway.models import Charge, ConcurrencySlot, Decision, Exchange, Quota
+from api_gateway.metrics import Recorder
+from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Exchange, Quota
+from api_gateway.proxy.shadow_limits import ShadowLimits
 from tests.kit import turns
 from tests.lua_store import MICROSECOND, LuaLimiter, LuaStore, Wire
 
@@ -448,6 +451,81 @@ def test_on_a_cluster_the_policy_decides_on_slots_whose_server_does_not_respond(
     worker.beat()
     worker.wire.all_at_once()
     assert (total(worker), worker.slots.unconfirmed) == (0, {})
+
+
+class Trial:
+    """A worker that evaluates a candidate of FIVE on requests that were decided on already."""
+
+    def __init__(self, worker: Worker, most: int) -> None:
+        self.worker = worker
+        self.recorder = Recorder(["r"], ["up"], ["FREE"], [50], 0.0)
+        self.shadow = ShadowLimits(
+            limiter=worker.charging,
+            clock_ns=lambda: worker.now_ns,
+            recorder=self.recorder,
+            candidates={"five": ConcurrencyQuota.of("five candidate", most, "five")},
+            routes=(),
+            slots=worker.slots,
+        )
+
+    def request(self, *, is_allowed: bool = True) -> Exchange:
+        client = Client("acme", "client:acme", replace(PLENTY, name="FREE"), "default")
+        exchange = Exchange("", "GET", "/api/x", "192.0.2.7", self.worker.now_ns / 1e9, client)
+        exchange.charges = SlottedCharges([Charge("client:acme", PLENTY, PLENTY.cost_ns(1))], (FIVE,))
+        exchange.decision = Decision("", FIVE.quota, is_allowed, 0, 0, 0)
+        self.shadow.observe(exchange)
+        return exchange
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        return self.recorder.would_limit["FREE"], self.recorder.would_allow["FREE"]
+
+
+@pytest.mark.parametrize("is_divided", [False, True], ids=["one server", "cluster"])
+def test_a_candidate_has_slots_that_workers_share_and_that_return_to_zero(
+    store: LuaStore,
+    is_divided: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    one, two = (Trial(Worker(store, number, is_divided=is_divided), 3) for number in (1, 2))
+    begun = [(trial, trial.request()) for trial in (one, two, one, two, one)]
+    for trial in (one, two):
+        trial.worker.wire.all_at_once()
+    assert one.counted[0] + two.counted[0] == 2
+    candidate = slot("five candidate", 3)._replace(key=f"candidate:{FIVE.key}")
+    assert (total(one.worker, candidate), total(one.worker)) == (3, 0), "the slots in force are others"
+    for trial, exchange in begun:
+        trial.worker.end(exchange)
+        trial.worker.wire.all_at_once()
+    assert total(one.worker, candidate) == 0
+    assert +(one.worker.in_flight + two.worker.in_flight) == {}
+
+
+@pytest.mark.parametrize("is_divided", [False, True], ids=["one server", "cluster"])
+def test_a_candidate_is_decided_on_also_if_the_request_has_ended_meanwhile(
+    store: LuaStore,
+    is_divided: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    """A request that was refused has ended, and a short one may have: neither counts as refused by the candidate."""
+    trial = Trial(Worker(store, 1, is_divided=is_divided), 3)
+    for is_allowed in (True, False):
+        exchange = trial.request(is_allowed=is_allowed)
+        trial.worker.end(exchange)
+        trial.worker.wire.all_at_once()
+        assert not exchange.slots
+    assert trial.counted == (0, 1)
+    assert +trial.worker.in_flight == {}
+
+
+def test_a_candidate_is_decided_on_while_the_store_is_unavailable(store: LuaStore) -> None:
+    trial = Trial(Worker(store, 1, processes=1), 2)
+    trial.worker.wire.is_up = False
+    ended = Exchange("", "GET", "/api/x", "192.0.2.7", 0.0)
+    begun = [trial.request() for _ in range(3)]
+    assert (trial.counted[0], trial.worker.in_flight["five candidate"]) == (1, 2)
+    for exchange in begun:
+        trial.worker.end(exchange)
+    assert trial.worker.in_flight["five candidate"] == 0
+    assert not ended.slots
 
 
 FAILURES = ("late", "lost", "outage", "empty")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.exchanges.fast_path import FastPath
 from api_gateway.http1.asgi import Message
+from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import ExchangeRecords
@@ -121,6 +123,7 @@ class Stage:
             recorder=self.recorder,
             candidates={"FREE": CANDIDATE},
             routes=routes,
+            slots=LocalSlots(Counter()),
         )
         limits = RateLimitStage(limiter=self.limiter, address_quota=ADDRESS, exempt=(), shadow=shadow)
         tiers = {"FREE": FREE, "PAID": PAID}

@@ -1,6 +1,10 @@
 """Candidates: evaluated beside the limits in force on the same requests, counted, and without effect on them."""
 
+import json
+import threading
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.config import GatewayConfig, load_config
+from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota
 from api_gateway.proxy.route_table import CostRule, Route
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.diagnostics import ConfigError
-from tests.kit import RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
+from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of, reply
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
@@ -47,6 +52,7 @@ class Trying:
             recorder=self.recorder,
             candidates=self.candidates,
             routes=self.routes,
+            slots=LocalSlots(Counter()),
         )
 
     def request(
@@ -224,6 +230,41 @@ def test_what_is_settled_is_settled_for_the_candidate_too(
         for _ in range(12):
             assert client.get("/api/x", ("X-Client-ID: c", *WAYS[way])).status == 200
     assert ask(f"{running.url}/metrics").json()["rate_limiter"]["would_limit"]["FREE"] == 0
+
+
+def test_a_candidate_of_a_concurrency_limit_refuses_nothing_and_is_shown(
+    gateway: StartGateway, upstream: StartUpstream
+) -> None:
+    up, held, plain = upstream(), threading.Event(), reply()
+    up.behave = lambda wire, request: held.wait(30) and plain(wire, request)
+    limit = {"name": "three", "concurrent": 3, "candidate": {"concurrent": 1}}
+    running = gateway(in_front_of(up.url) | {"limits": [limit]})
+
+    def in_flight() -> Any:
+        return ask(f"{running.url}/metrics").json()["rate_limiter"]["in_flight"]
+
+    def explained() -> Any:
+        body = json.dumps({"path": "/api/x", "client_id": "c"}).encode()
+        fields = {"Content-Type": "application/json"}
+        return ask(f"{running.url}/explain", method="POST", headers=fields, body=body).json()
+
+    assert in_flight() == {"three": 0, "three candidate": 0}
+    with ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(running.port)) for _ in range(4)]
+        for client, way in zip(clients[:3], ("fast path", "general parser", "fast path"), strict=True):
+            client.request("GET", "/api/x", ("X-Client-ID: c", *WAYS[way]))
+        eventually(lambda: in_flight() == {"three": 3, "three candidate": 1}, "three requests are in flight")
+        assert clients[3].get("/api/x", ("X-Client-ID: c",)).status == 429
+        (shown,) = explained()["candidate_concurrency"]
+        assert (shown["policy"], shown["in_flight"], shown["concurrent"]) == ("three candidate", 1, 1)
+        assert not shown["allowed"]
+        assert explained()["result"]["reason"] == "concurrency_exceeded"
+        held.set()
+        assert [client.answer().status for client in clients[:3]] == [200] * 3
+    assert in_flight() == {"three": 0, "three candidate": 0}
+    assert explained()["candidate_concurrency"][0]["allowed"]
+    text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
+    assert 'gateway_rate_limit_would_refuse_total{limit="three",tier="FREE"} 2.0' in text
 
 
 # Configuration
