@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from typing import NamedTuple
 
 from api_gateway.errors import BodyTooLarge, ClientDisconnected, GatewayError, InternalError
 from api_gateway.exchanges.client_port import Downstream
@@ -15,6 +16,7 @@ from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_o
 from api_gateway.proxy.compression import Coding, Compression, ContentEncoder
 from api_gateway.proxy.content_cost import ContentScan
 from api_gateway.proxy.exchange import (
+    ADMITTING,
     BODY,
     BODY_END,
     BODY_PAUSE,
@@ -42,12 +44,20 @@ from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.head_editing import HeadEditor
 from api_gateway.proxy.sse import EventBoundaries
 from api_gateway.proxy.url_rewriting import UrlRewriter
-from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
+from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, UpstreamResponse
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt
 
 CLIENT_LEFT = "The client disconnected before the response was complete."
 _HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): [^\r]")  # makes a request repeatable, see `retry.is_repeatable`
+
+
+class FirstFailure(NamedTuple):
+    """What the first upstream of a request has failed with."""
+
+    error: GatewayError
+    upstream: str | None
+    target: str | None
 
 
 class ExchangeLife(ProxyExchange):
@@ -57,28 +67,36 @@ class ExchangeLife(ProxyExchange):
     phase `exchanging`.
     """
 
+    # See `UpstreamResponse` on slots and defaults.
+    __slots__ = (
+        "_client",
+        "_context",
+        "attempt",
+        "compression",
+        "encoder",
+        "events",
+        "exchange",
+        "is_framed",
+        "is_pending",
+        "is_watched",
+        "keep_alive",
+        "plan",
+        "timer",
+        "upload",
+    )
     is_handshake = False
     is_relayed = True
-    is_framed = False  # the pieces are sent to the client as chunks
-    timer: asyncio.TimerHandle | None = None  # of the deadline
     delay: asyncio.TimerHandle | None = None  # before a retry
     probe: asyncio.TimerHandle | None = None  # after which a probe counts as a success while its response streams
     is_sent = True  # a part of the request was written to a connection
     is_repeated = False  # the request is sent once more, as its connection was closed while idle
-    is_pending = False  # a question, timer, task or last response may have to be dropped
     cause = ""  # of the retry: a reason or a status
     failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
     last: UpstreamResponse | None = None  # the response of the last attempt, likewise
     tried: tuple[Target, ...] = ()  # the targets of the attempts that have failed
     _last_attempt: Attempt | None = None  # ended, but its result may be final
-    upload: ExchangeBody | None = None  # the request body
-    first_failure: GatewayError | None = None  # the error for which another upstream is asked, as the fallback
-    failed_upstream: str | None = None  # the upstream that has failed with it
-    failed_target: str | None = None
+    first_failure: FirstFailure | None = None  # for which another upstream is asked, as the fallback
     waited_before_head = 0.0  # seconds for which the attempt had waited for the client when the head arrived
-    events: EventBoundaries | None = None  # of an event stream
-    is_watched = False  # the content of the response states its cost, or is compressed
-    compression: Compression | None = None  # of the route
     coding: Coding | None = None  # by which a response that the compression concerns is compressed; None: as it is
     scan: ContentScan | None = None  # of the content, from the head on
     task: "asyncio.Task[None] | None" = None  # that opens or awaits a connection
@@ -92,10 +110,19 @@ class ExchangeLife(ProxyExchange):
         trailers: HeaderList | None = None,
     ) -> None:
         """`body` is what has arrived of it. `trailers` is filled before its end, None behind a plain head."""
-        self.connection = self.error = None
+        self.connection = self.error = self.chunks = self.cost = None
+        self.status = self.buffered = self.generation = 0
+        self.phase, self.request_body, self.response = ADMITTING, NONE, NONE
+        self.is_head_complete = self.is_complete = False
+        self.is_framed = False  # the pieces are sent to the client as chunks
+        self.is_watched = False  # the content of the response states its cost, or is compressed
+        self.is_pending = False  # a question, timer, task or last response may have to be dropped
+        self.timeouts = NO_LIMITS
+        self.upload: ExchangeBody | None = None  # the request body
+        self.timer: asyncio.TimerHandle | None = None  # of the deadline
         self.encoder: ContentEncoder | None = None  # that compresses the content
-        self.upload = self.chunks = None  # these three are read often, which takes longer for class attributes
-        self.is_watched = False
+        self.events: EventBoundaries | None = None  # of an event stream
+        self.compression: Compression | None = None  # of the route
         self.exchange = exchange = plan.exchange
         self.is_to_head = exchange.method == "HEAD"
         self.listener = NO_LISTENER

@@ -9,7 +9,7 @@ from typing import Any
 from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
 from api_gateway.exchanges.attempting_exchange import AttemptingExchange
 from api_gateway.exchanges.exchange_body import ExchangeBody
-from api_gateway.exchanges.exchange_life import body_too_large
+from api_gateway.exchanges.exchange_life import FirstFailure, body_too_large
 from api_gateway.exchanges.response_head import static_response
 from api_gateway.models import NANOSECONDS, Outcome
 from api_gateway.proxy.admission import DirectResponse, Wait
@@ -190,7 +190,7 @@ class HttpExchange(AttemptingExchange):
     def _ask_fallback(self, upstream_client: UpstreamClient, error: GatewayError) -> GatewayError | None:
         """Begin the attempts on another upstream; return the error to respond with if none can be begun."""
         exchange, attempt, now = self.exchange, self.attempt, self._context.clock()
-        self.first_failure, self.failed_upstream, self.failed_target = error, exchange.upstream, exchange.target
+        self.first_failure = FirstFailure(error, exchange.upstream, exchange.target)
         self.attempt = self._last_attempt = None
         if attempt is not None:
             attempt.release(now)
@@ -219,14 +219,14 @@ class HttpExchange(AttemptingExchange):
         self._start(upstream_client, attempt, now)
         return None
 
-    def _after_both(self, first: GatewayError, second: GatewayError) -> GatewayError:
+    def _after_both(self, first: FirstFailure, second: GatewayError) -> GatewayError:
         """Return the error of the first upstream, after the fallback has failed too."""
         exchange = self.exchange
         note_shed(exchange, second)
-        exchange.upstream, exchange.target, exchange.fallback = self.failed_upstream, self.failed_target, None
+        exchange.upstream, exchange.target, exchange.fallback = first.upstream, first.target, None
         exchange.has_reached |= not second.is_retry_safe
-        add_failure(first, second)
-        return first
+        add_failure(first.error, second)
+        return first.error
 
     # The deadline
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import ClassVar, Final, Literal, NamedTuple
 
-from api_gateway.transport.response import UpstreamResponse
+from api_gateway.transport.response import ResponseListener, ResponseSource, TimeoutExtension, UpstreamResponse
 
 ExchangePhase = Literal[
     "admitting",
@@ -294,10 +294,18 @@ class ProxyExchange(UpstreamResponse):
     """
 
     is_strict: ClassVar[bool] = False  # illegal events raise, as in tests
-    phase: ExchangePhase = ADMITTING
-    request_body: RequestBodyState = NONE
-    response: ResponseState = NONE
-    generation = 0
+
+    __slots__ = ("generation", "phase", "request_body", "response")
+
+    def __init__(
+        self, connection: ResponseSource | None, method: str, timeouts: TimeoutExtension, listener: ResponseListener
+    ) -> None:
+        """See `UpstreamResponse`."""
+        super().__init__(connection, method, timeouts, listener)
+        self.phase: ExchangePhase = ADMITTING
+        self.request_body: RequestBodyState = NONE
+        self.response: ResponseState = NONE
+        self.generation = 0
 
     @property
     def states(self) -> States:

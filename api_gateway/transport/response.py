@@ -115,26 +115,34 @@ class UpstreamResponse:
     fail before the head. In the last two states nothing more arrives, but buffered pieces can still be read.
     """
 
-    # Initial values are class attributes, which makes it cheaper to create a response for each request.
-    status = 0
+    # Slots: what each request sets or reads. The rest has defaults on the class, which cost nothing until they differ.
+    # Of those there are 30 at most in an exchange, because instances do not share more keys in CPython 3.11.
+    __slots__ = (
+        "__dict__",
+        "buffered",
+        "chunks",
+        "connection",
+        "cost",
+        "error",
+        "is_complete",
+        "is_head_complete",
+        "is_to_head",
+        "listener",
+        "pieces",
+        "status",
+        "timeouts",
+    )
     version = "1.1"  # of HTTP, in which the response was received
     head = b""  # a plain head as received; empty if the parser has parsed it
     passed = b""  # status line and forwarded lines of a plain head
     has_date = False  # only for a plain head
-    cost: bytes | None = None  # the value of X-Gateway-Cost in a plain head
     trailers: HeaderList = []  # noqa: RUF012 - replaced, never modified
     leftover = b""  # bytes received after a 101
-    is_head_complete = False
-    is_complete = False
     is_until_close = False  # delimited by the end of the connection
     is_counted = False  # delimited by Content-Length, and parsed by httptools
-    chunks: ChunkedBody | None = None  # of a body whose pieces are plain chunks with their framing
     keeps_alive = False
-    error: Exception | None = None
-    buffered = 0  # bytes in `pieces`
     is_relayed = False  # pieces are written to the client at once instead of being buffered
     reader_waited = 0.0  # seconds for which reading from the upstream was paused for a slow reader
-    timeouts: TimeoutExtension = NO_LIMITS
     _waiter: "asyncio.Future[None] | None" = None
     _reason: bytes | None = (
         None  # these three are of a head that the parser has parsed, or computed when they are read
@@ -145,11 +153,17 @@ class UpstreamResponse:
     def __init__(
         self, connection: ResponseSource | None, method: str, timeouts: TimeoutExtension, listener: ResponseListener
     ) -> None:
+        """A subclass that does not call this sets the same attributes."""
         self.connection: ResponseSource | None = connection
         self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
         self.listener = listener
         self.pieces: list[bytes] = []
+        self.status = self.buffered = 0  # `buffered`: bytes in `pieces`
+        self.is_head_complete = self.is_complete = False
+        self.error: Exception | None = None
+        self.chunks: ChunkedBody | None = None  # of a body whose pieces are plain chunks with their framing
+        self.cost: bytes | None = None  # the value of X-Gateway-Cost in a plain head
 
     @classmethod
     def continuing(cls, other: "UpstreamResponse", listener: ResponseListener) -> "UpstreamResponse":

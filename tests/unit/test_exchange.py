@@ -137,6 +137,17 @@ def test_an_upstream_may_send_100_continue_whatever_has_become_of_the_body(
     assert states.successor(exchanging, states.CONTINUE) == States(states.EXCHANGING, after)
 
 
+def test_an_exchange_has_no_more_defaults_than_instances_share_keys_for() -> None:
+    """An instance with an attribute beyond these gets a dictionary of its own, which costs more than a slot."""
+    defaults = {
+        name
+        for kind in HttpExchange.__mro__[:-1]
+        for name, value in vars(kind).items()
+        if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__")
+    }
+    assert len(defaults - {"is_handshake", "is_strict"}) <= 30, "further attributes need slots, set in __init__"
+
+
 def test_an_illegal_event_changes_nothing_and_names_state_and_event() -> None:
     exchange = ProxyExchange(None, "GET", NO_LIMITS, NO_LISTENER)
     exchange.phase = states.WAITING
