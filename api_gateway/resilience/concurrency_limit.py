@@ -100,7 +100,8 @@ class ConcurrencyLimit:
 
     def admits(self, priority: int, holder: str | None = None) -> bool:
         """Return whether a request of this priority and holder is admitted now; records a refusal for the gradient."""
-        if not self.is_full_for(priority, holder):
+        places = self._slots
+        if places.held(holder) < self.class_limits[priority] - places.in_use:  # `is_full_for`, inlined
             return True
         self._lowest_refused = min(self._lowest_refused, priority)
         return False
@@ -112,8 +113,9 @@ class ConcurrencyLimit:
 
     def acquire(self, priority: int, holder: str | None = None) -> None:
         """Take a slot for a request that `admits` has admitted."""
-        self._slots.acquire(holder)
-        taken = self._slots.in_use
+        places = self._slots
+        places.acquire(holder)
+        taken = places.in_use
         if taken > self._peak:
             self._peak = taken
             if taken >= self.class_limits[priority] and priority < self._lowest_refused:

@@ -35,11 +35,14 @@ def least_requests(source: random.Random) -> Picker:
     Two choices are within a constant of the optimum (Mitzenmacher 2001) and, unlike the exact minimum, do not make all
     gateways choose the same target at once.
     """
+    draw = source.random
 
     def picker(targets: Sequence[Target], _key: str) -> Target:
-        if len(targets) == 1:
+        count = len(targets)
+        if count == 1:
             return targets[0]
-        one, other = source.sample(targets, 2)
+        first, second = int(draw() * count), int(draw() * (count - 1))  # cheaper than `sample`
+        one, other = targets[first], targets[second if second < first else second + 1]
         return one if one.in_flight * other.weight <= other.in_flight * one.weight else other
 
     return picker

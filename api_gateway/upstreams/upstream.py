@@ -136,8 +136,10 @@ class Attempt:
                 outliers.settle(targets, self.target, self.target_ticket, outcome, now, principal=self.principal)
             self.upstream.breaker.settle(self.ticket, outcome, now, principal=self.principal)
         self.target.in_flight -= 1
-        if self._limit is not None:
-            self.release_slot()
+        limit = self._limit
+        if limit is not None:  # `release_slot`, inlined
+            self._limit = None
+            limit.release(self._holder)
 
     def release_slot(self) -> None:
         """Release the slot in the concurrency limit, once. Called early for tunnels, which must not occupy it."""
