@@ -278,10 +278,11 @@ def _breaker_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iter
     def finding(key: str, message: str, *other: str) -> Finding:
         return Finding((*key_path, key), message, depends_on=tuple((*key_path, one) for one in other))
 
-    if breaker.max_recovery_timeout < breaker.recovery_timeout:
+    longest = breaker.max_recovery_timeout
+    if longest is not None and longest < breaker.recovery_timeout:
         yield finding(
             "max_recovery_timeout",
-            f"must be at least recovery_timeout ({breaker.recovery_timeout:g}), got {breaker.max_recovery_timeout:g}",
+            f"must be at least recovery_timeout ({breaker.recovery_timeout:g}), got {longest:g}",
             "recovery_timeout",
         )
     if breaker.slow_call_rate is not None and breaker.slow_call_duration is None:

@@ -1,13 +1,10 @@
 """Sections of upstreams: targets, timeouts, pools, health checks, circuit breakers, retries and limits."""
 
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from api_gateway.settings.quantities import seconds_of
 from api_gateway.settings.setting_types import (
     HASH_ON,
     Duration,
@@ -22,9 +19,6 @@ from api_gateway.settings.setting_types import (
     StatusRange,
     WholePath,
 )
-
-LONGEST_RECOVERY = 300  # seconds: the default of the longest time that a breaker stays open
-
 
 _URL = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"}
 _EXAMPLE = "http://127.0.0.1:9001"
@@ -117,9 +111,11 @@ class CircuitBreakerSection(Section):
     )
     recovery_timeout: Seconds = Field(
         default=30,
-        description="How long it stays open before a probe is admitted; doubled with each consecutive opening.",
+        description="How long it stays open before a probe is admitted.",
     )
-    max_recovery_timeout: Seconds = Field(default=LONGEST_RECOVERY, description="The longest time that it stays open.")
+    max_recovery_timeout: Seconds | None = Field(
+        default=None, description="Double the time with each consecutive opening, up to this. None: do not."
+    )
     jitter: float = Field(
         default=0.1, ge=0, le=1, description="The share of the open time by which it may stay open longer."
     )
@@ -133,17 +129,6 @@ class CircuitBreakerSection(Section):
     max_ejected_ratio: float = Field(
         default=0.5, ge=0, le=1, description="The largest share of ejected targets, rounded down."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reach(cls, given: Any) -> Any:
-        """Raise the default of `max_recovery_timeout` to `recovery_timeout` if only the latter is set."""
-        first = given.get("recovery_timeout") if isinstance(given, Mapping) else None
-        with suppress(ValueError):  # which the validation of the setting reports
-            first = seconds_of(first)
-        if isinstance(first, int | float) and first > LONGEST_RECOVERY and "max_recovery_timeout" not in given:
-            return {**given, "max_recovery_timeout": first}
-        return given
 
 
 class BackoffSection(Section):

@@ -160,7 +160,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "window": 30,
         "window_calls": None,
         "recovery_timeout": 30,
-        "max_recovery_timeout": 300,
+        "max_recovery_timeout": None,
         "jitter": 0.1,
         "half_open_max_calls": 1,
         "ramp": 10,
@@ -205,14 +205,6 @@ def test_keys_of_a_breaker_that_contradict_each_other_are_named(keys: dict[str, 
     with pytest.raises(ConfigError) as raised:
         load_config(None, {"upstreams": {"users": {**ONE_UPSTREAM["users"], "circuit_breaker": keys}}})
     assert raised.value.problems == [f"command line: upstreams.users.circuit_breaker.{problem}"]
-
-
-def test_a_long_recovery_needs_no_longer_maximum_to_be_given() -> None:
-    """Nor does it when the configuration is handed on whole, as to a worker."""
-    upstream = {**ONE_UPSTREAM["users"], "circuit_breaker": {"recovery_timeout": 900}}
-    config = load_config(None, {"upstreams": {"users": upstream}})
-    assert config.upstreams["users"].circuit_breaker.max_recovery_timeout == 900
-    assert GatewayConfig.model_validate(config.model_dump()) == config
 
 
 def test_an_adaptive_limit_has_defaults_once_it_is_asked_for() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.config import from_values, load_config
+from api_gateway.config import load_config
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.quantities import bytes_of, rate_of, seconds_of
 
@@ -92,10 +92,3 @@ def test_a_url_is_an_upstream_with_one_target_and_a_route(monkeypatch: pytest.Mo
         "orders": ["http://127.0.0.1:9002"],
     }
     assert {route.path for route in config.routes} == {"/api/users", "/api/more", "/api/orders"}
-
-
-def test_a_long_recovery_as_a_duration_raises_the_maximum() -> None:
-    config = from_values(
-        {"upstreams": {"a": {"targets": ["http://a"], "circuit_breaker": {"recovery_timeout": "10m"}}}}
-    )
-    assert config.upstreams["a"].circuit_breaker.max_recovery_timeout == 600
