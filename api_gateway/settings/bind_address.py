@@ -7,6 +7,7 @@ UNIX_PREFIX = "unix:"
 MAX_PATH = 107  # bytes in the path of a Unix socket (unix(7))
 MAX_PORT = 65_535
 EVERY_PERMISSION = 0o777
+_WITH_PORT = re.compile(r"(\[[^\]]*\]|[^:]*):[^:]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ def checked_host(host: str) -> str:
     """
     if not host:
         raise ValueError("must name an address to listen on, such as 127.0.0.1, or '::' for every address")
+    if not host.startswith(UNIX_PREFIX) and ("/" in host or _WITH_PORT.fullmatch(host)):
+        raise ValueError("must be only an address, such as 0.0.0.0; set the port as server.port")
     BindAddress.of(host, 0, 0)
     return host
 

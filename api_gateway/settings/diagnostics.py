@@ -25,6 +25,7 @@ DELIMITER = "__"  # between the levels of a setting, in the name of a variable
 
 # The URL of a target, valid or not, in which no part can be a password.
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
+_HINT = "; did you mean "
 _LONGEST_SHOWN = 200
 _LIKE_KEY = re.compile("agw_[0-9A-Za-z]{20}")  # an API key, see `clients.api_keys`
 QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")
@@ -280,7 +281,8 @@ def describe_errors(
     if path is not None:  # the secret was read from a file
         names_file = ", got " in message or (isinstance(detail["input"], Unusable) and detail["input"].names_file)
         key_path, shown = other_form, "" if names_file else f", read from {shown_path(path)}"
-    return f"{sources.origin(key_path)}{path_text(key_path) or 'the configuration'}: {message}{shown}"
+    message, mark, hint = message.partition(_HINT)
+    return f"{sources.origin(key_path)}{path_text(key_path) or 'the configuration'}: {message}{shown}{mark}{hint}"
 
 
 def _example(annotation: Any) -> str:
@@ -350,7 +352,7 @@ def shown_value(value: Any, annotation: Any) -> str:
 def nearest(word: str, known: Collection[str]) -> str:
     """Return a suggestion if one of `known` is similar to `word`, else ""."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"{_HINT}{close[0]!r}?" if close else ""
 
 
 def path_text(key_path: KeyPath) -> str:

@@ -38,8 +38,15 @@ def read_settings(path: Path, variables: Mapping[str, str], shared: Collection[s
         found = matching_files(whole)
         note_file(whole)
         if not found and not any(one in pattern for one in WILDCARDS):
-            unreadable.append(f"{merged.place_of_include(index)}: {INCLUDE}[{index}]: no such file, got {pattern!r}")
+            fault = "no such file"
+            if (path.parent / pattern).is_dir():
+                fault = f"is a folder; include the files in it, as in {Path(pattern) / '*.yaml'}"
+            unreadable.append(f"{merged.place_of_include(index)}: {INCLUDE}[{index}]: {fault}, got {pattern!r}")
         for one in found:
+            if one.samefile(path):
+                fault = "a file cannot include itself; name others, as in teams/*.yaml"
+                unreadable.append(f"{merged.place_of_include(index)}: {INCLUDE}[{index}]: {fault}, got {pattern!r}")
+                continue
             note_file(one)
             if one in merged.included:  # of several entries for a file, the first one counts
                 continue

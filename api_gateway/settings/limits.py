@@ -23,6 +23,8 @@ def _by_tier(value: Any) -> Any:
         names = [str(name).upper() for name in value] if isinstance(value, Mapping) else []
     if len(set(names)) < len(names):
         raise ValueError("must not name a tier twice")
+    if isinstance(value, Mapping) and not value:
+        raise ValueError("must name at least one tier")
     return value
 
 

@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     model_validator,
 )
@@ -19,11 +20,12 @@ from pydantic_core import CoreSchema
 
 from api_gateway.http1.headers import UNIX
 from api_gateway.settings.bind_address import MAX_PORT, checked_host, checked_listen, file_mode
+from api_gateway.settings.boolean_refusal import without_booleans
 from api_gateway.settings.quantities import DURATION_TEXT, RATE_TEXT, SIZE_TEXT, bytes_of, rate_of, seconds_of
 from api_gateway.settings.secret import MAY_HOLD_PASSWORD, read_secret_files
 
 TOO_MANY_REQUESTS = 429
-_AUTHORITY = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[\w.-]+))(:(?P<port>.*))?")
+_AUTHORITY = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[\w.-]+))(:(?P<port>[^:]*))?")
 _FRAMING = frozenset(
     {"connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
     | {"x-request-id", "x-gateway-fallback"}
@@ -88,10 +90,16 @@ class Shorthand:
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys are errors, and secrets may be read from files."""
+    """Base of all sections: frozen, unknown keys are errors, numbers are no booleans, and secrets may be in files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
     shorthand: ClassVar[Shorthand | None] = None
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the schema of the section, in which true and false are no numbers."""
+        schema: CoreSchema = without_booleans(handler(source))
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -150,7 +158,12 @@ def _whole_path(path: str) -> str:
 def _origin_url(url: str) -> str:
     """Check the URL of a target. Messages quote none of it: any part may belong to a password."""
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme.lower() not in ("http", "https") or rest[:1] in ("", "/", ":"):
+    if (
+        not separator
+        or scheme.lower() not in ("http", "https")
+        or rest[:1] in ("", "/")
+        or (rest[0] == ":" and rest[:2] != "::")
+    ):
         raise ValueError("must be http://host[:port] or https://host[:port]")
     if "@" in rest:
         raise ValueError("must not contain a user name or password")
@@ -161,7 +174,10 @@ def _origin_url(url: str) -> str:
         )
     found = _AUTHORITY.fullmatch(origin)
     if found is None or not _is_ipv6(found["ipv6"]):
-        raise ValueError("must contain a host name or an address (IPv6 in brackets), and optionally a port")
+        raise ValueError(
+            "must contain a host name or an address, and optionally a port; an IPv6 address needs brackets, as in"
+            " http://[::1]:80"
+        )
     if not _is_port(found["port"]):
         raise ValueError(f"port must be 1 to {MAX_PORT}")
     return url.removesuffix(slash)
