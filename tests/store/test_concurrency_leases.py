@@ -468,11 +468,11 @@ class Trial:
             slots=worker.slots,
         )
 
-    def request(self, *, is_allowed: bool = True) -> Exchange:
+    def request(self, *, is_allowed: bool = True, finished: float = 0.0) -> Exchange:
         client = Client("acme", "client:acme", replace(PLENTY, name="FREE"), "default")
         exchange = Exchange("", "GET", "/api/x", "192.0.2.7", self.worker.now_ns / 1e9, client)
         exchange.charges = SlottedCharges([Charge("client:acme", PLENTY, PLENTY.cost_ns(1))], (FIVE,))
-        exchange.decision = Decision("", FIVE.quota, is_allowed, 0, 0, 0)
+        exchange.decision, exchange.finished = Decision("", FIVE.quota, is_allowed, 0, 0, 0), finished
         self.shadow.observe(exchange)
         return exchange
 
@@ -519,13 +519,13 @@ def test_a_candidate_is_decided_on_also_if_the_request_has_ended_meanwhile(
 def test_a_candidate_is_decided_on_while_the_store_is_unavailable(store: LuaStore) -> None:
     trial = Trial(Worker(store, 1, processes=1), 2)
     trial.worker.wire.is_up = False
-    ended = Exchange("", "GET", "/api/x", "192.0.2.7", 0.0)
     begun = [trial.request() for _ in range(3)]
     assert (trial.counted[0], trial.worker.in_flight["five candidate"]) == (1, 2)
     for exchange in begun:
         trial.worker.end(exchange)
+    ended = trial.request(finished=trial.worker.now_ns / 1e9)
+    assert (ended.trial is not None, ended.slots) == (True, ()), "nobody returns the slots of a request that has ended"
     assert trial.worker.in_flight["five candidate"] == 0
-    assert not ended.slots
 
 
 FAILURES = ("late", "lost", "outage", "empty")
