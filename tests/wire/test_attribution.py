@@ -767,11 +767,11 @@ def test_an_upstream_that_stops_reading_because_the_client_does_not_read_is_not_
         return False
 
     up = upstream(echoes, reads_body=False)
-    running = gateway(sections(up.url, timeouts={"idle": 1.0, "response": 9}))
+    running = gateway(sections(up.url, timeouts={"idle": 2.0, "response": 30}))
     with RawClient(running.port) as client:
         sender = threading.Thread(target=send_all, args=(client, LARGE))
         sender.start()
-        time.sleep(2.5)  # more than twice the idle timeout
+        time.sleep(4.5)  # more than twice the idle timeout, which a busy machine does not exceed otherwise
         answer = client.answer()
         sender.join()
     assert (answer.status, answer.is_complete, len(answer.body)) == (200, True, LARGE)
