@@ -140,8 +140,8 @@ class Quotas:
     @property
     def slot_names(self) -> list[str]:
         """The names by which requests in flight are counted: of each concurrency limit, and of its candidate."""
-        names = [(limit.name, f"{limit.name} candidate") for limit in self.concurrency if limit.candidates]
-        return [*(limit.name for limit in self.concurrency), *(name for _, name in names)]
+        tried = [f"{limit.name} candidate" for limit in self.concurrency if limit.candidates]
+        return [*(limit.name for limit in self.concurrency), *tried]
 
 
 def _limits(sections: Sequence[LimitSection]) -> tuple[tuple[Limit, ...], tuple[Limit, ...]]:

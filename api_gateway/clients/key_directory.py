@@ -13,6 +13,7 @@ from api_gateway.clients.api_keys import ApiKey, KnownKey, key_id
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
 from api_gateway.clients.records import (
+    UNCHANGED,
     Change,
     ClientRecord,
     ClientStore,
@@ -144,7 +145,7 @@ class KeyDirectory:
     async def create(self, client_id: str, key: ApiKey, *, verified_only: bool | Unchanged) -> ClientRecord:
         """Add a key durably; remove those that expired long ago. Raises StoreUnavailable and KeyNotAdded."""
         change = KeyChange(add=key, remove=self._expired_long_ago(client_id))
-        return await self._add(client_id, Change(keys=change, verified_only=verified_only), change, key.digest)
+        return await self._add(client_id, key, change, verified_only=verified_only)
 
     async def rotate(self, client_id: str, digest: str, key: ApiKey, until: float) -> ClientRecord:
         """Add a key, and let the one with `digest` expire at `until`, in one change.
@@ -153,13 +154,15 @@ class KeyDirectory:
         """
         old = tuple(one for one in self._expired_long_ago(client_id) if one != digest)
         change = KeyChange(add=key, remove=old, replaces=Replacement(digest, until))
-        return await self._add(client_id, Change(keys=change), change, key.digest)
+        return await self._add(client_id, key, change)
 
-    async def _add(self, client_id: str, change: Change, keys: KeyChange, digest: str) -> ClientRecord:
+    async def _add(
+        self, client_id: str, key: ApiKey, change: KeyChange, *, verified_only: bool | Unchanged = UNCHANGED
+    ) -> ClientRecord:
         """Make a change that adds a key; the store decides, so concurrent changes cannot exceed the limit together."""
-        after = await self._write(client_id, change)
-        if all(key.digest != digest for key in after.keys):
-            refusal = keys.refusal(after.keys)
+        after = await self._write(client_id, Change(keys=change, verified_only=verified_only))
+        if all(one.digest != key.digest for one in after.keys):
+            refusal = change.refusal(after.keys)
             if refusal is not None:
                 raise KeyNotAdded(refusal, after)
         return after

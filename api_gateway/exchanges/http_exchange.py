@@ -99,9 +99,9 @@ class HttpExchange(AttemptingExchange):
         exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
         client = exchange.client
         assert client is not None  # noqa: S101 - as above
-        key, limits = client.key, upstream_client.timeouts
+        key, timeouts = client.key, upstream_client.timeouts
         if not upstream_client.is_simple:
-            limits = upstream_client.limits_within(route.response_timeout)
+            timeouts = upstream_client.timeouts_within(route.response_timeout)
             self.compression = compression = route.compression
             self.coding = None if compression is None else compression.coding_for(plan.headers.received)
             self.is_watched = self.coding is not None or route.content_cost is not None
@@ -119,7 +119,7 @@ class HttpExchange(AttemptingExchange):
             )
         except Unavailable as error:
             return self._after(error.with_traceback(None))
-        self.timeouts = limits
+        self.timeouts = timeouts
         upload = self.upload
         if upload is None:
             self._client.begin_exchange(self)
@@ -212,7 +212,7 @@ class HttpExchange(AttemptingExchange):
             )
         except Unavailable as refusal:
             return self._after(refusal.with_traceback(None))
-        self.timeouts = upstream_client.limits_within(None if plan.route is None else plan.route.response_timeout)
+        self.timeouts = upstream_client.timeouts_within(None if plan.route is None else plan.route.response_timeout)
         self._begin()
         if self.timer is None and plan.deadline is not None:
             self._limit_time(plan.deadline, now)

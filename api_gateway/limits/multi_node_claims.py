@@ -176,7 +176,7 @@ class MultiNodeClaim:
         if not all(use.is_free for use in uses):
             self._port.give_back(self._exchange, self._slots)
             self._callback(self._refusal(uses))
-        elif self._exchange.finished and not self._is_trial:  # nobody reads the decision, and nothing was charged
+        elif self._exchange.finished and not self._is_trial:  # the decision has no reader, and nothing was charged
             first = self._slots[0]
             self._callback(Decision(first.key, first.quota, False, 0, 0, 0, self._now_ns))
         else:

@@ -235,7 +235,7 @@ class UpstreamClient:
         assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
         self.transport.pool(self.origins[target]).admit_tunnel(holder)
 
-    def limits_within(self, response: float | None) -> dict[str, float]:
+    def timeouts_within(self, response: float | None) -> dict[str, float]:
         """Return the timeouts with another one until the head of the response; None: the upstream's."""
         return self.timeouts if response is None else self._timeouts_by_response[response]
 

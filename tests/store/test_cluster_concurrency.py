@@ -109,7 +109,7 @@ async def test_slots_on_three_nodes_are_shared_exactly_and_return_to_zero(cluste
         try:
             for exchange in held:
                 assert exchange is not None
-                three.end(exchange)  # which the node does not hear of
+                three.end(exchange)  # the node is not told
             await soon(lambda: bool(three.slots.unconfirmed), "the worker knows that it is not confirmed")
         finally:
             cluster[2].resume()

@@ -524,7 +524,7 @@ def test_a_candidate_is_decided_on_while_the_store_is_unavailable(store: LuaStor
     for exchange in begun:
         trial.worker.end(exchange)
     ended = trial.request(finished=trial.worker.now_ns / 1e9)
-    assert (ended.trial is not None, ended.slots) == (True, ()), "nobody returns the slots of a request that has ended"
+    assert (ended.trial is not None, ended.slots) == (True, ()), "a request that has ended keeps no slots"
     assert trial.worker.in_flight["five candidate"] == 0
 
 
