@@ -417,12 +417,6 @@ class Problem(BaseModel):
     reason: str
 
 
-class RequestBody(Body):
-    """Base of request bodies. The limit on text also makes pydantic refuse lone surrogates."""
-
-    model_config = ConfigDict(str_max_length=65_536)
-
-
 def _has_utc(time: datetime) -> datetime:
     if not _FIRST_TIME <= time <= _LAST_TIME:
         raise ValueError("must be from 1970-01-01T00:00:00Z to 9999-12-31T23:59:59Z")

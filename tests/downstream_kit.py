@@ -247,6 +247,9 @@ class FakeBody:
         self._client.loop.call_soon(self._client.resume_reading)
         return True
 
+    def announce(self, size: int) -> None:
+        """Do nothing."""
+
     def end_body(self) -> None:
         self.is_complete = True
 

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from api_gateway.models import Body, ClientSource, Instant, RequestBody
+from api_gateway.admin.request_schema import RequestBody
+from api_gateway.models import Body, ClientSource, Instant
 
 
 class TierChange(RequestBody):

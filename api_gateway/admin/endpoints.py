@@ -4,6 +4,7 @@ The modules of endpoints, whose models take a third of the time of a start, are 
 """
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -222,5 +223,6 @@ def _validation_message(item: Mapping[str, Any]) -> str:
     if item["type"] == "json_invalid":
         return f"The body is not JSON: {item['ctx']['error']}, at character {item['loc'][-1]}"
     given = item.get("input")
-    value = f", got {given!r}" if isinstance(given, str | int | float) else ""
+    shown = json.dumps(given) if isinstance(given, bool) else repr(given)
+    value = f", got {shown}" if isinstance(given, str | int | float) else ""
     return f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}{value}"

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from api_gateway.admin.client_schema import TierView
-from api_gateway.models import Body, ClientSource, DecisionSource, Instant, RequestBody
+from api_gateway.admin.request_schema import RequestBody
+from api_gateway.models import Body, ClientSource, DecisionSource, Instant
 
 
 class DescribedCertificate(RequestBody):

@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from api_gateway.models import Body, Instant, RequestBody
+from api_gateway.admin.request_schema import RequestBody
+from api_gateway.models import Body, Instant
 
 _TEN_YEARS = 315_576_000
 _Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS)]

@@ -8,10 +8,11 @@ from pydantic import Field
 from api_gateway.admin.audit_log import AuditAction
 from api_gateway.admin.context import AdminContext, Audit, Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, TIER_REFUSALS, TOKEN
+from api_gateway.admin.request_schema import RequestBody
 from api_gateway.admin.utc_times import wall_time
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.period_standing import UNITS_PER_TOKEN, Adjustment, PeriodQuota, Standing
-from api_gateway.models import Body, Instant, RequestBody
+from api_gateway.models import Body, Instant
 
 router = APIRouter(tags=["quotas"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])
 

@@ -24,6 +24,9 @@ class _LastRequest:
     def on_body_piece(self, piece: bytes) -> None:
         """See `RequestSink`."""
 
+    def on_body_announced(self, size: int) -> None:
+        """See `RequestSink`."""
+
     def on_body_complete(self) -> None:
         """Note the end of the request."""
         if not self._keep_alive:

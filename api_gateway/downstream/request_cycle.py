@@ -107,6 +107,9 @@ class RequestResponseCycle:
         self._wake()
         return self._buffered > REQUEST_HIGH_WATER
 
+    def announce(self, size: int) -> None:
+        """Do nothing: the application has no limit that it could state before it reads."""
+
     def end_body(self) -> None:
         """Mark the request as complete."""
         self.is_body_complete = True

@@ -83,6 +83,12 @@ class RequestIntake:
                 return
         discard_body(owner, len(piece))
 
+    def on_body_announced(self, size: int) -> None:
+        """Let the request refuse a body that will be larger than its limit."""
+        request = self._owner.receiving
+        if request is not None and not request.is_response_complete:
+            request.announce(size)
+
     def on_body_complete(self) -> None:
         """End the request; offer it to the fast path if it had no body."""
         owner = self._owner

@@ -16,7 +16,7 @@ from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.request_target import origin_form
 from api_gateway.downstream.states import IllegalConnectionEvent
 from api_gateway.errors import BadRequest, GatewayError, HeadersTooLarge, InternalError
-from api_gateway.http1.chunked import ChunkedEnd
+from api_gateway.http1.chunked import MAX_CHUNK_BYTES, ChunkedEnd
 from api_gateway.http1.headers import fields_of, framing
 from api_gateway.http1.methods import KNOWN_METHODS, REFUSED_METHODS
 from api_gateway.http1.request_head import RequestHead
@@ -54,6 +54,10 @@ class RequestSink(Protocol):
         """Take a part of the body."""
         ...
 
+    def on_body_announced(self, size: int) -> None:
+        """Note that at least `size` more bytes of the body follow."""
+        ...
+
     def on_body_complete(self) -> None:
         """Note the end of the body; also for a request without one."""
         ...
@@ -77,6 +81,9 @@ class _NoSink:
         """Do nothing."""
 
     def on_body_piece(self, piece: bytes) -> None:
+        """Do nothing."""
+
+    def on_body_announced(self, size: int) -> None:
         """Do nothing."""
 
     def on_body_complete(self) -> None:
@@ -167,7 +174,17 @@ class RequestReader:
             view = view[taken:]
             if not view or self._is_stopped:
                 return taken
-        return taken + self._feed(self._next_piece(view))
+        taken += self._feed(self._next_piece(view))
+        if self._chunks is not None and self._part is Part.BODY and not self._is_stopped:
+            self._check_chunk(self._chunks)
+        return taken
+
+    def _check_chunk(self, chunks: ChunkedEnd) -> None:
+        """Report the rest of the present chunk, so that a body above a limit is refused before it arrives."""
+        if chunks.is_too_large:
+            self._refuse(BadRequest(f"A chunk of the body is larger than {MAX_CHUNK_BYTES} bytes."))
+        elif chunks.announced:
+            self.sink.on_body_announced(chunks.announced)
 
     def check_sizes(self) -> None:
         """Refuse a head, trailers or chunk framing above the limit; to be called after the last piece of a read."""

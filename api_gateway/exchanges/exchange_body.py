@@ -35,6 +35,10 @@ class BodyOwner(Protocol):
         """Take a piece that has arrived; return True if reading from the client shall be paused."""
         ...
 
+    def on_body_announced(self, size: int) -> None:
+        """Note that at least `size` more bytes follow."""
+        ...
+
     def on_body_end(self) -> None:
         """Note that the body is complete."""
         ...
@@ -226,6 +230,11 @@ class ExchangeBody:
         if self._connection is not None:
             self._connection.send_piece(_chunk(piece) if self._is_framed else piece)
         return self._connection is not None and self._connection.is_write_paused
+
+    def announce(self, size: int) -> None:
+        """Note that at least `size` more bytes follow."""
+        if self._owner is not None and self.received + size > self.limit:
+            self._owner.on_body_announced(size)
 
     def end_body(self) -> None:
         """Note the end of the body."""

@@ -96,6 +96,10 @@ class BodyReceiver(Protocol):
         """Take a piece of the body; return True if reading from the client shall be paused."""
         ...
 
+    def announce(self, size: int) -> None:
+        """Note that at least `size` more bytes of the body follow."""
+        ...
+
     def end_body(self) -> None:
         """Note the end of the body."""
         ...

@@ -7,6 +7,7 @@ is not plain is left to the general parser, from the beginning of a chunk on.
 import re
 from enum import Enum
 
+MAX_CHUNK_BYTES = 2**63 - 1  # a larger size overflows the signed integers of many servers
 MAX_CHUNKS = 256  # in one read; more are left to the parser, whose loop over chunks is not in Python
 
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
@@ -117,18 +118,24 @@ class ChunkedBody:
 class ChunkedEnd:
     """Finds the end of a chunked body in any form, so that the general parser is not given what follows it.
 
-    It checks nothing: of a malformed body it finds no end, and the parser refuses it.
+    It checks only the size of chunks: of a malformed body it finds no end, and the parser refuses it.
     """
 
-    __slots__ = ("_is_last", "_left", "_line")
+    __slots__ = ("_is_last", "_left", "_line", "is_too_large")
 
     def __init__(self) -> None:
+        self.is_too_large = False  # a chunk is larger than MAX_CHUNK_BYTES
         self._left = 0  # bytes of the present chunk that have not arrived, with the line break at its end
         self._line = b""  # the beginning of an incomplete line
         self._is_last = False  # the last chunk has begun, and trailers may follow
 
     def __repr__(self) -> str:
         return f"<ChunkedEnd [{'trailers' if self._is_last else f'{self._left} bytes left of a chunk'}]>"
+
+    @property
+    def announced(self) -> int:
+        """The number of content bytes of the present chunk that have not arrived."""
+        return max(0, self._left - 2)
 
     def find(self, data: bytes) -> int | None:
         """Return the position in `data` behind the end of the body, None if that does not end there."""
@@ -152,5 +159,6 @@ class ChunkedEnd:
                 return None
             else:
                 length = int(found[0], 16)
+                self.is_too_large |= length > MAX_CHUNK_BYTES
                 self._left, self._is_last = (length + 2, False) if length else (0, True)
         return None

@@ -208,9 +208,17 @@ def rewrite_response(
     if connection is not None and (len(connection) > 1 or connection[0].lower() not in _PLAIN_OPTIONS):
         dropped |= connection_options(connection)
     kept = [pair for pair in headers if pair[0].lower() not in dropped]
+    if len(fields.get(b"date", ())) > 1:
+        kept = _with_one_date(kept)
     kept.append(via)
     kept += own
     return kept
+
+
+def _with_one_date(headers: HeaderList) -> HeaderList:
+    """Return the fields with the first `Date` only; it is a field that the gateway itself may add."""
+    first = next((pair for pair in headers if pair[0].lower() == b"date"), None)
+    return [pair for pair in headers if pair is first or pair[0].lower() != b"date"]
 
 
 def forwardable_interim(headers: HeaderList, via: tuple[bytes, bytes]) -> HeaderList:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from api_gateway.models import Body, BreakerMode, DecisionSource, RequestBody
+from api_gateway.models import Body, BreakerMode, DecisionSource
 from api_gateway.reporting.reload_schema import ConfigurationView
 
 
@@ -30,14 +30,6 @@ class BreakerThresholds(Body):
     jitter: float
     half_open_max_calls: int
     ramp: float
-
-
-class ModeChange(RequestBody):
-    """The body of POST /circuit-breakers/{name}: mode, duration (null: until changed) and comment."""
-
-    mode: BreakerMode = Field(description="`auto` removes the operator's mode.", examples=["forced_open"])
-    duration_seconds: float | None = Field(default=None, gt=0, le=3_200_000_000, examples=[600])
-    comment: str = Field(default="", max_length=500, examples=["the database is being moved"])
 
 
 class ModeView(Body):

@@ -1,4 +1,4 @@
-"""Numbers of the configuration that must not be true or false: pydantic would read them as 1 and 0."""
+"""Numbers of settings and request bodies that must not be true or false: pydantic would read them as 1 and 0."""
 
 from typing import Any
 

@@ -19,6 +19,7 @@ from api_gateway.transport.head_repair import CONTROL_CHARACTER, FIELD_ERRORS, w
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.pool import StaleConnection
 from api_gateway.transport.response import SWITCHING, UpstreamResponse
+from api_gateway.transport.response_parser import response_parser
 from api_gateway.transport.sending_connection import SendingConnection
 
 RESPONSE_HIGH_WATER = 32 * 1024  # bytes buffered for a slow client before reading from the upstream is paused
@@ -70,7 +71,7 @@ class UpstreamConnection(SendingConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Initialise transport and parser (asyncio callback)."""
         self._transport = transport
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser = response_parser(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
         """Return the buffer for the next read: RELAY_SIZE bytes for a relayed response, else READ_SIZE."""
@@ -159,7 +160,7 @@ class UpstreamConnection(SendingConnection):
             response.on_progress()
             response.on_complex_chunk()
             self._chunks = None
-            self._parser = httptools.HttpResponseParser(self)
+            self._parser = response_parser(self)
             self._parser.feed_data(_HEAD_OF_CHUNKS)
             self._headers, self._reason, self._unparsed = [], b"", 0
             self._parse(response, chunks.rest)
@@ -241,7 +242,7 @@ class UpstreamConnection(SendingConnection):
         if repaired is None:
             self._fail(response, f"not HTTP: {cause}")
             return
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser = response_parser(self)
         self._received = max(0, self._received - len(repaired))
         self._headers, self._reason, self._head_begun = [], b"", b""
         self._parse(response, repaired)
@@ -304,7 +305,7 @@ class UpstreamConnection(SendingConnection):
         if response.is_to_head:
             # The parser would wait for the body that these fields describe.
             response.is_complete = True
-            self._parser = httptools.HttpResponseParser(self)
+            self._parser = response_parser(self)
         elif status not in BODILESS:
             response.is_counted = codings is None and b"content-length" in fields
             response.is_until_close = codings is None and not response.is_counted
@@ -355,8 +356,8 @@ class UpstreamConnection(SendingConnection):
             response.is_complete = True
             if self._headers:
                 response.trailers, self._headers = self._headers, []
-                # A trailer `Connection: close` would have this parser refuse the next response.
-                self._parser = httptools.HttpResponseParser(self)
+                # The fields of trailers must not affect the next response.
+                self._parser = response_parser(self)
 
     def eof_received(self) -> bool:
         """Close the connection: at once if it is idle, else by asyncio (asyncio callback)."""

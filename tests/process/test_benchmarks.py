@@ -18,7 +18,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import yaml
 
-from api_gateway.config import from_values
+from api_gateway.config import GatewayConfig, from_values
 from benchmarks import api_keys, limiter, many_clients, memory, over_admission, overload, scale, segments, tls
 from benchmarks.cases import BALANCED, CORS, FALLBACK, LIMITED, LOG, TIMEOUT, TITLES, TLS, needs_of
 from benchmarks.compare import main
@@ -26,6 +26,8 @@ from benchmarks.flood import flood
 from benchmarks.load import Client, Failed, drive, latencies, parse_wrk, percentile, verify
 from benchmarks.peers import PEERS, Peer, Place, compiled_wheel
 from benchmarks.plot import Row, draw
+from benchmarks.probe import PASSES, configuration
+from benchmarks.probe import main as probe
 from benchmarks.processes import cpu_seconds, reset_peak, resident_bytes, running
 from benchmarks.report import Results, tables
 from benchmarks.upstream import CHUNKED, SIZES, SMALL, TARGETS, TLS_ADDRESS, UPLOADED
@@ -680,3 +682,20 @@ def test_the_benchmark_of_tls_measures_this_gateway_with_and_without(
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| new", "| resumed", "| req"))]
     assert len(rows) == 5
     assert all(cell.strip().isdigit() for cell in rows[-1].split("|")[2:-1])
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_of_the_probe_has_a_gateway_with_its_settings(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The gateway's configuration is valid, and the probe gets the options of the pass and then those of the user."""
+    config = GatewayConfig.model_validate(configuration(PASSES[name], str(tmp_path), 9001, 9002, "x" * 32))
+    assert {route.upstream for route in config.routes} == {"up", "other"}
+    script = tmp_path / "probe.py"
+    script.write_text("import sys; print(*sys.argv[1:]); sys.exit('--fail' in sys.argv)")
+    assert probe([str(script), "--pass", name, "-v"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.startswith(f"== {name} ==\n--gateway http://127.0.0.1:")
+    assert printed.strip().endswith(" ".join([*PASSES[name].options, "-v"]))
+    assert probe([str(script), "--pass", name, "--fail"]) == 1
+    assert capfd.readouterr().out.endswith(f"\nfailed: {name}\n")

@@ -171,6 +171,9 @@ class Sink:
     def on_body_piece(self, piece: bytes) -> None:
         self.body += piece
 
+    def on_body_announced(self, size: int) -> None:
+        pass
+
     def on_body_complete(self) -> None:
         self.complete += 1
 

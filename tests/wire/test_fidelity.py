@@ -215,6 +215,14 @@ def test_the_reason_phrase_is_kept(client: RawClient, up: RawUpstream, status: b
     assert client.get().head.split(b"\r\n")[0] == b"HTTP/1.1 " + status
 
 
+def test_a_field_that_is_there_twice_stays_so_but_the_first_date_counts(client: RawClient, up: RawUpstream) -> None:
+    """Which of two values counts is the client's decision, as it is without the gateway."""
+    twice = [(name, value) for name in (b"Content-Type", b"Location", b"Date") for value in (b"one", b"other")]
+    up.behave = reply(headers=tuple(twice))
+    answer = client.get()
+    assert [pair for pair in answer.headers if pair in twice] == twice[:5]
+
+
 def test_date_and_server_are_those_of_the_upstream(client: RawClient, up: RawUpstream) -> None:
     up.behave = reply(headers=((b"Date", b"Tue, 01 Jan 2030 00:00:00 GMT"), (b"Server", b"theirs")))
     answer = client.get()

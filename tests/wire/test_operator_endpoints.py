@@ -348,6 +348,26 @@ def test_a_message_says_what_would_be_accepted(plain: RunningGateway, method: st
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/clients/acme/grants", {"tier": "PREMIUM", "duration_seconds": True}),
+        ("/clients/acme/keys", {"expires_in_seconds": True}),
+        ("/clients/acme/keys/abc/rotate", {"overlap_seconds": True}),
+        ("/clients/acme/quotas/daily/top-up", {"amount": True}),
+        ("/clients/acme/quotas/daily/carry-over", {"amount": True}),
+        ("/circuit-breakers/users", {"mode": "forced_open", "duration_seconds": True}),
+    ],
+)
+def test_true_is_no_number(plain: RunningGateway, path: str, body: dict[str, Any]) -> None:
+    media = {"Content-Type": "application/json"}
+    answer = ask(plain.url + path, method="POST", headers=media, body=json.dumps(body).encode())
+    name = next(name for name, value in body.items() if value is True)
+    assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
+    assert answer.json()["detail"].startswith(f"body.{name}: Input should be a valid ")
+    assert answer.json()["detail"].endswith(", got true.")
+
+
+@pytest.mark.parametrize(
     ("method", "path", "body", "status", "reason"),
     [
         ("GET", "/nowhere", None, 404, "no_route"),

@@ -443,8 +443,8 @@ def test_a_response_without_a_body_leaves_the_connection_usable(
 
 
 def test_interim_responses_are_passed_on(client: RawClient, up: RawUpstream) -> None:
-    hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: x\r\n\r\n"
-    up.behave = raw(hint * 2 + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: %b\r\n\r\n"
+    up.behave = raw(hint % b"x" + hint % b"close" + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     client.request()
     for _ in range(2):
         head = client.read_until(b"\r\n\r\n") or b""
@@ -729,6 +729,8 @@ def test_an_ambiguous_request_is_refused_and_never_forwarded(
         b"2\nok\n0\n\n",
         b"3\r\nokkk\r\n0\r\n\r\n",
         b"fffffffffffffffff\r\nok",
+        b"8000000000000000\r\nok",
+        b"2\r\nok\r\n0ffffffffffffffff;a=b\r\n",
     ],
 )
 @pytest.mark.parametrize("pause", [0.0, 0.05])
@@ -784,6 +786,18 @@ def test_a_chunked_body_that_grows_too_large_is_refused(client: RawClient, up: R
     """The upstream never sees it whole."""
     client.request("POST", "/api/x", ("Transfer-Encoding: chunked",), b"8000\r\n" + bytes(0x8000) + b"\r\n")
     client.send(b"8001\r\n" + bytes(0x8001) + b"\r\n0\r\n\r\n")
+    answer = client.answer()
+    assert (answer.status, problem_of(answer)["reason"]) == (413, "body_too_large")
+    assert client.is_closed()
+    assert not any(request.is_complete for request in up.requests)
+
+
+@pytest.mark.parametrize("first", [b"", b"2\r\nok\r\n"])
+def test_a_chunk_that_is_announced_as_too_large_is_refused_before_it_comes(
+    client: RawClient, up: RawUpstream, first: bytes
+) -> None:
+    client.request("POST", "/api/x", ("Transfer-Encoding: chunked",))
+    client.send(first + b"%x\r\n" % (MAX_BODY + 1))
     answer = client.answer()
     assert (answer.status, problem_of(answer)["reason"]) == (413, "body_too_large")
     assert client.is_closed()
