@@ -22,10 +22,10 @@ _BATCH = 500  # connections looked at before the event loop runs other tasks
 
 
 class CredentialWatch:
-    """Looks at the open connections once a second while there are credentials.
+    """Looks at the open connections once a second, from when there may have been credentials.
 
     An exchange counts as a stream or tunnel once the head of its response has been sent. A request that has no
-    response yet is completed: it was admitted while its credential was valid.
+    response yet gets it: it was admitted while its credential was valid. If the response lasts, it is looked at then.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class CredentialWatch:
         self._connections = connections
         self._has_credentials = has_credentials
         self._clock_ns = clock_ns
-        self._version = -1  # of the registry at the last look: what was valid then has only to be looked at for expiry
+        self._first_version = clients.version  # another one: there may have been keys, which are gone by now
 
     def __repr__(self) -> str:
-        return f"<CredentialWatch [{'idle' if not self._has_credentials() else 'watching'}]>"
+        return f"<CredentialWatch [{'watching' if self._may_have_admitted() else 'idle'}]>"
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -64,15 +64,18 @@ class CredentialWatch:
         """Look at the open exchanges every `INTERVAL` seconds, until cancelled."""
         while True:
             await asyncio.sleep(INTERVAL)
-            if self._has_credentials():
+            if self._may_have_admitted():
                 await self.look()
+
+    def _may_have_admitted(self) -> bool:
+        """Return whether requests may have been admitted by a credential, also by one that exists no more."""
+        return self._clients.version != self._first_version or self._has_credentials()
 
     async def look(self) -> None:
         """End the streams and tunnels whose credential is not valid any more."""
-        version, is_changed = self._clients.version, self._clients.version != self._version
         for count, connection in enumerate(list(self._connections()), 1):
             exchange = _exchange_of(connection)
-            error = None if exchange is None else await self._error_of(exchange, is_changed=is_changed)
+            error = None if exchange is None else await self._error_of(exchange)
             if exchange is not None and error is not None and not exchange.finished:
                 note_failure(exchange, error)
                 _log_end(exchange)
@@ -81,23 +84,28 @@ class CredentialWatch:
                 await asyncio.sleep(0)
         for count, one in enumerate(self._open_exchanges, 1):
             exchange = one.exchange
-            error = None if exchange is None else await self._error_of(exchange, is_changed=is_changed)
+            error = None if exchange is None else await self._error_of(exchange)
             if error is not None and one.exchange is not None and one.exchange.reason != error.reason:
                 _log_end(one.exchange)
                 one.end(error)
             if count % _BATCH == 0:
                 await asyncio.sleep(0)
-        self._version = version
 
-    async def _error_of(self, exchange: Exchange, *, is_changed: bool) -> CredentialsInvalid | None:
-        """Return why a stream or tunnel is to be ended; None if it is not, or is no such exchange.
-
-        Unless the registry `is_changed`, credentials can only have expired.
-        """
+    async def _error_of(self, exchange: Exchange) -> CredentialsInvalid | None:
+        """Return why a stream or tunnel is to be ended; None if it is not, or is no such exchange."""
         proof = exchange.credential
         if not exchange.status or exchange.finished or not isinstance(proof, Proof):
             return None
-        if not is_changed and self._clock_ns() < proof.expires_ns:
+        for one in (proof, *proof.beside):
+            error = await self._fault_of(one)
+            if error is not None:
+                return error
+        return None
+
+    async def _fault_of(self, proof: Proof) -> CredentialsInvalid | None:
+        """Return why a credential is not valid any more. Until a change, a confirmed one can only expire."""
+        version = self._clients.version
+        if proof.confirmed_version == version and self._clock_ns() < proof.expires_ns:
             return None
         claim = proof.claim
         found: object = claim.source.verify(claim, self._clock_ns())
@@ -105,6 +113,8 @@ class CredentialWatch:
             found = found.do()
         if isinstance(found, Question):
             found = await found.ask()
+        if isinstance(found, Proof):
+            proof.confirmed_version = version
         return found if isinstance(found, CredentialsInvalid) else None
 
 

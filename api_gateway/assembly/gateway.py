@@ -195,7 +195,9 @@ class Assembly:
     @property
     def has_credentials(self) -> bool:
         """True if a request may have a valid credential."""
-        return self.gateway.tokens is not None or not self.gateway.clients.keys.is_empty
+        gateway = self.gateway
+        has_others = gateway.tokens is not None or "certificate" in gateway.config.identity.sources
+        return has_others or not gateway.clients.keys.is_empty
 
     @asynccontextmanager
     async def live(self, config: GatewayConfig, replaced_within: float = REPLACED_WITHIN) -> AsyncIterator[Gateway]:

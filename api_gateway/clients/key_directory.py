@@ -136,9 +136,10 @@ class KeyDirectory:
         for key in record.keys:
             self._lookups.retry_now(key.digest)
 
-    def is_pending(self, record: ClientRecord) -> bool:
-        """Return whether a look-up of a key of a record is in progress."""
-        return any(self._lookups.is_pending(key.digest) for key in record.keys)
+    @property
+    def is_looking_up(self) -> bool:
+        """Return whether a look-up is in progress, which may return the record of any client as it was before."""
+        return not self._lookups.is_idle
 
     # For operators
 

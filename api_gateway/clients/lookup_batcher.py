@@ -52,6 +52,11 @@ class LookupBatcher(Generic[T]):
     def __repr__(self) -> str:
         return f"<LookupBatcher [{len(self._pending)} in progress, {len(self._late)} late]>"
 
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no look-up is in progress."""
+        return not self._pending
+
     def is_pending(self, client_id: str) -> bool:
         """Return whether a look-up of a client is in progress."""
         return client_id in self._pending

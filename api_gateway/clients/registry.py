@@ -13,7 +13,8 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -127,8 +128,8 @@ class ClientRegistry:
             deadline=deadline,
             outage_tolerance=outage_tolerance,
         )
-        self._writing: Counter[str] = Counter()  # changes in progress, by client
-        self._deferred: dict[str, list[ClientRecord]] = {}  # records that arrived for these clients during the change
+        self._asking: Counter[str] = Counter()  # changes and readings in progress, by client
+        self._deferred: dict[str, list[ClientRecord]] = {}  # records that arrived for these clients meanwhile
 
     def __repr__(self) -> str:
         error = f", {self.store_error}" if self.store_error else ""
@@ -240,13 +241,13 @@ class ClientRegistry:
             await self._reload()
             return
         for record in changes.records:
-            if record.id in self._writing:
+            if record.id in self._asking:
                 self._deferred.setdefault(record.id, []).append(record)
             elif (
                 self._cache.is_complete
                 or self._cache.knows(record.id)
                 or self._lookups.is_pending(record.id)
-                or self.keys.is_pending(record)
+                or self.keys.is_looking_up
             ):
                 self.apply(record)
             else:
@@ -346,6 +347,8 @@ class ClientRegistry:
         """Store the result of a look-up. After a late one, requests may have used the default tier: it is a change."""
         if record is None:
             self._cache.put_negative(client_id)
+        elif self._cache.is_complete:
+            return  # all records were read since, and this one may have been removed
         elif was_late or self._cache.get(client_id) is not None:
             self.apply(record)
         else:
@@ -386,14 +389,14 @@ class ClientRegistry:
 
     async def record_of(self, client_id: str) -> tuple[ClientRecord, bool]:
         """Return the record of a client, and whether it is that of the store, or as in memory because of an outage."""
-        is_confirmed = True
-        try:
-            (record,) = await self._store.look_up([client_id])
-        except OSError:
-            record, is_confirmed = self._cache.get(client_id), False
-        if record is not None and is_confirmed:
-            self.apply(record)
-        return record or ClientRecord(client_id), is_confirmed
+        with self._deferring(client_id):
+            try:
+                (record,) = await self._store.look_up([client_id])
+            except OSError:
+                return self._cache.get(client_id) or ClientRecord(client_id), False
+            if record is not None:
+                self.apply(record)
+        return record or ClientRecord(client_id), True
 
     async def page(self, after: str, limit: int, tier: str | None) -> tuple[list[ListedClient], str | None]:
         """Return a page of all registered clients; see `client_page`. Raises InvalidPosition and StoreUnavailable."""
@@ -425,15 +428,23 @@ class ClientRegistry:
         return (await self._write_changes(client_id, change))[2]
 
     async def _write_changes(self, client_id: str, change: Change) -> tuple[Client, Client, ClientRecord]:
-        """Make a change. Records of the client that arrive meanwhile are applied after it: one may be this change."""
-        self._writing[client_id] += 1
-        try:
+        with self._deferring(client_id):
             written = await self._store_change(client_id, change)
             return *self._apply_own_write(written), written.after
+
+    @contextmanager
+    def _deferring(self, client_id: str) -> Iterator[None]:
+        """Apply records of a client that arrive within this block at its end.
+
+        One may be the change that is made in the block, or newer than what is read there and applied.
+        """
+        self._asking[client_id] += 1
+        try:
+            yield
         finally:
-            self._writing[client_id] -= 1
-            if not self._writing[client_id]:
-                del self._writing[client_id]
+            self._asking[client_id] -= 1
+            if not self._asking[client_id]:
+                del self._asking[client_id]
                 for record in self._deferred.pop(client_id, ()):
                     self.apply(record)
 

@@ -108,6 +108,8 @@ class CredentialStage:
         while isinstance(result, Work):
             result = result.do()
         if isinstance(result, Question):
+            # What is proved is as old as the question: a change meanwhile may have revoked it.
+            chain = chain._replace(version=self._clients.version)
             return Wait.on(partial(_answer, result), partial(self._on_verified, chain=chain))
         return self._settle(plan, result, chain)
 
@@ -124,19 +126,22 @@ class CredentialStage:
             if self.on_observed is not None:
                 self.on_observed(plan, found)
         elif is_last:
-            return self._admit(plan, found)
-        return self._verify(plan, chain._replace(claims=chain.claims[1:]))
+            found.beside = chain.proofs
+            return self._admit(plan, found, self._clients.version if chain.version is None else chain.version)
+        else:
+            chain = chain._replace(proofs=(*chain.proofs, found))
+        return self._verify(plan, chain._replace(claims=chain.claims[1:], version=None))
 
     # The client
 
-    def _admit(self, plan: RequestPlan, proof: Proof) -> StageResult:
+    def _admit(self, plan: RequestPlan, proof: Proof, version: int) -> StageResult:
+        """Set the client. `version` is that of the registry for which the proof is valid."""
         facts = plan.facts
         if facts.name_error is not None:
             return ClientIdInvalid(facts.name_error)
         if facts.name is not None and facts.name != proof.client_id:
             error = ClientIdInvalid("The client id of the request is not that of the client whose credential it has.")
             return error if self._is_enforced else self._observe(plan, error)
-        version = self._clients.version
         client = self._clients.try_get(proof.client_id)
         if client is None:
             return Wait.on(partial(self._clients.look_up, proof.client_id), partial(self._set, proof=proof))
@@ -189,10 +194,16 @@ class CredentialStage:
 
 
 class _Chain(NamedTuple):
-    """The credentials of one request that are still to be verified; the last one decides who the client is."""
+    """The credentials of one request that are still to be verified; the last one decides who the client is.
+
+    `proofs` are what those before have proved. `version` is that of the registry when a question on the first claim
+    began; None if there is none.
+    """
 
     claims: tuple[Claim, ...]
     is_charged: bool
+    proofs: tuple[Proof, ...] = ()
+    version: int | None = None
 
 
 async def _answer(question: Question) -> tuple[Proof | GatewayError]:

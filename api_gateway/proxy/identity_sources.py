@@ -36,11 +36,16 @@ class Proof:
     `tier` is that of a client that is not registered; None is the default. `organisation` is written to the access
     log. `fields` are header fields for upstreams, `lines` the same, each after a line break. `is_restricted`:
     `refusal` may return an error. `note_use` is called for each admitted request from `note_after_ns` on.
+    `beside` are the proofs of other credentials of the same request, which must stay valid too.
+    `confirmed_version` is the registry version for which the credential was last found valid while streams use it, -1
+    if it was not looked at yet.
     """
 
     __slots__ = (
+        "beside",
         "claim",
         "client_id",
+        "confirmed_version",
         "expires_ns",
         "fields",
         "is_restricted",
@@ -70,6 +75,8 @@ class Proof:
         self.lines = b"".join([b"\r\n%b: %b" % pair for pair in self.fields])
         self.is_restricted = is_restricted
         self.note_after_ns = NO_EXPIRY
+        self.beside: tuple[Proof, ...] = ()
+        self.confirmed_version = -1
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.client_id!r} by {self.claim.source.name}>"

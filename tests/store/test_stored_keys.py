@@ -29,7 +29,7 @@ from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.storage.redis_session import StoreSession
 from tests.kit import FakeClock, soon
 from tests.store_kit import CALM, StoreServer
-from tests.unit.test_client_registry import TIERS, following
+from tests.unit.test_client_registry import TIERS, HeldStore, following
 
 Open = Callable[[], ClientStore]
 
@@ -209,6 +209,32 @@ async def test_another_gateway_verifies_again_when_one_of_several_keys_is_revoke
         assert await soon(lambda: other.keys.find(ONE.digest) is KeyState.ABSENT, "the key is revoked") < 1
         assert other.by_id("acme") == client
         assert other.version > version, "proofs that were remembered are verified again"
+
+
+@pytest.mark.parametrize(("limit", "reads_by_key"), [(2, True), (2, False), (100, False)])
+async def test_a_record_that_was_read_before_a_revocation_does_not_bring_the_key_back(
+    limit: int, *, reads_by_key: bool
+) -> None:
+    """The reply of a shared store may arrive after the news of the change: by key, and for an operator."""
+    store = HeldStore()
+    for number in range(5):
+        await store.write(f"client-{number}", Change(keys=KeyChange(add=made(number))))
+    async with following(store, limit=limit, deadline=CALM) as registry:
+        digest = made(4).digest
+        assert (registry._cache.get("client-4") is None) is (limit < 5)
+        store.delays = asyncio.Event()
+        reading: asyncio.Task[Any] = asyncio.create_task(
+            registry.keys.look_up(digest) if reads_by_key else registry.record_of("client-4")
+        )
+        await soon(lambda: store.delayed == 1, "the record was read, and is on its way")
+        version = registry.version
+        await store.write("client-4", Change(keys=KeyChange(clear=True), verified_only=None))
+        await soon(lambda: registry._cursor == store.mark, "the news has arrived")
+        store.delays.set()
+        await reading
+        found = registry.keys.find(digest)
+        assert (await registry.keys.look_up(digest) if found is KeyState.UNKNOWN else found) is KeyState.ABSENT
+        assert registry.version > version, "proofs that were remembered are verified again"
 
 
 async def test_keys_that_do_not_fit_into_memory_are_looked_up(opened: Open) -> None:

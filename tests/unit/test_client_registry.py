@@ -51,6 +51,8 @@ class HeldStore:
         self.questions: list[list[str]] = []
         self.answers = asyncio.Event()
         self.answers.set()
+        self.delays: asyncio.Event | None = None  # until it is set, what has been read is on its way
+        self.delayed = 0
         self.watchers: list[asyncio.Event] = []
         self.ended = 0
         self.uses: dict[str, int] = {}
@@ -114,7 +116,7 @@ class HeldStore:
         if self.look_up_failure is not None:
             raise self.look_up_failure
         await self._reach()
-        return [self.records.get(each) for each in client_ids]
+        return await self._delayed([self.records.get(each) for each in client_ids])
 
     async def look_up_keys(self, digests: Sequence[str]) -> list[ClientRecord | None]:
         self.questions.append(list(digests))
@@ -123,7 +125,13 @@ class HeldStore:
             raise self.look_up_failure
         await self._reach()
         owners = {key.digest: record for record in self.records.values() for key in record.keys}
-        return [owners.get(digest) for digest in digests]
+        return await self._delayed([owners.get(digest) for digest in digests])
+
+    async def _delayed(self, found: list[ClientRecord | None]) -> list[ClientRecord | None]:
+        self.delayed += 1
+        if self.delays is not None:
+            await self.delays.wait()
+        return found
 
     async def note_key_uses(self, uses: Mapping[str, int]) -> None:
         await self._reach()
@@ -323,7 +331,7 @@ async def test_a_change_announced_before_its_own_response_is_not_mistaken_for_an
         assert (view(before), view(after)) == (("FREE", "default"), ("PREMIUM", "registered"))
         assert tier_of(registry, "acme") == ("BASIC", "granted")
         assert [view(client) for client in told] == [("BASIC", "granted")]
-        assert not registry._writing
+        assert not registry._asking
         assert not registry._deferred
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from api_gateway.assembly.credential_watch import CredentialWatch
 from api_gateway.clients.identity_rules import NO_RULES, IdentityRules
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
@@ -18,7 +19,7 @@ from api_gateway.errors import (
 )
 from api_gateway.http1.headers import Fields, fields_of
 from api_gateway.limits.limit_reached import LimitReached
-from api_gateway.models import NANOSECONDS, Charge, Client, Quota
+from api_gateway.models import NANOSECONDS, Charge, Client, Exchange, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan, StageResult, Wait
 from api_gateway.proxy.credential_stages import CredentialRouteStage, CredentialStage
 from api_gateway.proxy.header_facts import HeaderReader
@@ -31,6 +32,7 @@ from api_gateway.proxy.identity_sources import (
     Question,
     Verification,
 )
+from api_gateway.proxy.open_exchanges import OpenExchanges
 from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.stages import IdentityStage
 from api_gateway.rate_limiter import MemoryLimiter
@@ -273,6 +275,66 @@ async def test_a_question_is_asked_after_the_address_was_charged(setup: Setup) -
         else:
             assert isinstance(result, RateLimited)
     assert asked == 3
+
+
+async def test_what_was_asked_before_a_change_is_not_remembered_after_it(setup: Setup) -> None:
+    """The answer is on its way when the credential is revoked; the next request must not be served by it."""
+
+    def question(claim: Claim) -> Question:
+        async def ask() -> Proof | GatewayError:
+            return Proof(claim, "initech")
+
+        return Question(ask)
+
+    setup.tickets.verdicts["later"] = question
+    plan, result = setup.decide(b"authorization: Ticket later")
+    assert isinstance(result, Wait)
+    answer = await result.reply()
+    setup.tickets.verdicts["later"] = lambda _: CredentialsInvalid("revoked")
+    setup.clients.bump_version()
+    assert Admission.resume(plan, result, answer, 0) is None, "it arrived before the change"
+    assert isinstance(setup.decide(b"authorization: Ticket later")[1], CredentialsInvalid)
+
+
+class Stream:
+    """An exchange that is open."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.errors: list[GatewayError] = []
+
+    def end(self, error: GatewayError) -> None:
+        self.errors.append(error)
+
+
+@pytest.mark.parametrize("revoked", ["acme", "badge"])
+@pytest.mark.parametrize("begins", ["before", "after"])
+async def test_a_stream_ends_with_any_credential_of_its_request(setup: Setup, revoked: str, begins: str) -> None:
+    """Also with one beside that which decides, and also if the response begins after the revocation."""
+    plan = setup.plan(TICKET)
+    plan.facts.further = (Claim(setup.tickets, "badge", frozenset()),)
+    assert setup.admission.decide(plan) is None
+    stream, streams = Stream(plan.exchange), OpenExchanges()
+    watch = CredentialWatch(
+        setup.clients,
+        connections=lambda: (),
+        open_exchanges=streams,
+        has_credentials=lambda: False,
+        clock_ns=lambda: 0,
+    )
+    with streams.holding(stream):
+        if begins == "before":
+            plan.exchange.status = 200
+        await watch.look()
+        assert not stream.errors
+        setup.tickets.verdicts[revoked] = lambda _: CredentialsInvalid("revoked")
+        setup.clients.bump_version()
+        await watch.look()
+        if begins == "after":
+            assert not stream.errors, "it has no response yet"
+            plan.exchange.status = 200
+            await watch.look()
+    assert [error.reason for error in stream.errors] == ["credentials_invalid"]
 
 
 def test_an_id_that_contradicts_the_credential_is_refused(setup: Setup) -> None:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from api_gateway.assembly.credential_watch import INTERVAL
 from api_gateway.clients.api_keys import new_key
 from api_gateway.clients.records import MAX_VALID_KEYS
 from tests.kit import (
@@ -409,6 +411,33 @@ def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str
         assert slow.answer().status == 200
     live = running.live.recorder
     eventually(lambda: live.rejections["credentials_invalid"] == 1, "the end has its reason")
+
+
+@pytest.mark.parametrize("name", ["an event stream", "an event stream on the ASGI path"])
+def test_a_stream_that_begins_after_the_only_key_was_revoked_ends_too(
+    gateway: Gateway, up: RawUpstream, name: str
+) -> None:
+    """The request was admitted before and gets its response, but no stream without an end."""
+    response, (method, fields) = STREAMS[name]
+    running = gateway(in_front_of(up.url))
+    released, over = threading.Event(), threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        released.wait(PATIENCE)
+        wire.send(response)
+        over.wait(PATIENCE)
+
+    up.behave = behave
+    made = call(running, "POST", "/clients/acme/keys", {})
+    with RawClient(running.port) as late:
+        late.request(method, "/api/x", (f"X-API-Key: {made['key']}", *fields))
+        eventually(lambda: len(up.requests) > 0, "the upstream has the request")
+        call(running, "DELETE", f"/clients/acme/keys/{made['id']}")
+        time.sleep(1.2 * INTERVAL)  # the open exchanges are looked at meanwhile
+        released.set()
+        assert late.read_until(b"begun") is not None
+        late.read_exactly(10_000)  # to the end of the connection
+    over.set()
 
 
 def test_an_operator_endpoint_stores_no_key_as_a_name(keyed: RunningGateway) -> None:
