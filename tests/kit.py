@@ -282,10 +282,16 @@ class Wire:
 
     def read_exactly(self, size: int) -> bytes:
         """Return `size` bytes, or fewer if the connection ends before."""
-        while len(self.buffer) < size and self.fill(1_048_576):  # few copies of a large body
-            pass
-        found, self.buffer = self.buffer[:size], self.buffer[size:]
-        return found
+        pieces: list[bytes] = []  # joined at the end: a large body arrives in thousands
+        while len(self.buffer) < size:
+            pieces.append(self.buffer)
+            size -= len(self.buffer)
+            self.buffer = b""
+            if not self.fill(1_048_576):
+                break
+        pieces.append(self.buffer[:size])
+        self.buffer = self.buffer[size:]
+        return b"".join(pieces)
 
     def read_body(self, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bool]:
         """Return the body that these header fields frame, and whether it is complete."""

@@ -32,7 +32,7 @@ REPLACED_SIGNAL = signal.SIGUSR1  # sent to a worker that another one replaces
 
 SNAPSHOT_INTERVAL = 1.0  # seconds; counts of the last interval are lost if a worker is killed
 QUERY_TIMEOUT = 2.0  # seconds for the supervisor to respond with the answers of all workers
-GATHER_TIMEOUT = 1.0  # seconds for the supervisor to respond; it gives the workers half of that
+GATHER_TIMEOUT = 5.0  # seconds for the supervisor to respond, half of what Prometheus waits by default
 MAX_MESSAGE = 64 * 1024 * 1024  # bytes
 MAX_UNSENT = 8 * 1024 * 1024  # bytes unread by the supervisor from which no report is sent
 

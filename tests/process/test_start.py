@@ -64,7 +64,6 @@ LEFT_OUT = {
     "h2": "upstreams with HTTP/2",
     "websockets": "nothing: the protocol serves WebSockets itself",
     "pydantic.v1": "routes of the framework, which looks for models of its former version",
-    "rich": "the command top",
     "textual": "the command top",
     "api_gateway.assembly.shared_store": "a shared store",
     "api_gateway.assembly.store_schema": "a shared store",

@@ -545,7 +545,7 @@ async def test_every_key_it_leaves_expires(store: StoreServer) -> None:
         await soon(lambda: store.admin.exists("test:processes"), "the heartbeat has been there")
         assert all(store.admin.pttl(key) != -1 for key in store.admin.scan_iter())
         left = store.admin.pttl(limiter.store_key("client"))
-        assert 2_999_000 < left <= 3_000_001
+        assert 2_900_000 < left <= 3_000_001  # milliseconds, some of which have passed
 
 
 async def test_keys_reveal_no_id_and_no_id_selects_a_slot(store: StoreServer) -> None:

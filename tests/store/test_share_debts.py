@@ -17,9 +17,9 @@ from tests.store.test_limiter_invariants import Fleet
 
 SECOND = NANOSECONDS
 MILLISECOND = SECOND // 1000
-HOT = Quota.per_second("HOT", 50, 500)  # fills in 10 s
+HOT = Quota.per_second("HOT", 20, 200)  # fills in 10 s
 TWENTY = Quota.per_second("TWENTY", 2, 20)
-STEP = 4 * MILLISECOND  # between two requests at five times the rate of HOT
+STEP = 10 * MILLISECOND  # between two requests at five times the rate of HOT
 BREAKER = 3  # calls without a reply before a gateway gives the store up
 
 

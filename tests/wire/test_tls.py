@@ -239,7 +239,14 @@ def test_bodies_pass_whole_both_ways_and_a_slow_reader_holds_the_sender_back(
         assert interim is not None
         assert interim.startswith(b"HTTP/1.1 100 ")
         client.send(b"x" * (3 * MIB))
-        eventually(lambda: sent > 0, "the response begins")
+
+        def is_held_back() -> bool:
+            before = sent
+            time.sleep(0.05)
+            return 0 < before == sent
+
+        eventually(is_held_back, "the sender waits")
+        assert sent < size
         answer = client.answer()
         assert answer.is_complete
         assert answer.body == b"y" * size

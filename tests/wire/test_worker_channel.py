@@ -118,14 +118,15 @@ async def test_a_supervisor_that_is_silent_is_replaced_by_its_last_reply(
     await peer.close()
 
 
-async def test_the_end_of_a_supervisor_is_reported_to_its_worker_once() -> None:
+async def test_the_end_of_a_supervisor_is_reported_to_its_worker_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_channel, "GATHER_TIMEOUT", 0.05)
     told: list[int] = []
     peer = Peer(lambda: told.append(1))
     await peer.open()
     peer.member.announce_ready()
     peer.writer.close()
     await soon(lambda: told == [1], "it is reported")
-    assert (await asyncio.wait_for(peer.member.gather(), 5)).buckets == 7
+    assert (await peer.member.gather()).buckets == 7
     await peer.member.close()
     assert told == [1]
 
