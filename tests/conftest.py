@@ -75,7 +75,8 @@ def in_turn(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Divide the tests among the processes, and exclude from the measurement of coverage what repeats."""
     exclude_repetitions(items)
-    items[:] = in_turn(items, getattr(config, "workerinput", {"workercount": 1})["workercount"])
+    if hasattr(config, "workerinput"):  # by xdist: this is one of several processes
+        items[:] = in_turn(items, config.workerinput["workercount"])
 
 
 def exclude_repetitions(items: list[pytest.Item]) -> None:
