@@ -49,6 +49,12 @@ ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("usage", "router", frozenset({"usage"})),
 )
 _SCHEMA = "openapi.json"
+# Why a body that the framework cannot read is not JSON; mistakes within JSON text have an error of their own.
+_UNREADABLE = (
+    (UnicodeDecodeError, "it is not text in UTF-8"),
+    (RecursionError, "it is nested too deeply"),
+    (ValueError, "a number in it has too many digits"),
+)
 # Imported with the first router, as the event loop would import them else: the backend of the framework's thread pool,
 # and what several endpoints ask.
 _SHARED = ("anyio._backends._asyncio", f"{__package__}.explainer")
@@ -214,8 +220,16 @@ def _gateway_error(raised: Exception) -> GatewayError:
             return NoRoute("No endpoint has this path, and it is below neither /api nor a route.")
         if raised.status_code == 405:  # noqa: PLR2004 - the endpoint exists, but not for this method
             return MethodNotAllowed("The endpoint does not support this method.")
-        return BadRequest(str(raised.detail))
+        return _unreadable(raised)
     return InternalError(f"Internal error: {type(raised).__name__}.")
+
+
+def _unreadable(raised: HTTPException) -> GatewayError:
+    """Return the error for a body that the framework could not read."""
+    for kind, cause in _UNREADABLE:
+        if isinstance(raised.__cause__, kind):
+            return InvalidValue(f"The body is not JSON: {cause}.")
+    return BadRequest(str(raised.detail))
 
 
 def _validation_message(item: Mapping[str, Any]) -> str:

@@ -35,6 +35,8 @@ _HEAD_END = b"\r\n\r\n"
 _VERSIONS = frozenset({"1.0", "1.1"})  # llhttp also takes 2.0, and 0.9 for a request line without a version
 _LINE_WITHOUT_VERSION = re.compile(rb"[\r\n]*+[^ \r\n]++ [^ \r\n]++\r?\n")
 _OTHER_VERSION = "The version of the request is not HTTP/1.0 or HTTP/1.1."
+_OTHER_PROTOCOL = re.compile(rb" (?:RTSP|ICE)/[0-9.]+\r?")  # llhttp takes these for HTTP, with the same versions
+_LONGEST_PROTOCOL = 16  # bytes at the end of a request line that matter
 # Methods that the parser gets as they are: those forwarded, and those refused by their name.
 _PARSED_METHODS = frozenset(name.encode() for name in KNOWN_METHODS | REFUSED_METHODS)
 
@@ -120,6 +122,7 @@ class RequestReader:
         "_is_chunked",
         "_is_stopped",
         "_limits",
+        "_line_begun",
         "_method_begun",
         "_overhead",
         "_parser",
@@ -144,6 +147,7 @@ class RequestReader:
         self._expects_continue = self._is_chunked = False
         self._method_begun = b""  # the beginning of a request line whose method is not complete
         self._unknown_method = b""  # of the head that is being received, if the parser gets POST in its place
+        self._line_begun: bytes | None = b""  # the last bytes of an incomplete request line; None behind it
         self._body_left: int | None = None  # bytes of the body still to come; None if its length is unknown
         self._chunks: ChunkedEnd | None = None  # of the body, if it is chunked
         self._head_end = b""  # the last bytes of a head whose end has not arrived
@@ -255,6 +259,9 @@ class RequestReader:
     def _feed(self, piece: memoryview) -> int:
         size = self._piece = len(piece)
         self._unparsed += size
+        if self._line_begun is not None and self._is_of_other_protocol(self._line_begun + bytes(piece)):
+            self._refuse(BadRequest(_OTHER_VERSION))
+            return size
         begins = self._part is Part.START
         if self._parser is None:
             self.renew()
@@ -271,6 +278,12 @@ class RequestReader:
             if begins and self._part is Part.HEAD and not self._is_stopped and _LINE_WITHOUT_VERSION.match(piece):
                 self._refuse(BadRequest(_OTHER_VERSION))  # a client of HTTP/0.9 would send no more
         return size
+
+    def _is_of_other_protocol(self, received: bytes) -> bool:
+        """Tell whether the request line, of which `received` is the beginning or the end, is not one of HTTP."""
+        line, is_complete, _ = received.lstrip(b"\r\n").partition(b"\n")
+        self._line_begun = None if is_complete else line[-_LONGEST_PROTOCOL:]
+        return bool(is_complete) and _OTHER_PROTOCOL.fullmatch(line[line.rfind(b" ") :]) is not None
 
     def _deliver(self) -> None:
         """Report the content of the piece at once: thousands of chunks cost the loop as much as one."""
@@ -397,7 +410,7 @@ class RequestReader:
         self._deliver()  # may stop the reader
         if self._is_stopped or self._part is not Part.BODY:
             return
-        self._part = Part.START
+        self._part, self._line_begun = Part.START, b""
         self.sink.on_body_complete()
 
     def _head(self) -> RequestHead:

@@ -3,7 +3,7 @@
 import time
 
 from api_gateway.exchanges.context import ExchangeContext
-from api_gateway.http1.headers import BODILESS, FALLBACK, forwardable_interim, http_date, rewrite_response
+from api_gateway.http1.headers import BODILESS, FALLBACK, LENGTH, forwardable_interim, http_date, rewrite_response
 from api_gateway.http1.serializer import COLON, render_response_head, status_line
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.cors import complete, complete_lines
@@ -13,7 +13,7 @@ from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
 from api_gateway.transport.response import UpstreamResponse
 
 _EARLY_HINTS = frozenset({b"link", b"via"})
-_LENGTH, _NOTHING = frozenset({b"content-length"}), frozenset[bytes]()
+_NOTHING = frozenset[bytes]()
 
 
 def plain_head(
@@ -61,7 +61,7 @@ def parsed_head(
     fields, headers = response.fields, response.headers
     if rewriter is not None:
         headers = rewriter.rewrite(headers, authorities)
-    omit = _LENGTH if response.status == 204 else _NOTHING  # noqa: PLR2004 - RFC 9110 section 8.6
+    omit = LENGTH if response.status == 204 else _NOTHING  # noqa: PLR2004 - see there
     own, via = context.response_headers(exchange), context.via_field(response.version)
     if exchange.cors is not None:
         headers, added = complete(exchange.cors, headers)

@@ -6,7 +6,7 @@ import httpx
 
 from api_gateway.exchanges.http_exchange import HttpExchange
 from api_gateway.exchanges.relaying_exchange import InterimListener
-from api_gateway.http1.headers import COST, rewrite_response
+from api_gateway.http1.headers import COST, LENGTH, rewrite_response
 from api_gateway.models import HeaderList, Outcome
 from api_gateway.proxy.attribution import NO_PROGRESS
 from api_gateway.proxy.cors import complete
@@ -20,7 +20,6 @@ from api_gateway.upstreams.upstream_client import UpstreamClient
 
 _LINES: Final = b"connection: Upgrade\r\nupgrade: websocket\r\n"
 _FIELDS: Final[HeaderList] = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
-_NOTHING: Final = frozenset[bytes]()
 
 
 class TunnellingExchange(HttpExchange):
@@ -104,7 +103,7 @@ class TunnellingExchange(HttpExchange):
         if exchange.cors is not None:
             headers, added = complete(exchange.cors, headers)
             own = own + added
-        return [*rewrite_response(headers, self.fields, own, _NOTHING, context.via), *_FIELDS]
+        return [*rewrite_response(headers, self.fields, own, LENGTH, context.via), *_FIELDS]
 
     async def _run(self, tunnel: Tunnel, from_client: bytes, from_upstream: bytes) -> None:
         """Forward bytes until the tunnel ends."""

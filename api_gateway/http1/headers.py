@@ -14,6 +14,7 @@ from typing import Literal
 from api_gateway.ip_addresses import parse_address
 from api_gateway.models import HeaderList
 
+LENGTH = frozenset({b"content-length"})  # forbidden in responses with a status of 1xx or 204 (RFC 9110 section 8.6)
 BODILESS = frozenset({204, 304})  # statuses whose responses never have a body (RFC 9112 section 6.3)
 
 
@@ -223,7 +224,7 @@ def _with_one_date(headers: HeaderList) -> HeaderList:
 
 def forwardable_interim(headers: HeaderList, via: tuple[bytes, bytes]) -> HeaderList:
     """Return the header fields of an interim response (1xx) that are forwarded, with the gateway's entry in `Via`."""
-    return rewrite_response(headers, fields_of(headers), [], frozenset(), via)
+    return rewrite_response(headers, fields_of(headers), [], LENGTH, via)
 
 
 def forwardable_trailers(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:

@@ -2,6 +2,8 @@
 
 `fast_parser` parses plain heads, whose bodies are delimited by their length; httptools parses everything else.
 `sending_connection` has the other half.
+
+Long because the callbacks of the parser and what feeds it share the state of the connection.
 """
 
 import asyncio
@@ -29,6 +31,8 @@ _HEAD_OF_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"  # fo
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
 _WEBSOCKET = [b"websocket"]
+_VERSIONS = frozenset({"1.0", "1.1"})
+_OTHER_PROTOCOLS = (b"R", b"I")  # RTSP and ICE, which the parser takes for HTTP
 _KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser ignores framing fields of these statuses
 
 
@@ -91,7 +95,11 @@ class UpstreamConnection(SendingConnection):
             self._take_chunks(response, self._chunks, data)
         elif self._received:
             self._parse(response, data)
-        elif not self._take_plain(response, data):
+        elif self._take_plain(response, data):
+            pass
+        elif data.startswith(_OTHER_PROTOCOLS):
+            self._fail(response, "not HTTP: a response of another protocol")
+        else:
             response.on_complex_head()
             self._parse(response, data)
 
@@ -289,6 +297,9 @@ class UpstreamConnection(SendingConnection):
             self._fail(response, _TOO_LONG)
             return
         status = self._parser.get_status_code()
+        if self._parser.get_http_version() not in _VERSIONS:
+            self._fail(response, "a version other than HTTP/1.0 and HTTP/1.1")
+            return
         if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
             self._on_special_status(response, status, reason, headers)
             return

@@ -182,6 +182,14 @@ def test_control_characters_in_a_field_of_a_response_become_spaces(
         assert (answer.all("x-a"), answer.all("x-tab"), answer.all("x-b")) == ([b"a b c"], [b"a\tb"], [b"[1m"])
 
 
+@pytest.mark.parametrize("head", [b"HTTP/0.9 200", b"HTTP/2.0 200", b"RTSP/1.0 200", b"ICE/1.0 200", b"HTTP/2.0 103"])
+def test_a_response_of_another_version_or_protocol_is_a_502(client: RawClient, up: RawUpstream, head: bytes) -> None:
+    up.behave = says(head + b" OK\r\nContent-Length: 2\r\n\r\nok")
+    assert reason(client.get()) == (502, "upstream_protocol_error")
+    up.behave = reply()
+    assert client.get().status == 200  # and the breaker stays closed
+
+
 @pytest.mark.parametrize(
     "field",
     [

@@ -348,6 +348,23 @@ def test_a_message_says_what_would_be_accepted(plain: RunningGateway, method: st
 
 
 @pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"tier": "\xff"}', "it is not text in UTF-8"),
+        (b"\x1f\x8b\x08", "it is not text in UTF-8"),
+        (b"[" * 60_000, "it is nested too deeply"),
+        (b"9" * 5_000, "a number in it has too many digits"),
+        (b"{tier: FREE}", "Expecting property name enclosed in double quotes, at character 1"),
+    ],
+)
+def test_a_body_that_is_not_json_is_refused_with_the_cause(plain: RunningGateway, body: bytes, words: str) -> None:
+    media = {"Content-Type": "application/json"}
+    answer = ask(f"{plain.url}/clients/acme/tier", method="POST", headers=media, body=body)
+    assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
+    assert answer.json()["detail"] == f"The body is not JSON: {words}."
+
+
+@pytest.mark.parametrize(
     ("path", "body"),
     [
         ("/clients/acme/grants", {"tier": "PREMIUM", "duration_seconds": True}),

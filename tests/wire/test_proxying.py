@@ -443,7 +443,7 @@ def test_a_response_without_a_body_leaves_the_connection_usable(
 
 
 def test_interim_responses_are_passed_on(client: RawClient, up: RawUpstream) -> None:
-    hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: %b\r\n\r\n"
+    hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nContent-Length: 5\r\nConnection: %b\r\n\r\n"
     up.behave = raw(hint % b"x" + hint % b"close" + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     client.request()
     for _ in range(2):
@@ -705,6 +705,9 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
         b"GET /api/\xff HTTP/1.1\r\n" + HOST + b"\r\n",
         b"GET /api/bad HTTP/1.1 \r\n" + HOST + b"\r\n",
         b"CONNECT gateway.test:80 HTTP/1.1\r\n" + HOST + b"\r\n",
+        b"GET /api/bad RTSP/1.0\r\n" + HOST + b"\r\n",
+        b"\r\nDESCRIBE /api/bad RTSP/1.0\r\n" + HOST + b"\r\n",
+        b"POST /api/%b RTSP/1.0\r\n" % (b"a" * 9_000) + HOST + b"Content-Length: 0\r\n\r\n",
     ],
 )
 def test_an_ambiguous_request_is_refused_and_never_forwarded(

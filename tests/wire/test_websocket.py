@@ -182,7 +182,8 @@ def test_the_handshake_reaches_the_upstream(client: RawClient, up: RawUpstream) 
 
 def test_the_response_to_the_handshake_reaches_the_client(client: RawClient, up: RawUpstream) -> None:
     head = SWITCH.replace(b"Switching Protocols", b"Off We Go")
-    more = b"SEC-WebSocket-accept: " + ACCEPT + b"\r\nSec-WebSocket-Protocol: v2\r\nX-MiXed: 2\r\n\r\n"
+    more = b"SEC-WebSocket-accept: " + ACCEPT + b"\r\nSec-WebSocket-Protocol: v2\r\nX-MiXed: 2\r\n"
+    more += b"Content-Length: 5\r\n\r\n"  # a mistake of the upstream, see RFC 9110 section 8.6
 
     def switches(wire: Wire, _request: RawRequest) -> None:
         wire.send(head + more)
