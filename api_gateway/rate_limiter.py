@@ -146,7 +146,7 @@ class TatTable(Generic[Noted]):
         self.limit = limit
         self.current: dict[str, Noted] = {}
         self.previous: dict[str, Noted] = {}
-        self.retired: list[dict[str, Noted] | dict[str, list[tuple[int, int]]]] = []  # to be freed in steps
+        self.retired: list[dict[str, Noted] | dict[str, list[Refund]]] = []  # to be freed in steps
         self.rotated_at_ns = 0  # the first use rotates two empty generations
 
     def __repr__(self) -> str:
@@ -337,14 +337,19 @@ class MemoryLimiter:
         for charge, debt_ns in zip(changes, debts_of(decision), strict=True):
             burst_ns = charge.quota.burst_ns
             before_ns = self._load(charge.key, charge.quota)
-            charged_ns = decision.at_ns + debt_ns - self._refunds.since(charge.key, decision.at_ns)
+            charged_ns = self.charged_until(charge.key, decision.at_ns, debt_ns)
             tat_ns = settled(before_ns, burst_ns, charge.increment_ns, charged_ns, now_ns)
             if now_ns < tat_ns < before_ns:
-                self._refunds.note(charge.key, now_ns, before_ns - tat_ns)
+                given_ns = before_ns - tat_ns
+                self._refunds.note(charge.key, Refund(decision.at_ns, decision.at_ns + debt_ns, now_ns, given_ns))
             self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # an entry is kept until its TAT
             self._store(charge.key, tat_ns)
             debts_ns.append(tat_ns - now_ns)
         return decision_after(decision, settled_to or changes, debts_ns, now_ns, is_chosen_anew=bool(settled_to))
+
+    def charged_until(self, key: str, at_ns: int, debt_ns: int) -> int:
+        """Return the present end of a charge of `at_ns` that left the bucket with `debt_ns`; see `Refunds.end_of`."""
+        return self._refunds.end_of(key, at_ns, at_ns + debt_ns)
 
     async def refill(self, key: str) -> None:
         """Fill a bucket to its capacity."""
@@ -485,19 +490,38 @@ class MemoryLimiter:
             }
 
 
-class Refunds:
-    """Recent refunds of buckets in debt, by which the TATs of earlier charges have to be reduced.
+class Refund:
+    """A refund: when the charge was made, the TAT that it left, when it was refunded, and how much of it."""
 
-    Without these, two overlapping requests could both be refunded tokens that have been refilled only once. A bucket
-    has at most `MOST` entries; the oldest are merged at the later time, which makes refunds smaller. Entries are kept
-    for two generations, as buckets are: earlier charges have been refilled, and are not refunded anyway.
+    __slots__ = ("at_ns", "given_ns", "made_ns", "tat_ns")
+
+    def __init__(self, at_ns: int, tat_ns: int, made_ns: int, given_ns: int) -> None:
+        self.at_ns = at_ns
+        self.tat_ns = tat_ns
+        self.made_ns = made_ns
+        self.given_ns = given_ns
+
+    def __repr__(self) -> str:
+        return f"<Refund [{self.given_ns} ns of the charge of {self.at_ns}]>"
+
+
+class Refunds:
+    """Recent refunds of buckets in debt, by which later charges end earlier.
+
+    A debt is refilled in the order of its charges: a charge ends at the TAT that it left, and what of it lies in the
+    future has not been refilled. If an earlier charge is refunded afterwards, it ends earlier by that. Without these,
+    two overlapping requests could both be refunded tokens that have been refilled only once; refunds of charges that
+    were made later do not matter. A bucket has at most `MOST` entries; the oldest are merged into one that applies to
+    all charges of both, which makes refunds smaller, as does a refund at the instant of a charge: it counts as later.
+    Entries are kept for two generations, as buckets are: earlier charges have been refilled, and are not refunded
+    anyway.
     """
 
     MOST: ClassVar = 32
 
     def __init__(self) -> None:
-        self._current: dict[str, list[tuple[int, int]]] = {}  # time and refunded nanoseconds
-        self._previous: dict[str, list[tuple[int, int]]] = {}
+        self._current: dict[str, list[Refund]] = {}
+        self._previous: dict[str, list[Refund]] = {}
 
     def __repr__(self) -> str:
         return f"<Refunds of {len(self)} buckets>"
@@ -505,20 +529,27 @@ class Refunds:
     def __len__(self) -> int:
         return len(self._current) + len(self._previous)
 
-    def since(self, key: str, at_ns: int) -> int:
-        """Return the sum of a bucket's refunds from `at_ns` on, in nanoseconds."""
-        noted = (*self._previous.get(key, ()), *self._current.get(key, ()))
-        return sum(given_ns for noted_ns, given_ns in noted if noted_ns >= at_ns)
+    def end_of(self, key: str, at_ns: int, tat_ns: int) -> int:
+        """Return the present end of a charge of `at_ns` that left the TAT `tat_ns`."""
+        end_ns = tat_ns
+        for noted in (self._previous.get(key), self._current.get(key)):
+            for one in noted or ():
+                is_earlier = one.at_ns < at_ns or (one.at_ns == at_ns and one.tat_ns < tat_ns)
+                if is_earlier and one.made_ns >= at_ns:
+                    end_ns -= one.given_ns
+        return end_ns
 
-    def note(self, key: str, now_ns: int, given_ns: int) -> None:
-        """Record a refund."""
+    def note(self, key: str, refund: Refund) -> None:
+        """Record a refund. Its time and amount may be corrected when they are known."""
         noted = self._current.setdefault(key, [])
-        noted.append((now_ns, given_ns))
+        noted.append(refund)
         if len(noted) > self.MOST:
-            (_, one), (at_ns, other) = noted[:2]
-            noted[:2] = [(at_ns, one + other)]
+            one, other = noted[:2]
+            made_ns, given_ns = max(one.made_ns, other.made_ns), one.given_ns + other.given_ns
+            first = one if one.at_ns < other.at_ns else other
+            noted[:2] = [Refund(first.at_ns, first.tat_ns, made_ns, given_ns)]
 
-    def turn(self) -> list[dict[str, list[tuple[int, int]]]]:
+    def turn(self) -> list[dict[str, list[Refund]]]:
         """Begin a generation; return the one that has ended, if it is not empty, to be freed in steps."""
         retired, self._previous, self._current = self._previous, self._current, {}
         return [retired] if retired else []

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from api_gateway.limits.share_debts import ShareDebts
 from api_gateway.models import Charge, Decision, Quota
-from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.rate_limiter import MemoryLimiter, debts_of
+
+_UNKNOWN_NS = 1 << 62  # later than any end: the policy `allow` has no bucket
 
 
 class FallbackLimiter:
@@ -69,9 +71,11 @@ class FallbackLimiter:
         """Settle a decision of this limiter; see `RateLimiter.settle`, and `decide` for `known`."""
         after = self._limiter.settle([self._scaled(charge) for charge in changes], decision, now_ns, settled_to)
         after.remaining //= self.processes
-        for charge, tat_ns in zip(changes, known, strict=True):
+        at_ns, is_share = decision.at_ns, decision.source == "local_share"
+        for charge, tat_ns, debt_ns in zip(changes, known, debts_of(decision), strict=True):
             if charge.increment_ns < 0:
-                self._debts.refund(charge, -charge.increment_ns, self.processes, now_ns)
+                end_ns = self._limiter.charged_until(charge.key, at_ns, debt_ns) if is_share else _UNKNOWN_NS
+                self._debts.refund(charge, at_ns, end_ns, self.processes, now_ns)
             elif charge.increment_ns:
                 self._debts.charge(charge, tat_ns, self.processes, now_ns, is_held=False)
         return after

@@ -21,10 +21,11 @@ from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
 from api_gateway.limits.deny_cache import DenyCache
 from api_gateway.limits.fallback_limiter import FallbackLimiter
 from api_gateway.limits.script_batcher import MAX_BATCH, ScriptBatcher
-from api_gateway.limits.script_ops import ChargeOp, MultiNodeCharge, PeekOp, SettleOp, refund_message
+from api_gateway.limits.script_ops import ChargeOp, MultiNodeCharge, PeekOp, RefundOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, DecisionSource, LimiterState, Quota
 from api_gateway.rate_limiter import (
     NEVER_NS,
+    Refund,
     Refunds,
     debts_of,
     decision_after,
@@ -43,7 +44,7 @@ HEARTBEAT_INTERVAL = 2.0  # seconds between heartbeats
 REPORTS_PER_HEARTBEAT = 50  # batches of debts, at most
 REPORT_PAUSE = 0.02  # seconds after each
 DEAD_AFTER = 3 * HEARTBEAT_INTERVAL
-MESSAGE_NS = NANOSECONDS // 10  # time within which notifications of refunds arrive
+REPLY_NS = NANOSECONDS // 10  # time within which the store executes a refund, if it does not reply
 REFUNDS_KEPT_NS = 600 * NANOSECONDS  # usually longer than the time between a charge and its settlement
 PROCESS_COUNT_MEMORY = 3600.0  # seconds for which a process that has ended is still counted
 
@@ -99,9 +100,9 @@ class RedisLimiter:
         self._evictions = Evictions(0, None)
         self._warning: str | None = None
         self._write_refusal: str | None = None  # while the store refuses writes
-        self._name = f"{source.getrandbits(64):016x}"
+        self.name = f"{source.getrandbits(64):016x}"  # of this process, in the store
         self._prefix = prefix
-        self.refunds = f"{prefix}:refunds"  # channel of the notifications
+        self.refunds = f"{prefix}:refunds"  # channel of the notifications, see `_on_refund`
         self._clock = clock
         self.clock_ns = clock_ns
         self.cache = DenyCache(bucket_limit, clock_ns)
@@ -202,11 +203,15 @@ class RedisLimiter:
                 debts_ns.append(debt_ns)
                 continue
             tat_ns = at_ns + debt_ns
-            charged_ns = tat_ns - self._recent_refunds.since(charge.key, at_ns)
-            self.batcher.submit(SettleOp(self, charge, charged_ns))
-            debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, charged_ns, at_ns) - at_ns)
-            if charge.increment_ns < 0:
-                self._note_refund(charge.key, -charge.increment_ns)
+            end_ns = self._recent_refunds.end_of(charge.key, at_ns, tat_ns)
+            if charge.increment_ns > 0:
+                self.batcher.submit(SettleOp(self, charge))
+            else:
+                made_ns = self.cache.drop(charge.key) + self.offset_ns + REPLY_NS
+                refund = Refund(at_ns, tat_ns, made_ns, -charge.increment_ns)
+                self._note_refund(charge.key, refund)
+                self.batcher.submit(RefundOp(self, charge, refund, end_ns))
+            debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, end_ns, at_ns) - at_ns)
         return decision_after(decision, settled_to or changes, debts_ns, at_ns, is_chosen_anew=bool(settled_to))
 
     async def refill(self, key: str) -> None:
@@ -216,7 +221,7 @@ class RedisLimiter:
             await self._publish_invalidation(key)
         except StoreError as error:
             raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
-        self._note_refund(key, 0)
+        self.cache.drop(key)
         self.fallback.reset(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
@@ -228,13 +233,13 @@ class RedisLimiter:
 
     async def _publish_invalidation(self, key: str) -> None:
         """Make all processes drop their readings of a bucket."""
-        await self._session.client.publish(self.refunds, refund_message(key, 0))
+        await self._session.client.publish(self.refunds, f"0 {key}")
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Convert this process's entries for a bucket to another quota."""
         self.fallback.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:
-            self._note_refund(key, 0)
+            self.cache.drop(key)
 
     def change_quotas(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
         """Apply other quotas. The store keeps the budget with a bucket, and converts it at its next use."""
@@ -279,23 +284,30 @@ class RedisLimiter:
         return decision
 
     def _on_refund(self, message: str) -> None:
-        """Process a notification of a refund; see `refund_message`."""
-        given, _, key = message.partition(" ")
-        if key and given.isdecimal():
-            self._note_refund(key, int(given))
+        """Process a notification: a bucket has more tokens than the readings, also those in replies still to arrive.
 
-    def _note_refund(self, key: str, given_ns: int) -> None:
-        """Drop a bucket's readings, also those in responses still to arrive: it has more tokens than they state.
-
-        The refund is recorded (see `Refunds`) at the latest time on the store's clock at which it may have been made;
-        requests charged in between get a smaller refund.
+        Of a refund: nanoseconds, the store's time in microseconds, the process's name, time and TAT of the charge, and
+        the key of the bucket. Of another reason: 0 and the key. Others are ignored.
         """
-        now_ns = self.cache.drop(key)
-        if given_ns:
-            if self._refunds_turn_ns <= now_ns:
-                self._recent_refunds.turn()
-                self._refunds_turn_ns = now_ns + REFUNDS_KEPT_NS
-            self._recent_refunds.note(key, now_ns + self.offset_ns + MESSAGE_NS, given_ns)
+        given, _, rest = message.partition(" ")
+        if given == "0":
+            self.cache.drop(rest)
+            return
+        made, _, rest = rest.partition(" ")
+        name, _, rest = rest.partition(" ")
+        at, _, rest = rest.partition(" ")
+        tat, _, key = rest.partition(" ")
+        if key and all(number.isdecimal() for number in (given, made, at, tat)):
+            self.cache.drop(key)
+            if name != self.name:  # whose own refunds are noted when they are sent
+                self._note_refund(key, Refund(int(at), int(tat), int(made) * 1000, int(given)))
+
+    def _note_refund(self, key: str, refund: Refund) -> None:
+        now_ns = self.clock_ns()
+        if self._refunds_turn_ns <= now_ns:
+            self._recent_refunds.turn()
+            self._refunds_turn_ns = now_ns + REFUNDS_KEPT_NS
+        self._recent_refunds.note(key, refund)
 
     def _on_subscription(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
         """Trust cached readings only while notifications of refunds are received."""
@@ -327,7 +339,7 @@ class RedisLimiter:
         while True:
             try:
                 alive = await self._session.client.eval(
-                    HEARTBEAT_SCRIPT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
+                    HEARTBEAT_SCRIPT, 1, f"{self._prefix}:processes", self.name, str(DEAD_AFTER)
                 )
             except WRITE_REFUSALS as refusal:  # full (OOM), a replica (READONLY), or unable to save (MISCONF)
                 self._note_write_refusal(f"the store refuses writes: {refusal}")

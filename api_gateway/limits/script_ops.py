@@ -1,4 +1,4 @@
-"""The operations of the limiter on buckets in the store: charge, inspect and settle."""
+"""The operations of the limiter on buckets in the store: charge, inspect, settle and refund."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +10,8 @@ from api_gateway.limits.deny_cache import DenyCache
 from api_gateway.limits.fallback_limiter import FallbackLimiter
 from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp
 from api_gateway.models import Charge, Decision
-from api_gateway.rate_limiter import decision_of, joint_decision, take, take_each, tightest_of
+from api_gateway.rate_limiter import Refund, decision_of, joint_decision, take, take_each, tightest_of
 from api_gateway.storage.redis_session import ScriptCall
-
-
-def refund_message(key: str, given_ns: int) -> str:
-    """Return the notification that a bucket was refunded `given_ns`, or (0) has more tokens for another reason."""
-    return f"{given_ns} {key}"
 
 
 class LimiterPort(Protocol):
@@ -25,6 +20,7 @@ class LimiterPort(Protocol):
     fallback: FallbackLimiter
     cache: DenyCache
     batcher: ScriptBatcher | ClusterScriptBatcher
+    name: str
     refunds: str
     offset_ns: int
     clock_ns: Callable[[], int]
@@ -197,28 +193,56 @@ class PeekOp(ScriptOp):
 
 
 class SettleOp(ScriptOp):
-    """Charges or refunds the difference of a cost settlement. A failure is ignored: the bucket stays unchanged."""
+    """Charges the difference of a cost settlement. What the store does not charge is reported as an outage's debt."""
 
-    __slots__ = ("_charge", "_limiter", "_tat_ns")
+    __slots__ = ("_charge", "_limiter")
 
-    def __init__(self, limiter: LimiterPort, charge: Charge, tat_ns: int) -> None:
-        """`tat_ns` is the bucket's TAT right after the original charge, on the store's clock."""
+    def __init__(self, limiter: LimiterPort, charge: Charge) -> None:
         super().__init__(limiter.store_key(charge.key))
         self._limiter = limiter
         self._charge = charge
-        self._tat_ns = tat_ns
 
     def write(self, call: ScriptCall) -> None:
-        """Append the settlement; a refund is published, so that other processes drop their readings."""
-        charge = self._charge
-        number = call.number(self.key)
-        call.arguments += ("settle", number, charge.quota.burst_ns, charge.increment_ns, self._tat_ns)
-        if charge.increment_ns < 0:
-            call.arguments += ("publish", self._limiter.refunds, refund_message(charge.key, -charge.increment_ns))
+        """Append the charge, up to a debt of a second budget."""
+        burst_ns = self._charge.quota.burst_ns
+        call.arguments += ("debt", call.number(self.key), burst_ns, self._charge.increment_ns, 2 * burst_ns)
 
-    def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - there is no result
-        """Consume the reply."""
-        next(reply)
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        """Do nothing: there is no reply."""
 
     def fail(self) -> None:
-        """Do nothing."""
+        """Keep the charge until the store can be charged, unless it may have been already."""
+        limiter, charge = self._limiter, self._charge
+        known = [limiter.cache.last_tat(charge)]
+        limiter.fallback.record([charge], known, limiter.clock_ns(), may_be_charged=self.is_sent)
+
+
+class RefundOp(ScriptOp):
+    """Refunds a charge (increment below 0), and notifies all processes. A failure leaves the bucket unchanged."""
+
+    __slots__ = ("_charge", "_end_ns", "_limiter", "_refund")
+
+    def __init__(self, limiter: LimiterPort, charge: Charge, refund: Refund, end_ns: int) -> None:
+        """`refund` is corrected by the reply. `end_ns` is the present end of the charge, on the store's clock."""
+        super().__init__(limiter.store_key(charge.key))
+        self._limiter = limiter
+        self._charge = charge
+        self._refund = refund
+        self._end_ns = end_ns
+
+    def write(self, call: ScriptCall) -> None:
+        """Append the refund, and the rest of its notification."""
+        limiter, charge, refund = self._limiter, self._charge, self._refund
+        message = f"{limiter.name} {refund.at_ns} {refund.tat_ns} {charge.key}"
+        call.arguments += ("refund", call.number(self.key), charge.quota.burst_ns, -charge.increment_ns)
+        call.arguments += (self._end_ns, limiter.refunds, message)
+
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        """Correct the refund to what the store has refunded, and when."""
+        self._refund.given_ns = next(reply)
+        self._refund.made_ns = clock_us * 1000
+
+    def fail(self) -> None:
+        """Correct the refund if the store has certainly not executed it."""
+        if not self.is_sent:
+            self._refund.given_ns = 0

@@ -19,13 +19,14 @@ class ShareDebt(NamedTuple):
     """The debt of this gateway's share of a bucket, as TATs with costs times `processes`.
 
     `owed_ns` is the whole debt, `held_ns` the part of it that the store holds, or may hold if a response was lost.
-    `changed_ns` is the time of the last charge or report.
+    `begun_ns` is the time of the first charge, `changed_ns` that of the last charge or report.
     """
 
     owed_ns: int
     held_ns: int
     processes: int
     quota: Quota
+    begun_ns: int
     changed_ns: int
 
     def unreported_ns(self, now_ns: int) -> int:
@@ -53,17 +54,22 @@ class ShareDebts:
         """
         debt = self._get(charge.key, charge.quota, processes, now_ns)
         if debt is None:
-            debt = ShareDebt(known_ns, known_ns, processes, charge.quota, now_ns)
+            debt = ShareDebt(known_ns, known_ns, processes, charge.quota, now_ns, now_ns)
         cost_ns, most_ns = charge.increment_ns * processes, now_ns + 2 * charge.quota.burst_ns * processes
         owed_ns = max(debt.owed_ns, min(max(debt.owed_ns, now_ns) + cost_ns, most_ns))
         held_ns = min(max(debt.held_ns, now_ns) + cost_ns, owed_ns) if is_held else debt.held_ns
-        self._put(charge.key, ShareDebt(owed_ns, held_ns, processes, charge.quota, now_ns), now_ns)
+        self._put(charge.key, debt._replace(owed_ns=owed_ns, held_ns=held_ns, changed_ns=now_ns), now_ns)
 
-    def refund(self, charge: Charge, refund_ns: int, processes: int, now_ns: int) -> None:
-        """Reduce a debt, but not what the store holds of it."""
+    def refund(self, charge: Charge, at_ns: int, end_ns: int, processes: int, now_ns: int) -> None:
+        """Refund (increment below 0) a cost that was admitted at `at_ns`, as far as it is unreported.
+
+        `end_ns` is the present end of the charge (see `Refunds`): what lies before that time, and is neither refilled
+        nor held by the store, may be this charge's. A charge before the debt began has been reported.
+        """
         debt = self._get(charge.key, charge.quota, processes, now_ns)
-        if debt is not None:
-            owed_ns = max(debt.owed_ns - refund_ns * processes, min(debt.held_ns, debt.owed_ns))
+        if debt is not None and at_ns >= debt.begun_ns:
+            unreported_ns = min(end_ns, debt.owed_ns) - max(debt.held_ns, now_ns)
+            owed_ns = debt.owed_ns - max(min(-charge.increment_ns * processes, unreported_ns), 0)
             self._put(charge.key, debt._replace(owed_ns=owed_ns, changed_ns=now_ns), now_ns)
 
     def report(self, charge: Charge, processes: int, now_ns: int) -> int:
@@ -100,7 +106,7 @@ class ShareDebts:
             return debt
         times, by = quota.burst_ns * processes, debt.quota.burst_ns * debt.processes
         owed_ns, held_ns = (now_ns + max(tat_ns - now_ns, 0) * times // by for tat_ns in (debt.owed_ns, debt.held_ns))
-        return ShareDebt(owed_ns, held_ns, processes, quota, debt.changed_ns)
+        return ShareDebt(owed_ns, held_ns, processes, quota, debt.begun_ns, debt.changed_ns)
 
     def _put(self, key: str, debt: ShareDebt, now_ns: int) -> None:
         self.table.period_ns = max(

@@ -21,8 +21,9 @@
 -- ARGV   a sequence of operations; a bucket is given by its number among KEYS, times are nanoseconds:
 --          count, count * (bucket, budget, cost)    charge all of these buckets or none
 --          "debt", bucket, budget, change, most     charge `change`, or as much of it as leaves a debt of `most`
---          "settle", bucket, budget, change, tat    charge afterwards, or refund what has not been refilled before `tat`
---          "publish", channel, message              publish the message
+--          "refund", bucket, budget, amount, end, channel, message
+--                                                   refund what has not been refilled before `end`, and publish how much,
+--                                                   the server's time in microseconds, and the message
 --          "all", buckets, counters, buckets * (bucket, budget, cost), counters * COUNTER
 --                                                   charge all of these buckets and counters or none
 --          "correct", COUNTER, start                charge or refund (below 0) afterwards, in the period from `start`
@@ -39,10 +40,10 @@
 --          "held", leases
 --        COUNTER is counter, unit, allowance, carry-over, start, end and earlier start of the period, begin (-1: of no
 --        importance), cost.
--- Reply  the server's time in microseconds, then for each bucket of each operation except "debt" and "publish" its debt
---        before the charge ("settle": afterwards), and for each counter of "all" and "adjust" 1 if the caller must ask
---        again, else 0, and its value before ("adjust": afterwards), or -1 for each integer. The caller computes the
---        decision from these by the same rule. For each key of "slots" and "held": the requests in flight of all workers
+-- Reply  the server's time in microseconds, then for each bucket of each operation except "debt" its debt before the
+--        charge ("refund": what was refunded), and for each counter of "all" and "adjust" 1 if the caller must ask again,
+--        else 0, and its value before ("adjust": afterwards), or -1 for each integer. The caller computes the decision
+--        from these by the same rule. For each key of "slots" and "held": the requests in flight of all workers
 --        before; of "slots" -1 if the worker's lease has another epoch, or has expired while `known` requests are in
 --        flight. "return", "hold" and "renew": 1 if the lease has this epoch afterwards, else 0; of "renew" -1 if its number
 --        is not the `known` one, unless that is -1.
@@ -359,26 +360,27 @@ local function add(at)
   return at + 4
 end
 
-local function settle(at)
-  local bucket, budget, change = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+local publications = {}
+
+local function refund(at)
+  local bucket, budget = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
   local debt = load(bucket, budget)
-  if change >= 0 then
-    charge(bucket, math.max(debt, math.min(debt + change, 2 * budget)))
-  else
-    charge(bucket, math.max(debt - math.min(-change, math.max(owed(ARGV[at + 3]), 0)), 0))
+  local given = math.min(tonumber(ARGV[at + 2]), math.max(owed(ARGV[at + 3]), 0), debt)
+  if given > 0 then
+    charge(bucket, debt - given)
+    publications[#publications + 1] = {ARGV[at + 4], string.format('%.0f %.0f %s', given, now, ARGV[at + 5])}
   end
-  reply[#reply + 1] = debts[bucket]
-  return at + 4
+  reply[#reply + 1] = given
+  return at + 6
 end
 
-local publications = {}
 local at = 1
 while at <= #ARGV do
   local operation = ARGV[at]
   if operation == 'debt' then
     at = add(at + 1)
-  elseif operation == 'settle' then
-    at = settle(at + 1)
+  elseif operation == 'refund' then
+    at = refund(at + 1)
   elseif operation == 'all' then
     at = take_all(at + 1)
   elseif operation == 'correct' then
@@ -392,9 +394,6 @@ while at <= #ARGV do
   elseif operation == 'held' then
     reply[#reply + 1] = in_flight(leases_of(tonumber(ARGV[at + 1])))
     at = at + 2
-  elseif operation == 'publish' then
-    publications[#publications + 1] = at
-    at = at + 3
   else
     at = take(at + 1, tonumber(operation))
   end
@@ -431,7 +430,7 @@ for number in pairs(leased) do
     redis.call('DEL', KEYS[number])
   end
 end
-for _, first in ipairs(publications) do
-  redis.call('PUBLISH', ARGV[first + 1], ARGV[first + 2])
+for _, one in ipairs(publications) do
+  redis.call('PUBLISH', one[1], one[2])
 end
 return reply

@@ -6,6 +6,9 @@ _MEMORY = "tests/test_rate_limiter.py"
 _INVARIANTS = "tests/store/test_limiter_invariants.py"
 _LUA = "tests/store/test_token_bucket_lua.py"
 _SHARES = "tests/store/test_share_debts.py"
+_REFUNDS = "tests/store/test_refunds.py"
+_NO_ORDER = "test_no_order_of_charges_refunds_and_outages_leaves_more_than_had_the_rest_alone_been_charged"
+_HEARD = "test_gateways_refund_what_they_charged_and_hear_of_the_others"
 _COUNTERS = "tests/unit/test_period_counters.py"
 _QUOTAS = "tests/unit/test_quota_limiter.py"
 _QUOTA_SCRIPT = "tests/store/test_quota_script.py"
@@ -86,9 +89,19 @@ MUTANTS = (
             f"{_MEMORY}::test_no_key_gains_by_a_full_table",
         ),
         (
-            "decision.at_ns + debt_ns - self._refunds.since(charge.key, decision.at_ns)",
-            "decision.at_ns + debt_ns",
+            "return self._refunds.end_of(key, at_ns, at_ns + debt_ns)",
+            "return at_ns + debt_ns",
             f"{_MEMORY}::test_giving_back_never_leaves_more_than_had_it_not_been_charged",
+        ),
+        (
+            "if is_earlier and one.made_ns >= at_ns:",
+            "if one.made_ns >= at_ns:",
+            f"{_REFUNDS}::test_each_refund_is_of_its_own_charge_whatever_the_order",
+        ),
+        (
+            "if is_earlier and one.made_ns >= at_ns:",
+            "if is_earlier:",
+            f"{_REFUNDS}::test_each_refund_is_of_its_own_charge_whatever_the_order",
         ),
         ("if tat_ns > self._load(key, quota):", "if tat_ns:", _SHARES),
         (
@@ -232,15 +245,11 @@ MUTANTS = (
             f"{_LUA}::test_another_budget_keeps_the_filled_fraction_rounded_to_the_stricter_side",
         ),
         (
-            "math.min(debt + change, 2 * budget)",
-            "debt + change",
-            f"{_LUA}::test_a_settlement_charges_up_to_a_second_budget_and_refunds_what_was_not_refilled",
+            "math.min(tonumber(ARGV[at + 2]), math.max(owed(ARGV[at + 3]), 0), debt)",
+            "math.min(tonumber(ARGV[at + 2]), debt)",
+            f"{_LUA}::test_a_refund_gives_back_what_was_not_refilled_and_notifies_of_it",
         ),
-        (
-            "math.min(-change, math.max(owed(ARGV[at + 3]), 0))",
-            "-change",
-            f"{_LUA}::test_a_settlement_charges_up_to_a_second_budget_and_refunds_what_was_not_refilled",
-        ),
+        ("string.format('%.0f %.0f %s', given,", "string.format('%.0f %.0f %s', debt,", _LUA),
         (
             "math.min(debt + ARGV[at + 2], most)",
             "debt + ARGV[at + 2]",
@@ -280,6 +289,35 @@ MUTANTS = (
             "debt._replace(held_ns=debt.owed_ns, changed_ns=now_ns), now_ns)\n        return unreported_ns",
             "debt, now_ns)\n        return unreported_ns",
             _SHARES,
+        ),
+        ("if debt is not None and at_ns >= debt.begun_ns:", "if debt is not None:", f"{_REFUNDS}::{_NO_ORDER}"),
+        ("min(end_ns, debt.owed_ns) - max", "debt.owed_ns - max", f"{_REFUNDS}::{_NO_ORDER}"),
+    ),
+    *_of(
+        "limits/redis_limiter.py",
+        ("            if name != self.name:", "            if name:", f"{_REFUNDS}::{_HEARD}"),
+        (
+            "Refund(int(at), int(tat), int(made) * 1000, int(given))",
+            "Refund(0, 0, int(made) * 1000, 0)",
+            f"{_REFUNDS}::{_HEARD}",
+        ),
+    ),
+    *_of(
+        "limits/script_ops.py",
+        (
+            "        self._refund.given_ns = next(reply)\n",
+            "        next(reply)\n",
+            f"{_REFUNDS}::test_each_refund_is_of_its_own_charge_whatever_the_order",
+        ),
+        (
+            "        if not self.is_sent:\n            self._refund.given_ns = 0\n",
+            "",
+            f"{_REFUNDS}::test_a_refund_that_was_not_sent_makes_no_later_one_smaller",
+        ),
+        (
+            "may_be_charged=self.is_sent)\n\n\nclass RefundOp",
+            "may_be_charged=False)\n\n\nclass RefundOp",
+            f"{_REFUNDS}::test_what_a_settlement_could_not_charge_is_charged_after_the_outage",
         ),
     ),
     *_of(

@@ -134,7 +134,7 @@ async def test_quotas_and_buckets_on_several_nodes_are_charged_all_or_none(clust
 async def counts_become(machine: StoreQuotaLimiter, number: int, charged: int) -> None:
     """Wait until so many requests are charged to both counters, as refunds come after the decision.
 
-    Of refunds that overlap, buckets may get a part only (see `Refunds`): they have too few tokens, never too many.
+    Buckets may get a part only of refunds that the node executes in one call with other charges (see `Refunds`).
     """
     found: list[int] = []
     for _ in range(500):

@@ -44,10 +44,10 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from api_gateway.limits.redis_limiter import MESSAGE_NS, RedisLimiter
+from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.limits.refusal import refusal
 from api_gateway.limits.script_batcher import CONNECTIONS, ScriptBatcher
-from api_gateway.limits.script_ops import ChargeOp, SettleOp
+from api_gateway.limits.script_ops import ChargeOp, RefundOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
 from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter, debts_of
 from api_gateway.settings.rules import MAX_BUDGET, MAX_FILL
@@ -96,7 +96,6 @@ class Backend(Protocol):
     source: DecisionSource
     tick_ns: int
     heals_when_looked_at: bool
-    notes_late_ns: int  # a refund counts for charges made this much later
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision: ...
 
@@ -131,7 +130,6 @@ class Memory:
     source: DecisionSource = "memory"
     tick_ns = 1
     heals_when_looked_at = False
-    notes_late_ns = 0
 
     def __init__(self, known: Sequence[Quota]) -> None:
         self.known = known
@@ -176,7 +174,6 @@ class Shared:
     source: DecisionSource = "store"
     tick_ns = MICROSECOND
     heals_when_looked_at = True
-    notes_late_ns = MESSAGE_NS
 
     def __init__(self, known: Sequence[Quota]) -> None:
         self.store = LuaStore(START // MICROSECOND)
@@ -243,19 +240,20 @@ def assert_the_wait_is_exact(backend: Backend, asked: Sequence[Charge], decision
 
 
 class Open(NamedTuple):
-    """A charge that can still be settled."""
+    """A charge that can still be settled; the first has the number 0."""
 
+    number: int
     decision: Decision
     charges: list[Charge]
     refunds_before: int
 
 
 class Refund(NamedTuple):
-    """What a bucket was given back: when, what was asked for, and what it came to."""
+    """What a bucket was given back: when, of which charge, and what it came to."""
 
     key: str
     at_ns: int
-    asked_ns: int
+    number: int
     given_ns: Fraction
 
 
@@ -271,6 +269,7 @@ class Walk(RuleBasedStateMachine):
         self.now_ns = START
         self.held = {"a": FREE, "b": FREE, "c": SLOW, "{a}\0": THIRD, "limit:d:a|b": FREE, "limit:e:PAID:a": SLOW}
         self.open: list[Open] = []
+        self.opened = 0
         self.refunds: list[Refund] = []
 
     def begin(self) -> None:
@@ -318,7 +317,8 @@ class Walk(RuleBasedStateMachine):
         assert decision == self.exact.decide(asked, self.now_ns)
         assert 0 <= decision.remaining <= decision.quota.capacity
         if decision.allowed and any(one.increment_ns for one in asked):
-            self.open.append(Open(decision, asked, len(self.refunds)))
+            self.open.append(Open(self.opened, decision, asked, len(self.refunds)))
+            self.opened += 1
         else:
             assert self.kept_of_all_but(healing) == before, "what is refused or free writes nothing"
         if decision.wait_ns > 0:
@@ -357,22 +357,22 @@ class Walk(RuleBasedStateMachine):
             self.exact.owe(change.key, looked.reset_ns, self.now_ns)
 
     def check_refund(self, one: Open, change: Charge, debt_ns: int, owed_ns: Fraction, found_ns: int) -> None:
-        """What was charged and has not been refilled is given back, less what lay before it and was given back."""
-        later = [refund for refund in self.refunds[one.refunds_before :] if refund.key == change.key]
+        """What was charged and has not been refilled is given back; charges before it, given back since, shift it."""
+        of_earlier = [refund for refund in self.refunds if refund.key == change.key and refund.number < one.number]
+        later = [refund for refund in self.refunds[one.refunds_before :] if refund in of_earlier]
         given_ns = sum((refund.given_ns for refund in later), Fraction(0))
         left_ns = one.decision.at_ns + debt_ns - given_ns - self.now_ns
         exact_ns = max(owed_ns - min(Fraction(-change.increment_ns), max(left_ns, Fraction(0))), Fraction(0))
-        earlier = [
+        at_once = [
             refund
             for refund in self.refunds[: one.refunds_before]
-            if refund.key == change.key and refund.at_ns + self.backend.notes_late_ns >= one.decision.at_ns
+            if refund in of_earlier and refund.at_ns == one.decision.at_ns
         ]
-        is_known = self.backend.source == "memory" or all(refund.asked_ns == refund.given_ns for refund in later)
-        if earlier or not is_known:  # then less is given back, to be on the safe side
+        if at_once:  # made at the instant of the charge: less is given back, to be on the safe side
             assert exact_ns <= found_ns <= owed_ns
         else:
             assert found_ns == exact_ns
-        self.refunds.append(Refund(change.key, self.now_ns, -change.increment_ns, owed_ns - found_ns))
+        self.refunds.append(Refund(change.key, self.now_ns, one.number, owed_ns - found_ns))
 
     def close(self, key: str) -> None:
         """Settle no more what was charged before an operator changed the bucket."""
@@ -841,6 +841,7 @@ class Fleet:
                 clock_ns=lambda number=number: self.clock_ns(number),  # type: ignore[misc]  # no type for defaults
             )
             limiter.wire.is_slow = True
+            limiter.name = f"{number:016x}"
             self.limiters.append(limiter)
 
     def clock_ns(self, number: int) -> int:
@@ -940,7 +941,7 @@ class Remembering(RuleBasedStateMachine):
             self.charged[part.key] += self.fleet.owed(part) > owed_ns
         if batch:
             told = {one.key for question in batch if isinstance(question, ChargeOp) for one in question._charges}
-            told -= {question._charge.key for question in batch if isinstance(question, SettleOp)}
+            told -= {question._charge.key for question in batch if isinstance(question, SettleOp | RefundOp)}
             self.under_way[number].append({key: self.charged[key] for key in told})
 
     @rule(number=numbers)

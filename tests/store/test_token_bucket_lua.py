@@ -23,10 +23,20 @@ def test_a_reported_debt_is_charged_up_to_the_stated_debt() -> None:
     assert debt_after(40 * SECOND, most) == most
 
 
-def test_it_notifies_of_what_it_is_asked_to() -> None:
+def test_a_refund_gives_back_what_was_not_refilled_and_notifies_of_it() -> None:
     store = LuaStore(START // 1000)
-    store.call(["a"], "settle", 1, FREE.burst_ns, -SECOND, START, "publish", "refunds", "1 a")
-    assert store.told == [("refunds", "1 a")]
+    refund = "refund", 1, FREE.burst_ns
+    store.call(["a"], 1, 1, FREE.burst_ns, 4 * SECOND)
+    store.call(["a"], 1, 1, FREE.burst_ns, 3 * SECOND)
+    store.now_us += 3_000_000
+    # Of the first charge, which was owed until the fourth second, one second has not been refilled yet.
+    assert store.call(["a"], *refund, 4 * SECOND, START + 4 * SECOND, "refunds", "x a")[1:] == [SECOND]
+    assert store.call(["a"], 1, 1, FREE.burst_ns, 0)[1:] == [3 * SECOND]
+    assert store.told == [("refunds", f"{SECOND} {store.now_us} x a")]
+    store.now_us += 2_000_000
+    assert store.call(["a"], *refund, 4 * SECOND, START + 4 * SECOND, "refunds", "x a")[1:] == [0]
+    assert store.call(["b"], *refund, 4 * SECOND, START + 40 * SECOND, "refunds", "x b")[1:] == [0]
+    assert len(store.told) == 1, "of nothing nobody is notified"
 
 
 def test_it_returns_its_clock_and_the_debt_of_each_bucket_before() -> None:
@@ -46,7 +56,7 @@ def test_an_impossible_debt_is_that_of_an_empty_bucket() -> None:
     """As after a step back of the server's clock; twice the budget is possible, after a settlement."""
     store = LuaStore(START // 1000)
     burst = FREE.burst_ns
-    assert store.call(["a"], "settle", 1, burst, 2 * burst, START)[1] == 2 * burst
+    store.call(["a"], "debt", 1, burst, 2 * burst, 2 * burst)
     assert store.call(["a"], 1, 1, burst, 0)[1] == 2 * burst
     store.now_us -= 1
     assert store.call(["a"], 1, 1, burst, 0)[1] == burst
@@ -56,16 +66,3 @@ def test_another_budget_keeps_the_filled_fraction_rounded_to_the_stricter_side()
     store = LuaStore(START // 1000)
     store.call(["a", "b"], 2, 1, FREE.burst_ns, 1, 2, FREE.burst_ns, 5 * SECOND)
     assert store.call(["a", "b"], 2, 1, 3 * SECOND, 0, 2, 3 * SECOND, 0)[1:] == [1, 1_500_000_001]
-
-
-def test_a_settlement_charges_up_to_a_second_budget_and_refunds_what_was_not_refilled() -> None:
-    store = LuaStore(START // 1000)
-    burst = FREE.burst_ns
-    assert store.call(["a"], "settle", 1, burst, 40 * SECOND, START)[1] == 2 * burst
-    store.call(["b"], 1, 1, burst, 4 * SECOND)
-    store.call(["b"], 1, 1, burst, 3 * SECOND)
-    store.now_us += 3_000_000
-    # Of the first charge, which was owed until the fourth second, one second has not been refilled yet.
-    assert store.call(["b"], "settle", 1, burst, -4 * SECOND, START + 4 * SECOND)[1] == 3 * SECOND
-    store.now_us += 2_000_000
-    assert store.call(["b"], "settle", 1, burst, -4 * SECOND, START + 4 * SECOND)[1] == SECOND
