@@ -25,7 +25,7 @@ def sizes(gateway: Gateway, fast_path: Any) -> dict[str, int]:
         keys = limiter.store_key.cache_info().currsize
         tables = [*limiter.cache._current.values(), *limiter.cache._earlier.values(), limiter.fallback._debts.table]
         tables.append(limiter.fallback._limiter._table)
-        refunds = [limiter._recent_refunds, limiter.fallback._limiter._refunds]
+        refunds = [limiter.refunds.recent, limiter.fallback._limiter._refunds]
     else:
         tables, refunds = [limiter._table], [limiter._refunds]
     return {

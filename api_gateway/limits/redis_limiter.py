@@ -22,11 +22,11 @@ from api_gateway.limits.deny_cache import DenyCache
 from api_gateway.limits.fallback_limiter import FallbackLimiter
 from api_gateway.limits.script_batcher import MAX_BATCH, ScriptBatcher
 from api_gateway.limits.script_ops import ChargeOp, MultiNodeCharge, PeekOp, RefundOp, SettleOp
+from api_gateway.limits.store_refunds import StoreRefunds, invalidation
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, DecisionSource, LimiterState, Quota
 from api_gateway.rate_limiter import (
     NEVER_NS,
     Refund,
-    Refunds,
     debts_of,
     decision_after,
     joint_decision,
@@ -45,7 +45,6 @@ REPORTS_PER_HEARTBEAT = 50  # batches of debts, at most
 REPORT_PAUSE = 0.02  # seconds after each
 DEAD_AFTER = 3 * HEARTBEAT_INTERVAL
 REPLY_NS = NANOSECONDS // 10  # time within which the store executes a refund, if it does not reply
-REFUNDS_KEPT_NS = 600 * NANOSECONDS  # usually longer than the time between a charge and its settlement
 PROCESS_COUNT_MEMORY = 3600.0  # seconds for which a process that has ended is still counted
 
 # Counts processes with a recent heartbeat. KEYS[1]: processes by time of the last heartbeat; ARGV: name, seconds.
@@ -100,15 +99,14 @@ class RedisLimiter:
         self._evictions = Evictions(0, None)
         self._warning: str | None = None
         self._write_refusal: str | None = None  # while the store refuses writes
-        self.name = f"{source.getrandbits(64):016x}"  # of this process, in the store
+        self._name = f"{source.getrandbits(64):016x}"
         self._prefix = prefix
-        self.refunds = f"{prefix}:refunds"  # channel of the notifications, see `_on_refund`
+        self.channel = f"{prefix}:refunds"  # of the notifications of refunds
         self._clock = clock
         self.clock_ns = clock_ns
         self.cache = DenyCache(bucket_limit, clock_ns)
-        self._recent_refunds = Refunds()  # times are on the store's clock
+        self.refunds = StoreRefunds(self._name, clock_ns)
         self.offset_ns = 0  # of the store's clock, which is ahead of this process's by this time
-        self._refunds_turn_ns = 0
         self._listener: asyncio.Task[None] | None = None
         self._heartbeat_task: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
@@ -203,13 +201,13 @@ class RedisLimiter:
                 debts_ns.append(debt_ns)
                 continue
             tat_ns = at_ns + debt_ns
-            end_ns = self._recent_refunds.end_of(charge.key, at_ns, tat_ns)
+            end_ns = self.refunds.recent.end_of(charge.key, at_ns, tat_ns)
             if charge.increment_ns > 0:
                 self.batcher.submit(SettleOp(self, charge))
             else:
                 made_ns = self.cache.drop(charge.key) + self.offset_ns + REPLY_NS
                 refund = Refund(at_ns, tat_ns, made_ns, -charge.increment_ns)
-                self._note_refund(charge.key, refund)
+                self.refunds.note(charge.key, refund)
                 self.batcher.submit(RefundOp(self, charge, refund, end_ns))
             debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, end_ns, at_ns) - at_ns)
         return decision_after(decision, settled_to or changes, debts_ns, at_ns, is_chosen_anew=bool(settled_to))
@@ -233,7 +231,7 @@ class RedisLimiter:
 
     async def _publish_invalidation(self, key: str) -> None:
         """Make all processes drop their readings of a bucket."""
-        await self._session.client.publish(self.refunds, f"0 {key}")
+        await self._session.client.publish(self.channel, invalidation(key))
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Convert this process's entries for a bucket to another quota."""
@@ -284,30 +282,10 @@ class RedisLimiter:
         return decision
 
     def _on_refund(self, message: str) -> None:
-        """Process a notification: a bucket has more tokens than the readings, also those in replies still to arrive.
-
-        Of a refund: nanoseconds, the store's time in microseconds, the process's name, time and TAT of the charge, and
-        the key of the bucket. Of another reason: 0 and the key. Others are ignored.
-        """
-        given, _, rest = message.partition(" ")
-        if given == "0":
-            self.cache.drop(rest)
-            return
-        made, _, rest = rest.partition(" ")
-        name, _, rest = rest.partition(" ")
-        at, _, rest = rest.partition(" ")
-        tat, _, key = rest.partition(" ")
-        if key and all(number.isdecimal() for number in (given, made, at, tat)):
+        """Drop a bucket's readings, also those in replies still to arrive: it has more tokens than they state."""
+        key = self.refunds.read(message)
+        if key is not None:
             self.cache.drop(key)
-            if name != self.name:  # whose own refunds are noted when they are sent
-                self._note_refund(key, Refund(int(at), int(tat), int(made) * 1000, int(given)))
-
-    def _note_refund(self, key: str, refund: Refund) -> None:
-        now_ns = self.clock_ns()
-        if self._refunds_turn_ns <= now_ns:
-            self._recent_refunds.turn()
-            self._refunds_turn_ns = now_ns + REFUNDS_KEPT_NS
-        self._recent_refunds.note(key, refund)
 
     def _on_subscription(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
         """Trust cached readings only while notifications of refunds are received."""
@@ -323,7 +301,7 @@ class RedisLimiter:
             self._listener = self._listen()
 
     def _listen(self) -> asyncio.Task[None]:
-        listening = self._session.listen(self.refunds, self._on_refund, self._on_subscription)
+        listening = self._session.listen(self.channel, self._on_refund, self._on_subscription)
         return asyncio.create_task(listening, name="store refunds")
 
     # Keys
@@ -339,7 +317,7 @@ class RedisLimiter:
         while True:
             try:
                 alive = await self._session.client.eval(
-                    HEARTBEAT_SCRIPT, 1, f"{self._prefix}:processes", self.name, str(DEAD_AFTER)
+                    HEARTBEAT_SCRIPT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
                 )
             except WRITE_REFUSALS as refusal:  # full (OOM), a replica (READONLY), or unable to save (MISCONF)
                 self._note_write_refusal(f"the store refuses writes: {refusal}")

@@ -9,6 +9,7 @@ from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
 from api_gateway.limits.deny_cache import DenyCache
 from api_gateway.limits.fallback_limiter import FallbackLimiter
 from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp
+from api_gateway.limits.store_refunds import StoreRefunds
 from api_gateway.models import Charge, Decision
 from api_gateway.rate_limiter import Refund, decision_of, joint_decision, take, take_each, tightest_of
 from api_gateway.storage.redis_session import ScriptCall
@@ -20,8 +21,8 @@ class LimiterPort(Protocol):
     fallback: FallbackLimiter
     cache: DenyCache
     batcher: ScriptBatcher | ClusterScriptBatcher
-    name: str
-    refunds: str
+    refunds: StoreRefunds
+    channel: str
     offset_ns: int
     clock_ns: Callable[[], int]
     policy: Literal["local_share", "deny", "allow"]
@@ -232,10 +233,10 @@ class RefundOp(ScriptOp):
 
     def write(self, call: ScriptCall) -> None:
         """Append the refund, and the rest of its notification."""
-        limiter, charge, refund = self._limiter, self._charge, self._refund
-        message = f"{limiter.name} {refund.at_ns} {refund.tat_ns} {charge.key}"
+        limiter, charge = self._limiter, self._charge
+        message = limiter.refunds.message(charge.key, self._refund)
         call.arguments += ("refund", call.number(self.key), charge.quota.burst_ns, -charge.increment_ns)
-        call.arguments += (self._end_ns, limiter.refunds, message)
+        call.arguments += (self._end_ns, limiter.channel, message)
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
         """Correct the refund to what the store has refunded, and when."""

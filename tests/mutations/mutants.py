@@ -294,8 +294,8 @@ MUTANTS = (
         ("min(end_ns, debt.owed_ns) - max", "debt.owed_ns - max", f"{_REFUNDS}::{_NO_ORDER}"),
     ),
     *_of(
-        "limits/redis_limiter.py",
-        ("            if name != self.name:", "            if name:", f"{_REFUNDS}::{_HEARD}"),
+        "limits/store_refunds.py",
+        ("        if name != self.name:", "        if name:", f"{_REFUNDS}::{_HEARD}"),
         (
             "Refund(int(at), int(tat), int(made) * 1000, int(given))",
             "Refund(0, 0, int(made) * 1000, 0)",

@@ -841,7 +841,7 @@ class Fleet:
                 clock_ns=lambda number=number: self.clock_ns(number),  # type: ignore[misc]  # no type for defaults
             )
             limiter.wire.is_slow = True
-            limiter.name = f"{number:016x}"
+            limiter.refunds.name = f"{number:016x}"
             self.limiters.append(limiter)
 
     def clock_ns(self, number: int) -> int:

@@ -400,8 +400,8 @@ async def test_an_invalid_message_on_the_channel_ends_no_subscription(store: Sto
     async with gateways(store.url, SLOW) as (limiter,):
         await serving([limiter])
         await decided(limiter, 10)
-        store.admin.publish(limiter.refunds, b"\xff\xfe")
-        store.admin.publish(limiter.refunds, b"")
+        store.admin.publish(limiter.channel, b"\xff\xfe")
+        store.admin.publish(limiter.channel, b"")
         await asyncio.sleep(0.1)
         assert limiter.cache.is_trusted
         assert await told(limiter)

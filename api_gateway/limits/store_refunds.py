@@ -1,0 +1,56 @@
+"""Refunds of buckets in the store, made by this process or others, and the notifications of them."""
+
+from collections.abc import Callable
+
+from api_gateway.models import NANOSECONDS
+from api_gateway.rate_limiter import Refund, Refunds
+
+KEPT_NS = 600 * NANOSECONDS  # usually longer than the time between a charge and its settlement
+
+
+def invalidation(key: str) -> str:
+    """Return the notification that a bucket has more tokens for another reason than a refund."""
+    return f"0 {key}"
+
+
+class StoreRefunds:
+    """The recent refunds of all processes, on the store's clock. `name` is that of this process."""
+
+    def __init__(self, name: str, clock_ns: Callable[[], int]) -> None:
+        self.name = name
+        self._clock_ns = clock_ns
+        self.recent = Refunds()
+        self._turn_ns = 0
+
+    def __repr__(self) -> str:
+        return f"<StoreRefunds of {len(self.recent)} buckets>"
+
+    def note(self, key: str, refund: Refund) -> None:
+        """Record a refund; its amount and time may be corrected when they are known."""
+        now_ns = self._clock_ns()
+        if self._turn_ns <= now_ns:
+            self.recent.turn()
+            self._turn_ns = now_ns + KEPT_NS
+        self.recent.note(key, refund)
+
+    def message(self, key: str, refund: Refund) -> str:
+        """Return a notification of a refund but for its beginning, which the store adds: its amount and time."""
+        return f"{self.name} {refund.at_ns} {refund.tat_ns} {key}"
+
+    def read(self, message: str) -> str | None:
+        """Return the key of the bucket that a notification is about, None if it is invalid; record the refund.
+
+        A refund of this process was recorded when it was sent.
+        """
+        given, _, rest = message.partition(" ")
+        if given == "0":
+            return rest
+        made, _, rest = rest.partition(" ")
+        name, _, rest = rest.partition(" ")
+        at, _, rest = rest.partition(" ")
+        tat, _, key = rest.partition(" ")
+        if not key or not all(number.isdecimal() for number in (given, made, at, tat)):
+            return None
+        if name != self.name:
+            self.note(key, Refund(int(at), int(tat), int(made) * 1000, int(given)))
+        return key
