@@ -1,9 +1,10 @@
 """What an API key costs, whether the time of a refusal tells anything of a key, and a flood of wrong keys.
 
-`python -m benchmarks.api_keys` runs gateways on one core; upstream (nginx) and load use the other. All gateways run at
-the same time and are driven in turns, so that ratios hold on a machine that is not idle. `--before` is a checkout of
-another commit, whose gateway is measured too; it receives the same header fields. Two processes of the same code
-differ by up to two microseconds a request, so a key is compared with a bare id in the same process too.
+`python -m benchmarks.api_keys` measures the steps of a request within one process: see `benchmarks.steps`.
+`--processes` runs gateways on one core; upstream (nginx) and load use the other. They run at the same time and are
+driven in turns, so that ratios hold on a machine that is not idle. `--before` is a checkout of another commit, whose
+gateway is measured too; it receives the same header fields. Two processes of the same code differ by up to two
+microseconds a request.
 
 The flood is sent at a fixed rate, a million wrong keys a minute times `--scale`, by an address with the default limit.
 At the same time a client with a key sends 100 requests per second at fixed times, as it does without the flood, and
@@ -45,9 +46,18 @@ from api_gateway.http1.headers import fields_of
 from api_gateway.models import Quota
 from api_gateway.proxy.api_key_source import ApiKeySource
 from benchmarks.cases import CLIENT, Case
-from benchmarks.claims import Claim, ratio_verdict, verdict
+from benchmarks.claims import (
+    STEP_ROUNDS,
+    Claim,
+    Verdict,
+    print_table,
+    print_verdicts,
+    ratio_verdict,
+    verdict,
+)
 from benchmarks.load import Client, Failed, OpenLoop, alternating_costs, await_ready, percentile
 from benchmarks.processes import cpu_seconds, free_port, pinned, resident_bytes, running
+from benchmarks.steps import alternating_steps, head_of
 from benchmarks.upstream import upstream
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +66,8 @@ MILLION_A_MINUTE = 1e6 / 60  # per second
 RATE = 100.0  # requests per second of the client with a key
 WRONG = 4_000  # different wrong keys
 SITUATIONS = ("quiet", "right keys", "wrong keys")
-_ROUNDS = 3
+_ROUNDS, _COST_ROUNDS = 3, 5
+_GROWTH = 1.05  # of memory from the first flood to the last one
 _LEAD, _OVERLAP = 0.5, 2.0  # seconds by which the flood begins earlier, and those that it lasts longer in all
 _LOWEST_PRIORITY = 19
 _SO_TIMESTAMPNS = getattr(socket, "SO_TIMESTAMPNS", 35)  # socket(7), Linux; Python 3.11 has no name for it
@@ -77,20 +88,25 @@ def a_key() -> str:
 
 def configuration(folder: Path, port: int, origin: int, key: str | None) -> dict[str, Any]:
     """Return the configuration of a gateway; `key` is that of the client, None for a gateway without keys."""
-    client: dict[str, Any] = {"tier": "FREE"}
-    if key is not None:
-        digest = hashlib.sha256(key.encode()).hexdigest()
-        client |= {"keys": {"one": {"digest": digest}}, "verified_only": False}
     return {
         "server": {"port": port},
         "state_dir": str(folder / "state"),
         "log": {"access": False},
         "address_limit": {"exempt": []},
         "tiers": {"FREE": {"rate": 1_000_000, "capacity": 1_000_000}},
-        "clients": {CLIENT: client, BARE_CLIENT: {"tier": "FREE"}},
+        "clients": clients(key),
         "upstreams": {"up": {"targets": [{"url": f"http://127.0.0.1:{origin}"}]}},
         "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
     }
+
+
+def clients(key: str | None) -> dict[str, Any]:
+    """Return the clients of a gateway; `key` is that of one of them, None if none has a key."""
+    client: dict[str, Any] = {"tier": "FREE"}
+    if key is not None:
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        client |= {"keys": {"one": {"digest": digest}}, "verified_only": False}
+    return {CLIENT: client, BARE_CLIENT: {"tier": "FREE"}}
 
 
 @contextmanager
@@ -112,11 +128,25 @@ def gateway(
         yield pid, port
 
 
+def steps(rounds: int) -> dict[str, list[float]]:
+    """Return the CPU time of a request in microseconds within one process, by what was measured. Raises Failed."""
+    key = a_key()
+    heads = {name: [head_of("small", case.headers)] for name, case in cases(key).items()}
+    gateways = {"no keys": {"clients": clients(None)}, "keys": {"clients": clients(key)}}
+    runs = [("no keys", "bare id"), ("keys", "bare id"), ("keys", "key")]
+    with tempfile.TemporaryDirectory() as folder:
+        return alternating_steps(gateways, heads, runs, Path(folder), rounds)
+
+
+def cases(key: str) -> dict[str, Case]:
+    """Return what is requested."""
+    bare = Case("bare id", headers={"X-Client-ID": BARE_CLIENT})
+    return {"bare id": bare, "key": Case("key", headers={"X-API-Key": key})}
+
+
 def costs(seconds: float, rounds: int, before: Path | None) -> dict[str, list[float]]:
     """Return the CPU time of a request in microseconds, by what was measured, in each round. Raises Failed."""
     key = a_key()
-    bare = Case("bare id", headers={"X-Client-ID": BARE_CLIENT})
-    cases = {"bare id": bare, "key": Case("key", headers={"X-API-Key": key})}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "origin").mkdir()
@@ -128,7 +158,7 @@ def costs(seconds: float, rounds: int, before: Path | None) -> dict[str, list[fl
         if before is not None:
             gateways["before"] = stack.enter_context(gateway(before, folder / "before", origin, None))
         runs = [*((name, "bare id") for name in gateways), ("keys", "key")]
-        return alternating_costs(gateways, cases, runs, core=LOAD_CORE, seconds=seconds, rounds=rounds)
+        return alternating_costs(gateways, cases(key), runs, core=LOAD_CORE, seconds=seconds, rounds=rounds)
 
 
 # The time of a refusal
@@ -317,13 +347,9 @@ def _measure(result: Flood, pid: int, port: int, key: str, seconds: float) -> No
     result.memory.append(resident_bytes(pid) / 1e6)
 
 
-def _print_costs(found: Mapping[str, Sequence[float]], rounds: int) -> None:
-    print(f"CPU time of a request in us, median and range of {rounds} rounds")  # noqa: T201 - a program
-    for name, values in found.items():
-        print(f"{name:25} {median(values):7.1f}  {min(values):7.1f} to {max(values):.1f}")  # noqa: T201
-    for claim in CLAIMS:
-        if claim.against in found:
-            print(verdict(claim, found))  # noqa: T201
+def _verdicts_of_costs(found: Mapping[str, Sequence[float]]) -> list[Verdict]:
+    print_table(found)
+    return [verdict(claim, found) for claim in CLAIMS if claim.against in found]
 
 
 def _print_times(verified: Mapping[str, Sequence[float]]) -> None:
@@ -338,7 +364,7 @@ def _print_times(verified: Mapping[str, Sequence[float]]) -> None:
         print(f"{name} / never existed: ratio of medians {median(verified[name]) / median(absent):.3f}")  # noqa: T201
 
 
-def _print_flood(result: Mapping[str, Flood], rate: float) -> None:
+def _verdicts_of_flood(result: Mapping[str, Flood], rate: float) -> list[Verdict]:
     print(f"A flood of {rate:.0f} wrong keys per second; a client with a key, ms, and the gateway's CPU")  # noqa: T201
     print(f"{'':12} {'median':>7} {'p99':>7} {'max':>7} {'client late, p99':>17} {'CPU s/s':>8}  memory, MB")  # noqa: T201
     for name, found in result.items():
@@ -347,37 +373,50 @@ def _print_flood(result: Mapping[str, Flood], rate: float) -> None:
         memory = [round(value, 1) for value in found.memory]
         print(f"{name:12} {times} {percentile(late, 0.99) * 1000:17.2f} {median(found.busy):8.2f}  {memory}")  # noqa: T201
     quiet, right, wrong = (percentile(sorted(result[name].served.gateway), 0.99) * 1000 for name in SITUATIONS)
-    print(ratio_verdict("p99 under wrong keys / its usual", wrong, quiet, 2.0))  # noqa: T201
-    print(ratio_verdict("p99 under wrong keys / under right keys", wrong, right, 2.0))  # noqa: T201
+    return [
+        ratio_verdict("p99 under wrong keys / its usual", wrong, quiet, 2.0),
+        ratio_verdict("p99 under wrong keys / under right keys", wrong, right, 2.0),
+        _verdict_on_memory(result["wrong keys"].memory),
+    ]
+
+
+def _verdict_on_memory(memory: Sequence[float]) -> Verdict:
+    """Return whether memory stops growing: the first flood fills what is bounded, the last ones add nothing."""
+    return ratio_verdict("memory after the last flood / after the first", memory[-1], memory[0], _GROWTH)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.api_keys", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help=f"{_COST_ROUNDS} of processes, {STEP_ROUNDS} within one process")
     parser.add_argument("--scale", type=float, default=0.1, help="of a million wrong keys a minute")
     parser.add_argument("--count", type=int, default=20_000, help="of keys whose verification is timed")
-    parser.add_argument("--before", type=Path, help="a checkout of another commit")
+    parser.add_argument("--before", type=Path, help="a checkout of another commit; processes are measured")
+    parser.add_argument("--processes", action="store_true", help="measure whole processes")
     parser.add_argument("--parts", default="costs,times,flood")
     parser.add_argument("--send", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    verdicts: list[Verdict] = []
     try:
         if chosen.send:
             port, rate, seconds, key = chosen.send
             send_flood(int(port), float(rate), float(seconds), key)
             return 0
         if "costs" in chosen.parts:
-            _print_costs(costs(chosen.seconds, chosen.rounds, chosen.before), chosen.rounds)
+            in_one = not chosen.processes and chosen.before is None
+            rounds = chosen.rounds or (STEP_ROUNDS if in_one else _COST_ROUNDS)
+            found = steps(rounds) if in_one else costs(chosen.seconds, rounds, chosen.before)
+            verdicts += _verdicts_of_costs(found)
         if "times" in chosen.parts:
             _print_times(asyncio.run(times(chosen.count)))
         if "flood" in chosen.parts:
-            _print_flood(flood(chosen.seconds * 3, chosen.scale), MILLION_A_MINUTE * chosen.scale)
+            verdicts += _verdicts_of_flood(flood(chosen.seconds * 3, chosen.scale), MILLION_A_MINUTE * chosen.scale)
     except Failed as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 1
     print(f"load {os.getloadavg()[0]:.1f}")  # noqa: T201
-    return 0
+    return print_verdicts(verdicts)
 
 
 if __name__ == "__main__":

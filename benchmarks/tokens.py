@@ -1,11 +1,13 @@
 """What a token costs: its first sight by algorithm, and a request with one that is remembered.
 
-`python -m benchmarks.tokens` runs gateways on one core; upstream (nginx) and load use the other. All gateways run at
-the same time and are driven in turns, so that ratios hold on a machine that is not idle. `--before` is a checkout of
-another commit, whose gateway is measured too; it receives the same header fields. Needs the extra jwt.
+`python -m benchmarks.tokens` measures the steps of a request within one process: see `benchmarks.steps`. `--processes`
+runs gateways on one core; upstream (nginx) and load use the other. They run at the same time and are driven in turns,
+so that ratios hold on a machine that is not idle. `--before` is a checkout of another commit, whose gateway is
+measured too; it receives the same header fields. Needs the extra jwt.
 """
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -21,6 +23,7 @@ from benchmarks.cases import CLIENT, Case
 from benchmarks.claims import Claim, print_costs
 from benchmarks.load import alternating_costs, await_ready
 from benchmarks.processes import free_port, running
+from benchmarks.steps import alternating_steps, head_of
 from benchmarks.upstream import upstream
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +31,7 @@ GATEWAY_CORE, LOAD_CORE = 0, 1
 ISSUER, AUDIENCE = "https://issuer.test", "https://api.test"
 ALGORITHMS = ("RS256", "ES256", "EdDSA")
 TOKENS = 3_000  # more than the header sets that a gateway remembers
+_PER_NEW = 10  # rounds with remembered tokens for one with new ones, whose claim needs no such accuracy
 CLAIMS = (
     Claim("a remembered token", "ES256: tokens", "ES256: no tokens", 1.5),
     Claim("a remembered token, compared with before", "ES256: tokens", "ES256: before", 1.5),
@@ -79,10 +83,20 @@ def configuration(folder: Path, port: int, origin: int, jwt: Mapping[str, Any] |
         "upstreams": {"up": {"targets": [{"url": f"http://127.0.0.1:{origin}"}]}},
         "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
     }
-    if jwt is not None:
-        issuer = {"issuer": ISSUER, "audiences": [AUDIENCE], "jwks_file": str(folder.parent / "keys.json")}
-        sections["identity"] = {"sources": ["jwt", "header", "address"], "jwt": {"issuers": {"one": issuer}, **jwt}}
-    return sections
+    return sections if jwt is None else sections | identity(folder.parent, jwt)
+
+
+def identity(folder: Path, jwt: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section of a gateway that accepts tokens; the folder has the keys of their issuer."""
+    issuer = {"issuer": ISSUER, "audiences": [AUDIENCE], "jwks_file": str(folder / "keys.json")}
+    return {"identity": {"sources": ["jwt", "header", "address"], "jwt": {"issuers": {"one": issuer}, **jwt}}}
+
+
+def issue(folder: Path) -> dict[str, list[str]]:
+    """Write the keys of the issuer, and return its tokens by algorithm."""
+    private = keys()
+    (folder / "keys.json").write_text(json.dumps({"keys": [key.as_dict(private=False) for key in private.values()]}))
+    return {name: [signed(name, private[name], number) for number in range(TOKENS)] for name in ALGORITHMS}
 
 
 @contextmanager
@@ -98,17 +112,33 @@ def gateway(checkout: Path, folder: Path, origin: int, jwt: Mapping[str, Any] | 
         yield pid, port
 
 
+def steps(rounds: int) -> dict[str, list[float]]:
+    """Return the CPU time of a request in microseconds within one process, by what was measured. Raises Failed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        heads = {
+            algorithm: [head_of("small", {"Authorization": f"Bearer {token}"}) for token in tokens]
+            for algorithm, tokens in issue(folder).items()
+        }
+        gateways: dict[str, Mapping[str, Any]] = {
+            "no tokens": {},
+            "tokens": identity(folder, {}),
+            "tokens, none remembered": identity(folder, {"max_remembered": 1}),
+        }
+        runs = [(gateway, "ES256") for gateway in ("no tokens", "tokens")]
+        first = {"ES256": heads["ES256"][:1]}
+        found = alternating_steps(gateways, first, runs, folder / "remembered", rounds)
+        new = {f"{algorithm}, new": heads[algorithm] for algorithm in ALGORITHMS}
+        runs = [(gateway, case) for case in new for gateway in ("no tokens", "tokens, none remembered")]
+        return found | alternating_steps(gateways, new, runs, folder / "new", math.ceil(rounds / _PER_NEW))
+
+
 def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[float]]:
     """Return the CPU time of a request in microseconds, by what was measured, in each round. Raises Failed."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        private = keys()
-        (folder / "keys.json").write_text(
-            json.dumps({"keys": [key.as_dict(private=False) for key in private.values()]})
-        )
         cases = {}
-        for name in ALGORITHMS:
-            tokens = [signed(name, private[name], number) for number in range(TOKENS)]
+        for name, tokens in issue(folder).items():
             (folder / name).write_text("\n".join(tokens))
             cases[name] = Case(name, headers={"Authorization": f"Bearer {tokens[0]}"})
             cases[f"{name}, new"] = Case(name, lua=_LUA % (folder / name))
@@ -132,7 +162,7 @@ def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table and the claims."""
-    return print_costs("benchmarks.tokens", __doc__, measure, CLAIMS, arguments)
+    return print_costs("benchmarks.tokens", __doc__, measure, CLAIMS, arguments, steps=steps)
 
 
 if __name__ == "__main__":
