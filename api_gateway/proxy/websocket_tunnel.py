@@ -8,6 +8,7 @@ close frame between two frames of the upstream.
 import asyncio
 
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
+from api_gateway.eventloop.last_reads import last_reads
 from api_gateway.eventloop.receive_buffer import READ_SIZE, receive_buffer
 from api_gateway.proxy.websocket_frames import GOING_AWAY, FrameBoundary
 
@@ -147,19 +148,25 @@ class _Side(asyncio.BufferedProtocol):
             self.other.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Close the other side: after its buffer is flushed, or at once if this side had an error."""
+        """Close the other side after its buffer is flushed: within HALF_CLOSE_TIMEOUT if this side had an error."""
         if self.is_lost:
             return
+        if exc is not None:
+            self._forward_last()
         self.is_lost = True
         before = self._before
         if before is not None:
             before.connection_lost(exc)
         if not self.other.is_lost:
-            if exc is None:
-                self.other.transport.close()
-            else:
-                self.other.transport.abort()
+            self.other.transport.close()
         self._tunnel.on_lost()
+
+    def _forward_last(self) -> None:
+        """Forward what had arrived when sending failed: a peer may send a close frame, and close without reading."""
+        for size in last_reads(self.transport, self._buffer):
+            self.buffer_updated(size)
+        self._tunnel.idle_timeout = min(self._tunnel.idle_timeout, HALF_CLOSE_TIMEOUT)
+        self._tunnel.timer.set(self._tunnel.idle_timeout)
 
     def release(self) -> None:
         """Drop references to the tunnel, and restore the previous protocol of a transport that is not yet lost."""

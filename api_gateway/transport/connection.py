@@ -12,6 +12,7 @@ from typing import Any
 import httptools
 import httpx
 
+from api_gateway.eventloop.last_reads import last_reads
 from api_gateway.eventloop.receive_buffer import READ_SIZE, receive_buffer
 from api_gateway.http1.chunked import ENDED, INVALID, NOT_PLAIN, ChunkedBody
 from api_gateway.http1.fast_parser import parse_response_head
@@ -380,8 +381,10 @@ class UpstreamConnection(SendingConnection):
         """Complete a response that is delimited by the end of the connection; fail any other (asyncio callback)."""
         was_open = not self.is_closed
         self.is_closed = True
-        self.timer.stop()
         self._stop_upload()
+        if exc is not None and was_open and self._response is not None:
+            self._receive_last()
+        self.timer.stop()
         self._discard_rest()
         self.resume_writing()
         self._parser = None
@@ -397,6 +400,13 @@ class UpstreamConnection(SendingConnection):
             self._detach()
         if was_open and self.pool is not None:
             self.pool.discard(self)
+
+    def _receive_last(self) -> None:
+        """Process what had arrived when sending failed: an upstream may respond early, and close without reading."""
+        for size in last_reads(self._transport, self._buffer):
+            if self._response is None:
+                break
+            self.buffer_updated(size)
 
     def _fail(self, response: UpstreamResponse, cause: str) -> None:
         if response.is_complete and response.is_counted:

@@ -23,7 +23,7 @@ from api_gateway.transport.probe import probe
 from api_gateway.transport.request import Origin
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from api_gateway.transport.sending_connection import MAX_REST
-from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, case, reply, soon
+from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, case, reply, soon, turns
 from tests.transport_kit import Outgoing, fetch, pieces_of, read, send
 
 StartUpstream = Callable[..., RawUpstream]
@@ -957,6 +957,48 @@ async def test_a_response_that_comes_before_the_body_is_sent_ends_the_sending(
     assert await read(response) == b"no"
     await settles(transport, "0 busy, 0 idle, 0 waiting")
     assert await fetch(transport, request_to(up)) == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("early", "expected"),
+    [
+        (b"Content-Length: 2\r\n\r\nno", b"no"),
+        (b"Connection: close\r\nContent-Length: 2\r\n\r\nno", b"no"),
+        (b"Transfer-Encoding: chunked\r\n\r\n2\r\nno\r\n0\r\n\r\n", b"no"),
+        (b"Content-Length: 3\r\n\r\nno", httpx.ReadError),
+        (b"\r\nno", httpx.ReadError),
+    ],
+)
+async def test_a_response_that_came_before_a_reset_is_read_although_sending_fails_first(
+    transport: UpstreamTransport, upstream: StartUpstream, early: bytes, expected: bytes | type[Exception]
+) -> None:
+    """An upstream that refuses a body without reading it resets the connection right after its response."""
+    is_blocked, has_reset = threading.Event(), threading.Event()
+
+    def refuses(wire: Wire, _request: RawRequest) -> bool:
+        assert is_blocked.wait(PATIENCE)
+        wire.send(b"HTTP/1.1 413 Content Too Large\r\n" + early)
+        wire.reset()
+        has_reset.set()
+        return False
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"ab"
+        await turns()
+        is_blocked.set()
+        assert has_reset.wait(PATIENCE)  # the event loop reads nothing before the next piece is sent
+        yield b"cd"
+        await asyncio.sleep(PATIENCE)
+
+    up = upstream(refuses, reads_body=False)
+    request = request_to(up, method="POST", headers=CHUNKED, body=body())
+    if isinstance(expected, bytes):
+        response = await send(transport, request)
+        assert (response.status, await read(response)) == (413, expected)
+    else:
+        with pytest.raises(expected):
+            await send(transport, request)
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
 
 
 @pytest.mark.parametrize("host", [b"a\r\nInjected: yes", b"a\nInjected: yes", b"a\rInjected: yes"])

@@ -1,5 +1,6 @@
 """WebSockets through the gateway: the handshake as HTTP, then a tunnel byte for byte, and nothing left at the end."""
 
+import asyncio
 import logging
 import socket
 import struct
@@ -12,6 +13,7 @@ import pytest
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
+from api_gateway.proxy.websocket_tunnel import Tunnel
 from tests.kit import (
     PATIENCE,
     Behaviour,
@@ -27,6 +29,7 @@ from tests.kit import (
     refusing_url,
     reply,
     stalled,
+    turns,
 )
 
 SOON = 2.0
@@ -324,6 +327,26 @@ def test_an_upstream_that_disconnects_closes_the_client_connection(
     opened(client)
     assert client.is_closed(within=SOON)
     eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
+
+
+async def test_a_close_frame_that_came_before_a_reset_is_forwarded_although_sending_fails_first() -> None:
+    """A server that refuses a message sends a close frame, and closes without reading the rest of the message."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = [socket.create_connection(listener.getsockname()) for _ in range(2)]
+        client, upstream = (Wire(listener.accept()[0]) for _ in range(2))
+    transports = [(await loop.create_connection(asyncio.Protocol, sock=sock))[0] for sock in ours]
+    tunnel = Tunnel(loop, transports[0], transports[1], PATIENCE)
+    running = asyncio.create_task(tunnel.run(b"", b""))
+    await turns()
+    upstream.send(frame(CLOSE, b"\x03\xf1too long"))
+    upstream.reset()
+    transports[0].get_protocol().data_received(b"more")  # type: ignore[attr-defined]  # one side of the tunnel
+    assert await loop.run_in_executor(None, client.read_exactly, 12) == frame(CLOSE, b"\x03\xf1too long")
+    assert await loop.run_in_executor(None, client.is_closed)
+    client.close()
+    await running
+    assert (tunnel.bytes_in, tunnel.bytes_out) == (4, 12)
 
 
 def test_a_client_that_disconnects_before_the_response_closes_the_upstream_connection(
