@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -53,11 +53,11 @@ from api_gateway.settings.store import StoreSection
 from api_gateway.settings.tracing import TracingSection
 from api_gateway.settings.upstreams import UpstreamSection
 from api_gateway.settings.usage import UsageSection
+from api_gateway.settings.value_checks import ValueReader
 from api_gateway.settings.webhook import WebhookSection
 from api_gateway.system.state_folder import StateError, default_state_dir
 
-ENV_PREFIX = "GATEWAY_"
-ENV_FILE = ".env"
+ENV_PREFIX, ENV_FILE = "GATEWAY_", ".env"
 CONFIG_VARIABLE = "GATEWAY_CONFIG"
 
 _CONTRADICTION = "contradiction"
@@ -101,7 +101,7 @@ def _folder(given: Any) -> Any:
 
 _SHARED = "may also be in included files"  # metadata of sections
 # In a file, null removes a default tier; `GatewayConfig._complete` has removed it before the validation.
-_WrittenTiers = BeforeValidator(lambda tiers: tiers, json_schema_input_type=dict[Identifier, TierSection | None])
+_WrittenTiers = ValueReader(lambda tiers: tiers, json_schema_input_type=dict[Identifier, TierSection | None])
 
 
 def _listed(given: Any) -> Any:
@@ -120,17 +120,17 @@ class GatewayConfig(BaseSettings):
 
     include: Annotated[
         list[IncludeSection],
-        BeforeValidator(_listed, json_schema_input_type=list[IncludeSection] | IncludeSection),
+        ValueReader(_listed, json_schema_input_type=list[IncludeSection] | IncludeSection),
         Field(max_length=100),
     ] = Field(default=[], description="Files of teams: paths with wildcards, from the folder of this file.")
-    server: ServerSection = ServerSection()
-    store: StoreSection = StoreSection()
-    state_dir: Annotated[Path, BeforeValidator(_folder, json_schema_input_type=Path | None)] = Field(
+    server: ServerSection = ServerSection.defaults()
+    store: StoreSection = StoreSection.defaults()
+    state_dir: Annotated[Path, ValueReader(_folder, json_schema_input_type=Path | None)] = Field(
         default=Path(), description="None: a folder by the name of the configuration file, see `system.state_folder`."
     )
-    admin: AdminSection = AdminSection()
-    identity: IdentitySection = IdentitySection()
-    address_limit: AddressLimitSection = AddressLimitSection()
+    admin: AdminSection = AdminSection.defaults()
+    identity: IdentitySection = IdentitySection.defaults()
+    address_limit: AddressLimitSection = AddressLimitSection.defaults()
     tiers: Annotated[dict[Identifier, TierSection], _WrittenTiers] = Field(
         default={},
         validate_default=True,
@@ -143,7 +143,7 @@ class GatewayConfig(BaseSettings):
     limits: Annotated[list[LimitSection], _SHARED] = Field(
         default=[], description="Besides those of tiers and addresses."
     )
-    webhook: WebhookSection = WebhookSection()
+    webhook: WebhookSection = WebhookSection.defaults()
     upstreams: Annotated[dict[Identifier, UpstreamSection], _SHARED] = Field(
         default={},
         description="Upstreams by name, each a section or the URL of its only target. {}: demo services are started.",
@@ -152,13 +152,13 @@ class GatewayConfig(BaseSettings):
         default=[],
         description="Which requests go to which upstream. Without any, each upstream has a route /api/NAME.",
     )
-    addresses: AddressesSection = AddressesSection()
+    addresses: AddressesSection = AddressesSection.defaults()
     cors: CorsSection | None = Field(default=None, description="For all routes that have no setting of their own.")
-    metrics: MetricsSection = MetricsSection()
-    log: LogSection = LogSection()
-    usage: UsageSection = UsageSection()
-    history: HistorySection = HistorySection()
-    tracing: TracingSection = TracingSection()
+    metrics: MetricsSection = MetricsSection.defaults()
+    log: LogSection = LogSection.defaults()
+    usage: UsageSection = UsageSection.defaults()
+    history: HistorySection = HistorySection.defaults()
+    tracing: TracingSection = TracingSection.defaults()
     extensions: list[ExtensionSection] = Field(default=[], description="Code of the users of the gateway.")
     _origins: Mapping[KeyPath, str] = PrivateAttr(default={})
 

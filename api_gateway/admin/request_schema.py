@@ -17,5 +17,5 @@ class RequestBody(Body):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Return the schema of the body, in which true and false are no numbers."""
-        schema: CoreSchema = without_booleans(handler(source))
+        schema: CoreSchema = without_booleans(handler(source), cls)
         return schema

@@ -14,19 +14,27 @@ class BloomFilter:
     __slots__ = ("_bits", "_mask")
 
     def __init__(self, limit: int) -> None:
-        """Allocate 8 to 16 bytes for each of `limit` ids. The filter remains useful for several times as many."""
-        size = 1 << max(limit * _BITS_AN_ID - 1, 63).bit_length()
-        self._mask = size - 1
-        self._bits = bytearray(size // 8)
+        """Use 8 to 16 bytes for each of `limit` ids, once there is an id: a gateway without clients has none.
+
+        The filter remains useful for several times as many.
+        """
+        self._mask = (1 << max(limit * _BITS_AN_ID - 1, 63).bit_length()) - 1
+        self._bits = bytearray()
 
     def __repr__(self) -> str:
-        return f"<BloomFilter [{len(self._bits)} bytes]>"
+        return f"<BloomFilter [{self._size} bytes]>"
+
+    @property
+    def _size(self) -> int:
+        return (self._mask + 1) // 8
 
     def __contains__(self, client_id: str) -> bool:
         """Return whether an id may have been added; False is certain."""
         place = hash(client_id)
         step = place >> 32 | 1
         bits, mask = self._bits, self._mask
+        if not bits:
+            return False
         for _ in range(_PROBES):
             if not bits[(place & mask) >> 3] & 1 << (place & 7):
                 return False
@@ -35,6 +43,8 @@ class BloomFilter:
 
     def add(self, client_id: str) -> None:
         """Add an id."""
+        if not self._bits:
+            self._bits = bytearray(self._size)
         place = hash(client_id)
         step = place >> 32 | 1
         bits, mask = self._bits, self._mask
@@ -44,8 +54,8 @@ class BloomFilter:
 
     def update(self, other: "BloomFilter") -> None:
         """Add the ids of a filter of the same size. Raises ValueError if the sizes differ."""
-        bits = other._bits  # noqa: SLF001 - of the same class
-        if len(bits) != len(self._bits):
-            raise ValueError(f"a filter of {len(bits)} bytes cannot be added to one of {len(self._bits)}")
-        joined = int.from_bytes(self._bits, "little") | int.from_bytes(bits, "little")
-        self._bits[:] = joined.to_bytes(len(self._bits), "little")
+        if other._size != self._size:  # noqa: SLF001 - of the same class
+            raise ValueError(f"a filter of {other._size} bytes cannot be added to one of {self._size}")  # noqa: SLF001
+        joined = int.from_bytes(self._bits, "little") | int.from_bytes(other._bits, "little")  # noqa: SLF001
+        if joined:
+            self._bits = bytearray(joined.to_bytes(self._size, "little"))

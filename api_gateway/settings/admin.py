@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from api_gateway.settings.secret import Secret, SecretFile
 from api_gateway.settings.setting_types import FileMode, Identifier, Listen, Section
+from api_gateway.settings.value_checks import ValueCheck
 
 MIN_TOKEN_LENGTH = 8
 
@@ -16,7 +17,7 @@ def _long_enough(token: SecretStr) -> SecretStr:
     return token
 
 
-OperatorToken = Annotated[Secret, AfterValidator(_long_enough)]
+OperatorToken = Annotated[Secret, ValueCheck(_long_enough)]
 
 
 class TokenSection(Section):

@@ -5,28 +5,27 @@ from typing import Any
 from pydantic_core import PydanticKnownError
 from pydantic_core.core_schema import no_info_before_validator_function
 
+_NO_SCHEMAS = frozenset({"metadata", "default"})  # keys of a schema
 
-def without_booleans(schema: Any) -> Any:
-    """Return a core schema in which every number, at any depth, refuses true and false."""
+
+def without_booleans(schema: Any, model: type) -> Any:
+    """Return the core schema of a model in which every number, at any depth, refuses true and false.
+
+    The models within it have schemas of their own, which have passed this function already.
+    """
     if isinstance(schema, list | tuple):
-        return type(schema)(map(without_booleans, schema))
-    if not isinstance(schema, dict) or _is_refusing(schema):
+        return type(schema)([without_booleans(one, model) for one in schema])
+    if not isinstance(schema, dict):
         return schema
-    inner = {
-        key: value if key in ("metadata", "default") else without_booleans(value) for key, value in schema.items()
-    }
-    kind = inner.get("type")
+    kind = schema.get("type")
+    if kind == "model" and schema["cls"] is not model:
+        return schema
+    inner = {key: value if key in _NO_SCHEMAS else without_booleans(value, model) for key, value in schema.items()}
     if kind == "int":
         return no_info_before_validator_function(_whole_number, inner)
     if kind == "float":
         return no_info_before_validator_function(_number, inner)
     return inner
-
-
-def _is_refusing(schema: dict[str, Any]) -> bool:
-    """Return whether a schema refuses booleans already: that of a section within another one."""
-    function = schema.get("function")
-    return isinstance(function, dict) and function.get("function") in (_whole_number, _number)
 
 
 def _whole_number(value: Any) -> Any:

@@ -4,10 +4,11 @@ import re
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from api_gateway.models import KEY_PREFIX, Instant
 from api_gateway.settings.setting_types import Identifier, NetworkSetting, Rate, Section, TierName
+from api_gateway.settings.value_checks import ValueCheck
 
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 
@@ -62,7 +63,7 @@ def _digest(value: str) -> str:
 class KeySection(Section):
     """An API key that is registered by the configuration: its digest, which is no secret."""
 
-    digest: Annotated[str, AfterValidator(_digest)] = Field(description="SHA-256 of the key, in hexadecimal digits.")
+    digest: Annotated[str, ValueCheck(_digest)] = Field(description="SHA-256 of the key, in hexadecimal digits.")
     expires_at: Instant | None = Field(default=None, description="ISO 8601 with UTC offset. None: never.")
     routes: list[str] | None = Field(default=None, min_length=1, description="Names of routes. None: all.")
 

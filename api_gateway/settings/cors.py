@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from api_gateway.settings.setting_types import HEADER_NAME, Methods, Section
+from api_gateway.settings.value_checks import ValueCheck
 
 _ANY = "*"
 _OPAQUE = "null"  # of sandboxed frames, local files and others, which all share it
@@ -76,9 +77,9 @@ _OF_HOSTS = frozenset(
 _PRIVATE = frozenset({"internal", "intranet", "lan", "local", "localhost", "test"})
 
 
-OriginPattern = Annotated[str, AfterValidator(_origin)]
+OriginPattern = Annotated[str, ValueCheck(_origin)]
 _HeaderName = Annotated[str, Field(pattern=HEADER_NAME)]
-_RequestedHeader = Annotated[_HeaderName, AfterValidator(_requested_header)]
+_RequestedHeader = Annotated[_HeaderName, ValueCheck(_requested_header)]
 
 
 class CorsSection(Section):

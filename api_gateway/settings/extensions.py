@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from api_gateway.settings.setting_types import Identifier, Seconds, Section
+from api_gateway.settings.value_checks import ValueCheck
 
 FailurePolicy = Literal["refuse", "ignore"]
 HookName = Literal["identify", "cost", "on_request", "on_response"]
@@ -31,7 +32,7 @@ class ExtensionSection(Section):
     """An extension. Extensions are called in the order of their list, for responses in the reverse order."""
 
     name: Identifier = Field(description="The name in messages and metrics.")
-    use: Annotated[str, Field(max_length=4096), AfterValidator(_use)] = Field(
+    use: Annotated[str, Field(max_length=4096), ValueCheck(_use)] = Field(
         description="The factory: module:object, path/to/file.py:object, or the name of an entry point."
     )
     options: dict[str, Any] = Field(default={}, description="Passed to the factory.")

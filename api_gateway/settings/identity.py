@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import Field
 
 from api_gateway.settings.jwt import JwtSection
 from api_gateway.settings.setting_types import OWN_HEADER, Duration, Section
+from api_gateway.settings.value_checks import ValueCheck, ValueReader
 
 _WrittenMode = Literal["enforce", "observe", "header"]
 SourceName = Literal["api_key", "jwt", "certificate", "header", "address"]
@@ -53,18 +54,16 @@ class CertificateIdentitySection(Section):
 class IdentitySection(Section):
     """How clients are identified: by the first source that applies to a request."""
 
-    sources: Annotated[list[SourceName], Field(min_length=1), AfterValidator(_in_order)] = Field(
+    sources: Annotated[list[SourceName], Field(min_length=1), ValueCheck(_in_order)] = Field(
         default=["api_key", "header", "address"], description="Tried in this order."
     )
     header: str = Field(
         default="X-Client-ID", pattern=OWN_HEADER, description="The request field with the id of a client."
     )
-    api_key: ApiKeySection = ApiKeySection()
-    mode: Annotated[Literal["enforce", "observe"], BeforeValidator(_mode, json_schema_input_type=_WrittenMode)] = (
-        Field(
-            default="enforce",
-            description="observe: count and log requests that credentials_required and its like would refuse.",
-        )
+    api_key: ApiKeySection = ApiKeySection.defaults()
+    mode: Annotated[Literal["enforce", "observe"], ValueReader(_mode, json_schema_input_type=_WrittenMode)] = Field(
+        default="enforce",
+        description="observe: count and log requests that credentials_required and its like would refuse.",
     )
-    jwt: JwtSection = JwtSection()
-    certificate: CertificateIdentitySection = CertificateIdentitySection()
+    jwt: JwtSection = JwtSection.defaults()
+    certificate: CertificateIdentitySection = CertificateIdentitySection.defaults()

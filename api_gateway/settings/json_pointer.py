@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator
+from api_gateway.settings.value_checks import ValueCheck
 
 _POINTER = re.compile(r"(?:/(?:[^~/]|~[01])*)*")
 
@@ -22,4 +22,4 @@ def _checked(pointer: str) -> str:
     return pointer
 
 
-JsonPointer = Annotated[str, AfterValidator(_checked)]
+JsonPointer = Annotated[str, ValueCheck(_checked)]

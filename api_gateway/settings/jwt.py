@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from api_gateway.http1.headers import inspected_headers
 from api_gateway.settings.secret import Secret, SecretFile
@@ -19,6 +19,7 @@ from api_gateway.settings.setting_types import (
     Size,
     TierName,
 )
+from api_gateway.settings.value_checks import ValueCheck, ValueReader
 
 HMAC = {"HS256": 32, "HS384": 48, "HS512": 64}  # the shortest secret in bytes (RFC 7518 section 3.2)
 MAX_ISSUER = 512
@@ -86,9 +87,9 @@ def _identity_header(name: str) -> str:
     return name
 
 
-IdentityHeader = Annotated[str, Field(pattern=OWN_HEADER), AfterValidator(_identity_header)]
-IssuerName = Annotated[str, Field(min_length=1), AfterValidator(_issuer)]
-DocumentUrl = Annotated[str, AfterValidator(_document_url)]
+IdentityHeader = Annotated[str, Field(pattern=OWN_HEADER), ValueCheck(_identity_header)]
+IssuerName = Annotated[str, Field(min_length=1), ValueCheck(_issuer)]
+DocumentUrl = Annotated[str, ValueCheck(_document_url)]
 
 
 class IssuerSection(Section):
@@ -232,7 +233,7 @@ class RequireSection(Section):
         Annotated[
             list[_ClaimValue],
             Field(min_length=1),
-            BeforeValidator(
+            ValueReader(
                 _listed, json_schema_input_type=Annotated[list[_ClaimValue], Field(min_length=1)] | _ClaimValue
             ),
         ],

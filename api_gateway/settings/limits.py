@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from api_gateway.settings.clients import CandidateSection
 from api_gateway.settings.diagnostics import nearest
 from api_gateway.settings.setting_types import LIMIT_KEY, Cost, Identifier, Methods, Rate, Section, TierName
+from api_gateway.settings.value_checks import ValueCheck, ValueReader
 
 Names = Annotated[list[str], Field(min_length=1)]
 Requests = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -35,7 +36,7 @@ def _kind_of(value: Any) -> str:
 
 Concurrent = Annotated[
     Annotated[Requests, Tag("[number]")]
-    | Annotated[dict[TierName, Requests], Field(min_length=1), BeforeValidator(_by_tier), Tag("[by tier]")],
+    | Annotated[dict[TierName, Requests], Field(min_length=1), ValueReader(_by_tier), Tag("[by tier]")],
     Discriminator(_kind_of),
 ]
 
@@ -122,8 +123,8 @@ def _ascending(shares: list[float]) -> list[float]:
     return sorted(shares)
 
 
-TimeZone = Annotated[str, Field(max_length=64), AfterValidator(_time_zone)]
-Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=8), AfterValidator(_ascending)]
+TimeZone = Annotated[str, Field(max_length=64), ValueCheck(_time_zone)]
+Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=8), ValueCheck(_ascending)]
 _OF_QUOTAS = ("time_zone", "starts", "carry_over", "warn_at")
 
 
@@ -149,14 +150,12 @@ class LimitSection(AllowanceSection):
     """
 
     name: Identifier = Field(description="The name in responses, metrics and the API.")
-    key: Annotated[_KeyParts, BeforeValidator(_parts, json_schema_input_type=_KeyParts | LimitKey)] = Field(
+    key: Annotated[_KeyParts, ValueReader(_parts, json_schema_input_type=_KeyParts | LimitKey)] = Field(
         default=["client"], description="What has a bucket of its own; of a list, each combination."
     )
     tiers: Annotated[
         _ByTier | None,
-        BeforeValidator(
-            _by_tier, json_schema_input_type=_ByTier | Annotated[list[TierName], Field(min_length=1)] | None
-        ),
+        ValueReader(_by_tier, json_schema_input_type=_ByTier | Annotated[list[TierName], Field(min_length=1)] | None),
     ] = Field(default=None, description="None: all tiers.")
     routes: Names | None = Field(default=None, description="Names of routes. None: all.")
     methods: Methods | None = Field(default=None, description="None: all.")

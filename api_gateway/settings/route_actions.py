@@ -3,10 +3,11 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from api_gateway.http1.headers import BODILESS, COST, FORWARDING, HOP_BY_HOP, PROTECTED, REQUEST_TIMEOUT
 from api_gateway.settings.setting_types import HEADER_NAME, HeaderName, HeaderValue, Seconds, Section, Size, WholePath
+from api_gateway.settings.value_checks import ValueCheck
 
 _LOWEST, _HIGHEST = 200, 599  # statuses of static responses
 _OF_REQUESTS = HOP_BY_HOP | PROTECTED | FORWARDING | {b"x-request-id", b"proxy", REQUEST_TIMEOUT, COST}
@@ -56,19 +57,19 @@ def _of_response(name: str) -> str:
     return name
 
 
-_Template = Annotated[str, Field(pattern=_TEXT), AfterValidator(_sound)]
-_RequestName = Annotated[HeaderName, AfterValidator(_of_request)]
-_ResponseName = Annotated[HeaderName, AfterValidator(_of_response)]
+_Template = Annotated[str, Field(pattern=_TEXT), ValueCheck(_sound)]
+_RequestName = Annotated[HeaderName, ValueCheck(_of_request)]
+_ResponseName = Annotated[HeaderName, ValueCheck(_of_response)]
 _Removable = Annotated[str, Field(pattern=HEADER_NAME)]
 
 
 class RequestHeadersSection(Section):
     """Changes to the header fields that the upstream gets. Values may have placeholders such as {client}."""
 
-    set: dict[Annotated[_RequestName, AfterValidator(_assignable)], _Template] = Field(
+    set: dict[Annotated[_RequestName, ValueCheck(_assignable)], _Template] = Field(
         default={}, description="Fields that replace all of the same name."
     )
-    add: dict[Annotated[_RequestName, AfterValidator(_assignable)], _Template] = Field(
+    add: dict[Annotated[_RequestName, ValueCheck(_assignable)], _Template] = Field(
         default={}, description="Fields that are added to those that are there."
     )
     remove: list[_RequestName] = Field(default=[], description="Names of fields that are removed.")
@@ -77,10 +78,10 @@ class RequestHeadersSection(Section):
 class ResponseHeadersSection(Section):
     """Changes to the header fields of the upstream's responses. Values may have placeholders such as {client}."""
 
-    set: dict[Annotated[_ResponseName, AfterValidator(_assignable)], _Template] = Field(
+    set: dict[Annotated[_ResponseName, ValueCheck(_assignable)], _Template] = Field(
         default={}, description="Fields that replace all of the same name."
     )
-    add: dict[Annotated[_ResponseName, AfterValidator(_assignable)], _Template] = Field(
+    add: dict[Annotated[_ResponseName, ValueCheck(_assignable)], _Template] = Field(
         default={}, description="Fields that are added to those that are there."
     )
     remove: list[_ResponseName] = Field(default=[], description="Names of fields that are removed.")
@@ -90,7 +91,7 @@ class RewriteSection(Section):
     """The path that the upstream gets: `prefix` in place of the route's path, or `path` as a whole."""
 
     prefix: WholePath | None = Field(default=None, description="What replaces the route's path.")
-    path: Annotated[str, Field(pattern=r"^/[\x21\x24-\x3e\x40-\x7e]*$"), AfterValidator(_sound)] | None = Field(
+    path: Annotated[str, Field(pattern=r"^/[\x21\x24-\x3e\x40-\x7e]*$"), ValueCheck(_sound)] | None = Field(
         default=None, description="The whole path, in which {name} is a segment of the route's template."
     )
 
@@ -128,7 +129,7 @@ def _location(text: str) -> str:
 class RedirectSection(Section):
     """A redirect of all requests, in place of an upstream."""
 
-    to: Annotated[_Template, AfterValidator(_location)] = Field(
+    to: Annotated[_Template, ValueCheck(_location)] = Field(
         description="A URL or path; {path}, {query} with its '?', and segments of the route's template."
     )
     status: Literal[301, 302, 307, 308] = Field(default=308, description="307 and 308 keep method and body.")

@@ -2,10 +2,11 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from api_gateway.http1.headers import COST, FORWARDING, HOP_BY_HOP, PROTECTED, REQUEST_TIMEOUT
 from api_gateway.settings.setting_types import HEADER_NAME, Section, Shorthand
+from api_gateway.settings.value_checks import ValueCheck
 
 _MOST_HYPHENS = 8  # of a name: the gateway removes its spellings with underscores, which double with each
 _UNREADABLE = (
@@ -47,7 +48,7 @@ class ValueSection(Section):
         return self
 
 
-_FieldName = Annotated[str, Field(pattern=HEADER_NAME), AfterValidator(_condition_field)]
+_FieldName = Annotated[str, Field(pattern=HEADER_NAME), ValueCheck(_condition_field)]
 _ParameterName = Annotated[str, Field(min_length=1, max_length=128)]
 
 

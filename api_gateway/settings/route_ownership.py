@@ -7,12 +7,13 @@ or host. The main file may take requests from any: whoever writes it decides.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from api_gateway.settings.diagnostics import Ownership, SettingsFile, path_text
 from api_gateway.settings.route_rules import host_problem, path_problem
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.setting_types import Section, Shorthand
+from api_gateway.settings.value_checks import ValueCheck
 
 ANY_HOST = ""
 _WILDCARD = "*."
@@ -34,7 +35,7 @@ class IncludeSection(Section):
     shorthand = Shorthand(lambda text: {"path": text}, {"type": "string"}, "conf.d/*.yaml")
 
     path: str = Field(description="A path from the folder of this file, which may have wildcards.")
-    owns: list[Annotated[str, AfterValidator(_owned)]] = Field(
+    owns: list[Annotated[str, ValueCheck(_owned)]] = Field(
         default=[],
         max_length=100,
         description="Paths such as /api/orders, hosts, or both as in a.example/api: the file's routes must be below"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from api_gateway.http1.headers import BODILESS
 from api_gateway.settings.addresses import AddressesSection
@@ -32,6 +32,7 @@ from api_gateway.settings.setting_types import (
     Size,
     WholePath,
 )
+from api_gateway.settings.value_checks import ValueCheck, ValueReader
 
 
 class CostSection(Section):
@@ -87,9 +88,7 @@ def _log_level(level: object) -> object:
 
 
 _LOG_LEVELS = ("all", "errors", "none")
-_LogLevel = Annotated[
-    Literal["all", "errors", "none"] | Annotated[float, Field(ge=0, le=1)], BeforeValidator(_log_level)
-]
+_LogLevel = Annotated[Literal["all", "errors", "none"] | Annotated[float, Field(ge=0, le=1)], ValueReader(_log_level)]
 
 
 class RouteSection(Section):
@@ -127,7 +126,7 @@ class RouteSection(Section):
         description="Replacements of the Domain of cookies, by the domain; *: any other. An empty one removes it.",
     )
     methods: Methods | None = Field(default=None, description="Methods that match. None: all.")
-    host: Annotated[str, AfterValidator(_host)] | None = Field(
+    host: Annotated[str, ValueCheck(_host)] | None = Field(
         default=None, description="The host that matches: a name, or *. and a name for all names below it. None: all."
     )
     match: MatchSection = Field(default=MatchSection(), description="What else a request must have.")

@@ -2,7 +2,7 @@
 
 Every setting `x` of the type `Secret` is accompanied by `x_file` in the same section:
 
-    token: Annotated[Secret, AfterValidator(long_enough)] | None = None
+    token: Annotated[Secret, ValueCheck(long_enough)] | None = None
     token_file: SecretFile = None
 
 `read_secret_files` sets `x` to the content of the file before the section is validated, so that all rules for `x`
@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, SecretStr
+from pydantic import BaseModel, Field, SecretStr
+
+from api_gateway.settings.value_checks import ValueReader
 
 MAX_FILE_BYTES = 65_536
 SUFFIX = "_file"
@@ -49,7 +51,7 @@ def _text(value: Any) -> Any:
     return value
 
 
-Secret = Annotated[SecretStr, BeforeValidator(_text)]
+Secret = Annotated[SecretStr, ValueReader(_text)]
 SecretFile = Annotated[
     Path | None,
     MAY_HOLD_PASSWORD,

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from api_gateway.observability.access_log import LINE_FIELDS
 from api_gateway.settings.addresses import ForwardedSection
@@ -17,6 +17,7 @@ from api_gateway.settings.setting_types import (
     TrustedProxy,
 )
 from api_gateway.settings.tls import ServerTlsSection
+from api_gateway.settings.value_checks import ValueCheck
 
 
 class ServerSection(Section):
@@ -71,7 +72,7 @@ class ServerSection(Section):
         pattern=PSEUDONYM,
         description="The gateway's name in Via. A request that returns with it is refused. None: a random name.",
     )
-    forwarded: ForwardedSection = ForwardedSection()
+    forwarded: ForwardedSection = ForwardedSection.defaults()
     proxy_protocol: list[TrustedProxy] = Field(
         default=[],
         description="Load balancers whose connections begin with a PROXY protocol header: networks, and `unix`.",
@@ -94,7 +95,7 @@ def _access_log_field(name: str) -> str:
     return name
 
 
-AccessLogField = Annotated[str, AfterValidator(_access_log_field)]
+AccessLogField = Annotated[str, ValueCheck(_access_log_field)]
 
 
 class LogSection(Section):

@@ -1,20 +1,18 @@
 """Types of single settings: the values that each accepts, and the messages for other values."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    model_validator,
 )
 from pydantic_core import CoreSchema
 
@@ -22,7 +20,8 @@ from api_gateway.http1.headers import UNIX
 from api_gateway.settings.bind_address import MAX_PORT, checked_host, checked_listen, file_mode
 from api_gateway.settings.boolean_refusal import without_booleans
 from api_gateway.settings.quantities import DURATION_TEXT, RATE_TEXT, SIZE_TEXT, bytes_of, rate_of, seconds_of
-from api_gateway.settings.secret import MAY_HOLD_PASSWORD, read_secret_files
+from api_gateway.settings.secret import MAY_HOLD_PASSWORD, read_secret_files, secret_names
+from api_gateway.settings.value_checks import ValueCheck, ValueReader, prepared
 
 TOO_MANY_REQUESTS = 429
 _AUTHORITY = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[\w.-]+))(:(?P<port>[^:]*))?")
@@ -96,15 +95,23 @@ class Section(BaseModel):
     shorthand: ClassVar[Shorthand | None] = None
 
     @classmethod
+    def defaults(cls) -> Self:
+        """Return the section with all defaults, without a validator of this section alone: all defaults are valid."""
+        return cast("Self", cls.model_construct())
+
+    @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Return the schema of the section, in which true and false are no numbers."""
-        schema: CoreSchema = without_booleans(handler(source))
+        schema: CoreSchema = without_booleans(prepared(handler(source), cls._preparations()), cls)
         return schema
 
-    @model_validator(mode="before")
     @classmethod
-    def _expand_shorthand(cls, given: Any) -> Any:
-        return cls.shorthand.expand(given) if cls.shorthand is not None and isinstance(given, str) else given
+    def _preparations(cls) -> Iterator[Callable[[Any], Any]]:
+        """Return the functions that given values pass before they are validated."""
+        if secret_names(cls):
+            yield partial(read_secret_files, cls)
+        if cls.shorthand is not None:
+            yield partial(_expanded, cls.shorthand.expand)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -112,21 +119,20 @@ class Section(BaseModel):
         schema = handler(core)
         return schema if cls.shorthand is None else {"anyOf": [schema, dict(cls.shorthand.schema)]}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_secret_files(cls, given: Any) -> Any:
-        return read_secret_files(cls, given)
+
+def _expanded(expand: Callable[[str], Any], given: Any) -> Any:
+    return expand(given) if isinstance(given, str) else given
 
 
 Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
-Duration = Annotated[float, BeforeValidator(seconds_of), Spelling(DURATION_TEXT)]
-Seconds = Annotated[float, Field(gt=0, le=86_400), BeforeValidator(seconds_of), Spelling(DURATION_TEXT)]
-Size = Annotated[int, BeforeValidator(bytes_of), Spelling(SIZE_TEXT)]
-Rate = Annotated[float, BeforeValidator(rate_of), Spelling(RATE_TEXT)]
+Duration = Annotated[float, ValueReader(seconds_of), Spelling(DURATION_TEXT)]
+Seconds = Annotated[float, Field(gt=0, le=86_400), ValueReader(seconds_of), Spelling(DURATION_TEXT)]
+Size = Annotated[int, ValueReader(bytes_of), Spelling(SIZE_TEXT)]
+Rate = Annotated[float, ValueReader(rate_of), Spelling(RATE_TEXT)]
 Identifier = Annotated[str, Field(pattern=_NAME)]
-TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Identifier]
+TierName = Annotated[str, ValueReader(lambda name: name.upper() if isinstance(name, str) else name), Identifier]
 Methods = Annotated[
-    list[Annotated[str, AfterValidator(str.upper), Field(pattern=METHOD)]],
+    list[Annotated[str, ValueCheck(str.upper), Field(pattern=METHOD)]],
     Field(min_length=1),
 ]
 
@@ -213,7 +219,7 @@ def _status_range(given: Any) -> Any:
     return f"{int(low)}-{int(high)}"
 
 
-StatusRange = Annotated[str, BeforeValidator(_status_range, json_schema_input_type=int | str)]
+StatusRange = Annotated[str, ValueReader(_status_range, json_schema_input_type=int | str)]
 
 
 def _retried_status(status: int) -> int:
@@ -228,15 +234,15 @@ def _own_header(name: str) -> str:
     return name
 
 
-RetriedStatus = Annotated[int, AfterValidator(_retried_status)]
-HeaderName = Annotated[str, Field(pattern=HEADER_NAME), AfterValidator(_own_header)]
+RetriedStatus = Annotated[int, ValueCheck(_retried_status)]
+HeaderName = Annotated[str, Field(pattern=HEADER_NAME), ValueCheck(_own_header)]
 HeaderValue = Annotated[str, Field(pattern=_HEADER_VALUE, max_length=4096)]
-HostHeader = Annotated[str, AfterValidator(_host_header)]
+HostHeader = Annotated[str, ValueCheck(_host_header)]
 CookieDomains = dict[Annotated[str, Field(pattern=_COOKIE_DOMAIN)], Annotated[str, Field(pattern=_NEW_COOKIE_DOMAIN)]]
-NetworkSetting = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
-WholePath = Annotated[str, AfterValidator(_whole_path)]
-OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
-TrustedProxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], BeforeValidator(_trusted_proxy)]
-FileMode = Annotated[int, BeforeValidator(file_mode)]
-Host = Annotated[str, AfterValidator(checked_host)]
-Listen = Annotated[str, AfterValidator(checked_listen)]
+NetworkSetting = Annotated[IPv4Network | IPv6Network, ValueReader(_network)]
+WholePath = Annotated[str, ValueCheck(_whole_path)]
+OriginUrl = Annotated[str, ValueCheck(_origin_url), MAY_HOLD_PASSWORD]
+TrustedProxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], ValueReader(_trusted_proxy)]
+FileMode = Annotated[int, ValueReader(file_mode)]
+Host = Annotated[str, ValueCheck(checked_host)]
+Listen = Annotated[str, ValueCheck(checked_listen)]

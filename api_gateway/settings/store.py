@@ -2,11 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import Field, SecretStr
 
 from api_gateway.settings.secret import Secret, SecretFile
 from api_gateway.settings.setting_types import PREFIX, Seconds, Section
 from api_gateway.settings.store_url import MEMORY, StoreUrl
+from api_gateway.settings.value_checks import ValueCheck
 
 
 def _store_url(url: SecretStr) -> SecretStr:
@@ -21,7 +22,7 @@ class StoreSection(Section):
     Several workers with `memory://` share an embedded store that the supervisor starts.
     """
 
-    url: Annotated[Secret, AfterValidator(_store_url)] = Field(
+    url: Annotated[Secret, ValueCheck(_store_url)] = Field(
         default=SecretStr(MEMORY),
         description="memory://, redis://, rediss:// (TLS), unix:///path, redis+sentinel:// or redis+cluster://.",
     )

@@ -4,10 +4,11 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import unquote
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import Field, SecretStr
 
 from api_gateway.settings.secret import MAY_HOLD_PASSWORD, Secret, SecretFile
 from api_gateway.settings.setting_types import HEADER_NAME, Seconds, Section
+from api_gateway.settings.value_checks import ValueCheck
 
 _NOT_PAIRS = "must be pairs such as name=value, separated by commas"
 TRACES_PATH = "/v1/traces"  # of a collector, by the OTLP specification
@@ -55,7 +56,7 @@ def _headers(secret: SecretStr) -> SecretStr:
     return secret
 
 
-CollectorUrl = Annotated[str, Field(max_length=2048), AfterValidator(collector_url), MAY_HOLD_PASSWORD]
+CollectorUrl = Annotated[str, Field(max_length=2048), ValueCheck(collector_url), MAY_HOLD_PASSWORD]
 AttributeName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -69,7 +70,7 @@ class TracingSection(Section):
     endpoint: CollectorUrl | None = Field(
         default=None, description="OTLP over HTTP. Without a path, /v1/traces is added."
     )
-    headers: Annotated[Secret, AfterValidator(_headers)] | None = Field(
+    headers: Annotated[Secret, ValueCheck(_headers)] | None = Field(
         default=None,
         description="Of requests to the collector: name=value, separated by commas, with percent-encoded values.",
     )

@@ -146,7 +146,7 @@ class RetrySection(Section):
     min_retries_per_second: Rate = Field(
         default=1, ge=0, le=1000, description="Retries that are permitted in addition to the budget."
     )
-    backoff: BackoffSection = BackoffSection()
+    backoff: BackoffSection = BackoffSection.defaults()
     max_retry_after: Duration = Field(
         default=1, ge=0, le=60, description="Seconds. If the upstream's Retry-After is longer, there is no retry."
     )
@@ -215,11 +215,11 @@ class UpstreamSection(Section):
         le=86_400,
         description="Seconds until a target that returned to service has its full share; 0: at once.",
     )
-    timeouts: TimeoutsSection = TimeoutsSection()
-    pool: PoolSection = PoolSection()
-    tls: TlsSection = TlsSection()
+    timeouts: TimeoutsSection = TimeoutsSection.defaults()
+    pool: PoolSection = PoolSection.defaults()
+    tls: TlsSection = TlsSection.defaults()
     http2: bool = Field(default=False, description="Whether https targets that offer HTTP/2 are used with it.")
     health_check: HealthCheckSection | None = None
-    circuit_breaker: CircuitBreakerSection = CircuitBreakerSection()
-    retry: RetrySection = RetrySection()
+    circuit_breaker: CircuitBreakerSection = CircuitBreakerSection.defaults()
+    retry: RetrySection = RetrySection.defaults()
     concurrency: ConcurrencySection | None = None

@@ -4,10 +4,11 @@ import base64
 import binascii
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from api_gateway.settings.secret import MAY_HOLD_PASSWORD, Secret, SecretFile
 from api_gateway.settings.setting_types import Section
+from api_gateway.settings.value_checks import ValueCheck
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - what secrets of Standard Webhooks begin with
 
@@ -39,10 +40,10 @@ def _url(url: str) -> str:
 class WebhookSection(Section):
     """The receiver of events, which are signed and repeated until it accepts them. Without `url`, none are sent."""
 
-    url: Annotated[str, Field(max_length=2048), AfterValidator(_url), MAY_HOLD_PASSWORD] | None = Field(
+    url: Annotated[str, Field(max_length=2048), ValueCheck(_url), MAY_HOLD_PASSWORD] | None = Field(
         default=None, description="Where events are sent. None: nowhere."
     )
-    secret: Annotated[Secret, AfterValidator(_secret)] | None = Field(
+    secret: Annotated[Secret, ValueCheck(_secret)] | None = Field(
         default=None, description="With which events are signed: whsec_ and 24 to 64 random bytes in base64."
     )
     secret_file: SecretFile = None
