@@ -71,6 +71,9 @@ class Upstream(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.is_failing = False
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing of connections that the gateway has ended."""
+
     @property
     def url(self) -> str:
         """The URL of this upstream."""

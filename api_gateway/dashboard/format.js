@@ -16,8 +16,8 @@ function trim(value, digits) {
 export function percent(part, whole) {
   if (!whole) return "–";
   const share = (part / whole) * 100;
-  if (share > 0 && share < 0.1) return "< 0.1 %";
-  return `${share >= 10 || Number.isInteger(share) ? Math.round(share) : share.toFixed(1)} %`;
+  if (share > 0 && share < 0.1) return "<\u00a00.1\u00a0%";
+  return `${share >= 10 || Number.isInteger(share) ? Math.round(share) : share.toFixed(1)}\u00a0%`; // a line does not break before the sign
 }
 
 /** Milliseconds as [text, unit]. */

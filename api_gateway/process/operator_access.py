@@ -10,6 +10,7 @@ from api_gateway.process.operator_client import CommandFailed
 from api_gateway.settings.bind_address import UNIX_PREFIX, BindAddress, authority
 from api_gateway.settings.diagnostics import ConfigError
 
+_SETTING = "admin.token of the configuration"
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
@@ -52,7 +53,7 @@ def _token_of(settings: GatewayConfig, config: str | None, token: Path | None) -
     if token is not None:
         return _read(token), str(token)
     if settings.admin.token is not None:
-        return settings.admin.token.get_secret_value(), "admin.token of the configuration"
+        return _checked(settings.admin.token.get_secret_value(), _SETTING), _SETTING
     path = token_file(settings.state_dir)
     if os.access(path, os.R_OK):
         return _read(path), str(path)
@@ -73,7 +74,15 @@ def _configured_url(admin: str | None, host: str, port: int, *, is_tls: bool) ->
 
 
 def _read(path: Path) -> str:
+    """Return the token of a file. Messages quote none of it. Raises CommandFailed."""
     try:
-        return path.read_text().strip()
+        return _checked(path.read_text(errors="replace").strip(), str(path))
     except OSError as error:
         raise CommandFailed(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+
+
+def _checked(token: str, place: str) -> str:
+    """Return a token that a header field can have: the error of a library would quote any other one."""
+    if not token.isascii() or not token.isprintable():
+        raise CommandFailed(f"{place}: must be one token, on one line, in visible ASCII characters")
+    return token

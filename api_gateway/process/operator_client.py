@@ -4,6 +4,7 @@ Only light modules are imported, so that `--help` is fast; the configuration is 
 """
 
 import argparse
+import http.client
 import json
 import os
 import ssl
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from api_gateway._version import __version__
 from api_gateway.printable_text import printable
 
 JsonObject = dict[str, Any]
@@ -26,6 +28,7 @@ FAILED = 1  # the gateway refused the request, or the configuration has an error
 NOT_REACHED = 6  # no gateway responds
 NOT_AUTHORIZED = 7  # the gateway does not accept the token
 INTERRUPTED = 130  # by SIGINT, as shells count
+_LONGEST_INTERVAL = 86_400  # seconds
 _REFUSALS = (401, 403)  # statuses
 
 
@@ -78,15 +81,22 @@ class OperatorClient:
             self.url + path, method=method, headers=headers, data=None if body is None else json.dumps(body).encode()
         )
         try:
+            return self._document(request)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # also of a server that speaks no HTTP
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            cause = " ".join(str(reason).split())  # which may quote what a server of another protocol has sent
+            raise CommandFailed(f"{self.url}: no usable response: {cause}. {_remedy(reason)}", NOT_REACHED) from None
+
+    def _document(self, request: urllib.request.Request) -> JsonObject:
+        try:
             with self._opener.open(request, timeout=TIMEOUT) as response:
-                return json.load(response)
+                found = json.load(response)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error.code, _detail(error.read())) from None
-        except (OSError, ValueError) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            remedy = _remedy(reason)
-            raise CommandFailed(f"{self.url}: no usable response: {reason}. {remedy}", NOT_REACHED) from None
+        if not isinstance(found, dict):
+            raise ValueError("it is not that of a gateway")  # noqa: TRY004 - as if it were no JSON
+        return found
 
     def _refused(self, status: int, detail: str) -> CommandFailed:
         message = f"{self.url}: {status}: {detail}"
@@ -126,7 +136,11 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
 
 
 def client_of(options: argparse.Namespace) -> OperatorClient:
-    """Return the client for the options of `add_access_options`. Raises CommandFailed."""
+    """Return the client for the options of `add_access_options`. Raises CommandFailed, also if one is no text."""
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not _is_encodable(text):
+                raise CommandFailed(f"{name.replace('_', '-')}: must be text in UTF-8, got {text!r}")
     find_access = import_module("api_gateway.process.operator_access").find_access
     access = find_access(options.config, options.url, options.token_file)
     tls = None
@@ -137,10 +151,18 @@ def client_of(options: argparse.Namespace) -> OperatorClient:
     return OperatorClient(access.url, access.token, access.token_from, tls)
 
 
+def seconds_between(text: str) -> float:
+    """Return the time between two questions, for an option."""
+    seconds = float(text)
+    if not 0 <= seconds <= _LONGEST_INTERVAL:  # nor is it not a number
+        raise argparse.ArgumentTypeError(f"must be from 0 to {_LONGEST_INTERVAL} seconds, got {text}")
+    return seconds
+
+
 def run_action(action: Callable[[], None]) -> int:
     """Run a command and return its exit code; its error is a line on standard error."""
     try:
-        action()
+        _run(action)
     except CommandFailed as error:
         print("\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
         return error.code
@@ -149,6 +171,24 @@ def run_action(action: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _run(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except KeyError as error:  # of another server, or of another version of the gateway
+        raise CommandFailed(
+            f"The response has no {error}, so it is not that of a gateway of this version ({__version__}); name the"
+            " address of its operator endpoints with --url."
+        ) from None
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes on the command line that are not UTF-8
+        return False
+    return True
 
 
 def show(line: str = "") -> None:

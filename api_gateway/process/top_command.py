@@ -11,12 +11,14 @@ from contextlib import contextmanager
 
 from api_gateway.printable_text import printable, table
 from api_gateway.process.operator_client import (
+    NOT_REACHED,
     CommandFailed,
     JsonObject,
     OperatorClient,
     add_access_options,
     client_of,
     run_action,
+    seconds_between,
 )
 from api_gateway.process.view_commands import line_of
 
@@ -34,7 +36,9 @@ def run_top(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="api-gateway top", description="A live screen of a running gateway.")
-    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between screens (default: 2)")
+    parser.add_argument(
+        "--interval", type=seconds_between, default=2.0, metavar="SECONDS", help="between screens (default: 2)"
+    )
     parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N screens (default: 0, never)")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each screen")
     add_access_options(parser)
@@ -46,11 +50,14 @@ def _top(client: OperatorClient, options: argparse.Namespace) -> None:
     with _screen(is_used=sys.stdout.isatty() and not options.json):
         shown = 0
         while True:
-            figures = _figures(client, figures)
-            if options.json:
-                print(json.dumps(_public(figures)), flush=True)
+            found = _figures(client, figures) if figures is None else _later_figures(client, figures)
+            if found is None:
+                _show_absence(client, is_json=options.json)
+            elif options.json:
+                print(json.dumps(_public(found)), flush=True)
             else:
-                _draw(figures)
+                _draw(screen_lines(found))
+            figures = found or figures
             shown += 1
             if shown == options.count:
                 return
@@ -83,6 +90,25 @@ def _figures(client: OperatorClient, before: JsonObject | None) -> JsonObject:
         "last_refusals_and_errors": _last_failures(client),
         "_at": now,
     }
+
+
+def _later_figures(client: OperatorClient, before: JsonObject) -> JsonObject | None:
+    """Return the figures of the next screen; None while no gateway responds, as in a restart."""
+    try:
+        return _figures(client, before)
+    except CommandFailed as error:
+        if error.code != NOT_REACHED:
+            raise
+        return None
+
+
+def _show_absence(client: OperatorClient, *, is_json: bool) -> None:
+    """Say that no gateway responds: on the screen, and not among lines of JSON."""
+    line = f"{client.url}  no response; asking again"
+    if is_json:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        _draw([printable(line)])
 
 
 def _public(figures: JsonObject) -> JsonObject:
@@ -176,9 +202,8 @@ def _span(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _draw(figures: JsonObject) -> None:
+def _draw(lines: Sequence[str]) -> None:
     """Draw a screen on a terminal, or print all its lines elsewhere."""
-    lines = screen_lines(figures)
     if not sys.stdout.isatty():
         print("\n".join(lines), flush=True)
         return

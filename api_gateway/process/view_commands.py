@@ -17,6 +17,7 @@ from api_gateway.process.operator_client import (
     add_access_options,
     client_of,
     run_action,
+    seconds_between,
     show,
 )
 
@@ -67,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "--lines", type=int, default=10, metavar="N", help="show the last N requests first (default: 10)"
     )
     tail.add_argument("--no-follow", action="store_true", help="end after these")
-    tail.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between questions (default: 1)")
+    tail.add_argument(
+        "--interval", type=seconds_between, default=1.0, metavar="SECONDS", help="between questions (default: 1)"
+    )
     tail.set_defaults(action=_tail)
     for command in (explain, clients, breakers, limits, tail):
         words = "a line of JSON for each request" if command is tail else "the response of the gateway as JSON"

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import RawUpstream, ask, eventually, free_port, reply
+from api_gateway.process import operator_client, view_commands
+from api_gateway.process.operator_client import NOT_REACHED, OperatorClient
+from api_gateway.process.view_commands import run_view
+from tests.kit import RawRequest, RawUpstream, Wire, ask, eventually, free_port, reply
 from tests.processes import ROOT, Running, config_file, fresh_process, process
 
 
@@ -144,6 +147,36 @@ def test_a_gateway_that_does_not_run_is_one_line(folder: Path, name: str) -> Non
     assert errors.startswith(f"{url}: no usable response: ")
     assert "--url" in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", NOT_REACHED),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{", NOT_REACHED),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 90\r\n\r\n{", NOT_REACHED),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", NOT_REACHED),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", operator_client.FAILED),
+    ],
+)
+def test_a_server_that_is_no_gateway_is_a_line(
+    sent: bytes, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of another protocol, one that ends within the body, and two with JSON of their own."""
+
+    def behave(wire: Wire, _: RawRequest) -> bool:
+        wire.send(sent)
+        return False
+
+    upstream = RawUpstream(behave)
+    monkeypatch.setattr(view_commands, "client_of", lambda _: OperatorClient(upstream.url, None))
+    try:
+        assert run_view(["clients"]) == code
+    finally:
+        upstream.close()
+    out, errors = capsys.readouterr()
+    assert (out, errors.count("\n")) == ("", 1)
+    assert "--url" in errors
 
 
 def test_a_wrong_token_is_one_line_that_names_its_file(folder: Path, running: Running) -> None:

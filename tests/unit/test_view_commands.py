@@ -1,14 +1,17 @@
 """What the commands print about a running gateway: complete, in columns, and inert on a terminal."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from api_gateway.printable_text import MAX_CELL_WIDTH, table
-from api_gateway.process import operator_client, view_commands
+from api_gateway.process import operator_client, top_command, view_commands
 from api_gateway.process.operator_client import NOT_AUTHORIZED, NOT_REACHED, CommandFailed, OperatorClient, run_action
-from api_gateway.process.top_command import screen_lines
+from api_gateway.process.top_command import run_top, screen_lines
 from api_gateway.process.view_commands import line_of, run_view
 
 EVIL = "a\x1b[31m\n\r\t<b>\u202e\x07"
@@ -228,6 +231,53 @@ def test_an_error_of_a_gateway_is_inert_too(capsys: pytest.CaptureFixture[str]) 
 
     assert run_action(fail) == operator_client.FAILED
     assert is_inert(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [("clients", "\udcff"), ("tail", "--client", "\udcff"), ("explain", "\udcff")])
+def test_an_argument_that_is_no_text_is_a_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_view(arguments) == operator_client.FAILED
+    assert "must be text in UTF-8, got '\\udcff'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "often"])
+def test_an_interval_is_a_number_of_seconds(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for run_command in (partial(run_view, ["tail", "--interval", text]), partial(run_top, ["--interval", text])):
+        with pytest.raises(SystemExit):
+            run_command()
+        assert "argument --interval" in capsys.readouterr().err
+
+
+def test_top_goes_on_through_a_restart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = CommandFailed("http://gateway: no usable response", NOT_REACHED)
+    figures: Iterator[Any] = iter([{"requests": 5}, gone, {"requests": 1}])
+
+    def next_figures(_: object, before: dict[str, Any] | None) -> dict[str, Any]:
+        found = next(figures)
+        if isinstance(found, CommandFailed):
+            raise found
+        return {**found, "before": None if before is None else before["requests"]}
+
+    monkeypatch.setattr(top_command, "client_of", lambda _: Gateway())
+    monkeypatch.setattr(top_command, "_figures", next_figures)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert run_top(["--json", "--count", "3"]) == 0
+    out, errors = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"requests": 5, "before": None},
+        {"requests": 1, "before": 5},
+    ]
+    assert errors == "http://gateway  no response; asking again\n"
+
+
+@pytest.mark.parametrize("content", [b"secret\nsecond", "secret\u20ac".encode(), b"secret\x1b[31m", b"\xffsecret"])
+def test_a_token_file_with_something_else_is_not_quoted(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "token").write_bytes(content)
+    assert run_view(["limits", "--url", "http://127.0.0.1:1", "--token-file", str(file)]) == operator_client.FAILED
+    errors = capsys.readouterr().err
+    assert f"{file}: must be one token" in errors
+    assert "secret" not in errors
 
 
 def test_an_interrupt_has_the_code_of_shells() -> None:
