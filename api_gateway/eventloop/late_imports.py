@@ -22,7 +22,10 @@ async def late_import(name: str) -> ModuleType:
 
 
 def import_gently(name: str) -> ModuleType:
-    """Import a module in a thread other than the event loop's; one at a time."""
+    """Import a module in a thread other than the event loop's, one at a time; return a known one at once."""
+    known = _imported.get(name)
+    if known is not None:  # without the lock, which another import may hold for long
+        return known
     with _lock:
         if name not in _imported:
             before = sys.getswitchinterval()

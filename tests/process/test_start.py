@@ -3,7 +3,9 @@
 import asyncio
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from textwrap import dedent
 from typing import Any
@@ -14,6 +16,7 @@ from fastapi import APIRouter, FastAPI
 
 from api_gateway.admin import endpoints as endpoints_module
 from api_gateway.admin.endpoints import ROUTERS, Endpoints
+from api_gateway.eventloop import late_imports
 from tests.processes import ROOT, START
 
 VIEWS = ("metrics", "health", "circuit-breakers", "clients", "limits", "tiers", "audit", "history", "configuration")
@@ -168,3 +171,24 @@ def test_the_table_of_endpoints_has_the_first_segments_of_all_paths(module: str)
         name: {route.path.split("/")[1] for route in router.routes}  # type: ignore[attr-defined]  # all are routes
         for name, router in routers.items()
     }
+
+
+def test_a_module_that_is_known_does_not_wait_for_the_import_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop takes routers that were imported for it, while a thread may import those of another request."""
+    found = late_imports.import_gently("json")
+    begun, is_over = threading.Event(), threading.Event()
+
+    def slow(_: str) -> Any:
+        begun.set()
+        is_over.wait()
+
+    monkeypatch.setattr(late_imports, "import_module", slow)
+    monkeypatch.setattr(late_imports, "_imported", {"json": found})
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(late_imports.import_gently, "another")
+        begun.wait()
+        try:
+            assert pool.submit(late_imports.import_gently, "json").result(timeout=START) is found
+        finally:
+            is_over.set()
+        other.result()
