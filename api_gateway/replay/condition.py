@@ -143,7 +143,8 @@ class _Parser:
         name = node.id
         if name not in CONDITION_FIELDS:
             near = get_close_matches(name, CONDITION_FIELDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(CONDITION_FIELDS)}"
+            known = f"known are {', '.join(CONDITION_FIELDS)}; text needs quotes"
+            hint = f"did you mean {near[0]}?" if near else known
             raise self._error(node.col_offset + 1, f"unknown name {name!r}; {hint}")
         return CONDITION_FIELDS[name], lambda figures: figures[name]
 

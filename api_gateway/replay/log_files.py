@@ -30,7 +30,7 @@ class BrokenFile(Exception):
 
 
 def log_parts(paths: Sequence[Path], size: int = PART_BYTES) -> list[LogPart]:
-    """Return the parts of all files, in their order. Raises ReplayError for a file that cannot be read."""
+    """Return the parts of all files, in order; an empty file is one. Raises ReplayError if one cannot be read."""
     found: list[LogPart] = []
     for path in paths:
         try:
@@ -42,7 +42,7 @@ def log_parts(paths: Sequence[Path], size: int = PART_BYTES) -> list[LogPart]:
         if is_compressed:
             found.append(LogPart(path, 0, end, is_compressed=True))
         else:
-            found += [LogPart(path, at, min(at + size, end), is_compressed=False) for at in range(0, end, size)]
+            found += [LogPart(path, at, min(at + size, end), is_compressed=False) for at in range(0, end or 1, size)]
     return found
 
 

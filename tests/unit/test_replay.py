@@ -669,6 +669,7 @@ def test_a_condition_is_evaluated(text: str, holds: object) -> None:
             "column 1 of 'newly_limitd > 0': unknown name .* did you mean newly_limited?",
         ),
         ("requests > 0 and zzz", "column 18 .*unknown name 'zzz'; known are client, tier"),
+        ("tier == PREMIUM", "column 9 .*unknown name 'PREMIUM'; known are .*; text needs quotes"),
         ("tier > 0", "column 8 .*text is compared with a number"),
         ("newly_limited", "column 1 .*a condition is needed, such as newly_limited > 0, got a number"),
         ("requests and limited > 1", "column 1 .*a condition is needed, got a number"),
@@ -747,9 +748,14 @@ def test_the_command_fails_with_the_place_of_what_is_wrong(tmp_path: Path, capsy
     empty, cut = tmp_path / "empty.log", tmp_path / "cut.gz"
     empty.write_text("02:17:03.808  200  GET  /api/orders\n")
     cut.write_bytes(gzip.compress(Path(log).read_bytes())[:-20])
-    for unusable, cause in ((empty, "no decision in 1 lines"), (cut, f"{cut} cannot be read to its end")):
+    none = tmp_path / "none.log"
+    none.touch()
+    causes = ((empty, "no decision in 1 lines"), (none, "no decision in 0 lines"), (cut, f"{cut} cannot be read to"))
+    for unusable, cause in causes:
         assert main(["replay", str(unusable), *options]) == 0
-        assert " from None" not in capsys.readouterr().out
+        told = capsys.readouterr()
+        assert told.out.startswith(f"{unusable}: ")
+        assert " from None" not in told.out
         assert main(["replay", str(unusable), *options, "--fail-if", "newly_limited > 0"]) == 3
         assert f"--fail-if: {cause}" in capsys.readouterr().err
     assert main(["replay", log, *options, "--fail-if", "newly > 1"]) == 3
