@@ -11,6 +11,8 @@ from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Exchan
 from api_gateway.proxy.route_table import Route
 from api_gateway.rate_limiter import RateLimiter
 
+_MOST_REMEMBERED = 4096  # charges in force, of some hundred bytes each
+
 
 class ShadowLimits:
     """Charges candidate quotas and costs to separate buckets, whose keys have the prefix `candidate:`.
@@ -41,6 +43,9 @@ class ShadowLimits:
         self._routes = {route.name: route for route in routes if route.has_candidate}
         self._slots = slots
         self._quota_of_slots = lru_cache(maxsize=1024)(self._tried_quota)
+        self._remembered: dict[
+            int, tuple[Sequence[Charge], Sequence[Charge]]
+        ] = {}  # by identity of the charges in force
 
     def __repr__(self) -> str:
         return f"<ShadowLimits of {sorted(self._candidates)} and routes {sorted(self._routes)}>"
@@ -54,7 +59,7 @@ class ShadowLimits:
         """Evaluate the candidates for an exchange that has a decision."""
         client = exchange.client
         assert client is not None  # noqa: S101 - a decision implies a client
-        charges = self.charges(exchange, client)
+        charges = self._remembered_charges(exchange, client)
         if not charges:
             return
         now_ns = self._clock_ns()
@@ -84,6 +89,22 @@ class ShadowLimits:
     async def look(self, charges: Sequence[Charge]) -> list[SlotUse]:
         """Return the candidate slots of such charges as they are now."""
         return await self._slots.look(charges.slots) if isinstance(charges, SlottedCharges) else []
+
+    def _remembered_charges(self, exchange: Exchange, client: Client) -> Sequence[Charge]:
+        """Return `charges`, computed once for charges in force that are remembered with a header set.
+
+        A candidate cost depends on the path as well, so nothing is remembered then.
+        """
+        in_force = exchange.charges
+        known = self._remembered.get(id(in_force))
+        if known is not None and known[0] is in_force:
+            return known[1]
+        charges = self.charges(exchange, client)
+        if in_force and not self._routes:
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[id(in_force)] = in_force, charges
+        return charges
 
     def charges(self, exchange: Exchange, client: Client) -> list[Charge]:
         """Return the candidate charges of an exchange with charges in force; empty without a candidate."""

@@ -86,6 +86,28 @@ def test_a_higher_candidate_counts_requests_it_would_allow() -> None:
     assert trying.counted == (0, 2)
 
 
+@pytest.mark.parametrize("most", [1, 4096])
+def test_charges_that_are_remembered_have_their_own_candidate_charges(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway keeps the charges of a client's requests with its header set; others may take their place."""
+    monkeypatch.setattr("api_gateway.proxy.shadow_limits._MOST_REMEMBERED", most)
+    trying = Trying(candidates={"FREE": TIGHTER})
+    clients = [Client(name, f"client:{name}", FREE, "default") for name in "ab"]
+    charges = [[Charge(client.key, FREE, FREE.cost_ns(cost))] for client, cost in zip(clients, (1, 2), strict=True)]
+    for number in range(3):
+        for client, own in zip(clients, charges, strict=True):
+            exchange = Exchange("id", "GET", "/api/x", "192.0.2.7", 0.0, client)
+            exchange.cost, exchange.charges = float(own[0].increment_ns // FREE.emission_ns), own
+            exchange.decision = trying.limiter.decide(own, trying.now_ns)
+            trying.shadow.observe(exchange)
+            assert exchange.trial is not None
+            assert exchange.trial[0][0].key == f"candidate:{client.key}"
+            assert exchange.trial[1].remaining == max(4 - (number + 1) * exchange.cost, 0)
+        assert len(trying.shadow._remembered) == min(most, 2)
+    assert trying.counted == (1, 0)  # the third request of two tokens
+
+
 def test_a_tier_without_a_candidate_is_not_looked_at() -> None:
     trying = Trying(candidates={"FREE": TIGHTER})
     before = len(trying.limiter)
