@@ -40,17 +40,17 @@ class StoreRefunds:
     def read(self, message: str) -> str | None:
         """Return the key of the bucket that a notification is about, None if it is invalid; record the refund.
 
-        A refund of this process was recorded when it was sent.
+        A refund of this process was recorded when it was sent. Gateways of earlier versions state no charge.
         """
-        given, _, rest = message.partition(" ")
-        if given == "0":
-            return rest
-        made, _, rest = rest.partition(" ")
+        given, _, refunded = message.partition(" ")
+        made, _, rest = refunded.partition(" ")
         name, _, rest = rest.partition(" ")
         at, _, rest = rest.partition(" ")
         tat, _, key = rest.partition(" ")
-        if not key or not all(number.isdecimal() for number in (given, made, at, tat)):
+        if not given.isdecimal() or not refunded:
             return None
+        if given == "0" or not key or not all(number.isdecimal() for number in (made, at, tat)):
+            return refunded
         if name != self.name:
             self.note(key, Refund(int(at), int(tat), int(made) * 1000, int(given)))
         return key
