@@ -68,14 +68,23 @@ class FallbackLimiter:
         now_ns: int,
         settled_to: Sequence[Charge] = (),
     ) -> Decision:
-        """Settle a decision of this limiter; see `RateLimiter.settle`, and `decide` for `known`."""
+        """Settle a decision of this limiter; see `RateLimiter.settle`, and `decide` for `known`.
+
+        What has been reported to the store is not refunded.
+        """
+        at_ns, is_share = decision.at_ns, decision.source == "local_share"
+        changes = [
+            charge
+            if charge.increment_ns > 0 or self._debts.includes(charge.key, at_ns, now_ns)
+            else Charge(charge.key, charge.quota, 0)
+            for charge in changes
+        ]
         after = self._limiter.settle([self._scaled(charge) for charge in changes], decision, now_ns, settled_to)
         after.remaining //= self.processes
-        at_ns, is_share = decision.at_ns, decision.source == "local_share"
         for charge, tat_ns, debt_ns in zip(changes, known, debts_of(decision), strict=True):
             if charge.increment_ns < 0:
                 end_ns = self._limiter.charged_until(charge.key, at_ns, debt_ns) if is_share else _UNKNOWN_NS
-                self._debts.refund(charge, at_ns, end_ns, self.processes, now_ns)
+                self._debts.refund(charge, end_ns, self.processes, now_ns)
             elif charge.increment_ns:
                 self._debts.charge(charge, tat_ns, self.processes, now_ns, is_held=False)
         return after

@@ -60,14 +60,19 @@ class ShareDebts:
         held_ns = min(max(debt.held_ns, now_ns) + cost_ns, owed_ns) if is_held else debt.held_ns
         self._put(charge.key, debt._replace(owed_ns=owed_ns, held_ns=held_ns, changed_ns=now_ns), now_ns)
 
-    def refund(self, charge: Charge, at_ns: int, end_ns: int, processes: int, now_ns: int) -> None:
-        """Refund (increment below 0) a cost that was admitted at `at_ns`, as far as it is unreported.
+    def includes(self, key: str, at_ns: int, now_ns: int) -> bool:
+        """Tell whether a charge of `at_ns` is in a debt. Earlier ones were reported; the store's clock is another."""
+        debt = self.table.get(key)
+        return debt is not None and debt.begun_ns <= at_ns <= now_ns
+
+    def refund(self, charge: Charge, end_ns: int, processes: int, now_ns: int) -> None:
+        """Refund (increment below 0) a cost that is in a debt, as far as it is unreported.
 
         `end_ns` is the present end of the charge (see `Refunds`): what lies before that time, and is neither refilled
-        nor held by the store, may be this charge's. A charge before the debt began has been reported.
+        nor held by the store, may be this charge's.
         """
         debt = self._get(charge.key, charge.quota, processes, now_ns)
-        if debt is not None and at_ns >= debt.begun_ns:
+        if debt is not None:
             unreported_ns = min(end_ns, debt.owed_ns) - max(debt.held_ns, now_ns)
             owed_ns = debt.owed_ns - max(min(-charge.increment_ns * processes, unreported_ns), 0)
             self._put(charge.key, debt._replace(owed_ns=owed_ns, changed_ns=now_ns), now_ns)

@@ -43,9 +43,8 @@ class ShadowLimits:
         self._routes = {route.name: route for route in routes if route.has_candidate}
         self._slots = slots
         self._quota_of_slots = lru_cache(maxsize=1024)(self._tried_quota)
-        self._remembered: dict[
-            int, tuple[Sequence[Charge], Sequence[Charge]]
-        ] = {}  # by identity of the charges in force
+        # By the identity of the charges in force, which are kept beside the candidate's.
+        self._remembered: dict[int, tuple[Sequence[Charge], Sequence[Charge]]] = {}
 
     def __repr__(self) -> str:
         return f"<ShadowLimits of {sorted(self._candidates)} and routes {sorted(self._routes)}>"

@@ -290,7 +290,11 @@ MUTANTS = (
             "debt, now_ns)\n        return unreported_ns",
             _SHARES,
         ),
-        ("if debt is not None and at_ns >= debt.begun_ns:", "if debt is not None:", f"{_REFUNDS}::{_NO_ORDER}"),
+        (
+            "debt.begun_ns <= at_ns <= now_ns",
+            "at_ns <= now_ns",
+            f"{_REFUNDS}::test_what_an_earlier_outage_admitted_makes_no_room_in_a_later_one",
+        ),
         ("min(end_ns, debt.owed_ns) - max", "debt.owed_ns - max", f"{_REFUNDS}::{_NO_ORDER}"),
     ),
     *_of(

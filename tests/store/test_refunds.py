@@ -252,6 +252,21 @@ def test_what_is_refunded_before_the_store_returns_is_never_reported(order: Sequ
     assert shared.owed() == pytest.approx(2 * TOKEN, abs=10 * MILLISECOND)
 
 
+def test_what_an_earlier_outage_admitted_makes_no_room_in_a_later_one() -> None:
+    """It was reported, and has been refilled there: a refund would make room in the share for other requests."""
+    shared = Shared(2)
+    shared.set_up(is_up=False)
+    assert shared.ask(0, 5)
+    shared.set_up(is_up=True)
+    shared.fleet.pass_time(3 * SECOND)
+    shared.set_up(is_up=False)
+    assert [shared.ask(0, 5) for _ in range(3)] == [True, True, False]  # its half of 20
+    shared.refund(0)
+    assert not shared.ask(0, 1)
+    shared.refund(0)
+    assert shared.ask(0, 5), "one of this outage does"
+
+
 @pytest.mark.parametrize("is_sent", [False, True], ids=["not sent", "sent, and not replied to"])
 def test_what_a_settlement_could_not_charge_is_charged_after_the_outage(is_sent: bool) -> None:  # noqa: FBT001
     """Once: also if the store has executed it."""
