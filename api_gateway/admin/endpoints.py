@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+from api_gateway.clients.api_keys import without_keys
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
@@ -49,6 +50,7 @@ ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("usage", "router", frozenset({"usage"})),
 )
 _SCHEMA = "openapi.json"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Why a body that the framework cannot read is not JSON; mistakes within JSON text have an error of their own.
 _UNREADABLE = (
     (UnicodeDecodeError, "it is not text in UTF-8"),
@@ -188,8 +190,8 @@ async def _error_response(request: Request, raised: Exception) -> Response:
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=error.headers)
     request.app.state.refused[error.reason] += 1
-    return JSONResponse(
-        problem(error, instance=path_as_sent(request.scope)),
+    return Response(
+        without_keys(_encode(problem(error, instance=path_as_sent(request.scope)))),
         status_code=error.status,
         headers={**error.headers, "cache-control": "no-store"},
         media_type="application/problem+json",

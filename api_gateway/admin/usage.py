@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from api_gateway.admin.context import AdminContext, Guarded, Open
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
+from api_gateway.clients.api_keys import has_key
 from api_gateway.errors import InvalidValue, NoRoute, StoreUnavailable
 from api_gateway.http1.headers import fields_of
 from api_gateway.reporting.usage_schema import UsageView
@@ -93,6 +94,8 @@ async def usage(
     limit: RowLimit = 10_000,
 ) -> Response:
     """Return the sums of a period: JSON, JSON lines or CSV. Each machine has the usage of its own processes."""
+    if client is not None and has_key(client.encode()):
+        raise InvalidValue("query.client: must be a client id, got an API key.")
     question = _question(period, _groups(by, GROUPS), client, limit)
     return await _answer(request, _ledger(context), question, period, format)
 

@@ -28,7 +28,9 @@ _ENCODED = r"(?:a|%(?:25)*+61)(?:g|%(?:25)*+67)(?:w|%(?:25)*+77)(?:_|%(?:25)*+5[
 _ENCODED += r"(?:[0-9A-Za-z]|%(?:25)*+(?:3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa])){20,}+"
 _ENCODED_KEY = re.compile(_ENCODED.encode())
 _BASE64_PREFIX = base64.b64encode(KEY_PREFIX.encode()).decode()[:5]  # the characters that the following ones keep
-_KEY_IN_TEXT = re.compile(f"{_ENCODED}|{_BASE64_PREFIX}[0-9A-Za-z+/_-]{{20,}}")
+_JWT_BEGINNING = "eyJ"  # of a JSON Web Token, which begins with {"
+_JWT = rf"{_JWT_BEGINNING}[0-9A-Za-z_-]{{8,}}+\.[0-9A-Za-z_-]{{8,}}+(?:\.[0-9A-Za-z_-]*+)?"
+_KEY_IN_TEXT = re.compile(f"{_ENCODED}|{_BASE64_PREFIX}[0-9A-Za-z+/_-]{{20,}}|{_JWT}")
 _PREFIX = KEY_PREFIX.encode()
 _ID_DIGITS = 16  # of the digest: enough to tell keys apart, and too few to verify a guess of anything shorter
 
@@ -87,13 +89,18 @@ def has_plain_key(value: bytes) -> bool:
 
 
 def without_keys(text: str) -> str:
-    """Return a line of a log without the keys in it: clients and operators may put one where it does not belong.
+    """Return a text without keys and JSON Web Tokens: clients and operators may put one where it does not belong.
 
-    It may be percent-encoded, or in base64 as in Basic credentials.
+    A key may be percent-encoded, or in base64 as in Basic credentials.
     """
-    if KEY_PREFIX in text or "%" in text or _BASE64_PREFIX in text:
-        return _KEY_IN_TEXT.sub(f"{KEY_PREFIX}...", text)
+    if KEY_PREFIX in text or "%" in text or _BASE64_PREFIX in text or _JWT_BEGINNING in text:
+        return _KEY_IN_TEXT.sub(_omitted, text)
     return text
+
+
+def _omitted(found: re.Match[str]) -> str:
+    """Return what is shown in place of a key or token."""
+    return f"{_JWT_BEGINNING if found[0].startswith(_JWT_BEGINNING) else KEY_PREFIX}..."
 
 
 def fault_of(key: bytes) -> str | None:

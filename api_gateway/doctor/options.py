@@ -1,10 +1,10 @@
 """The options of the command `api-gateway doctor`. What it needs is imported when it runs: `--help` is fast."""
 
-import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
 from api_gateway.process.start_options import add_start_options
+from api_gateway.system.command_line import CommandParser
 
 CHECK_TIMEOUT = 10.0  # seconds for each check
 
@@ -16,8 +16,8 @@ def run_doctor(arguments: Sequence[str]) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="api-gateway doctor",
         description="Try everything that a start of the gateway and a request need. Nothing is changed.",
         epilog="Exit codes: 0 all checks are ok, 1 there are warnings, 2 a check has failed.",

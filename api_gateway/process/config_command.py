@@ -1,11 +1,11 @@
 """The command `api-gateway config`. What it needs is imported when it runs: `--help` is fast."""
 
-import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
 from api_gateway.process.operator_client import add_access_options
 from api_gateway.process.start_options import add_start_options
+from api_gateway.system.command_line import CommandParser
 
 
 def run_config(arguments: Sequence[str]) -> int:
@@ -15,8 +15,8 @@ def run_config(arguments: Sequence[str]) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="api-gateway config", description="The configuration of a gateway.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="api-gateway config", description="The configuration of a gateway.")
     commands = parser.add_subparsers(metavar="command", required=True)
     showing = commands.add_parser("show", help="print the settings, each with the place where it was set")
     showing.add_argument("--all", action="store_true", help="also settings that have their defaults")

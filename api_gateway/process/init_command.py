@@ -1,11 +1,11 @@
 """The command `api-gateway init`. What it needs is imported when it runs: `--help` is fast."""
 
-import argparse
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from api_gateway.process.operator_client import run_action
+from api_gateway.system.command_line import CommandParser
 
 
 def run_init(arguments: Sequence[str]) -> int:
@@ -14,8 +14,8 @@ def run_init(arguments: Sequence[str]) -> int:
     return run_action(lambda: import_module("api_gateway.process.init_command_file").write_first_file(options))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="api-gateway init",
         description="Write a first configuration file with comments. It asks nothing and overwrites nothing.",
     )

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from api_gateway.printable_text import table
 from api_gateway.process.operator_client import add_access_options, client_of, run_action, show
+from api_gateway.system.command_line import CommandParser
 
 
 def run_keys(arguments: Sequence[str]) -> int:
@@ -22,8 +23,8 @@ def run_keys(arguments: Sequence[str]) -> int:
     return run_action(lambda: options.action(options))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="api-gateway keys", description="API keys of clients of a running gateway.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="api-gateway keys", description="API keys of clients of a running gateway.")
     commands = parser.add_subparsers(metavar="command", required=True)
     create = commands.add_parser("create", help="create a key and print it")
     create.add_argument("client", help="client id")

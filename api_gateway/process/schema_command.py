@@ -1,13 +1,14 @@
 """The command `api-gateway schema`: prints the JSON Schema of configuration files."""
 
-import argparse
 from collections.abc import Sequence
 from importlib import import_module
+
+from api_gateway.system.command_line import CommandParser
 
 
 def run_schema(arguments: Sequence[str]) -> int:
     """Run `api-gateway schema` with these arguments; return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="api-gateway schema",
         description="Print the JSON Schema (draft 2020-12) of configuration files. An editor uses it if the first line"
         " of a file is: # yaml-language-server: $schema=gateway.schema.json",

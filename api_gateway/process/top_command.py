@@ -21,6 +21,7 @@ from api_gateway.process.operator_client import (
     seconds_between,
 )
 from api_gateway.process.view_commands import line_of
+from api_gateway.system.command_line import CommandParser
 
 _CLIENTS, _REQUESTS = 8, 6  # rows
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # alternate screen, without a cursor
@@ -34,8 +35,8 @@ def run_top(arguments: Sequence[str]) -> int:
     return run_action(lambda: _top(client_of(options), options))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="api-gateway top", description="A live screen of a running gateway.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="api-gateway top", description="A live screen of a running gateway.")
     parser.add_argument(
         "--interval", type=seconds_between, default=2.0, metavar="SECONDS", help="between screens (default: 2)"
     )

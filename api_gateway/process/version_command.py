@@ -1,6 +1,5 @@
 """The command `api-gateway version`: which gateway this is, and which optional packages it can use."""
 
-import argparse
 import json
 import platform
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any
 from api_gateway._version import __version__
 from api_gateway.printable_text import table
 from api_gateway.system.build import commit_of, variant, version_line
+from api_gateway.system.command_line import CommandParser
 from api_gateway.system.extras import EXTRAS, FASTER_LOOP
 
 
@@ -28,8 +28,8 @@ def run_version(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="api-gateway version", description="Version, commit, variant, event loop, and optional packages."
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

@@ -20,6 +20,7 @@ from api_gateway.process.operator_client import (
     seconds_between,
     show,
 )
+from api_gateway.system.command_line import CommandParser
 
 PAGE = 200  # requests that `tail` asks for at once
 CERTIFICATE_NAMES = ("uri", "dns", "email", "common_name", "subject")  # of `DescribedCertificate`
@@ -32,8 +33,8 @@ def run_view(arguments: Sequence[str]) -> int:
     return run_action(lambda: action(client_of(options), options))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="api-gateway", description="Views of a running gateway.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="api-gateway", description="Views of a running gateway.")
     commands = parser.add_subparsers(metavar="command", required=True)
     explain = commands.add_parser("explain", help="what was decided about a request, or would be")
     explain.add_argument("request_id", nargs="?", help="as in X-Request-ID and in the body of a refusal")

@@ -3,6 +3,7 @@
 import json
 from functools import lru_cache
 
+from api_gateway.clients.api_keys import without_keys
 from api_gateway.errors import GatewayError, problem
 from api_gateway.http1.asgi import Send
 from api_gateway.http1.serializer import render_fields, status_line
@@ -13,11 +14,14 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def problem_body(error: GatewayError, *, instance: str, request_id: str | None, trace: Trace | None = None) -> bytes:
-    """Return the problem details of `error` in JSON; `trace` is that of the exchange, None if tracing is off."""
+    """Return the problem details of `error` in JSON; `trace` is that of the exchange, None if tracing is off.
+
+    A key in the path or in a value that is refused is not shown: clients log errors.
+    """
     if isinstance(error, LimitReached) and request_id is not None:
-        body = error.body(instance, request_id)
+        body = error.body(without_keys(instance), request_id)
     else:
-        body = _encode(problem(error, instance=instance, request_id=request_id)).encode()
+        body = without_keys(_encode(problem(error, instance=instance, request_id=request_id))).encode()
     return body if trace is None else b'%b, "trace_id": "%b"}' % (body[:-1], trace.trace_id.encode())
 
 

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Sequence
 
+from api_gateway.clients.api_keys import has_key
 from api_gateway.http1.headers import Fields, is_visible_ascii
 
 _ID_PREFIX = f"{random.Random().getrandbits(96):024x}"  # noqa: S311 - seeded by the system; ids must differ, not be secret
@@ -11,9 +12,11 @@ _id_numbers = itertools.count(random.Random().getrandbits(24))  # noqa: S311 - a
 
 
 def given_request_id(fields: Fields) -> str | None:
-    """Return the value of `X-Request-ID` if there is one and it is valid (1 to 128 visible ASCII characters)."""
+    """Return the value of `X-Request-ID` if it is valid: 1 to 128 visible ASCII characters, and no API key."""
     given: Sequence[bytes] = fields.get(b"x-request-id", ())
-    return given[0].decode("ascii") if len(given) == 1 and is_visible_ascii(given[0]) else None
+    if len(given) != 1 or not is_visible_ascii(given[0]) or has_key(given[0]):
+        return None
+    return given[0].decode("ascii")
 
 
 def new_request_id() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.replay.condition import CONDITION_FIELDS
+from api_gateway.system.command_line import CommandParser
 
 SHOWN_CLIENTS = 20  # clients
 MAX_DIGITS = 9  # of a number of clients or processes
@@ -25,8 +26,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="api-gateway replay",
         description="Which requests of an access log a configuration would refuse by its rate limits.",
         epilog=f"A condition compares {', '.join(CONDITION_FIELDS)} of each client. Exit codes: 0; 1 if the condition"

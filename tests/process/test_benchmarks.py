@@ -19,7 +19,18 @@ import pytest
 import yaml
 
 from api_gateway.config import GatewayConfig, from_values
-from benchmarks import api_keys, limiter, many_clients, memory, over_admission, overload, scale, segments, tls
+from benchmarks import (
+    api_keys,
+    limiter,
+    many_clients,
+    memory,
+    over_admission,
+    overload,
+    scale,
+    segments,
+    tls,
+    wrong_keys,
+)
 from benchmarks.cases import BALANCED, CORS, FALLBACK, LIMITED, LOG, TIMEOUT, TITLES, TLS, needs_of
 from benchmarks.compare import main
 from benchmarks.flood import flood
@@ -667,6 +678,16 @@ def test_what_cors_costs_is_measured_within_one_process() -> None:
     found = costs_of("cors", "--rounds", "3")
     assert found.keys() >= {"with Origin: policy", "with Origin, route without a policy: policy"}
     assert min(found.values()) > 0
+
+
+def test_wrong_keys_cause_no_more_look_ups_than_the_limit_of_their_address_admits(tmp_path: Path) -> None:
+    count = wrong_keys.CAPACITY + 500
+    found = asyncio.run(wrong_keys.attack(count, tmp_path))
+    assert sum(found.responses.values()) == count
+    assert found.responses[b"429"] > 0
+    look_ups, memory = wrong_keys.verdicts(found)
+    assert look_ups.is_met, look_ups.line
+    assert memory.is_met, memory.line
 
 
 @pytest.mark.heavy

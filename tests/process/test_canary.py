@@ -237,13 +237,25 @@ def test_a_secret_in_the_wrong_setting_is_not_shown() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[f"--admin-token={LONG}"], ["--store-url", f"redis://:{LONG}@h"], [LONG], ["--check", f"--token={LONG}", LONG]],
+    [
+        [f"--admin-token={LONG}"],
+        ["--store-url", f"redis://:{LONG}@h"],
+        [LONG],
+        ["--check", f"--token={LONG}", LONG],
+        ["keys", "list", "acme", "--token", LONG],
+        ["keys", "revoke", "acme", "an-id", LONG],
+        ["limits", "acme", f"--tokens={LONG}"],
+        ["explain", "an-id", LONG],
+        ["doctor", "--password", LONG],
+        ["config", "show", f"--secret={LONG}"],
+        ["replay", "--config", "a-file", "a-log", f"--key={LONG}"],
+    ],
 )
 def test_an_unknown_option_is_named_without_its_value(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     output, errors = capfd.readouterr()
-    assert "unknown" in errors
+    assert "unknown" in errors or "more arguments" in errors
     assert CANARY not in output + errors
 
 

@@ -32,6 +32,7 @@ from api_gateway.http1.headers import fields_of
 from api_gateway.models import NANOSECONDS, HeaderList, Quota
 from api_gateway.proxy.api_key_source import ApiKeySource, KeyProof
 from api_gateway.proxy.identity_sources import NO_EXPIRY
+from api_gateway.proxy.request_id import given_request_id
 from api_gateway.proxy.route_table import Route
 from tests.cases import each
 from tests.kit import FakeClock
@@ -252,6 +253,20 @@ def test_the_refusal_says_what_is_wrong_with_the_request(source: ApiKeySource, n
     assert claim is not None
     assert claim.fault is not None
     assert words in claim.fault
+
+
+def test_a_text_that_is_shown_has_no_token_either() -> None:
+    token = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhY21lIn0.c2lnbmF0dXJlLW9mLWl0"
+    assert without_keys(f"GET /confirm/{token}?x=1 200") == "GET /confirm/eyJ...?x=1 200"
+    assert without_keys(f"{token.rpartition('.')[0]} {token}.") == "eyJ... eyJ...."
+    for text in ("/keyJar.html", "/eyJ.css", "eyJhbGciOiJFUzI1NiJ9"):
+        assert without_keys(text) == text
+
+
+@pytest.mark.parametrize("spelled", [KEY, KEY.replace(b"_", b"%5F"), b"x" + KEY])
+def test_a_key_is_no_request_id_as_those_are_logged_and_sent_back(spelled: bytes) -> None:
+    assert given_request_id({b"x-request-id": [spelled]}) is None
+    assert given_request_id({b"x-request-id": [b"agw_order-7"]}) == "agw_order-7"
 
 
 def test_a_line_of_a_log_has_no_key() -> None:

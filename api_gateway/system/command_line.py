@@ -1,0 +1,24 @@
+"""A parser of command lines whose messages do not show values that nobody asked for: they may be secrets."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Names what is unknown without its value. Options are not abbreviated: `--token` is not `--token-file`."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **settings})
+
+    def parse_args(  # type: ignore[override]  # without the overloads of argparse
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Parse the arguments; exit with a message if there are unknown ones."""
+        options, unknown = self.parse_known_args(args, namespace)
+        names = [one.partition("=")[0] for one in unknown if one.startswith("--")]
+        if names:
+            self.error(f"unknown: {', '.join(names)}; see --help")
+        if unknown:
+            self.error("there are more arguments than the command has; see --help")
+        return options
