@@ -12,6 +12,11 @@ MAX_CHUNKS = 256  # in one read; more are left to the parser, whose loop over ch
 
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 _SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,8}\r?)?")
+# Whole chunks of up to 15 bytes, which a client may send by the thousands, with leading zeros and extensions.
+_SMALL_CHUNKS = re.compile(
+    rb"(?:0*+(?:%b))*+"
+    % b"|".join(rb"[%x%X](?:;[^\r\n]*+)?+\r\n[\x00-\xff]{%d}\r\n" % (size, size, size) for size in range(1, 16))
+)
 _LINE_BREAK = b"\r\n"
 _ANY_SIZE = re.compile(rb"0*[0-9A-Fa-f]{1,16}")  # further digits are an error of the parser
 _ZEROS = re.compile(rb"0*(?=0)")  # that do not matter
@@ -141,6 +146,10 @@ class ChunkedEnd:
         """Return the position in `data` behind the end of the body, None if that does not end there."""
         position, size = 0, len(data)
         while position < size:
+            if not self._left and not self._line and not self._is_last:
+                position = _SMALL_CHUNKS.match(data, position).end()  # type: ignore[union-attr]  # it matches always
+                if position == size:
+                    break
             if self._left:
                 taken = min(self._left, size - position)
                 self._left -= taken

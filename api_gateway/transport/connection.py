@@ -229,6 +229,18 @@ class UpstreamConnection(SendingConnection):
             self._fail(response, _TOO_LONG)
         else:
             self._on_progress(response)
+            self._let_others_read(response, size)
+
+    def _let_others_read(self, response: UpstreamResponse, size: int) -> None:
+        """Read on in the next turn of the event loop: small chunks take time, and uvloop reads up to 4 MB at once."""
+        is_long = size == READ_SIZE and not (response.is_counted or response.is_until_close)
+        if is_long and not self._is_reading_paused and not self.is_closed:
+            self._transport.pause_reading()
+            self.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if not self._is_reading_paused and not self.is_closed:
+            self._transport.resume_reading()
 
     def _on_upgrade(self, response: UpstreamResponse, leftover: bytes) -> None:
         """Begin a switch of protocols, unless it was not asked for: then the response has failed within the parser."""

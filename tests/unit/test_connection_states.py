@@ -24,7 +24,7 @@ from api_gateway.downstream.states import (
     Reading,
     Service,
 )
-from tests.downstream_kit import Harness
+from tests.downstream_kit import FakeBody, Harness
 from tests.unit.test_architecture import PAGE
 
 BEGIN, END = "<!-- connection states: begin -->\n", "<!-- connection states: end -->"
@@ -139,6 +139,27 @@ def test_an_illegal_event_within_a_callback_of_the_parser_is_not_taken_for_an_er
             harness.client.receive(b"GET /l1 HTTP/1.1\r\nHost:a\r\n\r\n")
     finally:
         ILLEGAL_EVENTS.counts.clear()
+
+
+def test_a_long_read_of_a_chunked_body_lets_other_connections_read(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise one client with chunks of a byte each would occupy the event loop as long as it sends."""
+    monkeypatch.setattr(FakeBody, "feed", lambda *_: False)
+    client, transport = harness.client, harness.client.transport
+    client.receive(b"POST /e1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+    client.receive(b"1\r\nx\r\n" * 100)
+    assert transport.is_reading(), "a short read"
+    client.receive(b"1\r\nx\r\n" * 11_000)
+    assert not transport.is_reading()
+    harness.turn()
+    assert transport.is_reading()
+    client.receive(b"1\r\nx\r\n" * 11_000)
+    harness.connection.pause_reading()
+    harness.turn()
+    assert not transport.is_reading(), "the upstream reads more slowly"
+    harness.connection.resume_reading()
+    assert transport.is_reading()
 
 
 def test_a_tunnel_that_begins_after_the_loss_releases_the_slot_once(harness: Harness) -> None:

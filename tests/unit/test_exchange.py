@@ -19,6 +19,7 @@ import pytest
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.eventloop.receive_buffer import READ_SIZE
 from api_gateway.exchanges.exchange_body import ExchangeBody
 from api_gateway.exchanges.fast_path import FastPath
 from api_gateway.exchanges.http_exchange import HttpExchange
@@ -56,7 +57,7 @@ from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.router import Router
 from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
-from api_gateway.transport.response import NO_LIMITS, NO_LISTENER
+from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, UpstreamResponse
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
@@ -253,6 +254,25 @@ class FakeTransport:
 
     def set_protocol(self, _protocol: Any) -> None:
         """Do nothing: nothing arrives."""
+
+
+@pytest.mark.parametrize(
+    ("framing", "is_paused"),
+    [(b"Transfer-Encoding: chunked", True), (b"Content-Length: 90000", False), (b"Server: a", False)],
+)
+async def test_a_long_read_of_small_chunks_lets_other_connections_read(framing: bytes, is_paused: object) -> None:
+    """Otherwise a fast upstream would occupy the event loop for as long as the parser's callbacks take."""
+    connection, transport = UpstreamConnection(asyncio.get_running_loop()), FakeTransport()
+    connection.connection_made(transport)  # type: ignore[arg-type]  # as far as it is used
+    response = UpstreamResponse(connection, "GET", NO_LIMITS, NO_LISTENER)
+    connection.start(response, b"")
+    head = b"HTTP/1.1 200 OK\r\nX:\r\nLong: %b\r\n%b\r\n\r\n" % (b"x" * 40_000, framing)  # so that little is buffered
+    data = (head + b"1\r\nx\r\n" * 11_000)[:READ_SIZE]
+    connection.get_buffer(-1)[:READ_SIZE] = data
+    connection.buffer_updated(READ_SIZE)
+    assert (response.error, transport.is_paused) == (None, is_paused)
+    await turns()
+    assert not transport.is_paused
 
 
 class FakeDownstream:
