@@ -26,6 +26,7 @@ PRELOADED = [
     "api_gateway.process.serve_command",
     "api_gateway.process.operator_access",
     "api_gateway.process.server",
+    "api_gateway.process.supervisor",
     "api_gateway.process.worker",
     *(f"api_gateway.admin.{module}" for module, _, _ in ROUTERS),
     "api_gateway.admin.health_view",

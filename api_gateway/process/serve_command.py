@@ -16,7 +16,6 @@ from api_gateway.process.config_watch import ConfigSource
 from api_gateway.process.message_log import configure_logging
 from api_gateway.process.start_check import file_errors, key_warnings, startup_errors, startup_warnings
 from api_gateway.process.start_options import overrides_of
-from api_gateway.process.supervisor import Supervisor
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import Finding, access_warnings, find_warnings
 from api_gateway.system.output import redirected
@@ -89,9 +88,13 @@ def _report(loaded: Loaded, findings: Iterable[Finding], kind: str = "") -> bool
 def _serve(config: GatewayConfig, source: ConfigSource, *, is_watched: bool) -> int:
     """Serve in this process, or supervise several workers. Raises StartupError."""
     manager = ServiceManager.of(os.environ)
+    # Neither is imported for the other: a supervisor does not have the framework, most of a process's memory.
     if config.server.workers > 1:
-        return asyncio.run(Supervisor(config, source, is_watched=is_watched, manager=manager).run())
-    # Not imported by a supervisor, which does not serve: it has the framework, most of a process's memory.
+        supervisor = import_module("api_gateway.process.supervisor").Supervisor(
+            config, source, is_watched=is_watched, manager=manager
+        )
+        code: int = asyncio.run(supervisor.run())
+        return code
     server = import_module("api_gateway.process.server").GatewayServer(
         config, read=source, is_watched=is_watched, manager=manager
     )

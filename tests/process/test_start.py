@@ -75,6 +75,7 @@ LEFT_OUT = {
     "api_gateway.doctor": "the command doctor",
     "api_gateway.limits.redis_limiter": "a shared store",
     "api_gateway.observability.trace_encoding": "tracing",
+    "api_gateway.process.supervisor": "several workers",
     "api_gateway.replay": "the command replay",
     "api_gateway.settings.file_schema": "the command schema",
     "api_gateway.settings.openapi_routes": "the command init",
