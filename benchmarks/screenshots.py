@@ -276,20 +276,21 @@ def main() -> None:
     given = parser.parse_args()
     if importlib.util.find_spec("playwright") is None or not any(map(shutil.which, BROWSERS)):
         parser.error("needs Chromium on the PATH, and the package playwright")
-    given.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        gateway = Gateway(Path(folder))
+    pictures = given.folder.resolve()
+    pictures.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # pictures show relative paths
+        gateway = Gateway(Path())
         try:
             prepare(gateway)
             with traffic(gateway):
                 time.sleep(given.seconds)
                 history: TrafficHistory = gateway.server._app.state.traffic_history  # noqa: SLF001 - nothing else fills it
                 history.restore(simulated_hour(time.time()).points)
-                photograph(gateway, given.folder, given.only)
+                photograph(gateway, pictures, given.only)
         finally:
             gateway.close()
     for name, *_ in PICTURES:
-        picture = given.folder / f"{name}.png"
+        picture = pictures / f"{name}.png"
         if given.only in name and shutil.which("pngquant"):
             command = ["pngquant", "--force", "--skip-if-larger", "--ext", ".png", "128", str(picture)]
             subprocess.run(command, check=False)  # noqa: S603 - a fixed program

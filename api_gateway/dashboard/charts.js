@@ -30,7 +30,7 @@ export function chart(title, series, format, signal) {
     const color = (name) => style.getPropertyValue(name).trim();
     const axis = { stroke: color("--muted"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: `11px ${color("--sans")}` };
     plot = new uPlot({
-      width: Math.max(200, place.clientWidth), height: place.clientHeight, padding: [8, 6, 0, 0],
+      width: Math.max(200, place.clientWidth), height: place.clientHeight, padding: [8, 18, 0, 0],
       legend: { show: false }, cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
       scales: { x: { time: true, range: () => [plotNow - HOUR, plotNow] }, y: { range: (_, __, high) => [0, high > 0 ? high * 1.12 : 1] } },
       axes: [{ ...axis, size: 26, space: 70, values: (_, splits) => splits.map((at) => clock(at).slice(-8, -3)) },

@@ -28,7 +28,7 @@ export function latency(ms) {
 }
 
 export function milliseconds(ms) {
-  return latency(ms).filter(Boolean).join(" ");
+  return latency(ms).filter(Boolean).join("\u00a0");
 }
 
 export function duration(seconds) {
