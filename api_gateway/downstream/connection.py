@@ -308,7 +308,7 @@ class DownstreamConnection:
 
     def resume_reading(self) -> None:
         """Read from the client again, unless input is held."""
-        if self.is_read_paused and not self.state.is_held and not self.transport.is_closing():
+        if self.is_read_paused and (self._held is None or not self._held.data) and not self.transport.is_closing():
             self.is_read_paused = False
             self.timeouts.on_read_resumed(self)
             self.transport.resume_reading()

@@ -304,6 +304,21 @@ def test_whatever_happens_nothing_is_mixed_up_and_nothing_is_left(part: int, cap
     assert not [one for one in caplog.records if "the application failed" not in one.getMessage()]
 
 
+def test_a_connection_reads_on_after_the_last_of_more_requests_than_it_holds() -> None:
+    """Of those that were held while reading was paused, the last one is served on the fast path (life 30664)."""
+    with Harness(LIFE) as harness:
+        client, exchanges = harness.client, harness.app.fast_path.current.exchanges
+        client.receive(get(1, b"e").data)
+        client.receive(b"".join(get(number, b"w").data for number in range(2, 2_502)) + get(2_502, b"e").data)
+        assert not client.transport.is_reading()
+        exchanges[0].finish()
+        harness.turn()
+        exchanges[0].finish()
+        assert harness.connection.state.is_idle
+        client.receive(get(2_503, b"w").data)
+        assert client.sent.count(b"200 OK") == 2_503
+
+
 def test_line_breaks_alone_are_no_head() -> None:
     """RFC 9112 section 2.2: they are ignored, so a client that sends them behind its request is not refused."""
     with Harness(LIFE) as harness:
