@@ -48,17 +48,19 @@ def _parser() -> CommandParser:
 
 def _top(client: OperatorClient, options: argparse.Namespace) -> None:
     figures: JsonObject | None = None
+    is_absent = False  # the gateway, and this has been said
     with _screen(is_used=sys.stdout.isatty() and not options.json):
         shown = 0
         while True:
             found = _figures(client, figures) if figures is None else _later_figures(client, figures)
             if found is None:
-                _show_absence(client, is_json=options.json)
+                if not is_absent:
+                    _show_absence(client, is_json=options.json)
             elif options.json:
                 print(json.dumps(_public(found)), flush=True)
             else:
                 _draw(screen_lines(found))
-            figures = found or figures
+            figures, is_absent = found or figures, found is None
             shown += 1
             if shown == options.count:
                 return

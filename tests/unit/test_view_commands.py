@@ -249,7 +249,7 @@ def test_an_interval_is_a_number_of_seconds(text: str, capsys: pytest.CaptureFix
 
 def test_top_goes_on_through_a_restart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     gone = CommandFailed("http://gateway: no usable response", NOT_REACHED)
-    figures: Iterator[Any] = iter([{"requests": 5}, gone, {"requests": 1}])
+    figures: Iterator[Any] = iter([{"requests": 5}, gone, gone, {"requests": 1}])
 
     def next_figures(_: object, before: dict[str, Any] | None) -> dict[str, Any]:
         found = next(figures)
@@ -260,7 +260,7 @@ def test_top_goes_on_through_a_restart(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(top_command, "client_of", lambda _: Gateway())
     monkeypatch.setattr(top_command, "_figures", next_figures)
     monkeypatch.setattr("time.sleep", lambda _: None)
-    assert run_top(["--json", "--count", "3"]) == 0
+    assert run_top(["--json", "--count", "4"]) == 0
     out, errors = capsys.readouterr()
     assert [json.loads(line) for line in out.splitlines()] == [
         {"requests": 5, "before": None},
