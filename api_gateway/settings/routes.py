@@ -104,10 +104,10 @@ class RouteSection(Section):
     redirect: RedirectSection | None = Field(default=None, description="A redirect instead of an upstream.")
     rewrite: RewriteSection | None = Field(default=None, description="Another path for the upstream.")
     request_headers: RequestHeadersSection = Field(
-        default=RequestHeadersSection(), description="Changes to header fields for the upstream."
+        default=RequestHeadersSection.defaults(), description="Changes to header fields for the upstream."
     )
     response_headers: ResponseHeadersSection = Field(
-        default=ResponseHeadersSection(), description="Changes to header fields of the upstream's responses."
+        default=ResponseHeadersSection.defaults(), description="Changes to header fields of the upstream's responses."
     )
     strip_prefix: WholePath | None = Field(
         default=None, description="The beginning of the path that the upstream does not get."
@@ -129,7 +129,7 @@ class RouteSection(Section):
     host: Annotated[str, ValueCheck(_host)] | None = Field(
         default=None, description="The host that matches: a name, or *. and a name for all names below it. None: all."
     )
-    match: MatchSection = Field(default=MatchSection(), description="What else a request must have.")
+    match: MatchSection = Field(default=MatchSection.defaults(), description="What else a request must have.")
     cost: float = Field(default=1.0, ge=0, le=1_000_000_000, description="Tokens for a request.")
     candidate_cost: Cost | None = Field(default=None, description="Evaluated beside the cost and only counted.")
     costs: list[CostSection] = Field(
@@ -166,7 +166,9 @@ class RouteSection(Section):
         default=False, description="Whether the upstream receives the credential of the gateway in a request."
     )
     fallback: FallbackSection | None = None
-    addresses: AddressesSection = Field(default=AddressesSection(), description="Besides those for all routes.")
+    addresses: AddressesSection = Field(
+        default=AddressesSection.defaults(), description="Besides those for all routes."
+    )
     require: RequireSection | None = Field(
         default=None, description="Scopes and claims that a request's token must have."
     )
