@@ -4,6 +4,8 @@ from importlib.metadata import entry_points
 
 import pytest
 
+from tests.measured import ROOT, coverage_variables
+
 pytest_plugins = ["pytester"]
 
 SUITE = """
@@ -57,9 +59,20 @@ def test_statuses_disconnects_and_slow_bodies(start_gateway, faulty_upstream):
     gateway.stop()
 """
 
+MEASURED = """
+import sys
+
+sys.path.insert(0, {root!r})
+from tests.measured import measure_into
+
+measure_into({data_file!r})
+"""
+
 
 def test_a_suite_of_its_own(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(SUITE)
+    for data_file in coverage_variables().values():
+        pytester.makeconftest(MEASURED.format(root=str(ROOT), data_file=data_file))
     is_installed = any(point.value == "api_gateway.testing.plugin" for point in entry_points(group="pytest11"))
     options = [] if is_installed else ["-p", "api_gateway.testing.plugin"]
     others = ("-p", "no:asyncio", "-p", "no:cacheprovider")
