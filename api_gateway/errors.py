@@ -379,6 +379,10 @@ class ClientDisconnected(GatewayError):
     reason = Reason.CLIENT_DISCONNECTED
 
 
+class ResponseIncomplete(Exception):
+    """The rest of a response that has begun is missing; raised to the server, which closes the connection."""
+
+
 def not_started() -> Draining:
     """Return the error for requests before the lifespan, which frameworks do not run for a mounted application."""
     return Draining(

@@ -23,7 +23,7 @@ from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, 
 from tests.processes import reports_of_processes
 from tests.store_kit import SERVERS, StoreServer
 
-PROCESSES_PER_CORE = 3
+PROCESSES_PER_CORE = 5
 MOST_PROCESSES = 12
 
 
@@ -54,21 +54,25 @@ UNMEASURED = tuple(
 )
 
 
-# Tests that mostly wait come first, those that mostly compute last, so that no process waits alone at the end.
+# From the tests that mostly wait to those that mostly compute.
 ORDER = tuple(f"tests/{folder}/" for folder in ("process", "docs", "store", "wire", "unit"))
 
 
 def in_turn(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
     """Return the tests in an order whose equal parts, one for each process, have equal shares of each folder.
 
-    Files stay whole, so that few fixtures of a module are created twice. xdist's `worksteal` divides the tests so.
+    Half of the processes begin with the tests that wait, the other half with those that compute, so that neither the
+    cores nor the processes are idle. Files stay whole, so that few fixtures of a module are created twice. xdist's
+    `worksteal` gives each process a part.
     """
     files = [list(file) for _, file in itertools.groupby(items, lambda item: item.path)]
     files.sort(key=lambda file: next((n for n, one in enumerate(ORDER) if file[0].nodeid.startswith(one)), len(ORDER)))
-    parts: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    parts: list[list[list[pytest.Item]]] = [[] for _ in range(processes)]
     for file in files:
-        min(parts, key=len).extend(file)
-    return list(itertools.chain(*parts))
+        min(parts, key=lambda part: sum(map(len, part))).append(file)
+    for part in parts[1::2]:
+        part.reverse()
+    return [item for part in parts for file in part for item in file]
 
 
 @pytest.hookimpl(trylast=True)  # the tests that are not selected are no longer there

@@ -122,7 +122,8 @@ class Pipeline:
             try:
                 await owner.app(cycle.scope, cycle.receive, cycle.send)
             except Exception:
-                logger.exception("the application failed")
+                if not cycle.is_cut:
+                    logger.exception("the application failed")
             finally:
                 # These references form cycles, which only the garbage collector would free.
                 del cycle.scope[SERVER_EXTENSION]

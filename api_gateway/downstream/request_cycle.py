@@ -63,6 +63,7 @@ class RequestResponseCycle:
     on_disconnect: Callable[[], object] | None = None
     on_shutdown: Callable[[], object] | None = None
     is_stopping = False
+    is_cut = False
     keep_alive = True
     is_http10 = False
     is_body_complete = False

@@ -8,9 +8,11 @@ gateway's own server, the `ServerExtension` adds what ASGI lacks: interim respon
 import asyncio
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
-from api_gateway.errors import GatewayError, InternalError
+from api_gateway.errors import GatewayError, InternalError, ResponseIncomplete
+from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.exchanges.exchange_life import ExchangeLife
 from api_gateway.http1.asgi import (
     CERTIFICATE,
@@ -74,6 +76,8 @@ class AsgiDownstream:
         self._check: asyncio.TimerHandle | None = None  # after which `receive` is called for a disconnect
         self._resumed: asyncio.Future[None] | None = None  # awaited while reception is paused
         self._is_paused = self._is_started = self._is_ended = self._is_switched = self._has_trailers = False
+        self._is_left = False  # by the client
+        self._is_cut = False  # the response has begun, and is not continued
 
     def __repr__(self) -> str:
         return f"<AsgiDownstream [{'ended' if self._is_ended else 'serving'}, {self._waiting} bytes to send]>"
@@ -107,7 +111,10 @@ class AsgiDownstream:
         return head
 
     async def run(self) -> None:
-        """Send the messages of the exchange, which has begun, until it has ended."""
+        """Send the messages of the exchange, which has begun, until it has ended.
+
+        Raises ResponseIncomplete if the response was cut.
+        """
         extension = self._extension
         if not self._is_ended:
             if self._body is not None:
@@ -125,6 +132,20 @@ class AsgiDownstream:
                 raise
         finally:
             await self._end(extension)
+        if self._is_cut and not self._is_left:
+            await self._cut(extension)
+
+    async def _cut(self, extension: ServerExtension | None) -> None:
+        """Have the server close the connection without the end of the response.
+
+        A middleware such as Starlette's `BaseHTTPMiddleware` would complete the response if this returned or raised an
+        error alone, so it gets a message that ASGI does not define, which it refuses, as servers do.
+        """
+        if extension is not None:
+            extension.is_cut = True
+        with suppress(Exception):
+            await self._send({"type": "http.response.cut"})
+        raise ResponseIncomplete("the rest of the response is missing")
 
     def _attach(self, extension: ServerExtension) -> None:
         """Have the server report to the exchange."""
@@ -151,6 +172,7 @@ class AsgiDownstream:
         exchange = self._exchange
         assert exchange is not None  # noqa: S101 - a response without an exchange has ended
         if isinstance(error, OSError):  # as the specification of ASGI demands once the client has disconnected
+            self._is_left = True
             exchange.on_client_disconnected()
         elif isinstance(error, Exception):
             exchange.on_defect(error)
@@ -166,7 +188,7 @@ class AsgiDownstream:
         if self._check is not None:
             self._check.cancel()
         if self._receiver is not None:
-            await _end_task(self._receiver)
+            await cancel_and_wait(self._receiver)
         if self._body is not None:
             self._body.disconnect()
         self._exchange = self._body = self._receiver = self._check = None
@@ -227,6 +249,7 @@ class AsgiDownstream:
         self._on_disconnected()
 
     def _on_disconnected(self) -> None:
+        self._is_left = True
         if self._exchange is not None and not self._is_ended:
             self._exchange.on_client_disconnected()
 
@@ -267,6 +290,8 @@ class AsgiDownstream:
             if extension is not None and self._body is not None and self._body.is_body_continued:
                 extension.continue_body()
             self._complete(exchange)
+        elif exchange is not None:
+            self._is_cut = self._is_started and not self._is_switched
         self._wake()
 
     def _complete(self, exchange: ExchangeLife | None) -> None:
@@ -366,19 +391,6 @@ class AsgiDownstream:
         assert self._extension is not None  # noqa: S101 - see `abilities`
         self._is_switched = self._is_started = True
         return self._extension.switch_protocols(reason, headers)
-
-
-async def _end_task(task: "asyncio.Task[None]") -> None:
-    """Cancel a task and wait for its end, also if this is cancelled meanwhile, as anyio does again and again."""
-    cancellation: asyncio.CancelledError | None = None
-    while not task.done():
-        task.cancel()
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancellation = error
-    if cancellation is not None:
-        raise cancellation
 
 
 def _length(fields: Fields, kind: bytes | None) -> int | None:

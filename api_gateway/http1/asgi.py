@@ -157,6 +157,7 @@ class ServerExtension(Protocol):
     on_shutdown: Callable[[], object] | None  # called when the server begins to stop, not if it is stopping already
     connection: Any  # the request's connection; has a `transport`
     is_stopping: bool  # the server stops: streams and tunnels shall end soon
+    is_cut: bool  # set if the rest of the response is missing: that the application fails is no defect
 
     def defer_continue(self) -> None:
         """Do not send 100 (Continue) for `Expect: 100-continue`: the upstream decides."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.assembly.credential_watch import INTERVAL
+from api_gateway.assembly import credential_watch
 from api_gateway.clients.api_keys import new_key
 from api_gateway.clients.records import MAX_VALID_KEYS
 from tests.kit import (
@@ -377,10 +377,19 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("name", STREAMS)
-@pytest.mark.parametrize("ending", ["revoked", "expired"])
+@pytest.fixture
+def _quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway looks at its open exchanges more often than once a second."""
+    monkeypatch.setattr(credential_watch, "INTERVAL", 0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [*((name, "revoked") for name in STREAMS), ("an event stream", "expired"), ("a tunnel", "expired")],
+)
+@pytest.mark.usefixtures("_quick_watch")
 def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str, ending: str) -> None:
-    """Within two seconds; that of another key goes on, and so does a request that has no response yet."""
+    """That of another key goes on, and so does a request that has no response yet."""
     response, (method, fields) = STREAMS[name]
     running = gateway(in_front_of(up.url))
     released = threading.Event()
@@ -414,6 +423,7 @@ def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str
 
 
 @pytest.mark.parametrize("name", ["an event stream", "an event stream on the ASGI path"])
+@pytest.mark.usefixtures("_quick_watch")
 def test_a_stream_that_begins_after_the_only_key_was_revoked_ends_too(
     gateway: Gateway, up: RawUpstream, name: str
 ) -> None:
@@ -433,7 +443,7 @@ def test_a_stream_that_begins_after_the_only_key_was_revoked_ends_too(
         late.request(method, "/api/x", (f"X-API-Key: {made['key']}", *fields))
         eventually(lambda: len(up.requests) > 0, "the upstream has the request")
         call(running, "DELETE", f"/clients/acme/keys/{made['id']}")
-        time.sleep(1.2 * INTERVAL)  # the open exchanges are looked at meanwhile
+        time.sleep(2 * credential_watch.INTERVAL)  # the open exchanges are looked at meanwhile
         released.set()
         assert late.read_until(b"begun") is not None
         late.read_exactly(10_000)  # to the end of the connection

@@ -42,7 +42,7 @@ def post(client: RawClient, body: bytes = b"body", *headers: str) -> RawAnswer:
 
 
 def slowly(wire: Wire, _request: RawRequest) -> None:
-    time.sleep(0.2)
+    time.sleep(0.05)
     wire.send(OK)
 
 
