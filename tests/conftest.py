@@ -23,7 +23,7 @@ from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, 
 from tests.processes import reports_of_processes
 from tests.store_kit import SERVERS, StoreServer
 
-PROCESSES_PER_CORE = 5
+PROCESSES_PER_CORE = 4
 MOST_PROCESSES = 12
 
 

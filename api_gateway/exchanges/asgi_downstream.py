@@ -76,7 +76,7 @@ class AsgiDownstream:
         self._check: asyncio.TimerHandle | None = None  # after which `receive` is called for a disconnect
         self._resumed: asyncio.Future[None] | None = None  # awaited while reception is paused
         self._is_paused = self._is_started = self._is_ended = self._is_switched = self._has_trailers = False
-        self._is_left = False  # by the client
+        self._is_lost = False  # nothing can be sent any more
         self._is_cut = False  # the response has begun, and is not continued
 
     def __repr__(self) -> str:
@@ -132,7 +132,7 @@ class AsgiDownstream:
                 raise
         finally:
             await self._end(extension)
-        if self._is_cut and not self._is_left:
+        if self._is_cut and not self._is_lost:
             await self._cut(extension)
 
     async def _cut(self, extension: ServerExtension | None) -> None:
@@ -171,8 +171,8 @@ class AsgiDownstream:
         """End the exchange, as its response cannot be sent; return False if the server must get the error."""
         exchange = self._exchange
         assert exchange is not None  # noqa: S101 - a response without an exchange has ended
+        self._is_lost = True
         if isinstance(error, OSError):  # as the specification of ASGI demands once the client has disconnected
-            self._is_left = True
             exchange.on_client_disconnected()
         elif isinstance(error, Exception):
             exchange.on_defect(error)
@@ -249,7 +249,7 @@ class AsgiDownstream:
         self._on_disconnected()
 
     def _on_disconnected(self) -> None:
-        self._is_left = True
+        self._is_lost = True
         if self._exchange is not None and not self._is_ended:
             self._exchange.on_client_disconnected()
 

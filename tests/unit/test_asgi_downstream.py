@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import pytest
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
-from api_gateway.errors import CredentialsInvalid, RateLimited
+from api_gateway.errors import CredentialsInvalid, RateLimited, ResponseIncomplete
 from api_gateway.exchanges import asgi_downstream
 from api_gateway.exchanges.fast_path import FastPath
 from api_gateway.http1.asgi import SERVER_EXTENSION, Message, Receive, Scope, Send
@@ -478,9 +479,11 @@ async def test_the_total_limit_ends_waiting_and_retrying(tmp_path: Path, kind: s
 
 
 async def test_the_total_limit_ends_a_body_without_end(tmp_path: Path) -> None:
-    """What has begun remains incomplete, by which the server detects the error."""
-    world = World(tmp_path, Stub("dripping"), total=0.1)
-    client = await ask(world, http())
+    """What has begun remains incomplete, and the server gets a message and an error that make it close."""
+    world, client = World(tmp_path, Stub("dripping"), total=0.1), Client()
+    with pytest.raises(ResponseIncomplete):
+        await world.app(http(), client.receive, client.send)
+    assert client.got.pop()["type"] == "http.response.cut"
     assert (client.status, client.is_complete, world.exchange.reason) == (200, False, "upstream_timeout")
     await soon(lambda: world.stub.body.is_closed, "the response is closed")
 
@@ -727,7 +730,8 @@ async def test_a_stream_can_be_ended_with_its_credential(tmp_path: Path, *, has_
     assert one.exchange is scope[EXCHANGE]
     scope[EXCHANGE].credential = SimpleNamespace(fields=())
     one.end(CredentialsInvalid("It has been revoked."))
-    await asyncio.wait_for(task, 5)
+    with nullcontext() if has_extension else pytest.raises(ResponseIncomplete):  # the own connection has been aborted
+        await asyncio.wait_for(task, 5)
     assert (client.is_complete, world.exchange.reason) == (False, "credentials_invalid")
     assert one.exchange is None
     one.end(CredentialsInvalid("Once more."))
