@@ -35,8 +35,8 @@ class BodyOwner(Protocol):
         """Take a piece that has arrived; return True if reading from the client shall be paused."""
         ...
 
-    def on_body_announced(self, size: int) -> None:
-        """Note that at least `size` more bytes follow."""
+    def on_body_too_large(self) -> None:
+        """Note that the body will be larger than its limit."""
         ...
 
     def on_body_end(self) -> None:
@@ -234,7 +234,7 @@ class ExchangeBody:
     def announce(self, size: int) -> None:
         """Note that at least `size` more bytes follow."""
         if self._owner is not None and self.received + size > self.limit:
-            self._owner.on_body_announced(size)
+            self._owner.on_body_too_large()
 
     def end_body(self) -> None:
         """Note the end of the body."""

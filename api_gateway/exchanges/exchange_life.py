@@ -236,10 +236,10 @@ class ExchangeLife(ProxyExchange):
         self._pace_body(upload)
         return False
 
-    def on_body_announced(self, size: int) -> None:
-        """Refuse a body that will be larger than the limit: `size` more bytes follow at least."""
+    def on_body_too_large(self) -> None:
+        """Refuse a body that will be larger than the limit."""
         upload = self.upload
-        if upload is not None and self._may(BODY) and upload.received + size > upload.limit:
+        if upload is not None and self._may(BODY):
             self.on_refused(body_too_large(upload.limit))
 
     def on_body_end(self) -> None:

@@ -1,4 +1,4 @@
-"""A parser of command lines whose messages do not show values that nobody asked for: they may be secrets."""
+"""A parser of command lines. Its errors name unknown options without their values, which may be secrets."""
 
 import argparse
 from collections.abc import Sequence

@@ -85,7 +85,7 @@ class Secrets:
         self.webhook = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
         self.configured, self.wrong = (new_key(secrets.token_bytes(32)) for _ in range(2))
         self.malformed = f"{KEY_PREFIX}{secrets.token_hex(30)}"
-        self.shown: list[str] = []  # once, to who has created them
+        self.shown: list[str] = []  # each once, in the response that creates it
         claim = {"email": f"{secrets.token_hex(10)}@user.test"}
         self.valid = token_of(self.hmac, **claim)
         self.forged, self.unsigned = token_of("x" * 32, **claim), token_of("x" * 32, "none", **claim)

@@ -174,7 +174,7 @@ class Shared:
 @example(count=2, script=LATEST_FIRST)
 @settings(patient, max_examples=100)
 def test_gateways_refund_what_they_charged_and_hear_of_the_others(count: int, script: list[Any]) -> None:
-    """To the nanosecond, as one; a gateway that hears of its own refund does not count it twice."""
+    """They agree with the exact bucket to the nanosecond. A gateway ignores the notification of its own refund."""
     shared, queue = Shared(count), Queue()
     for kind, gap_ns, cost, _, which in script:
         shared.fleet.pass_time(-(-gap_ns // MICROSECOND) * MICROSECOND)

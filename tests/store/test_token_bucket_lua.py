@@ -36,7 +36,7 @@ def test_a_refund_gives_back_what_was_not_refilled_and_notifies_of_it() -> None:
     store.now_us += 2_000_000
     assert store.call(["a"], *refund, 4 * SECOND, START + 4 * SECOND, "refunds", "x a")[1:] == [0]
     assert store.call(["b"], *refund, 4 * SECOND, START + 40 * SECOND, "refunds", "x b")[1:] == [0]
-    assert len(store.told) == 1, "of nothing nobody is notified"
+    assert len(store.told) == 1, "a refund of nothing is not published"
 
 
 def test_it_returns_its_clock_and_the_debt_of_each_bucket_before() -> None:
