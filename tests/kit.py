@@ -140,8 +140,9 @@ class RunningGateway:
         self.server = GatewayServer(self.config, read=read, locality=LoopbackRule(), clocks=clocks)
         self._thread = threading.Thread(target=self.server.run, name="gateway")
         self._thread.start()
-        eventually(lambda: self.server.started or not self._thread.is_alive(), "the gateway starts", START_PATIENCE)
-        assert self.server.started, "the gateway did not start"
+        is_serving = self.server.is_serving
+        eventually(lambda: is_serving.is_set() or not self._thread.is_alive(), "the gateway starts", START_PATIENCE)
+        assert is_serving.is_set(), "the gateway did not start"
         self.port: int = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 

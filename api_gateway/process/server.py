@@ -72,6 +72,7 @@ class GatewayServer(uvicorn.Server):
         `manager` is notified of the state of the process, and may provide the sockets to listen on.
         """
         self._stop_requested = asyncio.Event()
+        self.is_serving = threading.Event()  # set once every listener accepts connections
         self._settings = config
         self._manager = manager or ServiceManager()
         self._delay = config.server.drain_delay
@@ -138,6 +139,7 @@ class GatewayServer(uvicorn.Server):
             self._watchdog.watch()
             settle_objects()
             self.announce()
+            self.is_serving.set()
             if self._is_reload_due:
                 self.begin_reload("SIGHUP")
             self._following = self._loop.create_task(self._certificates.follow_files(), name="certificates")

@@ -33,10 +33,9 @@ class GatewayUnderTest:
         self._thread = threading.Thread(target=self._server.run, name="gateway", daemon=True)
         self._thread.start()
         end = time.monotonic() + _PATIENCE
-        while not self._server.started:
+        while not self._server.is_serving.wait(0.1):
             if not self._thread.is_alive() or time.monotonic() > end:
                 raise RuntimeError("the gateway did not start; its messages say why")
-            time.sleep(0.005)
         self.port: int = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
