@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.forked import MODULES, Fork
+from tests.forked import HOOK, MODULES, Fork
 from tests.kit import Answer, ask, eventually
 from tests.measured import coverage_variables
 
@@ -140,6 +140,13 @@ def _outputs(cwd: Path) -> tuple[Path, Path]:
 def _variables(cwd: Path, environment: Mapping[str, str]) -> dict[str, str]:
     basic = {"PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1", "XDG_STATE_HOME": str(cwd / "xdg-state")}
     return {**WATCHED, **coverage_variables(), **basic, **environment}
+
+
+def hooked(folder: Path, text: str) -> dict[str, str]:
+    """Return the environment of a forked process that runs this text first, for example to shorten times."""
+    path = folder / "hook.py"
+    path.write_text(text)
+    return {HOOK: str(path)}
 
 
 def config_file(folder: Path, upstream: str, extra: str = "") -> str:

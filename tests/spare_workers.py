@@ -1,9 +1,9 @@
 """Workers that are forked in advance, for the gateways of tests: an executed one imports for a second of CPU time.
 
-A forked gateway (see `forked`) with `--workers N`, or with a file that sets `server.workers` to N, has N of them: they
-are forked before anything of the gateway runs, and wait for the descriptors and parameters of a worker. Its supervisor
-takes them for its first N workers. Workers that replace others, and those of `processes.fresh_process`, are executed,
-as always outside the tests.
+A forked gateway (see `forked`) with `--workers N`, or with a file that sets `server.workers` to N, has 2 N of them.
+They are forked before anything of the gateway runs, and wait for the descriptors and parameters of a worker. Its
+supervisor takes them for its first 2 N workers, of which the second half replace others. Further ones, and those of
+`processes.fresh_process`, are executed, as always outside the tests.
 """
 
 import asyncio
@@ -95,12 +95,12 @@ class _Input:
 
 
 def install(arguments: Sequence[str], prepare: Callable[[], None]) -> None:
-    """Fork a spare for each worker; a supervisor in this process uses them for its first workers."""
+    """Fork two spares for each worker; a supervisor in this process uses them for its first workers."""
     number = _number_of_workers(arguments)
     if number < 2:  # one process serves itself
         return
     spares: list[Spare] = []
-    for _ in range(number):
+    for _ in range(2 * number):
         spares.append(Spare(spares, prepare))
     execute: Any = asyncio.create_subprocess_exec
 

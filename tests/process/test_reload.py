@@ -17,7 +17,7 @@ import pytest
 
 from api_gateway.reporting.reload_schema import Reloaded
 from tests.kit import PATIENCE, Answer, RawClient, RawRequest, RawUpstream, Wire, ask, eventually, reply
-from tests.processes import ROOT, Running, children, is_alive, kill, process
+from tests.processes import ROOT, Running, children, hooked, is_alive, kill, process
 
 TOKEN = "a-token-for-tests"
 LONG = 60.0  # seconds that processes may take on a busy machine
@@ -451,6 +451,13 @@ def test_a_rolling_restart_refuses_a_reload_and_keeps_the_configuration(tmp_path
     up.close()
 
 
+OFTEN = """
+from api_gateway.process.config_watch import ConfigWatch
+
+ConfigWatch.__init__.__defaults__ = (0.2,)  # seconds between checks
+"""
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_watch_notices_how_kubernetes_and_editors_change_files(tmp_path: Path, workers: int) -> None:
     up = RawUpstream()
@@ -471,7 +478,7 @@ def test_watch_notices_how_kubernetes_and_editors_change_files(tmp_path: Path, w
     for name in ("gateway.yaml", "token"):
         (mounted / name).symlink_to(f"..data/{name}")
     arguments = ("-m", "api_gateway", "--port", "0", "--config", str(mounted / "gateway.yaml"), "--watch")
-    with process(*arguments, "--workers", str(workers), cwd=tmp_path) as running:
+    with process(*arguments, "--workers", str(workers), cwd=tmp_path, **hooked(tmp_path, OFTEN)) as running:
         eventually(lambda: "Listening on" in running.output, "it listens", LONG)
 
         def has(token: str, path: str) -> bool:
@@ -524,11 +531,11 @@ def test_signals_that_mean_nothing_end_nothing(tmp_path: Path) -> None:
     up.close()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_signal_during_the_start_ends_nothing_and_is_heeded_afterwards(tmp_path: Path, workers: str) -> None:
+def test_a_signal_during_the_start_of_workers_ends_nothing_and_is_heeded_afterwards(tmp_path: Path) -> None:
+    """For a single process see `test_early_signals`."""
     up = RawUpstream()
     one = Site(tmp_path, in_front_of(up.url))
-    options = ("--port", "0", "--workers", workers, "--config", str(one.file))
+    options = ("--port", "0", "--workers", "2", "--config", str(one.file))
     with process(str(ROOT / "run_gateway.py"), *options, cwd=tmp_path, PYTHONPATH=str(ROOT)) as running:
         libraries = Path(f"/proc/{running.popen.pid}/maps")
         eventually(lambda: "pydantic_core" in libraries.read_text(), "it imports what it needs", LONG)

@@ -13,7 +13,7 @@ import pytest
 
 from api_gateway.system import heap
 from tests.kit import RawRequest, RawUpstream, Wire, eventually
-from tests.processes import WAYS, Running, config_file, process
+from tests.processes import WAYS, Running, config_file, hooked, process
 
 KIB = 1024
 CLIENTS = 80
@@ -21,6 +21,11 @@ HELD = 256 * KIB  # what the gateway keeps of a response for a client that does 
 OBJECTS = 64 * KIB  # for two connections, a request and its response beside that
 BODY = 24 * 1024 * KIB  # more than the kernel's buffers of two connections take
 PIECE = b"\x82\x7f%b%b" % ((64 * KIB - 10).to_bytes(8, "big"), bytes(64 * KIB - 10))  # one WebSocket frame
+TRIMMED_OFTEN = """
+from api_gateway.system import heap
+
+heap.keep_trimmed.__defaults__ = (0.3, heap.MIN_FREE_BYTES)  # seconds between checks
+"""
 SETTLED = 0.5  # seconds in which nothing more is sent when all that can be filled is
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -60,9 +65,9 @@ def endless() -> Iterator[EndlessUpstream]:
 @pytest.fixture
 def gateway(endless: EndlessUpstream, tmp_path: Path) -> Iterator[Running]:
     settings = "log: {access: false}\nserver: {max_event_loop_lag: null}"
-    with process(
-        *WAYS["python -m"], "--config", config_file(tmp_path, endless.raw.url, settings), cwd=tmp_path
-    ) as running:
+    config = config_file(tmp_path, endless.raw.url, settings)
+    hook = hooked(tmp_path, TRIMMED_OFTEN)
+    with process(*WAYS["python -m"], "--config", config, cwd=tmp_path, **hook) as running:
         yield running
 
 

@@ -1,7 +1,7 @@
 """A process whose event loop hangs is ended, and says where it hung; one that was only stopped for a while is not.
 
 A signal handler blocks the loop, as it runs in the loop's thread; a hook puts it into every process. It gives the
-report more time than it has otherwise, as a busy machine may take long to write it.
+report more time than it has otherwise, as a busy machine may take long to write it. What must pass before is shorter.
 """
 
 import logging
@@ -21,22 +21,31 @@ from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
 from api_gateway.process.watchdog import Watchdog
 from tests.kit import RawClient, RawUpstream, ask, eventually
 from tests.measured import VARIABLE
-from tests.processes import WAYS, Running, children, config_file, is_alive, process
+from tests.processes import WAYS, Running, children, config_file, hooked, is_alive, process
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc"),
     pytest.mark.timeout(240),
 ]
 
-PATIENCE = 2.0
+LEAST_TIMEOUT = 2.0  # that `server.worker_timeout` may be
+PATIENCE = LEAST_TIMEOUT / 2  # the hook halves it
 DRAIN = 1.0
+STOP_MARGIN = 0.5  # that the hook gives a process beyond its time to drain
 MARGIN = 5.0  # what a process that hangs may take beyond its time to drain
 SLACK = 60.0  # for a busy machine, where a test does not ask for punctuality
 HOOK = """
-import ctypes, signal, sys, time
+import ctypes, signal, time
+from api_gateway.process import stop_times, supervisor, watchdog
+
+create = watchdog.Watchdog.__init__
+watchdog.Watchdog.__init__ = lambda dog, timeout, *rest, **named: create(dog, timeout / 2, *rest, **named)
+watchdog.NATIVE_MARGIN = 0.5
+for function in (stop_times.stop_within, stop_times.watchdog_of):
+    function.__defaults__ = (0.5,)
+supervisor.DRAIN_MARGIN, supervisor.SUPERVISOR_STOP_MARGIN = 1.0, 2.0  # they are apart as they are without the hook
 
 def wait_for_the_report():
-    watchdog = sys.modules["api_gateway.process.watchdog"]
     watchdog.REPORT_TIMEOUT, watchdog.NATIVE_MARGIN = 10, 100  # SIGPROF would end the process before the report
 
 def spin_visibly(*_):
@@ -78,14 +87,13 @@ Start = Callable[..., Process]
 @pytest.fixture
 def start(tmp_path: Path, upstream: Callable[..., RawUpstream]) -> Start:
     """Return what starts a gateway in which a signal blocks the loop."""
-    hook = tmp_path / "hanging.py"
-    hook.write_text(HOOK)
+    hook = hooked(tmp_path, HOOK)
     up = upstream()
 
-    def run(*, workers: int = 1, patience: float = PATIENCE, drain: float = DRAIN) -> Process:
-        settings = f"server: {{worker_timeout: {patience}, drain_timeout: {drain}}}\n"
+    def run(*, workers: int = 1, timeout: float = LEAST_TIMEOUT, drain: float = DRAIN) -> Process:
+        settings = f"server: {{worker_timeout: {timeout}, drain_timeout: {drain}}}\n"
         options = ("--config", config_file(tmp_path, up.url, settings), "--workers", str(workers))
-        return process(*WAYS["python -m"], *options, cwd=tmp_path, TESTS_HOOK=str(hook), **UNOBSERVED)
+        return process(*WAYS["python -m"], *options, cwd=tmp_path, **hook, **UNOBSERVED)
 
     return run
 
@@ -115,8 +123,8 @@ def test_a_process_whose_loop_is_blocked_says_where_and_ends(start: Start, how: 
         assert serves(port_of(running))
         running.signal(how)
         assert running.popen.wait(PATIENCE + SLACK) == BLOCKED
-        assert "the event loop has been blocked for 2 s" in running.errors
-        assert "hanging.py" in running.errors
+        assert f"the event loop has been blocked for {PATIENCE:g} s" in running.errors
+        assert "hook.py" in running.errors
 
 
 def test_native_code_that_holds_the_interpreter_is_ended_by_its_cpu_time(start: Start) -> None:
@@ -136,7 +144,7 @@ def test_a_worker_whose_loop_is_blocked_is_replaced(start: Start) -> None:
         eventually(lambda: not is_alive(before[0]), "it ends", within=PATIENCE + SLACK)
         eventually(lambda: len(set(workers_of(running)) - {before[0]}) == 2, "another follows", within=SLACK)
         eventually(lambda: serves(port), "the gateway serves", within=SLACK)
-        assert "the event loop has been blocked for 2 s" in running.errors
+        assert f"the event loop has been blocked for {PATIENCE:g} s" in running.errors
         eventually(lambda: f"exited (code {BLOCKED})" in running.errors, "the supervisor says so")
         running.signal(signal.SIGTERM)
         assert running.popen.wait(SLACK) == 0
@@ -163,7 +171,7 @@ def test_a_process_that_was_stopped_for_longer_goes_on_when_continued(start: Sta
 @pytest.mark.parametrize(("how", "before"), [(WAITING, True), (OUTSIDE, True), (WAITING, False)])
 def test_a_stop_signal_ends_a_process_that_hangs(start: Start, how: int, *, before: bool) -> None:
     """In its time to drain and a few seconds, with an exit code that says that not everything was answered."""
-    with start(patience=60) as running:
+    with start(timeout=120) as running:
         assert serves(port_of(running))
         with socket.create_connection(("127.0.0.1", port_of(running))) as held:
             held.sendall(b"GET /api/up HTTP/1.1\r\nHost: x\r\nX-Never-")  # keeps the drain from ending at once
@@ -174,12 +182,12 @@ def test_a_stop_signal_ends_a_process_that_hangs(start: Start, how: int, *, befo
             if not before:
                 running.signal(how)
             assert running.popen.wait(DRAIN + MARGIN + SLACK) == DRAIN_INCOMPLETE
-        assert "has not ended 4 s after the stop signal" in running.errors
-        assert "hanging.py" in running.errors
+        assert f"has not ended {DRAIN + STOP_MARGIN:g} s after the stop signal" in running.errors
+        assert "hook.py" in running.errors
 
 
 def test_a_stop_signal_ends_a_gateway_whose_worker_hangs(start: Start) -> None:
-    with start(workers=2, patience=60) as running:
+    with start(workers=2, timeout=120) as running:
         port = port_of(running)
         assert serves(port)
         for pid in workers_of(running):
@@ -189,7 +197,7 @@ def test_a_stop_signal_ends_a_gateway_whose_worker_hangs(start: Start) -> None:
 
 
 def test_a_stop_signal_ends_a_supervisor_that_hangs(start: Start) -> None:
-    with start(workers=2, patience=60) as running:
+    with start(workers=2, timeout=120) as running:
         assert serves(port_of(running))
         workers = workers_of(running)
         running.signal(OUTSIDE)
@@ -203,7 +211,7 @@ import asyncio, os, sys, threading
 from api_gateway.process.watchdog import Watchdog
 
 async def main():
-    dog = Watchdog(0.5, 1000, blocked=5, overdue=4)
+    dog = Watchdog(0.3, 1000, blocked=5, overdue=4)
     with dog.active():
         dog.watch()
         print("watching", flush=True)
@@ -228,7 +236,7 @@ def test_a_loop_that_gets_no_processor_is_not_blocked(tmp_path: Path) -> None:
             eventually(lambda: "watching" in running.output, "it watches", within=SLACK)
             greedy += (subprocess.Popen([sys.executable, "-c", GREEDY, processor]) for _ in range(4))
             with pytest.raises(subprocess.TimeoutExpired):
-                running.popen.wait(3)  # six times what a loop may be blocked for
+                running.popen.wait(1.8)  # six times what a loop may be blocked for
         finally:
             for one in greedy:
                 one.kill()

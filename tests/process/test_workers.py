@@ -18,7 +18,18 @@ import pytest
 
 from api_gateway.reporting import metrics_schema, upstream_schema
 from tests.kit import PATIENCE, RawClient, RawRequest, RawUpstream, Wire, ask, eventually, reply
-from tests.processes import START, WATCHED, WAYS, Running, children, config_file, is_alive, kill, process
+from tests.processes import (
+    START,
+    WATCHED,
+    WAYS,
+    Running,
+    children,
+    config_file,
+    hooked,
+    is_alive,
+    kill,
+    process,
+)
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc"),
@@ -30,6 +41,11 @@ PATIENT_STORE = {
     "GATEWAY_STORE__DECISION_TIMEOUT": "5"
 }  # on a busy machine: without the store each worker decides alone
 GENEROUS = "tiers: {FREE: {rate: 100000, capacity: 1000000}}\nlog: {access: false}\n"
+SHORT_MARGIN = """
+from api_gateway.process import supervisor
+
+supervisor.REPORT_MARGIN = 1.0
+"""
 
 
 @dataclass
@@ -314,10 +330,11 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_falls(up: RawUpstrea
 
 
 def test_a_worker_that_hangs_is_ended_and_replaced(up: RawUpstream, tmp_path: Path) -> None:
-    with running_workers(tmp_path, up.url, workers=2, GATEWAY_SERVER__WORKER_TIMEOUT="2") as running:
+    variables = {"GATEWAY_SERVER__WORKER_TIMEOUT": "2", **hooked(tmp_path, SHORT_MARGIN)}
+    with running_workers(tmp_path, up.url, workers=2, **variables) as running:
         before = running.workers
         os.kill(before["gateway worker 2"], signal.SIGSTOP)
-        eventually(lambda: "has not reported for 5 s" in running.errors, "it is noticed", START)  # 2 s and a margin
+        eventually(lambda: "has not reported for 3 s" in running.errors, "it is noticed", START)  # 2 s and a margin
         eventually(
             lambda: running.workers.get("gateway worker 2") not in (None, before["gateway worker 2"]),
             "replaced",

@@ -214,7 +214,7 @@ def test_ports_that_another_connection_has_by_now_are_noticed() -> None:
             with pytest.raises(NotEstablished, match="another one uses its ports"):
                 peers.examine(EstablishedConnection(ours, theirs, os.fstat(client.fileno()).st_ino))
             # The second: a socket of the tests that is bound and does not listen, whichever is looked at first.
-            with pytest.raises(NotEstablished, match="TCP listener|TCP socket in an unknown state"):
+            with pytest.raises(NotEstablished, match=r"TCP listener|TCP socket in an unknown state"):
                 peers.examine(EstablishedConnection(ours, theirs, os.fstat(accepted.fileno()).st_ino))
             client.close()
             with pytest.raises(NotEstablished, match="has ended"):
