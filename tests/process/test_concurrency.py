@@ -13,15 +13,23 @@ from typing import Any
 import pytest
 import yaml
 
+from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL
 from api_gateway.limits.concurrency_ops import LEASE
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, ask, eventually, reply, running_gateway
-from tests.processes import Running, children, kill, process
+from tests.processes import Running, children, hooked, kill, process
 from tests.store_kit import StoreServer
 from tests.wire.test_concurrency import NEVER_OPEN, misbehaving, one_request
 
 pytestmark = pytest.mark.timeout(240)  # starts of processes take long on a busy machine
 
 CLIENT = "X-Client-ID: acme"
+SHORT_LEASES = f"""
+from api_gateway.limits import concurrency_leases, concurrency_ops, multi_node_claims
+
+concurrency_leases.LEASE = {LEASE / 2}
+concurrency_leases.RENEWAL_INTERVAL = {RENEWAL_INTERVAL / 2}
+concurrency_ops.LEASE_MS = multi_node_claims.LEASE_MS = {LEASE * 500:.0f}
+"""
 LONG = LEASE + 60
 
 
@@ -69,7 +77,7 @@ def workers(folder: Path, url: str) -> Iterator[Running]:
     server = {"port": 0, "max_event_loop_lag": None, "workers": 2}
     path = folder / "gateway.yaml"
     path.write_text(yaml.safe_dump(sections(url, server=server, state_dir=str(folder / "state"))))
-    with process("-m", "api_gateway", "--config", str(path), cwd=folder) as running:
+    with process("-m", "api_gateway", "--config", str(path), cwd=folder, **hooked(folder, SHORT_LEASES)) as running:
         yield running
 
 

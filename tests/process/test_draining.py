@@ -5,7 +5,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tests.kit import (
     RawUpstream,
     RunningGateway,
     Wire,
+    case,
     eventually,
     in_front_of,
     reply,
@@ -373,35 +376,42 @@ def test_a_websocket_that_is_closing_already_gets_no_close_frame(gateway: Start,
         assert client.read_exactly(1) == b""
 
 
-@pytest.mark.parametrize("edge", [b"\n\n", b"\r\n\r\n", b"\r\r"])
-@pytest.mark.parametrize("is_halfway", [False, True], ids=["between events", "within an event"])
-def test_an_event_stream_ends_between_two_events_and_whole(
-    gateway: Start, upstream: Upstreams, edge: bytes, *, is_halfway: bool
-) -> None:
-    going_on, left = threading.Event(), threading.Event()
+def test_an_event_stream_ends_between_two_events_and_whole(gateway: Start, upstream: Upstreams) -> None:
+    """Whatever ends its lines, and whether the drain begins between two events or within one."""
+    edges = (b"\n\n", b"\r\n\r\n", b"\r\r")
+    streams = {f"/api/{n}".encode(): one for n, one in enumerate(product(edges, (False, True)))}
+    going_on, left = threading.Event(), []
 
-    def behave(wire: Wire, _request: RawRequest) -> bool:
+    def behave(wire: Wire, request: RawRequest) -> bool:
+        path = request.line.split()[1]
+        edge, is_halfway = streams[path]
         wire.send(EVENTS + b"\r\n" + chunk(b"data: 1" + edge + (b"data: " if is_halfway else b"")))
         if is_halfway:
             assert going_on.wait(PATIENCE)
             wire.send(chunk(b"2" + edge))
         while wire.fill():
             pass
-        left.set()
+        left.append(path)
         return False
 
     running = gateway(in_front_of(upstream(behave).url) | {"server": {"drain_timeout": 10}})
-    with RawClient(running.port) as client:
-        client.request("GET", "/api/events")
-        assert client.read_until(b"data: 1") is not None
+    with ExitStack() as stack:
+        clients = {path: stack.enter_context(RawClient(running.port)) for path in streams}
+        for path, client in clients.items():
+            client.request("GET", path.decode())
+            assert client.read_until(b"data: 1") is not None
         time.sleep(0.05)
         stop(running)
         going_on.set()
-        rest = client.read_until(b"0\r\n\r\n")
-        assert rest is not None, "the end is told, as of an answer that is complete"
-        assert (b"2" + edge in rest) == is_halfway
-        assert client.is_closed()
-    assert left.wait(PATIENCE), "the upstream is let go"
+        for path, (edge, is_halfway) in streams.items():
+            with case(edge, is_halfway):
+                rest = clients[path].read_until(b"0\r\n\r\n")
+                assert rest is not None, "the end is told, as of an answer that is complete"
+                assert (b"2" + edge in rest) == is_halfway
+        for path, client in clients.items():
+            with case(path):
+                assert client.is_closed()
+    eventually(lambda: sorted(left) == sorted(streams), "the upstream is let go")
 
 
 def _nothing(wire: Wire, _request: RawRequest) -> None:
@@ -423,41 +433,38 @@ def _switched(wire: Wire, _request: RawRequest) -> None:
     wire.read_until(b"never")
 
 
-@pytest.mark.parametrize(
-    ("behave", "headers", "first", "status"),
-    [
-        (_nothing, (), b"", 499),
-        (_half, (), b"half", 200),
-        (_half_in_chunks, (), b"half", 200),
-        (_switched, ("Connection: Upgrade", "Upgrade: websocket"), b"101", 101),
-    ],
-    ids=["before the head", "counted", "chunked", "tunnel"],
+CUT_OFF: tuple[tuple[str, Behaviour, tuple[str, ...], bytes, int], ...] = (
+    ("before-the-head", _nothing, (), b"", 499),
+    ("counted", _half, (), b"half", 200),
+    ("chunked", _half_in_chunks, (), b"half", 200),
+    ("tunnel", _switched, ("Connection: Upgrade", "Upgrade: websocket"), b"101", 101),
 )
+
+
 @pytest.mark.parametrize("is_first", [True, False], ids=["new connection", "kept connection"])
-def test_what_the_drain_cuts_off_is_logged_as_such(
-    tmp_path: Path,
-    upstream: Upstreams,
-    behave: Behaviour,
-    headers: tuple[str, ...],
-    first: bytes,
-    status: int,
-    *,
-    is_first: bool,
-) -> None:
-    up = upstream()
+def test_what_the_drain_cuts_off_is_logged_as_such(tmp_path: Path, upstream: Upstreams, *, is_first: bool) -> None:
+    behaviours = {f"/up/{name}".encode(): behave for name, behave, *_ in CUT_OFF}
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        return behaviours.get(request.line.split()[1], reply())(wire, request)
+
+    up = upstream(behave)
     config = config_file(tmp_path, up.url, "server: {drain_timeout: 1}\n")
-    with process(*WAYS["python -m"], "--config", config, cwd=tmp_path) as running:
-        with RawClient(running.port) as client:
+    with process(*WAYS["python -m"], "--config", config, cwd=tmp_path) as running, ExitStack() as stack:
+        for name, _, headers, first, _ in CUT_OFF:
+            path = f"/up/{name}".encode()
+            client = stack.enter_context(RawClient(running.port))
             if not is_first:  # then the next request finds a connection to the upstream and takes the fast path
                 assert client.get("/api/up/before").status == 200
-            up.behave = behave
-            client.request("GET", "/api/up/cut", headers)
+            client.request("GET", f"/api/up/{name}", headers)
             if first:
                 assert client.read_until(first)
             else:
-                eventually(lambda: up.requests[-1:] != [] and b"/up/cut" in up.requests[-1].line, "it has arrived")
-            assert running.terminate() == 4
-        lines = running.logged
-    (line,) = [line for line in lines if line["path"] == "/api/up/cut"]
-    assert (line["status"], line["reason"]) == (status, "draining")
-    assert line["detail"] == "The gateway stopped before the response was complete."
+                eventually(lambda: any(one.line.split()[1:2] == [path] for one in up.requests), "it has arrived")  # noqa: B023
+        assert running.terminate() == 4
+        lines = {line["path"]: line for line in running.logged if "path" in line}
+    for name, _, _, _, status in CUT_OFF:
+        with case(name):
+            line = lines[f"/api/up/{name}"]
+            assert (line["status"], line["reason"]) == (status, "draining")
+            assert line["detail"] == "The gateway stopped before the response was complete."

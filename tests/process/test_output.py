@@ -20,6 +20,7 @@ import pytest
 
 from api_gateway.system import output
 from api_gateway.system.output import LineHandler, LineWriter, Output, TextStream
+from tests.forked import Fork
 from tests.kit import PATIENCE, RawClient, RawUpstream, ask, eventually, free_port
 from tests.processes import ROOT, START, WATCHED, config_file, is_alive
 
@@ -269,17 +270,29 @@ def is_listening(port: int) -> bool:
     return False
 
 
+def options(folder: Path, upstream: str, port: int) -> list[str]:
+    """Write a configuration; return the options of a gateway with it."""
+    settings = f"tiers: {{FREE: {{rate: 1000000, capacity: 1000000}}}}\nadmin: {{token: {TOKEN}}}\n"
+    return ["--config", config_file(folder, upstream, settings), "--port", str(port)]
+
+
+def variables(folder: Path) -> dict[str, str]:
+    return {**WATCHED, "PATH": "/usr/bin:/bin", "XDG_STATE_HOME": str(folder)}
+
+
 @contextmanager
 def gateway(folder: Path, upstream: str, redirection: str, **streams: Any) -> Iterator[Any]:
     """Run the gateway under a shell's redirection; yield the process and its address."""
-    config = config_file(
-        folder, upstream, f"tiers: {{FREE: {{rate: 1000000, capacity: 1000000}}}}\nadmin: {{token: {TOKEN}}}\n"
-    )
     port = free_port()
-    start = [sys.executable, str(ROOT / "run_gateway.py"), "--config", config, "--port", str(port)]
+    start = [sys.executable, str(ROOT / "run_gateway.py"), *options(folder, upstream, port)]
     command = f"exec {shlex.join(start)} {redirection}"
-    environment = {**WATCHED, "PATH": "/usr/bin:/bin", "XDG_STATE_HOME": str(folder)}
-    popen = subprocess.Popen(["sh", "-c", command], cwd=folder, env=environment, **streams)
+    with serving(subprocess.Popen(["sh", "-c", command], cwd=folder, env=variables(folder), **streams), port) as found:
+        yield found
+
+
+@contextmanager
+def serving(popen: "subprocess.Popen[bytes] | Fork", port: int) -> Iterator[Any]:
+    """Yield a gateway that has been started and its address, once it listens; end it afterwards."""
     try:
         eventually(lambda: popen.poll() is not None or is_listening(port), "it listens", START)
         assert popen.poll() is None, "the gateway did not start"
@@ -297,13 +310,13 @@ def serve(url: str, requests: int = FILL) -> None:
     assert ask(f"{url}/healthz").status == 200
 
 
-@pytest.mark.parametrize("redirection", ["", "2>&1"], ids=["stdout", "both"])
 def test_a_reader_that_never_reads_stops_neither_requests_nor_the_end(
-    redirection: str, tmp_path: Path, upstream: Callable[..., RawUpstream]
+    tmp_path: Path, upstream: Callable[..., RawUpstream]
 ) -> None:
+    """Neither standard output nor standard error is read."""
     reader, end = os.pipe()
     try:
-        with gateway(tmp_path, upstream().url, redirection, stdout=end) as (popen, url):
+        with gateway(tmp_path, upstream().url, "2>&1", stdout=end) as (popen, url):
             serve(url)
             popen.send_signal(signal.SIGTERM)
             assert popen.wait(PATIENCE) == 0
@@ -315,8 +328,11 @@ def test_a_reader_that_never_reads_stops_neither_requests_nor_the_end(
 def test_a_full_disk_is_counted_and_said_once(tmp_path: Path, upstream: Callable[..., RawUpstream]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
-    log = tmp_path / "log"
-    with log.open("wb") as stderr, gateway(tmp_path, upstream().url, ">/dev/full", stderr=stderr) as (popen, url):
+    log, port = tmp_path / "log", free_port()
+    arguments = options(tmp_path, upstream().url, port)
+    full = Path("/dev/full")
+    fork = Fork("api_gateway", arguments, cwd=tmp_path, env=variables(tmp_path), stdout=full, stderr=log)
+    with serving(fork, port) as (popen, url):
         serve(url)
         eventually(lambda: "lines were dropped" in log.read_text(), "it is said")
 

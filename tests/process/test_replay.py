@@ -23,8 +23,9 @@ from api_gateway.config import load_config
 from api_gateway.replay.pipeline import replay_logs
 from api_gateway.replay.snapshot import read_snapshot
 from api_gateway.usage.ledger import USAGE_FILE
+from tests.forked import Fork
 from tests.kit import PATIENCE, Answer, RawRequest, RawUpstream, Wire, ask, eventually, refusing_url, reply
-from tests.processes import Running, process
+from tests.processes import START, Running, hooked, process
 from tests.unit.test_replay import Traffic, log_of
 
 KEY = new_key(b"k" * 32)
@@ -48,7 +49,7 @@ limits:
   - {{name: nearby, key: [address, route], rate: 20, capacity: 100}}
   - {{name: daily, key: [client, route], quota: 20, period: day, tiers: [BASIC], warn_at: [0.9]}}
 """
-REQUESTS, CONNECTIONS = 300, 3  # of each half, between which a snapshot is taken
+REQUESTS, CONNECTIONS = 160, 3  # of each half, between which a snapshot is taken
 
 
 def behaviour(wire: Wire, request: RawRequest) -> bool | None:
@@ -117,10 +118,18 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     return Played(folder, running, usage, own, table)
 
 
+FORKED_JOBS = """
+import multiprocessing
+from api_gateway.replay import pipeline
+
+pipeline.get_context = lambda _: multiprocessing.get_context("fork")  # a spawned one imports for a second of CPU time
+"""
+
+
 def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
     """Run `api-gateway replay`; return exit code, standard output and standard error."""
     (place := folder / "command").mkdir(exist_ok=True)
-    with process("-m", "api_gateway", "replay", *arguments, cwd=place) as running:
+    with process("-m", "api_gateway", "replay", *arguments, cwd=place, **hooked(place, FORKED_JOBS)) as running:
         return running.exit_code(), running.output, running.errors
 
 
@@ -236,10 +245,11 @@ def test_the_command_never_fails_as_if_the_condition_were_true(tmp_path: Path) -
     traffic.request("acme")
     log, candidate = str(log_of(tmp_path, traffic.lines())), tmp_path / "new.yaml"
     candidate.write_text('upstreams: {up: {targets: [{url: "http://127.0.0.1:1"}]}}\n')
-    command = [sys.executable, "-m", "api_gateway", "replay", log, "--config", str(candidate)]
-    with Path("/dev/full").open("w") as full:
-        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (found.returncode, found.stderr) == (3, "output: no space left on device\n")
+    arguments = ["replay", log, "--config", str(candidate)]
+    errors, variables = tmp_path / "errors", {"XDG_STATE_HOME": str(tmp_path)}
+    full = Fork("api_gateway", arguments, cwd=tmp_path, env=variables, stdout=Path("/dev/full"), stderr=errors)
+    assert (full.wait(START), errors.read_text()) == (3, "output: no space left on device\n")
+    command = [sys.executable, "-m", "api_gateway", *arguments]
     reader, writer = os.pipe()
     os.close(reader)
     found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)

@@ -19,7 +19,7 @@ from api_gateway.process.listeners import Listeners
 from api_gateway.system.service_manager import ServiceManager
 from benchmarks.processes import free_port
 from tests.kit import PATIENCE, RawUpstream, ask, eventually
-from tests.processes import START, Running, config_file, process
+from tests.processes import START, Running, config_file, hooked, process
 
 WORKERS = [1, 2]
 # Runs the gateway as a service manager does: with the descriptors from 3 on, and a variable with its process id.
@@ -31,6 +31,22 @@ for place, number in enumerate(kept, 3):
     os.dup2(number, place)
 os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(passed)), "LISTEN_FDNAMES": sys.argv[2]}
 os.execv(sys.executable, [sys.executable, "-m", "api_gateway", *sys.argv[3:]])
+"""
+
+
+# Does the same in a fork of a process that has imported the gateway; the sockets come on another one.
+ACTIVATE_FORK = """
+import os, socket
+from api_gateway.system import service_manager
+
+service_manager._FIRST_DESCRIPTOR = 200  # beyond those of the fork
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect({address!r})
+    _, passed, *_ = socket.recv_fds(sock, 1, 16)
+for place, number in enumerate(passed, 200):
+    os.dup2(number, place)
+    os.close(number)
+os.environ |= {{"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(passed)), "LISTEN_FDNAMES": {names!r}}}
 """
 
 
@@ -132,6 +148,21 @@ def activated(tmp_path: Path, file: str, **sockets: socket.socket) -> Iterator[R
         popen.wait()
 
 
+@contextmanager
+def activated_fork(tmp_path: Path, file: str, **sockets: socket.socket) -> Iterator[Running]:
+    """Run the gateway with passed sockets, in a fork."""
+    address = f"\0{os.getpid()}-{tmp_path.name}"[:100]
+    hook = hooked(tmp_path, ACTIVATE_FORK.format(address=address, names=":".join(sockets)))
+    with socket.socket(socket.AF_UNIX) as passing:
+        passing.bind(address)
+        passing.listen()
+        passing.settimeout(START)
+        with process("-m", "api_gateway", "--config", file, cwd=tmp_path, **hook) as running:
+            with passing.accept()[0] as peer:
+                socket.send_fds(peer, [b"."], [sock.fileno() for sock in sockets.values()])
+            yield running
+
+
 @pytest.mark.parametrize("workers", WORKERS)
 def test_no_connection_is_lost_while_the_gateway_restarts_on_passed_sockets(
     up: RawUpstream, tmp_path: Path, workers: int
@@ -146,7 +177,7 @@ def test_no_connection_is_lost_while_the_gateway_restarts_on_passed_sockets(
         with socket.create_connection((host, port), PATIENCE) as client:
             client.sendall(request)  # before the gateway runs
             client.settimeout(START)
-            with activated(tmp_path, file, public=sock) as running:
+            with (activated if workers == 1 else activated_fork)(tmp_path, file, public=sock) as running:
                 assert client.recv(15) == b"HTTP/1.1 200 OK"
                 assert running.url == f"http://127.0.0.1:{port}"
                 assert running.terminate() == 0
@@ -157,7 +188,7 @@ def test_no_connection_is_lost_while_the_gateway_restarts_on_passed_sockets(
 def test_a_passed_socket_may_be_that_of_operators(up: RawUpstream, tmp_path: Path) -> None:
     file = config_file(tmp_path, up.url, "admin: {listen: '127.0.0.1:1'}")
     public, admin = listening(), listening()
-    with activated(tmp_path, file, web=public, admin=admin) as running:
+    with activated_fork(tmp_path, file, web=public, admin=admin) as running:
         eventually(lambda: "Operator endpoints on" in running.output, "it listens", START)
         assert f"127.0.0.1:{admin.getsockname()[1]}" in running.output
         assert ask(f"http://127.0.0.1:{public.getsockname()[1]}/api/up").status == 200

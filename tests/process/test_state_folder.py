@@ -19,7 +19,7 @@ from api_gateway.errors import StartupError
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder, default_state_dir, own_folder
 from tests.kit import ask, eventually, free_port
-from tests.processes import WAYS, config_file, process
+from tests.processes import WAYS, config_file, hooked, process
 
 JSON = {"Content-Type": "application/json"}
 
@@ -179,6 +179,14 @@ def is_open(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+FORKED_WORKERS = """
+import multiprocessing
+import uvicorn._subprocess
+
+uvicorn._subprocess.spawn = multiprocessing.get_context("fork")  # a spawned worker imports for a second of CPU time
+"""
+
+
 def uvicorn(port: int) -> list[str]:
     return ["-m", "uvicorn", "api_gateway.main:app", "--port", str(port)]
 
@@ -186,7 +194,8 @@ def uvicorn(port: int) -> list[str]:
 def test_workers_of_stock_uvicorn_share_it_and_another_server_is_refused(tmp_path: Path) -> None:
     """If the buckets are in a store; whether it is available does not matter here."""
     port, store = free_port(), {"GATEWAY_STORE__URL": "redis://127.0.0.1:9", "GATEWAY_STORE__CLIENTS": "sqlite"}
-    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path, **store) as first:
+    variables = store | hooked(tmp_path, FORKED_WORKERS)
+    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path, **variables) as first:
         eventually(lambda: first.errors.count("Application startup complete") == 2, "both workers start", 30)
         eventually(lambda: is_open(port), "they listen", 30)
         (tmp_path / "second").mkdir()
@@ -202,7 +211,8 @@ def test_workers_of_stock_uvicorn_share_it_and_another_server_is_refused(tmp_pat
 
 def test_several_workers_of_stock_uvicorn_with_buckets_in_memory_do_not_start(tmp_path: Path) -> None:
     """Each would have its own buckets, so every limit would be doubled; uvicorn stops when a worker cannot start."""
-    with process(*uvicorn(free_port()), "--workers", "2", cwd=tmp_path) as running:
+    hook = hooked(tmp_path, FORKED_WORKERS)
+    with process(*uvicorn(free_port()), "--workers", "2", cwd=tmp_path, **hook) as running:
         running.exit_code()
     (line,) = (line for line in running.errors.splitlines() if "store.url" in line)
     assert "memory://" in line
@@ -213,7 +223,8 @@ def test_several_workers_of_stock_uvicorn_with_buckets_in_memory_do_not_start(tm
 
 def test_reloading_uvicorn_replaces_its_worker_with_buckets_in_memory(tmp_path: Path) -> None:
     port = free_port()
-    with process(*uvicorn(port), "--reload", cwd=tmp_path) as running:
+    hook = hooked(tmp_path, FORKED_WORKERS)
+    with process(*uvicorn(port), "--reload", cwd=tmp_path, **hook) as running:
         eventually(lambda: "Application startup complete" in running.errors, "it starts", 30)
         (tmp_path / "module.py").write_text("")
         eventually(lambda: running.errors.count("Application startup complete") == 2, "it starts again", 30)

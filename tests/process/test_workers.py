@@ -519,6 +519,13 @@ def test_a_store_that_dies_is_started_again(up: RawUpstream, tmp_path: Path) -> 
 # They do not start
 
 
+EXECUTED_WORKERS = """
+import os
+from tests import spare_workers
+
+spare_workers.install = lambda *_: None
+os.environ["PYTHONPATH"] = {paths!r}
+"""
 FAULTY_WORKER = """
 import os, sys
 
@@ -533,7 +540,8 @@ def test_a_worker_that_cannot_start_stops_the_start_with_its_message(up: RawUpst
     (tmp_path / "sitecustomize.py").write_text(FAULTY_WORKER)
     path = config_file(tmp_path, up.url)
     paths = os.pathsep.join((str(tmp_path), WATCHED["PYTHONPATH"]))
-    with process(*WAYS["python -m"], "--config", path, "--workers", "2", cwd=tmp_path, PYTHONPATH=paths) as running:
+    hook = hooked(tmp_path, EXECUTED_WORKERS.format(paths=paths))
+    with process(*WAYS["python -m"], "--config", path, "--workers", "2", cwd=tmp_path, **hook) as running:
         assert running.exit_code() == 3
         assert running.errors.count("this worker cannot start") == 1
         assert "worker 1 did not start" in running.errors
