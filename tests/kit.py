@@ -138,6 +138,8 @@ class RunningGateway:
         self.config = sections if isinstance(sections, GatewayConfig) else _config(sections, state_dir)
         # The tests' process also serves upstreams, so the gateway would not accept its requests as local.
         self.server = GatewayServer(self.config, read=read, locality=LoopbackRule(), clocks=clocks)
+        # uvicorn knows whole seconds only; a test need not wait for the rest of one.
+        self.server.config.timeout_graceful_shutdown = self.config.server.drain_timeout  # type: ignore[assignment]
         self._thread = threading.Thread(target=self.server.run, name="gateway")
         self._thread.start()
         is_serving = self.server.is_serving
