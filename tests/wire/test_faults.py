@@ -1,16 +1,18 @@
 """What every failure of an upstream comes to, for client, breaker, metrics and access log, and in what time.
 
 Each fault meets a plain GET, which uses the fast path, and a POST with a chunked body, which uses the ASGI path;
-some meet a POST of which the client has sent half, or one that is more than fits on the way.
+some meet a POST of which the client has sent half, or one that is more than fits on the way. All faults that meet
+one kind of request happen at once, each at an upstream of its own, as many of them wait for a timeout.
 Afterwards the gateway holds no more than before, and serves.
 """
 
 import json
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,10 +37,11 @@ from tests.faulty import (
     shuts_its_side,
 )
 from tests.kit import RawAnswer, RawClient, eventually
+from tests.kit import case as named
 from tests.processes import Running, process
 
-# The upstreams of the gateway, which are one server. Each has at most one short timeout, in seconds: what is not about
-# that timeout never depends on how busy the machine is.
+# The kinds of upstreams. Each has at most one short timeout, in seconds: what is not about that timeout never depends
+# on how busy the machine is.
 CONNECT, RESPONSE, IDLE, RENEWED = "connect", "response", "idle", "renewed"
 PATIENT = "patient"
 LONG = 60.0
@@ -154,7 +157,6 @@ TABLE = (
     Row(unread("resets early", says(then="resets")), 502, RESET, RESET, "ignored", ways=("half", "flood")),
     Row(unread("stops reading", says(then="stalls")), 504, TIMEOUT, TIMEOUT, "failure", IDLE, ways=("flood",)),
 )
-CASES = [pytest.param(row, way, id=f"{row.fault.name}, {way}") for row in TABLE for way in row.ways]
 
 
 def send_what_goes(client: RawClient, method: str, path: str, headers: tuple[str, ...], body: bytes) -> None:
@@ -164,11 +166,30 @@ def send_what_goes(client: RawClient, method: str, path: str, headers: tuple[str
 
 
 @dataclass
+class Case:
+    """A fault that meets a kind of request, at an upstream of its own."""
+
+    row: Row
+    way: str
+    name: str  # of the upstream, and of the request
+    server: FaultyUpstream
+
+
+@dataclass
+class Result:
+    """What the client has of a request, and in how many seconds."""
+
+    answer: RawAnswer
+    lasted: float
+
+
+@dataclass
 class Scene:
-    """A gateway in a process of its own, and the one server of all its upstreams."""
+    """A gateway in a process of its own, with the upstreams of all cases."""
 
     running: Running
-    upstream: FaultyUpstream
+    cases: list[Case]
+    pool: ThreadPoolExecutor
     descriptors: int = 0  # it holds at rest, one connection to each of its upstreams among them
 
     def send(self, way: str, upstream: str, request_id: str = "good") -> RawAnswer:
@@ -186,25 +207,38 @@ class Scene:
             sender.join()
             return answer
 
+    def play(self, case: Case) -> Result:
+        """Make the request of a case, and measure its time."""
+        begun = time.monotonic()
+        answer = self.send(case.way, case.name, case.name)
+        return Result(answer, time.monotonic() - begun)
+
     def is_served(self, upstream: str) -> bool:
         """Tell whether requests of both ways are served, which a short timeout may prevent on a busy machine."""
         return [self.send(way, upstream).status for way in WAYS] == [200, 200]
 
+    def serves(self, case: Case) -> None:
+        """Wait until the gateway serves by an upstream."""
+        eventually(partial(self.is_served, case.name), f"upstream '{case.name}' serves")
+
     def rest(self) -> None:
         """Wait until the gateway serves by all its upstreams, so that it has a connection to each."""
-        for upstream in TIMEOUTS:
-            eventually(partial(self.is_served, upstream), f"upstream '{upstream}' serves")
+        for _ in self.pool.map(self.serves, self.cases):
+            pass
 
-    def tries(self, upstream: str) -> Counter[str]:
-        """Return the attempts so far by outcome."""
+    def tries(self) -> dict[str, Counter[str]]:
+        """Return the attempts so far by upstream and outcome."""
         text = self.running.ask("/metrics?format=prometheus").body.decode()
-        found = re.findall(rf'gateway_upstream_requests_total\{{outcome="(\w+)",upstream="{upstream}"\}} (\d+)', text)
-        return Counter({outcome: int(count) for outcome, count in found})
+        found: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        pattern = r'gateway_upstream_requests_total\{outcome="(\w+)",upstream="([\w-]+)"\} (\d+)'
+        for outcome, upstream, count in re.findall(pattern, text):
+            found[upstream][outcome] = int(count)
+        return found
 
-    def breaker(self, upstream: str) -> tuple[int, int]:
-        """Return the calls that counted for the breaker so far, and the failures among them."""
-        view = self.running.ask("/circuit-breakers").json()["circuit_breakers"][upstream]
-        return view["window_calls"], view["window_failures"]
+    def breakers(self) -> dict[str, tuple[int, int]]:
+        """Return the calls that counted for each breaker so far, and the failures among them."""
+        views = self.running.ask("/circuit-breakers").json()["circuit_breakers"]
+        return {name: (view["window_calls"], view["window_failures"]) for name, view in views.items()}
 
     def log_of(self, request_id: str) -> dict[str, Any]:
         """Return the line of the access log."""
@@ -239,29 +273,39 @@ class Scene:
         return sum(1 for _ in Path(f"/proc/{self.running.popen.pid}/fd").iterdir())
 
 
+def cases_of_table() -> list[Case]:
+    """Return all cases, whose servers have been started."""
+    pairs = [(row, way) for row in TABLE for way in row.ways]
+    names = [re.sub(r"\W+", "-", f"{row.fault.name} {way}") for row, way in pairs]
+    return [Case(row, way, name, FaultyUpstream()) for (row, way), name in zip(pairs, names, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("faults")
-    upstream = FaultyUpstream()
+    cases = cases_of_table()
     sections = {
         "upstreams": {
-            name: {
-                "targets": [{"url": upstream.url}],
-                "timeouts": {"connect": LONG, "response": LONG, "idle": LONG} | timeouts,
+            case.name: {
+                "targets": [{"url": case.server.url}],
+                "timeouts": {"connect": LONG, "response": LONG, "idle": LONG} | TIMEOUTS[case.row.upstream],
                 "pool": {"max_connections": 2, "idle_timeout": 3600},  # so that one that leaks is missed at once
                 "circuit_breaker": {"failure_threshold": 10_000, "minimum_calls": 10_000, "window": 3600},
                 "retry": {"attempts": 1},
             }
-            for name, timeouts in TIMEOUTS.items()
+            for case in cases
         },
-        "routes": [{"name": name, "path": f"/api/{name}", "upstream": name} for name in TIMEOUTS],
+        "routes": [{"name": case.name, "path": f"/api/{case.name}", "upstream": case.name} for case in cases],
         "tiers": {"FREE": {"rate": 1000, "capacity": 100_000}},
         "server": {"max_event_loop_lag": None},  # on a busy machine it is late, and would shed requests
     }
     file = folder / "gateway.yaml"
     file.write_text(json.dumps(sections))
-    with process("-m", "api_gateway", "--port", "0", "--config", str(file), cwd=folder) as running:
-        found = Scene(running, upstream)
+    with (
+        process("-m", "api_gateway", "--port", "0", "--config", str(file), cwd=folder) as running,
+        ThreadPoolExecutor(len(cases)) as pool,
+    ):
+        found = Scene(running, cases, pool)
         found.rest()
         assert found.in_flight() == 0
         eventually(lambda: found.connections() == 0, "it has closed all connections of clients")
@@ -269,32 +313,41 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         yield found
         assert running.terminate() == 0
         assert "Traceback" not in running.errors, running.errors
-    upstream.close()
+    for case in cases:
+        case.server.close()
 
 
-@pytest.mark.parametrize(("row", "way"), CASES)
-def test_a_fault_reaches_all_it_concerns_and_leaves_nothing_behind(
-    scene: Scene, row: Row, way: str, request: pytest.FixtureRequest
-) -> None:
-    request_id = re.sub(r"\W+", "-", request.node.callspec.id)
-    tries, (calls, failures) = scene.tries(row.upstream), scene.breaker(row.upstream)
-    with scene.upstream.failing(row.fault):
-        if row.fault.listening is not Listening.ACCEPTS:
-            eventually(lambda: scene.open_descriptors() < scene.descriptors, "the connection it had is gone")
-        begun = time.monotonic()
-        answer = scene.send(way, row.upstream, request_id)
-        lasted = time.monotonic() - begun
-        line = scene.log_of(request_id)
+@pytest.mark.parametrize("way", BODIES)
+def test_faults_reach_all_they_concern_and_leave_nothing_behind(scene: Scene, way: str) -> None:
+    cases = [case for case in scene.cases if case.way == way]
+    tries, breakers = scene.tries(), scene.breakers()
+    with ExitStack() as stack:
+        for case in cases:
+            stack.enter_context(case.server.failing(case.row.fault))
+        deaf = sum(case.row.fault.listening is not Listening.ACCEPTS for case in cases)
+        eventually(lambda: scene.open_descriptors() <= scene.descriptors - deaf, "the connections it had are gone")
+        results = list(scene.pool.map(scene.play, cases))
+        lines = [scene.log_of(case.name) for case in cases]
+    eventually(lambda: scene.in_use("requests") == 0, "no rest of a body is being sent")
+    tries_after, breakers_after = scene.tries(), scene.breakers()
+    for case, result, line in zip(cases, results, lines, strict=True):
+        with named(case.name):
+            check(case.row, result, line)
+            assert tries_after[case.name] - tries[case.name] == Counter({case.row.outcome: 1})
+            more = {"failure": (1, 1), "success": (1, 0), "ignored": (0, 0)}[case.row.breaker]
+            calls, failures = breakers[case.name]
+            assert breakers_after[case.name] == (calls + more[0], failures + more[1])
+    scene.rest()  # also by other upstreams, as the servers close connections that are not used for a while
+    assert scene.in_flight() == 0
+    eventually(lambda: scene.open_descriptors() == scene.descriptors, "as many descriptors as before")
+
+
+def check(row: Row, result: Result, line: dict[str, Any]) -> None:
+    """Compare what the client and the access log have with the row of the table."""
+    answer = result.answer
     assert (answer.status, answer.is_complete) == (row.status, not row.breaks_off)
     if row.reason is not None and not row.breaks_off:
         assert json.loads(answer.body)["reason"] == row.reason
-    assert row.lasts * 0.9 <= lasted < row.lasts + SLACK
+    assert row.lasts * 0.9 <= result.lasted < row.lasts + SLACK
     assert (line["status"], line["reason"]) == (row.status, row.reason)
     assert line["source"] == ("gateway" if row.reason is not None and not row.breaks_off else "upstream")
-    assert scene.tries(row.upstream) - tries == Counter({row.outcome: 1})
-    more_calls, more_failures = {"failure": (1, 1), "success": (1, 0), "ignored": (0, 0)}[row.breaker]
-    assert scene.breaker(row.upstream) == (calls + more_calls, failures + more_failures)
-    eventually(lambda: scene.in_use("requests") == 0, "no rest of a body is being sent")
-    scene.rest()  # also by other upstreams, as the server closes connections that are not used for a while
-    assert scene.in_flight() == 0
-    eventually(lambda: scene.open_descriptors() == scene.descriptors, "as many descriptors as before")
