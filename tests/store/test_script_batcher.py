@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from api_gateway.limits import script_batcher
 from api_gateway.limits.redis_limiter import TOKEN_BUCKET_SCRIPT
 from api_gateway.limits.script_batcher import CONNECTIONS, MAX_BATCH, ScriptBatcher, ScriptOp
 from api_gateway.resilience.breaker_policy import State
@@ -221,11 +222,13 @@ async def test_no_operation_waits_longer_than_the_deadline(store: StoreServer, t
         store.resume() if trouble is stopped else None
 
 
-async def test_a_start_without_the_store_is_no_failure(store: StoreServer) -> None:
+async def test_a_start_without_the_store_is_no_failure(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert script_batcher.CONNECT_TIMEOUT == 1.0
+    monkeypatch.setattr(script_batcher, "CONNECT_TIMEOUT", 0.2)
     store.kill()
     begun = time.monotonic()
     async with Lateness() as lateness, dispatching(store.url, deadline=0.05) as dispatcher:
-        assert lateness.without(begun, time.monotonic() - begun) < 1.0 + EPSILON
+        assert lateness.without(begun, time.monotonic() - begun) < 0.2 + EPSILON
         assert not dispatcher.is_usable
         assert dispatcher.last_error
         asked = ask(dispatcher, 3)
@@ -268,9 +271,10 @@ async def test_what_may_have_been_executed_is_not_sent_again(store: StoreServer)
         asked = ask(dispatcher, 200, first=100)
         await answered(asked)
         assert all(question.is_failed for question in asked)
-        proxy.loses_replies, dispatcher.deadline = False, CALM
+        proxy.loses_replies = False
         proxy.cut()
         await soon(lambda: dispatcher.is_usable, "it is used again")
+        dispatcher.deadline = CALM  # not before, as the breaker's probes are that far apart
         fresh = ask(dispatcher, 5, first=1000)
         await answered(fresh)
         assert all(question.is_answered_rightly for question in fresh)
@@ -311,7 +315,7 @@ async def test_the_breaker_opens_and_is_closed_by_a_probe_that_delays_no_operati
         opened_at = time.monotonic()
         assert not dispatcher.is_usable
         await answered(asked)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.1)
         proxy.is_deaf = False
         proxy.cut()
         before = dispatcher.operations
@@ -325,8 +329,11 @@ async def test_the_breaker_opens_and_is_closed_by_a_probe_that_delays_no_operati
     assert "store available again" in caplog.text
 
 
-async def test_a_connection_that_breaks_while_idle_fails_no_operation(store: StoreServer) -> None:
-    """The trial after a second's silence finds it."""
+async def test_a_connection_that_breaks_while_idle_fails_no_operation(
+    store: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial after a silence finds it."""
+    monkeypatch.setattr(script_batcher, "MAX_SILENCE", 0.1)
     async with dispatching(store.url) as dispatcher:
         await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
         store.admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
@@ -371,7 +378,7 @@ async def test_an_operation_that_arrives_as_a_pause_ends_is_sent(
     store: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within one turn of the loop, the question first: the lane is woken, and has ended its rest by itself."""
-    monkeypatch.setattr("api_gateway.limits.script_batcher.MAX_SILENCE", 0.05)
+    monkeypatch.setattr(script_batcher, "MAX_SILENCE", 0.05)
     async with dispatching(store.url) as dispatcher:
         for number in range(3):
             await soon(lambda: lanes_idle(dispatcher) == CONNECTIONS, "both rest")
@@ -408,8 +415,8 @@ async def test_a_reply_whose_receiver_fails_affects_no_other_operation(
             assert [question.answers for question in asked] == [1, 1, 1]
             assert longest(asked, lateness) < 0.2 + EPSILON
         store.resume()
-        dispatcher.deadline = CALM
         await soon(lambda: dispatcher.is_usable, "it is used")
+        dispatcher.deadline = CALM  # not before, as the breaker's probes are that far apart
         fresh = ask(dispatcher, 2)
         await answered(fresh)
         assert all(question.is_answered_rightly for question in fresh)
