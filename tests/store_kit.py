@@ -252,8 +252,8 @@ class Proxy:
         writer.close()
 
 
-def limiter_of(url: str, *quotas: Quota, **options: Any) -> RedisLimiter:
-    """Return the limiter of one gateway, not started."""
+def limiter_of(url: str, *quotas: Quota, timeout: float = 5, **options: Any) -> RedisLimiter:
+    """Return the limiter of one gateway, not started. `timeout` is that of its session."""
     given: dict[str, Any] = {
         "policy": "local_share",
         "deadline": CALM,
@@ -262,7 +262,7 @@ def limiter_of(url: str, *quotas: Quota, **options: Any) -> RedisLimiter:
         "prefix": "test",
     }
     return RedisLimiter(
-        StoreSession(url, timeout=5),
+        StoreSession(url, timeout=timeout),
         quotas,
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,

@@ -12,6 +12,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from api_gateway.errors import StoreUnavailable
+from api_gateway.limits import script_batcher
 from api_gateway.limits.redis_limiter import HEARTBEAT_INTERVAL, PROCESS_COUNT_MEMORY, RedisLimiter
 from api_gateway.models import NANOSECONDS, Decision, Quota
 from api_gateway.storage.redis_session import MAX_QUIET
@@ -23,6 +24,12 @@ SLOW = Quota.per_second("slow", 0.001, 10)  # nothing worth mentioning is refill
 SLOWER = Quota.per_second("slower", 0.0005, 10)  # twice the budget
 DEADLINE = 0.06
 EPSILON = 0.25  # seconds that a busy machine may add
+
+
+@pytest.fixture(autouse=True)
+def _quick_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt to connect to a store that does not reply is given up soon; there is always another one."""
+    monkeypatch.setattr(script_batcher, "CONNECT_TIMEOUT", 0.25)
 
 
 async def decided(limiter: RedisLimiter, cost: float = 1, quota: Quota = SLOW, key: str = "client") -> Decision:
@@ -66,6 +73,7 @@ async def test_together_they_admit_what_one_bucket_holds(store: StoreServer) -> 
 
 async def test_a_batch_decides_as_one_after_the_other_would(store: StoreServer) -> None:
     async with gateways(store.url, SLOW, count=2) as limiters:
+        await serving(limiters)
         for limiter in limiters:
             limiter.cache.is_trusted = False  # so that the store is asked each time
         answers = await asyncio.gather(*[decided(limiters[number % 2], 3) for number in range(6)])
@@ -220,7 +228,16 @@ async def cut_off(limiter: RedisLimiter, proxy: Proxy) -> None:
     """Have a gateway notice that it has no store any more, without charging anything."""
     proxy.is_deaf = True
     proxy.cut()
-    await soon(lambda: not limiter.batcher.is_usable, "it is noticed")
+    while limiter.batcher.is_usable:
+        await decided(limiter, 0, key="nobody")
+        await asyncio.sleep(0.01)
+
+
+async def restored(limiter: RedisLimiter, proxy: Proxy) -> None:
+    """Have a gateway find its store again, without waiting for what it sent meanwhile."""
+    proxy.is_deaf = False
+    proxy.cut()
+    await soon(lambda: limiter.batcher.is_usable, "it is back")
 
 
 async def test_what_was_admitted_alone_is_charged_once_when_the_store_is_back(store: StoreServer) -> None:
@@ -234,8 +251,7 @@ async def test_what_was_admitted_alone_is_charged_once_when_the_store_is_back(st
         await cut_off(limiter, proxy)
         assert [(await decided(limiter, 3)).allowed for _ in range(3)] == [True, True, False]
         assert (await decided(witness, 0)).remaining == 8
-        proxy.is_deaf = False
-        await soon(lambda: limiter.batcher.is_usable, "it is back")
+        await restored(limiter, proxy)
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(witness, 0)).remaining == 2
@@ -253,8 +269,7 @@ async def test_what_was_admitted_beyond_the_limit_meanwhile_is_owed(store: Store
         await cut_off(limiter, proxy)
         assert (await decided(limiter, 8)).source == "local_share"
         assert (await decided(witness, 7)).allowed
-        proxy.is_deaf = False
-        await soon(lambda: limiter.batcher.is_usable, "it is back")
+        await restored(limiter, proxy)
         looked = await decided(limiter, 0)
         assert looked.remaining == 0
         assert looked.reset_ns / SLOW.emission_ns == pytest.approx(15, abs=0.01)
@@ -267,14 +282,14 @@ async def test_a_debt_is_reported_without_a_further_request(
     monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.05)
     async with (
         Proxy(store) as proxy,
-        gateways(proxy.url, SLOW, deadline=0.5) as (limiter,),
+        gateways(proxy.url, SLOW, deadline=0.5, timeout=0.5) as (limiter,),
         gateways(store.url, SLOW) as (witness,),
     ):
         await serving([limiter, witness])
         await cut_off(limiter, proxy)
         for number in range(300):  # more than one batch
             assert (await decided(limiter, 4, key=f"client-{number}")).source == "local_share"
-        proxy.is_deaf = False
+        await restored(limiter, proxy)
         await soon(lambda: not limiter.fallback.has_debts, "all is reported and confirmed")
         assert {(await decided(witness, 0, key=f"client-{number}")).remaining for number in range(300)} == {6}
 
@@ -301,8 +316,7 @@ async def test_the_other_policies_are_followed_to_the_letter(
         assert limiter.mode == policy
         answers = [await decided(limiter, 4) for _ in range(5)]
         assert {(answer.allowed, answer.source) for answer in answers} == {(policy == "allow", policy)}
-        proxy.is_deaf = False
-        await soon(lambda: limiter.batcher.is_usable, "it is back")
+        await restored(limiter, proxy)
         assert (await decided(limiter, 0)).remaining == (0 if policy == "allow" else 10)
 
 
@@ -385,13 +399,13 @@ async def test_a_subscription_that_ends_silently_is_detected(store: StoreServer)
 
 
 async def test_a_subscription_with_nothing_to_hear_lasts(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.storage.redis_session.MAX_QUIET", 0.1)
+    monkeypatch.setattr("api_gateway.storage.redis_session.MAX_QUIET", 0.4)
     async with gateways(store.url, SLOW) as (limiter,):
         await serving([limiter])
         await decided(limiter, 10)
         assert await told(limiter)
         (before,) = store.connections("pubsub")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1)  # two times that
         assert [one["id"] for one in store.connections("pubsub")] == [before["id"]]
         assert (await decided(limiter, 10)).source == "deny_cache"
 
@@ -473,8 +487,7 @@ async def test_what_the_share_decided_is_settled_with_the_share(store: StoreServ
         decision = await decided(limiter, 6)
         assert decision.source == "local_share"
         assert limiter.settle([charge_of(-4)], decision, time.monotonic_ns()).remaining == 8
-        proxy.is_deaf = False
-        await soon(lambda: limiter.batcher.is_usable, "it is back")
+        await restored(limiter, proxy)
         assert (await decided(limiter, 0)).remaining == 8
         limiter.settle([charge_of(3)], decision, time.monotonic_ns())  # it was told already, and there is more
         assert (await decided(limiter, 0)).remaining == 5
