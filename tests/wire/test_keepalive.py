@@ -426,7 +426,8 @@ def test_requests_wait_for_a_connection_in_order(gateway: StartGateway, upstream
             eventually(lambda arrived=arrived: len(gates.order) == arrived, "the next arrives")  # type: ignore[misc]  # bound now
             gates.open(path)
             assert client.answer().body == path
-    assert gates.order == paths
+    assert sorted(gates.order[:2]) == paths[:2], "on two connections at once"
+    assert gates.order[2:] == paths[2:]
     assert len(up.wires) == 2
 
 
