@@ -7,11 +7,12 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from functools import partial
 
+import pytest
 from redis.crc import key_slot
 
+from api_gateway.limits import concurrency_leases, concurrency_ops, multi_node_claims
 from api_gateway.limits.concurrency import ConcurrencyQuota, SlottedCharges
 from api_gateway.limits.concurrency_leases import LeasedSlots
-from api_gateway.limits.concurrency_ops import LEASE
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import ConcurrencySlot, Decision, Exchange, Quota
 from tests.kit import soon
@@ -22,7 +23,7 @@ __all__ = ["cluster"]  # a fixture of this module, too
 
 PLENTY = Quota.per_second("plenty", 1000, 1_000_000)
 FEW = ConcurrencyQuota.of("few", 3, "few")
-LONG = LEASE + 60
+LEASE = 4.0  # seconds; longer than a busy machine keeps a worker from renewing
 
 
 class ClusterWorker:
@@ -66,6 +67,14 @@ def names_on_each_node(worker: ClusterWorker) -> list[str]:
 def node_of(worker: ClusterWorker, name: str) -> int:
     slot = key_slot(worker.slots.lease_key(f"limit:few:{name}").encode())
     return next(number for number, (_, last) in enumerate(SLOTS) if slot <= last)
+
+
+@pytest.fixture(autouse=True)
+def _short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concurrency_leases, "LEASE", LEASE)
+    monkeypatch.setattr(concurrency_leases, "RENEWAL_INTERVAL", LEASE / 5)
+    for module in (concurrency_ops, multi_node_claims):
+        monkeypatch.setattr(module, "LEASE_MS", round(LEASE * 1000))
 
 
 async def test_slots_on_three_nodes_are_shared_exactly_and_return_to_zero(cluster: list[StoreServer]) -> None:
@@ -123,7 +132,7 @@ def are_connected(worker: ClusterWorker) -> bool:
 
 async def become_zero(worker: ClusterWorker, names: list[str]) -> None:
     """Wait until the nodes count nothing, at most as long as a lease lasts and a busy machine takes."""
-    end = time.monotonic() + LONG
+    end = time.monotonic() + LEASE + 60
     while found := await worker.shown(*names):
         assert time.monotonic() < end, found
         await asyncio.sleep(0.05)

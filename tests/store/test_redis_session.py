@@ -64,12 +64,9 @@ def cluster(binary: str) -> Iterator[int]:
         yield port
 
 
-async def test_a_cluster(cluster: int) -> None:
+async def test_a_cluster_on_which_buckets_in_several_slots_are_charged_all_or_none_in_the_end(cluster: int) -> None:
     await spends_ten(f"redis+cluster://127.0.0.1:{cluster}")
-
-
-async def test_on_a_cluster_buckets_in_several_slots_are_charged_all_or_none_in_the_end(cluster: int) -> None:
-    async with gateways(f"redis+cluster://127.0.0.1:{cluster}", SLOW) as (limiter,):
+    async with gateways(f"redis+cluster://127.0.0.1:{cluster}", SLOW, prefix="joint") as (limiter,):
         limiter.cache.is_trusted = False
         assert (await asking(limiter, charge(SLOW, 8, "client"))).allowed
         joint = charge(SLOW, 4, "peer"), charge(SLOW, 4, "client")

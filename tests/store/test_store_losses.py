@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -61,9 +62,13 @@ async def test_a_fail_over_gives_back_what_the_replica_had_not_heard_of_and_no_m
     with (
         StoreServer(binary, "bind 127.0.0.1", diskless, port=port) as primary,
         StoreServer(binary, *replica_of, port=other) as replica,
-        StoreServer(binary, "bind 127.0.0.1", *watching, port=watcher, mode=("--sentinel",)) as sentinel,
+        ExitStack() as stack,
     ):
         await soon(lambda: replica.admin.info("replication")["master_link_status"] == "up", "it replicates")
+        # Only now: it asks a primary for its replicas at once, and then every ten seconds.
+        sentinel = stack.enter_context(
+            StoreServer(binary, "bind 127.0.0.1", *watching, port=watcher, mode=("--sentinel",))
+        )
         await soon(lambda: b"slaves=1" in sentinel.command("INFO", "sentinel"), "the sentinel knows of the replica")
         url = f"redis+sentinel://127.0.0.1:{watcher}/main"
         async with (

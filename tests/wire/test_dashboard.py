@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from api_gateway.admin import dashboard
+from api_gateway.admin import dashboard, feed
 from api_gateway.admin.pages import CONTENT_SECURITY_POLICY
 from api_gateway.admin.settings_view import settings_of
 from api_gateway.config import GatewayConfig, load_config
+from api_gateway.downstream import listener
+from api_gateway.reporting import traffic_history
 from tests.kit import PATIENCE, RawUpstream, RunningGateway, ask, eventually, in_front_of, running_gateway
 
 OPERATOR, READER = "correct-horse-battery-staple", "correct-horse-battery-reader"
@@ -36,6 +38,16 @@ def gateway(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     sections = in_front_of(up.url) | {"admin": {"tokens": TOKENS}}
     with running_gateway(sections, tmp_path_factory.mktemp("dashboard")) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def _quick_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames and points come more often."""
+    monkeypatch.setattr(dashboard, "_TURN", 0.05)
+    for module in (dashboard, feed):
+        monkeypatch.setattr(module, "FRAME_SECONDS", 0.2)
+    for module in (traffic_history, feed):
+        monkeypatch.setattr(module, "POINT_SECONDS", 1.0)
 
 
 class Events:
@@ -178,17 +190,20 @@ def test_a_page_gets_everything_first_and_then_what_changes(gateway: RunningGate
 def test_pages_share_what_is_gathered_and_their_number_is_limited(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed = gateway.server._app.state.admin_context.feed
-    eventually(lambda: feed.watchers == 0, "earlier pages have gone")
+    shared = gateway.server._app.state.admin_context.feed
+    eventually(lambda: shared.watchers == 0, "earlier pages have gone")
     monkeypatch.setattr(dashboard, "MAX_WATCHERS", 2)
     with watching(gateway) as one, watching(gateway) as other:
-        assert one.frame()["frame"] <= other.frame()["frame"] <= feed._frame.number
+        assert one.frame()["frame"] <= other.frame()["frame"] <= shared._frame.number
         refused = ask(f"{gateway.url}/dashboard/events", headers=bearer(READER))
         assert (refused.status, refused.headers["retry-after"]) == (429, "10")
-    eventually(lambda: feed.watchers == 0, "a page that has gone is not counted")
+    eventually(lambda: shared.watchers == 0, "a page that has gone is not counted")
 
 
-def test_a_stream_ends_when_the_gateway_stops(up: RawUpstream, tmp_path: Path) -> None:
+def test_a_stream_ends_when_the_gateway_stops(
+    up: RawUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "DRAIN_LINGER", 0.1)  # the page closes its connection later
     running = RunningGateway(in_front_of(up.url) | {"admin": {"tokens": TOKENS}}, tmp_path)
     with watching(running) as events:
         events.frame()
