@@ -140,6 +140,7 @@ def sections(shared: RawUpstream, spare: RawUpstream) -> dict[str, Any]:
         "opening": section(shared.url, {"failure_threshold": 1, "recovery_timeout": 60}),
         "refused": section(refused),
         "spare": section(spare.url),
+        "silent": section(shared.url, timeouts={"response": 0.3}),  # for requests that get no response at all
     }
     other = {"upstream": "spare"}
     routes = [
@@ -149,7 +150,9 @@ def sections(shared: RawUpstream, spare: RawUpstream) -> dict[str, Any]:
         ("opening-static", "opening", INSTEAD, None),
         ("refused-static", "refused", INSTEAD, None),
         ("refused-other", "refused", other, None),
-        ("main-refused", "main", {"upstream": "refused"}, None),
+        ("silent-static", "silent", INSTEAD, None),
+        ("silent-other", "silent", other, None),
+        ("silent-refused", "silent", {"upstream": "refused"}, None),
         ("timed-static", "main", INSTEAD, 0.2),
         ("timed-other", "main", other, 0.2),
         ("empty", "refused", {"status": 204}, None),
@@ -215,7 +218,7 @@ def get(running: RunningGateway, target: str, *headers: str, method: str = "GET"
     ("name", "behave", "reason"),
     [
         ("main", dies, "upstream_reset"),
-        ("main", is_silent, "upstream_timeout"),
+        ("silent", is_silent, "upstream_timeout"),
         ("refused", dies, "upstream_connect_error"),
     ],
 )
@@ -326,12 +329,12 @@ def test_a_fallback_that_fails_leaves_the_first_failure(
     running: RunningGateway, up: RawUpstream, done: list[Exchange]
 ) -> None:
     up.behave = is_silent
-    answer = get(running, "/api/main-refused")
+    answer = get(running, "/api/silent-refused")
     problem = json.loads(answer.body)
     assert (answer.status, problem["reason"], answer.all("x-gateway-fallback")) == (504, "upstream_timeout", [])
     assert "The fallback failed too: Upstream 'refused'" in problem["detail"]
     eventually(lambda: len(done) == 1, "it is recorded")
-    assert (done[0].fallback, done[0].upstream, done[0].reason) == (None, "main", "upstream_timeout")
+    assert (done[0].fallback, done[0].upstream, done[0].reason) == (None, "silent", "upstream_timeout")
 
 
 def test_a_deadline_leaves_time_for_a_static_response_only(running: RunningGateway, up: RawUpstream) -> None:

@@ -4,6 +4,7 @@ The bounds on a head's size and time are in `test_protocol`.
 """
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kit import (
+    PATIENCE,
     RawClient,
     RawRequest,
     RawUpstream,
@@ -24,7 +26,6 @@ from tests.kit import (
     reply,
 )
 
-SOON = 3.0
 LINES = 12
 IDLE = 0.4
 STALL = 1.0  # seconds; for tests that must not take a busy machine's pause for a stall
@@ -104,7 +105,7 @@ def test_an_address_may_have_so_many_connections(gateway: StartGateway, up: RawU
         clients[0].reset()
         clients[1].close()
         up.behave = reply()
-        eventually(lambda: len(running.server.server_state.connections) == PEERS - 2, "they are gone", within=SOON)
+        eventually(lambda: len(running.server.server_state.connections) == PEERS - 2, "they are gone")
         fresh = [stack.enter_context(RawClient(ours)) for _ in range(2)]
         assert [client.get().status for client in fresh] == [200] * 2
         assert rejections_of(running, "overloaded") == 3
@@ -130,10 +131,10 @@ def test_a_body_that_stalls_is_a_408(
     begun = time.monotonic()
     client.request("POST", "/api/x", (framing,), beginning)
     assert reason(client.answer()) == (408, "request_timeout")
-    assert IDLE / 2 < time.monotonic() - begun < SOON
+    assert IDLE / 2 < time.monotonic() - begun < PATIENCE
     assert client.is_closed()
     assert rejections(running, "request_timeout") == before + 1
-    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends")
 
 
 def test_a_body_that_keeps_coming_may_take_its_time(client: RawClient, up: RawUpstream) -> None:
@@ -198,8 +199,8 @@ def test_a_client_that_stops_reading_its_response_is_disconnected(
     done = downloads(up, 64 * MIB)
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
     client.request()
-    eventually(lambda: done == [False], "the upstream is let go", within=SOON)
-    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: done == [False], "the upstream is let go")
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends")
     while client.fill():
         client.buffer = b""
 
@@ -219,41 +220,40 @@ def steadily(read: Callable[[int], int], size: int, idle: float) -> None:
             time.sleep(idle / 10)
 
 
-def test_a_client_that_reads_slowly_and_steadily_gets_it_all(
+def test_what_is_read_slowly_and_steadily_arrives_whole(
     gateway: Callable[..., RunningGateway], up: RawUpstream
 ) -> None:
-    """For several times as long as it might have stalled."""
-    size = 24 * MIB
-    done = downloads(up, size)
-    running = gateway(in_front_of(up.url) | {"server": {"idle_timeout": STALL, "drain_timeout": 1}})
-    with RawClient(running.port) as client:
-        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
-        client.request()
-        assert client.read_until(b"\r\n\r\n") is not None
-        steadily(lambda most: len(client.sock.recv(most)), size - len(client.buffer), STALL)
-    eventually(lambda: done == [True], "the upstream has sent all", within=SOON)
-
-
-def test_an_upstream_that_reads_slowly_and_steadily_is_sent_it_all(
-    gateway: Callable[..., RunningGateway], up: RawUpstream
-) -> None:
-    """The same in the other direction: a request body that its upstream takes longer to read than it may stall."""
+    """A response and a request body at once, for several times as long as their readers might have stalled."""
     size = 16 * MIB
+    done: list[bool] = []
     up.reads_body = False
 
     def behave(wire: Wire, request: RawRequest) -> None:
-        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
-        steadily(lambda most: len(wire.sock.recv(most)), size - len(wire.buffer), STALL)
-        reply()(wire, request)
+        if request.line.startswith(b"POST"):
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+            steadily(lambda most: len(wire.sock.recv(most)), size - len(wire.buffer), STALL)
+            reply()(wire, request)
+        else:
+            reply(bytes(24 * MIB))(wire, request)
+            done.append(True)
 
     up.behave = behave
     running = gateway(
         in_front_of(up.url, timeouts={"response": STALL, "idle": STALL})
-        | {"server": {"max_body_bytes": 2 * size, "drain_timeout": 1}}
+        | {"server": {"idle_timeout": STALL, "max_body_bytes": 2 * size, "drain_timeout": 1}}
     )
-    with RawClient(running.port) as client:
-        client.request("POST", "/api/x", (f"Content-Length: {size}",), bytes(size))
-        assert client.answer().status == 200
+    with RawClient(running.port) as reader, RawClient(running.port) as sender:
+        sending = threading.Thread(
+            target=sender.request, args=("POST", "/api/x", (f"Content-Length: {size}",), bytes(size))
+        )
+        sending.start()
+        reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        reader.request()
+        assert reader.read_until(b"\r\n\r\n") is not None
+        steadily(lambda most: len(reader.sock.recv(most)), 24 * MIB - len(reader.buffer), STALL)
+        assert sender.answer().status == 200
+        sending.join()
+    eventually(lambda: done == [True], "the upstream has sent all")
 
 
 def test_a_client_that_has_its_early_response_cannot_keep_the_connection(
@@ -281,7 +281,7 @@ def test_a_client_that_has_its_early_response_cannot_keep_the_connection(
             piece = client.sock.recv(min(left, 16 * 1024))
             assert piece, "the answer is whole"
             left -= len(piece)
-        eventually(lambda: not running.server.server_state.connections, "the gateway closes it", within=2 * SOON)
+        eventually(lambda: not running.server.server_state.connections, "the gateway closes it")
 
 
 # Refusals reach who is still sending
