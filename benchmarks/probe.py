@@ -137,7 +137,7 @@ class _Other(BaseHTTPRequestHandler):
 def _other_upstream() -> Iterator[int]:
     """Serve the second upstream in a thread; the value is its port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Other)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server.server_port
     server.shutdown()
     server.server_close()

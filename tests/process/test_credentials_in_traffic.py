@@ -61,7 +61,7 @@ class Quoting(BaseHTTPRequestHandler):
 @contextmanager
 def quoting_collector() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Quoting) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from api_gateway.downstream.connection import DownstreamConnection
+from api_gateway.downstream.listener import DRAIN_LINGER
 from tests.kit import (
     PATIENCE,
     Behaviour,
@@ -62,24 +63,27 @@ def test_a_client_that_is_sending_gets_its_response_with_connection_close(
 
 
 def test_an_unused_connection_is_closed_after_a_moment(gateway: Start, upstream: Upstreams) -> None:
-    running = gateway(in_front_of(upstream().url) | DRAIN)
+    running = gateway(in_front_of(upstream().url) | {"server": {"drain_timeout": 60}})
     with RawClient(running.port) as client:
         assert client.get().status == 200
         started = time.monotonic()
         stop(running)
-        assert not client.is_closed(0.5)
+        assert not client.is_closed(0.5) or time.monotonic() - started >= DRAIN_LINGER, "a busy machine takes longer"
         assert client.is_closed()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < PATIENCE, "not at the end of the drain"
 
 
-def test_without_connections_a_stop_takes_no_moment(gateway: Start, upstream: Upstreams) -> None:
-    running = gateway(in_front_of(upstream().url))
+def test_without_connections_a_stop_takes_no_moment(
+    gateway: Start, upstream: Upstreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api_gateway.downstream.listener.DRAIN_LINGER", PATIENCE)
+    running = gateway(in_front_of(upstream().url) | {"server": {"drain_timeout": 3 * PATIENCE}})
     with RawClient(running.port) as client:
         assert client.get().status == 200
     eventually(lambda: not running.server.server_state.connections, "the connection is closed")
     started = time.monotonic()
     running.stop()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < PATIENCE / 2
 
 
 def test_a_head_that_is_half_there_may_be_completed(gateway: Start, upstream: Upstreams) -> None:
@@ -200,7 +204,7 @@ def test_a_second_interrupt_waits_for_no_connection(gateway: Start, upstream: Up
         reply()(wire, request)
 
     up = upstream(behave)
-    running = gateway(in_front_of(up.url) | {"server": {"drain_timeout": 5}})
+    running = gateway(in_front_of(up.url) | {"server": {"drain_timeout": 3 * PATIENCE}})
     server: Any = running.server
     server.servers = [Patient(one, server.server_state.connections) for one in server.servers]
     with RawClient(running.port) as client:
@@ -210,7 +214,7 @@ def test_a_second_interrupt_waits_for_no_connection(gateway: Start, upstream: Up
         server.handle_exit(signal.SIGINT, None)
         eventually(lambda: all(one.state.is_draining for one in list(server.server_state.connections)), "it drains")
         server.handle_exit(signal.SIGINT, None)
-        running._thread.join(2)
+        running._thread.join(PATIENCE)
         assert not running._thread.is_alive()
         assert client.is_closed()
     over.set()

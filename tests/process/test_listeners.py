@@ -65,15 +65,11 @@ def test_a_client_that_comes_by_ipv4_is_named_by_its_ipv4_address(tmp_path: Path
     upstream.close()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(
-    ("host", "bound"),
-    [("0.0.0.0", "0.0.0.0:{0} (http://localhost:{0})"), ("127.0.0.1", "127.0.0.1:{0} (http://localhost:{0})")],
-)
-def test_the_banner_names_the_address_it_is_bound_to(tmp_path: Path, host: str, bound: str, workers: int) -> None:
+@pytest.mark.parametrize(("host", "workers"), [("0.0.0.0", 2), ("127.0.0.1", 1)])
+def test_the_banner_names_the_address_it_is_bound_to(tmp_path: Path, host: str, workers: int) -> None:
     arguments = ["-m", "api_gateway", "--host", host, "--port", "0", "--workers", str(workers)]
     with process(*arguments, cwd=tmp_path) as running:
-        assert listens(running).startswith(f"Listening on {bound.format(running.port)}.")
+        assert listens(running).startswith(f"Listening on {host}:{running.port} (http://localhost:{running.port}).")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
