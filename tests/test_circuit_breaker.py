@@ -74,7 +74,7 @@ def test_a_move_not_in_the_table_raises_and_changes_nothing(state: State, event:
     assert (breaker.state, breaker.since, breaker.opened_total) == (state, NOW, 0)
 
 
-@pytest.mark.parametrize("start", State)
+@each("start", State)
 def test_from_every_state_every_state_can_be_reached(start: State) -> None:
     reached, before = {start}, set[State]()
     while reached != before:
@@ -136,7 +136,7 @@ def test_a_lower_failure_rate_does_not_open_it() -> None:
     assert breaker.state is CLOSED
 
 
-@pytest.mark.parametrize(("calls", "failures", "rate"), [(25, 7, 0.28), (100, 7, 0.07), (100, 55, 0.55), (20, 20, 1)])
+@each(("calls", "failures", "rate"), [(25, 7, 0.28), (100, 7, 0.07), (100, 55, 0.55), (20, 20, 1)])
 def test_exactly_the_configured_failure_rate_opens_it(calls: int, failures: int, rate: float) -> None:
     """A share that has no exact double: 25 * 0.28 comes out above 7."""
     breaker = CircuitBreaker(BreakerPolicy(failure_threshold=1000, failure_rate=rate, minimum_calls=calls), NOW)
@@ -145,7 +145,7 @@ def test_exactly_the_configured_failure_rate_opens_it(calls: int, failures: int,
     assert call(breaker, FAILURE) is not None
 
 
-@pytest.mark.parametrize(("later", "opens"), [(0.0, True), (8.9, True), (10.0, False), (100.0, False)])
+@each(("later", "opens"), [(0.0, True), (8.9, True), (10.0, False), (100.0, False)])
 def test_failures_count_for_as_long_as_the_window(later: float, opens: bool) -> None:  # noqa: FBT001 - a table's column
     breaker = CircuitBreaker(BY_RATE, NOW)
     for outcome in (FAILURE, FAILURE, SUCCESS):
@@ -186,7 +186,7 @@ def test_retry_after_counts_down_to_the_first_probe() -> None:
     assert CircuitBreaker(BY_STREAK, NOW).retry_after(NOW) == 0
 
 
-@pytest.mark.parametrize(
+@each(
     ("policy", "detail", "cause"),
     [
         (BY_STREAK, "", "3 consecutive failures"),
@@ -258,7 +258,7 @@ def test_an_ignored_probe_gives_its_permit_back_and_counts_for_nothing() -> None
     assert call(breaker, SUCCESS, now) is not None
 
 
-@pytest.mark.parametrize("outcome", Outcome)
+@each("outcome", Outcome)
 def test_a_call_from_before_the_outage_is_no_probe(outcome: Outcome) -> None:
     breaker = CircuitBreaker(BY_STREAK, NOW)
     slow = admitted(breaker)
@@ -270,7 +270,7 @@ def test_a_call_from_before_the_outage_is_no_probe(outcome: Outcome) -> None:
     assert breaker.settle(probe, SUCCESS, NOW + 31) is not None
 
 
-@pytest.mark.parametrize("outcome", Outcome)
+@each("outcome", Outcome)
 def test_a_probe_of_an_earlier_recovery_changes_nothing_in_the_next(outcome: Outcome) -> None:
     breaker, now = probing(2)
     slow = admitted(breaker, now)
@@ -301,7 +301,7 @@ def test_a_lost_probe_is_replaced_after_the_recovery_timeout() -> None:
     assert breaker.settle(replacement, SUCCESS, now + 31) is not None
 
 
-@pytest.mark.parametrize("outcome", Outcome)
+@each("outcome", Outcome)
 def test_the_late_outcome_of_a_lost_probe_changes_nothing(outcome: Outcome) -> None:
     """Its permit has gone to another; giving it back again would let two through at once."""
     breaker, now = probing()
@@ -403,7 +403,7 @@ def test_the_open_time_doubles_with_each_opening_in_a_row_up_to_its_maximum() ->
     assert waits == [10, 20, 40, 60, 60]
 
 
-@pytest.mark.parametrize(("closed_for", "then"), [(0, 40), (19.9, 40), (20, 10)])
+@each(("closed_for", "then"), [(0, 40), (19.9, 40), (20, 10)])
 def test_it_is_the_first_one_again_after_a_stable_period(closed_for: float, then: float) -> None:
     breaker = opened(GROWING)
     now = fail_again(breaker, NOW)
@@ -598,7 +598,7 @@ def test_traffic_returns_gradually_after_forced_open() -> None:
     assert breaker.ramp.rate > 90
 
 
-@pytest.mark.parametrize("state", State)
+@each("state", State)
 def test_forced_closed_admits_all_and_moves_nothing(state: State) -> None:
     ways = {CLOSED: (CircuitBreaker(BY_STREAK, NOW), NOW), OPEN: (opened(), NOW), HALF_OPEN: probing()}
     breaker, now = ways[state]
@@ -659,7 +659,7 @@ def test_the_same_mode_again_only_moves_its_end() -> None:
     assert breaker.window_counts(NOW + 5)[:2] == (1, 0)
 
 
-@pytest.mark.parametrize(("mode", "refuses"), [("auto", True), ("forced_open", True), ("observe", False)])
+@each(("mode", "refuses"), [("auto", True), ("forced_open", True), ("observe", False)])
 def test_it_reports_whether_it_refuses(mode: str, refuses: bool) -> None:  # noqa: FBT001 - a table's column
     breaker = opened()
     breaker.set_mode(Mode(mode), NOW)

@@ -139,7 +139,7 @@ def test_an_impossible_quota_is_refused_by_name_and_value(rate: float, capacity:
 # One bucket
 
 
-@pytest.mark.parametrize(("key", "cost"), [("a", 0), ("a", 1), ("a", 11), ("unknown", 0), ("unknown", 11)])
+@each(("key", "cost"), [("a", 0), ("a", 1), ("a", 11), ("unknown", 0), ("unknown", 11)])
 def test_refusals_and_zero_costs_write_nothing(key: str, cost: float) -> None:
     limiter = drained(FREE, START)
     before = entries(limiter)
@@ -178,9 +178,7 @@ async def test_acquiring_is_deciding() -> None:
 # Retry-After
 
 
-@pytest.mark.parametrize(
-    ("wait_ns", "retry_after"), [(0, None), (NEVER_NS, None), (1, 1e-9), (SECOND, 1.0), (2_140_000_000, 2.14)]
-)
+@each(("wait_ns", "retry_after"), [(0, None), (NEVER_NS, None), (1, 1e-9), (SECOND, 1.0), (2_140_000_000, 2.14)])
 def test_retry_after_is_the_wait_in_seconds(wait_ns: int, retry_after: float | None) -> None:
     assert Decision("a", FREE, wait_ns == 0, 0, wait_ns, 0).retry_after == retry_after
 
@@ -215,7 +213,7 @@ def test_forgetting_changes_no_decision(script: list[tuple[int, str, Quota | Non
         assert limiter.decide([asked], now_ns) == oracle.decide(asked, now_ns)
 
 
-@pytest.mark.parametrize("pauses", [(10, 10), (20,), (1000,)], ids=["turn by turn", "both at once", "long after"])
+@each("pauses", [(10, 10), (20,), (1000,)], ids=["turn by turn", "both at once", "long after"])
 def test_a_full_bucket_is_forgotten(pauses: tuple[int, ...]) -> None:
     limiter, now_ns = drained(FREE, START), START
     assert len(limiter) == 1
@@ -273,7 +271,7 @@ def test_two_generations_retired_at_once_are_both_freed() -> None:
 # Change of tier
 
 
-@pytest.mark.parametrize(
+@each(
     ("old", "new", "remaining", "reset"),
     [(FREE, ENTERPRISE, 500, 5), (ENTERPRISE, FREE, 5, 5), (FREE, SLOW, 15, 30), (SLOW, FREE, 5, 5)],
 )
@@ -323,7 +321,7 @@ def test_what_one_bucket_refuses_is_charged_to_none(order: tuple[str, str]) -> N
     assert limiter.preview(Charge("client", FREE, 0), START).remaining == 10
 
 
-@pytest.mark.parametrize(
+@each(
     ("asked", "binding", "wait_ns"),
     [
         ([charge(FREE, 2, "client"), charge(SLOW, 2, "peer")], "peer", 4 * SECOND),
@@ -623,7 +621,7 @@ def test_a_settlement_reports_the_tightest_bucket_by_what_it_was_settled_to() ->
     assert (same.key, same.reset_ns) == ("b", 55 * SECOND)
 
 
-@pytest.mark.parametrize(
+@each(
     ("costs", "key"),
     [((1, 1, 1), "c"), ((1, 8, 0), "b"), ((0, 0, 1), "c"), ((0, 0, 0), "a"), ((5, 15, 3.5), "a")],
 )

@@ -23,6 +23,7 @@ from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Exchange, Quota
 from api_gateway.proxy.shadow_limits import ShadowLimits
+from tests.cases import each
 from tests.kit import turns
 from tests.lua_store import MICROSECOND, LuaLimiter, LuaStore, Wire
 
@@ -627,8 +628,8 @@ class Walk:
             assert not any(worker.in_flight.values())
 
 
-@pytest.mark.parametrize("failures", [(), FAILURES, (*FAILURES, "killed")], ids=["healthy", "failures", "kills"])
-@pytest.mark.parametrize("seed", range(24))
+@each("failures", [(), FAILURES, (*FAILURES, "killed")], ids=["healthy", "failures", "kills"])
+@each("seed", range(24))
 def test_a_random_walk_never_exceeds_a_limit_and_returns_to_zero(seed: int, failures: tuple[str, ...]) -> None:
     walk = Walk(seed, failures)
     for _ in range(1500):

@@ -34,6 +34,7 @@ from api_gateway.doctor.options import run_doctor
 from api_gateway.doctor.store_checks import store_checks, store_results
 from api_gateway.doctor.upstream_checks import issuer_checks, upstream_checks
 from api_gateway.storage.store_probe import StoreFacts
+from tests.cases import each
 from tests.kit import RawUpstream, reply
 from tests.store_kit import SERVERS, StoreServer
 
@@ -154,7 +155,7 @@ def test_a_time_zone_that_is_unknown_is_named(tmp_path: Path) -> None:
     assert lines(check_time_zones(config)) == ["ok       time zones: known: Europe/Berlin"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("days", "line"),
     [
         (-1, "failed   a: the certificate has expired at 2026-05-31 00:00 UTC. Renew it."),
@@ -359,7 +360,7 @@ def test_a_user_of_the_store_without_scripts_is_named(tmp_path: Path) -> None:
     assert "ok       store persistence: keys survive a restart of the store" in found
 
 
-@pytest.mark.parametrize(
+@each(
     ("facts", "line"),
     [
         ({"version": (6, 0, 9)}, "failed   store.url: Redis 6.0.9 is too old. Use Redis 6.2 or newer, or Valkey."),

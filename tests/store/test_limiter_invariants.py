@@ -51,6 +51,7 @@ from api_gateway.limits.script_ops import ChargeOp, RefundOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
 from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter, debts_of
 from api_gateway.settings.rules import MAX_BUDGET, MAX_FILL
+from tests.cases import each
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
@@ -1038,7 +1039,7 @@ def test_a_refusal_from_memory_ends_no_later_than_the_stores_and_its_wait_no_ear
     assert fleet.decide(0, asked) is None, "the store is asked, and lets it pass"
 
 
-@pytest.mark.parametrize("how", ["a refund", "a refill", "a change of tier and back"])
+@each("how", ["a refund", "a refill", "a change of tier and back"])
 def test_a_reply_in_progress_while_a_bucket_is_filled_otherwise_is_not_remembered(how: str) -> None:
     fleet, asked = Fleet([0, 0]), [charge(FREE, 10)]
     answers: list[Decision] = []
@@ -1380,7 +1381,7 @@ REACHED = {  # C = 20, r = 2, N = 4
 }
 
 
-@pytest.mark.parametrize(("scenario", "admitted"), REACHED.values(), ids=REACHED)
+@each(("scenario", "admitted"), REACHED.values(), ids=REACHED)
 def test_each_bound_is_reached(scenario: Callable[[Outages], float], admitted: float) -> None:
     """To the token, so that a bound is no looser than what happens."""
     outages = Outages(4, TWENTY)

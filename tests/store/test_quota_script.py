@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from api_gateway.limits.quota_ops import CounterOp
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter
+from tests.cases import each
 from tests.lua_store import LuaLimiter, LuaStore
 
 FREE = Quota.per_second("FREE", 1, 10)
@@ -110,8 +110,8 @@ def test_a_store_has_one_allowance_for_two_workers() -> None:
     assert not second.decide().allowed
 
 
-@pytest.mark.parametrize("skew", [-40 * DAY, -3700.5, -1.0, -0.3, 0.3, 1.0, 3700.5, 40 * DAY])
-@pytest.mark.parametrize("is_from_start", [False, True])
+@each("skew", [-40 * DAY, -3700.5, -1.0, -0.3, 0.3, 1.0, 3700.5, 40 * DAY])
+@each("is_from_start", [False, True])
 def test_machines_whose_clocks_differ_share_the_period_of_the_store(skew: float, is_from_start: bool) -> None:  # noqa: FBT001
     store = LuaStore(NOW - MICROSECONDS // 2)
     period = quota(10, "hour", is_from_start=is_from_start)

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
+from tests.cases import each
 from tests.lua_store import MICROSECOND
 from tests.store.test_limiter_invariants import BACKENDS, START, Fleet, Make, both, patient
 
@@ -239,7 +240,7 @@ def test_no_order_of_charges_refunds_and_outages_leaves_more_than_had_the_rest_a
     assert shared.owed() >= shared.least_ns()
 
 
-@pytest.mark.parametrize("order", [(0, 0, 0), (2, 1, 0), (1, 1, 0)], ids=["first first", "last first", "mixed"])
+@each("order", [(0, 0, 0), (2, 1, 0), (1, 1, 0)], ids=["first first", "last first", "mixed"])
 def test_what_is_refunded_before_the_store_returns_is_never_reported(order: Sequence[int]) -> None:
     """In any order of the refunds: nothing is owed for requests that cost nothing."""
     shared = Shared(2)

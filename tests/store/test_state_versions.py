@@ -32,6 +32,7 @@ from api_gateway.storage.sqlite_file import SqliteFile
 from api_gateway.system.state_folder import VERSION_FILE, FolderOfNewer, StateError, StateFolder
 from api_gateway.system.state_version import backup_path, backups_of, newer_state
 from api_gateway.usage.ledger import USAGE_FILE, USAGE_SCHEMA
+from tests.cases import each
 from tests.kit import ask, in_front_of, running_gateway
 from tests.processes import ROOT
 from tests.unit.test_audit_log import entry
@@ -164,7 +165,7 @@ async def test_a_file_that_only_lacks_its_version_gets_it(tmp_path: Path) -> Non
     assert backups_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@each("name", SCHEMAS)
 def test_there_is_a_step_from_each_version_to_the_next(name: str) -> None:
     assert set(SCHEMAS[name].steps) == set(range(1, SCHEMAS[name].version))
 

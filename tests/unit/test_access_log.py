@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from api_gateway.clients.api_keys import without_keys
 from api_gateway.models import Charge, Client, Decision, Exchange, HeaderList, Quota, Settlement
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from tests.cases import each
 
 FREE = Quota.per_second("FREE", 1, 10)
 
@@ -145,9 +145,7 @@ def test_odd_names_and_paths_are_data_and_never_lines(client: str, path: str) ->
 KEY = "agw_" + "0" * 43 + "123456"
 
 
-@pytest.mark.parametrize(
-    "place", ["id", "client_address", "method", "path", "detail", "route", "target", "fallback", "client"]
-)
+@each("place", ["id", "client_address", "method", "path", "detail", "route", "target", "fallback", "client"])
 def test_a_line_has_no_key_wherever_a_client_or_an_operator_has_put_one(place: str) -> None:
     exchange = bare()
     if place == "client":

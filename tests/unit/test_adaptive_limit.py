@@ -9,7 +9,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from api_gateway.resilience.adaptive_limit import (
 )
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
+from tests.cases import each
 
 NOW = 990.0  # a multiple of what lies between two looks
 TIERS = PriorityClasses({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})
@@ -133,8 +133,8 @@ def mix(capacity: float, times: float = 3) -> Sequence[float]:
 # What it converges to
 
 
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("places", [10, 100])
+@each("spread", SPREADS)
+@each("places", [10, 100])
 def test_at_three_times_its_capacity_an_upstream_is_fully_used_and_the_highest_priority_succeeds(
     places: int, spread: Callable[[random.Random], float]
 ) -> None:
@@ -149,7 +149,7 @@ def test_at_three_times_its_capacity_an_upstream_is_fully_used_and_the_highest_p
     assert sum(span.latencies) / len(span.latencies) < 0.05 * 1.7
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@each("spread", SPREADS)
 def test_one_priority_alone_uses_the_upstream_fully_too(spread: Callable[[random.Random], float]) -> None:
     for bands, rates in ((SINGLE_PRIORITY, (600.0,)), (TIERS, (600.0, 0, 0, 0)), (TIERS, (0, 0, 0, 600.0))):
         server = Queue(adaptive(bands), 10, 0.05, spread=spread)

@@ -72,7 +72,7 @@ def error_in(result: StageResult) -> GatewayError:
 # Ambiguity
 
 
-@pytest.mark.parametrize(
+@each(
     ("host", "headers"),
     [
         (None, []),
@@ -209,7 +209,7 @@ def test_a_request_has_a_route_and_its_cost(plan: RequestPlan, route: str, cost:
     assert (plan.exchange.route, plan.exchange.cost, plan.route.name) == (route, cost, route)
 
 
-@pytest.mark.parametrize(
+@each(
     ("plan", "error"),
     [
         (request("/api/usersx"), NoRoute),
@@ -447,7 +447,7 @@ def test_a_client_without_a_name_is_charged_to_its_address_too() -> None:
     assert limiting.admitted(Client("192.0.2.7", "address:192.0.2.7", FREE, "address")) == 4
 
 
-@pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
+@each("peer", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
 def test_exempt_addresses_are_not_counted(peer: str) -> None:
     limiting = Limiting(ADDRESS, "127.0.0.0/8", "::1/128")
     assert limiting.admitted(peer=peer) == 10

@@ -263,7 +263,7 @@ def test_a_text_that_is_shown_has_no_token_either() -> None:
         assert without_keys(text) == text
 
 
-@pytest.mark.parametrize("spelled", [KEY, KEY.replace(b"_", b"%5F"), b"x" + KEY])
+@each("spelled", [KEY, KEY.replace(b"_", b"%5F"), b"x" + KEY])
 def test_a_key_is_no_request_id_as_those_are_logged_and_sent_back(spelled: bytes) -> None:
     assert given_request_id({b"x-request-id": [spelled]}) is None
     assert given_request_id({b"x-request-id": [b"agw_order-7"]}) == "agw_order-7"
@@ -298,7 +298,7 @@ def test_a_line_of_a_log_has_no_key_in_another_spelling(spelled: str) -> None:
         assert spelled[start : start + 12] not in shown
 
 
-@pytest.mark.parametrize("spelled", [KEY, KEY.replace(b"_", b"%5F"), KEY.replace(b"w", b"%2577")])
+@each("spelled", [KEY, KEY.replace(b"_", b"%5F"), KEY.replace(b"w", b"%2577")])
 def test_a_key_is_no_name_in_any_spelling(spelled: bytes) -> None:
     assert has_key(b"x:" + spelled)
     assert not has_key(spelled[:16])
@@ -335,7 +335,7 @@ def test_keys_are_removed_one_by_one_or_all() -> None:
     assert KeyChange(clear=True).applied_to([OLD, NEW]) == ()
 
 
-@pytest.mark.parametrize(
+@each(
     ("before", "given", "after"), [(None, ..., True), (False, ..., False), (None, False, False), (False, True, True)]
 )
 def test_the_first_key_makes_a_client_verified_only_unless_told_otherwise(

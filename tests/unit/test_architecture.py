@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 from tests import sources
+from tests.cases import each
 from tests.sources import PACKAGE
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +231,7 @@ def test_imports_stand_at_the_top() -> None:
     assert not hidden, "imports inside functions"
 
 
-@pytest.mark.parametrize("library", sorted(LIBRARIES))
+@each("library", sorted(LIBRARIES))
 def test_a_library_is_known_to_its_packages_only(library: str) -> None:
     users = {
         package_of(name)
@@ -242,7 +241,7 @@ def test_a_library_is_known_to_its_packages_only(library: str) -> None:
     assert users == LIBRARIES[library], f"{library} is imported by {sorted(users)}"
 
 
-@pytest.mark.parametrize("part", NO_CLOCK)
+@each("part", NO_CLOCK)
 def test_what_decides_reads_no_clock_and_does_not_wait(part: str) -> None:
     parts = {name: tree for name, tree in modules().items() if name == part or package_of(name) == part}
     assert parts, f"there is no {part}"

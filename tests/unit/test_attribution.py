@@ -113,12 +113,12 @@ def test_the_outcome_of_an_error(
     assert attribution(cause, has_head=has_head, client=client).outcome is outcome
 
 
-@pytest.mark.parametrize(("client", "outcome"), list(zip(CLIENTS, (FAILURE, FAILURE, IGNORED, IGNORED), strict=True)))
+@each(("client", "outcome"), list(zip(CLIENTS, (FAILURE, FAILURE, IGNORED, IGNORED), strict=True)))
 def test_the_outcome_of_a_server_error(client: ClientProgress, outcome: Outcome) -> None:
     assert attribution(Cause.SERVER_ERROR, has_head=True, client=client).outcome is outcome
 
 
-@pytest.mark.parametrize(
+@each(
     ("source", "spent", "client", "cause"),
     [
         ("client", 10, PUNCTUAL, Cause.CLIENT_DEADLINE),
@@ -196,7 +196,7 @@ def test_a_head_below_500_is_a_success_however_the_attempt_ends(status: int) -> 
     assert scene.counts() == (1, 0, 0)
 
 
-@pytest.mark.parametrize("status", [500, 501, 503, 504, 599])
+@each("status", [500, 501, 503, 504, 599])
 def test_a_head_from_500_on_is_a_failure(status: int) -> None:
     scene = Scene()
     scene.head(status)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.clients.bloom_filter import BloomFilter
+from tests.cases import each
 
 IDS = st.lists(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=128), max_size=60)
 
@@ -21,7 +22,7 @@ def test_what_was_added_is_never_denied(some: list[str], others: list[str], limi
     assert all(client_id in other for client_id in others)
 
 
-@pytest.mark.parametrize(("times", "share"), [(1, 0.001), (4, 0.01), (8, 0.05)])
+@each(("times", "share"), [(1, 0.001), (4, 0.01), (8, 0.05)])
 def test_few_ids_are_mistaken_for_those_that_were_added(times: int, share: float) -> None:
     limit = 2_000
     ids = BloomFilter(limit)
@@ -31,7 +32,7 @@ def test_few_ids_are_mistaken_for_those_that_were_added(times: int, share: float
     assert mistaken / 20_000 < share
 
 
-@pytest.mark.parametrize("limit", [0, 1, 1_000, 100_000])
+@each("limit", [0, 1, 1_000, 100_000])
 def test_memory_is_bounded_by_the_limit(limit: int) -> None:
     ids = BloomFilter(limit)
     for number in range(1_000):

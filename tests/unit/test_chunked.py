@@ -121,7 +121,7 @@ def test_the_end_of_a_body_is_where_the_general_parser_finds_it(data: st.DataObj
     assert found == len(body)
 
 
-@pytest.mark.parametrize("zeros", [14, 15, 16, 17, 40])
+@each("zeros", [14, 15, 16, 17, 40])
 def test_zeros_before_a_size_do_not_matter_in_however_many_reads_it_arrives(zeros: int) -> None:
     """If they did, the content would be taken for a size: of a chunk without end, or for the end of the body."""
     body = (

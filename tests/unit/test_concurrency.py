@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from api_gateway.errors import ConcurrencyExceeded, GatewayError, RateLimited, Reason
 from api_gateway.limits.concurrency import (
     DURATIONS,
@@ -33,6 +31,7 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.problem_response import problem_body
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.rate_limiter import MemoryLimiter
+from tests.cases import each
 
 FREE = Quota.per_second("FREE", 1, 10)
 PREMIUM = Quota.per_second("PREMIUM", 20, 200)
@@ -262,7 +261,7 @@ async def test_an_explanation_takes_no_slot_and_predicts_the_refusal() -> None:
     assert [one.name for one, _ in slotted.stage.lacking(slotted.plan(path="/api/y"))] == ["two"]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each("seed", range(20))
 def test_a_random_walk_agrees_with_sets_of_open_requests(seed: int) -> None:
     choose = random.Random(seed)
     limits = [FIVE, TWO_ON_X, Limit("team", ("header:x-team",), ConcurrencyQuota.of("team", 4, "team"))]

@@ -186,7 +186,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert users.concurrency is None
 
 
-@pytest.mark.parametrize(
+@each(
     ("keys", "problem"),
     [
         (
@@ -245,7 +245,7 @@ def test_a_status_that_is_none_is_refused(status: Any) -> None:
     assert line.endswith(f", got {status!r}")
 
 
-@pytest.mark.parametrize("hash_on", ["header:", "header:X Name", "cookie:a", "Client", ""])
+@each("hash_on", ["header:", "header:X Name", "cookie:a", "Client", ""])
 def test_what_a_hash_cannot_go_by_is_refused(hash_on: str) -> None:
     (line,) = problems(of_users(balance="hash", hash_on=hash_on))
     assert "upstreams.users.hash_on: " in line
@@ -378,7 +378,7 @@ def test_a_new_tier_needs_both_of_its_terms() -> None:
     assert problems({"tiers": {"GOLD": {"rate": 7}}}) == ["tiers.GOLD.capacity: is missing"]
 
 
-@pytest.mark.parametrize("tiers", [3, ["FREE"], {"FREE": 3}])
+@each("tiers", [3, ["FREE"], {"FREE": 3}])
 def test_tiers_of_the_wrong_shape_are_refused_and_not_lost(tiers: Any) -> None:
     (line,) = problems({"tiers": tiers})
     assert "tiers" in line
@@ -682,13 +682,13 @@ def test_sections_that_contradict_each_other_are_refused(sections: dict[str, Any
     assert [part for part in telling if part not in line] == []
 
 
-@pytest.mark.parametrize("url", ["memory://", "redis://cache:6379/1", "rediss://cache", "unix:///run/store.sock"])
+@each("url", ["memory://", "redis://cache:6379/1", "rediss://cache", "unix:///run/store.sock"])
 def test_a_store_may_be_shared_by_several_workers(url: str) -> None:
     config = load_config(None, {"store": {"url": url}, "server": {"workers": 4}})
     assert (config.store.url.get_secret_value(), config.server.workers) == (url, 4)
 
 
-@pytest.mark.parametrize("prefix", ["/", "/api", "/api/", "/api/users"])
+@each("prefix", ["/", "/api", "/api/", "/api/users"])
 def test_a_prefix_of_the_path_may_be_stripped(prefix: str) -> None:
     assert load_config(None, one_route(strip_prefix=prefix)).routes[0].strip_prefix is not None
 

@@ -13,6 +13,7 @@ from api_gateway.config import load_config
 from api_gateway.process.config_command import run_config
 from api_gateway.process.init_command import run_init
 from api_gateway.process.running_settings import difference
+from tests.cases import each
 
 Write = Callable[..., str]
 FILE = """server: {port: '${PORT:-8001}'}
@@ -120,7 +121,7 @@ def test_the_settings_of_a_running_gateway_are_compared_by_name(write: Write) ->
     assert found.secrets == ["admin.token"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "code"),
     [(["diff", "a"], 2), (["diff", "a", "b", "c"], 2), (["diff", "--url", "http://a", "b", "c"], 2)],
 )

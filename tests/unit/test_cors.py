@@ -138,7 +138,7 @@ def test_a_preflight_is_told_what_the_policy_and_the_route_allow(
     assert found == [*expected, (b"access-control-max-age", fields["max-age"]), (b"vary", b"Origin")]
 
 
-@pytest.mark.parametrize(
+@each(
     ("headers", "origin", "preflight"),
     [
         ([(b"Origin", APP)], APP, None),

@@ -30,7 +30,7 @@ def test_the_own_origin_and_no_page_at_all_are_not_foreign(headers: HeaderList) 
     assert not is_foreign(from_(*headers))
 
 
-@pytest.mark.parametrize(
+@each(
     ("host", "origin"),
     [
         (b"gateway.example", b"https://gateway.example"),
@@ -87,7 +87,7 @@ def test_a_link_may_lead_to_a_page_that_holds_no_data() -> None:
         assert is_forged(method, fields, holds_data=holds_data)
 
 
-@pytest.mark.parametrize("destination", [b"iframe", b"image", b"empty", b""])
+@each("destination", [b"iframe", b"image", b"empty", b""])
 def test_a_page_is_not_embedded_in_another(destination: bytes) -> None:
     assert is_forged("GET", from_(*NAVIGATION, (b"sec-fetch-dest", destination)), holds_data=False)
 

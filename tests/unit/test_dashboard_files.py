@@ -35,7 +35,7 @@ def test_text_never_becomes_markup_and_nothing_is_loaded_from_elsewhere(path: Pa
     assert not ELSEWHERE.findall(text)
 
 
-@pytest.mark.parametrize("path", [path for path in OWN if path.suffix == ".html"], ids=lambda path: path.name)
+@each("path", [path for path in OWN if path.suffix == ".html"], ids=lambda path: path.name)
 def test_a_page_has_nothing_inline_and_only_files_that_exist(path: Path) -> None:
     text = path.read_text()
     assert not re.findall(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=", text)

@@ -288,9 +288,7 @@ def test_a_token_that_is_too_short_says_how_long_it_must_be(refused: Refused) ->
 # Suggestions
 
 
-@pytest.mark.parametrize(
-    ("word", "suggestion"), [("prot", "; did you mean 'port'?"), ("hots", "; did you mean 'host'?"), ("zzz", "")]
-)
+@each(("word", "suggestion"), [("prot", "; did you mean 'port'?"), ("hots", "; did you mean 'host'?"), ("zzz", "")])
 def test_the_nearest_known_word_is_suggested_if_any_is_near(word: str, suggestion: str) -> None:
     assert nearest(word, ["host", "port", "workers"]) == suggestion
 

@@ -97,7 +97,7 @@ def test_a_reason_has_one_status() -> None:
     assert len({(cls.reason, cls.status) for cls in CONCRETE}) == len(Reason)
 
 
-@pytest.mark.parametrize(
+@each(
     ("base", "statuses"),
     [(RequestRefused, range(400, 500)), (Unavailable, [503]), (UpstreamFailed, [502, 504])],
 )

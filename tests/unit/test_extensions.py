@@ -23,6 +23,7 @@ from api_gateway.extensions.interface import Identity, Respond, checked_cost, ch
 from api_gateway.extensions.loading import ExtensionError, load_extension
 from api_gateway.extensions.trial import try_extension
 from tests import virtual_time
+from tests.cases import each
 
 
 def test_fields_have_no_letter_case_and_cannot_be_changed() -> None:
@@ -36,19 +37,15 @@ def test_fields_have_no_letter_case_and_cannot_be_changed() -> None:
     assert "*/*" not in repr(view)  # values may be secret
 
 
-@pytest.mark.parametrize(
-    "name", ["Content-Length", "transfer-encoding", "CONNECTION", "Host", "Upgrade", "TE", "Via", "X-Request-ID"]
-)
-@pytest.mark.parametrize("fixed", [REQUEST_FIXED, RESPONSE_FIXED])
+@each("name", ["Content-Length", "transfer-encoding", "CONNECTION", "Host", "Upgrade", "TE", "Via", "X-Request-ID"])
+@each("fixed", [REQUEST_FIXED, RESPONSE_FIXED])
 def test_framing_and_hop_by_hop_fields_cannot_be_changed(name: str, fixed: frozenset[bytes]) -> None:
     for value in ("1", None):
         with pytest.raises(ValueError, match=name):
             checked_changes({name: value}, fixed)
 
 
-@pytest.mark.parametrize(
-    "value", ["a\r\nSet-Cookie: b", "a\nb", "a\rb", "a\0b", " a", "a ", "\x7f", "\u0141", "a\x85b\n"]
-)
+@each("value", ["a\r\nSet-Cookie: b", "a\nb", "a\rb", "a\0b", " a", "a ", "\x7f", "\u0141", "a\x85b\n"])
 def test_a_value_cannot_inject_a_field(value: str) -> None:
     with pytest.raises(ValueError, match="X-Note"):
         checked_changes({"X-Note": value}, REQUEST_FIXED)
@@ -56,13 +53,13 @@ def test_a_value_cannot_inject_a_field(value: str) -> None:
         Respond(200, headers={"X-Note": value})
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a:b", "a\r\nb", "é"])
+@each("name", ["", "a b", "a:b", "a\r\nb", "é"])
 def test_a_name_cannot_inject_a_field(name: str) -> None:
     with pytest.raises(ValueError, match="not the name of a header field"):
         checked_changes({name: "x"}, REQUEST_FIXED)
 
 
-@pytest.mark.parametrize("changes", [5, [("a", "b")], {"a": 5}, {"a": b"x"}])
+@each("changes", [5, [("a", "b")], {"a": 5}, {"a": b"x"}])
 def test_changes_of_another_type_are_refused(changes: Any) -> None:
     with pytest.raises(TypeError):
         checked_changes(changes, REQUEST_FIXED)
@@ -79,19 +76,19 @@ def test_changes_of_lines_and_of_pairs_agree() -> None:
     assert changed_pairs(pairs, changes) == [(b"Kept", b"2"), (b"x-A", b"new")]
 
 
-@pytest.mark.parametrize("result", [-1, float("nan"), float("inf"), 2_000_000_000])
+@each("result", [-1, float("nan"), float("inf"), 2_000_000_000])
 def test_a_cost_out_of_range_is_an_error(result: float) -> None:
     with pytest.raises(ValueError, match="0 to 1000000000"):
         checked_cost(result)
 
 
-@pytest.mark.parametrize("result", [True, "1", None, [1]])
+@each("result", [True, "1", None, [1]])
 def test_a_cost_is_a_number(result: object) -> None:
     with pytest.raises(TypeError):
         checked_cost(result)
 
 
-@pytest.mark.parametrize("client_id", ["", "a b", "a\n", "é", "x" * 129])
+@each("client_id", ["", "a b", "a\n", "é", "x" * 129])
 def test_an_identity_has_a_valid_id(client_id: str) -> None:
     with pytest.raises(ValueError, match="visible ASCII"):
         checked_identity(Identity(client_id))

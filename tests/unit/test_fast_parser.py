@@ -3,7 +3,6 @@
 from typing import Any
 
 import httptools
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -204,7 +203,7 @@ def test_a_response_is_split_into_its_parts() -> None:
     assert pairs_of(ANSWER)[0] == (b"Date", b"now")
 
 
-@pytest.mark.parametrize(
+@each(
     ("line", "keeps_alive"),
     [
         (b"Connection: close", False),
@@ -263,12 +262,12 @@ def test_a_chunked_response_has_no_length_and_its_coding_is_not_forwarded() -> N
     assert parse_response_head(received.replace(b"200 OK", b"204 No"), is_to_head=False) is None
 
 
-@pytest.mark.parametrize("start", [b"HTTP/1.0 200 OK", b"HTTP/1.1 103 Early", b"HTTP/1.1 200", b"HTTP/1.1 600 Odd"])
+@each("start", [b"HTTP/1.0 200 OK", b"HTTP/1.1 103 Early", b"HTTP/1.1 200", b"HTTP/1.1 600 Odd"])
 def test_an_unusual_status_line_is_left_to_the_parser(start: bytes) -> None:
     assert parse_response_head(start + b"\r\nContent-Length: 0\r\n\r\n", is_to_head=False) is None
 
 
-@pytest.mark.parametrize(
+@each(
     ("status", "lines", "is_to_head", "length"),
     [
         (b"204 No", b"", False, 0),

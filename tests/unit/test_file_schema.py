@@ -13,6 +13,7 @@ import yaml
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.process.schema_text import schema_text
 from api_gateway.settings.diagnostics import ConfigError
+from tests.cases import each
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 SCHEMA: dict[str, Any] = json.loads(schema_text())
@@ -89,7 +90,7 @@ def test_it_is_a_schema_of_the_dialect_that_it_names() -> None:
     assert SCHEMA["$schema"] == jsonschema.Draft202012Validator.META_SCHEMA["$id"]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@each("path", EXAMPLES, ids=lambda path: path.name)
 def test_each_example_is_valid_and_names_the_schema_beside_it(path: Path) -> None:
     text = path.read_text()
     found = FIRST_LINE.match(text)

@@ -200,7 +200,7 @@ CONVERTED = Forwarding(FORWARDED, sends_x_forwarded=True, sends_forwarded=False)
 HOST = (b"Host", b"shop.example:8080")
 
 
-@pytest.mark.parametrize(
+@each(
     ("headers", "forwarding", "expected"),
     [
         ([HOST], BY_FORWARDED, {"forwarded": 'for=192.0.2.7;host="shop.example:8080";proto=http'}),
@@ -282,7 +282,7 @@ def test_the_next_gateway_finds_the_same_client(headers: HeaderList, client: obj
             assert all(32 <= byte < 127 for _, value in first for byte in value)
 
 
-@pytest.mark.parametrize(
+@each(
     ("server", "told"),
     [
         ({"forwarded": {"read": "forwarded"}}, True),

@@ -107,7 +107,7 @@ def test_what_connection_names_is_dropped() -> None:
     assert values(seen, b"x-other") == [b"2"]
 
 
-@pytest.mark.parametrize("name", [b"Host", b"Content-Length", b"Via", b"X-Client-ID"])
+@each("name", [b"Host", b"Content-Length", b"Via", b"X-Client-ID"])
 def test_connection_cannot_name_away_what_the_gateway_depends_on(name: bytes) -> None:
     headers = [(b"Connection", name), (b"host", b"h"), (b"via", b"1.0 x"), (b"content-length", b"3")]
     seen = upstreams_view([*headers, (b"x-client-id", b"acme")], protected=frozenset({b"x-client-id"}))
@@ -208,7 +208,7 @@ def test_values_come_in_order_whatever_the_case_of_the_name_and_without_white_sp
     assert values(headers, b"x-a") == [b"1", b"", b"a b"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("given_values", "options"),
     [
         ([], set()),

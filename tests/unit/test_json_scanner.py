@@ -98,7 +98,7 @@ def test_the_last_member_of_a_name_counts_and_only_a_number(text: bytes, expecte
         assert scanned(text, PATH, cut) == expected
 
 
-@pytest.mark.parametrize(("index", "expected"), [("0", None), ("1", 5), ("2", 7), ("3", None), ("01", None)])
+@each(("index", "expected"), [("0", None), ("1", 5), ("2", 7), ("3", None), ("01", None)])
 def test_elements_of_arrays_are_counted(index: str, expected: float | None) -> None:
     text = b'[{"n":[]}, {"n":[4,5]}, {"n":[[6],7]}]'
     for cut in range(len(text) + 1):
@@ -137,7 +137,7 @@ def test_pointers_are_those_of_rfc_6901(pointer: str, tokens: tuple[str, ...]) -
     assert parse_pointer(pointer) == tokens
 
 
-@pytest.mark.parametrize("pointer", ["usage", "usage/total", "#/usage", "/a~", "/a~2b"])
+@each("pointer", ["usage", "usage/total", "#/usage", "/a~", "/a~2b"])
 def test_a_malformed_pointer_is_refused(pointer: str) -> None:
     with pytest.raises(ValueError, match="RFC 6901"):
         parse_pointer(pointer)
@@ -243,7 +243,7 @@ def test_the_unit_is_divided_and_a_number_out_of_range_is_none() -> None:
     assert cost_of(b'{"usage":{"total_tokens":1}}', cost=ContentCost(PATH, per=3)) == 0.333333333
 
 
-@pytest.mark.parametrize(
+@each(
     ("media_type", "expected"),
     [
         (b"application/json", 1500),
@@ -257,7 +257,7 @@ def test_json_is_scanned_and_nothing_else(media_type: bytes, expected: float | N
     assert cost_of(TEXT, (b"content-type", media_type)) == expected
 
 
-@pytest.mark.parametrize("step", [1, 7, 10_000])
+@each("step", [1, 7, 10_000])
 def test_gzip_and_deflate_are_decompressed_and_other_codings_have_no_number(step: int) -> None:
     stream = STREAMS["the last of several"][0].encode() * 50
     members = gzip.compress(stream[:60]) + gzip.compress(stream[60:])
@@ -279,7 +279,7 @@ def test_the_decompressed_size_is_limited() -> None:
 MANY = 3_000_000  # repetitions that compress to some thousand bytes
 
 
-@pytest.mark.parametrize(
+@each(
     ("media_type", "text"),
     [
         (b"application/json", b"{" + b'"a":1,' * (MANY // 3)),

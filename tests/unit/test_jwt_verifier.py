@@ -81,7 +81,7 @@ def test_a_public_key_is_no_secret() -> None:
 # What is not for the gateway: another issuer's token, or no token at all
 
 
-@pytest.mark.parametrize(
+@each(
     "value",
     [
         pytest.param(signed(claims_of(iss="https://elsewhere.test")), id="another issuer"),
@@ -114,14 +114,14 @@ def test_what_names_no_configured_issuer_is_left_alone(checked: Checked, value: 
 # Broken tokens: the list of RFC 8725, and a few more
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@each("name", BROKEN)
 def test_a_broken_token_is_refused_with_its_cause(checked: Checked, name: str) -> None:
     token, fault = BROKEN[name]
     found = checked.result(token)
     assert (found.fault if isinstance(found, KeyNeeded) else found) == fault
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@each("name", BROKEN)
 def test_no_text_about_a_token_contains_a_part_of_it(checked: Checked, name: str) -> None:
     token, fault = BROKEN[name]
     read = checked.reader.read(token)
@@ -289,7 +289,7 @@ def test_a_key_is_for_the_permitted_algorithms_of_its_type_and_its_own() -> None
     assert repr(key) == "<JoseKey 'a' [PS256]>"
 
 
-@pytest.mark.parametrize("bits", [512, 1024, 2047])
+@each("bits", [512, 1024, 2047])
 def test_a_weak_key_is_not_used_however_it_is_encoded(bits: int) -> None:
     """Leading zeros do not make it stronger."""
     weak = 2 ** (bits - 1) + 1

@@ -5,8 +5,6 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any
 
-import pytest
-
 from api_gateway.errors import CostExceedsCapacity, GatewayError, RateLimited, StoreUnavailable
 from api_gateway.limits.limit import Limit, client_buckets, limit_of, moved_buckets
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
@@ -20,6 +18,7 @@ from api_gateway.proxy.limit_stage import MOST_REMEMBERED, LimitListStage, RateL
 from api_gateway.proxy.problem_response import problem_body
 from api_gateway.proxy.route_table import Route, RouteTable
 from api_gateway.rate_limiter import MemoryLimiter
+from tests.cases import each
 
 FREE = Quota.per_second("FREE", 1, 10)
 PREMIUM = Quota.per_second("PREMIUM", 20, 200)
@@ -96,7 +95,7 @@ def test_a_limit_applies_to_its_routes_methods_and_tiers_only() -> None:
     assert limited.keys(path="/api/login", method="POST", client=rich) == ["client:rich"]
 
 
-@pytest.mark.parametrize("path", ["/api/x/../login", "/api//login", "/api/x;/..%2flogin"])
+@each("path", ["/api/x/../login", "/api//login", "/api/x;/..%2flogin"])
 def test_no_spelling_of_a_path_avoids_the_limit_of_a_route(path: str) -> None:
     limited = Limited(BY_ADDRESS)
     plan = limited.plan(path=path, method="POST")

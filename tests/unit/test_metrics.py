@@ -157,7 +157,7 @@ def test_nothing_has_no_percentile() -> None:
     }
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, 1e-9])
+@each("seconds", [0.0, -1.0, 1e-9])
 def test_what_is_too_short_to_measure_counts_as_a_microsecond(seconds: float) -> None:
     assert bucket_of(seconds) == bucket_of(1e-6)
 
@@ -194,7 +194,7 @@ def test_merged_tallies_are_the_tally_of_all(parts: list[list[float]]) -> None:
     assert (merged.requests, merged.gateway_errors) == (together.requests, together.gateway_errors)
 
 
-@pytest.mark.parametrize(
+@each(
     ("field", "exchange"),
     [
         ("gateway_errors", ended(status=503, source="gateway")),
@@ -268,7 +268,7 @@ def rates_at(recorder: Recorder, now: float) -> dict[str, RateWindow]:
     return {"last_60s": rates.last_60s, "last_5m": rates.last_5m, "since_start": rates.since_start}
 
 
-@pytest.mark.parametrize("now", [START + 7.5, START + 60, START + 64.9, START + 300, START + 602.5, START + 900])
+@each("now", [START + 7.5, START + 60, START + 64.9, START + 300, START + 602.5, START + 900])
 def test_a_steady_rate_is_shown_exactly_at_any_moment(now: float) -> None:
     recorder = recorder_of()
     for tick in range(1, int((now - START) * 10) + 1):
@@ -440,7 +440,7 @@ def test_known_methods_have_their_own_label(method: str) -> None:
     assert [key[1] for key in recorder.requests] == [method]
 
 
-@pytest.mark.parametrize("method", ["get", "TRACE", "PROPFIND", "x" * 1000])
+@each("method", ["get", "TRACE", "PROPFIND", "x" * 1000])
 def test_other_methods_share_one_label(method: str) -> None:
     recorder = recorder_of()
     recorder.observe(ended(method=method))
@@ -455,7 +455,7 @@ def test_a_target_that_no_check_has_asked_has_no_series_of_its_health() -> None:
     assert not [name for name in samples(exposition_of(recorder_of(), upstream)) if "gateway_upstream_healthy" in name]
 
 
-@pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "text/plain; version=0.0.4"])
+@each("accept", ["", "*/*", "text/plain", "text/plain; version=0.0.4"])
 def test_plain_text_is_the_default(accept: str) -> None:
     text, content_type = completed(exposition_of(recorder_of()).render(accept))
     assert content_type.startswith("text/plain; version=")
@@ -572,7 +572,7 @@ def test_every_series_known_from_the_configuration_exists_at_zero_from_the_start
     assert {name: found.get(name) for name in expected} == dict.fromkeys(expected, 0)
 
 
-@pytest.mark.parametrize("outcome", ["1xx", "6xx", "9xx"])
+@each("outcome", ["1xx", "6xx", "9xx"])
 def test_an_outcome_that_nobody_foresaw_is_counted_all_the_same(outcome: str) -> None:
     """An upstream may send any three digits as its status."""
     recorder = recorder_of()

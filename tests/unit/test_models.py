@@ -16,7 +16,7 @@ from tests.cases import each
 FREE = Quota.per_second("FREE", 1, 10)
 
 
-@pytest.mark.parametrize(
+@each(
     ("rate", "capacity", "emission_ns", "burst_ns"),
     [
         (1, 10, 1_000_000_000, 10_000_000_000),
@@ -38,7 +38,7 @@ def test_rounding_makes_a_quota_stricter_by_less_than_a_nanosecond_a_token(rate:
     assert quota.burst_ns == capacity * quota.emission_ns
 
 
-@pytest.mark.parametrize(("rate", "capacity"), [(0, 1), (-1, 1), (float("nan"), 1), (1, 0), (1, -1)])
+@each(("rate", "capacity"), [(0, 1), (-1, 1), (float("nan"), 1), (1, 0), (1, -1)])
 def test_a_quota_of_nothing_is_refused(rate: float, capacity: int) -> None:
     with pytest.raises(ValueError, match=f"quota 'T': .*{rate!r} and {capacity!r}"):
         Quota.per_second("T", rate, capacity)
@@ -59,12 +59,12 @@ def test_a_quota_is_frozen() -> None:
         FREE.rate = 2  # type: ignore[misc]  # that it is refused is the test
 
 
-@pytest.mark.parametrize(("wait_ns", "seconds"), [(0, None), (-1, None), (1_500_000_000, 1.5), (1, 1e-9)])
+@each(("wait_ns", "seconds"), [(0, None), (-1, None), (1_500_000_000, 1.5), (1, 1e-9)])
 def test_a_decision_has_the_wait_in_seconds_where_waiting_helps(wait_ns: int, seconds: float | None) -> None:
     assert Decision("k", FREE, wait_ns == 0, 0, wait_ns, 0).retry_after == seconds
 
 
-@pytest.mark.parametrize(
+@each(
     ("source", "expected"),
     [("granted", True), ("registered", True), ("configured", True), ("default", False), ("address", False)],
 )
@@ -112,7 +112,7 @@ def test_the_body_of_a_tier_change_is_one_name() -> None:
     assert TierChange.model_validate_json('{"tier": "PREMIUM"}').tier == "PREMIUM"
 
 
-@pytest.mark.parametrize("body", ["{}", '{"tier": 1}', '{"tier": null}', "[]", '{"tier": "FREE", "rate": 5}'])
+@each("body", ["{}", '{"tier": 1}', '{"tier": null}', "[]", '{"tier": "FREE", "rate": 5}'])
 def test_a_tier_change_of_another_shape_is_refused(body: str) -> None:
     with pytest.raises(ValidationError):
         TierChange.model_validate_json(body)

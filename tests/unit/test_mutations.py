@@ -4,15 +4,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
+from tests.cases import each
 from tests.mutations.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 LEAST = 30
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{one.file}-{index}" for index, one in enumerate(MUTANTS)])
+@each("mutant", MUTANTS, ids=[f"{one.file}-{index}" for index, one in enumerate(MUTANTS)])
 def test_each_mutation_changes_one_place_and_names_tests_that_exist(mutant: Mutant) -> None:
     assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
     assert mutant.new != mutant.old

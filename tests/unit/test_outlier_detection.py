@@ -82,7 +82,7 @@ def ejected(upstream: Upstream, now: float = NOW) -> str:
 # Ejection
 
 
-@pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
+@each("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
 def test_a_target_whose_breaker_opens_gets_no_request(pick: Picker) -> None:
     upstream = upstream_of(3, pick)
     fail(upstream, upstream.targets[0])
@@ -342,7 +342,7 @@ def test_slow_responses_eject_a_target_too_but_not_the_last() -> None:
 # Slow start
 
 
-@pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(2)), rendezvous_hash])
+@each("pick", [round_robin, least_requests(random.Random(2)), rendezvous_hash])
 def test_a_target_that_returns_gets_its_share_gradually(pick: Picker) -> None:
     source = random.Random(1)
     upstream = upstream_of(2, pick, slow_start=10, draw=lambda _target, _key: source.random())

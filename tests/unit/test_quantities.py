@@ -7,9 +7,10 @@ import pytest
 from api_gateway.config import load_config
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.quantities import bytes_of, rate_of, seconds_of
+from tests.cases import each
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "seconds"),
     [("500ms", 0.5), ("10s", 10), ("5m", 300), ("1h", 3600), ("1d", 86_400), ("1h30m", 5400), ("1.5 s", 1.5)],
 )
@@ -17,7 +18,7 @@ def test_a_duration_is_in_seconds(text: str, seconds: float) -> None:
     assert seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "size"),
     [("64KiB", 65_536), ("10MB", 10_000_000), ("1GiB", 2**30), ("1.5kib", 1536), ("7B", 7), ("2 kB", 2000)],
 )
@@ -25,15 +26,15 @@ def test_a_size_is_in_bytes(text: str, size: int) -> None:
     assert bytes_of(text) == size
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "rate"), [("10/s", 10), ("5/min", 5 / 60), ("100/hour", 100 / 3600), ("1.5 / sec", 1.5), ("86400/day", 1)]
 )
 def test_a_rate_is_per_second(text: str, rate: float) -> None:
     assert rate_of(text) == rate
 
 
-@pytest.mark.parametrize("read", [seconds_of, bytes_of, rate_of])
-@pytest.mark.parametrize("value", [3, 0.25, "3", " 1.5e3 ", "-1", None, True])
+@each("read", [seconds_of, bytes_of, rate_of])
+@each("value", [3, 0.25, "3", " 1.5e3 ", "-1", None, True])
 def test_a_number_is_returned_as_it_is(read: Any, value: Any) -> None:
     assert read(value) is value
 
@@ -45,7 +46,7 @@ def error_of(sections: dict[str, Any]) -> str:
     return line.removeprefix("command line: ")
 
 
-@pytest.mark.parametrize(
+@each(
     ("sections", "line"),
     [
         (

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from api_gateway.resilience.ramp_up import MIN_RATE, RampUp
 from api_gateway.resilience.rate_meter import RateMeter
+from tests.cases import each
 
 NOW = 1000.0
 
@@ -37,7 +38,7 @@ def test_a_burst_is_limited_to_a_growing_rate() -> None:
     assert all(abs(count - 1000 * (second + 0.5) / 10) < 25 for second, count in enumerate(by_second) if second)
 
 
-@pytest.mark.parametrize("rate", [0, 1, 9, 100])
+@each("rate", [0, 1, 9, 100])
 def test_a_low_rate_is_not_limited(rate: float) -> None:
     """Ten at once, as a page that loads, and ten a second from then on."""
     ramp = RampUp(rate, 10, NOW)
@@ -95,7 +96,7 @@ def metered(times: list[float]) -> RateMeter:
     return meter
 
 
-@pytest.mark.parametrize("rate", [1, 20, 500])
+@each("rate", [1, 20, 500])
 def test_a_steady_rate_is_measured_exactly(rate: int) -> None:
     meter = metered([NOW + number / rate for number in range(30 * rate)])
     assert meter.rate(NOW + 30) == pytest.approx(rate, rel=0.15)

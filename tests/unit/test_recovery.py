@@ -135,7 +135,7 @@ def test_a_client_whose_calls_always_fail_does_not_keep_a_breaker_open_for_one_w
     assert str(calls.breaker.state) == "CLOSED"
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@each("policy", POLICIES)
 def test_probes_that_never_end_do_not_keep_a_breaker_from_closing(policy: BreakerPolicy) -> None:
     """Their places are free after the recovery timeout, and go to others first."""
     calls = Calls(CircuitBreaker(policy, NOW))
@@ -292,7 +292,7 @@ def test_a_probe_takes_the_next_request_whatever_load_balancing_selects(pick: st
     assert str(target.breaker.state) == "CLOSED"
 
 
-@pytest.mark.parametrize("pick", PICKERS)
+@each("pick", PICKERS)
 def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come(pick: str) -> None:
     service = Service(3, POLICIES[0], PICKERS[pick]())
     target = ejected(service, "b")
@@ -308,7 +308,7 @@ def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come(pick: 
     assert not probes[False]
 
 
-@pytest.mark.parametrize("pick", PICKERS)
+@each("pick", PICKERS)
 def test_a_retry_does_not_prefer_a_target_that_awaits_a_probe(pick: str) -> None:
     service = Service(3, POLICIES[0], PICKERS[pick]())
     target = ejected(service, "b")
@@ -319,7 +319,7 @@ def test_a_retry_does_not_prefer_a_target_that_awaits_a_probe(pick: str) -> None
     assert service.upstream.acquire(service.now, "", [failed]).target is other
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@each("policy", POLICIES)
 def test_a_target_returns_by_time_alone_without_any_request(policy: BreakerPolicy) -> None:
     """Otherwise it would prevent the ejection of others for as long as nobody probes it."""
     service = Service(2, policy, round_robin)
@@ -355,8 +355,8 @@ def test_the_breaker_of_an_upstream_does_not_close_without_a_probe() -> None:
     assert service.upstream.breaker.state_at(service.now) is State.HALF_OPEN
 
 
-@pytest.mark.parametrize("pick", PICKERS)
-@pytest.mark.parametrize("is_other_safe", [True, False])
+@each("pick", PICKERS)
+@each("is_other_safe", [True, False])
 def test_a_client_whose_requests_always_fail_does_not_keep_a_target_ejected(pick: str, *, is_other_safe: bool) -> None:
     """Although it makes nine of ten requests, and would make most probes."""
     service = Service(3, POLICIES[0], PICKERS[pick]())
@@ -441,7 +441,7 @@ def test_slow_start_ends_without_any_request() -> None:
     assert not service.upstream.outliers.abnormal
 
 
-@pytest.mark.parametrize("pick", PICKERS)
+@each("pick", PICKERS)
 def test_a_client_that_is_alone_makes_every_probe_of_a_target_at_once(pick: str) -> None:
     """Nobody else could make it, so the client does not leave it to others after a probe that has failed."""
     service = Service(3, POLICIES[0], PICKERS[pick]())
@@ -458,7 +458,7 @@ def test_a_client_that_is_alone_makes_every_probe_of_a_target_at_once(pick: str)
 # The retry budget
 
 
-@pytest.mark.parametrize(("share", "floor"), [(0.2, 0.0), (0.2, 1.0), (0.01, 0.0), (0.01, 0.1)])
+@each(("share", "floor"), [(0.2, 0.0), (0.2, 1.0), (0.01, 0.0), (0.01, 0.1)])
 def test_a_retry_budget_that_is_spent_refills_by_requests_and_by_time(share: float, floor: float) -> None:
     budget = RetryBudget(share, floor)
     now = NOW
@@ -509,9 +509,9 @@ class Server:
         return sum(flights) / len(flights)
 
 
-@pytest.mark.parametrize("service", [0.05, 1.0])
-@pytest.mark.parametrize("baseline", [0.01, 1.0, 100.0])
-@pytest.mark.parametrize("latency", [0.01, 100.0])
+@each("service", [0.05, 1.0])
+@each("baseline", [0.01, 1.0, 100.0])
+@each("latency", [0.01, 100.0])
 def test_an_adaptive_limit_leaves_its_minimum_whatever_it_has_measured_before(
     service: float, baseline: float, latency: float
 ) -> None:

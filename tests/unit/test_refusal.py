@@ -15,6 +15,7 @@ from api_gateway.limits.refusal import _BY_BUCKET, MOST_REMEMBERED_REFUSALS, ref
 from api_gateway.models import NANOSECONDS, Client, Decision, Exchange, Quota
 from api_gateway.proxy.problem_response import problem_body, problem_message, send_problem
 from api_gateway.rate_limiter import NEVER_NS
+from tests.cases import each
 
 FREE = Quota.per_second("FREE", 1, 10)
 QUOTAS = st.builds(
@@ -127,7 +128,7 @@ async def test_a_response_is_the_same_over_asgi_and_on_the_servers_own_connectio
     assert head == render_response_head(error.status, None, start["headers"])
 
 
-@pytest.mark.parametrize("hidden", ["\r", "\n", "\0", "\r\n"])
+@each("hidden", ["\r", "\n", "\0", "\r\n"])
 def test_no_field_of_an_error_begins_another_line(hidden: str) -> None:
     error = MethodNotAllowed("No.", headers={"allow": "GET", "x-one": f"1{hidden}x-two: 2"})
     with pytest.raises(RuntimeError, match="line break or NUL"):

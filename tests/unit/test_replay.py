@@ -695,7 +695,7 @@ def test_a_mistake_in_a_condition_names_its_place(text: str, cause: str) -> None
         ClientCondition(text)
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "cause"),
     [
         ("requests / newly_allowed > 1", "division by zero"),

@@ -7,8 +7,6 @@ import random
 import sys
 from dataclasses import dataclass, replace
 
-import pytest
-
 from api_gateway.downstream.request_reader import RequestReader
 from api_gateway.errors import GatewayError
 from api_gateway.http1.fast_parser import pairs_of, parse_request_head
@@ -224,7 +222,7 @@ def compare_many(count: int, seed: int) -> int:
     return sum(compare(generate(source, source.choice((0.0, 0.02, 0.1, 0.3)))) for _ in range(count))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@each("seed", range(4))
 def test_the_fast_grammar_declines_a_head_or_equals_the_general_parser(seed: int) -> None:
     taken = compare_many(HEADS // 4, seed)
     assert HEADS // 4 * 0.3 < taken < HEADS // 4 * 0.9, "both outcomes are frequent"

@@ -16,6 +16,7 @@ from api_gateway.observability.request_history import (
     outcome_of,
 )
 from api_gateway.observability.request_record import REQUEST_OUTCOMES, Record
+from tests.cases import each
 
 QUOTA = Quota.per_second("FREE", 1, 10)
 LIMITS = HistoryLimits(successes=20, refusals=10, errors=10, max_bytes=1_000_000, max_age=60)
@@ -170,9 +171,9 @@ def test_what_the_budget_has_no_place_for_is_counted_by_its_outcome() -> None:
     assert history.takes(ended(finished=6.5, **refused))
 
 
-@pytest.mark.parametrize("status", [200, 304, 404, 429, 499, 500, 503])
-@pytest.mark.parametrize("reason", [None, "rate_limited", "upstream_reset"])
-@pytest.mark.parametrize("source", ["gateway", "upstream"])
+@each("status", [200, 304, 404, 429, 499, 500, 503])
+@each("reason", [None, "rate_limited", "upstream_reset"])
+@each("source", ["gateway", "upstream"])
 def test_a_request_uses_the_budget_of_the_outcome_that_its_record_has(
     status: int, reason: str | None, source: str
 ) -> None:

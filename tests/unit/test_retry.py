@@ -203,7 +203,7 @@ def test_a_quiet_service_may_retry_ten_times() -> None:
     assert spent(RetryBudget(0.2)) == 10
 
 
-@pytest.mark.parametrize(("share", "requests", "retries"), [(0.25, 3, 0), (0.25, 4, 1), (0.5, 7, 3), (1, 5, 5)])
+@each(("share", "requests", "retries"), [(0.25, 3, 0), (0.25, 4, 1), (0.5, 7, 3), (1, 5, 5)])
 def test_retries_are_a_share_of_requests(share: float, requests: int, retries: int) -> None:
     budget = RetryBudget(share)
     spent(budget)
@@ -231,9 +231,7 @@ def test_what_a_busy_service_keeps_is_its_share_of_ten_seconds_and_no_longer_tha
     assert spent(budget, NOW + 60) == 10, "nothing came for twenty seconds"
 
 
-@pytest.mark.parametrize(
-    ("floor", "seconds", "retries"), [(1, 0.9, 0), (1, 1, 1), (1, 3.5, 3), (0.5, 3, 1), (0, 99, 0)]
-)
+@each(("floor", "seconds", "retries"), [(1, 0.9, 0), (1, 1, 1), (1, 3.5, 3), (0.5, 3, 1), (0, 99, 0)])
 def test_the_floor_is_so_many_retries_a_second(floor: float, seconds: float, retries: int) -> None:
     budget = RetryBudget(0.2, floor)
     spent(budget)

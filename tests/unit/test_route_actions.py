@@ -40,6 +40,7 @@ from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
+from tests.cases import each
 
 TARGETS = st.lists(
     st.sampled_from(
@@ -52,7 +53,7 @@ TARGETS = st.lists(
 # Redirects
 
 
-@pytest.mark.parametrize(
+@each(
     "to",
     [
         *("{path}", "//x.test", "/\\x.test", "/{path}", "https://", "https://{id}", "https://x.test{id}", "x.test/a"),
@@ -118,7 +119,7 @@ def test_no_request_has_its_path_for_the_upstream_begin_with_a_host(prefix: byte
         assert found.endswith(b"/x.test/a?b=//c")
 
 
-@pytest.mark.parametrize("segment", ["..", "%2e%2e", "%252e.", "..;x", "a%2Fb", "a%5cb", "a%252fb", "%00", ".%20", ""])
+@each("segment", ["..", "%2e%2e", "%252e.", "..;x", "a%2Fb", "a%5cb", "a%252fb", "%00", ".%20", ""])
 def test_a_segment_that_servers_read_differently_is_no_parameter(segment: str) -> None:
     with pytest.raises(BadRequest):
         path_parameters("/u/{id}/x", f"/u/{segment}/x".encode())
@@ -127,7 +128,7 @@ def test_a_segment_that_servers_read_differently_is_no_parameter(segment: str) -
 # Header fields
 
 
-@pytest.mark.parametrize(
+@each(
     "name",
     [
         *("Host", "Content-Length", "Transfer-Encoding", "Connection", "TE", "Upgrade", "Via", "Expect", "Trailer"),
@@ -228,7 +229,7 @@ def gzip_encoder(flushes: bool) -> GzipEncoder:  # noqa: FBT001 - see `NewEncode
 POLICY = Compression(((ZSTD, gzip_encoder), (GZIP, gzip_encoder)), frozenset({b"text/*", b"application/json"}), 100)
 
 
-@pytest.mark.parametrize(
+@each(
     ("accepted", "expected"),
     [
         ([], None),
@@ -258,7 +259,7 @@ def test_weights_are_limited_to_valid_ones() -> None:
     assert weights_of([b"a;q=0.123, b;q=0.1234, c;q=-1, d"]) == {b"a": 0.123, b"b": 0.0, b"c": 0.0, b"d": 1.0}
 
 
-@pytest.mark.parametrize(
+@each(
     ("status", "changes", "expected"),
     [
         (200, {}, True),
@@ -379,7 +380,7 @@ def test_zstd_compresses_with_the_library_that_is_there(*, flushes: bool) -> Non
 # Mirroring
 
 
-@pytest.mark.parametrize(
+@each(
     ("route", "message"),
     [
         ({"mirror": {"upstream": "nxet"}}, "no such upstream, got 'nxet'; did you mean 'next'"),
@@ -427,7 +428,7 @@ def test_a_share_of_requests_is_copied_and_only_what_is_within_the_limits() -> N
 # Limits
 
 
-@pytest.mark.parametrize(
+@each(
     ("route", "message"),
     [
         ({"max_header_bytes": 70_000}, "max_header_bytes: must be at most server.max_header_bytes, 65536, got 70000"),

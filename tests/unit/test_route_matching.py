@@ -23,6 +23,7 @@ from api_gateway.proxy.route_conditions import (
     ValueTest,
 )
 from api_gateway.proxy.route_table import Route, RouteTable
+from tests.cases import each
 from tests.examples import examples
 from tests.unit.test_path_readings import ANY, SERVERS, merged, resolved
 
@@ -68,7 +69,7 @@ def found(target: str, host: str = "h", method: str = "GET", table: RouteTable =
         return type(error).__name__
 
 
-@pytest.mark.parametrize(
+@each(
     ("target", "host", "fields", "expected"),
     [
         ("/api/users/8", "h", (), "prefix"),
@@ -174,7 +175,7 @@ BY_METHOD = RouteTable(
 )
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "target", "host", "fields", "expected"),
     [
         ("PUT", "/api/1/doc", "h", (), "write"),
@@ -252,7 +253,7 @@ def test_no_spelling_of_a_path_evades_an_exact_path_or_a_template(raw: str) -> N
         assert cost >= 5
 
 
-@pytest.mark.parametrize(
+@each(
     ("raw", "expected"),
     [
         ("/api/users/7/orders", 5),
@@ -275,7 +276,7 @@ def test_the_spellings_that_are_known_from_attacks_cost_as_much_or_are_refused(r
     assert cost_of(raw) == expected
 
 
-@pytest.mark.parametrize(
+@each(
     ("host", "expected"),
     [
         *((host, 5) for host in ("internal.test", "INTERNAL.test", "internal.test:8080", "internal.test.")),
@@ -288,7 +289,7 @@ def test_no_spelling_of_a_host_evades_its_routes(host: str, expected: object) ->
     assert cost_of("/api/hidden", host_name({b"host": [host.encode()]})) == expected
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "expected"),
     [
         ("", 2),
@@ -313,7 +314,7 @@ def test_a_query_that_servers_read_differently_is_refused_where_a_route_depends_
     assert cost_of("/api/elsewhere" + text) == 1, "nothing there depends on it"
 
 
-@pytest.mark.parametrize(
+@each(
     ("values", "expected"),
     [
         ((b"high",), 5),

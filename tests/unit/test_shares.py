@@ -1,6 +1,5 @@
 """Fair shares of a limited resource: one holder alone gets half at most, and everything is returned."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
@@ -125,7 +124,7 @@ def test_a_registered_client_has_a_share_of_its_own_and_all_others_their_address
     assert holder_of(client, address) == holder
 
 
-@pytest.mark.parametrize(
+@each(
     ("descriptors", "connections"),
     [(0, MIN_CONNECTIONS), (1024, 384), (20_256, 10_000), (1_048_576, MAX_CONNECTIONS)],
 )

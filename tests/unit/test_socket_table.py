@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from api_gateway.system.socket_table import ESTABLISHED, LISTEN, Endpoint, Row, SocketTable
+from tests.cases import each
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="Linux lists them in /proc")
 HEADING = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -19,7 +20,7 @@ def line(local: bytes, remote: bytes, state: bytes = b"01", uid: int = 0, inode:
     )
 
 
-@pytest.mark.parametrize(
+@each(
     ("listening", "dialled"),
     [
         ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.1")),

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import pytest
-
 from api_gateway.admin.spent_tokens import spent_by
+from tests.cases import each
 
 BUCKET = {"_source": "memory", "_rate": 1.0, "_burst": 10.0}
 
@@ -18,7 +17,7 @@ def row(at: float, before: float | None, cost: float = 1.0, **more: Any) -> dict
 REFUSED = BUCKET | {"_at_ns": 20_000_000_000, "_before": 0.5}
 
 
-@pytest.mark.parametrize(
+@each(
     ("rows", "missing", "is_complete"),
     [
         ([row(19.5, 1.0), row(11.0, 1.5, 9.0), row(10, 10.0, 9.5)], 0, True),

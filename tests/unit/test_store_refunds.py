@@ -1,9 +1,8 @@
 """Notifications of refunds: what others publish is noted once, and what is no notification is ignored."""
 
-import pytest
-
 from api_gateway.limits.store_refunds import StoreRefunds, invalidation
 from api_gateway.rate_limiter import Refund
+from tests.cases import each
 
 KEYS = ["client:a", "limit:team:a b  c", "1 2 3 4", " ", "ä|{}"]
 
@@ -12,7 +11,7 @@ def refunds(name: str) -> StoreRefunds:
     return StoreRefunds(name, lambda: 10**9)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@each("key", KEYS)
 def test_a_refund_of_another_process_shifts_later_charges_and_an_own_one_is_not_noted_twice(key: str) -> None:
     one, other = refunds("one"), refunds("other")
     message = f"300 5 {one.message(key, Refund(1000, 2000, 0, 0))}"  # as the store completes it: at 5000 ns
@@ -24,21 +23,21 @@ def test_a_refund_of_another_process_shifts_later_charges_and_an_own_one_is_not_
     assert other.recent.end_of(key, 1000, 2000) == 2000, "the charge itself"
 
 
-@pytest.mark.parametrize("key", KEYS)
+@each("key", KEYS)
 def test_an_invalidation_names_the_bucket_and_is_no_refund(key: str) -> None:
     some = refunds("one")
     assert some.read(invalidation(key)) == key
     assert len(some.recent) == 0
 
 
-@pytest.mark.parametrize("message", ["", " ", "x", "x a", "0", "300", "-3 5 one 1 2 a", "3e9 5 one 1 2 a"])
+@each("message", ["", " ", "x", "x a", "0", "300", "-3 5 one 1 2 a", "3e9 5 one 1 2 a"])
 def test_what_is_no_notification_is_ignored(message: str) -> None:
     some = refunds("other")
     assert some.read(message) is None
     assert len(some.recent) == 0
 
 
-@pytest.mark.parametrize("key", KEYS)
+@each("key", KEYS)
 def test_a_refund_of_a_gateway_of_an_earlier_version_is_an_invalidation(key: str) -> None:
     """It states no charge; readings of the bucket are dropped all the same."""
     some = refunds("other")

@@ -15,6 +15,7 @@ from api_gateway.observability.selected_lines import sampled, with_fields
 from api_gateway.observability.text_log import MAX_VALUE, TextLog
 from api_gateway.printable_text import printable
 from api_gateway.process.message_log import JsonFormatter, TextFormatter
+from tests.cases import each
 
 HOSTILE = "a\x1b[31mred\r\nforged line\x00\u202egnp.exe\u2028<script>alert(1)</script>"
 QUOTA = Quota.per_second("FREE", 1, 10)
@@ -50,7 +51,7 @@ def test_a_refusal_has_its_reason_and_the_id_of_the_request() -> None:
     assert "  -  -> users" in line_of(client=None)
 
 
-@pytest.mark.parametrize("field", ["method", "path", "detail", "id"])
+@each("field", ["method", "path", "detail", "id"])
 def test_a_line_is_inert(field: str) -> None:
     line = line_of(**{"reason": "upstream_reset", "detail": "x", field: HOSTILE})
     assert line.endswith("\n")
@@ -125,7 +126,7 @@ def test_a_traceback_is_inert_too() -> None:
     assert "ValueError: a" in found["traceback"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("log", "place"),
     [
         ({"format": "xml"}, "log.format"),

@@ -57,7 +57,7 @@ def test_a_malformed_traceparent_is_none(value: bytes) -> None:
     assert parent_context([value]) is None
 
 
-@pytest.mark.parametrize(
+@each(
     ("value", "flags"),
     [
         (VALID, 1),

@@ -16,6 +16,7 @@ from api_gateway.reporting.traffic_history import (
     TrafficHistory,
     seconds_to_next,
 )
+from tests.cases import each
 
 START = 1000.0
 FREE, PAID = Quota.per_second("FREE", 1, 10), Quota.per_second("PAID", 5, 50)
@@ -94,9 +95,7 @@ def test_an_hour_is_kept_in_less_than_a_megabyte_whatever_is_counted() -> None:
     assert len(pickle.dumps(points)) < 1_000_000
 
 
-@pytest.mark.parametrize(
-    ("now", "due"), [(1000.0, 1001.5), (1001.5, 1011.5), (1001.4, 1011.5), (1000.4, 1001.5), (1009.0, 1011.5)]
-)
+@each(("now", "due"), [(1000.0, 1001.5), (1001.5, 1011.5), (1001.4, 1011.5), (1000.4, 1001.5), (1009.0, 1011.5)])
 def test_a_point_is_due_when_all_workers_have_reported_what_was_before(now: float, due: float) -> None:
     assert now + seconds_to_next(now) == pytest.approx(due)
     assert (due - REPORT_DELAY) % POINT_SECONDS == pytest.approx(0)

@@ -38,7 +38,7 @@ def urls(upstream: Upstream, count: int) -> str:
 # Round robin
 
 
-@pytest.mark.parametrize(
+@each(
     ("weights", "turns"),
     [
         ({"a": 1}, "aaaa"),
@@ -81,7 +81,7 @@ def test_least_requests_takes_the_less_loaded_of_two() -> None:
     assert {pick([idle, busy], "").url for _ in range(50)} == {"idle"}
 
 
-@pytest.mark.parametrize(("small", "large", "chosen"), [(1, 2, "large"), (1, 3, "small"), (0, 1, "small")])
+@each(("small", "large", "chosen"), [(1, 2, "large"), (1, 3, "small"), (0, 1, "small")])
 def test_least_requests_counts_load_per_weight(small: int, large: int, chosen: str) -> None:
     pool = [Target("small", 2, in_flight=small * 2), Target("large", 5, in_flight=large * 2)]
     pick = least_requests(random.Random(1))
@@ -156,7 +156,7 @@ def test_an_unhealthy_target_is_never_chosen(pick: Picker, healthy: str) -> None
     assert {upstream.acquire(NOW, key).target.url for key in KEYS[:200]} == set(healthy)
 
 
-@pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
+@each("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
 def test_a_retry_prefers_what_was_not_tried(pick: Picker) -> None:
     upstream = upstream_of(targets(a=1, b=1, c=1), pick)
     for key in KEYS[:50]:
@@ -211,9 +211,7 @@ def opened(pool: Sequence[Target]) -> Upstream:
     return upstream
 
 
-@pytest.mark.parametrize(
-    ("later", "retry_after", "next_probe"), [(0, 30, "30.0"), (17.5, 12.5, "12.5"), (29.5, 1, "0.5")]
-)
+@each(("later", "retry_after", "next_probe"), [(0, 30, "30.0"), (17.5, 12.5, "12.5"), (29.5, 1, "0.5")])
 def test_an_open_breaker_says_why_and_until_when(later: float, retry_after: float, next_probe: str) -> None:
     pool = targets(a=1)
     with pytest.raises(CircuitOpen) as raised:
@@ -263,7 +261,7 @@ def test_a_lease_holds_its_target_until_released() -> None:
     assert target.in_flight == 0
 
 
-@pytest.mark.parametrize("first", Outcome)
+@each("first", Outcome)
 def test_only_the_first_settling_counts(first: Outcome) -> None:
     upstream = upstream_of(targets(a=1), failure_threshold=3)
     lease = upstream.acquire(NOW, "")

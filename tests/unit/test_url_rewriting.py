@@ -1,6 +1,5 @@
 """URLs in responses of a route that strips a prefix: what leads past the gateway is rewritten, the rest is left."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +44,7 @@ def test_any_other_reference_stays_as_it_is(url: str) -> None:
     assert REWRITER.url(url.encode(), TARGET).decode() == url
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "authority"),
     [("http://up/x", "up:80"), ("http://up:80/x", "up"), ("https://up:443/x", "UP"), ("https://UP/x", "up:443")],
 )
@@ -92,8 +91,8 @@ def test_rewriting_twice_changes_nothing_more(url: bytes, authority: bytes) -> N
     assert REWRITER.url(once, authorities) == once
 
 
-@pytest.mark.parametrize("host", ["users.internal", "users.internal:9000"])
-@pytest.mark.parametrize("is_public", [True, False])
+@each("host", ["users.internal", "users.internal:9000"])
+@each("is_public", [True, False])
 def test_a_url_that_names_the_host_that_the_upstream_got_leads_past_the_gateway_too(
     host: str, *, is_public: bool
 ) -> None:

@@ -1,7 +1,5 @@
 """The entry in `Via`: which values contain it, and what the gateway remembers of a request that returns."""
 
-import pytest
-
 from api_gateway.errors import LoopDetected
 from api_gateway.http1.headers import fields_of
 from api_gateway.http1.via import Via
@@ -33,7 +31,7 @@ def test_only_an_entry_with_the_pseudonym_counts(values: list[bytes], *, expecte
     assert Via("edge-1").is_in(values) is expected
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1", "2", "3"])
+@each("version", ["1.0", "1.1", "2", "3"])
 def test_an_entry_names_the_received_version(version: str) -> None:
     name, value = Via("edge-1").field(version)
     assert (name, value) == (b"via", f"{version} edge-1".encode())

@@ -22,6 +22,7 @@ from api_gateway.upstreams.dns import (
     resolve_once,
     resolve_periodically,
 )
+from tests.cases import each
 from tests.kit import FakeClock, RawUpstream, RunningGateway, eventually, in_front_of, reply, running_gateway, soon
 from tests.kit import ask as get
 
@@ -39,7 +40,7 @@ def test_a_name_is_one_target_until_it_is_resolved() -> None:
     assert repr(name) == "<HostName 'users.internal' [not resolved]>"
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "address", "expected"),
     [
         ("http://users.internal:8080", "10.0.0.1", "http://10.0.0.1:8080"),

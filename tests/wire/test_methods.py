@@ -7,6 +7,7 @@ import pytest
 from api_gateway.http1.headers import fields_of
 from api_gateway.models import Exchange
 from api_gateway.resilience.retry import is_repeatable
+from tests.cases import each
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, eventually, in_front_of, reason, reply
 
 UNKNOWN = [
@@ -119,7 +120,7 @@ def test_nor_on_a_connection_that_turns_out_to_be_closed(client: RawClient, up: 
     assert len(up.requests) == before + 1
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "POST"])
+@each("method", ["GET", "HEAD", "PUT", "POST"])
 def test_a_known_method_is_repeated_as_before(method: str) -> None:
     fields = fields_of([(b"Idempotency-Key", b"1")])
     assert is_repeatable(method, fields)

@@ -12,6 +12,7 @@ import pytest
 from api_gateway import models
 from api_gateway.admin import client_schema
 from api_gateway.reporting import metrics_schema, upstream_schema
+from tests.cases import each
 from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of, reply, running_gateway
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
@@ -44,15 +45,13 @@ def tokened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
         yield gateway
 
 
-@pytest.mark.parametrize("path", GUARDED)
+@each("path", GUARDED)
 def test_without_a_token_local_requests_are_served(plain: RunningGateway, path: str) -> None:
     assert ask(plain.url + path).status == 200
 
 
-@pytest.mark.parametrize("path", GUARDED)
-@pytest.mark.parametrize(
-    "header", [{"X-Forwarded-For": "203.0.113.9"}, {"Via": "1.1 edge"}, {"Host": "gateway.example:8000"}]
-)
+@each("path", GUARDED)
+@each("header", [{"X-Forwarded-For": "203.0.113.9"}, {"Via": "1.1 edge"}, {"Host": "gateway.example:8000"}])
 def test_without_a_token_forwarded_requests_are_refused(
     plain: RunningGateway, path: str, header: dict[str, str]
 ) -> None:
@@ -60,7 +59,7 @@ def test_without_a_token_forwarded_requests_are_refused(
     assert (answer.status, answer.json()["reason"]) == (401, "unauthorized")
 
 
-@pytest.mark.parametrize("path", GUARDED)
+@each("path", GUARDED)
 def test_a_configured_token_is_always_needed(tokened: RunningGateway, path: str) -> None:
     refused = ask(tokened.url + path)
     assert (refused.status, refused.json()["reason"]) == (401, "unauthorized")
@@ -76,7 +75,7 @@ def test_changing_a_tier_is_guarded(tokened: RunningGateway) -> None:
     assert ask(url, method="POST", headers=headers | {"Authorization": f"Bearer {TOKEN}"}, body=body).status == 200
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "path", "body"),
     [
         ("POST", "/clients/acme/grants", b'{"tier": "BASIC", "duration_seconds": 1}'),
@@ -143,7 +142,7 @@ def test_a_reset_fills_the_bucket(plain: RunningGateway) -> None:
     assert ask(url).json()["bucket"]["tokens"] == client.quota.capacity
 
 
-@pytest.mark.parametrize(
+@each(
     ("body", "named"),
     [
         ({"tier": "GOLD", "duration_seconds": 1}, ["'GOLD'", "PREMIUM"]),
@@ -250,7 +249,7 @@ def test_the_history_shows_the_cause_of_each_transition(gateway: StartGateway, u
     assert 0 <= ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]["ramp_ratio"] < 1
 
 
-@pytest.mark.parametrize(
+@each(
     ("body", "named"),
     [
         ({"mode": "open"}, ["body.mode", "'forced_open'", "got 'open'"]),
@@ -320,7 +319,7 @@ def test_health_shows_the_status_word_only_to_others(tokened: RunningGateway) ->
     assert full["client_store"] == {"status": "pass", "error": None}
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "path", "words"),
     [
         ("PUT", "/metrics", "The endpoint supports only GET, HEAD, OPTIONS."),
@@ -347,7 +346,7 @@ def test_a_message_says_what_would_be_accepted(plain: RunningGateway, method: st
     assert words in answer.json()["detail"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("body", "words"),
     [
         (b'{"tier": "\xff"}', "it is not text in UTF-8"),
@@ -364,7 +363,7 @@ def test_a_body_that_is_not_json_is_refused_with_the_cause(plain: RunningGateway
     assert answer.json()["detail"] == f"The body is not JSON: {words}."
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "body"),
     [
         ("/clients/acme/grants", {"tier": "PREMIUM", "duration_seconds": True}),
@@ -384,7 +383,7 @@ def test_true_is_no_number(plain: RunningGateway, path: str, body: dict[str, Any
     assert answer.json()["detail"].endswith(", got true.")
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "path", "body", "status", "reason"),
     [
         ("GET", "/nowhere", None, 404, "no_route"),
@@ -458,7 +457,7 @@ def test_the_schema_says_which_endpoints_take_a_token(plain: RunningGateway) -> 
     assert open_ones == {"/healthz", "/readyz", "/health", "/usage/me"}
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "model"),
     [
         ("/health", upstream_schema.HealthView),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import each
 from tests.kit import FakeClocks, RunningGateway, Wire, ask, in_front_of, running_gateway
 
 TOKEN = "correct-horse-battery"
@@ -177,8 +178,8 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "body"), WRITES + READS)
-@pytest.mark.parametrize("header", FOREIGN)
+@each(("method", "path", "body"), WRITES + READS)
+@each("header", FOREIGN)
 def test_a_page_of_another_origin_is_refused(
     plain: RunningGateway, tokened: RunningGateway, method: str, path: str, body: bytes | None, header: dict[str, str]
 ) -> None:
@@ -187,7 +188,7 @@ def test_a_page_of_another_origin_is_refused(
         assert (answer.status, answer.json()["reason"]) == (403, "forbidden"), answer.body
 
 
-@pytest.mark.parametrize(("method", "path", "body"), WRITES + READS)
+@each(("method", "path", "body"), WRITES + READS)
 def test_the_own_origin_is_served(plain: RunningGateway, method: str, path: str, body: bytes | None) -> None:
     headers = JSON | {"Origin": plain.url, "Sec-Fetch-Site": "same-origin"}
     assert ask(plain.url + path, method=method, headers=headers, body=body).status == 200
@@ -202,8 +203,8 @@ def test_a_link_from_another_site_leads_to_the_documentation_and_nowhere_else(pl
     assert ask(f"{plain.url}/docs", headers=followed | {"Sec-Fetch-Dest": "iframe"}).status == 403
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-@pytest.mark.parametrize(("method", "path", "body"), WRITES)
+@each("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+@each(("method", "path", "body"), WRITES)
 def test_what_a_form_can_send_changes_nothing(
     plain: RunningGateway, kind: str, method: str, path: str, body: bytes | None
 ) -> None:
@@ -225,7 +226,7 @@ def test_a_page_of_another_origin_sees_no_more_health_than_an_unauthenticated_ca
 # HEAD
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/health", *(path for _, path, _ in READS)])
+@each("path", ["/healthz", "/readyz", "/health", *(path for _, path, _ in READS)])
 def test_head_is_answered_wherever_get_is(plain: RunningGateway, path: str) -> None:
     got, head = ask(plain.url + path), ask(plain.url + path, method="HEAD")
     assert (got.status, head.status, head.body) == (200, 200, b"")
@@ -256,7 +257,7 @@ def encoded(client_id: str) -> str:
     return "".join(f"%{byte:02X}" for byte in client_id.encode())
 
 
-@pytest.mark.parametrize("client_id", IDS)
+@each("client_id", IDS)
 def test_any_id_is_one_segment_of_the_path(plain: RunningGateway, client_id: str) -> None:
     url = f"{plain.url}/clients/{encoded(client_id)}"
     tier = json.dumps({"tier": "PREMIUM"}).encode()
@@ -276,7 +277,7 @@ def test_any_id_is_one_segment_of_the_path(plain: RunningGateway, client_id: str
     assert told()["tier_source"] == "default"
 
 
-@pytest.mark.parametrize("resource", ["grants", "tier", "reset"])
+@each("resource", ["grants", "tier", "reset"])
 def test_an_id_with_a_slash_is_not_a_resource_of_another_client(plain: RunningGateway, resource: str) -> None:
     url = f"{plain.url}/clients/team"
     for path, body in (("/tier", b'{"tier": "PREMIUM"}'), ("/grants", b'{"tier": "BASIC", "duration_seconds": 600}')):
@@ -289,12 +290,12 @@ def test_an_id_with_a_slash_is_not_a_resource_of_another_client(plain: RunningGa
     assert (after["tier_source"], after["tier"], after["grant"]) == ("granted", before["tier"], before["grant"])
 
 
-@pytest.mark.parametrize("path", ["/clients/a/b", "/clients/a/b/tier", "/clients//tier", "/clients/", "/clients/a/"])
+@each("path", ["/clients/a/b", "/clients/a/b/tier", "/clients//tier", "/clients/", "/clients/a/"])
 def test_a_plain_slash_is_not_part_of_an_id(plain: RunningGateway, path: str) -> None:
     assert ask(plain.url + path, method="DELETE").status == 404
 
 
-@pytest.mark.parametrize("client_id", ["café", "a b", "a\nb", "\x00", "x" * 129, "\udcff"])
+@each("client_id", ["café", "a b", "a\nb", "\x00", "x" * 129, "\udcff"])
 def test_an_id_that_no_client_can_send_is_refused(plain: RunningGateway, client_id: str) -> None:
     spelt = "".join(f"%{byte:02X}" for byte in client_id.encode(errors="surrogateescape"))
     for method, path in (("GET", ""), ("DELETE", ""), ("DELETE", "/grants"), ("POST", "/reset")):
@@ -373,7 +374,7 @@ def test_an_ambiguous_request_is_refused(connect: Connect, plain: RunningGateway
 # Methods
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "allow"),
     [
         ("/healthz", "GET, HEAD, OPTIONS"),
@@ -430,7 +431,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
         yield running
 
 
-@pytest.mark.parametrize("token", [TOKEN, READ, OPERATE, OLD, "token-from-a-file"])
+@each("token", [TOKEN, READ, OPERATE, OLD, "token-from-a-file"])
 def test_any_of_the_tokens_may_read(named: RunningGateway, token: str) -> None:
     for _, path, _ in READS:
         assert ask(named.url + path, headers=bearer(token)).status == 200
@@ -438,16 +439,16 @@ def test_any_of_the_tokens_may_read(named: RunningGateway, token: str) -> None:
     assert "upstreams" in ask(f"{named.url}/health", headers=bearer(token)).json()
 
 
-@pytest.mark.parametrize("token", [TOKEN, OPERATE, OLD])
-@pytest.mark.parametrize(("method", "path", "body"), WRITES)
+@each("token", [TOKEN, OPERATE, OLD])
+@each(("method", "path", "body"), WRITES)
 def test_a_token_to_operate_may_write(
     named: RunningGateway, token: str, method: str, path: str, body: bytes | None
 ) -> None:
     assert ask(named.url + path, method=method, headers=JSON | bearer(token), body=body).status == 200
 
 
-@pytest.mark.parametrize("token", [READ, "token-from-a-file"])
-@pytest.mark.parametrize(("method", "path", "body"), WRITES)
+@each("token", [READ, "token-from-a-file"])
+@each(("method", "path", "body"), WRITES)
 def test_a_token_to_read_may_not_write(
     named: RunningGateway, token: str, method: str, path: str, body: bytes | None
 ) -> None:
@@ -584,7 +585,7 @@ def test_a_probe_that_names_no_host_is_answered(
 # What a body may hold
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "body"),
     [
         ("/clients/x/tier", rb'{"tier": "\ud800"}'),
@@ -606,7 +607,7 @@ def test_text_that_is_no_text_and_numbers_that_are_none_are_mistakes(
     assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
 
 
-@pytest.mark.parametrize("body", [b"[" * 60_000, b'{"a":' * 12_000, b'{"tier": ' + b"9" * 60_000 + b"}", b'"\xff"'])
+@each("body", [b"[" * 60_000, b'{"a":' * 12_000, b'{"tier": ' + b"9" * 60_000 + b"}", b'"\xff"'])
 def test_json_that_cannot_be_parsed_is_a_mistake(plain: RunningGateway, body: bytes) -> None:
     answer = ask(f"{plain.url}/clients/x/tier", method="POST", headers=JSON, body=body)
     assert answer.status in (400, 422)

@@ -20,6 +20,7 @@ from api_gateway.proxy.route_table import CostRule, Route
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.diagnostics import ConfigError
+from tests.cases import each
 from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of, reply
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
@@ -115,7 +116,7 @@ def test_a_tier_without_a_candidate_is_not_looked_at() -> None:
     assert len(trying.limiter) == before + 1  # the enforced bucket
 
 
-@pytest.mark.parametrize("path", ["/api/x/export", "/api/x/export/7", "/api/x//./export"])
+@each("path", ["/api/x/export", "/api/x/export/7", "/api/x//./export"])
 def test_a_candidate_cost_counts_what_the_bucket_would_no_longer_hold(path: str) -> None:
     """Everything else a client asks for is charged to the candidate's bucket as well, which it shares."""
     trying = Trying((ROUTE,))
@@ -126,7 +127,7 @@ def test_a_candidate_cost_counts_what_the_bucket_would_no_longer_hold(path: str)
     assert trying.request(cost=5, method="GET", path=path).trial is not None
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "path", "cost"),
     [("GET", "/api/x/export", None), ("POST", "/api/x/export", 8.0), ("POST", "/api/x", None)],
 )

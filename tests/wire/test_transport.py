@@ -23,6 +23,7 @@ from api_gateway.transport.probe import probe
 from api_gateway.transport.request import Origin
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from api_gateway.transport.sending_connection import MAX_REST
+from tests.cases import each
 from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, case, reply, soon, turns
 from tests.transport_kit import Outgoing, fetch, pieces_of, read, send
 
@@ -1079,7 +1080,7 @@ async def test_an_upstream_that_stops_reading_is_a_read_timeout(
 # Targets that were resolved
 
 
-@pytest.mark.parametrize(
+@each(
     ("address", "url", "sni"),
     [
         (None, "https://users.test:8443/a%2Fb?c", None),

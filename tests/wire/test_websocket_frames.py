@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable
 from itertools import accumulate
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.proxy.websocket_frames import GOING_AWAY, FrameBoundary
+from tests.cases import each
 from tests.wire.test_websocket import BINARY, CLOSE, frame
 
 READ = 64 * 1024  # bytes: what the tunnel takes at once
@@ -95,7 +95,7 @@ def test_whatever_the_bytes_and_however_cut_every_frame_is_followed(stream: byte
         assert edges.has_closed == any(stream[at] % 16 == 8 for at, _ in heads(stream[:end]))
 
 
-@pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)
+@each("small", SMALL.values(), ids=SMALL)
 def test_a_read_full_of_small_frames_costs_a_few_steps_each(small: bytes) -> None:
     stream = small * (READ // len(small))
     assert quickest(lambda: FrameBoundary().feed(stream)) < 10 * quickest(lambda: count(stream))
@@ -121,7 +121,7 @@ def quickest(work: Callable[[], object]) -> float:
     return min(times)
 
 
-@pytest.mark.parametrize("at", range(1, 14))
+@each("at", range(1, 14))
 def test_a_head_may_come_byte_by_byte(at: int) -> None:
     edges = FrameBoundary()
     long = frame(BINARY, bytes(70_000), masked=True)
