@@ -137,7 +137,7 @@ def test_all_limits_are_kept_together_and_those_of_a_killed_gateway_return(
 ) -> None:
     """At random through both: as many as the quota has, charged to all limits or none. Then one is killed."""
     choose, clients = random.Random(16), ("acme", "beta")
-    calls = [(choose.choice(gateways), choose.choice(clients)) for _ in range(400)]
+    calls = [(choose.choice(gateways), choose.choice(clients)) for _ in range(280)]
     with ThreadPoolExecutor(12) as pool:
         statuses = list(pool.map(lambda call: status_of(*call), calls))
     assert set(statuses) <= {200, 429}

@@ -16,7 +16,7 @@ from api_gateway.process import operator_client, view_commands
 from api_gateway.process.operator_client import NOT_REACHED, OperatorClient
 from api_gateway.process.view_commands import run_view
 from tests.kit import RawRequest, RawUpstream, Wire, ask, eventually, free_port, reply
-from tests.processes import ROOT, Running, config_file, fresh_process, process
+from tests.processes import ROOT, Running, config_file, process
 
 
 @pytest.fixture(scope="module")
@@ -186,16 +186,3 @@ def test_a_wrong_token_is_one_line_that_names_its_file(folder: Path, running: Ru
     assert f"The token is from {file}" in errors
     assert "not-the-token" not in errors
     assert errors.count("\n") == 1
-
-
-@pytest.mark.parametrize("arguments", [("--help",), ("tail", "--help"), ("top", "--help"), ("--version",)])
-def test_help_imports_little(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Seconds of importing the gateway before a help text would be in the way."""
-    program = (
-        "import sys, api_gateway.__main__ as command\n"
-        "try:\n    command.main()\nexcept SystemExit:\n    pass\n"
-        "print(sum(name.startswith(('pydantic', 'fastapi', 'httpx', 'uvicorn')) for name in sys.modules))"
-    )
-    with fresh_process("-c", program, *arguments, cwd=tmp_path, PYTHONPATH=str(ROOT)) as one:  # without watched loops
-        assert one.exit_code() == 0
-        assert one.output.splitlines()[-1] == "0", one.output

