@@ -723,7 +723,7 @@ AWAITED: dict[tuple[str, str], tuple[Outcome, ...]] = {
     ("backing off", "the drain ends"): IGNORED,
     ("backing off", "the deadline passes"): IGNORED,
 }
-BODIES = pytest.mark.parametrize(
+BODIES = each(
     "body",
     [NO_BODY, WHOLE, PART, LATE, EXPECTED_BODY, CHUNKED_BODY, CHUNKED_EXPECTED],
     ids=[
@@ -732,7 +732,7 @@ BODIES = pytest.mark.parametrize(
     ],
 )
 # The events of a situation are the cases of one test: most of them take less time than a test of their own.
-IN_EVERY_SITUATION = pytest.mark.parametrize("situation", SITUATIONS)
+IN_EVERY_SITUATION = each("situation", SITUATIONS)
 
 
 def body_state(body: Body, before: States) -> states.RequestBodyState:
@@ -852,7 +852,7 @@ def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
     body: Body,
 ) -> None:
     monkeypatch.setattr(ProxyExchange, "is_strict", False)
-    (tmp_path / "other").mkdir()
+    (tmp_path / "other").mkdir(exist_ok=True)
 
     async def run(event: str) -> None:
         world = World(tmp_path, monkeypatch, body)
@@ -881,7 +881,7 @@ def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
 
 
 @BODIES
-@pytest.mark.parametrize("is_open", [True, False])
+@each("is_open", [True, False])
 def test_the_end_of_connecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Body, *, is_open: bool) -> None:
     """The request is sent, or there is another attempt after a delay."""
 
@@ -903,7 +903,7 @@ def test_the_end_of_connecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("is_open", [True, False])
+@each("is_open", [True, False])
 def test_a_connection_that_was_closed_while_idle_is_replaced_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_open: bool
 ) -> None:
@@ -937,8 +937,8 @@ def test_a_connection_that_was_closed_while_idle_is_replaced_once(
 
 
 @BODIES
-@pytest.mark.parametrize("has_failed", [True, False])
-@pytest.mark.parametrize("is_available", [True, False])
+@each("has_failed", [True, False])
+@each("is_available", [True, False])
 def test_the_end_of_a_delay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Body, *, has_failed: bool, is_available: bool
 ) -> None:
@@ -1019,7 +1019,7 @@ def test_a_connection_that_opens_as_the_client_leaves_is_returned(
 
 
 @BODIES
-@pytest.mark.parametrize("situation", sorted(SITUATIONS.keys() - {"admitting", "selecting", "falling back"}))
+@each("situation", sorted(SITUATIONS.keys() - {"admitting", "selecting", "falling back"}))
 def test_a_late_reply_of_the_store_is_dropped_in_every_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, situation: str, body: Body
 ) -> None:
@@ -1047,7 +1047,7 @@ def test_a_late_reply_of_the_store_is_dropped_in_every_state(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("event", ["the client leaves", "the drain ends"])
+@each("event", ["the client leaves", "the drain ends"])
 def test_a_reply_to_an_exchange_that_was_aborted_meanwhile_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
 ) -> None:

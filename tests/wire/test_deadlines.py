@@ -143,7 +143,7 @@ def failures(running: RunningGateway, name: str) -> int:
     return int(running.live.upstreams[name].breaker.window_counts(time.monotonic()).failures)
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "headers", "words", "is_blamed"),
     [
         ("free", (f"X-Request-Timeout: {SHORT}",), "the client's X-Request-Timeout", False),
@@ -154,8 +154,8 @@ def failures(running: RunningGateway, name: str) -> int:
         ("total", (), "timeouts.total of upstream 'total'", True),
     ],
 )
-@pytest.mark.parametrize("odd", [(), ODD], ids=["fast path", "general parser"])
-@pytest.mark.parametrize("behave", [is_silent, drips])
+@each("odd", [(), ODD], ids=["fast path", "general parser"])
+@each("behave", [is_silent, drips])
 def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignored_by_the_breaker(
     running: RunningGateway,
     up: RawUpstream,
@@ -200,7 +200,7 @@ def test_the_remaining_time_is_forwarded_and_decreases_with_every_attempt(
     assert re.fullmatch(rb"\d\.\d{3}", first[0])
 
 
-@pytest.mark.parametrize(
+@each(
     ("target", "headers", "most"),
     [
         ("/api/timed", (), SHORT),
@@ -216,6 +216,7 @@ def test_the_remaining_time_is_forwarded_and_decreases_with_every_attempt(
 def test_the_upstream_gets_it_if_the_client_or_the_route_has_one(
     running: RunningGateway, up: RawUpstream, target: str, headers: tuple[str, ...], most: float | None
 ) -> None:
+    up.requests.clear()
     assert get(running, target, *headers)[0].status == 200
     told = up.requests[0].all("x-request-timeout")
     assert len(told) == (most is not None)

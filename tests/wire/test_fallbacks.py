@@ -299,8 +299,8 @@ def test_the_other_upstream_gets_the_body_too(
     assert (answer.status, [request.body for request in spare.requests]) == (200, [b"data"])
 
 
-@pytest.mark.parametrize("kind", ["static", "other"])
-@pytest.mark.parametrize(
+@each("kind", ["static", "other"])
+@each(
     "behave",
     [garbles, reply(b"no", b"500 No"), reply(b"no", b"503 No"), reply(b"no", b"404 No")],
     ids=["garbage", "500", "503", "404"],

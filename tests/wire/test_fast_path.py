@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from api_gateway.models import Exchange
+from tests.cases import each
 from tests.faulty import Fault, FaultyUpstream, Listening
 from tests.kit import (
     PATIENCE,
@@ -167,8 +168,8 @@ REQUESTS: dict[str, tuple[str, str, tuple[str, ...], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["/api", "/api/cut"])
-@pytest.mark.parametrize(("method", "target", "headers", "body"), REQUESTS.values(), ids=REQUESTS)
+@each("prefix", ["/api", "/api/cut"])
+@each(("method", "target", "headers", "body"), REQUESTS.values(), ids=REQUESTS)
 def test_upstream_client_and_record_get_the_same_on_both_paths(
     running: RunningGateway,
     up: RawUpstream,
@@ -179,6 +180,7 @@ def test_upstream_client_and_record_get_the_same_on_both_paths(
     body: bytes,
     prefix: str,
 ) -> None:
+    up.requests.clear()
     up.behave = reply(b"ok", headers=((b"ETag", b"x"), (b"Keep-Alive", b"timeout=5"), (b"X-Empty-Not", b"\xe4")))
     done = finished(running)
     fast_path_spy.clear()
@@ -258,9 +260,9 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-@pytest.mark.parametrize("last", [(), ("Connection: close",)], ids=["kept", "closed"])
-@pytest.mark.parametrize(("answer", "body"), ANSWERS.values(), ids=ANSWERS)
+@each("method", ["GET", "HEAD"])
+@each("last", [(), ("Connection: close",)], ids=["kept", "closed"])
+@each(("answer", "body"), ANSWERS.values(), ids=ANSWERS)
 def test_a_response_is_the_same_on_both_paths(
     running: RunningGateway,
     up: RawUpstream,
@@ -358,7 +360,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("pieces", BROKEN.values(), ids=BROKEN)
+@each("pieces", BROKEN.values(), ids=BROKEN)
 def test_a_response_with_broken_framing_ends_equally_on_both_paths(
     running: RunningGateway, up: RawUpstream, fast_path_spy: list[bool], pieces: list[bytes]
 ) -> None:
@@ -502,7 +504,7 @@ AGAIN: dict[str, tuple[str, tuple[str, ...], bytes, tuple[Try, ...], tuple[int, 
 }
 
 
-@pytest.mark.parametrize(("method", "headers", "body", "tries", "expected"), AGAIN.values(), ids=AGAIN)
+@each(("method", "headers", "body", "tries", "expected"), AGAIN.values(), ids=AGAIN)
 def test_retries_are_the_same_on_both_paths(
     running: RunningGateway,
     up: RawUpstream,
@@ -521,6 +523,8 @@ def test_retries_are_the_same_on_both_paths(
         wire.send(answer or b"HTTP")
         return answer is not None
 
+    up.behave = reply()
+    warm(running, up)  # a success, after the failures of the case before
     up.behave = behave
     done = finished(running)
     fast_path_spy.clear()

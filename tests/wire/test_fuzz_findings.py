@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import each
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of
 
 FINAL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -27,9 +28,9 @@ def sending(data: bytes) -> Callable[[Wire, RawRequest], None]:
     return behave
 
 
-@pytest.mark.parametrize("target", ["/api/x", "/api/timed"])
-@pytest.mark.parametrize("final", [FINAL, CHUNKED], ids=["counted", "chunked"])
-@pytest.mark.parametrize(
+@each("target", ["/api/x", "/api/timed"])
+@each("final", [FINAL, CHUNKED], ids=["counted", "chunked"])
+@each(
     "interim",
     [
         b"HTTP/1.1 199 Odd\r\nContent-Length: 3\r\n\r\nabc",

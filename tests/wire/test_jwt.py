@@ -15,6 +15,7 @@ from api_gateway.clients.api_keys import digest_of, new_key
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.process.start_check import startup_errors
+from tests.cases import each
 from tests.jwt_kit import AUDIENCE, BROKEN, ISSUER, LEEWAY, Published, claims_of, key_for, key_set, signed
 from tests.kit import (
     Answer,
@@ -264,8 +265,8 @@ def test_an_expired_token_states_no_claims_where_it_is_only_observed(
 # Broken tokens
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", BROKEN)
+@each("method", METHODS)
+@each("name", BROKEN)
 def test_a_broken_token_is_refused_and_nothing_of_it_is_shown(
     running: RunningGateway, up: RawUpstream, caplog: pytest.LogCaptureFixture, name: str, method: str
 ) -> None:
@@ -361,8 +362,8 @@ OTHER_FORMS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("form", OTHER_FORMS.values(), ids=OTHER_FORMS.keys())
+@each("method", METHODS)
+@each("form", OTHER_FORMS.values(), ids=OTHER_FORMS.keys())
 def test_a_token_in_another_form_is_refused(running: RunningGateway, up: RawUpstream, method: str, form: str) -> None:
     """An upstream might accept it, while the gateway would count the request for another client."""
     with RawClient(running.port) as client:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import each
 from tests.kit import (
     PATIENCE,
     RawAnswer,
@@ -664,7 +665,7 @@ HOST = b"Host: gateway.test\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 
 
-@pytest.mark.parametrize(
+@each(
     "request_bytes",
     [
         b"POST /api/bad HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
@@ -713,6 +714,7 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 def test_an_ambiguous_request_is_refused_and_never_forwarded(
     running: RunningGateway, up: RawUpstream, request_bytes: bytes
 ) -> None:
+    up.requests.clear()
     with RawClient(running.port) as client, RawClient(running.port) as later:
         client.send(request_bytes)
         answer = client.answer()
@@ -722,7 +724,7 @@ def test_an_ambiguous_request_is_refused_and_never_forwarded(
     assert [request.line for request in up.requests] == [b"GET /api/good HTTP/1.1"]
 
 
-@pytest.mark.parametrize(
+@each(
     "body",
     [
         b"zz\r\nok\r\n0\r\n\r\n",
@@ -736,11 +738,12 @@ def test_an_ambiguous_request_is_refused_and_never_forwarded(
         b"2\r\nok\r\n0ffffffffffffffff;a=b\r\n",
     ],
 )
-@pytest.mark.parametrize("pause", [0.0, 0.05])
+@each("pause", [0.0, 0.05])
 def test_a_body_with_bad_chunks_never_arrives_whole(
     running: RunningGateway, up: RawUpstream, body: bytes, pause: float
 ) -> None:
     """The head may be on its way when the body turns out to be bad; the upstream then sees the request broken off."""
+    up.requests.clear()
     with RawClient(running.port) as client, RawClient(running.port) as later:
         client.send(b"POST /api/bad HTTP/1.1\r\n" + HOST + CHUNKED + b"\r\n")
         time.sleep(pause)

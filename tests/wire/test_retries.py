@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from api_gateway.resilience.retry import RetryBudget
+from tests.cases import each
 from tests.kit import (
     PATIENCE,
     Behaviour,
@@ -154,35 +155,38 @@ def test_every_attempt_is_counted_where_all_are_refused(running: RunningGateway)
     assert made() == {"upstream_connect_error": 2}
 
 
-@pytest.mark.parametrize("failing", FAILURES)
-@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
+@each("failing", FAILURES)
+@each("method", ["GET", "HEAD", "DELETE"])
 def test_an_idempotent_request_that_fails_before_the_head_is_repeated(
     running: RunningGateway, up: RawUpstream, method: str, failing: Behaviour
 ) -> None:
     up.behave = first(failing)
+    up.requests.clear()
     assert ask(running, method, "/api/twice").status == 200
     assert len(up.requests) == 2
     assert up.requests[0].head == up.requests[1].head
 
 
-@pytest.mark.parametrize("failing", FAILURES)
-@pytest.mark.parametrize(("method", "body"), [("POST", b""), ("POST", b"data"), ("PATCH", b"data")])
+@each("failing", FAILURES)
+@each(("method", "body"), [("POST", b""), ("POST", b"data"), ("PATCH", b"data")])
 def test_a_request_that_may_have_had_its_effect_is_not_repeated(
     running: RunningGateway, up: RawUpstream, method: str, body: bytes, failing: Behaviour
 ) -> None:
     up.behave = first(failing)
+    up.requests.clear()
     assert ask(running, method, "/api/twice", body).status in (502, 504)
     assert len(up.requests) == 1
 
 
-@pytest.mark.parametrize("framing", ["length", "chunked"])
-@pytest.mark.parametrize(("size", "is_kept"), [(4, True), (KEPT, True), (KEPT + 1, False), (50 * KEPT, False)])
-@pytest.mark.parametrize("failing", [dies, is_garbled, is_silent, unavailable])
+@each("framing", ["length", "chunked"])
+@each(("size", "is_kept"), [(4, True), (KEPT, True), (KEPT + 1, False), (50 * KEPT, False)])
+@each("failing", [dies, is_garbled, is_silent, unavailable])
 def test_a_body_is_sent_again_if_it_was_kept_whole(
     running: RunningGateway, up: RawUpstream, framing: str, size: int, failing: Behaviour, *, is_kept: bool
 ) -> None:
     """What is larger is streamed and gone, so even PUT cannot be repeated then."""
     up.behave = first(failing)
+    up.requests.clear()
     body = bytes(number % 251 for number in range(size))
     with RawClient(running.port) as client:
         if framing == "length":
