@@ -28,7 +28,6 @@ from api_gateway.settings.diagnostics import (
     describe_errors,
     path_of_error,
     path_text,
-    without_passwords,
 )
 from api_gateway.settings.environment import (
     broken_lines,
@@ -46,9 +45,9 @@ from api_gateway.settings.repair import errors_of_repaired
 from api_gateway.settings.route_ownership import IncludeSection, ownership_lines
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.rules import Finding, find_errors
-from api_gateway.settings.secret import Unusable, noting_exposed
+from api_gateway.settings.secret import Unusable, noting_exposed, without_passwords
 from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
-from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
+from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName, path_of_file
 from api_gateway.settings.store import StoreSection
 from api_gateway.settings.tracing import TracingSection
 from api_gateway.settings.upstreams import UpstreamSection
@@ -96,7 +95,7 @@ def _folder(given: Any) -> Any:
         raise ValueError(given.cause)  # noqa: TRY004 - it becomes a message of the validation
     if given == "":
         raise ValueError("must name a folder")
-    return Path(given).expanduser() if isinstance(given, str) else given
+    return Path(path_of_file(given)).expanduser() if isinstance(given, str) else given
 
 
 _SHARED = "may also be in included files"  # metadata of sections

@@ -22,6 +22,7 @@ from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.metrics import Recorder
 from api_gateway.models import Decision, Exchange, HeaderList
+from api_gateway.printable_text import shown_method
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.path_table import PATH_PREFIX, is_placeholder
 from api_gateway.proxy.problem_response import send_problem
@@ -161,7 +162,7 @@ class ExchangeRecords:
     @staticmethod
     def internal_error(exchange: Exchange, error: Exception) -> InternalError:
         """Log an error that is a defect of the gateway, with its traceback, and return the error for the client."""
-        logger.error("request %s (%s %s) failed", exchange.id, exchange.method, exchange.path, exc_info=error)
+        logger.error("request %s failed", _described(exchange), exc_info=error)
         return InternalError(f"The gateway failed: {type(error).__name__}.")
 
     def note_late_reply(self, exchange: Exchange, reply: object) -> None:
@@ -185,7 +186,7 @@ class ExchangeRecords:
         """Count an event that the state of the exchange does not allow; log the first of each phase and event."""
         counts = self._recorder.illegal_exchange_events
         if not counts[phase, event]:
-            logger.error("request %s (%s %s): %s", exchange.id, exchange.method, exchange.path, error)
+            logger.error("request %s: %s", _described(exchange), error)
         counts[phase, event] += 1
 
     def end(self, exchange: Exchange, now: float) -> None:
@@ -197,3 +198,7 @@ class ExchangeRecords:
                 observe(exchange)
             except Exception:
                 logger.exception("request %s could not be recorded", exchange.id)
+
+
+def _described(exchange: Exchange) -> str:
+    return f"{exchange.id} ({shown_method(exchange.method)} {exchange.path})"

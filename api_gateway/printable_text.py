@@ -1,8 +1,22 @@
-"""Text of clients and upstreams as a terminal may show it, in lines and in tables."""
+"""Text of clients and upstreams as logs and terminals may show it: characters, methods, tables."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 MAX_CELL_WIDTH = 80  # characters
+OTHER_METHOD = "_OTHER"  # as in OpenTelemetry's conventions
+# The method registry of IANA, of November 2026.
+REGISTERED_METHODS = frozenset(
+    {
+        *("ACL", "BASELINE-CONTROL", "BIND", "CHECKIN", "CHECKOUT", "CONNECT", "COPY", "DELETE"),
+        *("GET", "HEAD", "LABEL", "LINK", "LOCK", "MERGE", "MKACTIVITY", "MKCALENDAR"),
+        *("MKCOL", "MKREDIRECTREF", "MKWORKSPACE", "MOVE", "OPTIONS", "ORDERPATCH", "PATCH", "POST"),
+        *("PRI", "PROPFIND", "PROPPATCH", "PUT", "QUERY", "REBIND", "REPORT", "SEARCH"),
+        *("TRACE", "UNBIND", "UNCHECKOUT", "UNLINK", "UNLOCK", "UPDATE", "UPDATEREDIRECTREF", "VERSION-CONTROL"),
+    }
+)
+# One letter less than the shortest operator token that the settings accept: no credential is shown.
+_SHORT_METHOD = re.compile(r"[A-Za-z-]{1,7}")
 
 
 def printable(text: str) -> str:
@@ -10,6 +24,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def shown_method(method: str) -> str:
+    """Return a method as logs, traces and histories show it.
+
+    A registered one, in any letter case, or one of at most seven letters; for any other `OTHER_METHOD`, as a client
+    that mixes up the parts of a request can send a credential as the method.
+    """
+    if method in REGISTERED_METHODS or _SHORT_METHOD.fullmatch(method) or method.upper() in REGISTERED_METHODS:
+        return method
+    return OTHER_METHOD
 
 
 def table(

@@ -21,6 +21,7 @@ from api_gateway.observability.request_record import (
     charged_cost,
     tokens_after,
 )
+from api_gateway.printable_text import shown_method
 from api_gateway.rate_limiter import NEVER_NS
 
 MAX_FOUND = 20  # requests with one id
@@ -151,7 +152,7 @@ def _row(record: Record) -> Members:
         "client_address": record.client_address,
         "tier": record.tier,
         "tier_source": record.tier_source,
-        "method": record.method,
+        "method": shown_method(record.method),
         "path": _text(record.path),
         "status": record.status,
         "reason": record.reason,
@@ -324,7 +325,7 @@ def _spending(record: Record, key: str) -> Members:
         "time": wall_time(record.ended),
         "request_id": _text(record.id),
         "client_id": _text(record.client_id),
-        "method": record.method,
+        "method": shown_method(record.method),
         "path": _text(record.path),
         "status": record.status,
         "cost": round(record.cost if settled else charged_cost(charged), 6),

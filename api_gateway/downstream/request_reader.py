@@ -304,7 +304,10 @@ class RequestReader:
             logger.error("failed to parse a request", exc_info=cause)
             self._refuse(InternalError("The gateway failed to parse the request."))
         else:
-            self._refuse(BadRequest(f"The request is not well-formed HTTP/1.1: {str(cause or error).rstrip('.')}."))
+            fault = str(cause or error).rstrip(".")
+            if isinstance(cause or error, httptools.HttpParserInvalidURLError):
+                fault = "its target is not a valid URL"  # the parser quotes it, and it may contain a password
+            self._refuse(BadRequest(f"The request is not well-formed HTTP/1.1: {fault}."))
 
     def _on_upgrade(self) -> None:
         """Report a WebSocket handshake; ignore other upgrades.

@@ -8,6 +8,7 @@ from json.encoder import encode_basestring_ascii as quoted
 
 from api_gateway.models import Decision, Exchange, Settlement
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.printable_text import shown_method
 
 # The members of a line, in their order; some lines lack some.
 LINE_FIELDS = (
@@ -93,7 +94,7 @@ class AccessLog:
             f"{'' if exchange.trace is None else f',{_TRACE}{quoted(exchange.trace.trace_id)}'}"
             f',"client_address":{quoted(exchange.client_address)},"client_id":{client_id},"tier":{tier},"tier_source":{tier_source}'
             f"{'' if organisation is None else f',{_ORGANISATION}{quoted(organisation)}'}"
-            f',"method":{quoted(exchange.method)},"path":{quoted(exchange.path)}'
+            f',"method":{quoted(shown_method(exchange.method))},"path":{quoted(exchange.path)}'
         )
         before, after = self._response(
             exchange.status,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from api_gateway.models import Exchange
-from api_gateway.printable_text import printable
+from api_gateway.printable_text import printable, shown_method
 
 MAX_VALUE = 500  # characters of a path or detail; JSON has all of them
 
@@ -29,7 +29,7 @@ class TextLog:
         parts = [
             f"{datetime.fromtimestamp(now).astimezone():%H:%M:%S.%f}"[:-3],
             str(exchange.status),
-            printable(exchange.method),
+            shown_method(exchange.method),
             self._value(exchange.path),
             f"{exchange.duration * 1000:.1f} ms",
             "-" if client is None else f"{printable(client.id)} ({client.quota.name})",

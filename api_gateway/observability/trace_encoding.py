@@ -20,6 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 
 from api_gateway.models import NANOSECONDS, SPAN_ID, TRACE_FLAGS, TRACE_ID, Exchange, Trace
 from api_gateway.observability.span_format import SpanHeads, TextHeads, heads_of_number, varint
+from api_gateway.printable_text import OTHER_METHOD, shown_method
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
 TRACED_METHODS = frozenset(
@@ -302,7 +303,9 @@ def _method(method: str) -> dict[str, AttributeValue]:
     """Return the attributes of a method; one that the conventions do not know is `_OTHER`."""
     if method in TRACED_METHODS:
         return {"http.request.method": method}
-    return {"http.request.method": "_OTHER", "http.request.method_original": method}
+    shown = shown_method(method)
+    original = {} if shown == OTHER_METHOD else {"http.request.method_original": shown}
+    return {"http.request.method": OTHER_METHOD, **original}
 
 
 def _part(name: str, kind: Any, attributes: Mapping[str, AttributeValue], *, is_failed: bool) -> bytes:

@@ -14,7 +14,7 @@ from api_gateway.models import Exchange
 from api_gateway.proxy.route_table import Route
 
 _DECIMAL = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
-_SHOWN = 40  # bytes of an invalid value that are quoted
+_SHOWN = 7  # characters of an invalid value; more could be a credential in the wrong place
 
 
 @dataclass(slots=True)
@@ -86,5 +86,6 @@ def _requested_seconds(given: Sequence[bytes]) -> float:
     """Return the value of `X-Request-Timeout` in seconds. Raises BadRequest."""
     if len(given) == 1 and _DECIMAL.fullmatch(given[0]) is not None and float(given[0]) > 0:
         return float(given[0])
-    shown = ", ".join(value[:_SHOWN].decode("latin-1") for value in given)
-    raise BadRequest(f"X-Request-Timeout must be one decimal number of seconds above 0, got {shown!r}.")
+    whole = b", ".join(given)
+    shown = repr(whole.decode("latin-1")) if len(whole) <= _SHOWN else f"{len(whole)} characters"
+    raise BadRequest(f"X-Request-Timeout must be one decimal number of seconds above 0, got {shown}.")

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
+from api_gateway.printable_text import shown_method
 from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.compression import Compression
 from api_gateway.proxy.content_cost import ContentCost
@@ -343,7 +344,7 @@ class RouteTable:
                 allowed, first = allowed | route.methods, pattern
         if allowed:
             names = ", ".join(sorted(allowed))
-            raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
+            raise MethodNotAllowed(f"{path} allows {names}, not {shown_method(method)}.", headers={"allow": names})
         raise NoRoute(f"No route matches {path}.")
 
     def _find_dearest(

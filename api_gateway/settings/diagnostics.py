@@ -17,7 +17,15 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from api_gateway.printable_text import printable
-from api_gateway.settings.secret import SUFFIX, Unusable, holds_secret, may_hold_password, shown_path
+from api_gateway.settings.secret import (
+    PEM_BEGINNING,
+    SUFFIX,
+    Unusable,
+    holds_secret,
+    may_hold_password,
+    shown_path,
+    without_pem,
+)
 
 KeyPath = tuple[str, ...]
 
@@ -27,7 +35,9 @@ DELIMITER = "__"  # between the levels of a setting, in the name of a variable
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
 _HINT = "; did you mean "
 _LONGEST_SHOWN = 200
-_LIKE_KEY = re.compile("agw_[0-9A-Za-z]{20}")  # an API key, see `clients.api_keys`
+_LIKE_CREDENTIAL = re.compile(  # an API key, a JSON Web Token, a private key: see `clients.api_keys`
+    rf"agw_[0-9A-Za-z]{{20}}|eyJ[0-9A-Za-z_-]{{8,}}\.[0-9A-Za-z_-]{{8}}|{PEM_BEGINNING}"
+)
 QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")
 NO_PATTERNS: Mapping[str, str] = {}
 
@@ -39,7 +49,7 @@ class ConfigError(Exception):
     """
 
     def __init__(self, problems: list[str]) -> None:
-        problems = list(map(printable, problems))
+        problems = [printable(without_pem(problem)) for problem in problems]
         super().__init__("\n".join(problems))
         self.problems = problems
 
@@ -330,18 +340,13 @@ def _is_named_secret(model: type[BaseModel], key_path: KeyPath) -> bool:
     return get_origin(unwrapped(names)) is dict and holds_secret(names)
 
 
-def without_passwords(message: str) -> str:
-    """Return a message without the quoted values that may contain a password."""
-    return re.sub(r"'[^']*@[^']*'", "a value that is not shown because it may contain a password", message)
-
-
 def shown_value(value: Any, annotation: Any) -> str:
     """Return the part of a message that shows a wrong value of this type, unless the value may contain a secret."""
     if holds_secret(annotation):
         return ""
     text = repr(value)
-    if _LIKE_KEY.search(text):
-        return ", got a value that is not shown because it contains an API key"
+    if _LIKE_CREDENTIAL.search(text):
+        return ", got a value that is not shown because it contains a key or token"
     if len(text) > _LONGEST_SHOWN:
         text = f"{text[:_LONGEST_SHOWN]}..."
     if "@" in text or (may_hold_password(annotation) and not _PLAIN_URL.fullmatch(text)):

@@ -1,6 +1,5 @@
 """Sections of JSON Web Tokens: their issuers, what a token must have, and what a route requires of it."""
 
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -14,6 +13,7 @@ from api_gateway.settings.setting_types import (
     OWN_HEADER,
     SCOPE,
     Duration,
+    FilePath,
     Identifier,
     Section,
     Size,
@@ -107,11 +107,11 @@ class IssuerSection(Section):
     jwks_url: DocumentUrl | None = Field(
         default=None, description="The URL of the key set. None: by the issuer's OpenID configuration."
     )
-    jwks_file: Path | None = Field(default=None, description="A JSON Web Key Set, read again at refresh_interval.")
+    jwks_file: FilePath | None = Field(default=None, description="A JSON Web Key Set, read again at refresh_interval.")
     secret: Secret | None = Field(default=None, description="For HS256, HS384 and HS512 only; at least 32 bytes.")
     secret_file: SecretFile = None
     allow_http: bool = Field(default=False, description="Whether keys may be fetched without TLS, except on loopback.")
-    ca_file: Path | None = Field(default=None, description="A PEM file, instead of the system's authorities.")
+    ca_file: FilePath | None = Field(default=None, description="A PEM file, instead of the system's authorities.")
     algorithms: list[Algorithm] | None = Field(
         default=None, min_length=1, description="None: all asymmetric ones; with a secret, HS256."
     )

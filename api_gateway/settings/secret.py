@@ -10,6 +10,7 @@ apply to the content too. The file is read whenever a configuration is loaded, a
 """
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +27,12 @@ MAX_FILE_BYTES = 65_536
 SUFFIX = "_file"
 MAY_HOLD_PASSWORD = "may hold a password"  # noqa: S105 - metadata of a type: a wrong value of it is not shown
 
+PEM_BEGINNING = "-----BEGIN"  # of a file that may be a private key
+_PEM_IN_TEXT = re.compile(f"{PEM_BEGINNING}.*?(?:-----END[A-Z ]*-----|$)", re.DOTALL)
 
 _noted: ContextVar[set[Path] | None] = ContextVar("_noted", default=None)
+# From the root, from a folder that dots name, or in small letters: a secret in base64 may contain slashes, too.
+_PLAIN_PATH = re.compile(r"(?:~|\.{0,2})/[^@:%+=\s]*|[^@:%+=\sA-Z/]+/[^@:%+=\sA-Z]*")
 _exposed: ContextVar[dict[Path, int] | None] = ContextVar("_exposed", default=None)
 
 
@@ -82,6 +87,16 @@ def noting_exposed(files: dict[Path, int]) -> Iterator[None]:
         _exposed.reset(token)
 
 
+def without_pem(text: str) -> str:
+    """Return a text without contents of PEM files, also if their ends are cut off."""
+    return _PEM_IN_TEXT.sub(f"{PEM_BEGINNING}...", text) if PEM_BEGINNING in text else text
+
+
+def without_passwords(message: str) -> str:
+    """Return a message without the quoted values that may contain a password."""
+    return re.sub(r"'[^']*@[^']*'", "a value that is not shown because it may contain a password", message)
+
+
 def note_file(path: Path) -> None:
     """Add a file, or a path with wildcards, to those that `noting_files` collects."""
     noted = _noted.get()
@@ -92,7 +107,7 @@ def note_file(path: Path) -> None:
 def shown_path(path: object) -> str:
     """Return the path of a secret file for a message; hide it if it may be the secret itself, set by mistake."""
     text = str(path)
-    is_plain = "/" in text and not any(character in text for character in "@:%")
+    is_plain = _PLAIN_PATH.fullmatch(text) is not None
     return f"'{text}'" if is_plain else "a path that is not shown, as it may be a secret"
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
@@ -20,7 +21,7 @@ from api_gateway.http1.headers import UNIX
 from api_gateway.settings.bind_address import MAX_PORT, checked_host, checked_listen, file_mode
 from api_gateway.settings.boolean_refusal import without_booleans
 from api_gateway.settings.quantities import DURATION_TEXT, RATE_TEXT, SIZE_TEXT, bytes_of, rate_of, seconds_of
-from api_gateway.settings.secret import MAY_HOLD_PASSWORD, read_secret_files, secret_names
+from api_gateway.settings.secret import MAY_HOLD_PASSWORD, PEM_BEGINNING, read_secret_files, secret_names
 from api_gateway.settings.value_checks import ValueCheck, ValueReader, prepared
 
 TOO_MANY_REQUESTS = 429
@@ -234,6 +235,13 @@ def _own_header(name: str) -> str:
     return name
 
 
+def path_of_file(path: Any) -> Any:
+    """Refuse the content of a file, such as a private key, where its path belongs: paths are shown."""
+    if isinstance(path, str) and ("\n" in path or PEM_BEGINNING in path):
+        raise ValueError("must be a path, not the content of a file")
+    return path
+
+
 RetriedStatus = Annotated[int, ValueCheck(_retried_status)]
 HeaderName = Annotated[str, Field(pattern=HEADER_NAME), ValueCheck(_own_header)]
 HeaderValue = Annotated[str, Field(pattern=_HEADER_VALUE, max_length=4096)]
@@ -243,6 +251,7 @@ NetworkSetting = Annotated[IPv4Network | IPv6Network, ValueReader(_network)]
 WholePath = Annotated[str, ValueCheck(_whole_path)]
 OriginUrl = Annotated[str, ValueCheck(_origin_url), MAY_HOLD_PASSWORD]
 TrustedProxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], ValueReader(_trusted_proxy)]
+FilePath = Annotated[Path, ValueReader(path_of_file, json_schema_input_type=Path)]
 FileMode = Annotated[int, ValueReader(file_mode)]
 Host = Annotated[str, ValueCheck(checked_host)]
 Listen = Annotated[str, ValueCheck(checked_listen)]

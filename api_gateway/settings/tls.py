@@ -1,11 +1,10 @@
 """The section `server.tls`: certificates of the listener for clients, and what is required of clients."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from api_gateway.settings.setting_types import Listen, Seconds, Section
+from api_gateway.settings.setting_types import FilePath, Listen, Seconds, Section
 
 HSTS = r'^max-age="?[0-9]{1,10}"?(;[ ]?(includeSubDomains|preload))*$'
 CIPHERS = r"^[A-Za-z0-9_:+!@=.-]{1,1024}$"
@@ -14,18 +13,20 @@ CIPHERS = r"^[A-Za-z0-9_:+!@=.-]{1,1024}$"
 class CertificateSection(Section):
     """A certificate and its key, PEM files. The names that it is for are those in it."""
 
-    certificate: Path = Field(description="The certificate, followed by those of the authorities up to the root.")
-    key: Path | None = Field(default=None, description="Not encrypted. None: it is in the file of the certificate.")
+    certificate: FilePath = Field(description="The certificate, followed by those of the authorities up to the root.")
+    key: FilePath | None = Field(
+        default=None, description="Not encrypted. None: it is in the file of the certificate."
+    )
 
 
 class ClientCertificatesSection(Section):
     """Certificates of clients: their authorities, and whether every connection needs a certificate."""
 
-    ca: Path = Field(description="PEM certificates of the authorities that issue certificates of clients.")
+    ca: FilePath = Field(description="PEM certificates of the authorities that issue certificates of clients.")
     mode: Literal["optional", "required"] = Field(
         default="optional", description="required: a connection without a certificate is refused in its handshake."
     )
-    crl: Path | None = Field(
+    crl: FilePath | None = Field(
         default=None, description="PEM revocation lists of these authorities, each a current one."
     )
 
@@ -54,7 +55,7 @@ class ServerTlsSection(Section):
     redirect_port: int | None = Field(
         default=None, ge=1, le=65_535, description="The port in Location. None: that of the server; 443 is left out."
     )
-    acme_challenges: Path | None = Field(
+    acme_challenges: FilePath | None = Field(
         default=None, description="A folder that redirect_from serves as /.well-known/acme-challenge/."
     )
     hsts: str | None = Field(

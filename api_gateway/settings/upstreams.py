@@ -1,6 +1,5 @@
 """Sections of upstreams: targets, timeouts, pools, health checks, circuit breakers, retries and limits."""
 
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -8,6 +7,7 @@ from pydantic import Field
 from api_gateway.settings.setting_types import (
     HASH_ON,
     Duration,
+    FilePath,
     HostHeader,
     OriginUrl,
     Rate,
@@ -178,9 +178,9 @@ class ConcurrencySection(Section):
 class TlsSection(Section):
     """PEM files for https targets: the trusted authorities instead of the system's, and the client certificate."""
 
-    ca_file: Path | None = Field(default=None, description="Trusted authorities, instead of the system's.")
-    cert_file: Path | None = Field(default=None, description="The client certificate.")
-    key_file: Path | None = Field(default=None, description="The key of the client certificate.")
+    ca_file: FilePath | None = Field(default=None, description="Trusted authorities, instead of the system's.")
+    cert_file: FilePath | None = Field(default=None, description="The client certificate.")
+    key_file: FilePath | None = Field(default=None, description="The key of the client certificate.")
 
 
 class UpstreamSection(Section):

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from api_gateway.cli import main
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.settings.diagnostics import ConfigError, type_at, unwrapped
-from api_gateway.settings.secret import holds_secret, may_hold_password
+from api_gateway.settings.secret import holds_secret, may_hold_password, shown_path
 from tests.kit import ask, eventually
 from tests.processes import START, WAYS, children, fresh_process
 
@@ -51,6 +51,13 @@ SECRET = [place for place in LEAVES if holds_secret(type_at(GatewayConfig, place
 URLS = [place for place in LEAVES if may_hold_password(type_at(GatewayConfig, place))]
 ABOVE = sorted({place[:length] for place in (*SECRET, *URLS) for length in range(1, len(place))})
 PLACES = [*SECRET, *URLS, *ABOVE]
+
+# As a program writes it, and as it is pasted into one line.
+PRIVATE_KEYS = [
+    f"-----BEGIN PRIVATE KEY-----\n{CANARY}/+{CANARY}\n-----END PRIVATE KEY-----\n",
+    f"-----BEGIN RSA PRIVATE KEY----- {CANARY} -----END RSA PRIVATE KEY-----",
+]
+FILES = [place for place in LEAVES if unwrapped(type_at(GatewayConfig, place)) is Path]
 
 STORE_URLS = [
     f"redis://user:{CANARY}@host:port/0",
@@ -225,14 +232,49 @@ def test_a_user_or_password_in_a_target_is_refused_and_not_shown(url: str, tmp_p
         assert CANARY not in told(text=yaml.safe_dump(sections), folder=tmp_path)
 
 
-def test_a_secret_in_the_wrong_setting_is_not_shown() -> None:
+@pytest.mark.parametrize("secret", [f"redis://user:{CANARY}@host", PRIVATE_KEYS[0]], ids=["url", "pem"])
+def test_a_secret_in_the_wrong_setting_is_not_shown(secret: str) -> None:
     """As far as it can be known by its looks."""
-    url = f"redis://user:{CANARY}@host"
     for place in LEAVES:
-        try:
-            load_config(None, nested(place, url))
-        except ConfigError:
-            assert CANARY not in told(nested(place, url)), place
+        said = told(nested(place, secret))
+        assert "ConfigError" not in said or CANARY not in said, place
+
+
+def test_the_content_of_a_file_is_refused_in_place_of_its_path_and_not_shown(tmp_path: Path) -> None:
+    """It would be shown by everything that shows a path."""
+    assert {("server", "tls", "certificates", "0", "key"), ("upstreams", "a", "tls", "key_file")} <= set(FILES)
+    for place in FILES:
+        for key in PRIVATE_KEYS:
+            said = told(text=yaml.safe_dump(nested(place, key)), folder=tmp_path)
+            assert "ConfigError" in said, place
+            assert CANARY not in said, place
+
+
+@pytest.mark.parametrize("key", PRIVATE_KEYS)
+def test_no_mistake_about_a_private_key_shows_any_of_it(key: str, tmp_path: Path) -> None:
+    own = "server: {tls: {certificates: [{certificate: x, key: "
+    for text in (
+        f"server:\n  tls:\n    certificates:\n      - key: {key}",
+        f"server:\n  tls:\n    certificates:\n      - key: |\n  {key}",
+        f"{own}{key}",
+        f"{own}'{key}",
+        key,
+        json.dumps({"server": {"tls": key}}),
+        json.dumps({"server": {"tls": {"key": key}}}),
+        json.dumps({"server": {"tls": {key: "x"}}}),
+    ):
+        assert CANARY not in told(text=text, folder=tmp_path), text
+
+
+@pytest.mark.parametrize(
+    ("path", "is_shown"),
+    [
+        *((path, True) for path in ("/run/secrets/Token", "./Token", "../a/Token", "secrets/token", "~/Token")),
+        *((path, False) for path in ("token", "aB3/xYz9Q", "/abc/DEF+x=", "/x y", "a:b/c", PRIVATE_KEYS[0])),
+    ],
+)
+def test_a_path_is_shown_if_it_cannot_be_the_secret_itself(path: str, *, is_shown: bool) -> None:
+    assert (path in shown_path(path)) is is_shown
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import base64
 import hmac
 import json
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -23,15 +24,28 @@ from api_gateway.clients.api_keys import digest_of, new_key
 from api_gateway.models import KEY_PREFIX
 from tests.kit import PATIENCE, RawRequest, RawUpstream, Wire, ask, eventually
 from tests.processes import START, Running, process
+from tests.tls_kit import Authority
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-PATHS = ("/api/up/x", "/api/up/500", "/api/up/reset", "/api/up/invalid", "/api/dead/x", "/nowhere")
+FAILURES = tuple(f"/api/up/{name}" for name in ("500", "reset", "invalid", "fail"))
+PATHS = ("/api/up/x", *FAILURES, "/api/dead/x", "/api/secure/x", "/nowhere")
+FAILING = """
+class Failing:
+    def __init__(self, options):
+        pass
+
+    def on_request(self, request):
+        if request.path.endswith("/fail"):
+            raise LookupError("the extension fails")
+"""
 HAVE_DIGESTS = ("file clients.sqlite3", "GET /configuration", "config show")  # the store, and settings
 JSON = {"Content-Type": "application/json"}
 
 
 def behave(wire: Wire, request: RawRequest) -> bool:
     """Respond, or fail as the path says."""
+    if b"/silent" in request.line:
+        wire.read_until(b"never")
     if b"/reset" in request.line:
         return False
     invalid = b"HTTP/1.1 2x0 no status\r\n\r\n"
@@ -85,6 +99,7 @@ class Secrets:
         self.webhook = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
         self.configured, self.wrong = (new_key(secrets.token_bytes(32)) for _ in range(2))
         self.malformed = f"{KEY_PREFIX}{secrets.token_hex(30)}"
+        self.private: list[str] = []  # lines of private keys
         self.shown: list[str] = []  # each once, in the response that creates it
         claim = {"email": f"{secrets.token_hex(10)}@user.test"}
         self.valid = token_of(self.hmac, **claim)
@@ -102,6 +117,7 @@ class Secrets:
     def forms(self) -> Iterator[str]:
         """Yield each form in which one could be shown."""
         plain = [self.operator, self.reader, self.stranger, self.hmac, self.collector, self.password, self.webhook]
+        plain += self.private
         parts = [part for token in self.tokens for part in token.split(".")[1:]]
         for secret in (*plain, *self.keys, *parts):
             bare = secret.removeprefix(KEY_PREFIX)[4:32]  # also a part of it
@@ -166,6 +182,40 @@ def malformed_requests(secret: str) -> list[bytes]:
     ]
 
 
+# Requests with a secret ($) at places where nothing of it is shown, whatever its form; | is the end of a line.
+ANY_SECRET = (
+    *(f"$ {path} HTTP/1.1|Host: a||" for path in ("/api/up/x", "/api/up/500", "/api/got/x", "/", "*")),
+    *(f"GET {form} HTTP/1.1|Host: a||" for form in ("http://u:$@a/", "http://u:$@a:b/", "http://$/", "/api/up/x?$=$")),
+    *(f"GET /api/up/x{end}|Host: a||" for end in ("#$ HTTP/1.1", " HTTP/$", " $", " $ HTTP/1.1")),
+    "CONNECT $:443 HTTP/1.1|Host: a||",
+    *(f"GET /api/up/x HTTP/1.1|Host: a|{line}||" for line in ("$: 1", "$ : 1", "$", " $", ":$", "a: 1|\t$")),
+    *(f"GET /api/up/x HTTP/1.1|Host: {host}||" for host in ("$", "u:$@a", "a:$", "a/$", "a?$")),
+    *(
+        f"GET /api/up/x HTTP/1.1|Host: a|{name}: $||"
+        for name in (
+            *("Content-Length", "Expect", "Connection", "TE", "Upgrade", "Forwarded", "X-Forwarded-Host", "Range"),
+            *("X-Forwarded-Proto", "traceparent", "tracestate", "X-Request-Timeout", "Content-Type", "Cookie", "Via"),
+            *("Accept-Encoding", "Max-Forwards", "Proxy-Authorization", "Sec-WebSocket-Key", "Idempotency-Key"),
+        )
+    ),
+    *(
+        f"GET /api/up/x HTTP/1.1|Host: a|Connection: Upgrade|Upgrade: websocket|{fields}||"
+        for fields in ("Sec-WebSocket-Version: $", "Sec-WebSocket-Version: 13|Sec-WebSocket-Protocol: $")
+    ),
+    *(
+        f"OPTIONS /api/up/x HTTP/1.1|Host: a|Origin: https://a.test|Access-Control-Request-{name}: $||"
+        for name in ("Method", "Headers")
+    ),
+    *(
+        f"POST /api/up/x HTTP/1.1|Host: a|Transfer-Encoding: chunked||{body}"
+        for body in (
+            *("1;$=1|x|0||", '1;a="$"|x|0||', "1|$|", "$|"),
+            *(f"1|x|0|{late}||" for late in ("X: $", "$: 1", "$", "$ :", "Content-Length: $")),
+        )
+    ),
+)
+
+
 class Listener:
     """Sends requests to a gateway, and keeps all that it and its commands say."""
 
@@ -222,10 +272,16 @@ def configuration(folder: Path, kept: Secrets, up: str, collector: str, log_form
         (folder / name).chmod(0o600)
     issuer = {"issuer": "https://issuer.test", "audiences": ["api"], "algorithms": ["HS256"]}
     issuer["secret_file"] = str(folder / "hmac")
-    upstreams = {
+    own, other = (Authority(folder, name).issue(name, "localhost") for name in ("own", "other"))
+    kept.private = [line for pair in (own, other) for line in pair.key.read_text().splitlines()[1:-1]]
+    (folder / "failing.py").write_text(FAILING)
+    upstreams: dict[str, Any] = {
         name: {"targets": [{"url": url}], "retry": {"attempts": 2, "min_retries_per_second": 1000}}
         for name, url in (("up", up), ("dead", "http://127.0.0.1:9"))
     }
+    client = {"cert_file": str(own.certificate), "key_file": str(own.key)}
+    upstreams["silent"] = {"targets": [{"url": up}]}  # its breaker is closed
+    upstreams["secure"] = {"targets": [{"url": "https://127.0.0.1:9"}], "tls": client}
     sections = {
         "admin": {
             "token_file": str(folder / "operator"),
@@ -240,7 +296,15 @@ def configuration(folder: Path, kept: Secrets, up: str, collector: str, log_form
         "webhook": {"url": f"{collector}/events"},
         "log": {"level": "debug", "format": log_format},
         "usage": {"enabled": True},
+        "extensions": [{"name": "failing", "use": f"{folder / 'failing.py'}:Failing"}],
         "upstreams": upstreams,
+        "routes": [
+            {"name": "up", "path": "/api/up", "upstream": "up"},
+            {"name": "dead", "path": "/api/dead", "upstream": "dead"},
+            {"name": "secure", "path": "/api/secure", "upstream": "secure"},
+            {"name": "silent", "path": "/api/silent", "upstream": "silent"},
+            {"name": "got", "path": "/api/got", "upstream": "up", "methods": ["GET"]},
+        ],
         "state_dir": str(folder / "state"),
     }
     (folder / "gateway.yaml").write_text(json.dumps(sections))
@@ -311,6 +375,8 @@ def drive(listener: Listener, kept: Secrets) -> None:
     for secret in (kept.configured, kept.valid):
         for data in malformed_requests(secret):
             listener.send(data)
+    for template in ANY_SECRET:
+        listener.send(template.replace("$", kept.password).replace("|", "\r\n").encode())
     look(listener, operator, reader)
     for secret in (kept.stranger, kept.configured, kept.valid):  # few, as an address may fail only so often
         listener.ask("/clients", {"Authorization": f"Bearer {secret}"})
@@ -321,17 +387,44 @@ def command(listener: Listener, config: Path, kept: Secrets, variables: Mapping[
     own = ("--config", str(config))
     for reading in (["--check"], ["config", "show"], ["doctor"]):
         listener.run(*reading, *own, **variables)
+    (log := config.parent / "access.log").write_text(listener.running.output)
+    listener.run("replay", *own, str(log), "--jobs", "1", **variables)
     there = ("--url", listener.running.url, "--token-file", str(config.parent / "operator"))
     for asking in (
         ["explain", listener.ids[0]],
         ["explain", kept.configured],
         ["keys", "list", "made"],
         ["top", "--once"],
+        ["top", "--once", "--json"],
+        ["tail", "--no-follow", "--lines", "500"],
+        ["config", "diff", str(config)],
     ):
         listener.run(*asking, *there)
     listener.run("keys", "revoke", "made", kept.wrong, *there)
     listener.run("keys", "list", "made", "--token", kept.operator, "--url", listener.running.url)
     listener.run("limits", "made", f"--tokn={kept.operator}", kept.reader)
+
+
+def spoil_the_key_of_a_client_certificate(running: Running, config: Path) -> None:
+    """Have it reloaded when it is the key of another certificate, and when it is no key."""
+    key, other = config.parent / "own.key", config.parent / "other.key"
+    text = key.read_text()
+    for number, spoiled in enumerate((other.read_text(), text.replace("M", "N"), text[: len(text) // 2]), 1):
+        key.write_text(spoiled)
+        running.signal(signal.SIGHUP)
+        eventually(lambda count=number: running.errors.count("upstreams.secure.tls") >= count, "it is refused", START)  # type: ignore[misc]
+
+
+def end_while_a_request_is_open(running: Running, up: RawUpstream, kept: Secrets, by: int) -> None:
+    """End the process; by SIGPROF, as native code that does not return is ended, it writes all stacks."""
+    with socket.create_connection(("127.0.0.1", running.port), PATIENCE) as sock:
+        sock.sendall(f"GET /api/silent HTTP/1.1\r\nHost: a\r\nX-API-Key: {kept.configured}\r\n\r\n".encode())
+        if by == signal.SIGPROF:
+            eventually(lambda: any(b"/silent" in one.line for one in up.requests), "the upstream has the request")
+            running.signal(by)
+    if by != signal.SIGPROF:
+        running.signal(by)
+    running.exit_code()
 
 
 @pytest.mark.timeout(300)
@@ -355,7 +448,11 @@ def test_no_credential_is_shown_by_anything_that_handles_it(tmp_path: Path, log_
         drive(listener, kept)
         command(listener, config, kept, variables)
         eventually(lambda: any(kept.collector in headers for headers in Quoting.received), "traces are sent", START)
-        running.terminate()
+        spoil_the_key_of_a_client_certificate(running, config)
+        end_while_a_request_is_open(running, up, kept, signal.SIGPROF if log_format == "text" else signal.SIGTERM)
+    if log_format == "text":
+        assert "most recent call first" in running.errors, "all stacks are written"
+    assert "LookupError" in running.errors, "the traceback of a failed extension is written"
     assert listener.statuses >= {200, 400, 401, 404, 422, 500, 502}, "requests succeed, and fail in many ways"
     listener.said |= {"output": running.output, "errors": running.errors}
     files = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]

@@ -12,6 +12,8 @@ from api_gateway.clients.api_keys import without_keys
 from api_gateway.models import Charge, Client, Decision, Exchange, HeaderList, Quota, Settlement
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
+from api_gateway.printable_text import OTHER_METHOD, REGISTERED_METHODS, shown_method
+from api_gateway.settings.admin import MIN_TOKEN_LENGTH
 from tests.cases import each
 
 FREE = Quota.per_second("FREE", 1, 10)
@@ -154,8 +156,21 @@ def test_a_line_has_no_key_wherever_a_client_or_an_operator_has_put_one(place: s
         setattr(exchange, place, f"x {KEY}")
     line = AccessLog(without_keys).line(exchange, 0.0)
     assert KEY not in line
-    assert '"x agw_..."' in line
+    assert ('"_OTHER"' if place == "method" else '"x agw_..."') in line
     assert json.loads(line)["status"] == 0
+
+
+@each(
+    ("method", "shown"),
+    [
+        *((name, name) for name in ("GET", "get", "VERSION-CONTROL", "propfind", "PURGE", "BAN", "x")),
+        *((name, OTHER_METHOD) for name in ("", "SUBSCRIBE", "a1b2", "hunter2", "\x1b[31m", "GET\n", KEY)),
+    ],
+)
+def test_a_method_is_shown_if_it_is_registered_or_shorter_than_any_credential(method: str, shown: str) -> None:
+    assert shown_method(method) == shown
+    assert shown_method("A" * (MIN_TOKEN_LENGTH - 1)) != OTHER_METHOD == shown_method("A" * MIN_TOKEN_LENGTH)
+    assert {"QUERY", "UPDATEREDIRECTREF"} <= REGISTERED_METHODS
 
 
 TEXT = st.text(max_size=12)
@@ -245,7 +260,7 @@ def documented(exchange: Exchange, now: float) -> str:
         "tier": client.quota.name if client else None,
         "tier_source": client.source if client else None,
         **({"has_keys": True} if client and client.has_keys else {}),
-        "method": exchange.method,
+        "method": shown_method(exchange.method),
         "path": exchange.path,
         "status": exchange.status,
         "reason": exchange.reason,

@@ -69,7 +69,8 @@ def test_a_value_that_is_no_time_is_refused_by_name(value: bytes) -> None:
     with pytest.raises(BadRequest) as raised:
         deadline_of(Route("r", "/api", "up"), None, [value], ARRIVED)
     assert "X-Request-Timeout" in raised.value.detail
-    assert repr(value.decode("latin-1")) in raised.value.detail
+    shown = repr(value.decode("latin-1")) if len(value) < 8 else "10 characters"  # it could be a credential
+    assert raised.value.detail.endswith(f"got {shown}.")
 
 
 def test_two_values_are_refused_even_if_they_agree() -> None:
