@@ -25,6 +25,7 @@ from api_gateway.admin.operator_limits import OperatorLimits
 from api_gateway.assembly.access import NO_ACCESS, operator_access
 from api_gateway.assembly.credential_watch import CredentialWatch
 from api_gateway.assembly.gateway import Assembly, Gateway
+from api_gateway.assembly.identity import adopted_claim
 from api_gateway.assembly.installation import Installation, ServerTls
 from api_gateway.assembly.stores import REPLACED_WITHIN
 from api_gateway.config import GatewayConfig, load_config
@@ -279,6 +280,7 @@ def _credential_watch(
         connections=open_connections or (lambda: () if listener is None else listener.connections),
         open_exchanges=gateway.open_exchanges,
         has_credentials=lambda: assembly.has_credentials,
+        adopted=lambda claim: adopted_claim(claim, assembly.gateway.config, assembly.gateway.tokens),
         clock_ns=gateway.clocks.monotonic_ns,
     )
 

@@ -1,4 +1,4 @@
-"""Ends open streams and tunnels whose credential has been revoked or has expired."""
+"""Ends open streams and tunnels whose credential is revoked, has expired, or is no longer accepted."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from api_gateway.errors import CredentialsInvalid
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Exchange
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.identity_sources import Proof, Question, Work
+from api_gateway.proxy.identity_sources import Claim, Proof, Question, Work
 from api_gateway.proxy.open_exchanges import OpenExchanges
 
 logger = logging.getLogger(__name__)
@@ -35,16 +35,20 @@ class CredentialWatch:
         connections: Callable[[], Iterable[Any]],
         open_exchanges: OpenExchanges,
         has_credentials: Callable[[], bool],
+        adopted: Callable[[Claim], Claim | None],
         clock_ns: Callable[[], int],
     ) -> None:
         """`connections` returns those of a server with the gateway's own protocol.
 
-        `open_exchanges` are the exchanges that come by ASGI, of any server.
+        `open_exchanges` are the exchanges that come by ASGI, of any server. `adopted` returns a claim as one under
+        the configuration in force, None if that does not accept it.
         """
         self._open_exchanges = open_exchanges
         self._clients = clients
         self._connections = connections
         self._has_credentials = has_credentials
+        self._adopted = adopted
+        self._had_credentials = False  # also before the last reload
         self._clock_ns = clock_ns
         self._first_version = clients.version  # another one: there may have been keys, which are gone by now
 
@@ -69,7 +73,8 @@ class CredentialWatch:
 
     def _may_have_admitted(self) -> bool:
         """Return whether requests may have been admitted by a credential, also by one that exists no more."""
-        return self._clients.version != self._first_version or self._has_credentials()
+        self._had_credentials = self._had_credentials or self._has_credentials()
+        return self._had_credentials or self._clients.version != self._first_version
 
     async def look(self) -> None:
         """End the streams and tunnels whose credential is not valid any more."""
@@ -104,10 +109,12 @@ class CredentialWatch:
 
     async def _fault_of(self, proof: Proof) -> CredentialsInvalid | None:
         """Return why a credential is not valid any more. Until a change, a confirmed one can only expire."""
-        version = self._clients.version
-        if proof.confirmed_version == version and self._clock_ns() < proof.expires_ns:
+        version, claim = self._clients.version, self._adopted(proof.claim)
+        if claim is None:
+            return CredentialsInvalid("The configuration does not accept the credential any more.")
+        is_confirmed = claim is proof.claim and proof.confirmed_version == version
+        if is_confirmed and self._clock_ns() < proof.expires_ns:
             return None
-        claim = proof.claim
         found: object = claim.source.verify(claim, self._clock_ns())
         while isinstance(found, Work):
             found = found.do()

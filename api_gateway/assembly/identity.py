@@ -7,7 +7,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.models import Clock
 from api_gateway.proxy.api_key_source import ApiKeySource
 from api_gateway.proxy.certificate_source import CertificateSource
-from api_gateway.proxy.identity_sources import CredentialSource, IdentitySources
+from api_gateway.proxy.identity_sources import Claim, CredentialSource, IdentitySources
 from api_gateway.proxy.jwt_source import JwtSource
 
 _SHOWN = 10  # client ids
@@ -64,6 +64,21 @@ def claim_notice(config: GatewayConfig) -> str | None:
         f"Anyone who sends {config.identity.header} can claim {len(names)} of {len(config.clients)} configured"
         f" clients: {shown}"
     )
+
+
+def adopted_claim(claim: Claim, config: GatewayConfig, tokens: JwtSource | None) -> Claim | None:
+    """Return a claim that was made under an earlier configuration as one under this; None if it would not be accepted.
+
+    `tokens` is the source of JSON Web Tokens now. What a key or token needs beside its source is verified as ever.
+    """
+    source = claim.source
+    if source.name not in config.identity.sources:
+        return None
+    if isinstance(source, CertificateSource):
+        return claim if source.by == config.identity.certificate.by else None
+    if isinstance(source, JwtSource) and source is not tokens:
+        return None if tokens is None else tokens.adopted(claim)
+    return claim
 
 
 def identity_sources(

@@ -99,6 +99,11 @@ class JwtVerifier:
         assert token.terms is not None  # noqa: S101 - see `ReadToken`
         return self._issuers[token.terms.name]
 
+    def has(self, terms: IssuerTerms) -> bool:
+        """Return whether the tokens of an issuer must have the same as under these terms."""
+        known = self._issuers.get(terms.name)
+        return known is not None and known.terms == terms
+
     def recall(self, token: ReadToken, now_ns: int) -> VerifiedToken | None:
         """Return what a token says if it was verified before and is still valid."""
         known = self._remembered.get(token.digest)

@@ -26,11 +26,11 @@ class CertificateSource:
 
     def __init__(self, by: str, wall_clock: Clock) -> None:
         """`by` is the kind of name that is the client id, see `ClientCertificate`."""
-        self._by = by
+        self.by = by
         self._wall_clock = wall_clock
 
     def __repr__(self) -> str:
-        return f"<CertificateSource by {self._by}>"
+        return f"<CertificateSource by {self.by}>"
 
     def claim(self, fields: Fields) -> Claim | None:  # noqa: ARG002 - of every source
         """Return None: header fields have no certificate."""
@@ -38,12 +38,12 @@ class CertificateSource:
 
     def claim_of(self, certificate: ClientCertificate) -> Claim | None:
         """Return the claim of the certificate of a connection."""
-        name = certificate.first(self._by)
+        name = certificate.first(self.by)
         if name is None:
             return None
         fault = None
         if _CLIENT_ID.fullmatch(name) is None:
-            fault = f"The {self._by} of the certificate is no client id: it must be 1 to 128 visible ASCII characters."
+            fault = f"The {self.by} of the certificate is no client id: it must be 1 to 128 visible ASCII characters."
         return Claim(self, (name, certificate.not_after), _NO_FIELDS, fault)
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:

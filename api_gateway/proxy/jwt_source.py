@@ -113,6 +113,13 @@ class JwtSource:
         fault = fault_of_time(token, self._verifier.issuer_of(token).terms.leeway, self._wall_clock())
         return Work(partial(self._verify_signature, claim)) if fault is None else CredentialsInvalid(fault)
 
+    def adopted(self, claim: Claim) -> Claim | None:
+        """Return the claim of a source that this one has replaced; None if the issuer or its terms are others now."""
+        token: ReadToken = claim.value
+        if token.terms is None or not self._verifier.has(token.terms):
+            return None
+        return Claim(self, token, claim.names, claim.fault)
+
     def _verify_signature(self, claim: Claim) -> Verification:
         """Verify a token; a question if its key is unknown and may be among those that its issuer publishes now."""
         found = self._result(claim)

@@ -320,6 +320,7 @@ async def test_a_stream_ends_with_any_credential_of_its_request(setup: Setup, re
         connections=lambda: (),
         open_exchanges=streams,
         has_credentials=lambda: False,
+        adopted=lambda claim: claim,
         clock_ns=lambda: 0,
     )
     with streams.holding(stream):
