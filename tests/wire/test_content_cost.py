@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from api_gateway.config import GatewayConfig
+from api_gateway.downstream import listener
 from tests.cases import each
 from tests.kit import (
     RawAnswer,
@@ -203,10 +204,16 @@ def test_a_client_that_leaves_pays_what_is_stated_otherwise(
 @both_ways
 @pytest.mark.parametrize(("number", "cost"), [(1, 3), (7000, 7)])
 def test_a_stream_that_the_gateway_ends_when_it_stops_costs_no_less_than_is_stated_otherwise(
-    gateway: StartGateway, upstream: StartUpstream, way: str, number: int, cost: float
+    gateway: StartGateway,
+    upstream: StartUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    number: int,
+    cost: float,
 ) -> None:
     """It ends between two events, for the client to continue elsewhere; what the next events state is not known."""
     up = upstream()
+    monkeypatch.setattr(listener, "DRAIN_LINGER", 0.1)  # the client closes its connection later
     running = gateway(configuration(up.url, otherwise=3))
     done = finished(running)
 

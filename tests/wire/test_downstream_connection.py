@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from api_gateway.downstream import closing
 from api_gateway.downstream.closing import MAX_LINGERED
 from api_gateway.downstream.connection_factory import ConnectionFactory
 from tests.kit import (
@@ -267,11 +268,14 @@ def test_a_body_does_not_count_as_head(client: RawClient, up: RawUpstream) -> No
     ],
     ids=["a trailer", "trailers", "an extension", "an extension of the last chunk"],
 )
-def test_what_is_neither_head_nor_body_is_bounded_too(client: RawClient, beginning: bytes, more: bytes) -> None:
+def test_what_is_neither_head_nor_body_is_bounded_too(
+    client: RawClient, monkeypatch: pytest.MonkeyPatch, beginning: bytes, more: bytes
+) -> None:
     """Trailers and chunk extensions are thrown away, yet may not come without end: a parser holds what it reads.
 
     A piece follows when the gateway has read the one before, so that what is in the kernel's buffers does not count.
     """
+    monkeypatch.setattr(closing, "LINGER_TIMEOUT", 0.5)  # after which the connection is closed
     client.request("POST", "/api/aside", ("Transfer-Encoding: chunked",), beginning)
     sent = 0
     with suppress(OSError):  # it is over

@@ -171,7 +171,7 @@ def test_shares_of_connections_are_those_of_named_clients(shared: RawUpstream, t
 
 def test_connections_that_wait_for_their_header_count_in_the_total(shared: RawUpstream, tmp_path: Path) -> None:
     """They end with the timeout of the header, so others are served then."""
-    sections = in_front_of(shared.url) | {"server": TRUSTING | {"max_connections": 3, "header_timeout": 2}}
+    sections = in_front_of(shared.url) | {"server": TRUSTING | {"max_connections": 3, "header_timeout": 1}}
     with running_gateway(sections, tmp_path) as running:
         slots = slots_of(running)
         waiting = [RawClient(running.port) for _ in range(3)]
