@@ -118,6 +118,7 @@ class CredentialWatch:
         found: object = claim.source.verify(claim, self._clock_ns())
         while isinstance(found, Work):
             found = found.do()
+            await asyncio.sleep(0)  # after a reload, the signatures of all streams may have to be verified
         if isinstance(found, Question):
             found = await found.ask()
         if isinstance(found, Proof):

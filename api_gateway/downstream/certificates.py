@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from api_gateway.settings.tls import CertificateSection, ServerTlsSection
-from api_gateway.system.x509 import CertificateFacts, facts_of_pem
+from api_gateway.system.x509 import CertificateFacts, facts_of_pem, load_pair
 
 ALPN = ["http/1.1"]
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -153,7 +153,7 @@ def _load_pair(context: ssl.SSLContext, pair: CertificateSection, place: tuple[s
     if b"ENCRYPTED" in _read(setting, key):
         raise CertificateError(setting, f"is encrypted; the gateway cannot ask for a passphrase, got '{key}'")
     try:
-        context.load_cert_chain(pair.certificate, pair.key)
+        load_pair(context, pair.certificate, pair.key)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise CertificateError(setting, f"does not belong to '{pair.certificate}', got '{key}'") from error

@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 
 from api_gateway._version import __version__
 from api_gateway.printable_text import printable
+from api_gateway.system.x509 import load_pair
 
 JsonObject = dict[str, Any]
 
@@ -217,16 +218,11 @@ def _context(pinned: Path | None, ca: Path | None, certificate: Path | None, key
         raise CommandFailed(f"{trusted}: cannot be used: {error.strerror or error}") from None
     if certificate is not None:
         try:
-            context.load_cert_chain(certificate, key, _no_password)
+            load_pair(context, certificate, key)
         except (OSError, ssl.SSLError) as error:
             files = f"{certificate} with {key}" if key else f"{certificate}"
             raise CommandFailed(f"{files}: cannot be used: {error.strerror or error}") from None
     return context
-
-
-def _no_password() -> str:
-    """Keep `ssl` from asking on the terminal for the password of an encrypted key; it cannot be used."""
-    return ""
 
 
 def _remedy(reason: object) -> str:

@@ -27,6 +27,7 @@ from api_gateway.settings.rules import Finding
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.embedded_server import NoServer, find_server
 from api_gateway.system.state_folder import StateError, check_folder_version, lock_holder, own_folder
+from api_gateway.system.x509 import load_pair
 
 _PRIVILEGED = 1024
 _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
@@ -162,7 +163,7 @@ def _pem_problems(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
             unreadable = True
             yield key, f"cannot be read: {(error.strerror or str(error)).lower()}, got '{path}'"
         else:
-            if key == "key_file" and b"ENCRYPTED" in text:
+            if key != "ca_file" and b"ENCRYPTED" in text:
                 unreadable = True
                 yield key, f"is encrypted; the gateway cannot ask for a passphrase, got '{path}'"
     if "key_file" in files and "cert_file" not in files:
@@ -181,7 +182,7 @@ def _pem_contents(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
         return
     certificate, key = files["cert_file"], files.get("key_file")
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key)
+        load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, key)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             yield (

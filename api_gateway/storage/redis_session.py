@@ -38,6 +38,7 @@ from api_gateway.errors import causes
 from api_gateway.eventloop.tasks import check_cancelled, run_to_completion
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.store_connections import StoreClient, close_client, make_prompt
+from api_gateway.system.x509 import load_pair
 
 logger = logging.getLogger(__name__)
 
@@ -343,7 +344,7 @@ def _check_files(options: Mapping[str, Any]) -> None:
         raise OSError(f"{options['ssl_ca_certs']}: {error}") from error
     if "ssl_certfile" in options:
         try:
-            context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+            load_pair(context, options["ssl_certfile"], options.get("ssl_keyfile"))
         except ssl.SSLError as error:
             raise OSError(f"{options['ssl_certfile']} with its key: {error}") from error
 

@@ -1,4 +1,4 @@
-"""What the gateway must know of its own certificates: names and dates, read from DER (RFC 5280).
+"""Certificates in files: their names and dates, read from DER (RFC 5280), and their keys.
 
 Python's `ssl` tells these of a peer's certificate only. OpenSSL judges the certificate when it is loaded; this reader
 raises ValueError for what it does not understand.
@@ -6,11 +6,14 @@ raises ValueError for what it does not understand.
 
 import base64
 import re
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
+from os import PathLike
 
+StrPath = str | PathLike[str]
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", re.DOTALL)
 _OID, _UTC_TIME = 0x06, 0x17
 _VERSION, _EXTENSIONS = 0xA0, 0xA3
@@ -29,6 +32,14 @@ class CertificateFacts:
     names: tuple[str, ...]
     not_before: float
     not_after: float
+
+
+def load_pair(context: ssl.SSLContext, certificate: StrPath, key: StrPath | None = None) -> None:
+    """Load a certificate and its key into a context. An encrypted key is an error (ssl.SSLError).
+
+    OpenSSL would ask for its passphrase on the terminal, and the process would wait for it.
+    """
+    context.load_cert_chain(certificate, key, lambda: "")
 
 
 def facts_of_pem(text: bytes) -> CertificateFacts:

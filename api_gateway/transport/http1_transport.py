@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 
 from api_gateway.resilience.fair_shares import FairShares
+from api_gateway.system.x509 import load_pair
 from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.happy_eyeballs import FailedAddresses, connect_to_name
 from api_gateway.transport.lifetime import ConnectionLifetime
@@ -208,7 +209,7 @@ def tls_context(
     """
     context = ssl.create_default_context(cafile=ca_file)
     if certificate is not None:
-        context.load_cert_chain(certificate, key)
+        load_pair(context, certificate, key)
     return context
 
 
