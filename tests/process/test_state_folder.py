@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -179,11 +179,24 @@ def is_open(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+# A spawned worker imports for a second of CPU time. A forked one is made to differ from it in nothing else.
 FORKED_WORKERS = """
-import multiprocessing
+import atexit, multiprocessing, os, signal
 import uvicorn._subprocess
 
-uvicorn._subprocess.spawn = multiprocessing.get_context("fork")  # a spawned worker imports for a second of CPU time
+def reset():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def run(*arguments, started=uvicorn._subprocess.subprocess_started, **options):
+    try:
+        started(*arguments, **options)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its forks without them
+
+os.register_at_fork(after_in_child=reset)
+uvicorn._subprocess.spawn = multiprocessing.get_context("fork")
+uvicorn._subprocess.subprocess_started = run
 """
 
 
@@ -194,8 +207,7 @@ def uvicorn(port: int) -> list[str]:
 def test_workers_of_stock_uvicorn_share_it_and_another_server_is_refused(tmp_path: Path) -> None:
     """If the buckets are in a store; whether it is available does not matter here."""
     port, store = free_port(), {"GATEWAY_STORE__URL": "redis://127.0.0.1:9", "GATEWAY_STORE__CLIENTS": "sqlite"}
-    variables = store | hooked(tmp_path, FORKED_WORKERS)
-    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path, **variables) as first:
+    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path, **store) as first:
         eventually(lambda: first.errors.count("Application startup complete") == 2, "both workers start", 30)
         eventually(lambda: is_open(port), "they listen", 30)
         (tmp_path / "second").mkdir()
@@ -221,11 +233,19 @@ def test_several_workers_of_stock_uvicorn_with_buckets_in_memory_do_not_start(tm
     assert "Traceback" not in running.errors
 
 
+def watches_files(pid: int) -> bool:
+    """Return whether a process has an inotify descriptor with a watch, from /proc of Linux."""
+    with suppress(OSError):
+        return any("inotify wd:" in one.read_text() for one in Path(f"/proc/{pid}/fdinfo").iterdir())
+    return False
+
+
 def test_reloading_uvicorn_replaces_its_worker_with_buckets_in_memory(tmp_path: Path) -> None:
     port = free_port()
     hook = hooked(tmp_path, FORKED_WORKERS)
     with process(*uvicorn(port), "--reload", cwd=tmp_path, **hook) as running:
         eventually(lambda: "Application startup complete" in running.errors, "it starts", 30)
+        eventually(lambda: watches_files(running.popen.pid), "the reloader watches files", 30)
         (tmp_path / "module.py").write_text("")
         eventually(lambda: running.errors.count("Application startup complete") == 2, "it starts again", 30)
         assert ask(f"http://127.0.0.1:{port}/healthz").status == 200
