@@ -80,8 +80,8 @@ costs: Drawn[float] = st.sampled_from((0, 0.1, 0.5, 1, 1, 1, 2.5)) | st.integers
 TOLD_WAIT = None  # instead of a gap: as long as the last refusal said
 gaps: Drawn[int | None] = st.sampled_from((TOLD_WAIT, 0, 1)) | st.integers(0, 2 * SECOND) | st.integers(0, 30 * SECOND)
 patient = settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
-thorough = settings(patient, max_examples=100)
-quick = settings(patient, max_examples=50)
+thorough = settings(patient, max_examples=60)
+quick = settings(patient, max_examples=30)
 
 
 def charge(quota: Quota, cost: float = 1, key: str = "a") -> Charge:
@@ -430,7 +430,7 @@ class SharedWalk(Walk):
 
 
 TestMemory = MemoryWalk.TestCase
-TestMemory.settings = settings(patient, max_examples=50, stateful_step_count=50)
+TestMemory.settings = settings(patient, max_examples=30, stateful_step_count=50)
 TestShared = SharedWalk.TestCase
 TestShared.settings = TestMemory.settings
 
@@ -1006,7 +1006,7 @@ class Remembering(RuleBasedStateMachine):
 
 
 TestRemembering = Remembering.TestCase
-TestRemembering.settings = settings(patient, max_examples=60, stateful_step_count=60)
+TestRemembering.settings = settings(patient, max_examples=40, stateful_step_count=60)
 
 
 @given(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from api_gateway.assembly.issuers import keys_of, meanings_of, terms_of
+from api_gateway.clients import issuer_keys
 from api_gateway.clients.issuer_keys import FETCH_TIMEOUT, IssuerKeys, KeysUnavailable, VerificationKey
 from api_gateway.clients.jose import keys_of_set
 from api_gateway.errors import StartupError
@@ -186,7 +187,10 @@ async def test_a_defect_of_a_fetch_is_a_failure_after_which_it_is_repeated(keys:
     assert found(keys)
 
 
-async def test_keys_are_fetched_in_the_background_before_anyone_needs_them(issuer: Issuer) -> None:
+async def test_keys_are_fetched_in_the_background_before_anyone_needs_them(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(issuer_keys, "_FIRST_RETRY", 0.01)
     loop = asyncio.get_running_loop()
     keys = IssuerKeys(
         "one", issuer.load, clock=loop.time, refresh_interval=0.01, unknown_key_interval=UNKNOWN, stale_for=STALE

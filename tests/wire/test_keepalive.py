@@ -529,7 +529,7 @@ def test_early_responses_do_not_empty_the_pool(
     As many connections suffice as there are requests at once. If `head_alone`, the client sends the body only when it
     has the response.
     """
-    clients, rounds = 64, 6
+    clients, rounds = 64, 4
     up = upstream(says_at_once, reads_body=False)
     running = gateway(once(up))
     failures: list[object] = []
