@@ -9,6 +9,7 @@ from api_gateway.config import CONFIG_VARIABLE, GatewayConfig, load_config
 from api_gateway.process.operator_client import CommandFailed
 from api_gateway.settings.bind_address import UNIX_PREFIX, BindAddress, authority
 from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.secret import shown_path
 
 _SETTING = "admin.token of the configuration"
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
@@ -42,6 +43,8 @@ def find_access(config: str | None, url: str | None, token: Path | None) -> Oper
         found = _configured_url(admin.listen, settings.server.host, settings.server.port, is_tls=has_tls)
         if section is not None and has_tls:
             certificate = section.certificates[0].certificate
+    if "@" in found:
+        raise CommandFailed("--url: must have no user name or password; --token-file names a file with a token")
     if not found.startswith(("http://", "https://")):
         raise CommandFailed(f"--url: must begin with http:// or https://, got '{found}'")
     found = found.rstrip("/")
@@ -78,7 +81,8 @@ def _read(path: Path) -> str:
     try:
         return _checked(path.read_text(errors="replace").strip(), str(path))
     except OSError as error:
-        raise CommandFailed(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+        cause = (error.strerror or str(error)).lower()
+        raise CommandFailed(f"the file of the token cannot be read: {cause}, got {shown_path(path)}") from None
 
 
 def _checked(token: str, place: str) -> str:

@@ -185,7 +185,10 @@ def malformed_requests(secret: str) -> list[bytes]:
 # Requests with a secret ($) at places where nothing of it is shown, whatever its form; | is the end of a line.
 ANY_SECRET = (
     *(f"$ {path} HTTP/1.1|Host: a||" for path in ("/api/up/x", "/api/up/500", "/api/got/x", "/", "*")),
-    *(f"GET {form} HTTP/1.1|Host: a||" for form in ("http://u:$@a/", "http://u:$@a:b/", "http://$/", "/api/up/x?$=$")),
+    *(
+        f"GET {form} HTTP/1.1|Host: a||"
+        for form in ("http://u:$@a/", "http://u:$@a:b/", "http:///?$", "http://$/", "/api/up/x?$=$")
+    ),
     *(f"GET /api/up/x{end}|Host: a||" for end in ("#$ HTTP/1.1", " HTTP/$", " $", " $ HTTP/1.1")),
     "CONNECT $:443 HTTP/1.1|Host: a||",
     *(f"GET /api/up/x HTTP/1.1|Host: a|{line}||" for line in ("$: 1", "$ : 1", "$", " $", ":$", "a: 1|\t$")),

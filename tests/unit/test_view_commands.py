@@ -13,6 +13,7 @@ from api_gateway.process import operator_client, top_command, view_commands
 from api_gateway.process.operator_client import NOT_AUTHORIZED, NOT_REACHED, CommandFailed, OperatorClient, run_action
 from api_gateway.process.top_command import run_top, screen_lines
 from api_gateway.process.view_commands import line_of, run_view
+from tests.cases import each
 
 EVIL = "a\x1b[31m\n\r\t<b>\u202e\x07"
 ROW: dict[str, Any] = {
@@ -285,3 +286,23 @@ def test_an_interrupt_has_the_code_of_shells() -> None:
         raise KeyboardInterrupt
 
     assert run_action(interrupted) == 130
+
+
+@each(
+    "options",
+    [
+        ["--token-file", "a-credential"],
+        ["--token-file", "aGk/a-credential=="],
+        ["--url", "http://a-credential@127.0.0.1:1"],
+        ["--url", "https://user:a-credential@127.0.0.1:1"],
+        ["--url", "user:a-credential@127.0.0.1:1"],
+    ],
+)
+def test_a_credential_in_place_of_its_file_or_in_the_address_is_not_shown(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options if "--url" in options else ["--url", "http://127.0.0.1:1", *options]
+    assert run_view(["limits", *given]) == operator_client.FAILED
+    captured = capsys.readouterr()
+    assert "token" in captured.err
+    assert "a-credential" not in captured.out + captured.err
