@@ -373,7 +373,7 @@ class Stage:
     def prepare(self) -> None:
         """Have the gateway keep a connection, if there can be one; what follows is the scene's."""
         self.up.behave, self.up.reads_body = reply(), False
-        if self.scene.upstream not in ELSEWHERE_SERVED:
+        if self.scene.upstream not in NOT_OF_THE_SCENE:
             with RawClient(self.running.port) as client:
                 assert client.get(self.target).status == 200
 
@@ -393,7 +393,7 @@ class Stage:
         assert self.upstream.targets[0].in_flight == 0
 
 
-ELSEWHERE_SERVED = ("absent", "plain", "mute")  # the upstreams whose server is not that of the scene
+NOT_OF_THE_SCENE = ("absent", "plain", "mute")  # the upstreams whose server is not that of the scene
 
 
 @contextmanager
@@ -462,6 +462,8 @@ def test_the_rows_of_the_table(tmp_path: Path, fast_path_spy: list[bool], way: s
             stage.before, stage.up.behave = stage.counts(), stage.scene.behave
         acts = [actors.submit(stage.play, way) for stage in played]
         failures = [failure for act in acts if (failure := act.exception(2 * PATIENCE)) is not None]
+        if failures:
+            raise BaseExceptionGroup("what the clients did", failures)
         eventually(lambda: bool(recorder.in_flight == 0), "the exchanges are over")
         for stage in played:
             try:
@@ -470,7 +472,7 @@ def test_the_rows_of_the_table(tmp_path: Path, fast_path_spy: list[bool], way: s
                 failure.add_note(f"in the scene {stage.scene.name}")
                 failures.append(failure)
     if failures:
-        raise BaseExceptionGroup(way, failures)
+        raise BaseExceptionGroup("what has been counted", failures)
     if way == "general parser":
         assert not any(fast_path_spy)
 

@@ -75,7 +75,7 @@ def impatient(gateway: StartGateway, sections: dict[str, Any], up: RawUpstream) 
     """The same with short timeouts, which a busy machine may exceed while it is prepared."""
     running = gateway(sections | {"upstreams": {"up": sections["upstreams"]["up"] | {"timeouts": SHORT}}})
     eventually(lambda: ask(f"{running.url}/api/warm").status == 200, "there is a connection")
-    return warm(running, up)
+    return calmed(running, up)
 
 
 SHORT = {"response": 0.4, "idle": 0.4}
@@ -83,6 +83,11 @@ SHORT = {"response": 0.4, "idle": 0.4}
 
 def warm(running: RunningGateway, up: RawUpstream) -> RunningGateway:
     assert ask(f"{running.url}/api/warm").status == 200
+    return calmed(running, up)
+
+
+def calmed(running: RunningGateway, up: RawUpstream) -> RunningGateway:
+    """Return a gateway once its requests so far are over, and forget them."""
     eventually(lambda: is_calm(running, up), "it is recorded")
     up.requests.clear()
     return running

@@ -403,7 +403,7 @@ def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str
             released.wait(PATIENCE)
 
     up.behave = behave
-    terms = {"expires_in_seconds": 2} if ending == "expired" else {}
+    terms = {"expires_in_seconds": 3} if ending == "expired" else {}
     made, other = (call(running, "POST", "/clients/acme/keys", one) for one in (terms, {}))
     with RawClient(running.port) as ended, RawClient(running.port) as going, RawClient(running.port) as slow:
         for client, key in ((ended, made), (going, other)):

@@ -948,9 +948,10 @@ async def test_a_body_of_known_length_is_sent_as_it_is(transport: UpstreamTransp
 
 
 async def test_a_response_that_comes_before_the_body_is_sent_ends_the_sending(
-    transport: UpstreamTransport, upstream: StartUpstream
+    transport: UpstreamTransport, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection is not used again: what was left unsent has no end."""
+    monkeypatch.setattr(sending_connection, "REST_TIMEOUT", 0.3)
     up = upstream(first_then(reply(b"no", b"413 Content Too Large")), reads_body=False)
     body = Stalling()
     response = await send(transport, request_to(up, method="POST", headers=CHUNKED, body=body))
