@@ -34,8 +34,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 MEASURED_CASES = 2
-# Files of tests on real sockets, whose gateways run in threads of their own for a whole module, and of tests whose many
-# quick cases each reach a message of their own.
+# Files of tests on real sockets, whose gateways run in threads of their own for a whole module, and of tests whose
+# many quick cases each reach a message of their own.
 MEASURED = (
     "tests/wire/",
     *(
@@ -57,8 +57,8 @@ MEASURED = (
         )
     ),
 )
-# Tests of tools and documents, simulations of many requests, and tests that take long to trace and reach little that no
-# other test reaches.
+# Tests of tools and documents, simulations of many requests, and tests that take long to trace and reach little that
+# no other test reaches.
 UNMEASURED = tuple(
     f"tests/{name}"
     for name in (

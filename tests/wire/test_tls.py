@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from websockets.sync.client import connect
+from websockets.asyncio.client import connect
 from websockets.sync.server import ServerConnection, serve
 
 from api_gateway.config import GatewayConfig
@@ -278,7 +278,9 @@ def test_the_end_of_a_connection_is_announced(client: TlsClient, up: RawUpstream
     assert client.tls.read(1) == b""  # a close_notify; without, this raises an error
 
 
-def test_websockets_pass(authority: Authority, tmp_path: Path) -> None:
+async def test_websockets_pass(authority: Authority, tmp_path: Path) -> None:
+    """The client has no threads: before Python 3.13 two must not read and write with TLS at the same time."""
+
     def echo(peer: ServerConnection) -> None:
         for text in peer:
             peer.send(text)
@@ -288,11 +290,11 @@ def test_websockets_pass(authority: Authority, tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{server.socket.getsockname()[1]}"
         tls = {"certificates": [authority.issue("ws", HOST).setting]}
         with running_gateway(in_front_of(url) | {"server": {"tls": tls}}, tmp_path) as gateway:
-            plain = socket.create_connection(("127.0.0.1", gateway.port))
-            with connect(f"wss://{HOST}/api/x", sock=plain, ssl=authority.context(), proxy=None) as client:
+            address: dict[str, Any] = {"host": "127.0.0.1", "port": gateway.port}
+            async with connect(f"wss://{HOST}/api/x", ssl=authority.context(), proxy=None, **address) as client:
                 for text in ("one", "x" * 300_000):
-                    client.send(text)
-                    assert client.recv(PATIENCE) == text
+                    await client.send(text)
+                    assert await client.recv() == text
         server.shutdown()
 
 
