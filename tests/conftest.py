@@ -170,8 +170,9 @@ ProxyExchange.is_strict = True  # an event that the state of an exchange does no
 
 # Hypothesis measures time: on a busy machine a slow example is no finding.
 settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("usual", settings.get_profile("whole"), max_examples=50)
 settings.register_profile("quick", settings.get_profile("whole"), max_examples=20)  # make unit
-settings.load_profile("whole")
+settings.load_profile("usual")  # others by --hypothesis-profile
 
 
 @pytest.fixture(scope="session")

@@ -6,5 +6,5 @@ _WHOLE = 100  # examples of a test with the profile "whole"; see `conftest`
 
 
 def examples(count: int) -> int:
-    """Return `count`, or a share of it with the profile "quick" (`make unit`)."""
+    """Return `count`, or the share of it that the profile has of the examples of "whole"."""
     return max(1, count * settings().max_examples // _WHOLE)

@@ -53,7 +53,7 @@ def environment(copy: Path) -> dict[str, str]:
 def run(tests: Sequence[str], copy: Path, variables: dict[str, str]) -> tuple[int, str]:
     """Run tests in the copy; return the exit code of pytest, FAILED after the timeout, and the last line of output."""
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--hypothesis-seed=1"]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
+    command = [sys.executable, "-m", "pytest", "--hypothesis-profile", "whole", *options, *tests]
     try:
         done = subprocess.run(
             command, cwd=copy, env=variables, capture_output=True, text=True, timeout=TIMEOUT, check=False
