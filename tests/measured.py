@@ -6,7 +6,7 @@ A process that ends by a signal or `os._exit` writes no data.
 import asyncio
 import atexit
 import sys
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ ROOT = Path(__file__).parent.parent
 VARIABLE = "TESTS_COVERAGE_DATA"
 
 
-@cache
 def coverage_variables() -> dict[str, str]:
-    """Return the environment for a process, with the path of the data file; empty if nothing is measured here."""
+    """Return the environment for a process, with the path of the data file; empty if the test is not measured."""
     if "coverage" not in sys.modules:
         return {}
     from coverage import Coverage

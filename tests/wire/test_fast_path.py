@@ -721,7 +721,7 @@ def test_a_connection_of_the_pool_is_awaited_equally_on_both_paths(
         seen[-1] += tuple(getattr(one, name) for name in RECORDED)
         with RawClient(running.port) as client:
             assert client.get("/api/held").status == 200, "the connection is free"
-        done.pop()
+        eventually(partial(_is_over, running, up, done, before + 3), "that is recorded, too")
     assert seen[0] == seen[1]
 
 
