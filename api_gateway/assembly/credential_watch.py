@@ -122,7 +122,7 @@ class CredentialWatch:
         if isinstance(found, Question):
             found = await found.ask()
         if isinstance(found, Proof):
-            proof.confirmed_version = version
+            proof.claim, proof.confirmed_version = claim, version
         return found if isinstance(found, CredentialsInvalid) else None
 
 

@@ -28,7 +28,14 @@ from api_gateway.models import Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.limits import AllowanceSection, LimitSection
 from api_gateway.system.clocks import Clocks
-from api_gateway.system.state_folder import FolderInUse, FolderOfNewer, StateError, StateFolder, own_folder
+from api_gateway.system.state_folder import (
+    FolderInUse,
+    FolderOfNewer,
+    HolderUnknown,
+    StateError,
+    StateFolder,
+    own_folder,
+)
 
 if TYPE_CHECKING:
     from api_gateway.limits.redis_limiter import RedisLimiter
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPLACED_WITHIN = 5.0  # seconds that a worker may need to end when another one has been started in its place
+_KNOWN_WITHIN = 1.0  # seconds that a process that has locked the state folder may need to write its ids
 _RETRY_INTERVAL = 0.1  # seconds
 
 
@@ -45,17 +53,23 @@ class AnotherWorker(StartupError):
     """Another worker of the same server has the buckets in its memory."""
 
 
+class UnknownWorker(StartupError):
+    """An unknown process has locked the state folder. It may be a worker of the same server that has just started."""
+
+
 @contextmanager
 def state_folder(config: GatewayConfig) -> Iterator[None]:
     """Hold the state folder, which workers share if the buckets are in a store that they share.
 
-    Raises StartupError if it is in use, or unusable and needed for registered clients; AnotherWorker.
+    Raises StartupError if it is in use, or unusable and needed for registered clients; AnotherWorker; UnknownWorker.
     """
     # True for a worker of uvicorn or gunicorn, which shares the folder with the other workers of its server.
     is_worker = multiprocessing.parent_process() is not None or "gunicorn.arbiter" in sys.modules
     folder = None
     try:
         folder = StateFolder(config.state_dir, is_worker=is_worker)
+    except HolderUnknown as error:
+        raise UnknownWorker(str(error)) from error
     except StateError as error:
         if isinstance(error, FolderInUse | FolderOfNewer) or not config.store.keeps_clients:
             raise StartupError(str(error)) from error
@@ -82,12 +96,13 @@ async def hold_state_folder(
     Another worker has `replaced_within` seconds to end: a server may start the worker that replaces it before.
     """
     loop = asyncio.get_running_loop()
-    until = loop.time() + replaced_within
+    began = loop.time()
     while True:
         try:
             stack.enter_context(state_folder(config))
-        except AnotherWorker:
-            if loop.time() >= until:
+        except (AnotherWorker, UnknownWorker) as error:
+            patience = replaced_within if isinstance(error, AnotherWorker) else _KNOWN_WITHIN
+            if loop.time() >= began + patience:
                 raise
             await asyncio.sleep(_RETRY_INTERVAL)
         else:

@@ -11,7 +11,6 @@ import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +26,6 @@ FORMER_FOLDER = Path(".gateway")  # the default of state_dir in former versions,
 _MOVED_DATABASE, _MOVED_MODES = "clients.sqlite3", "circuit_breakers.json"
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 _MAX_NAME_LENGTH = 60
-_IDS_WITHIN = 1.0  # seconds, in which a process that has locked the folder writes its ids
 
 
 class StateError(Exception):
@@ -127,6 +125,13 @@ class FolderInUse(StateError):
     """Another gateway uses the folder."""
 
 
+class HolderUnknown(FolderInUse):
+    """The folder is locked, and the lock file does not contain the id of a running process.
+
+    A process that has just locked the folder has not written its ids yet.
+    """
+
+
 class FolderOfNewer(StateError):
     """A newer gateway has written the folder."""
 
@@ -209,45 +214,32 @@ class StateFolder:
         self.path.chmod(0o700)
 
     def _take(self) -> None:
-        """Lock the folder. Raise FolderInUse unless this process, its parent, or a worker of the same server holds it.
-
-        A holder that has just locked the file has not written its ids yet, and those in the file may be of an earlier
-        one. So ids that are missing, or of a process that has ended, are read again for a moment.
-        """
         self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        end = time.monotonic() + _IDS_WITHIN
-        while not self._is_locked():
-            holder, parent = self._holder()
-            if holder in (os.getpid(), os.getppid()):
-                return
-            if self._is_worker and parent == os.getppid():
-                self.sharer = holder
-                return
-            if _is_running(holder) or time.monotonic() > end:
-                raise FolderInUse(
-                    f"state_dir: {self._state_dir}: another gateway uses this folder (process {holder or 'unknown'});"
-                    " stop it, or set state_dir (GATEWAY_STATE_DIR) to a different folder for each gateway"
-                )
-            time.sleep(_IDS_WITHIN / 100)
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()} {os.getppid()}\n".encode(), 0)
-
-    def _is_locked(self) -> bool:
-        """Lock the file if no other process has; return whether this one has, or the file system has no locks."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
+            self._refuse_second()
+            return
         except OSError as error:
-            if error.errno not in _NO_LOCKS:  # some network file systems have none
+            if error.errno not in _NO_LOCKS:  # some network file systems have no locks
                 raise
-        return True
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()} {os.getppid()}\n".encode(), 0)
 
-    def _holder(self) -> tuple[int, int]:
-        """Return the ids of the holder and its parent as the file has them; 0 for what is missing."""
+    def _refuse_second(self) -> None:
+        """Raise FolderInUse unless this process, its parent, or another worker of the same server holds the lock."""
         text = os.pread(self._lock, 100, 0).decode(errors="replace").split()
         holder, parent = (int(part) if part.isdecimal() else 0 for part in (*text, "", "")[:2])
-        return holder, parent
+        if holder in (os.getpid(), os.getppid()):
+            return
+        if self._is_worker and parent == os.getppid():
+            self.sharer = holder
+            return
+        fault = FolderInUse if _is_running(holder) else HolderUnknown
+        raise fault(
+            f"state_dir: {self._state_dir}: another gateway uses this folder (process {holder or 'unknown'}); stop it,"
+            " or set state_dir (GATEWAY_STATE_DIR) to a different folder for each gateway"
+        )
 
     def _move_former(self) -> None:
         """Move files of former versions, which were directly in `state_dir`, to the folder.
@@ -281,11 +273,10 @@ def _is_running(pid: int) -> bool:
     if not pid:
         return False
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):  # a process of another user
+            os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # of another user
-        return True
     return True
 
 

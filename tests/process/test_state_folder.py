@@ -5,7 +5,6 @@ import os
 import socket
 import stat
 import sys
-import threading
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +12,20 @@ from types import ModuleType
 import pytest
 
 from api_gateway.admin.breaker_overrides import OverrideFile
+from api_gateway.assembly import stores
 from api_gateway.assembly.stores import hold_state_folder
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import load_config
 from api_gateway.errors import StartupError
 from api_gateway.settings.diagnostics import ConfigError
-from api_gateway.system import state_folder
-from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder, default_state_dir, own_folder
+from api_gateway.system.state_folder import (
+    FolderInUse,
+    HolderUnknown,
+    StateError,
+    StateFolder,
+    default_state_dir,
+    own_folder,
+)
 from tests.kit import ask, eventually, free_port
 from tests.processes import WAYS, config_file, hooked, process
 
@@ -294,25 +300,35 @@ def test_workers_of_one_shell_are_no_workers_of_one_server(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("before", ["", f"{2**22 + 1} {os.getppid() + 1}\n"])  # new, and left by one that has ended
-def test_a_worker_that_starts_with_another_waits_for_the_ids_of_the_holder(tmp_path: Path, before: str) -> None:
+async def test_a_worker_that_starts_with_another_waits_for_the_ids_of_the_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "gunicorn.arbiter", ModuleType("gunicorn.arbiter"))
+    config = load_config(None, {"state_dir": str(tmp_path), "store": {"url": "redis://127.0.0.1:1"}})
     with StateFolder(tmp_path) as held:
         file = held.path / "lock"
         file.write_text(before)
-        writing = threading.Timer(0.1, file.write_text, [f"1 {os.getppid()}\n"])
-        writing.start()
+        with pytest.raises(HolderUnknown):
+            StateFolder(tmp_path, is_worker=True)
+        async with AsyncExitStack() as stack:
+            starting = asyncio.create_task(hold_state_folder(config, stack))
+            await asyncio.sleep(0.05)
+            assert not starting.done()
+            file.write_text(f"1 {os.getppid()}\n")
+            await starting
         with StateFolder(tmp_path, is_worker=True) as shared:
             assert shared.sharer == 1
-        writing.join()
 
 
-def test_a_folder_whose_holder_does_not_become_known_is_in_use(
+async def test_a_folder_whose_holder_does_not_become_known_is_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state_folder, "_IDS_WITHIN", 0.05)
+    monkeypatch.setattr(stores, "_KNOWN_WITHIN", 0.05)
     with StateFolder(tmp_path) as held:
         (held.path / "lock").write_text("")
-        with pytest.raises(FolderInUse, match=r"another gateway uses this folder \(process unknown\)"):
-            StateFolder(tmp_path, is_worker=True)
+        async with AsyncExitStack() as stack:
+            with pytest.raises(StartupError, match=r"another gateway uses this folder \(process unknown\)"):
+                await hold_state_folder(load_config(None, {"state_dir": str(tmp_path)}), stack)
 
 
 # What former versions left in the current folder
