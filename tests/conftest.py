@@ -34,88 +34,22 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 MEASURED_CASES = 2
-# Files of tests on real sockets, whose gateways run in threads of their own for a whole module, and of tests whose
-# many quick cases each reach a message of their own.
-MEASURED = (
-    "tests/wire/",
-    *(
-        f"tests/unit/test_{name}.py"
-        for name in (
-            "api_keys",
-            "breaker_overrides",
-            "concurrency_candidate",
-            "config",
-            "config_commands",
-            "config_files",
-            "cors",
-            "extensions",
-            "issuer_keys",
-            "route_actions",
-            "route_matching",
-            "route_ownership",
-            "trace_export",
-        )
-    ),
-)
-# Tests of tools and documents, simulations of many requests, and tests that take long to trace and reach little that
-# no other test reaches.
+MEASURED = "tests/wire/"
+# Tests of tools and documents, and simulations of many requests, which add nothing to the coverage.
 UNMEASURED = tuple(
     f"tests/{name}"
     for name in (
         "docs/",
-        "process/",
-        "store/test_corrupt_file.py",
+        "process/test_benchmarks.py",
+        "process/test_chaos.py",
+        "process/test_fuzz.py",
+        "process/test_load_test.py",
+        "process/test_loop_watch.py",
         "store/test_limiter_invariants.py",
-        "store/test_redis_limiter.py",
-        "store/test_refunds.py",
         "store/test_share_debts.py",
-        "store/test_shared_clients.py",
-        "store/test_store_losses.py",
-        "store/test_stored_keys.py",
-        "test_integration.py",
-        "unit/test_adaptive_limit.py",
-        "unit/test_admission_order.py",
         "unit/test_architecture.py",
-        "unit/test_metrics.py",
         "unit/test_names.py",
-        "unit/test_path_readings.py",
-        "unit/test_shares.py",
         "unit/test_surface.py",
-        "wire/test_deadlines.py",
-        "wire/test_downstream_connection.py",
-        "wire/test_fast_path.py",
-        "wire/test_gate_placement.py",
-        "wire/test_keepalive.py",
-        "wire/test_paced_clients.py",
-        "wire/test_pacing.py",
-        "wire/test_principals.py",
-        "wire/test_request_bodies.py",
-        "wire/test_retries.py",
-        "wire/test_scale.py",
-        "wire/test_websocket_frames.py",
-    )
-)
-
-
-# What is measured of the tests of processes, each of which traces whole gateways.
-MEASURED_PROCESSES = tuple(
-    f"tests/process/test_{name}.py"
-    for name in (
-        "admin_listener",
-        "canary",
-        "check",
-        "credentials_in_traffic",
-        "key_commands",
-        "output",
-        "pytest_plugin",
-        "quotas",
-        "reload",
-        "replay",
-        "service_manager",
-        "state_folder",
-        "tls_workers",
-        "view_commands",
-        "workers",
     )
 )
 
@@ -153,17 +87,17 @@ def exclude_repetitions(items: list[pytest.Item]) -> None:
     """Exclude what repeats from the measurement of coverage, in this process and in those that a test starts.
 
     Tracing makes a test several times slower, and further cases of a parametrised test, and generated examples,
-    seldom reach further lines. The coverage that is measured is a lower bound. A pause ends the tracing of a gateway
-    that runs in a thread of its own for a whole module, so that such files are measured entirely or not at all.
+    seldom reach further lines. The coverage that is measured is a lower bound. Tests of gateways that run in a thread
+    of their own for a whole module are measured entirely: a pause would end the tracing of that thread.
     """
     cases: Counter[str] = Counter()
     for item in items:
         name = item.nodeid.partition("[")[0]
         cases[name] += 1
         is_generated = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-        is_repeated = not name.startswith(MEASURED) and (is_generated or cases[name] > MEASURED_CASES)
-        is_left_out = name.startswith(UNMEASURED) and not name.startswith(MEASURED_PROCESSES)
-        if is_repeated or is_left_out:
+        if name.startswith(MEASURED):
+            continue
+        if is_generated or cases[name] > MEASURED_CASES or name.startswith(UNMEASURED):
             item.add_marker(pytest.mark.no_cover)
 
 
