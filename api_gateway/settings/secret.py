@@ -29,10 +29,10 @@ MAY_HOLD_PASSWORD = "may hold a password"  # noqa: S105 - metadata of a type: a 
 
 PEM_BEGINNING = "-----BEGIN"  # of a file that may be a private key
 _PEM_IN_TEXT = re.compile(f"{PEM_BEGINNING}.*?(?:-----END[A-Z ]*-----|$)", re.DOTALL)
+# A path that begins with /, ./, ../ or ~/, or one in small letters: a secret in base64 may contain slashes, too.
+_PLAIN_PATH = re.compile(r"(?:~|\.{0,2})/[^@:%+=\s]*|[^@:%+=\sA-Z/]+/[^@:%+=\sA-Z]*")
 
 _noted: ContextVar[set[Path] | None] = ContextVar("_noted", default=None)
-# From the root, from a folder that dots name, or in small letters: a secret in base64 may contain slashes, too.
-_PLAIN_PATH = re.compile(r"(?:~|\.{0,2})/[^@:%+=\s]*|[^@:%+=\sA-Z/]+/[^@:%+=\sA-Z]*")
 _exposed: ContextVar[dict[Path, int] | None] = ContextVar("_exposed", default=None)
 
 

@@ -70,7 +70,7 @@ def test_an_unused_connection_is_closed_after_a_moment(gateway: Start, upstream:
         stop(running)
         assert not client.is_closed(0.5) or time.monotonic() - started >= DRAIN_LINGER, "a busy machine takes longer"
         assert client.is_closed()
-        assert time.monotonic() - started < PATIENCE, "not at the end of the drain"
+        assert time.monotonic() - started < PATIENCE, "it was closed before the drain timeout"
 
 
 def test_without_connections_a_stop_takes_no_moment(
@@ -410,7 +410,7 @@ def test_an_event_stream_ends_between_two_events_and_whole(gateway: Start, upstr
         for path, (edge, is_halfway) in streams.items():
             with case(edge, is_halfway):
                 rest = clients[path].read_until(b"0\r\n\r\n")
-                assert rest is not None, "the end is told, as of an answer that is complete"
+                assert rest is not None, "the stream ends like a complete response"
                 assert (b"2" + edge in rest) == is_halfway
         for path, client in clients.items():
             with case(path):

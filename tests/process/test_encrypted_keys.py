@@ -15,7 +15,7 @@ from tests.tls_kit import Authority
 # Each prints the name of an error, and is followed by a line of its own.
 PROGRAM = """
 import os, ssl, sys
-os.open(sys.argv[2], os.O_RDWR)  # the first terminal that the leader of a session opens controls it
+os.open(sys.argv[2], os.O_RDWR)  # it becomes the controlling terminal of this session
 from pathlib import Path
 from api_gateway.downstream.certificates import _load_pair
 from api_gateway.process.operator_client import _context

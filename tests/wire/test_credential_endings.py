@@ -1,4 +1,4 @@
-"""What becomes of streams, tunnels, kept connections and waiting requests when what they were admitted by ends."""
+"""When a credential ends: open streams, tunnels, and the next request on a kept connection."""
 
 import json
 import time
