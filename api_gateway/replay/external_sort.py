@@ -5,9 +5,10 @@ event is due, so that runs of one log, which hardly overlap, are read one after 
 """
 
 import heapq
-import marshal
+import pickle
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,6 @@ from api_gateway.replay.log_lines import LogEvent
 
 RUN_EVENTS = 100_000
 BLOCK_EVENTS = 1024
-_LENGTH = 8  # bytes of the length before each block, as `marshal.load` would read a file value by value
 
 
 class Run(NamedTuple):
@@ -52,8 +52,7 @@ class RunWriter:
         path = self._folder / f"{self._prefix}-{len(self.runs)}"
         with path.open("wb") as file:
             for begin in range(0, len(self._events), BLOCK_EVENTS):
-                data = marshal.dumps(self._events[begin : begin + BLOCK_EVENTS])
-                file.write(len(data).to_bytes(_LENGTH, "little") + data)
+                pickle.dump(self._events[begin : begin + BLOCK_EVENTS], file, pickle.HIGHEST_PROTOCOL)
         self.runs.append(Run(self._events[0], path))
         self._events = []
 
@@ -84,6 +83,6 @@ def merged(runs: Sequence[Run]) -> Iterator[list[LogEvent]]:
 
 
 def _blocks(path: Path) -> Iterator[list[LogEvent]]:
-    with path.open("rb") as file:
-        while length := file.read(_LENGTH):
-            yield marshal.loads(file.read(int.from_bytes(length, "little")))  # noqa: S302 - written by this command
+    with path.open("rb") as file, suppress(EOFError):
+        while True:
+            yield pickle.load(file)  # noqa: S301 - written by this command

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +51,21 @@ _PLACES = 1 << 40  # lines of one part
 
 
 @dataclass(slots=True)
+class LoggedClients:
+    """The clients of a part of the logs, or of all: events by shard key, and pairs of keys that share a shard."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    links: set[tuple[str, str]] = field(default_factory=set)
+
+    def take(self, other: "LoggedClients") -> None:
+        """Add the clients of another part, and leave that without any: most parts have the same ones."""
+        self.counts.update(other.counts)
+        self.links |= other.links
+        other.counts.clear()
+        other.links.clear()
+
+
+@dataclass(slots=True)
 class PartSummary:
     """What reading a part has found."""
 
@@ -65,8 +80,7 @@ class PartSummary:
     sources: Counter[str] = field(default_factory=Counter)
     spans: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # by process: least, greatest, count
     numbers: dict[str, list[int]] = field(default_factory=dict)  # by process, of the events that are being counted
-    counts: Counter[str] = field(default_factory=Counter)  # events by shard key
-    links: set[tuple[str, str]] = field(default_factory=set)
+    clients: LoggedClients = field(default_factory=LoggedClients)
     runs: list[Run] = field(default_factory=list)
     broken: str | None = None  # why the rest of the file could not be read
 
@@ -111,13 +125,16 @@ def replay_logs(
     with tempfile.TemporaryDirectory(prefix="api-gateway-replay-", dir=folder) as name:
         limits = SharedBuckets(configs)
         if jobs == 1:
-            summaries = [read_part(part, index, Path(name), limits) for index, part in enumerate(parts)]
-            found = [decide_shard(work) for work in _divided(candidate, current, summaries, 1, snapshot)]
+            summaries, clients = _gathered(
+                read_part(part, index, Path(name), limits) for index, part in enumerate(parts)
+            )
+            works = _divided(candidate, current, summaries, clients, 1, snapshot)
+            found = list(map(decide_shard, works))
         else:
             with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
                 reading = [pool.submit(read_part, part, index, Path(name), limits) for index, part in enumerate(parts)]
-                summaries = [task.result() for task in reading]
-                works = _divided(candidate, current, summaries, jobs, snapshot)
+                summaries, clients = _gathered(task.result() for task in reading)
+                works = _divided(candidate, current, summaries, clients, jobs, snapshot)
                 found = [task.result() for task in [pool.submit(decide_shard, work) for work in works]]
     tally, unknown, state = found[0]
     for other, tiers, states in found[1:]:
@@ -191,14 +208,14 @@ def _read_lines(
     if found:
         _count(summary, found, is_limited)
         if of_limits:
-            summary.links.update(
+            summary.clients.links.update(
                 (shard_key(event), other) for event in found for other in linked_by_limits(event, of_limits)
             )
         writer.add(found)
 
 
 def _count(summary: PartSummary, events: Sequence[LogEvent], is_limited: Callable[[str], bool]) -> None:
-    counts, links, numbers = summary.counts, summary.links, summary.numbers
+    counts, links, numbers = summary.clients.counts, summary.clients.links, summary.numbers
     for event in events:
         key = shard_key(event)
         counts[key] = counts.get(key, 0) + 1
@@ -265,23 +282,30 @@ def decide_shard(work: ShardWork) -> tuple[ReplayTally, set[str], ReplaySnapshot
     return tally.without_simulations(), candidate.unknown_tiers, state
 
 
+def _gathered(parts: Iterable[PartSummary]) -> tuple[list[PartSummary], LoggedClients]:
+    """Return what reading has found, and the clients of all parts together."""
+    summaries, clients = [], LoggedClients()
+    for summary in parts:
+        clients.take(summary.clients)
+        summaries.append(summary)
+    return summaries, clients
+
+
 def _divided(
     candidate: GatewayConfig,
     current: GatewayConfig | None,
     summaries: Sequence[PartSummary],
+    clients: LoggedClients,
     jobs: int,
     snapshot: ReplaySnapshot | None,
 ) -> list[ShardWork]:
     """Return the work of each process: by shards, if the limits permit that they have about the same size."""
     runs = [run for summary in summaries for run in summary.runs]
     begin_ns, end_ns = span_of(summaries)
-    counts: Counter[str] = Counter()
-    for summary in summaries:
-        counts.update(summary.counts)
     shard_of: Mapping[str, int] | None = None
     if jobs > 1:
-        shard_of, largest = shards(counts, (link for summary in summaries for link in summary.links), jobs)
-        if largest > MAX_SHARE * counts.total():
+        shard_of, largest = shards(clients.counts, clients.links, jobs)
+        if largest > MAX_SHARE * clients.counts.total():
             shard_of = None
     number = 1 if shard_of is None else jobs
     return [

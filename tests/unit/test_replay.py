@@ -32,9 +32,9 @@ from api_gateway.replay.log_files import blocks_of, log_parts
 from api_gateway.replay.log_lines import ForeignLine, LogEvent, NotDecided, events_of
 from api_gateway.replay.logged_routes import LoggedRouteStage
 from api_gateway.replay.page import page_of
-from api_gateway.replay.pipeline import Replayed, replay_logs
+from api_gateway.replay.pipeline import Replayed, read_part, replay_logs
 from api_gateway.replay.report import document_of, text_of
-from api_gateway.replay.sharding import shards
+from api_gateway.replay.sharding import SharedBuckets, shards
 from api_gateway.replay.simulation import Simulation
 from api_gateway.replay.snapshot import read_snapshot
 from tests.cases import each
@@ -514,10 +514,11 @@ def test_clients_of_an_organisation_share_its_limit_and_a_shard(tmp_path: Path) 
         limits=[{"name": "teams", "key": "organisation", "rate": 1, "capacity": 4}],
         identity={"sources": ["jwt", "header", "address"], "jwt": {"issuers": {"one": issuer}}},
     )
-    found = replay_logs([log_of(tmp_path, traffic.lines())], candidate, None)
+    log = log_of(tmp_path, traffic.lines())
+    found = replay_logs([log], candidate, None)
     assert found.tally.newly_limited_by == {"teams": 5}
-    (part,) = found.parts
-    shard_of, _ = shards(part.counts, part.links, 3)
+    clients = read_part(log_parts([log])[0], 0, tmp_path, SharedBuckets([candidate])).clients
+    shard_of, _ = shards(clients.counts, clients.links, 3)
     assert len({shard_of[f"c:client-{index}"] for index in range(3)}) == 1
 
 
