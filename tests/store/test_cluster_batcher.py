@@ -19,7 +19,7 @@ from tests.store_kit import CALM, SERVERS, StoreServer, asking, charge, gateways
 
 SLOW = Quota.per_second("slow", 0.001, 100)
 SLOTS = ((0, 5460), (5461, 10922), (10923, 16383))
-DEADLINE = 0.6  # seconds, which a busy machine does not miss
+DEADLINE = 1.5  # seconds, which a busy machine does not miss
 KEYS = [f"client-{number}" for number in range(24)]
 
 
@@ -174,8 +174,10 @@ async def test_a_slot_that_moves_is_followed_and_the_store_decides_throughout(cl
         slot = str(key_slot(limiter.store_key(key).encode()))
         for old, new in ((0, 1), (1, 0)):
             cluster[old].admin.delete(limiter.store_key(key))  # a slot moves without its keys here
-            for node in (cluster[new], cluster[old]):
-                assert node.command("CLUSTER", "SETSLOT", slot, "NODE", id_of(cluster[new])) == b"+OK\r\n"
+            # A node that imports a slot gets a newer epoch with it; else its claim is as old as that of the other.
+            for node, claim, holder in ((new, "IMPORTING", old), (new, "NODE", new), (old, "NODE", new)):
+                told = cluster[node].command("CLUSTER", "SETSLOT", slot, claim, id_of(cluster[holder]))
+                assert told == b"+OK\r\n"
             for remaining in (99, 98):
                 limiter.cache.is_trusted = False  # so that the store is asked
                 decision = await asking(limiter, charge(SLOW, key=key))
@@ -195,7 +197,7 @@ async def test_a_node_that_hangs_takes_its_own_buckets_with_it_and_no_others(clu
             assert limiter.batcher.is_usable
             seen = [await without_the_last_node(limiter) for _ in range(10)]
             assert [sources for sources, _ in seen] == [{"local_share"}] * 10
-            assert min(took for _, took in seen) < DEADLINE / 4
+            assert min(took for _, took in seen) < DEADLINE / 2
         finally:
             cluster[2].resume()
         await soon(lambda: limiter.batcher.is_whole, "it is back")

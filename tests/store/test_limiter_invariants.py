@@ -55,7 +55,7 @@ from tests.cases import each
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
-from tests.store_kit import Lateness, Proxy, StoreServer, asking, gateways
+from tests.store_kit import EPSILON, Lateness, Proxy, StoreServer, asking, gateways
 
 SECOND = NANOSECONDS
 MILLISECOND = SECOND // 1000
@@ -1441,7 +1441,6 @@ async def test_a_store_that_forgets_its_scripts_decides_as_ever(
 
 
 SHORT_DEADLINE = 0.06
-EPSILON = 0.15  # seconds that a busy machine may add
 
 
 @pytest.mark.parametrize("seed", range(2))

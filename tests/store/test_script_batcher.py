@@ -17,7 +17,7 @@ from api_gateway.limits.script_batcher import CONNECTIONS, MAX_BATCH, ScriptBatc
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.storage.redis_session import Script, ScriptCall, StoreSession
 from tests.kit import soon
-from tests.store_kit import CALM, SERVERS, Lateness, Proxy, StoreServer
+from tests.store_kit import CALM, EPSILON, SERVERS, Lateness, Proxy, StoreServer
 
 # Echoes what was asked, and counts it: a reply that goes astray shows itself.
 ECHO = Script("""
@@ -29,7 +29,6 @@ for at = 1, #ARGV do
 end
 return reply
 """)
-EPSILON = 0.15  # seconds that a busy machine may add to a deadline
 
 
 class Echo(ScriptOp):
