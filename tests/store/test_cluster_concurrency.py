@@ -16,7 +16,7 @@ from api_gateway.limits.concurrency_leases import LeasedSlots
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import ConcurrencySlot, Decision, Exchange, Quota
 from tests.kit import soon
-from tests.store.test_cluster_batcher import DEADLINE, SLOTS, cluster, url_of
+from tests.store.test_cluster_batcher import SLOTS, cluster, url_of
 from tests.store_kit import CALM, StoreServer, charge, gateways
 
 __all__ = ["cluster"]  # a fixture of this module, too
@@ -82,7 +82,7 @@ async def test_slots_on_three_nodes_are_shared_exactly_and_return_to_zero(cluste
     choose = random.Random(16)
     async with AsyncExitStack() as stack:
         limiters = await stack.enter_async_context(gateways(url_of(cluster), PLENTY, count=2, deadline=CALM))
-        impatient = await stack.enter_async_context(gateways(url_of(cluster), PLENTY, deadline=DEADLINE))
+        impatient = await stack.enter_async_context(gateways(url_of(cluster), PLENTY, deadline=0.6))
         one, two, three = (ClusterWorker(limiter, number) for number, limiter in enumerate([*limiters, *impatient], 1))
         names = names_on_each_node(one)
         assert len(names) == 12

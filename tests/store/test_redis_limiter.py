@@ -24,6 +24,7 @@ from tests.store_kit import (
     Proxy,
     StoreServer,
     asking,
+    at_decisions,
     burst_of,
     charge,
     gateways,
@@ -69,13 +70,8 @@ async def test_together_they_admit_what_one_bucket_holds(store: StoreServer) -> 
     async with gateways(store.url, FAST, count=4) as limiters, Lateness() as lateness:
         await serving(limiters)
         seen = await hammer(limiters, charge(FAST), 1.2)
-        # From the first: seconds since the epoch, as a double, would be exact to 240 ns only.
-        first_ns = min(decision.at_ns for *_, decision in seen)
-        made = [
-            ((decision.at_ns - first_ns) / NANOSECONDS,) * 2 + (decision,) for *_, decision in seen if decision.allowed
-        ]
         assert {decision.source for *_, decision in seen} == {"store", "deny_cache"}
-    made.sort(key=lambda one: one[0])
+    made = at_decisions([one for one in seen if one[-1].allowed])
     assert burst_of(made, FAST.rate) <= FAST.capacity + 1e-6
     length = made[-1][0] - made[0][0]
     left = made[-1][2].remaining  # which nobody has asked for yet
@@ -171,9 +167,9 @@ async def test_limits_and_deadline_hold_whatever_happens_to_the_store(
 async def test_within_an_outage_they_admit_one_bucket_together(store: StoreServer) -> None:
     store.kill()
     async with gateways(store.url, FAST, count=4, deadline=CALM, processes=4) as limiters, Lateness() as lateness:
-        seen = await hammer(limiters, charge(FAST), 0.6)
+        seen = await hammer(limiters, charge(FAST), 0.6, pause=0)
         assert {decision.source for *_, decision in seen} == {"local_share"}
-        assert 0.8 * FAST.capacity <= burst_of(seen, FAST.rate) <= FAST.capacity
+        assert 0.8 * FAST.capacity <= burst_of(at_decisions(seen), FAST.rate) <= FAST.capacity + 1e-6
         assert lateness.longest(seen) < EPSILON  # nobody waits for the deadline
 
 
@@ -190,7 +186,7 @@ async def test_a_gateway_that_cannot_reach_the_store_has_its_share_and_no_more(s
     """One of three: C + (1/3) * C, less than twice the limit."""
     async with Proxy(store) as proxy:
         async with (
-            gateways(store.url, FAST, count=2, deadline=DEADLINE, processes=3) as connected,
+            gateways(store.url, FAST, count=2, processes=3) as connected,
             gateways(proxy.url, FAST, deadline=DEADLINE, processes=3) as cut_off,
         ):
             limiters = connected + cut_off
@@ -213,23 +209,25 @@ async def test_replies_lost_after_execution_charge_once(store: StoreServer) -> N
         lost = [await decided(limiter) for _ in range(2)]
         assert [decision.source for decision in lost] == ["local_share"] * 2
         async with gateways(store.url, SLOW) as (other,):
+            while (await decided(other, 0)).remaining == SLOW.capacity:  # a busy store executes the calls later
+                pass
             assert (await decided(other, 0)).remaining in (8, 9)
 
 
 async def test_a_slow_store_counts_as_unavailable(store: StoreServer) -> None:
     async with (
         Proxy(store) as proxy,
-        gateways(proxy.url, FAST, deadline=DEADLINE) as (limiter,),
+        gateways(proxy.url, FAST, deadline=0.4) as (limiter,),
         Lateness() as lateness,
     ):
         await serving([limiter])
         proxy.delay = 0.02
         assert (await decided(limiter, 1, FAST)).source == "store"
-        proxy.delay = 0.3
-        seen = await hammer([limiter], charge(FAST, 0.1), 0.5)
-        assert lateness.longest(seen) < DEADLINE + EPSILON
+        proxy.delay = 2
+        seen = await hammer([limiter], charge(FAST, 0.1), 1.5)
+        assert lateness.longest(seen) < 0.4 + EPSILON
         quick = [came - begun for begun, came, decision in seen if decision.source == "local_share"]
-        assert min(quick[-5:]) < DEADLINE / 2  # the breaker is open
+        assert min(quick[-5:]) < 0.2  # the breaker is open
 
 
 # Without the store

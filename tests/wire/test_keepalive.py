@@ -531,7 +531,7 @@ def test_early_responses_do_not_empty_the_pool(
     """
     clients, rounds = 64, 4
     up = upstream(says_at_once, reads_body=False)
-    running = gateway(once(up))
+    running = gateway(once(up, timeouts={"connect": PATIENCE}))  # a busy machine takes seconds for so many
     failures: list[object] = []
 
     def run() -> None:
