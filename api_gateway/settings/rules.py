@@ -10,6 +10,7 @@ from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
 from api_gateway.settings.cors import CorsSection, cors_findings, cors_warnings
+from api_gateway.settings.credential_rules import key_findings
 from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limit_rules import allowances, limit_findings
@@ -79,7 +80,8 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _store_findings(config)
     yield from _token_findings(config)
     yield from _tier_findings(config)
-    yield from _key_findings(config)
+    for key_path, message, depends_on in key_findings(config):
+        yield Finding(key_path, message, depends_on=depends_on)
     for key_path, message, depends_on in limit_findings(config):
         yield _of_limit(config, key_path, message, depends_on)
     yield from _jwt_findings(config)
@@ -195,17 +197,6 @@ def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
     if unranked and len(unranked) < len(config.tiers):
         message = "every tier needs a priority if one tier has one, got None"
         yield Finding(("tiers", unranked[0], "priority"), message, depends_on=(("tiers",),))
-
-
-def _key_findings(config: ConfigSections) -> Iterator[Finding]:
-    known = [route.name for route in config.routes]
-    for client_id, client in config.clients.items():
-        for label, key in client.keys.items():
-            for number, name in enumerate(key.routes or ()):
-                if name not in known:
-                    message = f"no such route, got {name!r}; the routes are {', '.join(known)}"
-                    key_path: KeyPath = ("clients", client_id, "keys", label, "routes", str(number))
-                    yield Finding(key_path, message, depends_on=(("routes",),))
 
 
 def _jwt_findings(config: ConfigSections) -> Iterator[Finding]:

@@ -1,0 +1,77 @@
+"""Rules between the API keys of the configuration, the ids that must be proved, and the sources that prove them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api_gateway.clients.api_keys import ApiKey, KnownKey
+from api_gateway.clients.identity_rules import IdentityRules
+from api_gateway.clients.records import Change, KeyChange
+from api_gateway.config import load_config
+from api_gateway.settings.diagnostics import ConfigError
+from tests.cases import each
+from tests.unit.test_client_registry import HeldStore, following
+
+DIGEST, OTHER = "9f" * 32, "0a" * 32
+
+
+def client(**keys: str) -> dict[str, Any]:
+    return {"keys": {label: {"digest": digest} for label, digest in keys.items()}}
+
+
+@each(
+    ("clients", "problem"),
+    [
+        (
+            {"acme": client(a=DIGEST), "b": client(x=DIGEST)},
+            "clients.b.keys.x.digest: is the same key as clients.acme.keys.a; remove one of them",
+        ),
+        (
+            {"acme": client(a=OTHER, b=DIGEST, c=f"sha256:{DIGEST.upper()}")},
+            "clients.acme.keys.c.digest: is the same key as clients.acme.keys.b; remove one of them",
+        ),
+    ],
+)
+def test_a_key_that_is_configured_twice_is_refused_with_both_places(clients: dict[str, Any], problem: str) -> None:
+    """Else the last client would get it, and the first one would silently lose its key and its protection."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"clients": clients})
+    assert caught.value.problems == [f"command line: {problem}"]
+
+
+def test_of_a_key_that_is_configured_twice_and_wrong_only_the_mistake_is_reported() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"clients": {"acme": client(a="short"), "b": client(x="short")}})
+    assert not [one for one in caught.value.problems if "same key" in one]
+
+
+def test_a_key_in_several_places_is_named_with_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(
+        f"clients:\n  acme: {{keys: {{a: {{digest: {DIGEST}}}}}}}\n  b: {{keys: {{x: {{digest: {DIGEST}}}}}}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{file}:3: clients.b.keys.x.digest: is the same key as clients.acme.keys.a")
+    assert DIGEST not in line
+
+
+async def test_a_stored_key_that_the_configuration_has_too_is_that_of_the_configuration() -> None:
+    """Its revocation in the store changes nothing; without the configuration, the stored key is valid again."""
+    rules = IdentityRules(keys={DIGEST: KnownKey("acme", ApiKey(DIGEST, "of the file"))})
+    store = HeldStore()
+    await store.write("b", Change(keys=KeyChange(add=ApiKey(DIGEST, "stored"))))
+    async with following(store, rules=rules) as registry:
+        known = registry.keys.find(DIGEST)
+        assert isinstance(known, KnownKey)
+        assert (known.client_id, known.key.label) == ("acme", "of the file")
+        assert registry.by_id("b").is_verified_only
+        registry.change_tiers(registry.tiers, "FREE", {}, IdentityRules())
+        known = registry.keys.find(DIGEST)
+        assert isinstance(known, KnownKey)
+        assert (known.client_id, known.key.label) == ("b", "stored")
+        registry.change_tiers(registry.tiers, "FREE", {}, rules)
+        await registry.keys.revoke("b", DIGEST)
+        assert registry.keys.find(DIGEST) == rules.keys[DIGEST]
