@@ -1,20 +1,31 @@
-"""Rules on the credentials of clients: API keys of the configuration."""
+"""Rules on the credentials of clients: API keys of the configuration, and ids that a credential must prove."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from api_gateway.settings.clients import ClientSection
+from api_gateway.settings.clients import ClientSection, TierSection
 from api_gateway.settings.diagnostics import KeyPath, path_text
+from api_gateway.settings.extensions import ExtensionSection
+from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.routes import RouteSection
+
+_PROVING = ("api_key", "jwt", "certificate")  # sources whose credentials prove an id
+_SHOWN = 3  # names
 
 
 class CredentialSections(Protocol):
     """The sections that the rules read."""
 
     @property
-    def clients(self) -> Mapping[str, ClientSection]: ...  # noqa: D102 - see `GatewayConfig`
+    def identity(self) -> IdentitySection: ...  # noqa: D102 - see `GatewayConfig`
+    @property
+    def tiers(self) -> Mapping[str, TierSection]: ...  # noqa: D102
+    @property
+    def clients(self) -> Mapping[str, ClientSection]: ...  # noqa: D102
     @property
     def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
+    @property
+    def extensions(self) -> Sequence[ExtensionSection]: ...  # noqa: D102
 
 
 def key_findings(config: CredentialSections) -> Iterator[tuple[KeyPath, str, tuple[KeyPath, ...]]]:
@@ -31,3 +42,29 @@ def key_findings(config: CredentialSections) -> Iterator[tuple[KeyPath, str, tup
                 if name not in known:
                     message = f"no such route, got {name!r}; the routes are {', '.join(known)}"
                     yield (*place, "routes", str(number)), message, (("routes",),)
+
+
+def unused_credentials(config: CredentialSections) -> Iterator[tuple[KeyPath, str]]:
+    """Yield why keys have no effect, and why ids that a credential must prove cannot be proved."""
+    sources = config.identity.sources
+    place: KeyPath = ("identity", "sources")
+    keyed = [f"clients.{client_id}" for client_id, client in config.clients.items() if client.keys]
+    if keyed and "api_key" not in sources:
+        message = f"does not name api_key: keys of clients prove nothing, and upstreams receive them: {_listed(keyed)}"
+        yield place, message
+    if config.extensions or not {*_PROVING}.isdisjoint(sources):  # a hook of an extension proves an id, too
+        return
+    closed = [f"tiers.{name}" for name, tier in config.tiers.items() if tier.verified_only]
+    closed += [
+        f"clients.{client_id}"
+        for client_id, client in config.clients.items()
+        if client.verified_only or (client.verified_only is None and client.keys)
+    ]
+    if closed:
+        needed = f"{', '.join(_PROVING[:-1])} or {_PROVING[-1]}"
+        yield place, f"names no source that proves an id ({needed}), which is required of: {_listed(closed)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -10,8 +10,9 @@ from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
 from api_gateway.settings.cors import CorsSection, cors_findings, cors_warnings
-from api_gateway.settings.credential_rules import key_findings
+from api_gateway.settings.credential_rules import key_findings, unused_credentials
 from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
+from api_gateway.settings.extensions import ExtensionSection
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limit_rules import allowances, limit_findings
 from api_gateway.settings.limits import AllowanceSection, LimitSection
@@ -73,6 +74,8 @@ class ConfigSections(Protocol):
     def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
     @property
     def cors(self) -> CorsSection | None: ...  # noqa: D102
+    @property
+    def extensions(self) -> Sequence[ExtensionSection]: ...  # noqa: D102
 
 
 def find_errors(config: ConfigSections) -> Iterator[Finding]:
@@ -113,6 +116,8 @@ def access_warnings(config: ConfigSections) -> Iterator[Finding]:
     if server.forwarded.read == "forwarded" and not server.trusted_proxies:
         message = f"has no effect without server.trusted_proxies, got {server.forwarded.read!r}"
         yield Finding(("server", "forwarded", "read"), message)
+    for key_path, message in unused_credentials(config):
+        yield Finding(key_path, message)
 
 
 def find_warnings(config: ConfigSections) -> Iterator[Finding]:

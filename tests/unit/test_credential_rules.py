@@ -10,6 +10,7 @@ from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.records import Change, KeyChange
 from api_gateway.config import load_config
 from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.rules import access_warnings
 from tests.cases import each
 from tests.unit.test_client_registry import HeldStore, following
 
@@ -75,3 +76,44 @@ async def test_a_stored_key_that_the_configuration_has_too_is_that_of_the_config
         registry.change_tiers(registry.tiers, "FREE", {}, rules)
         await registry.keys.revoke("b", DIGEST)
         assert registry.keys.find(DIGEST) == rules.keys[DIGEST]
+
+
+def told(identity: dict[str, Any], **more: Any) -> list[str]:
+    """Return what the start warns of."""
+    return [str(one) for one in access_warnings(load_config(None, {"identity": identity, **more}))]
+
+
+BARE = {"sources": ["header", "address"]}
+NO_KEYS = "identity.sources: does not name api_key: keys of clients prove nothing, and upstreams receive them: "
+NO_PROOF = "identity.sources: names no source that proves an id (api_key, jwt or certificate), which is required of: "
+VERIFIED = {"verified_only": True}
+GOLD = {"GOLD": {"rate": 5, "capacity": 5, "verified_only": True}}
+ISSUER = {"issuers": {"one": {"issuer": "https://one.test", "audiences": ["api"]}}}
+WITH_JWT = {"sources": ["jwt", "header", "address"], "jwt": ISSUER}
+
+
+@each(
+    ("identity", "more", "expected"),
+    [
+        (BARE, {"clients": {"acme": client(a=DIGEST)}}, [f"{NO_KEYS}clients.acme", f"{NO_PROOF}clients.acme"]),
+        (BARE, {"clients": {"acme": client(a=DIGEST) | {"verified_only": False}}}, [f"{NO_KEYS}clients.acme"]),
+        (BARE, {"clients": {"b": VERIFIED}, "tiers": GOLD}, [f"{NO_PROOF}tiers.GOLD, clients.b"]),
+        (
+            BARE,
+            {"clients": {f"c{number}": VERIFIED for number in range(50)}},
+            [f"{NO_PROOF}clients.c0, clients.c1, clients.c2 and 47 more"],
+        ),
+        (BARE | {"mode": "observe"}, {"clients": {"b": VERIFIED}}, [f"{NO_PROOF}clients.b"]),
+        (WITH_JWT, {"clients": {"acme": client(a=DIGEST), "b": VERIFIED}}, [f"{NO_KEYS}clients.acme"]),
+        (WITH_JWT, {"clients": {"b": VERIFIED}, "tiers": GOLD}, []),
+        ({}, {"clients": {"acme": client(a=DIGEST), "b": VERIFIED}, "tiers": GOLD}, []),
+        ({"sources": ["certificate", "address"]}, {"clients": {"b": VERIFIED}}, []),
+        (BARE, {"clients": {"b": {}, "c": {"verified_only": False}}}, []),
+        (BARE, {"clients": {"b": VERIFIED}, "extensions": [{"name": "x", "use": "some_module:object"}]}, []),
+    ],
+)
+def test_what_no_source_can_prove_is_a_warning_at_the_start(
+    identity: dict[str, Any], more: dict[str, Any], expected: list[str]
+) -> None:
+    """Else such a client gets 401 for ever, and its keys travel to upstreams, without a word."""
+    assert told(identity, **more) == expected
