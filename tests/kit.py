@@ -150,12 +150,21 @@ class RunningGateway:
 
     @property
     def live(self) -> Any:
-        """The objects of the running gateway."""
+        """The objects of the running gateway, which has recorded whatever it has sent before."""
+        self._end_turn()
         gateway = self.server._app.state.gateway
         upstreams = {name: service.upstream for name, service in gateway.upstream_clients.items()}
         return SimpleNamespace(
             recorder=gateway.recorder, upstreams=upstreams, clients=gateway.clients, limiter=gateway.limiter
         )
+
+    def _end_turn(self) -> None:
+        """Wait until the present turn of the event loop has ended: requests are recorded in the one that responds."""
+        if threading.current_thread() is not self._thread:
+            has_ended = threading.Event()
+            with suppress(RuntimeError):  # the event loop is closed
+                self.server._loop.call_soon_threadsafe(has_ended.set)
+                has_ended.wait(PATIENCE)
 
     def stop(self) -> None:
         """Stop the gateway and wait for its thread."""

@@ -41,7 +41,7 @@ DEADLINE = 0.06
 @pytest.fixture(autouse=True)
 def _quick_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt to connect to a store that does not reply is given up soon; there is always another one."""
-    monkeypatch.setattr(script_batcher, "CONNECT_TIMEOUT", 0.25)
+    monkeypatch.setattr(script_batcher, "CONNECT_TIMEOUT", 0.5)
 
 
 async def decided(limiter: RedisLimiter, cost: float = 1, quota: Quota = SLOW, key: str = "client") -> Decision:
@@ -156,7 +156,7 @@ async def test_limits_and_deadline_hold_whatever_happens_to_the_store(
         seen = await hammering
         sources = {decision.source for *_, decision in seen}
     assert burst_of(seen, FAST.rate) <= bursts * FAST.capacity
-    assert sum(decision.allowed for *_, decision in seen) >= FAST.capacity  # and something is admitted all the time
+    assert sum(decision.allowed for *_, decision in seen) >= FAST.capacity / 2  # something is admitted all the time
     assert lateness.longest(seen) < deadline + EPSILON
     if bursts == 1:
         assert sources <= {"store", "deny_cache"}

@@ -248,7 +248,7 @@ SCENES = (
     Scene("own deadline", Cause.CLIENT_DEADLINE, BEFORE, sends(), has_little_time, ways=GENERAL),
     Scene("deadline", Cause.UPSTREAM_DEADLINE, BEFORE, sends(), upstream="timed", ways=GENERAL),
     Scene("late upload", Cause.SHARED_DEADLINE, BEFORE, sends(), sends_the_rest_late, upstream="timed", ways=GENERAL),
-    Scene("client leaves", Cause.ABORTED_BY_CLIENT, BEFORE, sends(), leaves),
+    Scene("client leaves", Cause.ABORTED_BY_CLIENT, BEFORE, sends(), leaves, upstream="timed"),
     Scene("body too large", Cause.ABORTED_BY_CLIENT, BEFORE, sends(), sends_too_much, ways=GENERAL),
     Scene(
         "no time to connect", Cause.ABORTED_BY_GATEWAY, BEFORE, sends(), has_little_time, upstream="mute", ways=GENERAL
@@ -415,10 +415,10 @@ def stages(way: str, state_dir: Path) -> Iterator[list[Stage]]:
         kinds: dict[str, dict[str, Any]] = {
             "narrow": {
                 "pool": {"max_connections": 1},
-                "timeouts": {"connect": LIMIT, "response": PATIENCE, "idle": PATIENCE},
+                "timeouts": {"connect": PATIENCE, "response": PATIENCE, "idle": PATIENCE},
             },
             "slow": {"circuit_breaker": {**NEVER, "slow_call_duration": 0.1, "slow_call_rate": 1}},
-            "timed": {"timeouts": {"connect": LIMIT, "response": PATIENCE, "idle": PATIENCE}},
+            "timed": {"timeouts": {"connect": PATIENCE, "response": PATIENCE, "idle": PATIENCE}},
         }
         usual = {
             "timeouts": {"connect": LIMIT, "response": LIMIT, "idle": LIMIT, "tunnel": LIMIT},

@@ -1,6 +1,5 @@
 """The fast path: both peers see the same as on the ASGI path, which takes over every request that is not plain."""
 
-import asyncio
 import itertools
 import json
 import re
@@ -102,8 +101,6 @@ def lane(running: RunningGateway) -> Any:
 def finished(running: RunningGateway) -> list[Exchange]:
     """Return the list into which every exchange goes from now on, those of ended requests excepted."""
     eventually(lambda: running.live.recorder.in_flight == 0, "the requests before are over")
-    turn = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), running.server._loop)
-    turn.result(PATIENCE)  # they are recorded in the same turn of the event loop in which they end
     done: list[Exchange] = []
     record = lane(running).record
     record._observers = (*record._observers, done.append)

@@ -121,7 +121,7 @@ def test_a_grant_ends_by_itself_and_its_bucket_is_taken_over_once(plain: Running
     """Of 200 tokens 100 are spent, which leaves half of the bucket: 25 of 50 when the grant has ended."""
     url = f"{plain.url}/clients/brief"
     post(f"{url}/tier", {"tier": "BASIC"})
-    post(f"{url}/grants", {"tier": "PREMIUM", "duration_seconds": 0.5})
+    post(f"{url}/grants", {"tier": "PREMIUM", "duration_seconds": 2})
     live = plain.live
     client = live.clients.by_id("brief")
     charge = models.Charge(client.key, client.quota, client.quota.cost_ns(100))
