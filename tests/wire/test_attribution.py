@@ -415,7 +415,7 @@ def stages(way: str, state_dir: Path) -> Iterator[list[Stage]]:
         kinds: dict[str, dict[str, Any]] = {
             "narrow": {
                 "pool": {"max_connections": 1},
-                "timeouts": {"connect": PATIENCE, "response": PATIENCE, "idle": PATIENCE},
+                "timeouts": {"connect": 2 * LIMIT, "response": PATIENCE, "idle": PATIENCE},
             },
             "slow": {"circuit_breaker": {**NEVER, "slow_call_duration": 0.1, "slow_call_rate": 1}},
             "timed": {"timeouts": {"connect": PATIENCE, "response": PATIENCE, "idle": PATIENCE}},
