@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.replay import log_lines
+from api_gateway.replay import log_lines, pipeline
 from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.external_sort import RunWriter, merged
@@ -533,6 +534,17 @@ def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path:
 
 
 QUOTAS = {"limits": [{"name": "monthly", "quota": 40, "period": "month"}]}
+
+
+def test_clients_are_held_once_however_many_parts_a_log_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic = Traffic()
+    for index in range(60):
+        traffic.request(f"client-{index % 3}")
+    monkeypatch.setattr(pipeline, "log_parts", partial(log_parts, size=4_000))
+    found = replay_logs([log_of(tmp_path, traffic.lines())], config(), None)
+    assert found.tally.decisions == sum(part.lines for part in found.parts) == 60
+    assert [part for part in found.parts if part.lines][1:]
+    assert not any(part.clients.counts or part.clients.links for part in found.parts)
 
 
 def test_a_log_in_two_parts_is_replayed_from_the_state_at_the_end_of_the_first(tmp_path: Path) -> None:
