@@ -22,7 +22,8 @@ RANDOM_BYTES = 32
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BODY, _CHECKSUM = 43, 6  # characters
 _KEY = re.compile(PATTERN.encode())
-_LIKE_KEY = re.compile(rb"agw_[0-9A-Za-z]{20}")
+# Not within a longer run of characters of base64url: of 100,000 tokens with a signature of RSA, one has such letters.
+_LIKE_KEY = re.compile(rb"(?<![0-9A-Za-z_.-])agw_[0-9A-Za-z]{20}")
 # A key in which any characters are percent-encoded, once or several times, as in a path or query.
 _ENCODED = r"(?:a|%(?:25)*+61)(?:g|%(?:25)*+67)(?:w|%(?:25)*+77)(?:_|%(?:25)*+5[Ff])"
 _ENCODED += r"(?:[0-9A-Za-z]|%(?:25)*+(?:3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa])){20,}+"

@@ -143,6 +143,9 @@ def test_the_same_key_may_be_in_two_places(source: ApiKeySource) -> None:
         (b"X-API-Key", b"theirs"),
         (b"X-API-Key", b"AGW_" + KEY[4:]),
         (b"Authorization", b"Bearer eyJhbGciOiJIUzI1NiJ9.e30.x"),
+        (b"Authorization", b"Bearer eyJhbGciOiJSUzI1NiJ9.e30.x" + KEY + b"-x"),  # a signature may have any characters
+        (b"Authorization", b"Bearer eyJhbGciOiJSUzI1NiJ9.e30." + KEY + b"_x"),
+        (b"X-API-Key", b"theirs-" + KEY),
         (b"Authorization", basic(b"user", b"password")),
         (b"Authorization", b"Digest username=agw_x"),
         (b"Authorization", basic(b"user", KEY[:16])),
