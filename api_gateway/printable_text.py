@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 MAX_CELL_WIDTH = 80  # characters
+_SHOWN_NAMES = 3
 OTHER_METHOD = "_OTHER"  # as in OpenTelemetry's conventions
 # The method registry of IANA, of November 2026.
 REGISTERED_METHODS = frozenset(
@@ -57,6 +58,13 @@ def table(
         ).rstrip()
         for row in cells
     ]
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Return the first names, and how many more there are."""
+    shown = list(names)
+    more = len(shown) - _SHOWN_NAMES
+    return ", ".join(shown[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def shortened(text: str, size: int) -> str:

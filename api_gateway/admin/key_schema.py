@@ -74,6 +74,9 @@ class KeyView(Body):
         description="UTC, ISO 8601, to the minute, up to a minute late; null: not used, or not known."
     )
     routes: list[str] | None
+    unknown_routes: list[str] = Field(
+        description="Those of `routes` that do not exist, so that the key permits nothing by them."
+    )
     replaced_by: str | None = Field(description="Id of the key that a rotation created in its place; null: none.")
     configured: bool = Field(description="True for a key of the configuration, which this API cannot change.")
 

@@ -71,7 +71,7 @@ async def client_keys(client_id: ClientId, context: Guarded) -> ClientKeys:
     record, is_confirmed = await context.clients.record_of(client_id)
     configured = context.clients.keys.configured_of(client_id)
     uses = await context.clients.keys.last_uses([*configured, *record.keys])
-    now = context.clocks.wall()
+    now, known = context.clocks.wall(), context.route_names
     views = [
         KeyView(
             id=key.id,
@@ -81,6 +81,7 @@ async def client_keys(client_id: ClientId, context: Guarded) -> ClientKeys:
             expired=not key.is_valid_at(now),
             last_used_at=_time(uses.get(key.digest)),
             routes=None if key.routes is None else list(key.routes),
+            unknown_routes=[name for name in key.routes or () if name not in known],
             replaced_by=key.replaced_by,
             configured=is_configured,
         )

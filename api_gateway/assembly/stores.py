@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 
 from api_gateway.assembly.identity import identity_rules
 from api_gateway.clients.client_tiers import PreviousClients
+from api_gateway.clients.key_directory import KeyDirectory
 from api_gateway.clients.records import ClientStore
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
@@ -260,7 +261,7 @@ def registry_of(
     config: GatewayConfig, quotas: Quotas, clocks: Clocks, on_change: Callable[[Client, Client], None]
 ) -> ClientRegistry:
     """Build the client registry; `on_change` converts the buckets of a client. Raises StartupError."""
-    return ClientRegistry(
+    registry = ClientRegistry(
         quotas.tiers,
         config.default_tier,
         configured_clients(config),
@@ -269,8 +270,17 @@ def registry_of(
         deadline=config.store.decision_timeout,
         wall_clock=clocks.wall,
         rules=identity_rules(config),
-        outage_tolerance=config.identity.api_key.outage_tolerance,
         on_change=on_change,
+    )
+    _change_keys(registry.keys, config)
+    return registry
+
+
+def _change_keys(keys: KeyDirectory, config: GatewayConfig) -> None:
+    keys.change(
+        outage_tolerance=config.identity.api_key.outage_tolerance,
+        is_source="api_key" in config.identity.sources,
+        routes=frozenset(route.name for route in config.routes),
     )
 
 
@@ -289,7 +299,7 @@ def requote(
     """Change the limiter, buckets and clients to another configuration. Both pairs are (before, after)."""
     before, after = configs
     clients.bump_version()
-    clients.keys.outage_tolerance = after.identity.api_key.outage_tolerance
+    _change_keys(clients.keys, after)
     store = after.store
     if isinstance(limiter, MemoryLimiter):
         limiter.bucket_limit = store.max_buckets

@@ -5,7 +5,9 @@ change.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from enum import Enum
 
@@ -23,7 +25,10 @@ from api_gateway.clients.records import (
     Unchanged,
     key_entry,
 )
+from api_gateway.clients.unusable_keys import warning_of
 from api_gateway.models import Clock
+
+logger = logging.getLogger(__name__)
 
 USE_PRECISION = 60  # seconds
 _FLUSH_INTERVAL = 30.0  # seconds between two writes of last uses
@@ -78,6 +83,8 @@ class KeyDirectory:
         self._is_store_available = is_store_available
         self._write = write
         self._bump_version = bump_version
+        self._is_source = True
+        self._routes: AbstractSet[str] | None = None  # names of all routes; None: not known
         self._is_current = True
         self._outage: asyncio.TimerHandle | None = None
         self._hold = on_lookup
@@ -90,6 +97,28 @@ class KeyDirectory:
     def __repr__(self) -> str:
         state = "current" if self._is_current else "outdated"
         return f"<KeyDirectory [{len(self._cache().keys)} keys held, {len(self._configured())} configured, {state}]>"
+
+    def change(self, *, outage_tolerance: float, is_source: bool, routes: AbstractSet[str]) -> None:
+        """Apply the settings of a configuration, and log which stored keys they make useless.
+
+        `is_source`: keys are a source of identities. `routes` are the names of all routes.
+        """
+        self.outage_tolerance, self._is_source, self._routes = outage_tolerance, is_source, routes
+        self._warn()
+
+    def _warn(self) -> None:
+        if self._routes is None:
+            return
+        cache = self._cache()
+        warning = warning_of(
+            cache.keys,
+            self.wall_clock(),
+            is_source=self._is_source,
+            routes=self._routes,
+            is_complete=cache.is_complete,
+        )
+        if warning is not None:
+            logger.warning("%s", warning)
 
     @property
     def is_empty(self) -> bool:
@@ -241,11 +270,12 @@ class KeyDirectory:
             self._outage = loop.call_later(self.outage_tolerance, self._become_outdated)
 
     def on_recovery(self) -> None:
-        """Accept stored keys again: all of them have been read."""
+        """Accept stored keys again: all of them have been read. Log which of them cannot be used."""
         if self._outage is not None:
             self._outage.cancel()
         self._outage, self._is_current = None, True
         self._lookups.retry_now()
+        self._warn()
 
     def _become_outdated(self) -> None:
         self._outage, self._is_current = None, False

@@ -77,12 +77,18 @@ def _list(options: argparse.Namespace) -> None:
             "expired" if key["expired"] else key["expires_at"] or "never",
             key["replaced_by"] or "-",
             key["last_used_at"] or "-",
-            ", ".join(key["routes"] or ["all"]),
+            ", ".join(_routes(key)),
         )
         for key in found["keys"]
     ]
     for line in table(("ID", "LABEL", "CREATED", "EXPIRES", "REPLACED BY", "LAST USED", "ROUTES"), rows):
         show(line)
+
+
+def _routes(key: Mapping[str, Any]) -> list[str]:
+    if key["routes"] is None:
+        return ["all"]
+    return [f"{name} (no such route)" if name in key["unknown_routes"] else name for name in key["routes"]]
 
 
 def _rotate(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+from api_gateway.printable_text import some_of
 from api_gateway.settings.clients import ClientSection, TierSection
 from api_gateway.settings.diagnostics import KeyPath, path_text
 from api_gateway.settings.extensions import ExtensionSection
@@ -10,7 +11,6 @@ from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.routes import RouteSection
 
 _PROVING = ("api_key", "jwt", "certificate")  # sources whose credentials prove an id
-_SHOWN = 3  # names
 
 
 class CredentialSections(Protocol):
@@ -50,7 +50,7 @@ def unused_credentials(config: CredentialSections) -> Iterator[tuple[KeyPath, st
     place: KeyPath = ("identity", "sources")
     keyed = [f"clients.{client_id}" for client_id, client in config.clients.items() if client.keys]
     if keyed and "api_key" not in sources:
-        message = f"does not name api_key: keys of clients prove nothing, and upstreams receive them: {_listed(keyed)}"
+        message = f"does not name api_key: keys of clients prove nothing, and upstreams receive them: {some_of(keyed)}"
         yield place, message
     if config.extensions or not {*_PROVING}.isdisjoint(sources):  # a hook of an extension proves an id, too
         return
@@ -62,9 +62,4 @@ def unused_credentials(config: CredentialSections) -> Iterator[tuple[KeyPath, st
     ]
     if closed:
         needed = f"{', '.join(_PROVING[:-1])} or {_PROVING[-1]}"
-        yield place, f"names no source that proves an id ({needed}), which is required of: {_listed(closed)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        yield place, f"names no source that proves an id ({needed}), which is required of: {some_of(closed)}"

@@ -1,14 +1,19 @@
 """Rules between the API keys of the configuration, the ids that must be proved, and the sources that prove them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from api_gateway.clients.api_keys import ApiKey, KnownKey
 from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.records import Change, KeyChange
+from api_gateway.clients.unusable_keys import warning_of
 from api_gateway.config import load_config
+from api_gateway.process import key_commands
+from api_gateway.process.key_commands import run_keys
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import access_warnings
 from tests.cases import each
@@ -117,3 +122,54 @@ def test_what_no_source_can_prove_is_a_warning_at_the_start(
 ) -> None:
     """Else such a client gets 401 for ever, and its keys travel to upstreams, without a word."""
     assert told(identity, **more) == expected
+
+
+def held(*keys: tuple[str, ApiKey]) -> dict[str, KnownKey]:
+    return {f"{number:064x}": KnownKey(client_id, key) for number, (client_id, key) in enumerate(keys)}
+
+
+OF_OLD = ApiKey(DIGEST, routes=("old", "all"))
+MANY = [(f"c{number}", replace(OF_OLD, routes=(f"old{number}",))) for number in range(5)]
+NO_ROUTE = "API keys are limited to routes that do not exist: "
+REMEDY = ". If a route was renamed, give it its former name, or create other keys"
+UNUSED = "identity.sources does not name api_key: stored API keys prove nothing, and upstreams receive them "
+IN_MEMORY = ", of those in memory; those that only the store has were not examined"
+
+
+@each(
+    ("keys", "options", "expected"),
+    [
+        ([], {"is_source": False}, None),
+        ([("acme", ApiKey(DIGEST)), ("b", ApiKey(OTHER, routes=("all",)))], {}, None),
+        ([("acme", replace(OF_OLD, expires_at=99.0))], {}, None),
+        ([("acme", OF_OLD)] * 2, {}, f"{NO_ROUTE}'old' (keys: 2, clients: acme){REMEDY}"),
+        ([("acme", OF_OLD)], {"is_complete": False}, f"{NO_ROUTE}'old' (keys: 1, clients: acme){IN_MEMORY}{REMEDY}"),
+        (
+            MANY,
+            {},
+            f"{NO_ROUTE}'old0', 'old1', 'old2' and 2 more (keys: 5, clients: c0, c1, c2 and 2 more){REMEDY}",
+        ),
+        (MANY, {"is_source": False}, f"{UNUSED}(keys: 5, clients: c0, c1, c2 and 2 more)"),
+        (MANY[:1], {"is_source": False, "is_complete": False}, f"{UNUSED}(keys: 1, clients: c0){IN_MEMORY}"),
+    ],
+)
+def test_stored_keys_that_cannot_be_used_are_named_within_bounds(
+    keys: list[tuple[str, ApiKey]], options: dict[str, bool], expected: str | None
+) -> None:
+    terms = {"is_source": True, "is_complete": True} | options
+    assert warning_of(held(*keys), 100.0, routes={"all"}, **terms) == expected
+
+
+def test_the_list_of_keys_marks_routes_that_do_not_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = {"id": "1", "label": "", "configured": True, "expired": False, "expires_at": None, "replaced_by": None}
+    key |= {"last_used_at": None}
+    unlimited: dict[str, Any] = {"routes": None, "unknown_routes": []}
+    limited = {"routes": ["a", "old"], "unknown_routes": ["old"]}
+    client = Mock(**{"call.return_value": {"keys": [key | unlimited, key | limited]}})
+    monkeypatch.setattr(key_commands, "client_of", lambda _options: client)
+    assert run_keys(["list", "acme"]) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("  all")
+    assert second.endswith("  a, old (no such route)")

@@ -24,6 +24,7 @@ from tests.kit import (
     RawUpstream,
     RunningGateway,
     Wire,
+    _config,
     ask,
     eventually,
     in_front_of,
@@ -111,7 +112,7 @@ def test_explain_tells_which_ids_anyone_can_claim(gateway: Gateway, up: RawUpstr
 
 # API keys
 
-ROUTES = [
+ROUTES: list[dict[str, Any]] = [
     {"name": "all", "path": "/api", "upstream": "up"},
     {"name": "kept", "path": "/api/kept", "upstream": "up", "forward_credentials": True},
 ]
@@ -340,6 +341,40 @@ def test_keys_are_not_created_where_they_are_not_accepted(gateway: Gateway, up: 
     key = new_key(b"\1" * 32)
     assert ask(f"{running.url}/api/x", headers={"X-API-Key": key}).status == 200
     assert up.requests[-1].all("x-api-key") == [key.encode()], "it belongs to the upstream"
+
+
+def test_keys_of_a_renamed_route_are_named_by_a_reload_a_start_and_their_list(
+    up: RawUpstream, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a key gets 403 from then on, which its client would notice first."""
+    sections = in_front_of(up.url) | {"routes": [route.copy() for route in ROUTES]}
+    warning = "API keys are limited to routes that do not exist: 'kept' (keys: 1, clients: acme). If"
+    unused = "stored API keys prove nothing, and upstreams receive them (keys: 2, clients: "
+    running = RunningGateway(sections, tmp_path, read=lambda: _config(sections, tmp_path))
+    try:
+        made = call(running, "POST", "/clients/acme/keys", {"routes": ["kept", "all"]})
+        call(running, "POST", "/clients/other/keys", {"routes": ["all"]})
+        call(running, "POST", "/reload")
+        assert warning not in caplog.text
+        sections["routes"][1]["name"] = "renamed"
+        call(running, "POST", "/reload")
+        assert caplog.text.count(warning) == 1
+        answer = ask(f"{running.url}/api/kept", headers={"X-API-Key": made["key"]})
+        assert told(answer) == (403, "credentials_insufficient")
+        (shown,) = call(running, "GET", "/clients/acme/keys")["keys"]
+        assert (shown["routes"], shown["unknown_routes"]) == (["kept", "all"], ["kept"])
+        (shown,) = call(running, "GET", "/clients/other/keys")["keys"]
+        assert (shown["routes"], shown["unknown_routes"]) == (["all"], [])
+    finally:
+        running.stop()
+    caplog.clear()
+    sections["identity"] = {"sources": ["header", "address"]}
+    with running_gateway(sections, tmp_path):
+        assert caplog.text.count(unused) == 1
+    del sections["identity"]
+    caplog.clear()
+    with running_gateway(sections, tmp_path):
+        assert caplog.text.count(warning) == 1
 
 
 def test_keys_survive_a_restart(up: RawUpstream, tmp_path: Path) -> None:
