@@ -29,6 +29,7 @@ from api_gateway.assembly.identity import adopted_claim
 from api_gateway.assembly.installation import Installation, ServerTls
 from api_gateway.assembly.stores import REPLACED_WITHIN
 from api_gateway.config import GatewayConfig, load_config
+from api_gateway.downstream.proxy_headers import record_proxy_headers, with_own_peer
 from api_gateway.downstream.uvicorn_server import COMMAND, Listener, UvicornServer
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.http1.asgi import ADMIN, FastPathProvider, Message, Receive, Scope, Send
@@ -40,6 +41,7 @@ from api_gateway.reporting.worker_channel import Aggregator, SingleProcess, Supe
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import access_warnings
+from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.system.state_folder import own_folder
 from api_gateway.upstreams.dns import Resolve, resolve_host
@@ -103,6 +105,7 @@ class GatewayApp(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, WebSocket or lifespan (ASGI)."""
+        scope = with_own_peer(scope)
         if scope.get("root_path"):
             scope = below_root(scope)
         is_proxied = scope["type"] == "http" and ADMIN not in scope and self._switch.is_proxied(scope["path"])
@@ -190,6 +193,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
+        _log_what_has_no_effect(app.server, settings.server)
         listener = app.listener = _listener_of(app.server, settings, rejections)
         changed = on_change if listener is None else partial(_apply_to_listener, listener, on_change)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
@@ -246,6 +250,24 @@ def __getattr__(name: str) -> Any:
         )
     globals()["app"] = app
     return app
+
+
+def _log_what_has_no_effect(server: UvicornServer | None, section: ServerSection) -> None:
+    """Log what an operator has set about proxies in front of the gateway, and this server does not apply."""
+    told = record_proxy_headers()
+    if told and not section.trusted_proxies:
+        logger.warning(
+            "uvicorn's --forwarded-allow-ips (FORWARDED_ALLOW_IPS) has no effect on the gateway, got %s: set"
+            " server.trusted_proxies to the proxies whose X-Forwarded-For it shall use",
+            ", ".join(sorted(told)),
+        )
+    if section.proxy_protocol and not (server is not None and (server.has_own_protocol or server.is_gateways)):
+        logger.warning(
+            "server.proxy_protocol: has no effect here, so connections that begin with a PROXY protocol header fail,"
+            " got %s; start the gateway with api-gateway, or with: %s",
+            ", ".join(map(str, section.proxy_protocol)),
+            COMMAND,
+        )
 
 
 def _listener_of(server: UvicornServer | None, settings: GatewayConfig, refused: Counter[str]) -> Listener | None:

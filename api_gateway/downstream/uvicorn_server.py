@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 
 from api_gateway.downstream.connection_factory import ConnectionFactory, FirstProtocol
 from api_gateway.downstream.listener import change_protocol, protocol_of
+from api_gateway.downstream.proxy_headers import RecordedProxyHeaders
 from api_gateway.http1.asgi import Receive
 from api_gateway.http1.headers import Fields
 from api_gateway.resilience.fair_shares import FairShares, default_connections
@@ -79,7 +80,7 @@ def protocol(
 
 def _gateway_behind(app: Any) -> Any:
     """Return the application that has a listener, behind the middleware that uvicorn adds; None if there is none."""
-    while isinstance(app, ProxyHeadersMiddleware | MessageLoggerMiddleware):
+    while isinstance(app, ProxyHeadersMiddleware | RecordedProxyHeaders | MessageLoggerMiddleware):
         app = app.app
     return app if isinstance(getattr(app, "listener", None), Listener) else None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
-from api_gateway.http1.asgi import Scope
+from api_gateway.http1.asgi import UNIX_PEER, Scope
 from api_gateway.models import HeaderList
 
 Octets = bytes | bytearray | memoryview
@@ -20,7 +20,13 @@ def complete_scope(scope: Scope) -> None:
     scope["query_string"] = bytes(scope.get("query_string") or b"")
     scope["raw_path"] = bytes(scope.get("raw_path") or quote(scope["path"]).encode("ascii"))
     client = scope.get("client")
-    scope["client"] = (client[0], int(client[1] or 0)) if client and client[0] else None
+    scope["client"] = (client[0], int(client[1] or 0)) if client and client[0] else _peer_without_address(scope)
+
+
+def _peer_without_address(scope: Scope) -> tuple[str, int] | None:
+    """Return the peer on a Unix socket, which ASGI shows by a server without port; otherwise None: unknown."""
+    server = scope.get("server")
+    return UNIX_PEER if server is not None and server[1] is None else None
 
 
 def plain_pairs(headers: Iterable[Iterable[Any]]) -> HeaderList:

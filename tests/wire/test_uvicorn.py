@@ -15,12 +15,16 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from api_gateway.assembly import credential_watch
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream import listener as listener_module
 from api_gateway.downstream.uvicorn_server import COMMAND
 from api_gateway.main import GatewayApp, create_app
+from api_gateway.settings.addresses import AddressesSection
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, case, eventually, in_front_of, reason, reply
 
 OWN = "api_gateway.server:protocol"
@@ -43,14 +47,14 @@ def serve() -> Iterator[Serve]:
     """Run applications in uvicorn with one of its protocols, or another one."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start(app: Any, http: str, **options: Any) -> int:
-        listener = socket.create_server(("127.0.0.1", 0))
+    def start(app: Any, http: str, *, listener: socket.socket | None = None, **options: Any) -> int:
+        listener = listener or socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, http=http, log_config=None, **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         running.append((server, thread))
         thread.start()
         eventually(lambda: server.started or not thread.is_alive(), "uvicorn starts")
-        return int(listener.getsockname()[1])
+        return 0 if listener.family == socket.AF_UNIX else int(listener.getsockname()[1])
 
     yield start
     for server, _ in running:
@@ -323,6 +327,76 @@ def test_the_gateways_protocol_has_the_fast_path_the_limits_and_the_shares(
     assert app.listener.shares.total == 4
 
 
+def reporting(gateway: GatewayApp) -> FastAPI:
+    """Return an application that mounts the gateway, and itself reports the address of clients."""
+    outer = mounted(gateway)
+
+    async def report(request: Request) -> Response:
+        return Response(f"{request.client.host if request.client else None} {request.url.scheme}")
+
+    outer.router.routes.insert(0, Route("/outer", report))
+    return outer
+
+
+FORGED = ("X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: https")
+
+
+@pytest.mark.parametrize("way", [lambda gateway: gateway, reporting, extended], ids=["alone", "mounted", "extended"])
+@pytest.mark.parametrize("http", ["h11", "httptools", OWN])
+def test_the_gateway_alone_decides_the_clients_address_under_every_protocol(
+    up: RawUpstream, serve: Serve, tmp_path: Path, http: str, way: Callable[..., Any]
+) -> None:
+    """By default uvicorn believes any local peer, also for an application that mounts the gateway."""
+
+    def started(name: str, **server: Any) -> int:
+        rules = {"addresses": AddressesSection.model_validate({"deny": ["192.0.2.0/24"]})}
+        return serve(way(create_app(config(up, tmp_path / name, **server).model_copy(update=rules))), http)
+
+    with RawClient(started("strict")) as client:
+        for field in FORGED[0], "X-Forwarded-For: 203.0.113.1, 192.0.2.1":
+            assert client.get("/api/x", (field, FORGED[1])).status == 200
+            assert up.requests[-1].all("x-forwarded-for") == [b"127.0.0.1"]
+            assert up.requests[-1].all("x-forwarded-proto") == [b"http"]
+        if way is reporting:
+            assert client.get("/outer", FORGED).body == b"192.0.2.1 https", "its own routes have uvicorn's"
+    with RawClient(started("trusting", trusted_proxies=["127.0.0.1"])) as client:
+        assert reason(client.get("/api/x", FORGED)) == (403, "address_denied")
+        assert client.get("/api/x", ("X-Forwarded-For: 192.0.2.1, 203.0.113.1",)).status == 200
+        assert up.requests[-1].all("x-forwarded-for") == [b"192.0.2.1, 203.0.113.1, 127.0.0.1"]
+
+
+class Renaming(PassingOn):
+    """Middleware of an embedding program that knows the client's address better."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app({**scope, "client": ("192.0.2.9", 1)} if scope["type"] == "http" else scope, receive, send)
+
+
+@pytest.mark.parametrize("field", ["X-Forwarded-For: 192.0.2.1", "X-Plain: 1"])
+def test_the_address_that_other_middleware_sets_is_believed(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, field: str
+) -> None:
+    with RawClient(serve(Renaming(build()), "httptools")) as client:
+        assert client.get("/api/x", (field,)).status == 200
+    assert up.requests[-1].all("x-forwarded-for") == [b"192.0.2.9"]
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11", OWN])
+def test_a_proxy_on_a_unix_socket_is_trusted_by_its_name(
+    up: RawUpstream, tmp_path: Path, serve: Serve, http: str
+) -> None:
+    """Such clients have no address under uvicorn."""
+    path = tmp_path / "gateway.sock"
+    app = create_app(config(up, tmp_path, trusted_proxies=["unix"]))
+    serve(app, http, listener=socket.create_server(str(path), family=socket.AF_UNIX))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        client.sendall(b"GET /api/x HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.1\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert up.requests[-1].all("x-forwarded-for") == [b"192.0.2.1, unix"]
+
+
 BEGUN = b"Transfer-Encoding: chunked\r\n\r\n5\r\nbegun\r\n"
 STREAMS = {
     "length": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nbegun",
@@ -464,6 +538,37 @@ def test_the_log_says_what_is_missing_and_the_command_that_has_it(
     assert all(word in text for word in words)
     assert ("411" in text) == (http == "httptools")
     assert ("uvicorn" in text) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("http", "way"), [("httptools", lambda gateway: gateway), (OWN, lambda gateway: gateway), (OWN, mounted)]
+)
+def test_the_log_says_which_settings_about_proxies_have_no_effect_here(
+    up: RawUpstream,
+    tmp_path: Path,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    http: str,
+    way: Callable[..., Any],
+) -> None:
+    """Only those that an operator has set: uvicorn trusts local peers by default."""
+    unread = [] if http == OWN and way is not mounted else ["server.proxy_protocol", "10.0.0.7", COMMAND]
+    rows: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+        ({}, {}, []),
+        ({"forwarded_allow_ips": "::1, 127.0.0.1"}, {}, []),
+        ({"forwarded_allow_ips": ["10.0.0.5", "127.0.0.1"]}, {}, ["FORWARDED_ALLOW_IPS", "10.0.0.5: set server.t"]),
+        ({"forwarded_allow_ips": "*"}, {}, ["FORWARDED_ALLOW_IPS", "got *: set server.trusted_proxies"]),
+        ({"forwarded_allow_ips": "*"}, {"trusted_proxies": ["10.0.0.0/8"]}, []),
+        ({"forwarded_allow_ips": "*", "proxy_headers": False}, {}, []),
+        ({}, {"proxy_protocol": ["10.0.0.7"]}, unread),
+    ]
+    for number, (options, server, words) in enumerate(rows):
+        caplog.clear()
+        with case(f"{options} {server}"), caplog.at_level(logging.WARNING, "api_gateway"):
+            serve(way(create_app(config(up, tmp_path / str(number), **server))), http, **options)
+            text = "\n".join(line for line in caplog.messages if "has no effect" in line)
+            assert bool(text) == bool(words)
+            assert all(word in text for word in words), text
 
 
 def test_without_a_lifespan_the_gateways_protocol_serves_with_default_limits(
