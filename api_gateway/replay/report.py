@@ -211,7 +211,11 @@ def _limits_not_evaluable(replayed: Replayed, quotas: Quotas) -> Iterator[str]:
                 " unused; changes by operators are not in the log"
             )
         if parts:
-            yield f"limit {limit.name}: its key has {', '.join(parts)}, which is not logged; it is not evaluated"
+            refused = sum(replayed.tally.refused_unlogged[quota.name] for quota in limit.all_quotas)
+            yield (
+                f"limit {limit.name}: its key has {', '.join(parts)}, which is not logged; it is not evaluated"
+                + (f", and neither are {refused} requests that it refused in the log" if refused else "")
+            )
 
 
 def time_of(at_ns: int) -> str | None:
@@ -250,7 +254,8 @@ def text_of(document: Document, shown: int) -> str:
         "",
         (
             f"Compared with {'the log' if document['current'] is None else document['current']}: newly limited"
-            f" {totals['newly_limited']}, newly allowed {totals['newly_allowed']}; clients newly limited"
+            f" {totals['newly_limited']}, newly allowed {totals['newly_allowed']}, not evaluable"
+            f" {totals['not_evaluable']}; clients newly limited"
             f" {totals['clients_newly_limited']} of {totals['clients']}"
         ),
     ]

@@ -125,6 +125,10 @@ class Simulation:
             rules=identity_rules(config),
         )
         self.limits = evaluable(self.quotas.limits)
+        # Names of the allowances of other limits: a request that one of these refused in the log is not decided again.
+        self.unlogged = frozenset(
+            quota.name for limit in self.quotas.limits if unlogged_parts(limit) for quota in limit.all_quotas
+        )
         self.routes = LoggedRoutes(routes, self.limits, None if before is None else logged_routes_of(before))
         self.route_stage = LoggedRouteStage(self.routes)
         has_counters = any(isinstance(quota, PeriodQuota) for limit in self.limits for quota in limit.all_quotas)

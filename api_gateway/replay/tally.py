@@ -49,7 +49,7 @@ class ClientTally:
         self.limited = 0
         self.newly_limited = 0
         self.newly_allowed = 0
-        self.not_evaluable = 0  # may have had another route
+        self.not_evaluable = 0  # may have had another route, or was refused by a limit that is not evaluated
         self.first_ns = self.last_ns = 0  # of those that are newly limited
         self.longest_wait_ns = 0
         self.limited_ns = 0  # from a refusal to the next admission, summed
@@ -134,6 +134,7 @@ class ReplayTally:
         self.newly_limited_by: Counter[str] = Counter()
         self.checks_refused = 0
         self.doubts: Counter[str] = Counter()  # requests that may have had a route, by route
+        self.refused_unlogged: Counter[str] = Counter()  # by the allowance that refused them, which is not evaluated
         self.agreement, self.current_agreement = Agreement(), Agreement()
         self.timeline = [[0] * SLOTS for _ in range(4)]  # decisions; refused in the log, by current, by the candidate
 
@@ -172,25 +173,41 @@ class ReplayTally:
         if is_limited_now:
             self.limited_in_log += 1
             in_log[slot] += 1
-        outcome = self._candidate.decide(event)
-        _compare(self.agreement, event, outcome)
+        refused_by = event[LIMIT] if is_limited_now else ""
         if self._current is not None:
-            current = self._current.decide(event)
-            _compare(self.current_agreement, event, current)
-            is_limited_now = current is not None and not current.allowed
+            if refused_by not in self._current.unlogged:
+                current = self._current.decide(event)
+                _compare(self.current_agreement, event, current)
+                is_limited_now = current is not None and not current.allowed
             if is_limited_now:
                 self.limited_by_current += 1
                 by_current[slot] += 1
+        if refused_by in self._candidate.unlogged:
+            self._count_unlogged(event, refused_by, was_limited=is_limited_now)
+            return
+        outcome = self._candidate.decide(event)
+        _compare(self.agreement, event, outcome)
         self._count(event, outcome, by_candidate, slot, was_limited=is_limited_now)
 
-    def _count(
-        self, event: LogEvent, outcome: Decision | None, by_candidate: list[int], slot: int, *, was_limited: bool
-    ) -> None:
-        at_ns = event[AT_NS]
+    def _client_of(self, event: LogEvent) -> ClientTally:
         key = event[ID_OF_CLIENT], event[TIER], event[TIER_SOURCE] == "address"
         client = self.clients.get(key)
         if client is None:
             client = self.clients[key] = ClientTally()
+        return client
+
+    def _count_unlogged(self, event: LogEvent, refused_by: str, *, was_limited: bool) -> None:
+        """Count a request that a limit by values that are not logged refused: it charges nothing."""
+        client = self._client_of(event)
+        client.requests += 1
+        client.not_evaluable += 1
+        client.limited_before += was_limited
+        self.refused_unlogged[refused_by] += 1
+
+    def _count(
+        self, event: LogEvent, outcome: Decision | None, by_candidate: list[int], slot: int, *, was_limited: bool
+    ) -> None:
+        at_ns, client = event[AT_NS], self._client_of(event)
         client.requests += 1
         client.not_evaluable += bool(self._candidate.routes.doubtful)
         client.limited_before += was_limited
@@ -220,6 +237,7 @@ class ReplayTally:
         self.newly_limited_by += other.newly_limited_by
         self.checks_refused += other.checks_refused
         self.doubts += other.doubts
+        self.refused_unlogged += other.refused_unlogged
         self.agreement.add(other.agreement)
         self.current_agreement.add(other.current_agreement)
         for mine, others in zip(self.timeline, other.timeline, strict=True):

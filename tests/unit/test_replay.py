@@ -356,7 +356,7 @@ def test_what_is_newly_limited_says_who_when_how_long_and_by_which_limit(tmp_pat
         "last_newly_limited": "2023-11-14T22:13:23.000+00:00",
     }
     text = text_of(found, 5)
-    assert "newly limited 2, newly allowed 0; clients newly limited 1 of 1" in text
+    assert "newly limited 2, newly allowed 0, not evaluable 0; clients newly limited 1 of 1" in text
     assert "by limit BASIC: 2" in text
 
 
@@ -473,6 +473,44 @@ def test_limits_on_values_that_are_not_logged_are_not_evaluated(tmp_path: Path) 
     (note,) = found["not_evaluable"]
     assert note == "limit tenants: its key has header:x-tenant, which is not logged; it is not evaluated"
     assert (found["newly_limited_by"], found["totals"]["newly_limited"]) == ({"all": 7}, 7)
+
+
+@pytest.mark.parametrize("has_current", [False, True])
+def test_a_request_that_a_limit_by_an_unlogged_value_refused_is_not_evaluable_and_charges_nothing(
+    tmp_path: Path, *, has_current: bool
+) -> None:
+    """So a replay under the configuration that wrote the log finds no client newly limited or allowed."""
+    team = {"name": "team", "key": "header:x-team", "tiers": {"BASIC": {"rate": 0.001, "capacity": 2}}}
+    own = config(limits=[{"name": "daily", "quota": 4, "period": "day"}, team])
+    traffic = Traffic()
+    of_team = Quota.per_second("team:BASIC", 0.001, 2, "team")
+    traffic.limiter = MemoryLimiter([*traffic.quotas.values(), of_team])
+    for number in range(7):
+        exchange = traffic.request("acme", "BASIC", after=0.1)
+        if 1 <= number < 6:
+            team_charge = Charge("limit:team:BASIC:a", of_team, of_team.cost_ns(1))
+            exchange.charges = [*exchange.charges, team_charge]
+            exchange.decision = traffic.limiter.decide(exchange.charges, traffic.now_ns)
+    log = log_of(tmp_path, traffic.lines())
+    assert log.read_text().count('"limit":"team:BASIC","wait_ns":0') == 2, "the other three are refused"
+
+    def replayed(candidate: GatewayConfig) -> dict[str, Any]:
+        current = own if has_current else None
+        return reported(replay_logs([log], candidate, current), candidate, current)
+
+    found = replayed(own)
+    totals = {name: found["totals"][name] for name in ("newly_limited", "newly_allowed", "limited", "not_evaluable")}
+    assert totals == {"newly_limited": 0, "newly_allowed": 0, "limited": 0, "not_evaluable": 3}
+    assert (found["totals"]["limited_in_log"], found["totals"]["refused_otherwise"]) == (3, 0)
+    assert found["totals"]["limited_by_current"] == (3 if has_current else None)
+    assert found["agreement"]["candidate"]["compared"] == 4, "of 7"
+    note = "limit team: its key has header:x-team, which is not logged; it is not evaluated, and neither are 3"
+    assert any(one.startswith(note) for one in found["not_evaluable"]), found["not_evaluable"]
+    assert "not evaluable 3" in text_of(found, 5)
+    without = replayed(config(limits=[{"name": "daily", "quota": 4, "period": "day"}]))
+    totals = {name: without["totals"][name] for name in totals}
+    shown = "without the limit its refusals are decided: the first of three is allowed, and the last request is not"
+    assert totals == {"newly_limited": 1, "newly_allowed": 1, "limited": 3, "not_evaluable": 0}, shown
 
 
 def test_calendar_quotas_are_evaluated_by_the_wall_clock_of_the_log_across_restarts(tmp_path: Path) -> None:
