@@ -135,7 +135,10 @@ class Decision:
     bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets, and `debts_ns`, the
     times until each charged bucket is full; it is empty for one bucket, and `reset_ns` is its time. `violated` are the
     quotas of all buckets that refuse, if there are several buckets. `wall_us`, in microseconds since the epoch, is the
-    time that decided which calendar period it was; only counters of this process set it.
+    time that decided which calendar period it was; only counters of this process set it. `processes` is set of a
+    decision on a share of the limits alone: so many processes share them. Its times are those of whole buckets, to
+    which that many times the cost is charged (`share_increment`). `left` is what each counter of a calendar quota has
+    left, in thousandths of a token, in the order of the charges; only decisions on counters have it.
     """
 
     key: str
@@ -150,6 +153,8 @@ class Decision:
     violated: tuple[Quota, ...] = ()
     notices: tuple[Notice, ...] = ()
     wall_us: int = field(init=False, repr=False, compare=False)
+    processes: int = field(init=False, repr=False, compare=False)
+    left: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     @property
     def retry_after(self) -> float | None:
@@ -163,6 +168,23 @@ class Decision:
         return (
             math.nextafter(whole, math.inf) if rest_ns and seconds == whole else seconds
         )  # for waits of months, a double may have lost the nanoseconds
+
+
+def processes_of(decision: Decision) -> int:
+    """Return how many processes share the limits of a decision; 1 if it is on the whole limits."""
+    processes: int = getattr(decision, "processes", 1)
+    return processes
+
+
+def share_increment(increment_ns: int, burst_ns: int, processes: int) -> int:
+    """Return what is charged to a whole bucket for a charge of one of the shares of so many processes.
+
+    A cost that exceeds the capacity of a share is charged as that capacity; one that exceeds the bucket's is never
+    allowed, and is not changed.
+    """
+    if increment_ns > burst_ns:
+        return increment_ns
+    return max(min(increment_ns * processes, burst_ns), -burst_ns)
 
 
 _EXACT_NS = 1 << 51  # 26 days; below it, a double of seconds differs for each nanosecond

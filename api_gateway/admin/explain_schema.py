@@ -111,7 +111,12 @@ class BucketExplained(Body):
     key: str
     policy: str = Field(description="Name of the quota in RateLimit and RateLimit-Policy.")
     tokens: float = Field(description="Tokens now; negative after a cost settlement that exceeded them.")
-    capacity: int
+    capacity: int | float = Field(description="Tokens; of a share: capacity / `processes`.")
+    processes: int | None = Field(
+        default=None,
+        description="While the store is unavailable: the number of processes that share the limit. Tokens and capacity"
+        " are then those of the share of the worker that responds. null: they are those of the whole limit.",
+    )
     cost: float
     allowed: bool = Field(description="True if the bucket has enough tokens now.")
     retry_after_seconds: float | None = Field(

@@ -1,12 +1,22 @@
 """Parts of an explanation that need nothing but what they describe."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-from api_gateway.admin.explain_schema import ConcurrencyExplained, ExplainedResult, FallbackExplained, SlotExplained
+from api_gateway.admin.explain_schema import (
+    BucketExplained,
+    ConcurrencyExplained,
+    ExplainedResult,
+    FallbackExplained,
+    SlotExplained,
+)
 from api_gateway.errors import GatewayError, Reason
 from api_gateway.limits.concurrency import SlotUse
+from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.models import NANOSECONDS, Charge, Decision, processes_of, share_increment
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.rate_limiter import NEVER_NS
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 
 _OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
@@ -14,6 +24,47 @@ _OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
     Reason.CONCURRENCY_EXCEEDED: "limited",
     Reason.COST_EXCEEDS_CAPACITY: "exceeds_capacity",
 }
+
+
+@dataclass(slots=True)
+class ChargeOutlook:
+    """A hypothetical charge, and the decision of its bucket."""
+
+    charge: Charge
+    decision: Decision
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that share the bucket."""
+        return processes_of(self.decision)
+
+    @property
+    def charged_ns(self) -> int:
+        """What the request would be charged, in units of the whole bucket; of a counter, of this process's share."""
+        quota, increment_ns = self.charge.quota, self.charge.increment_ns
+        if isinstance(quota, PeriodQuota):
+            return increment_ns
+        return share_increment(increment_ns, quota.burst_ns, self.processes)
+
+    @property
+    def debt_ns(self) -> int:
+        """Nanoseconds until the bucket is full, without the charge, which is not made; of a counter, its period."""
+        if isinstance(self.charge.quota, PeriodQuota):
+            return self.decision.reset_ns
+        return self.decision.reset_ns - (self.charged_ns if self.decision.allowed else 0)
+
+    @property
+    def wait_ns(self) -> float:
+        """Nanoseconds until the bucket allows the charge; infinity if it never does."""
+        return float("inf") if self.decision.wait_ns == NEVER_NS else self.decision.wait_ns
+
+    @property
+    def more(self) -> float:
+        """How many such charges the bucket allows after this one."""
+        left_ns = self.charge.quota.burst_ns - self.decision.reset_ns
+        if isinstance(self.charge.quota, PeriodQuota):
+            left_ns = self.decision.remaining * self.charge.quota.emission_ns - self.charge.increment_ns
+        return left_ns / self.charged_ns if self.charged_ns else float("inf")
 
 
 def explained_result(error: GatewayError | None, fallback: FallbackExplained | None) -> ExplainedResult:
@@ -63,4 +114,23 @@ def explained_concurrency(limit: ConcurrencyLimit, priority: int, holder: str | 
         tier_limit=limit.class_limits[priority],
         in_flight=limit.in_flight,
         allowed=not limit.is_full_for(priority, holder),
+    )
+
+
+def explained_bucket(bucket: ChargeOutlook) -> BucketExplained:
+    """Return the bucket of a charge as it is now."""
+    charge, decision = bucket.charge, bucket.decision
+    quota = charge.quota
+    return BucketExplained(
+        key=charge.key,
+        policy=quota.policy,
+        tokens=float(decision.remaining)
+        if isinstance(quota, PeriodQuota)
+        else round((quota.burst_ns - bucket.debt_ns) / quota.emission_ns / bucket.processes, 3),
+        capacity=quota.capacity if bucket.processes == 1 else round(quota.capacity / bucket.processes, 6),
+        processes=bucket.processes if hasattr(decision, "processes") else None,
+        cost=round(charge.increment_ns / quota.emission_ns, 6),
+        allowed=decision.allowed,
+        retry_after_seconds=None if decision.wait_ns == NEVER_NS else decision.wait_ns / NANOSECONDS,
+        reset_after_seconds=round(bucket.debt_ns / NANOSECONDS, 3),
     )

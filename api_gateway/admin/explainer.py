@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from urllib.parse import unquote
 
 from api_gateway.admin.client_schema import TierView
@@ -24,6 +23,8 @@ from api_gateway.admin.explain_schema import (
     UpstreamExplained,
 )
 from api_gateway.admin.explained_parts import (
+    ChargeOutlook,
+    explained_bucket,
     explained_concurrency,
     explained_fallback,
     explained_result,
@@ -37,9 +38,8 @@ from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.limits.concurrency import SlotUse
 from api_gateway.limits.limit import Limit
-from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.middleware import API_PREFIX, proxied_paths
-from api_gateway.models import NANOSECONDS, Charge, Client, ClientCertificate, Clock, Decision, Exchange, Quota
+from api_gateway.models import Client, ClientCertificate, Clock, Exchange, Quota
 from api_gateway.proxy.admission import Admission, ExtensionCall, RequestPlan, Wait
 from api_gateway.proxy.credential_stages import CredentialStage
 from api_gateway.proxy.extension_stages import NO_RESULT, ExtensionIdentityStage
@@ -49,7 +49,7 @@ from api_gateway.proxy.identity_sources import Claim, Proof
 from api_gateway.proxy.limit_stage import DESCRIBED_CLAIM, DESCRIBED_ORGANISATION, RateLimitStage
 from api_gateway.proxy.route_table import Route
 from api_gateway.proxy.stages import IdentityStage
-from api_gateway.rate_limiter import NEVER_NS, RateLimiter
+from api_gateway.rate_limiter import RateLimiter
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.router import Router
@@ -66,34 +66,6 @@ _IDENTIFICATION = {
 
 
 _WITHOUT_END = 253_402_300_799.0  # the end of a certificate that has none, the year 9999 (RFC 5280 section 4.1.2.5)
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """A hypothetical charge, and the decision of its bucket."""
-
-    charge: Charge
-    decision: Decision
-
-    @property
-    def debt_ns(self) -> int:
-        """Nanoseconds until the bucket is full, without the charge, which is not made; of a counter, its period."""
-        if isinstance(self.charge.quota, PeriodQuota):
-            return self.decision.reset_ns
-        return self.decision.reset_ns - (self.charge.increment_ns if self.decision.allowed else 0)
-
-    @property
-    def wait_ns(self) -> float:
-        """Nanoseconds until the bucket allows the charge; infinity if it never does."""
-        return float("inf") if self.decision.wait_ns == NEVER_NS else self.decision.wait_ns
-
-    @property
-    def more(self) -> float:
-        """How many such charges the bucket allows after this one."""
-        left_ns = self.charge.quota.burst_ns - self.decision.reset_ns
-        if isinstance(self.charge.quota, PeriodQuota):
-            left_ns = self.decision.remaining * self.charge.quota.emission_ns - self.charge.increment_ns
-        return left_ns / self.charge.increment_ns if self.charge.increment_ns else float("inf")
 
 
 class Explainer:
@@ -191,7 +163,7 @@ class Explainer:
         if client is None:
             assert error is not None  # noqa: S101 - the client id is invalid
             raise error
-        buckets = [_Bucket(*pair) for pair in zip(exchange.charges, plan.inspected, strict=True)]
+        buckets = [ChargeOutlook(*pair) for pair in zip(exchange.charges, plan.inspected, strict=True)]
         binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
         if error is None and route is not None:
             error = self._refused(route, plan) if route.upstream else None
@@ -203,7 +175,7 @@ class Explainer:
             client=self._client_view(client, plan, error),
             route=None if route is None else self._route_view(route, plan),
             routes_passed_over=self._passed_over(plan),
-            buckets=[_bucket_view(bucket) for bucket in buckets],
+            buckets=[explained_bucket(bucket) for bucket in buckets],
             limiting_bucket=binding.charge.key,
             concurrency=explained_slots(plan.slot_uses),
             limits_not_applied=[
@@ -279,7 +251,7 @@ class Explainer:
         if shadow is None or not charges:
             return None, []
         decisions = await self._limiter.inspect(charges, self._clock_ns())
-        return _bucket_view(_Bucket(charges[0], decisions[0])), await shadow.look(charges)
+        return explained_bucket(ChargeOutlook(charges[0], decisions[0])), await shadow.look(charges)
 
     def _client_view(self, client: Client, plan: RequestPlan, error: GatewayError | None) -> ClientExplained:
         exchange = plan.exchange
@@ -364,20 +336,3 @@ def _certificate(described: DescribedCertificate) -> ClientCertificate:
             names[kind] = as_client_id(names[kind])
     end = _WITHOUT_END if described.not_after is None else described.not_after.timestamp()
     return ClientCertificate(tuple(names.items()), end)
-
-
-def _bucket_view(bucket: _Bucket) -> BucketExplained:
-    charge, decision = bucket.charge, bucket.decision
-    quota = charge.quota
-    return BucketExplained(
-        key=charge.key,
-        policy=quota.policy,
-        tokens=float(decision.remaining)
-        if isinstance(quota, PeriodQuota)
-        else round((quota.burst_ns - bucket.debt_ns) / quota.emission_ns, 3),
-        capacity=quota.capacity,
-        cost=round(charge.increment_ns / quota.emission_ns, 6),
-        allowed=decision.allowed,
-        retry_after_seconds=None if decision.wait_ns == NEVER_NS else decision.wait_ns / NANOSECONDS,
-        reset_after_seconds=round(bucket.debt_ns / NANOSECONDS, 3),
-    )

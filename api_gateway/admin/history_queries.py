@@ -4,6 +4,7 @@ The kinds of questions: `find` a request by its id, `list` those that ended afte
 the tokens of a bucket were spent. A process is asked by itself or, if there are several, through the supervisor.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from heapq import nlargest, nsmallest
@@ -17,9 +18,10 @@ from api_gateway.observability.request_history import RequestHistory
 from api_gateway.observability.request_record import (
     Charged,
     Decided,
+    LimitState,
     Record,
     charged_cost,
-    tokens_after,
+    states_of,
 )
 from api_gateway.printable_text import shown_method
 from api_gateway.rate_limiter import NEVER_NS
@@ -199,27 +201,28 @@ def _explained(record: Record) -> Members:
 
 
 def _refusing_keys(decision: Decided) -> dict[str, str]:
-    charges = enumerate(decision.charges)
+    charges = enumerate(decision.charges if decision.source != "deny" else ())
     return {str(index): one.key for index, one in charges if one.name in decision.refusing}
 
 
 def _refusing_buckets(decision: Decided) -> dict[str, Members]:
     """Return what the buckets of `_refusing_keys` had; a refusal leaves their tokens."""
-    tokens = tokens_after(decision)
-    return {
-        index: _bucket(decision, decision.charges[int(index)], tokens[int(index)])
-        for index in _refusing_keys(decision)
-    }
+    states = states_of(decision)
+    return {index: _bucket(decision, states[int(index)]) for index in _refusing_keys(decision)}
 
 
-def _bucket(decision: Decided, charged: Charged, before: float | None) -> Members:
-    """Return a bucket at a decision, as `spent_tokens` compares it: its tokens before, rate and size in tokens."""
+def _bucket(decision: Decided, state: LimitState) -> Members:
+    """Return a bucket at a decision, as `spent_tokens` compares it: its tokens before, rate and size in tokens.
+
+    `_share` is the process whose share of the limit it is, None for the whole limit.
+    """
     return {
-        "_before": before,
+        "_before": state.before,
         "_at_ns": decision.at_ns,
         "_source": decision.source,
-        "_rate": 0.0 if charged.is_calendar else NANOSECONDS / charged.emission_ns,
-        "_burst": charged.burst_ns / charged.emission_ns,
+        "_share": os.getpid() if decision.source == "local_share" else None,
+        "_rate": state.rate,
+        "_burst": state.capacity,
     }
 
 
@@ -238,44 +241,45 @@ def _seconds_to_wait(wait_ns: int) -> float | None:
 
 def _limits(decision: Decided) -> list[Members]:
     rows = []
-    for one, after in zip(decision.charges, tokens_after(decision), strict=True):
-        cost, allowed, wait_ns = charged_cost(one), one.name not in decision.refusing, 0
-        before = after
-        if after is not None and decision.allowed:
-            before = after + cost
+    for one, state in zip(decision.charges, states_of(decision), strict=True):
+        allowed, wait_ns = one.name not in decision.refusing, 0
         if not allowed:
-            wait_ns = decision.wait_ns if one.name == decision.limit else _wait_ns(one, after)
+            wait_ns = decision.wait_ns if one.name == decision.limit else _wait_ns(one, state)
         rows.append(
             {
                 "limit": one.name,
-                "capacity": one.burst_ns / one.emission_ns,
-                "refill_per_second": None if one.is_calendar else round(NANOSECONDS / one.emission_ns, 6),
-                "cost": round(cost, 6),
+                "capacity": state.capacity,
+                "refill_per_second": None if one.is_calendar else round(state.rate, 6),
+                "cost": round(charged_cost(one), 6),
                 "allowed": allowed,
-                "tokens_before": None if before is None else round(before, 6),
-                "tokens_after": None if after is None else round(after, 6),
+                "tokens_before": None if state.before is None else round(state.before, 6),
+                "tokens_after": None if state.after is None else round(state.after, 6),
                 "retry_after_seconds": _seconds_to_wait(wait_ns),
+                "processes": state.processes if decision.source == "local_share" else None,
+                "concurrent": None,
                 "spent_by": None,
             }
         )
+    slots = dict(decision.slots) | {name: None for name in decision.refusing if name not in dict(decision.slots)}
     charged = {one.name for one in decision.charges}
-    return rows + [_without_figures(decision, name) for name in decision.refusing if name not in charged]
+    return rows + [_slot(decision, name, most) for name, most in slots.items() if name not in charged]
 
 
-def _without_figures(decision: Decided, name: str) -> Members:
-    """Return the row of a concurrency limit that refused: of the requests in flight, nothing is kept."""
-    figures = dict.fromkeys(("capacity", "refill_per_second", "tokens_before", "tokens_after", "spent_by"))
+def _slot(decision: Decided, name: str, concurrent: int | None) -> Members:
+    """Return the row of a concurrency limit: of the requests in flight, nothing is kept."""
+    names = ("capacity", "refill_per_second", "tokens_before", "tokens_after", "processes", "spent_by")
     wait = _seconds_to_wait(decision.wait_ns) if name == decision.limit else None
-    return {"limit": name, "cost": 1, "allowed": False, "retry_after_seconds": wait} | figures
+    row = {"limit": name, "cost": 1, "allowed": name not in decision.refusing, "retry_after_seconds": wait}
+    return row | {"concurrent": concurrent} | dict.fromkeys(names)
 
 
-def _wait_ns(charged: Charged, tokens: float | None) -> int:
+def _wait_ns(charged: Charged, state: LimitState) -> int:
     """Return the wait of a limit that refuses, from its tokens; 0 if it is not known."""
     if charged.increment_ns > charged.burst_ns:
         return NEVER_NS
-    if tokens is None or charged.is_calendar:
+    if state.after is None or not state.rate:
         return 0
-    return max(0, round(charged.increment_ns - tokens * charged.emission_ns))
+    return max(0, round((state.taken - state.after) / state.rate * NANOSECONDS))
 
 
 def _attempts(record: Record) -> list[Members]:
@@ -317,8 +321,8 @@ def _spending(record: Record, key: str) -> Members:
     """
     index, decision = _spent_at(record, key), record.decision
     assert index is not None and decision is not None  # noqa: S101, PT018 - selected by this
-    charged, after = decision.charges[index], tokens_after(decision)[index]
-    before = None if after is None else after + charged_cost(charged)
+    charged, state = decision.charges[index], states_of(decision)[index]
+    before = state.before
     settled = bool(decision.settled) and charged.own_cost is None
     return {
         "number": record.number,
@@ -330,9 +334,9 @@ def _spending(record: Record, key: str) -> Members:
         "status": record.status,
         "cost": round(record.cost if settled else charged_cost(charged), 6),
         "tokens_before": None if before is None else round(before, 6),
-        "_full": before is not None and before >= charged.burst_ns / charged.emission_ns - 1e-6,
+        "_full": before is not None and before >= state.capacity - 1e-6,
         "_started": record.started,
-        "_left": after,
+        "_left": state.after,
         "_charged_later": max(0.0, record.cost - charged_cost(charged)) if settled else 0.0,
-        **_bucket(decision, charged, before),
+        **_bucket(decision, state),
     }

@@ -11,7 +11,7 @@ max(C, N*c) + max(r, N*c/B)*d in any window of length d. Afterwards the store is
 from collections.abc import Callable, Iterable, Sequence
 
 from api_gateway.limits.share_debts import ShareDebts
-from api_gateway.models import Charge, Decision, Quota
+from api_gateway.models import NANOSECONDS, Charge, Decision, DecisionSource, Quota, share_increment
 from api_gateway.rate_limiter import MemoryLimiter, debts_of
 
 _UNKNOWN_NS = 1 << 62  # later than any end: the policy `allow` has no bucket
@@ -49,10 +49,15 @@ class FallbackLimiter:
             self.record(charges, known, now_ns, may_be_charged=may_be_charged)
         return decision
 
-    def inspect(self, charge: Charge, known_ns: int, now_ns: int) -> Decision:
-        """Return the decision of this process's share of a bucket on a charge, without charging it."""
+    def inspect(self, charge: Charge, known_ns: int, now_ns: int, policy: DecisionSource = "local_share") -> Decision:
+        """Return the decision of a policy on a charge, with the tokens of this process's share; nothing is charged."""
         self._limiter.seed(charge.key, charge.quota, known_ns, now_ns)
-        return self._as_share(self._limiter.preview(self._scaled(charge), now_ns))
+        scaled = self._scaled(charge)
+        if policy == "local_share":
+            return self._as_share(self._limiter.preview(scaled, now_ns))
+        decision = self._as_share(self._limiter.preview(Charge(charge.key, charge.quota, 0), now_ns))
+        decision.reset_ns += scaled.increment_ns if policy == "allow" else 0
+        return decided_by(policy, decision)
 
     def record(self, charges: Iterable[Charge], known: Iterable[int], now_ns: int, *, may_be_charged: bool) -> None:
         """Keep costs that were admitted without the store; see `decide`."""
@@ -131,10 +136,17 @@ class FallbackLimiter:
         """Convert a decision on scaled charges to the client's terms."""
         decision.remaining //= self.processes
         decision.source = "local_share"
+        decision.processes = self.processes
         return decision
 
     def _scaled(self, charge: Charge) -> Charge:
-        burst_ns, increment_ns = charge.quota.burst_ns, charge.increment_ns
-        if increment_ns <= burst_ns:
-            increment_ns = max(min(increment_ns * self.processes, burst_ns), -burst_ns)
+        increment_ns = share_increment(charge.increment_ns, charge.quota.burst_ns, self.processes)
         return Charge(charge.key, charge.quota, increment_ns)
+
+
+def decided_by(policy: DecisionSource, decision: Decision) -> Decision:
+    """Make the decision of a share that of the policy `deny` or `allow`, which look at no tokens; return it."""
+    if policy != "local_share":
+        decision.source, decision.allowed = policy, policy == "allow"
+        decision.wait_ns = 0 if decision.allowed else NANOSECONDS
+    return decision

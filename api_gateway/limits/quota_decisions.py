@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from api_gateway.limits.period_standing import MICROSECONDS, PeriodQuota, Standing, reached
-from api_gateway.models import Charge, Decision, Notice
+from api_gateway.models import Charge, Decision, Notice, processes_of
 from api_gateway.rate_limiter import NEVER_NS, debts_of
 
 
@@ -33,7 +33,7 @@ def counter_decision(charge: Charge, standing: Standing, now_us: int, now_ns: in
     """Return the decision of a counter alone."""
     wait_us = standing.wait_us(charge.increment_ns, now_us)
     quota = charge.quota
-    return Decision(
+    decision = Decision(
         charge.key,
         quota,
         wait_us == 0,
@@ -42,6 +42,8 @@ def counter_decision(charge: Charge, standing: Standing, now_us: int, now_ns: in
         (standing.end * MICROSECONDS - now_us) * 1000,
         now_ns,
     )
+    decision.left = (standing.left,)
+    return decision
 
 
 def counter_allowance(charge: Charge, standing: Standing, now_us: int, now_ns: int) -> Decision:
@@ -51,11 +53,23 @@ def counter_allowance(charge: Charge, standing: Standing, now_us: int, now_ns: i
     return decision
 
 
-def refusal_of(decisions: Sequence[Decision]) -> Decision:
-    """Return the longest refusal of several decisions, with the quotas of all that refuse."""
+def refusal_of(decisions: Sequence[Decision], charges: Sequence[Charge] = ()) -> Decision:
+    """Return the longest refusal of several decisions, with the quotas of all that refuse.
+
+    With `charges`, those of the decisions, it states the time until each of the buckets is full.
+    """
     refusals = [decision for decision in decisions if not decision.allowed]
     longest = max(refusals, key=lambda one: (one.wait_ns == NEVER_NS, one.wait_ns))
     longest.violated = tuple([decision.quota for decision in refusals])
+    longest.left = tuple([left for decision in decisions for left in getattr(decision, "left", ())])
+    if charges:
+        longest.debts_ns = tuple(
+            [
+                max(one.reset_ns - (charge.increment_ns if one.allowed else 0), 0)
+                for one, charge in zip(decisions, charges, strict=True)
+                if not isinstance(charge.quota, PeriodQuota)
+            ]
+        )
     return longest
 
 
@@ -91,5 +105,8 @@ def joint_allowance(
             tightest = counter_decision(charge, standing, now_us, decision.at_ns)
     if tightest is not decision:
         tightest.allowed, tightest.wait_ns, tightest.source = True, 0, decision.source
+        if decision.source == "local_share":
+            tightest.processes = processes_of(decision)
     tightest.debts_ns, tightest.notices = tuple(debts), tuple(notices)
+    tightest.left = tuple([standing.left for standing in standings])
     return tightest

@@ -84,6 +84,7 @@ class QuotaLimiter:
                 self._charge(charges, tokens, present, decision, now_us)
             else:
                 decision.violated = decision.violated or (decision.quota,)
+                decision.left = tuple([allowance - used + one.increment_ns for one, _, used, allowance in present])
         return decision
 
     def _present(self, charges: Sequence[Charge], tokens: list[Charge], now: int) -> list[_Present] | None:
@@ -136,8 +137,9 @@ class QuotaLimiter:
                 decision.remaining = left // quota.emission_ns
                 decision.reset_ns = (counter.end * MICROSECONDS - now_us) * 1000
         if len(present) == 1 and charge is charges[-1]:
-            decision.debts_ns = (*debts_ns, count.start)
+            decision.debts_ns, decision.left = (*debts_ns, count.start), (allowance - used,)
             return
+        decision.left = tuple([allowance - used for _, _, used, allowance in present])
         starts = [counter.count.start for _, counter, _, _ in present]
         if present[0][0] is charges[len(tokens)]:  # the counters are behind the buckets, as usual
             decision.debts_ns = (*debts_ns, *starts)
@@ -154,6 +156,7 @@ class QuotaLimiter:
         decision = self.buckets.decide(of_buckets(charges), now_ns)
         if not decision.allowed:
             decision.violated = decision.violated or (decision.quota,)
+            decision.left = tuple([standing.left for standing in standings])
             return decision
         warned: list[Warned] = []
         for (charge, _), standing in zip(counted, standings, strict=True):
@@ -217,7 +220,7 @@ class QuotaLimiter:
 
     def _refusal(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> Decision:
         """Return the longest refusal, of the counters and of the buckets."""
-        return refusal_of(self._previews(charges, now_us, now_ns))
+        return refusal_of(self._previews(charges, now_us, now_ns), charges)
 
     def _previews(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> list[Decision]:
         return [

@@ -211,7 +211,7 @@ class QuotaChargeOp(ScriptOp):
             if limiter.buckets.fallback.has_debts:
                 limiter.buckets.fallback.confirm(charge.key, self._asked_ns)
         if not is_allowed:
-            refused = refusal_of(alone)
+            refused = refusal_of(alone, [*of_tokens, *[charge for charge, _ in counted]])
             refused.source = "store"
             self._on_decision(refused)
             return

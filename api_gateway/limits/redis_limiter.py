@@ -177,12 +177,12 @@ class RedisLimiter:
             self.batcher.submit(ChargeOp(self, charges, now_ns, on_decision))
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
-        """Return the store's decision on each charge, without charging; while it is unavailable, the local share's."""
+        """Return the store's decision on each charge, without charging; while it is unavailable, the policy's."""
         return list(await asyncio.gather(*[self._inspect(charge, now_ns) for charge in charges]))
 
     async def _inspect(self, charge: Charge, now_ns: int) -> Decision:
         if not self.batcher.is_usable:
-            return self.fallback.inspect(charge, self.cache.last_tat(charge), now_ns)
+            return self.inspect_without_store(charge, now_ns)
         seen: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
         self.batcher.submit(PeekOp(self, charge, now_ns, seen))
         return await seen
@@ -264,6 +264,10 @@ class RedisLimiter:
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
         self.fallback.record(charges, known, now_ns, may_be_charged=may_be_charged)
         return joint_decision(charges, [(now_ns + charge.increment_ns, 0) for charge in charges], now_ns, "allow")
+
+    def inspect_without_store(self, charge: Charge, now_ns: int) -> Decision:
+        """Return the decision of the policy for outages on a charge, with the tokens of this process's share."""
+        return self.fallback.inspect(charge, self.cache.last_tat(charge), now_ns, self.policy)
 
     # Refusals from the cache, and refunds
 

@@ -38,6 +38,10 @@ class LimiterPort(Protocol):
         """Decide by the policy for outages."""
         ...
 
+    def inspect_without_store(self, charge: Charge, now_ns: int) -> Decision:
+        """Return the decision of the policy for outages, without charging."""
+        ...
+
     def settle(
         self, changes: Sequence[Charge], decision: Decision, now_ns: int, settled_to: Sequence[Charge] = ()
     ) -> Decision:
@@ -187,10 +191,10 @@ class PeekOp(ScriptOp):
             self._seen.set_result(decision_of(self._charge, tat_ns, wait_ns, now_ns, "store"))
 
     def fail(self) -> None:
-        """Complete with the decision of the local share."""
+        """Complete with the decision of the policy for outages."""
         if not self._seen.done():
             limiter, charge = self._limiter, self._charge
-            self._seen.set_result(limiter.fallback.inspect(charge, limiter.cache.last_tat(charge), self._asked_ns))
+            self._seen.set_result(limiter.inspect_without_store(charge, self._asked_ns))
 
 
 class SettleOp(ScriptOp):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from api_gateway.errors import StoreUnavailable
+from api_gateway.limits.fallback_limiter import decided_by
 from api_gateway.limits.multi_node_quotas import MultiNodeQuotaCharge
 from api_gateway.limits.period_standing import (
     MICROSECONDS,
@@ -256,15 +257,17 @@ class StoreQuotaLimiter:
                 decisions += [fallback.inspect(charge, cache.last_tat(charge), now_ns) for charge in of_tokens]
                 refused = refusal_of(decisions)
                 refused.source = "local_share"
+                refused.processes = self.buckets.fallback.processes
                 return refused
         if not of_tokens:
             return self._counter_without_store(*counted[0], now_ns, may_be_charged=may_be_charged)
         decision = self.buckets.decide_without_store(of_tokens, now_ns, may_be_charged=may_be_charged)
         if not decision.allowed:
             return decision
-        standings = [self._standing(charge.key, quota, now_us // MICROSECONDS) for charge, quota in counted]
-        for (charge, _), standing in zip(counted, standings, strict=True):
-            self._owe(charge.key, charge.increment_ns, standing.count.start, is_reported=may_be_charged)
+        standings = [
+            self._charged(charge, quota, now_us // MICROSECONDS, may_be_charged=may_be_charged)
+            for charge, quota in counted
+        ]
         return joint_allowance(charges, decision, standings, now_us)
 
     def _counter_without_store(
@@ -273,11 +276,18 @@ class StoreQuotaLimiter:
         """Decide on a counter alone by the policy; its share has allowed the request."""
         if self.buckets.policy == "deny":
             return Decision(charge.key, quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
-        standing = self._standing(charge.key, quota, self.store_time())
-        self._owe(charge.key, charge.increment_ns, standing.count.start, is_reported=may_be_charged)
+        standing = self._charged(charge, quota, self.store_time(), may_be_charged=may_be_charged)
         decision = counter_allowance(charge, standing, self.store_us(), now_ns)
         decision.source = self.buckets.policy
+        if decision.source == "local_share":
+            decision.processes = self.buckets.fallback.processes
         return decision
+
+    def _charged(self, charge: Charge, quota: PeriodQuota, now: int, *, may_be_charged: bool) -> Standing:
+        """Note what the store is to be charged; return the standing after it, by `local_share` that of the share."""
+        standing = self._standing(charge.key, quota, now)
+        self._owe(charge.key, charge.increment_ns, standing.count.start, is_reported=may_be_charged)
+        return self._share(charge.key, quota, now) if self.buckets.policy == "local_share" else standing
 
     def _may_refuse(self, charges: Sequence[Charge]) -> bool:
         """Tell whether a counter refuses a request, too, by the last readings: its wait may be the longer one."""
@@ -319,7 +329,8 @@ class StoreQuotaLimiter:
             standing = self._share(charge.key, quota, clock_us // MICROSECONDS)
             decision = counter_decision(charge, standing, clock_us, now_ns)
             decision.source = "local_share"
-            return decision
+            decision.processes = self.buckets.fallback.processes
+            return decided_by(self.buckets.policy, decision)
         standing = standing_of(charge.key, quota, counter, clock_us // MICROSECONDS)
         decision = counter_decision(charge, standing, clock_us, clock_us * 1000)
         decision.source = "store"

@@ -6,10 +6,10 @@ of its record, as its memory is not used again while it is in the processor's ca
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange, HeaderList
+from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange, HeaderList, processes_of
 from api_gateway.observability.record_budget import RecordBudget
 from api_gateway.observability.request_record import (
     NUMBERS,
@@ -34,6 +34,7 @@ _BYTES_A_CHARACTER = 4  # at most
 _SHARES = 8  # a client has at most such a part of a full ring
 _MAX_SHARE = 1_000  # records
 _SERVER_ERROR, _CLIENT_DISCONNECTED = 500, 499
+_MAX_BUDGETS = 2  # a bucket is at most that many budgets from full, after a settlement
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,14 +308,42 @@ def _decided(exchange: Exchange, decision: Decision) -> Decided:
         source=decision.source,
         limit=quota.policy,
         key=decision.key,
-        remaining=decision.remaining,
         wait_ns=decision.wait_ns,
         charges=charged,
-        debts_ns=decision.debts_ns or (decision.reset_ns,),
+        left=_left(charges, decision),
+        processes=processes_of(decision),
         at_ns=decision.at_ns,
         refusing=() if decision.allowed else tuple([one.policy for one in decision.violated or (quota,)]),
+        slots=tuple([(one.quota.policy, one.quota.capacity) for one in getattr(charges, "slots", ())]),
         settled=settled,
     )
+
+
+def _left(charges: Sequence[Charge], decision: Decision) -> tuple[int | None, ...]:
+    """Return what each bucket and counter had left after a decision, in units of its quota; None if not stated.
+
+    A cluster has several clocks, and buckets that no server could be asked for: a time until a bucket is full that no
+    bucket can have is one of another clock. The policies `deny` and `allow` look at no bucket.
+    """
+    if decision.source in ("deny", "allow"):
+        return (None,) * len(charges)
+    counters: tuple[int, ...] = getattr(decision, "left", ())
+    number = sum([one.quota.is_calendar for one in charges])
+    debts_ns, of_all = decision.debts_ns, len(decision.debts_ns) == len(charges)
+    if not of_all and len(debts_ns) != len(charges) - number:
+        debts_ns = ()
+    debts, left, found = iter(debts_ns), iter(counters if len(counters) == number else ()), list[int | None]()
+    for one in charges:
+        quota, is_own = one.quota, one.key == decision.key
+        if quota.is_calendar:
+            if of_all:
+                next(debts)
+            found.append(next(left, decision.remaining * quota.emission_ns if is_own else None))
+            continue
+        debt_ns = next(debts, decision.reset_ns if is_own else None)
+        is_known = debt_ns is not None and -quota.burst_ns <= debt_ns <= _MAX_BUDGETS * quota.burst_ns
+        found.append(quota.burst_ns - debt_ns if is_known and debt_ns is not None else None)
+    return tuple(found)
 
 
 def _charged(charge: Charge, increment_ns: int) -> Charged:

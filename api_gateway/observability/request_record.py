@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from api_gateway.models import AttemptFailure, DecisionSource
+from api_gateway.models import NANOSECONDS, AttemptFailure, DecisionSource, share_increment
 
 RequestOutcome = Literal["success", "refusal", "error"]
 
@@ -14,7 +14,7 @@ class Charged(NamedTuple):
     """One limit that a request was charged to. Its units of time are those of `models.Quota`.
 
     `key` identifies the bucket; it may contain values of header fields, so it is not shown. `is_calendar`: it is a
-    counter of a calendar quota, of which a decision states no debt.
+    counter of a calendar quota.
     """
 
     name: str
@@ -38,20 +38,23 @@ class Decided(NamedTuple):
     """The decision of the limiter on one request, before settlements.
 
     `limit` is the limit that it is about, `key` that of its bucket, `refusing` are all that refused: also concurrency
-    limits, which are not among those charged. `debts_ns` are the times until each bucket of `charges` was full, after
-    the decision, which was made at `at_ns` on the clock of the buckets.
+    limits, which are not among those charged. `left` is what each of `charges` had left after the decision, in units
+    of its quota; None if the decision does not state it. `processes` share the limits; what buckets had left is then
+    that of whole ones, see `models.Decision`. It was made at `at_ns` on the clock of the buckets. `slots` are the
+    concurrency limits that applied, by name, with the number of requests that each allows in flight.
     """
 
     allowed: bool
     source: DecisionSource
     limit: str
     key: str
-    remaining: int
     wait_ns: int
     charges: list[Charged]
-    debts_ns: tuple[int, ...]
+    left: tuple[int | None, ...]
+    processes: int
     at_ns: int
     refusing: tuple[str, ...]
+    slots: tuple[tuple[str, int], ...]
     settled: tuple[Settled, ...]
 
 
@@ -102,19 +105,35 @@ def charged_cost(charged: Charged) -> float:
     return charged.increment_ns / charged.emission_ns
 
 
-def tokens_after(decision: Decided) -> list[float | None]:
-    """Return the tokens of each limit right after the decision; None if the decision does not state them."""
-    charges = decision.charges
-    if all(one.key != decision.key for one in charges):  # the decision is about a concurrency limit
-        return [None for _ in charges]
-    counted = [one for one in charges if not one.is_calendar]
-    of_all = len(decision.debts_ns) == len(charges)
-    debts = iter(decision.debts_ns if of_all or len(decision.debts_ns) == len(counted) else ())
-    found: list[float | None] = []
-    for one in charges:
-        debt_ns = next(debts, None) if of_all or not one.is_calendar else None
-        if one.is_calendar:
-            found.append(float(decision.remaining) if one.name == decision.limit else None)
-        else:
-            found.append(None if debt_ns is None else (one.burst_ns - debt_ns) / one.emission_ns)
-    return found
+class LimitState(NamedTuple):
+    """The state of a limit at a decision, in tokens: before it, what it took, and after it.
+
+    `before` and `after` are None if the decision does not state them. A counter of a calendar quota has no `rate`. If
+    several `processes` share the limit, all figures are those of one share.
+    """
+
+    before: float | None
+    taken: float
+    after: float | None
+    capacity: float
+    rate: float
+    processes: int
+
+
+def states_of(decision: Decided) -> list[LimitState]:
+    """Return the state of each limit that a decision charged, in their order."""
+    return [_state_of(decision, one, left) for one, left in zip(decision.charges, decision.left, strict=True)]
+
+
+def _state_of(decision: Decided, charged: Charged, left: int | None) -> LimitState:
+    processes, cost = decision.processes, charged_cost(charged)
+    capacity = charged.burst_ns / charged.emission_ns / processes
+    if charged.is_calendar:
+        rate, taken = 0.0, cost
+        after = None if left is None else left / charged.emission_ns
+    else:
+        rate = NANOSECONDS / charged.emission_ns / processes
+        taken = share_increment(charged.increment_ns, charged.burst_ns, processes) / charged.emission_ns / processes
+        after = None if left is None else left / charged.emission_ns / processes
+    before = after + taken if after is not None and decision.allowed else after
+    return LimitState(before, taken, after, capacity, rate, processes)

@@ -147,6 +147,14 @@ def _show_prediction(found: JsonObject) -> None:
         for one in found["buckets"]
     ]
     _show_all(table(("LIMIT", "TOKENS", "COST", "CAPACITY", "RESULT"), rows), "  ")
+    _show_shares(found["buckets"])
+
+
+def _show_shares(limits: Sequence[JsonObject]) -> None:
+    """Say that the figures are those of shares, if they are."""
+    processes = next((one["processes"] for one in limits if one.get("processes") is not None), None)
+    if processes is not None:
+        show(f"  the store is unavailable: the figures are those of the share of one of {processes} processes")
 
 
 def _show_request(request: JsonObject) -> None:
@@ -173,6 +181,7 @@ def _show_request(request: JsonObject) -> None:
             for one in request["limits"]
         ]
         _show_all(table(header, rows), "  ")
+        _show_shares(request["limits"])
     for limit in request["limits"]:
         if limit["spent_by"] is not None:
             _show_spending(limit["limit"], limit["spent_by"])

@@ -59,7 +59,10 @@ class SpendingRequest(Body):
     path: str
     status: int
     cost: float = Field(description="Tokens, after settlements.")
-    tokens_before: float | None = Field(description="Tokens that were left when the request arrived.")
+    tokens_before: float | None = Field(
+        description="Tokens that were left when the request arrived; null if it was charged to the share of another"
+        " process than the refused one."
+    )
 
 
 class SpentTokens(Body):
@@ -78,14 +81,28 @@ class LimitDecided(Body):
     """One limit, and what was decided on its state. Figures that are not known any more are null."""
 
     limit: str
-    capacity: float | None = Field(description="null for concurrency limits, which have no tokens.")
+    capacity: float | None = Field(
+        description="Tokens; null for concurrency limits, which have none. Of a share: capacity / `processes`."
+    )
     refill_per_second: float | None = Field(description="null for calendar quotas and concurrency limits.")
     cost: float
     allowed: bool
-    tokens_before: float | None
+    tokens_before: float | None = Field(
+        description="null for concurrency limits, and if the decision does not state it: the policies `deny` and"
+        " `allow` look at no tokens, and some refusals only at those of the limits that refuse."
+    )
     tokens_after: float | None
     retry_after_seconds: float | None = Field(description="null if it allows the request, or never would.")
-    spent_by: SpentTokens | None = Field(description="Of a limit that refused the request.")
+    processes: int | None = Field(
+        description="While the store is unavailable, by `local_share`: the number of processes that share the limit."
+        " Capacity, refill and tokens are then those of the share of one. null: they are those of the whole limit."
+    )
+    concurrent: int | None = Field(
+        description="Requests in flight that a concurrency limit allows. How many there were is not kept."
+    )
+    spent_by: SpentTokens | None = Field(
+        description="Of a limit of tokens that refused the request; null by the policy `deny`, which looks at none."
+    )
 
 
 class RequestDecision(Body):

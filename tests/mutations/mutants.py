@@ -325,9 +325,9 @@ MUTANTS = (
         ),
     ),
     *_of(
-        "limits/fallback_limiter.py",
+        "models.py",
         (
-            "min(increment_ns * self.processes, burst_ns)",
+            "min(increment_ns * processes, burst_ns)",
             "min(increment_ns, burst_ns)",
             f"{_SHARES}::test_a_client_at_its_limit_gets_no_more_by_an_outage",
         ),

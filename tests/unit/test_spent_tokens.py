@@ -5,7 +5,7 @@ from typing import Any
 from api_gateway.admin.spent_tokens import spent_by
 from tests.cases import each
 
-BUCKET = {"_source": "memory", "_rate": 1.0, "_burst": 10.0}
+BUCKET = {"_source": "memory", "_share": None, "_rate": 1.0, "_burst": 10.0}
 
 
 def row(at: float, before: float | None, cost: float = 1.0, **more: Any) -> dict[str, Any]:
@@ -36,3 +36,33 @@ def test_a_bucket_with_less_than_was_left_and_refilled_shows_that_requests_are_m
     found = spent_by(rows, REFUSED)
     assert (found["missing_tokens"], found["complete"]) == (missing, is_complete)
     assert found["requests"] == [{"request_id": one["request_id"]} for one in rows]
+
+
+SHARE: dict[str, Any] = {"_source": "local_share", "_rate": 0.5, "_burst": 5.0}
+
+
+def test_the_tokens_of_a_share_were_spent_in_its_own_process_and_by_what_the_whole_limit_was_charged() -> None:
+    """Another process's share is another bucket: it has spent none of these tokens, and its figures say nothing."""
+    rows = [
+        row(19.0, 1.0, _share=1, **SHARE),
+        row(18.5, 5.0, 5.0, _share=2, _full=True, **SHARE),
+        row(18.0, 1.5, _share=1, **SHARE),
+        row(5.0, 10.0, 7.0, _source="store"),
+    ]
+    refused = SHARE | {"_share": 1, "_at_ns": 20_000_000_000, "_before": 0.5}
+    found = spent_by(rows, refused)
+    assert [one["request_id"] for one in found["requests"]] == ["19.0", "18.0", "5.0"]
+    assert (found["complete"], found["missing_tokens"]) == (True, 0)
+    assert spent_by(rows, refused | {"_before": 0.25})["missing_tokens"] == 0.25
+
+
+def test_what_a_share_had_says_nothing_of_the_whole_limit() -> None:
+    """After an outage: the requests of all shares have spent tokens of the limit, but none found that full."""
+    rows = [
+        row(19.0, 5.0, 2.0, tokens_before=5.0, _share=1, **SHARE | {"_full": True}),
+        row(18.5, 5.0, 2.0, tokens_before=5.0, _share=2, **SHARE | {"_full": True}),
+        row(18.0, 10.0, tokens_before=10.0, _source="store"),
+    ]
+    found = spent_by(rows, REFUSED | {"_source": "store"})
+    assert [one["tokens_before"] for one in found["requests"]] == [None, None, 10.0]
+    assert (found["complete"], found["missing_tokens"]) == (True, 0)

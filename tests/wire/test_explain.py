@@ -392,6 +392,7 @@ async def test_it_has_every_figure(tmp_path: Path) -> None:
         "policy": "free",
         "tokens": 4.25,
         "capacity": 5,
+        "processes": None,
         "cost": 4.5,
         "allowed": False,
         "retry_after_seconds": 0.25,

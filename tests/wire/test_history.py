@@ -17,6 +17,7 @@ from tests.kit import (
     ask,
     eventually,
     in_front_of,
+    refusing_url,
     reply,
     running_gateway,
 )
@@ -90,6 +91,8 @@ def test_a_refusal_names_the_requests_that_had_spent_the_tokens(tmp_path: Path, 
             "tokens_before": 0.25,
             "tokens_after": 0.25,
             "retry_after_seconds": 0.75,
+            "processes": None,
+            "concurrent": None,
         }
         assert [one["request_id"] for one in spent_by["requests"]] == [
             one.headers["x-request-id"] for one in reversed(spent)
@@ -199,7 +202,109 @@ def test_a_refusal_by_a_concurrency_limit_names_it_without_tokens(tmp_path: Path
         found = {one["limit"]: one for one in request["limits"]}
         assert (found["free"]["allowed"], found["free"]["tokens_before"]) == (True, None)
         assert (found["parallel"]["allowed"], found["parallel"]["spent_by"]) == (False, None)
+        assert (found["parallel"]["concurrent"], found["parallel"]["tokens_before"]) == (1, None)
         assert found["parallel"]["retry_after_seconds"] is not None
+
+
+def outage(*urls: str, policy: str = "local_share", **more: Any) -> dict[str, Any]:
+    """Return sections of one of two gateways whose store cannot be reached."""
+    store = {"url": refusing_url().replace("http", "redis"), "on_failure": policy, "min_gateway_processes": 2}
+    return sections(*urls, store=store | {"decision_timeout": 0.2, "timeout": 0.2, "clients": "sqlite"}, **more)
+
+
+def predicted(running: RunningGateway, **described: Any) -> dict[str, Any]:
+    body = json.dumps({"path": "/api/x", "client_id": "acme"} | described).encode()
+    fields = HEADERS | {"Content-Type": "application/json"}
+    found = ask(f"{running.url}/explain", method="POST", headers=fields, body=body)
+    assert found.status == 200, found.body
+    return dict(found.json())
+
+
+def figures(row: dict[str, Any], *names: str) -> list[Any]:
+    return [row[name] for name in names]
+
+
+def test_while_the_store_is_unavailable_the_figures_are_those_of_the_share_of_this_process(
+    tmp_path: Path, up: RawUpstream
+) -> None:
+    """Capacity 3 for two gateways: each has 1.5 at 0.5 a second, and a cost above that takes all of it."""
+    limits = [{"name": "wide", "key": "client", "rate": 1, "capacity": 10, "cost": 6}]
+    with running_gateway(outage(up.url, limits=limits), tmp_path, FakeClocks().clocks) as running:
+        told = [{one["policy"]: one for one in predicted(running)["buckets"]}]
+        first, refused = (send(running, X_Client_ID="acme") for _ in range(2))
+        told.append({one["policy"]: one for one in predicted(running)["buckets"]})
+        assert (first.status, refused.status) == (200, 429)
+        found = ("tokens", "capacity", "cost", "allowed", "processes")
+        assert [figures(one["free"], *found) for one in told] == [[1.5, 1.5, 1, True, 2], [0.5, 1.5, 1, False, 2]]
+        assert [figures(one["wide"], *found) for one in told] == [[5, 5, 6, True, 2], [0, 5, 6, False, 2]]
+        before, after = (
+            {one["limit"]: one for one in explained(running, answer.headers["x-request-id"])["limits"]}
+            for answer in (first, refused)
+        )
+        names = ("capacity", "refill_per_second", "tokens_before", "tokens_after", "retry_after_seconds", "processes")
+        assert figures(before["free"], *names) == [1.5, 0.5, 1.5, 0.5, None, 2]
+        assert figures(before["wide"], *names) == [5, 0.5, 5, 0, None, 2]
+        assert figures(after["free"], *names) == [1.5, 0.5, 0.5, 0.5, 1, 2]
+        assert figures(after["wide"], *names) == [5, 0.5, 0, 0, 10, 2]
+        for one in after.values():
+            assert figures(one["spent_by"], "complete", "missing_tokens") == [True, 0]
+            assert [row["tokens_before"] for row in one["spent_by"]["requests"]] == [one["capacity"]]
+
+
+@pytest.mark.parametrize("policy", ["deny", "allow"])
+def test_a_policy_that_looks_at_no_tokens_states_none(tmp_path: Path, up: RawUpstream, policy: str) -> None:
+    with running_gateway(outage(up.url, policy=policy), tmp_path, FakeClocks().clocks) as running:
+        for _ in range(4):  # one more than the limit
+            told = predicted(running)
+            sent = send(running, X_Client_ID="acme")
+            request = explained(running, sent.headers["x-request-id"])
+            assert sent.status == (200 if policy == "allow" else 503)
+            assert told["result"]["status"] == (None if policy == "allow" else 503)
+            assert told["decision_source"] == request["decision"]["source"] == policy
+            assert told["buckets"][0]["allowed"] is request["decision"]["allowed"] is (policy == "allow")
+            (row,) = request["limits"]
+            assert figures(row, "tokens_before", "tokens_after", "processes", "spent_by") == [None] * 4
+
+
+def test_quotas_and_concurrency_limits_are_shown_with_what_was_left_also_if_another_limit_decides(
+    tmp_path: Path, up: RawUpstream
+) -> None:
+    limits = [
+        {"name": "monthly", "key": "client", "quota": 4, "period": "month"},
+        {"name": "daily", "key": "client", "quota": 100, "period": "day"},
+        {"name": "parallel", "key": "client", "concurrent": 2},
+    ]
+    clocks = FakeClocks()
+    with running_gateway(sections(up.url, limits=limits), tmp_path, clocks.clocks) as running:
+        sent = [send(running, X_Client_ID="acme") for _ in range(4)]  # the fourth is refused by the tier
+        clocks.advance(10)
+        sent += [send(running, X_Client_ID="acme") for _ in range(2)]  # the last one by the quota
+        assert [one.status for one in sent] == [200, 200, 200, 429, 200, 429]
+        rows = [
+            {one["limit"]: one for one in explained(running, answer.headers["x-request-id"])["limits"]}
+            for answer in sent
+        ]
+        names = ("allowed", "tokens_before", "tokens_after")
+        assert [figures(one["monthly"], *names) for one in rows] == [
+            [True, 4, 3],
+            [True, 3, 2],
+            [True, 2, 1],
+            [True, 1, 1],
+            [True, 1, 0],
+            [False, 0, 0],
+        ]
+        left = [(100, 99), (99, 98), (98, 97), (97, 97), (97, 96), (96, 96)]
+        assert [(one["daily"]["tokens_before"], one["daily"]["tokens_after"]) for one in rows] == left
+        left = [(3, 2), (2, 1), (1, 0), (0, 0), (3, 2), (2, 2)]
+        assert [(one["free"]["tokens_before"], one["free"]["tokens_after"]) for one in rows] == left
+        assert {one["free"]["refill_per_second"] for one in rows} == {1}
+        for one in rows:
+            assert figures(one["parallel"], "allowed", "concurrent", "capacity", "tokens_before") == [
+                True,
+                2,
+                None,
+                None,
+            ]
 
 
 def test_an_unknown_id_is_told_what_is_kept_and_for_how_long(tmp_path: Path, up: RawUpstream) -> None:

@@ -74,6 +74,11 @@ function step(kind, title, word, ...text) {
   return h("li", { class: kind }, h("i", { "aria-hidden": "true" }), h("h3", {}, title, word && h("span", { class: "tag" }, word)), text.filter(Boolean).map((one) => (one instanceof Node ? one : h("p", { class: "muted" }, one))));
 }
 
+/** Say that the figures of a limit are those of the share of one process; processes is null if they are not. */
+function share(processes) {
+  return processes === null || processes === undefined ? "" : ` (the store is unavailable: the share of one of ${number(processes)} processes)`;
+}
+
 function decisions(view) {
   const [kind, word] = OUTCOMES[view.result.outcome] ?? ["none", view.result.outcome];
   const steps = [];
@@ -87,7 +92,7 @@ function decisions(view) {
     const left = Math.max(0, Math.min(1, one.tokens / one.capacity));
     steps.push(step(one.allowed ? "ok" : "fail", `Limit ${one.policy}`, one.allowed ? "enough tokens" : one.retry_after_seconds === null ? "never enough" : `enough in ${duration(one.retry_after_seconds)}`,
       h("div", { class: "bar" }, h("i", { class: one.allowed ? "" : "fail", style: { width: `${left * 100}%` } })),
-      `${number(one.tokens)} of ${number(one.capacity)} tokens, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, one.key === view.limiting_bucket && view.buckets.length > 1 ? "This one decides." : null));
+      `${number(one.tokens)} of ${number(one.capacity)} tokens${share(one.processes)}, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, one.key === view.limiting_bucket && view.buckets.length > 1 ? "This one decides." : null));
   }
   for (const one of view.concurrency ?? []) {
     steps.push(step(one.allowed ? "ok" : "fail", `Limit ${one.policy}`, one.allowed ? "admits another" : "full", `${number(one.in_flight)} of ${number(one.concurrent)} requests are in flight`));
@@ -115,7 +120,8 @@ function recorded(one) {
     const isKnown = limit.tokens_before !== null && limit.capacity !== null;
     steps.push(step(limit.allowed ? "ok" : "fail", `Limit ${limit.limit}`, limit.allowed ? "allowed" : "refused",
       isKnown && h("div", { class: "bar" }, h("i", { class: limit.allowed ? "" : "fail", style: { width: `${Math.max(0, Math.min(1, limit.tokens_before / limit.capacity)) * 100}%` } })),
-      isKnown ? `had ${number(limit.tokens_before)} of ${number(limit.capacity)} tokens, the request took ${number(limit.cost)}${limit.retry_after_seconds ? `; it would have been allowed ${duration(limit.retry_after_seconds)} later` : ""}` : null,
+      isKnown ? `had ${number(limit.tokens_before)} of ${number(limit.capacity)} tokens${share(limit.processes)}, the request ${limit.allowed ? "took" : "costs"} ${number(limit.cost)}` : limit.concurrent ? `allows ${plural(limit.concurrent, "request")} in flight; how many there were is not kept` : "its state is not kept with this decision",
+      limit.retry_after_seconds ? `It would have been allowed ${duration(limit.retry_after_seconds)} later.` : null,
       limit.spent_by && spenders(limit.spent_by)));
   }
   for (const [index, attempt] of one.upstream_attempts.entries()) {
