@@ -32,7 +32,7 @@ from api_gateway.admin.explained_parts import (
 )
 from api_gateway.clients.api_keys import shown_id
 from api_gateway.downstream.client_certificate import as_client_id
-from api_gateway.errors import CredentialsRequired, GatewayError, InvalidValue
+from api_gateway.errors import CredentialsRequired, GatewayError, InvalidValue, StoreUnavailable
 from api_gateway.http1.fast_parser import lines_of
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
@@ -62,6 +62,8 @@ _IDENTIFICATION = {
     "default": "identified by {header}; not registered, so it has the default tier, {address}",
     "address": "no {header}, so it is identified by its address and has the default tier",
     "unproved": "{header} names a client that a credential must prove, so the request is refused, as its address's",
+    "doubtful": "{header} names a client, and the store, which has whether a credential must prove it, has been"
+    " unavailable since the start; so the request is refused, as its address's",
 }
 
 
@@ -262,8 +264,9 @@ class Explainer:
             "and the address limit applies too" if is_limited else "and its address is exempt from the address limit"
         )
         basis: str = client.source
-        if basis == "address" and plan.facts.name is not None and isinstance(error, CredentialsRequired):
-            basis = "unproved"
+        if basis == "address" and plan.facts.name is not None:
+            basis = "unproved" if isinstance(error, CredentialsRequired) else basis
+            basis = "doubtful" if isinstance(error, StoreUnavailable) else basis
         return ClientExplained(
             id=client.id,
             tier_source=client.source,

@@ -9,6 +9,7 @@ from api_gateway.proxy.api_key_source import ApiKeySource
 from api_gateway.proxy.certificate_source import CertificateSource
 from api_gateway.proxy.identity_sources import Claim, CredentialSource, IdentitySources
 from api_gateway.proxy.jwt_source import JwtSource
+from api_gateway.settings.credential_rules import can_prove_ids
 
 _SHOWN = 10  # client ids
 
@@ -35,6 +36,7 @@ def identity_rules(config: GatewayConfig) -> IdentityRules:
             for client_id, section in config.clients.items()
             for label, key in section.keys.items()
         },
+        can_prove=can_prove_ids(config),
     )
 
 

@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo
 
 from api_gateway.assembly.identity import identity_rules
 from api_gateway.clients.client_tiers import PreviousClients
+from api_gateway.clients.kept_proofs import ProofFile
 from api_gateway.clients.key_directory import KeyDirectory
 from api_gateway.clients.records import ClientStore
 from api_gateway.clients.registry import ClientRegistry
@@ -28,6 +29,7 @@ from api_gateway.limits.periods import Calendar
 from api_gateway.models import Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.limits import AllowanceSection, LimitSection
+from api_gateway.settings.store_url import StoreUrl
 from api_gateway.system.clocks import Clocks
 from api_gateway.system.state_folder import (
     FolderInUse,
@@ -270,6 +272,7 @@ def registry_of(
         deadline=config.store.decision_timeout,
         wall_clock=clocks.wall,
         rules=identity_rules(config),
+        proof_file=_proof_file(config),
         on_change=on_change,
     )
     _change_keys(registry.keys, config)
@@ -282,6 +285,15 @@ def _change_keys(keys: KeyDirectory, config: GatewayConfig) -> None:
         is_source="api_key" in config.identity.sources,
         routes=frozenset(route.name for route in config.routes),
     )
+
+
+def _proof_file(config: GatewayConfig) -> ProofFile | None:
+    """Return the file with the ids that must be proved; none if clients are in a file, without which none starts."""
+    store = config.store
+    if not store.keeps_clients:
+        return None
+    place = StoreUrl.parse(store.url.get_secret_value()).place
+    return ProofFile(own_folder(config.state_dir), f"{place} {store.prefix}")
 
 
 def configured_clients(config: GatewayConfig) -> dict[str, str]:

@@ -61,6 +61,11 @@ class ClientCache:
         """Return whether the filter of ids excludes that the store has a record of a client."""
         return self._ids is not None and client_id not in self._ids
 
+    @property
+    def is_blind(self) -> bool:
+        """True if nothing is known of ids whose record is not held."""
+        return self._ids is None and not self.is_complete
+
     def may_need_proof(self, client_id: str, *, with_tier: bool) -> bool:
         """Return whether the store may have a record that is not held, by which the id must be proved.
 
@@ -82,6 +87,14 @@ class ClientCache:
         elif self._ids is not None:
             self._ids.update(snapshot.ids)
 
+    def assume(self, client_ids: Iterable[str] | None) -> None:
+        """Become partial: the store may have records of these ids, which must be proved; of any, if None."""
+        self.is_complete = False
+        self._ids = None if client_ids is None else BloomFilter(self.limit)
+        for client_id in client_ids or ():
+            self.note_id(client_id)
+            self.note_id(proof_entry(client_id))
+
     def note_id(self, client_id: str) -> None:
         """Record that the store may have a record of a client, or the key of an entry."""
         if self._ids is not None:
@@ -93,7 +106,7 @@ class ClientCache:
         self.note_id(record.id)
         for key in record.keys:
             self.note_id(key_entry(key.digest))
-        if record.verified_only or (record.keys and record.verified_only is None):
+        if record.requires_proof():
             self.note_id(proof_entry(record.id))
 
     def put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:

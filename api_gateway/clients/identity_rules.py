@@ -11,12 +11,13 @@ class IdentityRules:
     """The rules of one configuration.
 
     `tiers` are the names of tiers, and `clients` the settings by client id, that require a credential. `keys` are the
-    configured API keys by digest.
+    configured API keys by digest. `can_prove`: some credential can prove an id.
     """
 
     tiers: frozenset[str] = frozenset()
     clients: Mapping[str, bool] = field(default_factory=dict)
     keys: Mapping[str, KnownKey] = field(default_factory=dict)
+    can_prove: bool = True
 
     @property
     def keyed_clients(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """The records of clients, and the protocol of the stores that keep them. No I/O."""
 
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -52,6 +52,12 @@ class ClientRecord:
     def is_empty(self) -> bool:
         """True if the record marks a removal."""
         return self.tier is None and self.grant is None and not self.keys and self.verified_only is None
+
+    def requires_proof(self, tiers: Container[str] = ()) -> bool:
+        """Return whether the id must be proved: by its own terms, or because its tier or grant is among `tiers`."""
+        if self.verified_only or (self.keys and self.verified_only is None):
+            return True
+        return self.tier in tiers or (self.grant is not None and self.grant.tier in tiers)
 
     @property
     def ends(self) -> Iterator[float]:
@@ -170,13 +176,15 @@ class ClientSnapshot:
     """Records of a store at `cursor` or later; `is_complete` is false if there were more than requested.
 
     In that case `ids`, sized for the requested number, has the ids of all records, `key_entry` of all keys, and
-    `proof_entry` of all ids that must be proved; None if they are unknown.
+    `proof_entry` of all ids that must be proved; None if they are unknown. `proofs` are the ids that must be proved by
+    their own terms; None if there were more than requested, or they are unknown.
     """
 
     records: Sequence[ClientRecord]
     cursor: Cursor
     is_complete: bool
     ids: BloomFilter | None = None
+    proofs: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

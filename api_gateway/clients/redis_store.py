@@ -100,7 +100,7 @@ class RedisClientStore:
         epoch, version = await self._call(self._client.hmget(self._meta, "epoch", "version"))
         start = Cursor((epoch or b"").decode(), int(version or 0))
         records: dict[str, ClientRecord] = {}
-        ids = BloomFilter(limit)
+        ids, proofs = BloomFilter(limit), set[str]()
         cursor = 0
         while True:
             cursor, page = await self._call(self._client.hscan(self._records, cursor, count=_PAGE))
@@ -110,13 +110,19 @@ class RedisClientStore:
                 ids.add(key_entry(digest))
             for client_id, text in page.items():
                 if b'"verified_only":true' in text or (b'"keys":' in text and b'"verified_only":' not in text):
-                    ids.add(proof_entry(client_id.decode("ascii", "replace")))
+                    name = client_id.decode("ascii", "replace")
+                    ids.add(proof_entry(name))
+                    if len(proofs) <= limit:
+                        proofs.add(name)
             if len(records) <= limit:
                 records |= {record.id: record for record in _records(page.items()) if not record.is_empty}
             if not cursor:
                 break
-        is_complete = len(records) <= limit
-        return ClientSnapshot(list(records.values())[:limit], start, is_complete, None if is_complete else ids)
+        found = list(records.values())[:limit]
+        if len(records) <= limit:
+            return ClientSnapshot(found, start, is_complete=True)
+        known = frozenset(proofs) if len(proofs) <= limit else None
+        return ClientSnapshot(found, start, is_complete=False, ids=ids, proofs=known)
 
     async def write(self, client_id: str, change: Change) -> WriteResult:
         """Make a change. Raises OutcomeUnknown and OSError as `ClientStore.write` does."""

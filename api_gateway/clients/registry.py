@@ -23,6 +23,7 @@ from api_gateway.clients.client_pages import ListedClient, client_page
 from api_gateway.clients.client_tiers import ClientTiers, PreviousClients, owner_of
 from api_gateway.clients.grant_endings import GrantEndings
 from api_gateway.clients.identity_rules import NO_RULES, IdentityRules
+from api_gateway.clients.kept_proofs import KeptProofs, ProofFile
 from api_gateway.clients.key_directory import KeyDirectory
 from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
 from api_gateway.clients.records import (
@@ -85,13 +86,14 @@ class ClientRegistry:
         random_source: random.Random | None = None,
         rules: IdentityRules = NO_RULES,
         outage_tolerance: float = OUTAGE_TOLERANCE,
+        proof_file: ProofFile | None = None,
         on_change: Callable[[Client, Client], None] = _ignore,
     ) -> None:
         """`tiers` maps upper-case names to quotas, `configured` client ids to names of tiers.
 
         `rules` are about ids that must be proved. At most `limit` clients are held in memory; a request waits
         `deadline` seconds for the look-up of another. `outage_tolerance` is for how many seconds of a store outage
-        known API keys are accepted.
+        known API keys are accepted. `proof_file` keeps which ids must be proved, for a start without the store.
         `on_change` is called when a client changes for another reason than a call of `set_tier`, `grant`, `revoke` or
         `delete` in this process; the caller then converts the client's bucket.
         """
@@ -106,6 +108,7 @@ class ClientRegistry:
         self._cache = self._loading = ClientCache(limit, self._tiers.of_record)
         self._cache.is_complete = True  # until the store is loaded, no look-ups are made
         self._known = self._cache.clients
+        self._proofs = KeptProofs(proof_file, limit)
         self._endings = GrantEndings(self, store, limit, wall_clock=wall_clock, source=self._random)
         self._lookups = LookupBatcher(
             store.look_up,
@@ -148,6 +151,7 @@ class ClientRegistry:
             if not self._store.is_remote:
                 raise
             self._note_store_error(error)
+            await self._proofs.recall(self._cache, self._tiers.rules)
 
     async def follow(self) -> None:
         """Apply changes by other processes until cancelled. After an outage of the store all records are loaded."""
@@ -181,6 +185,7 @@ class ClientRegistry:
         await self._endings.close()
         await self._lookups.close()
         await self.keys.close()
+        await self._proofs.close()
         await self._store.close()
 
     def _note_store_error(self, error: OSError) -> None:
@@ -221,6 +226,7 @@ class ClientRegistry:
             logger.warning("client store available again")
         self._cache, self._cursor, self.store_error = fresh, snapshot.cursor, None
         self._known = fresh.clients
+        self._proofs.follow(fresh, snapshot, self._tiers.rules)
         self._lookups.retry_now()
         self.keys.on_recovery()
         self.version += 1
@@ -252,6 +258,7 @@ class ClientRegistry:
                 self.apply(record)
             else:
                 self._cache.note_record(record)
+                self._proofs.note(record)
                 self._lookups.retry_now(record.id)
                 self.keys.retry_now(record)
                 self.version += 1  # the client may have been resolved before
@@ -282,6 +289,10 @@ class ClientRegistry:
         self._tiers.change(tiers, default_tier, configured, rules)
         for cache in {id(cache): cache for cache in (self._cache, self._loading)}.values():
             cache.refresh_all()
+        if self._proofs.is_recalled:
+            self._proofs.assume(self._cache, rules)
+        else:
+            self._proofs.change_tiers(self._cache, rules)
         self.version += 1
         lost = [name for name in before.registered if name not in self._known]
         if lost:
@@ -316,6 +327,11 @@ class ClientRegistry:
         if needs_proof:
             return replace(client, is_verified_only=True)
         return client
+
+    def is_doubtful(self, client_id: str) -> bool:
+        """Return whether an id counts as one that must be proved only because nothing is known of the store."""
+        known = self._known.get(client_id)
+        return known is None and self._cache.is_blind and not self._tiers.without_record(client_id).is_verified_only
 
     def proved(self, client: Client, tier: str | None) -> Client:
         """Return a client whose id was proved; `tier` is what the credential states."""
@@ -415,7 +431,7 @@ class ClientRegistry:
         """Return a client as in the store, or as in memory if the store is unavailable (`is_confirmed` false)."""
         record, is_confirmed = await self.record_of(client_id)
         otherwise = self._tiers.registered(record) or self._tiers.unregistered(record)
-        client = self._tiers.of_record(record) or otherwise
+        client = (self._tiers.of_record(record) or otherwise) if is_confirmed else self.by_id(client_id)
         grant = record.grant if client.source == "granted" else None
         return ClientStatus(client, grant, otherwise, is_confirmed)
 
@@ -486,6 +502,7 @@ class ClientRegistry:
         was_complete = self._cache.is_complete
         if not self._cache.put(record, is_new_epoch=is_new_epoch):
             return False
+        self._proofs.note(record)
         if was_complete and not self._cache.is_complete:
             logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if any(record.ends):

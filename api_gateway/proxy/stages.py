@@ -15,6 +15,7 @@ from api_gateway.errors import (
     LengthRequired,
     LoopDetected,
     MethodNotAllowed,
+    StoreUnavailable,
 )
 from api_gateway.http1.headers import address_key
 from api_gateway.http1.methods import KNOWN_METHODS, PROXIED_METHODS, REFUSED_METHODS
@@ -28,6 +29,7 @@ from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import PriorityClasses
 
+_RETRY_AFTER = 1.0  # seconds
 LIKELY_SHED_SHARE = 0.5  # share of requests shed at random from which the predicted outcome is a refusal
 
 
@@ -137,15 +139,12 @@ class IdentityStage(ReadOnlyStage):
         return (client.is_verified_only or client.has_keys) and client.source != "address"
 
     def _resume(self, plan: RequestPlan, client: Client) -> StageResult:
-        error = None
+        error: GatewayError | None = None
         if client.source == "address":
             if not self._sources.accepts_address:
                 error = CredentialsRequired("The request has no credential that identifies a client.")
         elif self._is_bare(client):
-            if self.on_bare is not None:
-                self.on_bare(client)
-            if client.is_verified_only:
-                error = CredentialsRequired(f"The client id '{client.id}' needs a credential that proves it.")
+            error = self._unproved(client)
         if error is not None:
             if self._is_enforced:
                 plan.exchange.client = self._clients.by_address(address_key(plan.facts.client_address))
@@ -155,6 +154,19 @@ class IdentityStage(ReadOnlyStage):
         plan.exchange.client = client
         plan.principal = holder_of(client, plan.facts.client_address)
         plan.priority = self._priorities.of(client.quota.name)
+        return None
+
+    def _unproved(self, client: Client) -> GatewayError | None:
+        """Return why a bare id is refused, None if it is admitted."""
+        if self._clients.is_doubtful(client.id):
+            return StoreUnavailable(
+                f"Whether the client id '{client.id}' needs a credential is not known: the store is unavailable.",
+                retry_after=_RETRY_AFTER,
+            )
+        if self.on_bare is not None:
+            self.on_bare(client)
+        if client.is_verified_only:
+            return CredentialsRequired(f"The client id '{client.id}' needs a credential that proves it.")
         return None
 
 

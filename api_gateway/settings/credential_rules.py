@@ -44,6 +44,11 @@ def key_findings(config: CredentialSections) -> Iterator[tuple[KeyPath, str, tup
                     yield (*place, "routes", str(number)), message, (("routes",),)
 
 
+def can_prove_ids(config: CredentialSections) -> bool:
+    """Return whether a credential, or a hook of an extension, can prove the id of a client."""
+    return bool(config.extensions) or not {*_PROVING}.isdisjoint(config.identity.sources)
+
+
 def unused_credentials(config: CredentialSections) -> Iterator[tuple[KeyPath, str]]:
     """Yield why keys have no effect, and why ids that a credential must prove cannot be proved."""
     sources = config.identity.sources
@@ -52,7 +57,7 @@ def unused_credentials(config: CredentialSections) -> Iterator[tuple[KeyPath, st
     if keyed and "api_key" not in sources:
         message = f"does not name api_key: keys of clients prove nothing, and upstreams receive them: {some_of(keyed)}"
         yield place, message
-    if config.extensions or not {*_PROVING}.isdisjoint(sources):  # a hook of an extension proves an id, too
+    if can_prove_ids(config):
         return
     closed = [f"tiers.{name}" for name, tier in config.tiers.items() if tier.verified_only]
     closed += [

@@ -40,6 +40,12 @@ class StoreUrl:
     master: str | None
     options: Mapping[str, Any] = field(repr=False)  # the password is among them
 
+    @property
+    def place(self) -> str:
+        """Where the store is, without what is needed to connect to it."""
+        hosts = ",".join(f"{host}:{port}" for host, port in sorted(self.hosts))
+        return f"{self.path or hosts}/{self.master or ''}/{self.options.get('db', 0)}"
+
     @classmethod
     def parse(cls, url: str) -> "StoreUrl":
         """Parse a URL. Raises ValueError, whose message quotes none of it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from api_gateway.admin.audit_log import AUDIT_FILE, AUDIT_VERSION
 from api_gateway.admin.breaker_overrides import OVERRIDES_FILE, OVERRIDES_VERSION
 from api_gateway.assembly.store_schema import STORE_SCHEMA, schema_key
+from api_gateway.clients.kept_proofs import PROOFS_FILE, PROOFS_VERSION
 from api_gateway.clients.sqlite_store import CLIENTS_FILE, CLIENTS_SCHEMA
 from api_gateway.limits.period_store import QUOTAS_FILE, QUOTAS_SCHEMA
 from api_gateway.storage.sqlite_file import SqliteFile
@@ -28,6 +29,7 @@ def test_the_table_has_the_versions_of_the_code() -> None:
         QUOTAS_FILE: QUOTAS_SCHEMA.version,
         USAGE_FILE: USAGE_SCHEMA.version,
         OVERRIDES_FILE: OVERRIDES_VERSION,
+        PROOFS_FILE: PROOFS_VERSION,
         AUDIT_FILE: AUDIT_VERSION,
         "via": FOLDER_VERSION,
         "store.prefix": STORE_SCHEMA,

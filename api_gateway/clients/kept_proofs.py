@@ -1,0 +1,235 @@
+"""The ids that must be proved, kept on this machine for a start while the store of the clients is unavailable.
+
+Every process writes all that it knows, off the event loop and at most once a second; the processes of a machine know
+the same soon after a change. The file is derived: one that is unusable, or of another version or store, is replaced
+once the store has been read.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+from api_gateway.clients.cache import ClientCache
+from api_gateway.clients.identity_rules import IdentityRules
+from api_gateway.clients.records import ClientRecord, ClientSnapshot
+from api_gateway.system.state_folder import make_private, open_private
+
+logger = logging.getLogger(__name__)
+
+PROOFS_FILE = "verified_only.json"
+PROOFS_VERSION = 1
+_WRITE_INTERVAL = 1.0  # seconds between two writes
+_BATCH = 5_000  # ids written before another thread may run
+
+
+class InvalidProofFile(Exception):
+    """The file cannot be used; the message names the file and the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequiredProofs:
+    """The ids in a store that must be proved, None if they are too many, and the tiers that required it."""
+
+    ids: frozenset[str] | None
+    tiers: frozenset[str]
+
+
+class ProofFile:
+    """The file `verified_only.json` of one store. All methods block."""
+
+    def __init__(self, folder: Path, store: str) -> None:
+        """`store` names the store without any secret."""
+        self.path = folder / PROOFS_FILE
+        self._store = store
+
+    def __repr__(self) -> str:
+        return f"<ProofFile [{self.path}]>"
+
+    def read(self) -> RequiredProofs:
+        """Return what was written last. Raises InvalidProofFile."""
+        try:
+            content = json.loads(self.path.read_bytes())
+        except FileNotFoundError:
+            raise InvalidProofFile(f"{self.path} does not exist yet") from None
+        except (
+            OSError,
+            ValueError,
+            RecursionError,
+        ) as error:  # the latter: neither text nor JSON, or nested too deeply
+            raise InvalidProofFile(f"{self.path} cannot be read: {getattr(error, 'strerror', error)}") from error
+        if not isinstance(content, dict):
+            raise InvalidProofFile(f"{self.path} must have an object")
+        version, store = content.get("version"), content.get("store")
+        if version != PROOFS_VERSION or isinstance(version, bool):
+            raise InvalidProofFile(f"{self.path} must have version {PROOFS_VERSION}, got {str(version)[:40]}")
+        if store != self._store:
+            raise InvalidProofFile(f"{self.path} is of another store, {str(store)[:100]!r}")
+        ids, tiers = content.get("ids"), content.get("tiers")
+        if not (_are_names(tiers) and (ids is None or _are_names(ids))):
+            raise InvalidProofFile(f"{self.path} must have lists of names, tiers and ids")
+        return RequiredProofs(None if ids is None else frozenset(ids), frozenset(tiers))
+
+    def write(self, ids: Sequence[str] | None, tiers: Iterable[str]) -> None:
+        """Replace the content; a reader finds the former or the new one. Raises OSError."""
+        head = json.dumps({"version": PROOFS_VERSION, "store": self._store, "tiers": sorted(tiers)})
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        make_private(self.path.parent)
+        try:
+            with open_private(draft) as file:
+                file.write(f'{head[:-1]}, "ids": ')
+                if ids is None:
+                    file.write("null}\n")
+                else:
+                    parts = (json.dumps(ids[at : at + _BATCH])[1:-1] for at in range(0, len(ids), _BATCH))
+                    file.write("[")
+                    for number, part in enumerate(parts):
+                        file.write(f",\n{part}" if number else part)
+                    file.write("]}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self.path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _are_names(found: object) -> TypeGuard[list[str]]:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
+
+
+class KeptProofs:
+    """The ids that must be proved, as far as this process knows, and their file.
+
+    States: new; recalled (the store was unavailable at the start: what the file has holds until `follow`), and
+    following the store. Without a file nothing is kept.
+    """
+
+    def __init__(self, file: ProofFile | None, limit: int) -> None:
+        """Keep at most `limit` ids; a store with more counts as unknown at a start without it."""
+        self.is_recalled = False
+        self._file = file
+        self._limit = limit
+        self._recalled = RequiredProofs(None, frozenset())
+        self._source = "nothing is kept"  # of what was recalled, or why nothing was
+        self._ids: set[str] | None = None
+        self._tiers: frozenset[str] | None = None  # None until the store has been read
+        self._is_changed = False
+        self._writing: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        self._error = ""  # of the last write
+
+    def __repr__(self) -> str:
+        count = "unknown" if self._ids is None else len(self._ids)
+        return f"<KeptProofs [{count} ids{', recalled' if self.is_recalled else ''}]>"
+
+    # At a start without the store
+
+    async def recall(self, cache: ClientCache, rules: IdentityRules) -> None:
+        """Read the file, and let a cache without records know of the ids in it."""
+        self.is_recalled = True
+        if self._file is not None:
+            try:
+                self._recalled = await asyncio.to_thread(self._file.read)
+                self._source = str(self._file.path)
+            except InvalidProofFile as error:
+                self._source = str(error)
+        self.assume(cache, rules)
+
+    def assume(self, cache: ClientCache, rules: IdentityRules) -> None:
+        """Let a cache take the ids that were recalled for all that must be proved; any id, if that is not known."""
+        ids, missing = self._recalled.ids, rules.tiers - self._recalled.tiers
+        if ids is not None and not missing:
+            cache.assume(ids)
+            logger.warning("started without the client store: %d ids need a credential, by %s", len(ids), self._source)
+        elif not rules.can_prove:
+            cache.assume(())
+        else:
+            cache.assume(None)
+            cause = self._source
+            if ids is not None:
+                cause = f"{cause} does not say it of tiers {', '.join(sorted(missing))}"
+            logger.warning(
+                "started without the client store, and which ids need a credential is not known (%s): until the store"
+                " is available, each request that only sends an id is refused with 503; if no client has a credential,"
+                " set identity.sources without api_key and jwt",
+                cause,
+            )
+
+    # With the store
+
+    def follow(self, cache: ClientCache, snapshot: ClientSnapshot, rules: IdentityRules) -> None:
+        """Know what a store has, whose records a cache holds as far as they fit."""
+        self.is_recalled = False
+        if self._file is not None:
+            self._replace(cache, snapshot.proofs, rules.tiers)
+
+    def change_tiers(self, cache: ClientCache, rules: IdentityRules) -> None:
+        """Know which ids must be proved if other tiers require it."""
+        if self._tiers is not None and rules.tiers != self._tiers:
+            self._replace(cache, None, rules.tiers)
+
+    def note(self, record: ClientRecord) -> None:
+        """Know the record of a client, newer than any before."""
+        if self._ids is None or self._tiers is None:
+            return
+        if record.requires_proof(self._tiers) == (record.id in self._ids):
+            return
+        self._ids ^= {record.id}
+        if len(self._ids) > self._limit:
+            self._ids = None
+        self._write_soon()
+
+    def _replace(self, cache: ClientCache, others: frozenset[str] | None, tiers: frozenset[str]) -> None:
+        """Know the records of a cache, and that `others` must be proved; they are unknown if it is None."""
+        before = self._ids, self._tiers
+        self._tiers = tiers
+        ids = {record.id for record in cache.records() if record.requires_proof(tiers)}
+        if not cache.is_complete:
+            ids |= {each for each in others or () if cache.get(each) is None}
+        is_known = cache.is_complete or (others is not None and not tiers)
+        self._ids = ids if is_known and len(ids) <= self._limit else None
+        if before != (self._ids, tiers):
+            self._write_soon()
+
+    # The file
+
+    def _write_soon(self) -> None:
+        self._is_changed = True
+        if self._file is not None and self._writing is None:
+            self._writing = asyncio.create_task(self._write_changes(self._file), name="ids that must be proved")
+
+    async def _write_changes(self, file: ProofFile) -> None:
+        """Write at once, and then once in `_WRITE_INTERVAL` seconds, until nothing has changed."""
+        while self._is_changed:
+            self._is_changed = False
+            ids = None if self._ids is None else tuple(self._ids)
+            try:
+                await asyncio.to_thread(file.write, ids, self._tiers or ())
+            except OSError as error:
+                self._note_error(error)
+            else:
+                self._error = ""
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_WRITE_INTERVAL):
+                    await self._closing.wait()
+        self._writing = None
+
+    def _note_error(self, error: OSError) -> None:
+        if str(error) != self._error:
+            logger.warning(
+                "which ids need a credential cannot be kept for a start without the client store: %s; set state_dir to"
+                " a folder that this user can write",
+                error,
+            )
+        self._error = str(error)
+
+    async def close(self) -> None:
+        """Write what has changed."""
+        self._closing.set()
+        if self._writing is not None:
+            await self._writing
