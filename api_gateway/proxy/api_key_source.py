@@ -1,6 +1,7 @@
 """API keys as an identity source: in `X-API-Key`, as a bearer token, or as the user name of Basic.
 
 A key in another form in these fields is refused as malformed: what is ours is not forwarded, and never falls through.
+Neither is a key in `X-API-Key` where another field is configured for keys.
 """
 
 import base64
@@ -26,6 +27,7 @@ _IN_BASE64 = tuple(
 _PREFIX_IN_BASE64 = _IN_BASE64[0]
 _NO_BASE64 = re.compile(rb"[^A-Za-z0-9+/]+")
 _AUTHORIZATION = b"authorization"
+_USUAL = b"x-api-key"  # where clients send keys unless another field is configured
 _RETRY_AFTER = 1.0  # seconds
 _SECOND_WORD = re.compile(rb"\S++[ \t]++" + _PREFIX)
 _OTHER_FORM = b" "  # stands for a key in `Authorization` in another form; the value of no field
@@ -63,9 +65,10 @@ class ApiKeySource:
     def __init__(self, directory: KeyDirectory, header: str) -> None:
         """`header` is the name of the header field for keys alone."""
         self._directory = directory
-        self._header = header.lower().encode()
+        self._name, self._header = header, header.lower().encode()
         # Also with underscores, which CGI does not distinguish.
-        self.fields = frozenset({*spellings(self._header), _AUTHORIZATION})
+        self._spellings = spellings(self._header)
+        self.fields = frozenset({*self._spellings, *spellings(_USUAL), _AUTHORIZATION})
 
     def __repr__(self) -> str:
         return f"<ApiKeySource of {self._directory!r}>"
@@ -94,7 +97,9 @@ class ApiKeySource:
         if len(keys) > 1:
             return "The request has several API keys; send one."
         if not names <= {self._header, _AUTHORIZATION}:
-            return "The name of the header field with the API key has underscores."
+            if names <= {*self._spellings, _AUTHORIZATION}:
+                return "The name of the header field with the API key has underscores."
+            return f"The header field X-API-Key has an API key; send the key in {self._name}."
         if any(len(fields[name]) > 1 for name in names):
             return "The header field with the API key was sent several times; send it once."
         (key,) = keys

@@ -97,15 +97,19 @@ def wall() -> FakeClock:
 
 
 @pytest.fixture
-def source(tmp_path: Path, wall: FakeClock) -> ApiKeySource:
+def source(registry: ClientRegistry) -> ApiKeySource:
+    return ApiKeySource(registry.keys, "X-API-Key")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, wall: FakeClock) -> ClientRegistry:
     keys = {
         DIGEST: KnownKey("acme", ApiKey(DIGEST)),
         digest_of(OTHER): KnownKey("acme", ApiKey(digest_of(OTHER), expires_at=NOW + 5, routes=("users",))),
     }
     quota = Quota.per_second("FREE", 1, 10)
     store = SqliteClientStore(tmp_path / "unused")
-    registry = ClientRegistry({"FREE": quota}, "FREE", {}, store, wall_clock=wall, rules=IdentityRules(keys=keys))
-    return ApiKeySource(registry.keys, "X-API-Key")
+    return ClientRegistry({"FREE": quota}, "FREE", {}, store, wall_clock=wall, rules=IdentityRules(keys=keys))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +260,28 @@ def test_the_refusal_says_what_is_wrong_with_the_request(source: ApiKeySource, n
     assert claim is not None
     assert claim.fault is not None
     assert words in claim.fault
+
+
+@each("name", [b"x-api-key", b"x_api_key", b"x-api_key"])
+def test_a_key_in_the_usual_field_is_refused_where_another_one_is_configured(
+    registry: ClientRegistry, name: bytes
+) -> None:
+    """An upstream that reads the field might serve the key's client, while the address pays."""
+    other = ApiKeySource(registry.keys, "X-Token")
+    beside: HeaderList = [(b"authorization", b"Bearer " + KEY)]
+    for fields in ([(name, KEY)], [(name, b"x, " + KEY)], [(name, KEY), *beside], [(name, KEY), (b"x-token", KEY)]):
+        claim = other.claim(fields_of(fields))
+        assert claim is not None
+        assert name in claim.names
+        assert claim.fault == "The header field X-API-Key has an API key; send the key in X-Token."
+    assert other.claim(fields_of([(name, b"theirs")])) is None, "it belongs to the upstream"
+    claim = other.claim(fields_of([(name, b"theirs"), (b"x-token", KEY)]))
+    assert claim is not None
+    assert claim.names == {b"x-token"}
+    assert claim.fault is None
+    claim = other.claim(fields_of([(b"x_token", KEY)]))
+    assert claim is not None
+    assert claim.fault == "The name of the header field with the API key has underscores."
 
 
 def test_a_text_that_is_shown_has_no_token_either() -> None:

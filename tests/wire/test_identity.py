@@ -558,3 +558,44 @@ def test_a_key_in_another_form_is_refused_and_not_forwarded(
                 client.request(method, headers=(form, "X-Client-ID: other"))
                 assert reason(client.answer()) == (401, "credentials_invalid"), form
     assert not up.requests
+
+
+@pytest.mark.parametrize("method", ["GET", "TRACK"])
+def test_a_key_in_the_usual_field_never_reaches_an_upstream_where_another_field_is_configured(
+    gateway: Gateway, up: RawUpstream, method: str
+) -> None:
+    running = gateway(in_front_of(up.url) | {"identity": {"api_key": {"header": "X-Token"}}})
+    key = call(running, "POST", "/clients/acme/keys", {})["key"]
+    with RawClient(running.port) as client:
+        for name in ("X-API-Key", "x_api_key"):
+            client.request(method, headers=(f"{name}: {key}",))
+            answer = client.answer()
+            assert reason(answer) == (401, "credentials_invalid")
+            assert b"send the key in X-Token" in answer.body
+            assert not up.requests
+        for value in ("theirs", "agw", "theirs"):
+            client.request(method, headers=(f"X-API-Key: {value}", f"X-Token: {key}"))
+            assert client.answer().status == 200
+            assert up.requests[-1].all("x-api-key") == [value.encode()], "it belongs to the upstream"
+            assert not up.requests[-1].all("x-token")
+
+
+@pytest.mark.parametrize("method", ["GET", "TRACK"])
+def test_a_key_outside_the_fields_of_keys_identifies_nobody(
+    keyed: RunningGateway, up: RawUpstream, method: str
+) -> None:
+    """It belongs to the upstream, as the page says; `Proxy-Authorization` is for this hop alone."""
+    call(keyed, "POST", "/clients/acme/tier", {"tier": "PREMIUM"})
+    key = call(keyed, "POST", "/clients/acme/keys", {})["key"]
+    with RawClient(keyed.port) as client:
+        for path, field, arrives in (
+            (f"/api/x?api_key={key}", "X-Other: 1", True),
+            ("/api/x", f"Cookie: key={key}", True),
+            ("/api/x", f"X-Other: {key}", True),
+            ("/api/x", f"Proxy-Authorization: Bearer {key}", False),
+        ):
+            client.request(method, path, (field,))
+            answer = client.answer()
+            assert answer.status == 200
+            assert answer.all("x-ratelimit-limit") != [b"200"], "not the tier of the client"
+            assert (key.encode() in up.requests[-1].head) is arrives, (path, field)
