@@ -28,6 +28,7 @@ from api_gateway.clients.key_directory import KeyDirectory
 from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
 from api_gateway.clients.records import (
     NO_CURSOR,
+    UNCHANGED,
     Change,
     ClientRecord,
     ClientSnapshot,
@@ -57,6 +58,15 @@ class ClientStatus(NamedTuple):
     grant: Grant | None
     without_grant: Client
     is_confirmed: bool
+
+
+def _shown_at(client_id: str, change: Change) -> str:
+    """Return, in words, which endpoint shows whether a change was made."""
+    if change.tier is not UNCHANGED or change.grant is not UNCHANGED:
+        return f"GET /clients/{client_id} shows the tier"
+    if change.keys is not None:
+        return f"GET /clients/{client_id}/keys lists the keys"
+    return f"GET /clients/{client_id} shows verified_only"
 
 
 def _ignore(_before: Client, _after: Client) -> None:
@@ -470,7 +480,7 @@ class ClientRegistry:
         except OutcomeUnknown as error:
             raise StoreUnavailable(
                 f"The change may or may not have been made: no response from {self._store.name}."
-                f" GET /clients/{client_id} shows the tier when the store is available again.",
+                f" {_shown_at(client_id, change)} when the store is available again.",
                 retry_after=5,
             ) from error
         except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from api_gateway.clients.api_keys import ApiKey
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.client_tiers import bucket_key
 from api_gateway.clients.records import (
@@ -380,8 +381,20 @@ async def test_a_change_of_unknown_outcome_is_reported_as_such() -> None:
     store = HeldStore()
     async with following(store) as registry:
         store.failure = OutcomeUnknown("no answer")
-        with pytest.raises(StoreUnavailable, match=r"may or may not have been made.*GET /clients/acme"):
-            await registry.set_tier("acme", "PREMIUM")
+        keys, key = registry.keys, ApiKey("d" * 64)
+        tier, listed = "GET /clients/acme shows the tier", "GET /clients/acme/keys lists the keys"
+        for change, place in (
+            (registry.set_tier("acme", "PREMIUM"), tier),
+            (registry.revoke("acme"), tier),
+            (registry.delete("acme"), tier),
+            (keys.create("acme", key, verified_only=False), listed),
+            (keys.rotate("acme", "e" * 64, key, 5.0), listed),
+            (keys.revoke("acme", key.digest), listed),
+            (keys.require_proof("acme", verified_only=True), "GET /clients/acme shows verified_only"),
+        ):
+            with pytest.raises(StoreUnavailable, match="may or may not have been made") as caught:
+                await change
+            assert caught.value.detail.endswith(f". {place} when the store is available again.")
 
 
 async def test_a_store_of_this_machine_must_open() -> None:
