@@ -4,7 +4,8 @@
     ├── RequestRefused      the request cannot be served: 4xx
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
-    │   ├── CredentialsRequired, CredentialsInvalid, CredentialsInsufficient, CertificateRequired
+    │   ├── CredentialsRequired, CredentialsInvalid, CredentialsRepeated, CredentialsInsufficient
+    │   ├── CertificateRequired
     │   ├── NoRoute, MethodNotAllowed
     │   ├── BodyTooLarge, HeadersTooLarge, LengthRequired, RequestTimeout
     │   ├── RateLimited, ConcurrencyExceeded
@@ -180,6 +181,19 @@ class CredentialsInvalid(RequestRefused):
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, headers={"www-authenticate": f'{CHALLENGE}, error="invalid_token"'})
+
+
+class CredentialsRepeated(RequestRefused):
+    """The request has several credentials of one kind, or repeats the field with its credential.
+
+    RFC 6750 section 3.1 calls this an invalid request, whether or not the credentials are valid.
+    """
+
+    status = 400
+    reason = Reason.BAD_REQUEST
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"www-authenticate": f'{CHALLENGE}, error="invalid_request"'})
 
 
 class CredentialsInsufficient(RequestRefused):

@@ -75,6 +75,7 @@ OBSERVED_REASONS = (
     Reason.CREDENTIALS_INVALID.value,
     Reason.CREDENTIALS_INSUFFICIENT.value,
     Reason.CLIENT_ID_INVALID.value,
+    Reason.BAD_REQUEST.value,  # a request that repeats its credential
 )
 
 # Outcomes of an attempt: the class of its status, or the reason why it has none.

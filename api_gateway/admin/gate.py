@@ -23,6 +23,7 @@ from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trail
 from api_gateway.errors import (
     BadRequest,
     ClientDisconnected,
+    CredentialsRepeated,
     Forbidden,
     GatewayError,
     LengthRequired,
@@ -223,7 +224,9 @@ class OperatorGate:
         """Return the error for a request that identifies no operator, and count it."""
         is_wrong = bearer_token(fields) is not None
         error: GatewayError
-        if is_wrong or self.access.tokens:
+        if len(fields.get(b"authorization", ())) > 1:
+            error = CredentialsRepeated("Authorization was sent several times; send it once.")
+        elif is_wrong or self.access.tokens:
             error = Unauthorized(
                 "The bearer token is not valid." if is_wrong else _ADVICE,
                 headers={"www-authenticate": 'Bearer realm="api-gateway"'},

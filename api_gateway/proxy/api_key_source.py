@@ -79,7 +79,10 @@ class ApiKeySource:
         if not found:
             return None
         names, key = frozenset(name for name, _ in found), found[0][1]
-        fault = self._fault_of(fields, names, {key for _, key in found})
+        repeated = _repetition_in(fields, names, {key for _, key in found})
+        if repeated is not None:
+            return Claim(self, None, names, repeated, is_repeated=True)
+        fault = self._fault_of(names, key)
         return Claim(self, None if fault is not None else digest_of(key), names, fault)
 
     @staticmethod
@@ -92,17 +95,12 @@ class ApiKeySource:
             elif value.startswith(_PREFIX) or has_plain_key(value):
                 yield value
 
-    def _fault_of(self, fields: Fields, names: frozenset[bytes], keys: AbstractSet[bytes]) -> str | None:
-        """Return why keys in header fields with these names are invalid, whatever is stored."""
-        if len(keys) > 1:
-            return "The request has several API keys; send one."
+    def _fault_of(self, names: frozenset[bytes], key: bytes) -> str | None:
+        """Return why a key in header fields with these names is invalid, whatever is stored."""
         if not names <= {self._header, _AUTHORIZATION}:
             if names <= {*self._spellings, _AUTHORIZATION}:
                 return "The name of the header field with the API key has underscores."
             return f"The header field X-API-Key has an API key; send the key in {self._name}."
-        if any(len(fields[name]) > 1 for name in names):
-            return "The header field with the API key was sent several times; send it once."
-        (key,) = keys
         if key == _OTHER_FORM:
             return "Authorization has an API key that is neither a Bearer token nor the user name of Basic."
         fault = fault_of(key)
@@ -116,7 +114,7 @@ class ApiKeySource:
     def verify(self, claim: Claim, now_ns: int) -> Verification:
         """Return what a key proves, from memory; a question if the store must be asked."""
         if claim.fault is not None:
-            return CredentialsInvalid(claim.fault)
+            return claim.error(claim.fault)
         found = self._directory.find(claim.value)
         if found is KeyState.UNKNOWN:
             return Question(partial(self._ask, claim, now_ns))
@@ -139,6 +137,18 @@ class ApiKeySource:
         if left <= 0:
             return CredentialsInvalid("The API key has expired.")
         return KeyProof(claim, found, self._directory, now_ns + int(left * NANOSECONDS))
+
+
+def _repetition_in(fields: Fields, names: frozenset[bytes], keys: AbstractSet[bytes]) -> str | None:
+    """Return why a request is malformed that has these keys, in header fields with these names; None if it is not.
+
+    One key in two fields is accepted: both say the same.
+    """
+    if len(keys) > 1:
+        return "The request has several API keys; send one."
+    if any(len(fields[name]) > 1 for name in names):
+        return "The header field with the API key was sent several times; send it once."
+    return None
 
 
 def _key_in_authorization(value: bytes) -> bytes | None:

@@ -50,7 +50,7 @@ class CertificateSource:
         """See `CredentialSource`."""
         name, not_after = claim.value
         if claim.fault is not None:
-            return CredentialsInvalid(claim.fault)
+            return claim.error(claim.fault)
         left = not_after - self._wall_clock()
         if left <= 0:
             return CredentialsInvalid("The certificate of the connection has expired.")

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from api_gateway.errors import GatewayError
+from api_gateway.errors import CredentialsInvalid, CredentialsRepeated, GatewayError
 from api_gateway.http1.headers import Fields
 from api_gateway.models import ClientCertificate, HeaderList
 from api_gateway.proxy.route_table import Route
@@ -21,13 +21,19 @@ class Claim:
     """A credential of one of the sources in header fields; what it proves is not known yet.
 
     `value` belongs to the source and is no secret that could be shown, such as a digest. `names` are the header fields
-    (lower case) that have the credential. `fault` is why the credential is invalid whatever is stored, in words.
+    (lower case) that have the credential. `fault` is why the credential is invalid whatever is stored, in words;
+    `is_repeated`: because the request has several, so that it is malformed whether or not they are valid.
     """
 
     source: "CredentialSource"
     value: Any = field(repr=False)
     names: frozenset[bytes]
     fault: str | None = None
+    is_repeated: bool = False
+
+    def error(self, fault: str) -> CredentialsInvalid | CredentialsRepeated:
+        """Return a new error for the fault."""
+        return CredentialsRepeated(fault) if self.is_repeated else CredentialsInvalid(fault)
 
 
 class Proof:

@@ -5,6 +5,7 @@ the verifier remembers it until it expires.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from api_gateway.clients.issuer_keys import IssuerKeys
@@ -96,9 +97,9 @@ class JwtSource:
             found = self._reader.find(value)
             if found is not None:
                 text, token = found
-                fault = token.fault or (None if _is_regular(value, text, token) else _OTHER_FORM)
                 if len(values) > 1:
-                    fault = _SENT_TWICE
+                    return Claim(self, token, self._withheld, _SENT_TWICE, is_repeated=True)
+                fault = token.fault or (None if _is_regular(value, text, token) else _OTHER_FORM)
                 return Claim(self, token, self._withheld, None if fault is None else str(fault))
         return None
 
@@ -106,7 +107,7 @@ class JwtSource:
         """Return what a token that was verified before proves; of another, what is to be done to verify it."""
         token: ReadToken = claim.value
         if claim.fault is not None:
-            return CredentialsInvalid(claim.fault)
+            return claim.error(claim.fault)
         known = self._verifier.recall(token, now_ns)
         if known is not None:
             return JwtProof(claim, known)
@@ -118,7 +119,7 @@ class JwtSource:
         token: ReadToken = claim.value
         if token.terms is None or not self._verifier.has(token.terms):
             return None
-        return Claim(self, token, claim.names, claim.fault)
+        return replace(claim, source=self)
 
     def _verify_signature(self, claim: Claim) -> Verification:
         """Verify a token; a question if its key is unknown and may be among those that its issuer publishes now."""

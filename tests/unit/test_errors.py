@@ -61,6 +61,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     errors.AddressDenied: (403, "address_denied"),
     errors.CredentialsRequired: (401, "credentials_required"),
     errors.CredentialsInvalid: (401, "credentials_invalid"),
+    errors.CredentialsRepeated: (400, "bad_request"),
     errors.CredentialsInsufficient: (403, "credentials_insufficient"),
     errors.CertificateRequired: (403, "certificate_required"),
     errors.AddressDenied: (403, "address_denied"),

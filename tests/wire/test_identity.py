@@ -66,6 +66,9 @@ def test_what_observing_admits_is_counted_and_logged(
     for _ in range(3):
         assert ask(f"{running.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
     assert ask(f"{running.url}/api/x", headers={"X-API-Key": "agw_wrong", "X-Client-ID": "open"}).status == 200
+    with RawClient(running.port) as client:
+        client.request("GET", headers=("X-API-Key: agw_wrong",) * 2)
+        assert client.answer().status == 200
     call(running, "POST", "/explain", {"path": "/api/x", "client_id": "acme"})
     counts = ask(f"{running.url}/metrics").json()["identity"]
     assert counts["would_refuse"] == {
@@ -73,6 +76,7 @@ def test_what_observing_admits_is_counted_and_logged(
         "credentials_invalid": 1,
         "credentials_insufficient": 0,
         "client_id_invalid": 0,
+        "bad_request": 1,
     }
     assert counts["bare_client_ids"] == {"admitted": 3, "refused": 0}
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
@@ -558,6 +562,35 @@ def test_a_key_in_another_form_is_refused_and_not_forwarded(
                 client.request(method, headers=(form, "X-Client-ID: other"))
                 assert reason(client.answer()) == (401, "credentials_invalid"), form
     assert not up.requests
+
+
+@pytest.mark.parametrize("method", ["GET", "TRACK"])
+def test_a_request_that_repeats_its_credential_is_malformed_even_if_all_are_valid(
+    keyed: RunningGateway, up: RawUpstream, method: str
+) -> None:
+    """400 `invalid_request` (RFC 6750 section 3.1); but one key in two fields says one thing."""
+    first, second = (call(keyed, "POST", "/clients/acme/keys", {})["key"] for _ in range(2))
+    bearer, own = (f"Authorization: Bearer {first}", f"X-API-Key: {first}")
+    with RawClient(keyed.port) as client:
+        for fields in (
+            (bearer, bearer),
+            (bearer, "Authorization: Basic eDp5"),
+            (bearer, f"Authorization: Bearer {second}"),
+            (own, own),
+            (own, "X-API-Key: theirs"),
+            (own, f"Authorization: {basic(second)}"),
+        ):
+            client.request(method, headers=fields)
+            answer = client.answer()
+            assert reason(answer) == (400, "bad_request"), fields
+            assert answer.all("www-authenticate") == [b'Bearer realm="api-gateway", error="invalid_request"']
+            assert first[4:].encode() not in answer.body
+        assert not up.requests
+        for fields in ((own, bearer), ("Authorization: Basic eDp5",) * 2, ("X-API-Key: theirs",) * 2):
+            client.request(method, headers=fields)
+            assert client.answer().status == 200, fields
+        assert [len(request.all("x-api-key")) for request in up.requests] == [0, 0, 2]
+        assert [len(request.all("authorization")) for request in up.requests] == [0, 2, 0]
 
 
 @pytest.mark.parametrize("method", ["GET", "TRACK"])

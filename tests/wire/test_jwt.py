@@ -290,7 +290,8 @@ def test_a_token_sent_with_another_credential_is_refused(
     with RawClient(running.port) as client:
         client.request(method, headers=(f"Authorization: Bearer {signed().decode()}", "Authorization: Basic YTpi"))
         answer = client.answer()
-    assert reason(answer) == (401, "credentials_invalid")
+    assert reason(answer) == (400, "bad_request")
+    assert answer.all("www-authenticate") == [b'Bearer realm="api-gateway", error="invalid_request"']
     assert b"several times" in answer.body
 
 
