@@ -18,6 +18,7 @@ from api_gateway.clients.jwt_verifier import Issuer, JwtVerifier, VerifiedToken
 from api_gateway.config import GatewayConfig
 from api_gateway.settings.jwt import ASYMMETRIC, IssuerSection
 from api_gateway.transport.document_fetch import MAX_DOCUMENT_BYTES
+from benchmarks.tokens import LIMITS
 from tests.jwt_kit import NOW, Keys, key_for, key_set, signed
 from tests.kit import RawUpstream, ask, in_front_of, running_gateway
 
@@ -108,3 +109,10 @@ def test_its_numbers_are_those_of_the_code() -> None:
     assert f"at most {MAX_DOCUMENT_BYTES // 1024} KiB" in PAGE
     assert f"a key set {MAX_KEYS} keys" in PAGE
     assert f"{MIN_RSA_BITS} to {MAX_RSA_BITS} bits" in PAGE
+
+
+def test_the_page_says_of_each_permitted_algorithm_whether_it_is_within_the_limit_that_the_benchmark_claims() -> None:
+    rows = re.findall(r"^\| (`[A-Z].+?) \|.*\| (yes|no) \|$", PAGE, flags=re.MULTILINE)
+    shown = {name: limit for names, limit in rows for name in re.findall(r"`(\w+)`", names)}
+    assert sorted(shown) == sorted(ASYMMETRIC)
+    assert {name: "yes" if limit == 250 else "no" for name, limit in LIMITS.items()} == shown
