@@ -241,6 +241,16 @@ def store_server(store: StoreServer) -> StoreServer:
     return store
 
 
+@pytest.fixture
+def any_store() -> Iterator[StoreServer]:
+    """A real store of its own, for what does not depend on which server it is."""
+    found = next((binary for binary in SERVERS.values() if binary is not None), None)
+    if found is None:
+        pytest.skip("there is no server of a store")
+    with StoreServer(found) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `<name>.pem` and `<name>.key` for 127.0.0.1 and for other.test, each its own authority."""

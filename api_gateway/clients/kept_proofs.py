@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 PROOFS_FILE = "verified_only.json"
 PROOFS_VERSION = 1
 _WRITE_INTERVAL = 1.0  # seconds between two writes
+_RETRY_INTERVAL = 30.0  # seconds, after a failed one
 _BATCH = 5_000  # ids written before another thread may run
 
 
@@ -94,8 +95,10 @@ class ProofFile:
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(self.path)
-        finally:
-            draft.unlink(missing_ok=True)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
 
 
 def _are_names(found: object) -> TypeGuard[list[str]]:
@@ -204,7 +207,7 @@ class KeptProofs:
             self._writing = asyncio.create_task(self._write_changes(self._file), name="ids that must be proved")
 
     async def _write_changes(self, file: ProofFile) -> None:
-        """Write at once, and then once in `_WRITE_INTERVAL` seconds, until nothing has changed."""
+        """Write at once, and then once in `_WRITE_INTERVAL` seconds, until what is known is written."""
         while self._is_changed:
             self._is_changed = False
             ids = None if self._ids is None else tuple(self._ids)
@@ -212,18 +215,19 @@ class KeptProofs:
                 await asyncio.to_thread(file.write, ids, self._tiers or ())
             except OSError as error:
                 self._note_error(error)
+                self._is_changed = not self._closing.is_set()
             else:
                 self._error = ""
             with suppress(TimeoutError):
-                async with asyncio.timeout(_WRITE_INTERVAL):
+                async with asyncio.timeout(_RETRY_INTERVAL if self._error else _WRITE_INTERVAL):
                     await self._closing.wait()
         self._writing = None
 
     def _note_error(self, error: OSError) -> None:
         if str(error) != self._error:
             logger.warning(
-                "which ids need a credential cannot be kept for a start without the client store: %s; set state_dir to"
-                " a folder that this user can write",
+                "which ids need a credential cannot be kept for a start without the client store, and is as before"
+                " there: %s; free space, or set state_dir to a folder that this user can write",
                 error,
             )
         self._error = str(error)

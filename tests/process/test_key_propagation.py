@@ -1,4 +1,4 @@
-"""New, rotated and revoked keys on several gateways and workers: how soon each of them follows.
+"""New, rotated and revoked keys on several gateways and workers: how soon each of them follows, and streams end.
 
 `pytest -s` shows the measured times.
 """
@@ -14,20 +14,29 @@ from typing import Any
 
 import pytest
 
-from tests.kit import RawClient, RawUpstream, eventually, reply
+from tests.kit import RawClient, RawRequest, RawUpstream, Wire, eventually, reply
 from tests.processes import Running, children, config_file, process
 from tests.store_kit import StoreServer
 
 PROMISED = 1.0  # seconds until a change holds everywhere
 ROUNDS = 5
 CONNECTIONS = 16  # to a gateway with two workers, so that both have some
+STREAMS_END = 10.0  # seconds: two are promised, the rest is for a busy machine
 OVERLAP = 2.0  # seconds for which a rotated key stays valid
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nbegun\r\n"
 GENEROUS = "tiers: {FREE: {rate: 100000, capacity: 1000000}}\naddress_limit: {rate: 0}\nlog: {access: false}\n"
+
+
+def behave(wire: Wire, request: RawRequest) -> None:
+    if b"/stream" in request.line:
+        wire.send(STREAM)  # and no end
+    else:
+        reply(b"fine")(wire, request)
 
 
 @pytest.fixture(scope="module")
 def up() -> Iterator[RawUpstream]:
-    upstream = RawUpstream(reply(b"fine"))
+    upstream = RawUpstream(behave)
     yield upstream
     upstream.close()
 
@@ -41,6 +50,11 @@ class Place:
     def status(self, key: str) -> int:
         """Return the status of a request with a key."""
         return self.client.get("/api/up", (f"X-API-Key: {key}",)).status
+
+    def open_stream(self, key: str) -> None:
+        """Send a request with a key whose response does not end, and read what there is of it."""
+        self.client.request("GET", "/api/up/stream", (f"X-API-Key: {key}",))
+        assert self.client.read_until(b"begun\r\n") is not None
 
 
 @contextmanager
@@ -110,17 +124,18 @@ def measure(operated: list[Running], places: list[Place], show: Callable[[str], 
 
 
 @contextmanager
-def two_gateways(up: RawUpstream, server: StoreServer, folder: Path, extra: str = "") -> Iterator[list[Running]]:
-    """Run two gateways with one store, each with its own folder, as on two machines."""
+def two_gateways(
+    up: RawUpstream, server: StoreServer, folder: Path, extra: str = "", workers: str = "1"
+) -> Iterator[list[Running]]:
+    """Run two gateways with one store, each with its own folder, as on two machines; the other one has `workers`."""
     with ExitStack() as stack:
         running = []
-        for name in ("one", "other"):
+        for name, count in (("one", "1"), ("other", workers)):
             (place := folder / name).mkdir()
             store = f'store: {{url: "{server.url}", timeout: 0.5, decision_timeout: 0.1}}\n'
             path = config_file(place, up.url, f"state_dir: {place / 'state'}\n{GENEROUS}{store}{extra}")
-            running.append(
-                stack.enter_context(process("-m", "api_gateway", "--config", path, "--port", "0", cwd=place))
-            )
+            command = ("-m", "api_gateway", "--config", path, "--port", "0", "--workers", count)
+            running.append(stack.enter_context(process(*command, cwd=place)))
         for one in running:
             assert one.port
         yield running
@@ -140,16 +155,43 @@ def test_two_workers_with_one_file_follow_within_a_second(up: RawUpstream, tmp_p
     path = config_file(tmp_path, up.url, f"state_dir: {tmp_path / 'state'}\n{GENEROUS}")
     with process("-m", "api_gateway", "--config", path, "--port", "0", "--workers", "2", cwd=tmp_path) as running:
         assert running.port
-        workers = [
-            pid for pid, words in children(running.popen.pid).items() if not any("guard" in word for word in words)
-        ]
-        before = {pid: descriptors(pid) for pid in workers}
+        before = {pid: descriptors(pid) for pid in workers_of(running)}
         with places_at(*[running.port] * CONNECTIONS) as places:
             for place in places:
                 assert place.client.get("/api/up").status == 200
-            busy = [pid for pid in workers if descriptors(pid) > before[pid]]
+            busy = [pid for pid, count in before.items() if descriptors(pid) > count]
             assert len(busy) >= 2, "the connections are of both workers"
             measure([running], places, print)
+
+
+def workers_of(running: Running) -> list[int]:
+    """Return the workers of a gateway; with one, the gateway itself."""
+    found = children(running.popen.pid)
+    return [pid for pid, words in found.items() if not any("guard" in word for word in words)]
+
+
+def test_streams_of_a_revoked_key_end_in_all_workers_and_machines(
+    up: RawUpstream, any_store: StoreServer, tmp_path: Path
+) -> None:
+    """Those of another key of the same client go on."""
+    with two_gateways(up, any_store, tmp_path, workers="2") as (one, other):
+        revoked, kept = (call(one, "POST", "/clients/acme/keys") for _ in range(2))
+        before = {pid: descriptors(pid) for pid in workers_of(other)}
+        ports = (one.port, *[other.port] * CONNECTIONS)
+        with places_at(*ports) as ending, places_at(one.port, other.port) as going_on:
+            for places, made in ((ending, revoked), (going_on, kept)):
+                until_all(places, made["key"], 200)
+                for place in places:
+                    place.open_stream(made["key"])
+            busy = [pid for pid, count in before.items() if descriptors(pid) >= count + 2]  # client and upstream
+            assert len(busy) >= 2, "both workers have streams"
+            began = time.monotonic()
+            call(one, "DELETE", f"/clients/acme/keys/{revoked['id']}")
+            for place in ending:
+                left = began + STREAMS_END - time.monotonic()
+                assert place.client.is_closed(max(left, 0.1)), f"a stream has not ended within {STREAMS_END:g} s"
+            print(f"all {len(ending)} streams ended within {time.monotonic() - began:.1f} s")
+            assert not any(place.client.is_closed(0.1) for place in going_on)
 
 
 def descriptors(pid: int) -> int:

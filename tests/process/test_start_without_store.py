@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from api_gateway.storage.embedded_server import find_server
 from tests.kit import RawAnswer, RawClient, RawUpstream, eventually, reason, reply
 from tests.processes import Running, children, config_file, process
 from tests.store_kit import StoreServer
@@ -26,12 +25,6 @@ def up() -> Iterator[RawUpstream]:
     upstream = RawUpstream(reply(b"fine"))
     yield upstream
     upstream.close()
-
-
-@pytest.fixture
-def server() -> Iterator[StoreServer]:
-    with StoreServer(find_server() or pytest.skip("no server of a store")) as one:
-        yield one
 
 
 class Machine:
@@ -117,16 +110,16 @@ def check_the_start_without_a_file(fresh: Machine, server: StoreServer) -> None:
 
 
 def test_an_id_that_needs_a_credential_cannot_be_claimed_at_a_start_without_the_store(
-    up: RawUpstream, server: StoreServer, tmp_path: Path
+    up: RawUpstream, any_store: StoreServer, tmp_path: Path
 ) -> None:
     """One gateway, a reload, two workers of which one is replaced, and a machine that has never reached the store."""
     one, pair = (
-        Machine(tmp_path / name, up, server, *arguments)
+        Machine(tmp_path / name, up, any_store, *arguments)
         for name, arguments in (("one", ()), ("pair", ("--workers", "2")))
     )
     digest = f"sha256:{'ab' * 32}"
     own = f'clients: {{of-the-file: {{keys: {{a: {{digest: "{digest}"}}}}}}}}\n'
-    fresh = Machine(tmp_path / "fresh", up, server, extra=own)
+    fresh = Machine(tmp_path / "fresh", up, any_store, extra=own)
     with ExitStack() as stack:
         two = stack.enter_context(pair.started())
         with one.started() as running:
@@ -135,7 +128,7 @@ def test_an_id_that_needs_a_credential_cannot_be_claimed_at_a_start_without_the_
             eventually(lambda: one.ids() == pair.ids() == {"acme"}, "both machines keep the id")
             assert one.kept.stat().st_mode & 0o777 == 0o600
             assert outcomes(two, "acme", CONNECTIONS) == {REFUSED}
-        server.pause()
+        any_store.pause()
         before = workers_of(two)
         assert len(before) == 2
         os.kill(min(before), signal.SIGKILL)
@@ -144,4 +137,4 @@ def test_an_id_that_needs_a_credential_cannot_be_claimed_at_a_start_without_the_
         check_the_start_with_a_file(one)
         assert outcomes(two, "acme", CONNECTIONS) == {REFUSED}
         assert outcomes(two, "initech", CONNECTIONS) == {ADMITTED}
-        check_the_start_without_a_file(fresh, server)
+        check_the_start_without_a_file(fresh, any_store)

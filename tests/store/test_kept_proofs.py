@@ -1,7 +1,7 @@
 """The file with the ids that must be proved: it follows the store, and decides at a start without the store."""
 
-import asyncio
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from tests.unit.test_client_registry import TIERS, HeldStore, following
 BASIC_ONLY = IdentityRules(tiers=frozenset({"BASIC"}))
 BOTH = IdentityRules(tiers=frozenset({"BASIC", "PREMIUM"}))
 UNPROVABLE = IdentityRules(can_prove=False)
+FAILED = "which ids need a credential cannot be kept for a start without the client store, and is as before there"
 GOOD = {"version": PROOFS_VERSION, "store": "here", "tiers": [], "ids": ["acme"]}
 
 
@@ -188,10 +189,28 @@ async def test_an_old_file_knows_what_was_known_when_it_was_written(file: ProofF
         await kept_soon(file, {"acme", "since"})
 
 
-async def test_that_it_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").touch()
-    async with following(HeldStore(), proof_file=ProofFile(tmp_path / "file", "here")) as registry:
-        for number in range(3):
-            await registry.keys.create(f"client-{number}", key(number), verified_only=UNCHANGED)
-            await asyncio.sleep(0)
-    assert len([one for one in caplog.messages if "cannot be kept for a start" in one]) == 1
+async def test_what_could_not_be_written_is_said_once_and_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for interval in ("_WRITE_INTERVAL", "_RETRY_INTERVAL"):
+        monkeypatch.setattr(kept_proofs, interval, 0.01)
+    place = tmp_path / "folder"
+    place.touch()
+    file, attempts = ProofFile(place, "here"), 0
+    write = file.write
+
+    def counted(ids: Sequence[str] | None, tiers: Iterable[str]) -> None:
+        nonlocal attempts
+        attempts += 1
+        write(ids, tiers)
+
+    monkeypatch.setattr(file, "write", counted)
+    async with following(HeldStore(), proof_file=file) as registry:
+        await registry.keys.create("acme", key(1), verified_only=UNCHANGED)
+        await soon(lambda: attempts > 3, "it is tried again")
+        place.unlink()
+        await kept_soon(file, {"acme"})
+        place.rename(tmp_path / "moved")
+        place.touch()
+        await registry.keys.create("last", key(2), verified_only=UNCHANGED)
+    assert [one.split(":")[0] for one in caplog.messages].count(FAILED) == 2, "the second failure is another one"

@@ -10,71 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.clients.api_keys import ApiKey, digest_of, new_key
-from api_gateway.clients.records import Change, ClientRecord, ClientStore, KeyChange
-from api_gateway.clients.redis_store import RedisClientStore
-from api_gateway.clients.sqlite_store import SqliteClientStore
-from api_gateway.storage.redis_session import StoreSession
+from api_gateway.clients.records import Change, ClientRecord, KeyChange
 from tests.processes import ROOT
+from tests.store.killed_rotator import NEW, OLD, opened
 from tests.store_kit import StoreServer
-
-OLD, NEW = (ApiKey(digest_of(new_key(number.to_bytes(32)).encode()), created_at=float(number)) for number in (1, 2))
-ROTATOR = """
-import asyncio, os, signal, sys
-from pathlib import Path
-from api_gateway.clients.records import Change, KeyChange, Replacement
-from tests.store.test_killed_rotations import NEW, OLD, opened
-
-async def rotate(place, last_step, until):
-    count = 0
-
-    def step(*_):
-        nonlocal count
-        count += 1
-        if count > last_step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def stepping(call):
-        async def wrapped(*arguments, **options):
-            step()
-            reply = await call(*arguments, **options)
-            step()
-            return reply
-        return wrapped
-
-    store = opened(place)
-    await store.load(10)
-    if hasattr(store, "_file"):
-        store._file.connection.set_trace_callback(step)
-        store._file.connection.set_progress_handler(step, 25)
-    else:
-        store._client.hget, store._client.eval = stepping(store._client.hget), stepping(store._client.eval)
-    change = KeyChange(add=NEW, replaces=Replacement(OLD.digest, until))
-    await store.write("acme", Change(keys=change))
-    step()
-    print(count, flush=True)
-
-for line in sys.stdin:  # a process for each rotation, which need not import anything
-    place, last_step, until = line.split()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            asyncio.run(rotate(place, int(last_step), float(until)))
-            status = 0
-        finally:
-            os._exit(status)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if ended:
-        print("killed" if ended == -signal.SIGKILL else f"exit code {ended}", flush=True)
-"""
-
-
-def opened(place: str) -> ClientStore:
-    """Return a store: in a folder, or at a URL."""
-    if "://" in place:
-        return RedisClientStore(StoreSession(place, timeout=5.0))
-    return SqliteClientStore(Path(place))
 
 
 async def prepare(place: str) -> None:
@@ -106,7 +45,7 @@ Rotate = Callable[[int, float], int | None]  # step and expiry of the old key; t
 @contextmanager
 def rotator(place: str) -> Iterator[Rotate]:
     """Start a process that starts processes which rotate, and which kill themselves at a step."""
-    command = [sys.executable, "-c", ROTATOR]
+    command = [sys.executable, "-m", "tests.store.killed_rotator"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -123,14 +62,15 @@ def rotator(place: str) -> Iterator[Rotate]:
         assert process.wait(60) == 0
 
 
-def check_all_steps(place: str, longest: int) -> int:
-    """Kill the rotation at each step, or at `longest` steps with equal distances; return the number of its steps."""
+def check_each_step(place: str) -> int:
+    """Kill the rotation at each step; return the number of its steps."""
     until = time.time() + 3600
     asyncio.run(prepare(place))
     with rotator(place) as rotate_until:
         total = rotate_until(1_000_000, until)
         assert total is not None
-        for step in sorted({total * number // longest for number in range(longest)}):
+        seen = []
+        for step in range(total):
             asyncio.run(prepare(place))
             assert rotate_until(step, until) is None
             record = asyncio.run(record_in(place))
@@ -138,16 +78,19 @@ def check_all_steps(place: str, longest: int) -> int:
             assert digests in ([OLD.digest], [OLD.digest, NEW.digest])
             assert all(key.is_valid_at(time.time()) for key in record.keys)
             assert record.verified_only
+            seen.append(len(digests))
+    assert seen == sorted(seen), "once both keys are valid, they stay so"
+    assert set(seen) == {1, 2}, "steps before the change and after it"
     return total
 
 
 @pytest.mark.timeout(300)
 def test_in_a_file(tmp_path: Path) -> None:
     """Every statement is a step, and every 25 instructions of SQLite."""
-    assert check_all_steps(str(tmp_path), 7) > 8
+    assert check_each_step(str(tmp_path)) > 8
 
 
 @pytest.mark.timeout(300)
 def test_in_a_shared_store(store_server: StoreServer) -> None:
     """A step is before and after each command."""
-    assert check_all_steps(store_server.url, 6) == 5
+    assert check_each_step(store_server.url) == 5
