@@ -45,7 +45,7 @@ class Alert:
 
 def find_problems(snapshot: WorkerSnapshot, points: Sequence[Point], modes_error: str | None) -> list[Alert]:
     """Return the problems, the gravest first; `modes_error` is why the file of modes cannot be used."""
-    found = [*_of_gateway(snapshot, modes_error), *_of_traffic(points)]
+    found = [*_of_gateway(snapshot, modes_error), *_of_resources(snapshot), *_of_traffic(points)]
     for name, upstream in snapshot.upstreams.items():
         found += _of_upstream(name, upstream)
     found.sort(key=lambda problem: problem.severity != "fail")
@@ -88,12 +88,17 @@ def _of_gateway(snapshot: WorkerSnapshot, modes_error: str | None) -> Iterator[A
         yield Alert("warn", f"{_short(problem)}.", "#/configuration/server")
     if modes_error is not None:
         yield Alert("warn", f"The file of breaker modes cannot be used: {_short(modes_error)}.", "#/upstreams")
+
+
+def _of_resources(snapshot: WorkerSnapshot) -> Iterator[Alert]:
     if snapshot.lag >= HIGH_LAG:
         yield Alert("warn", f"The event loop is {snapshot.lag * 1000:.0f} ms late; requests wait for that.", "#/")
     for resource in snapshot.resources:
         if resource.status == "warn":
             where = f" of upstream '{resource.upstream}'" if resource.upstream else ""
             used = f"{resource.in_use} of {resource.limit}"
+            if resource.used_ratio * resource.limit > resource.in_use:
+                used = f"{resource.used_ratio * 100:.0f} % in one worker, {used} in all"
             link = _upstream_link(resource.upstream) if resource.upstream else "#/"
             yield Alert("warn", f"Nearly all {resource.resource}{where} are in use: {used}.", link)
 

@@ -7,13 +7,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 _CPU = "process_cpu_seconds"
 _EARLIEST = "process_start_time_seconds"
-_LOWEST = "process_max_fds"
+_MOST, _LOWEST = "process_open_fds", "process_max_fds"
 # By name without `_total`: what it means for all processes of the gateway together.
 FIGURES = {
     _CPU: "User and system CPU time of the serving processes, with those that have ended.",
     "process_resident_memory_bytes": "Resident memory of the serving processes; shared pages count for each.",
     "process_virtual_memory_bytes": "Virtual memory of the serving processes.",
-    "process_open_fds": "Open file descriptors of the serving processes.",
+    _MOST: "Open file descriptors of the serving process that has the most.",
     _LOWEST: "Most file descriptors that one process may open.",
     _EARLIEST: "When the first of the serving processes started, in seconds since the epoch.",
 }
@@ -37,6 +37,8 @@ def merged_figures(processes: Iterable[Mapping[str, float]]) -> dict[str, float]
         for name, value in figures.items():
             if name in (_EARLIEST, _LOWEST):
                 merged[name] = min(value, merged.get(name, value))
+            elif name == _MOST:
+                merged[name] = max(value, merged.get(name, value))
             else:
                 merged[name] = merged.get(name, 0.0) + value
     return merged

@@ -45,7 +45,10 @@ _AT_ZERO = dict.fromkeys(OUTCOMES, 0)
 # Routes plus upstreams up to which all series are shown from the start; a scrape then has at most about 0.9 MB. Above,
 # a route and an upstream together have about 1 KB, most of it in the bounds of the route's histogram.
 MAX_DETAILED = 300
-_FEW_BOUNDS = (0.1, 1.0)  # seconds, of the histograms of routes above MAX_DETAILED
+_FEW_BOUNDS = (
+    0.1,
+    2.5,
+)  # seconds, of the histograms of routes above MAX_DETAILED; the alert GatewaySlow needs the last
 _OPENMETRICS = "application/openmetrics-text"
 _END = b"# EOF\n"
 
@@ -404,9 +407,9 @@ class PrometheusExposition:
         yield from self._family(
             GaugeMetricFamily,
             "gateway_resource_used_ratio",
-            "Used share of a bounded resource, 0 to 1.",
+            "Used share of a bounded resource, 0 to 1; of several workers, that of the fullest.",
             labels,
-            ((key, one.in_use / one.limit if one.limit else 0.0) for key, one in resources),
+            ((key, one.used_ratio) for key, one in resources),
         )
         yield from self._family(
             CounterMetricFamily,

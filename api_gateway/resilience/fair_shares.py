@@ -92,13 +92,18 @@ def share_refusal(held: int, in_use: int, total: int, what: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ResourceState:
-    """The use of a resource: "connections" of clients, or "requests", "tunnels" or "aborted_calls" of an upstream."""
+    """The use of a resource: "connections" of clients, or "requests", "tunnels" or "aborted_calls" of an upstream.
+
+    Of several workers, `limit`, `in_use` and `refused` are sums; `fullest` is the used share of the fullest worker,
+    which refuses when its own slots are in use, whatever others have free.
+    """
 
     resource: str
     upstream: str | None
     limit: int
     in_use: int
     refused: int
+    fullest: float = 0.0
 
     @classmethod
     def of(cls, resource: str, shares: Iterable[FairShares], upstream: str | None = None) -> "ResourceState":
@@ -113,9 +118,14 @@ class ResourceState:
         )
 
     @property
+    def used_ratio(self) -> float:
+        """The used share, 0 to 1; of several workers, that of the fullest."""
+        return max(self.fullest, self.in_use / self.limit if self.limit else 0.0)
+
+    @property
     def status(self) -> Literal["pass", "warn"]:
-        """`warn` while the resource is nearly exhausted."""
-        return "warn" if self.in_use >= NEARLY_EXHAUSTED * self.limit > 0 else "pass"
+        """`warn` while the resource is nearly exhausted, in any worker."""
+        return "warn" if self.used_ratio >= NEARLY_EXHAUSTED else "pass"
 
 
 def merge_states(states: Iterable[ResourceState]) -> list[ResourceState]:
@@ -132,6 +142,7 @@ def merge_states(states: Iterable[ResourceState]) -> list[ResourceState]:
                 limit=known.limit + state.limit,
                 in_use=known.in_use + state.in_use,
                 refused=known.refused + state.refused,
+                fullest=max(known.used_ratio, state.used_ratio),
             )
         )
     return list(merged.values())

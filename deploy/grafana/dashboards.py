@@ -40,6 +40,7 @@ def gauge(family: str, *labels: str, where: str = "", how: str = "sum") -> str:
 REQUESTS = "gateway_http_requests_total"
 ATTEMPTS = "gateway_upstream_requests_total"
 LIMITED = 'decision="limited"'
+OPEN = 'state="open"'
 SERVER_ERRORS = 'code=~"5.."'
 DECISIONS = "gateway_rate_limit_decisions_total"
 DURATION = "gateway_http_request_duration_seconds"
@@ -68,7 +69,7 @@ OVERVIEW = [
     Panel(
         "Open breakers",
         "none",
-        {"open": gauge("gateway_circuit_breaker_state", where='state="open"')},
+        {"open": f"{gauge('gateway_circuit_breaker_state', where=OPEN)} or vector(0)"},
         "stat",
         6,
     ),
@@ -99,7 +100,12 @@ OVERVIEW = [
     ),
     Panel("Resident memory", "bytes", {"memory": gauge("process_resident_memory_bytes")}),
     Panel("Lag of the event loop", "s", {"lag": gauge("gateway_event_loop_lag_seconds", how="max")}),
-    Panel("File descriptors", "none", {"open": gauge("process_open_fds"), "limit": gauge("process_max_fds")}),
+    Panel(
+        "File descriptors",
+        "none",
+        {"open": gauge("process_open_fds", how="max"), "limit": gauge("process_max_fds", how="min")},
+        help="Of the process that has opened the most, and the limit of one process.",
+    ),
     Panel(
         "Version and configuration",
         "none",

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from benchmarks.processes import free_port
-from tests.docs.test_monitoring import DEPLOY, queries
+from tests.docs.test_monitoring import DEPLOY, queries, rules
+from tests.interop.alert_series import BEGIN, MINUTES, WRONG, input_series, scrapes
 from tests.interop.test_load_balancers import started
 from tests.kit import RawUpstream, ask, eventually, reply, running_gateway
 
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.interop
 
 TOKEN = "a-token-of-the-role-read-for-prometheus"
 RULES = ("recording.yaml", "alerts.yaml")
+# Alerts that fire together, as one problem implies the other.
+ALSO = {"GatewayNoHealthyTarget": ["GatewayNoHealthyTarget", "GatewayTargetUnhealthy"]}
 
 
 def promtool(*arguments: str) -> str:
@@ -51,13 +54,46 @@ def test_the_configuration_is_valid(tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     written = tmp_path / "prometheus.yaml"
     written.write_text(config.replace("/etc/prometheus/gateway-token", str(tmp_path / "token")))
-    for rules in RULES:
-        shutil.copy(DEPLOY / "prometheus" / rules, tmp_path)
+    for file in RULES:
+        shutil.copy(DEPLOY / "prometheus" / file, tmp_path)
     assert "SUCCESS" in promtool("check", "config", str(written))
 
 
 def test_each_alert_is_silent_and_fires() -> None:
     assert "SUCCESS" in promtool("test", "rules", "alerts_test.yaml")
+
+
+def test_each_alert_fires_by_the_series_that_the_gateway_produces_and_no_other_does(tmp_path: Path) -> None:
+    """Of one worker and of several, of which one has the problem; of few routes and of many."""
+    names = frozenset(re.findall(r"\b(?:gateway|process)_\w+", " ".join(rules().values())))
+    wrong: dict[str, Any] = {"": None, **WRONG}
+    assert {case.partition(":")[0] for case in WRONG} | {"GatewayUnavailable"} == {
+        name for name in rules() if name.startswith("Gateway")
+    }
+    tests = []
+    for case, act in wrong.items():
+        for is_many, workers in ((False, 1), (True, 1), (False, 4)):
+            found = list(scrapes(act, is_many=is_many, workers=workers))
+            alert = case.partition(":")[0]
+            before = {"expr": 'count(ALERTS{alertstate="firing"}) or vector(0)', "eval_time": f"{BEGIN - 1}m"}
+            fired = f'group by (alertname) (max_over_time(ALERTS{{alertstate="firing"}}[{MINUTES}m]))'
+            after = {"expr": fired, "eval_time": f"{MINUTES}m"}
+            labels = [f'{{alertname="{name}"}}' for name in ALSO.get(alert, [alert] if alert else [])]
+            tests.append(
+                {
+                    "name": f"{case or 'nothing'}, {'many' if is_many else 'few'} routes, {workers} workers",
+                    "interval": "1m",
+                    "input_series": input_series(found, names),
+                    "promql_expr_test": [
+                        {**before, "exp_samples": [{"labels": "{}", "value": 0}]},
+                        {**after, "exp_samples": [{"labels": one, "value": 1} for one in labels]},
+                    ],
+                }
+            )
+    rule_files = [str(DEPLOY / "prometheus" / file) for file in RULES]
+    written = tmp_path / "series.yaml"
+    written.write_text(json.dumps({"rule_files": rule_files, "evaluation_interval": "1m", "tests": tests}))
+    assert "SUCCESS" in promtool("test", "rules", str(written))
 
 
 def sections(good: str, failing: str) -> dict[str, Any]:
@@ -89,8 +125,8 @@ def configured(folder: Path, port: int) -> Path:
     scrape["authorization"]["credentials_file"] = str(folder / "token")
     scrape["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
     (folder / "token").write_text(TOKEN)
-    for rules in RULES:
-        shutil.copy(DEPLOY / "prometheus" / rules, folder)
+    for file in RULES:
+        shutil.copy(DEPLOY / "prometheus" / file, folder)
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
     return folder / "prometheus.yaml"
 

@@ -678,7 +678,7 @@ def test_of_many_routes_series_at_zero_are_omitted_but_not_the_health_of_a_targe
     }
     assert bounds == {
         ("gateway_http", 0.1): 0,
-        ("gateway_http", 1.0): 1,
+        ("gateway_http", 2.5): 1,
         ("gateway_http", math.inf): 1,
         ("gateway_upstream", math.inf): 1,
     }

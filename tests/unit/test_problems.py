@@ -120,6 +120,13 @@ CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
         "#/upstreams/a%2Fb",
     ),
     (
+        snapshot(resources=[ResourceState("connections", None, 400, 125, 0, fullest=0.95)]),
+        [],
+        "warn",
+        "Nearly all connections are in use: 95 % in one worker, 125 of 400 in all.",
+        "#/",
+    ),
+    (
         snapshot(),
         [point(requests=100, errors=30, kinds={"upstream_timeout": 30})],
         "fail",

@@ -23,12 +23,13 @@ def test_a_process_has_every_figure() -> None:
     assert 10_000_000 < found["process_resident_memory_bytes"] <= found["process_virtual_memory_bytes"]
 
 
-def test_figures_of_several_processes_are_summed() -> None:
+def test_figures_of_several_processes_are_summed_and_descriptors_are_those_of_the_fullest_process() -> None:
     first = dict.fromkeys(FIGURES, 5.0)
     second = dict.fromkeys(FIGURES, 3.0)
     summed = dict.fromkeys(FIGURES, 8.0)
     assert merged_figures([first, second]) == {
         **summed,
+        "process_open_fds": 5.0,
         "process_max_fds": 3.0,
         "process_start_time_seconds": 3.0,
     }

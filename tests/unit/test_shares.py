@@ -151,6 +151,8 @@ def test_the_workers_states_add_up_and_a_resource_that_is_nearly_exhausted_is_a_
     first, second = ResourceState.of("connections", [one]), ResourceState.of("connections", [other])
     assert (first.status, second.status) == ("warn", "pass")
     tunnels = ResourceState.of("tunnels", [FairShares(2), FairShares(3)], "up")
-    assert merge_states([first, tunnels, second]) == [ResourceState("connections", None, 20, 15, 3), tunnels]
+    merged = merge_states([first, tunnels, second])
+    assert merged == [ResourceState("connections", None, 20, 15, 3, fullest=1.0), tunnels]
+    assert (merged[0].used_ratio, merged[0].status) == (1.0, "warn"), "the first worker refuses"
     assert ResourceState("connections", None, 20, 16, 3).status == "warn"
     assert ResourceState("connections", None, 0, 0, 3).status == "pass"

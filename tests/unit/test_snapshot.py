@@ -512,11 +512,11 @@ def test_how_resources_stand_gets_to_other_processes_and_only_refusals_outlive_a
 
     one, ended = worker("1", 3, 1), worker("2", 4, 2)
     assert merge([one, ended]).resources == [
-        ResourceState("connections", None, 20, 7, 3),
-        ResourceState("tunnels", "up", 8, 7, 3),
+        ResourceState("connections", None, 20, 7, 3, fullest=0.4),
+        ResourceState("tunnels", "up", 8, 7, 3, fullest=1.0),
     ]
     ended.end()
     assert merge([one, ended]).resources == [
-        ResourceState("connections", None, 10, 3, 3),
-        ResourceState("tunnels", "up", 4, 3, 3),
+        ResourceState("connections", None, 10, 3, 3, fullest=0.3),
+        ResourceState("tunnels", "up", 4, 3, 3, fullest=0.75),
     ]
