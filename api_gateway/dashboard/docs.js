@@ -80,7 +80,7 @@ function fill(schema, inside, path, method, one) {
     try {
       const got = await send(...request());
       const text = await read(got);
-      put(response, h("div", { class: "stack" }, badge(got.ok ? "ok" : "fail", `${got.status} ${got.statusText}`), h("pre", { class: "response", tabindex: 0, role: "region", "aria-label": "Response" }, ...text.split("\n").flatMap((line) => [line, h("br", {})]))));
+      put(response, h("div", { class: "stack" }, badge(got.ok ? "ok" : "fail", `${got.status} ${got.statusText}`), h("pre", { class: "response", tabindex: 0, role: "region", "aria-label": `Response of ${method.toUpperCase()} ${path}` }, ...text.split("\n").flatMap((line) => [line, h("br", {})]))));
     } catch (error) {
       put(response, failure({ message: `The gateway cannot be reached: ${error.message}` }));
     }

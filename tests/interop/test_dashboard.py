@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPERATOR, READER = "correct-horse-battery-staple", "correct-horse-battery-reader"
-PAGES = ("#/", "#/upstreams/users", "#/clients/acme", "#/explain", "#/configuration")
+PAGES = ("#/", "#/upstreams/flaky", "#/clients/keyed", "#/explain", "#/configuration")
 HOSTILE = "<img/src=x/onerror=document.title='owned'>"
 SOON = 20_000  # milliseconds
 NARROW = {"width": 360, "height": 740}
@@ -44,6 +44,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.users, self.orders = RawUpstream(), RawUpstream()
+        self.flaky = RawUpstream(reply(status=b"503 Service Unavailable"))
         self.file, self.folder = folder / "gateway.yaml", folder
         self.write(self.sections())
         self.gateway = RunningGateway(self.read(), folder, read=self.read)
@@ -61,6 +62,10 @@ class Site:
             "upstreams": {
                 "users": {"targets": [{"url": self.users.url}], "circuit_breaker": breaker},
                 "orders": {"targets": [{"url": self.users.url}, {"url": self.orders.url}]},
+                "flaky": {
+                    "targets": [{"url": self.flaky.url}],
+                    "circuit_breaker": {"failure_threshold": 2, "recovery_timeout": 0.2},
+                },
             },
             **more,
         }
@@ -85,6 +90,7 @@ class Site:
         self.gateway.stop()
         self.users.close()
         self.orders.close()
+        self.flaky.close()
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,28 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         found.ask("/api/users/1", **{"X-Client-ID": "acme"})
     yield found
     found.close()
+
+
+@pytest.fixture(scope="module")
+def filled(site: Site) -> str:
+    """Give each page what it can show; return the id of a request that limits refused."""
+    site.ask("/clients/keyed/keys", "POST", {"label": "ci", "expires_in_seconds": 3600})
+    site.ask("/clients/keyed/grants", "POST", {"tier": "BASIC", "duration_seconds": 3600})
+    site.ask("/circuit-breakers/orders", "POST", {"mode": "observe", "comment": "why", "duration_seconds": 3600})
+    site.write(site.sections(default_tier="BASIC"))
+    site.ask("/reload", "POST")
+    site.write(site.sections())
+    site.ask("/reload", "POST")
+
+    def is_opened_twice() -> bool:
+        site.ask("/api/flaky/1", **{"X-Client-ID": f"caller-{time.monotonic_ns()}"})
+        history = site.ask("/circuit-breakers/flaky/history").json()["history"]
+        return sum(bool(one["last_failures"]) for one in history) > 1
+
+    eventually(is_opened_twice, "two transitions of a breaker have failed calls before them", 60)
+    refused = [site.ask("/api/orders/1", **{"X-Client-ID": "gamma"}) for _ in range(25)][-1]
+    assert refused.status == 429
+    return str(refused.headers["x-request-id"])
 
 
 @contextmanager
@@ -160,6 +188,37 @@ def confirm(
     return command
 
 
+def unfold(page: Any, path: str) -> None:
+    """Have a page show all it can: what its forms ask for, and what its disclosures hide."""
+    if path.startswith("#/explain"):
+        page.locator(".steps h3", has_text="Response").wait_for()
+        page.get_by_label("Path and query").fill("/api/orders/1")
+        page.get_by_label("Client id").fill("gamma")
+        page.get_by_role("button", name="Explain", exact=True).click()
+        page.locator(".steps h3", has_text="Result").wait_for()
+    elif path.startswith("#/upstreams"):
+        page.locator(".transitions details").nth(1).wait_for()
+    elif path.startswith("#/clients"):
+        page.get_by_role("region", name="API keys").wait_for()
+    elif path == "#/configuration":
+        page.get_by_label("with defaults").check()
+        page.locator("tr.default").first.wait_for()
+        page.locator(".change").first.wait_for()
+    elif path == "docs":
+        for name in ("/limits", "/tiers"):
+            page.locator("summary", has=page.get_by_text(name, exact=True)).click()
+            page.locator("details[open] button", has_text="Send").last.click()
+            page.get_by_role("region", name=f"Response of GET {name}").wait_for()
+    until(
+        page,
+        """(() => {
+          const closed = document.querySelectorAll('main details:not([open])');
+          for (const one of closed) one.open = true;
+          return closed.length === 0;
+        })()""",
+    )
+
+
 def until(page: Any, expression: str) -> None:
     """Wait until an expression is true in the page; the driver's own way needs `eval`, which the policy forbids."""
     eventually(lambda: bool(page.evaluate(expression)), expression)
@@ -181,6 +240,11 @@ def test_without_a_token_the_page_asks_for_one_and_keeps_it_out_of_urls_and_cook
         assert page.locator("#operator").inner_text() == "bob (read)"
         page.reload()
         live(page)
+        page.locator("#operator").click()
+        page.get_by_role("dialog").get_by_role("button", name="Remove").click()
+        page.get_by_role("dialog").get_by_label("Token").wait_for()
+        assert page.get_by_role("button", name="Remove").count() == 0
+        assert page.evaluate("Object.keys(sessionStorage)") == []
         assert sent
         assert not [one.url for one in sent if READER in one.url]
         assert page.context.cookies() == []
@@ -223,7 +287,8 @@ def test_an_upstream_that_fails_is_seen_while_the_page_is_open(browser: Any, sit
 
 
 def test_a_breaker_is_forced_with_confirmation_and_expiry_and_returned(browser: Any, site: Site) -> None:
-    with dashboard(browser, site, "#/upstreams/orders") as page:
+    clipboard = ["clipboard-read", "clipboard-write"]
+    with dashboard(browser, site, "#/upstreams/orders", permissions=clipboard) as page:
         command = confirm(
             page, "Force open", {"Comment, for other operators": "the disk's full"}, {"For how long": "3600"}
         )
@@ -232,6 +297,16 @@ def test_a_breaker_is_forced_with_confirmation_and_expiry_and_returned(browser: 
         assert '"duration_seconds":3600' in command
         assert "'\\''" in command, "the quote is quoted"
         assert OPERATOR not in command
+        shown, copy = page.locator(".curl").last, page.locator(".curl button").last
+        page.get_by_text("As curl").last.click()
+        copy.click()
+        shown.get_by_text("Copied").wait_for()
+        assert page.evaluate("navigator.clipboard.readText()") == shown.locator("code").inner_text()
+        shown.get_by_role("button", name="Copy").wait_for()
+        page.evaluate("void (navigator.clipboard.writeText = () => Promise.reject(new Error('denied')))")
+        copy.click()
+        shown.get_by_text("Selected").wait_for()
+        assert page.evaluate("getSelection().toString()") == shown.locator("code").inner_text()
         page.get_by_text(re.compile(r"token 'alice'.*until .*\(1 h left\): the disk's full|60 min left")).wait_for()
         page.locator(".list .badge", has_text="forced open").wait_for()
         assert site.ask("/circuit-breakers").json()["circuit_breakers"]["orders"]["mode"] == "forced_open"
@@ -283,9 +358,28 @@ def test_a_client_is_found_changed_and_its_limits_drain_and_refill(browser: Any,
         page.get_by_label("Client id").fill("team/a%")
         page.get_by_role("button", name="Open").click()
         page.get_by_role("heading", name="team/a%").wait_for()
-        for order in ("Most requests", "Bare ids", "Most limited"):
+        for order, header in (("Most requests", "Limited"), ("Bare ids", "Bare ids"), ("Most limited", "Limited")):
             page.get_by_role("button", name=order).click()
+            page.locator(".list th:nth-child(3)", has_text=header).wait_for()
             assert page.get_by_role("button", name=order).get_attribute("aria-pressed") == "true"
+
+
+def test_the_counts_of_clients_are_those_of_the_chosen_order(browser: Any, site: Site) -> None:
+    site.ask("/clients/bare/keys", "POST", {"label": "ci"})
+    for _ in range(4):
+        assert site.ask("/api/users/1", **{"X-Client-ID": "bare"}).status == 401
+    (found,) = [one for one in site.ask("/clients?sort=bare").json()["clients"] if one["client_id"] == "bare"]
+    assert (found["bare"], found["limited"]) == (4, 0)
+    with dashboard(browser, site, "#/clients") as page:
+        page.get_by_role("button", name="Bare ids").click()
+        row = page.locator("tr", has=page.get_by_role("link", name="bare", exact=True))
+        row.wait_for()
+        count, requests, share = row.locator("td.num").all()
+        assert page.locator(".list th").all_inner_texts() == ["Client", "Tier", "Bare ids", "Requests", "Share"]
+        assert count.inner_text() == "4"
+        assert count.get_attribute("title") == f"at most {found['bare_error_bound']} too high"
+        wanted = "\u2013" if found["requests"] == 0 else f"{min(4, found['requests']) * 100 // found['requests']}\xa0%"
+        assert (requests.inner_text(), share.inner_text()) == (str(found["requests"]), wanted)
 
 
 def test_a_decision_is_explained_and_a_request_looked_up(browser: Any, site: Site) -> None:
@@ -412,6 +506,19 @@ def test_five_hundred_upstreams_and_ten_thousand_clients(browser: Any, tmp_path:
                 }"""
             )
             assert longest < 2000, "frames do not block the page"
+            for number in range(7):
+                ask(
+                    f"{gateway.url}/circuit-breakers/service-{500 - 1 - number}",
+                    method="POST",
+                    headers={"Authorization": f"Bearer {OPERATOR}", "Content-Type": "application/json"},
+                    body=b'{"mode": "observe"}',
+                )
+            page.goto(f"{gateway.url}/dashboard#/")
+            until(page, "document.querySelectorAll('.problems li').length === 5")
+            page.get_by_role("button", name=re.compile(r"Show all \d+")).click()
+            page.get_by_text("The breaker of 'service-493' only observes").wait_for()
+            page.get_by_role("button", name="Show fewer").click()
+            until(page, "document.querySelectorAll('.problems li').length === 5")
             page.goto(f"{gateway.url}/dashboard#/clients")
             page.get_by_label("Registered clients of a tier").select_option("PREMIUM")
             until(page, "document.querySelectorAll('.list tbody tr').length >= 100")
@@ -531,23 +638,27 @@ def test_hostile_names_paths_and_errors_are_inert(browser: Any, site: Site) -> N
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("path", [*PAGES, "docs", "home"])
-def test_axe_finds_nothing(browser: Any, site: Site, path: str, theme: str) -> None:
+def test_axe_finds_nothing(browser: Any, site: Site, filled: str, path: str, theme: str) -> None:
+    """Each page shows all it can: answers of its forms, and what its disclosures hide."""
     if importlib.util.find_spec("axe_playwright_python") is None:
         pytest.skip("needs the package axe-playwright-python")
     from axe_playwright_python.sync_playwright import Axe
 
+    path = f"{path}/{filled}" if path == "#/explain" else path
     address = {"docs": "/docs", "home": "/"}.get(path, f"/dashboard{path}")
     for size in ({"width": 1300, "height": 900}, NARROW):
         with opened(browser, site.gateway.url + address, color_scheme=theme, viewport=size) as page:
             if path not in ("docs", "home"):
                 live(page)
+            unfold(page, path)
             page.wait_for_timeout(1500)
             found = [
                 (one["id"], [node["target"] for node in one["nodes"]])
                 for one in Axe().run(page).response["violations"]
             ]
             assert found == []
-            if path == "#/upstreams/users":
+            assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+            if path.startswith("#/upstreams"):
                 page.get_by_role("button", name="Force open").click()
                 assert Axe().run(page).response["violations"] == []
 

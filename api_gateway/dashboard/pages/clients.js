@@ -6,7 +6,8 @@ import { badge, h, put, say } from "../dom.js";
 import { clock, duration, number, percent, seconds } from "../format.js";
 import { poll, stream } from "../stream.js";
 
-const SORTS = [["limited", "Most limited"], ["requests", "Most requests"], ["bare", "Bare ids"]];
+// Orders: the value of `sort`, the button, and the counted share of the requests with its header.
+const SORTS = [["limited", "Most limited", "limited", "Limited"], ["requests", "Most requests", "limited", "Limited"], ["bare", "Bare ids", "bare", "Bare ids"]];
 const SOURCES = { granted: "grant", registered: "registered", configured: "configuration", credential: "credential", default: "default", address: "address" };
 
 export function clients(main, argument, signal) {
@@ -39,9 +40,10 @@ export function clients(main, argument, signal) {
     }
   };
   const heaviest = (found) => {
-    put(head, h("th", {}, "Client"), h("th", {}, "Tier"), h("th", { class: "num" }, "Limited"), h("th", { class: "num narrow-off" }, "Requests"), h("th", { class: "num" }, "Share"));
-    put(body, found.clients.length ? found.clients.map((one) => row(one.client_id, [link(one.client_id), h("td", {}, one.tier), h("td", { class: "num", title: `at most ${one.limited_error_bound} too high` }, number(sort === "bare" ? one.bare : one.limited)),
-      h("td", { class: "num narrow-off" }, number(one.requests)), h("td", { class: "num" }, percent(Math.min(one.limited, one.requests), one.requests))])) : h("tr", {}, h("td", { colspan: 5, class: "empty" }, sort === "limited" ? "No client has been limited since the start." : "None since the start.")));
+    const [, , counted, header] = SORTS.find(([value]) => value === found.sort);
+    put(head, h("th", {}, "Client"), h("th", {}, "Tier"), h("th", { class: "num" }, header), h("th", { class: "num narrow-off" }, "Requests"), h("th", { class: "num" }, "Share"));
+    put(body, found.clients.length ? found.clients.map((one) => row(one.client_id, [link(one.client_id), h("td", {}, one.tier), h("td", { class: "num", title: `at most ${one[`${counted}_error_bound`]} too high` }, number(one[counted])),
+      h("td", { class: "num narrow-off" }, number(one.requests)), h("td", { class: "num" }, percent(Math.min(one[counted], one.requests), one.requests))])) : h("tr", {}, h("td", { colspan: 5, class: "empty" }, sort === "limited" ? "No client has been limited since the start." : "None since the start.")));
     put(more);
   };
   const registered = (found) => {

@@ -186,14 +186,14 @@ function target(one) {
     h("td", { class: "num" }, milliseconds(one.response_ms)), h("td", { class: "num narrow-off" }, percent(one.share, 1)), h("td", { class: "num" }, number(one.ejections)), h("td", { class: "num" }, milliseconds(one.check_ms)), h("td", { class: "narrow-off wrap" }, one.checked ?? "not checked"));
 }
 
-function transition(one) {
+function transition(one, index) {
   const states = h("b", {}, `${STATES[one.from][1]} → ${STATES[one.to][1]}`);
   const counts = `${one.window_failures} of ${one.window_calls} calls in the window had failed${one.window_slow_calls ? `, ${one.window_slow_calls} were slow` : ""}`;
   return h("li", {},
     h("div", { class: "what" }, badge(STATES[one.to][0], ""), states, one.target_url && h("span", { class: "tag wrap" }, one.target_url), one.worker && h("span", { class: "tag" }, `worker ${one.worker}`), h("time", { datetime: one.at }, clock(one.at))),
     h("p", { class: "small wrap" }, one.detail, h("span", { class: "muted" }, ` · ${counts}`)),
     one.last_failures.length > 0 && h("details", { class: "small" }, h("summary", {}, `${one.last_failures.length} calls that failed before`),
-      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Failed calls" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Failure"), h("th", {}, "Route"), h("th", { class: "num" }, "Took"), h("th", {}, "Request"))),
+      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Failed calls before transition ${index + 1}` }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Failure"), h("th", {}, "Route"), h("th", { class: "num" }, "Took"), h("th", {}, "Request"))),
         h("tbody", {}, one.last_failures.map((call) => h("tr", {}, h("td", { class: "num" }, clock(call.at)), h("td", { class: "wrap" }, call.detail), h("td", {}, call.route ?? "–"), h("td", { class: "num" }, call.duration_seconds === null ? "–" : milliseconds(call.duration_seconds * 1000)),
           h("td", { class: "wrap" }, call.request_id ? h("a", { href: `#/explain/${segment(call.request_id)}` }, call.request_id) : "–"))))))));
 }
