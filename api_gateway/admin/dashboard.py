@@ -1,18 +1,23 @@
-"""The endpoint `/dashboard/events`, which the dashboard watches. The page itself is a static file, see `pages`."""
+"""The endpoints `/dashboard/events`, which the dashboard watches, and `/dashboard/problems`.
+
+The page itself is a static file, see `pages`.
+"""
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 
 from api_gateway.admin.context import AdminContext, Guarded, Lifecycle
 from api_gateway.admin.feed import FRAME_SECONDS, Watcher, event
 from api_gateway.admin.gate import OPERATOR, SERVER
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 from api_gateway.errors import RateLimited
+from api_gateway.models import Body
 from api_gateway.reporting.problems import REFUSALS
 
 MAX_WATCHERS = 50  # of one process
@@ -20,6 +25,35 @@ MAX_STREAM_SECONDS = 3600.0  # then the page connects again
 _TURN = 0.25  # seconds between two checks whether the stream must end
 
 router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
+
+
+class ProblemView(Body):
+    """A present problem."""
+
+    severity: Literal["warn", "fail"]
+    text: str = Field(description="One sentence.")
+    link: str = Field(description="The page of the dashboard that shows the cause, as the fragment of its URL.")
+
+
+class ProblemsView(Body):
+    """What is wrong now."""
+
+    status: Literal["pass", "warn", "fail"] = Field(description="The gravest severity; `pass` without a problem.")
+    problems: list[ProblemView] = Field(description="The gravest first, at most 100.")
+
+
+@router.get("/dashboard/problems", summary="What is wrong now", response_model=ProblemsView)
+async def problems(context: Guarded) -> Response:
+    """Return a sentence for each present problem of the gateway, its upstreams and its traffic.
+
+    The status is for people: `fail` if any part fails. That of `/health` is `fail` only if all upstreams do.
+    """
+    frame = await context.feed.frame()
+    return Response(
+        f'{{"status":"{frame.status}","problems":{frame.problems}}}',
+        media_type="application/json",
+        headers={"cache-control": "no-store"},
+    )
 
 
 @router.get(

@@ -16,7 +16,7 @@ from api_gateway.eventloop.pacing import each, paced
 from api_gateway.metrics import Recorder
 from api_gateway.reporting.overview import overview, upstream_row
 from api_gateway.reporting.problems import Alert, find_problems, status_of
-from api_gateway.reporting.snapshot import UpstreamSnapshot
+from api_gateway.reporting.snapshot import Status, UpstreamSnapshot
 from api_gateway.reporting.traffic_history import POINT_SECONDS, Point
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.system.clocks import Clocks, Moment
@@ -31,6 +31,7 @@ class Frame:
 
     number: int
     at: float  # monotonic seconds
+    status: Status
     overview: str
     problems: str
     rows: dict[str, tuple[int, str]]
@@ -79,13 +80,19 @@ class Feed:
         figures = await paced(overview(snapshot, now))
         rows = await paced(each(snapshot.upstreams.items(), partial(self._row, snapshot.recorder, now)))
         problems = find_problems(snapshot, self._points, self._overrides.error)
-        figures["status"] = status_of(problems)
+        status = figures["status"] = status_of(problems)
         changed = {
             name: known[name] if name in known and known[name][1] == row else (number, row)
             for name, row in rows.items()
         }
         self._frame = Frame(
-            number, now.monotonic, _text(figures), _text([_shown(one) for one in problems]), changed, self._points
+            number,
+            now.monotonic,
+            status,
+            _text(figures),
+            _text([_shown(one) for one in problems]),
+            changed,
+            self._points,
         )
         return self._frame
 

@@ -23,10 +23,10 @@ from api_gateway.process.operator_client import (
 from api_gateway.process.view_commands import line_of
 from api_gateway.system.command_line import CommandParser
 
-_CLIENTS, _REQUESTS = 8, 6  # rows
+_CLIENTS, _REQUESTS = 8, 6  # rows at most
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # alternate screen, without a cursor
 _HOME, _END_OF_LINE, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
-_NO_HISTORY = 404  # status: it is disabled
+_ABSENT = 404  # status: the history is disabled, or the gateway is of a version without the endpoint
 
 
 def run_top(arguments: Sequence[str]) -> int:
@@ -59,7 +59,7 @@ def _top(client: OperatorClient, options: argparse.Namespace) -> None:
             elif options.json:
                 print(json.dumps(_public(found)), flush=True)
             else:
-                _draw(screen_lines(found))
+                _draw(screen_lines(found, _rows()))
             figures, is_absent = found or figures, found is None
             shown += 1
             if shown == options.count:
@@ -70,6 +70,7 @@ def _top(client: OperatorClient, options: argparse.Namespace) -> None:
 def _figures(client: OperatorClient, before: JsonObject | None) -> JsonObject:
     """Return what one screen shows. Rates are those since `before`, or of the last minute without it."""
     metrics, health = client.get("/metrics"), client.get("/health")
+    wrong = _problems(client) or {"status": health["status"], "problems": []}
     now, minute = time.monotonic(), metrics["rates"]["last_60s"]
     total = metrics["requests"]["total"]
     rate = minute["requests_per_second"]
@@ -78,7 +79,8 @@ def _figures(client: OperatorClient, before: JsonObject | None) -> JsonObject:
     return {
         "url": client.url,
         "version": health["version"],
-        "status": health["status"],
+        "status": wrong["status"],
+        "problems": wrong["problems"],
         "uptime_seconds": health["uptime_seconds"],
         "requests": total,
         "requests_per_second": round(rate, 1),
@@ -88,7 +90,11 @@ def _figures(client: OperatorClient, before: JsonObject | None) -> JsonObject:
         "latency_ms": metrics["latency"]["overall"]["last_60s"]["percentiles_ms"],
         "event_loop_lag_seconds": health["event_loop"]["lag_seconds"],
         "decision_source": health["store"]["decision_source"],
-        "upstreams": [_upstream(name, one, metrics) for name, one in health["upstreams"].items()],
+        "upstreams": [
+            _upstream(name, one, metrics["latency"]["upstreams"][name]["last_60s"])
+            for name, one in health["upstreams"].items()
+            if name in metrics["latency"]["upstreams"]  # a reload between the two responses may have added it
+        ],
         "clients": client.get("/clients", sort="limited", limit=_CLIENTS)["clients"],
         "last_refusals_and_errors": _last_failures(client),
         "_at": now,
@@ -118,8 +124,7 @@ def _public(figures: JsonObject) -> JsonObject:
     return {name: value for name, value in figures.items() if not name.startswith("_")}
 
 
-def _upstream(name: str, one: JsonObject, metrics: JsonObject) -> JsonObject:
-    minute = metrics["latency"]["upstreams"].get(name, {}).get("last_60s", {})
+def _upstream(name: str, one: JsonObject, minute: JsonObject) -> JsonObject:
     targets = one["targets"]
     return {
         "name": name,
@@ -128,9 +133,20 @@ def _upstream(name: str, one: JsonObject, metrics: JsonObject) -> JsonObject:
         "targets": len(targets),
         "unhealthy_targets": sum(target["healthy"] is False for target in targets),
         "in_flight": one["concurrency"]["in_flight"],
-        "calls_last_60s": minute.get("count", 0),
-        "latency_ms": minute.get("percentiles_ms", {}),
+        "calls_last_60s": minute["count"],
+        "latency_ms": minute["percentiles_ms"],
     }
+
+
+def _problems(client: OperatorClient) -> JsonObject | None:
+    """Return what is wrong now, as the dashboard shows; None if the gateway's version does not state it."""
+    try:
+        found: JsonObject = client.get("/dashboard/problems")
+    except CommandFailed as error:
+        if error.status == _ABSENT:
+            return None
+        raise
+    return found
 
 
 def _last_failures(client: OperatorClient) -> list[JsonObject] | None:
@@ -142,14 +158,14 @@ def _last_failures(client: OperatorClient) -> list[JsonObject] | None:
             for row in client.get("/history", outcome=outcome, limit=_REQUESTS)["requests"]
         ]
     except CommandFailed as error:
-        if error.status == _NO_HISTORY:
+        if error.status == _ABSENT:
             return None
         raise
     return sorted(found, key=lambda row: int(row["number"]))[-_REQUESTS:]
 
 
-def screen_lines(figures: JsonObject) -> list[str]:
-    """Return the lines of a screen, not shortened."""
+def screen_lines(figures: JsonObject, rows: int | None = None) -> list[str]:
+    """Return the lines of a screen of so many rows, or with everything; the lines themselves are not shortened."""
     percentiles = "  ".join(f"{name} {_number(value)}" for name, value in figures["latency_ms"].items())
     gateway = (
         figures["url"],
@@ -165,7 +181,42 @@ def screen_lines(figures: JsonObject) -> list[str]:
         f"event loop lag {figures['event_loop_lag_seconds'] * 1000:.0f} ms",
         f"decisions from {figures['decision_source']}",
     )
-    lines = ["  ".join(gateway), "  ".join(traffic), f"latency of the last minute in ms: {percentiles}", ""]
+    head = ["  ".join(gateway), "  ".join(traffic), f"latency of the last minute in ms: {percentiles}", ""]
+    parts = [part for part in (_wrong(figures), *_tables(figures)) if part is not None]
+    sizes = [len(part) - 1 for part in parts]
+    if rows is not None:
+        sizes = shares(sizes, rows - len(head) - 2 * len(parts) + 1)
+    return [printable(line) for line in [*head, *_joined(parts, sizes)]]
+
+
+def shares(wanted: Sequence[int], room: int) -> list[int]:
+    """Return how many rows each part of the screen gets: what it wants, or an even share of the room."""
+    given = [0] * len(wanted)
+    while room > 0 and given != list(wanted):
+        for index, size in enumerate(wanted):
+            if given[index] < size and room > 0:
+                given[index] += 1
+                room -= 1
+    return given
+
+
+def _joined(parts: Sequence[Sequence[str]], sizes: Sequence[int]) -> Iterator[str]:
+    """Yield the heading of each part and its first lines, and an empty line between two parts."""
+    for number, ((heading, *lines), size) in enumerate(zip(parts, sizes, strict=True)):
+        if number:
+            yield ""
+        yield heading if size == len(lines) else f"{heading}  ({size} of {len(lines)} are shown)"
+        yield from lines[:size]
+
+
+def _wrong(figures: JsonObject) -> list[str] | None:
+    """Return what is wrong now, the gravest first; None if nothing is."""
+    lines = [f"{one['severity']}  {one['text']}" for one in figures["problems"]]
+    return ["WHAT IS WRONG NOW", *lines] if lines else None
+
+
+def _tables(figures: JsonObject) -> Iterator[list[str] | None]:
+    """Yield the upstreams, the clients and the last failures: a heading and lines; None without a history."""
     header = ("UPSTREAM", "STATUS", "BREAKER", "TARGETS", "UNHEALTHY", "IN FLIGHT", "CALLS/MIN", "P50 MS", "P99 MS")
     rows = [
         (
@@ -181,13 +232,12 @@ def screen_lines(figures: JsonObject) -> list[str]:
         )
         for one in sorted(figures["upstreams"], key=_gravity)
     ]
-    lines += [*table(header, rows), ""]
+    yield table(header, rows)
     names = ("client_id", "tier", "limited", "requests")
     limited = [[one[name] for name in names] for one in figures["clients"]]
-    lines += [*table(("MOST LIMITED CLIENT", "TIER", "LIMITED", "REQUESTS"), limited), ""]
-    if figures["last_refusals_and_errors"] is not None:
-        lines += ["LAST REFUSALS AND ERRORS", *map(line_of, figures["last_refusals_and_errors"])]
-    return [printable(line) for line in lines]
+    yield table(("MOST LIMITED CLIENT", "TIER", "LIMITED", "REQUESTS"), limited)
+    failures = figures["last_refusals_and_errors"]
+    yield None if failures is None else ["LAST REFUSALS AND ERRORS", *map(line_of, reversed(failures))]
 
 
 def _gravity(upstream: JsonObject) -> tuple[int, int]:
@@ -203,6 +253,11 @@ def _span(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _rows() -> int | None:
+    """Return how many lines a screen has, without the last one, where the cursor stays; None unless on a terminal."""
+    return shutil.get_terminal_size().lines - 1 if sys.stdout.isatty() else None
 
 
 def _draw(lines: Sequence[str]) -> None:

@@ -271,14 +271,14 @@ def _breakers(client: OperatorClient, options: argparse.Namespace) -> None:
             one["window_slow_calls"],
             one["opened_total"],
             one["next_probe_in_seconds"],
-            (one["last_opened"] or {}).get("cause"),
+            None if one["last_opened"] is None else one["last_opened"]["detail"],
         )
         for name, one in found["circuit_breakers"].items()
     ]
     _show_all(table(header, rows))
     show()
     targets = [
-        (name, url, _health(one["healthy"]), (one["passive"] or {}).get("circuit_breaker"), _last_check(one["active"]))
+        (name, url, _health(one["healthy"]), _outliers(one["passive"]), _last_check(one["active"]))
         for name, found_targets in found["targets"].items()
         for url, one in found_targets.items()
     ]
@@ -287,6 +287,10 @@ def _breakers(client: OperatorClient, options: argparse.Namespace) -> None:
 
 def _health(healthy: bool | None) -> str:  # noqa: FBT001 - a value that is shown
     return "unchecked" if healthy is None else ("healthy" if healthy else "unhealthy")
+
+
+def _outliers(passive: JsonObject | None) -> str | None:
+    return None if passive is None else passive["circuit_breaker"]
 
 
 def _last_check(active: JsonObject | None) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from api_gateway.process import operator_client, view_commands
 from api_gateway.process.operator_client import NOT_REACHED, OperatorClient
 from api_gateway.process.view_commands import run_view
 from tests.kit import RawRequest, RawUpstream, Wire, ask, eventually, free_port, reply
-from tests.processes import ROOT, Running, config_file, process
+from tests.processes import ROOT, Running, process
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,13 @@ def running(folder: Path) -> Iterator[Running]:
     up = RawUpstream(reply(b"fine"))
     tiers = "tiers: {FREE: {rate: 0.001, capacity: 2}}"
     store = "store: {decision_timeout: 10, timeout: 10}"  # else a busy machine divides the tokens among the workers
-    path = config_file(folder, up.url, f"state_dir: {folder / 'state'}\n{tiers}\n{store}")
-    with process("-m", "api_gateway", "--config", path, "--port", "0", "--workers", "2", cwd=folder) as one:
+    (path := folder / "gateway.yaml").write_text(
+        f"upstreams:\n  up: {{targets: [{{url: '{up.url}'}}]}}\n"
+        "  down: {targets: [{url: 'http://127.0.0.1:1'}],"
+        " circuit_breaker: {failure_threshold: 1, recovery_timeout: 600}}\n"
+        f"state_dir: {folder / 'state'}\n{tiers}\n{store}\n"
+    )
+    with process("-m", "api_gateway", "--config", str(path), "--port", "0", "--workers", "2", cwd=folder) as one:
         assert one.url
         yield one
     up.close()
@@ -111,6 +117,31 @@ def test_each_view_is_text_or_json(folder: Path, running: Running, name: str) ->
     code, out, _ = command(folder, name, *once, "--json", *access(folder, running))
     assert code == 0
     assert json.loads(out)
+
+
+def test_the_cause_of_an_opened_breaker_is_shown_and_top_says_what_the_dashboard_says(
+    folder: Path, running: Running
+) -> None:
+    failed = ask(f"{running.url}/api/down/1", headers={"X-Client-ID": "unlucky"})
+    assert failed.status == 502
+
+    def row() -> list[str]:
+        code, out, errors = command(folder, "breakers", *access(folder, running))
+        assert (code, errors) == (0, "")
+        (found,) = [line for line in out.splitlines() if line.startswith("down") and "127.0.0.1" not in line]
+        return re.split(r" {2,}", found)
+
+    eventually(lambda: row()[1] == "OPEN", "the workers have reported it")
+    upstream, _, mode, _, _, _, opened, next_probe, cause = row()  # the window begins anew when it opens
+    assert (upstream, mode, opened) == ("down", "auto", "1")
+    assert 0 < float(next_probe) < 1200, "with jitter"
+    assert "1 consecutive failure" in cause
+    code, out, _ = command(folder, "top", "--count", "1", *access(folder, running))
+    assert (code, out.splitlines()[0].split("  ")[2]) == (0, "fail")
+    assert "fail  The breaker of 'down' is open: 1 consecutive failure" in out
+    code, out, _ = command(folder, "top", "--count", "1", "--json", *access(folder, running))
+    (found,) = [one for one in json.loads(out)["upstreams"] if one["name"] == "down"]
+    assert (found["circuit_breaker"], found["targets"], found["unhealthy_targets"]) == ("OPEN", 1, 0)
 
 
 def test_top_uses_the_terminal_and_leaves_it_as_it_was(folder: Path, running: Running) -> None:

@@ -11,7 +11,7 @@ import pytest
 from api_gateway.printable_text import MAX_CELL_WIDTH, table
 from api_gateway.process import operator_client, top_command, view_commands
 from api_gateway.process.operator_client import NOT_AUTHORIZED, NOT_REACHED, CommandFailed, OperatorClient, run_action
-from api_gateway.process.top_command import run_top, screen_lines
+from api_gateway.process.top_command import run_top, screen_lines, shares
 from api_gateway.process.view_commands import line_of, run_view
 from tests.cases import each
 
@@ -185,6 +185,7 @@ def test_a_screen_is_inert_and_has_upstreams_in_trouble_first() -> None:
         "url": "http://gateway",
         "version": "1",
         "status": "warn",
+        "problems": [],
         "uptime_seconds": 3_725.0,
         "requests_per_second": 12.5,
         "in_flight": 3,
@@ -209,6 +210,43 @@ def test_a_screen_is_inert_and_has_upstreams_in_trouble_first() -> None:
     assert names == ["down", "busy", "quiet"]
     assert line_of(ROW).split("  ")[1] == "502"
     assert "LAST REFUSALS" not in "".join(screen_lines(figures | {"last_refusals_and_errors": None}))
+    assert "WRONG" not in "".join(lines)
+    wrong = [{"severity": "fail", "text": f"Problem {number}.", "link": "#/"} for number in range(30)]
+    many = figures | {
+        "problems": wrong,
+        "upstreams": [upstream | {"name": f"u{i}", "status": "pass", "calls_last_60s": i} for i in range(40)],
+        "last_refusals_and_errors": [ROW | {"path": f"/{number}", "client_id": "c"} for number in range(6)],
+    }
+    lines = screen_lines(many, 23)
+    assert len(lines) == 23, "the screen is full"
+    headings = [line for line in lines if line.isupper() or " are shown)" in line]
+    assert [line.partition("  ")[0] for line in headings] == [
+        "WHAT IS WRONG NOW",
+        "UPSTREAM",
+        "MOST LIMITED CLIENT",
+        "LAST REFUSALS AND ERRORS",
+    ]
+    assert headings[1].endswith("P99 MS  (4 of 40 are shown)")
+    assert [line.split()[0] for line in lines[lines.index(headings[1]) :][1:5]] == ["u39", "u38", "u37", "u36"]
+    assert "  /5  " in lines[lines.index(headings[3]) + 1], "the newest failure is among those that are shown"
+    assert len(screen_lines(many)) > 80, "without a terminal, all is printed"
+    for rows in range(1, 60):
+        assert len(screen_lines(many, rows)) <= max(rows, 11), "four headings with their gaps are never left out"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "room", "given"),
+    [
+        ([3, 40, 8, 6], 12, [3, 3, 3, 3]),
+        ([0, 40, 1, 6], 12, [0, 6, 1, 5]),
+        ([1, 2], 50, [1, 2]),
+        ([5, 5], 3, [2, 1]),
+        ([5], -4, [0]),
+        ([], 9, []),
+    ],
+)
+def test_the_parts_of_a_screen_share_its_rows_evenly(wanted: list[int], room: int, given: list[int]) -> None:
+    assert shares(wanted, room) == given
 
 
 @pytest.mark.parametrize(

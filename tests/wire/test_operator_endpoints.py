@@ -413,6 +413,7 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/audit",
         "/configuration",
         "/dashboard/events",
+        "/dashboard/problems",
         "/history",
         "/explain/{request_id}",
         "/reload",
