@@ -1,5 +1,6 @@
 """The endpoints at `/clients`: registered clients, their tiers, grants and buckets."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -26,6 +27,7 @@ from api_gateway.admin.client_schema import (
 from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
 from api_gateway.admin.utc_times import wall_time
+from api_gateway.clients.records import ClientRecord
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.limit import OwnBucket, client_buckets, limits_of_client, moved_buckets
@@ -83,7 +85,7 @@ async def set_tier(client_id: ClientId, change: TierChange, context: Guarded, au
     """
     tier = _tier(context, change.tier)
     changed = await _move_bucket(context, *await context.clients.set_tier(client_id, tier))
-    await audit(AuditAction.TIER_SET, client_id, *_tiers_of(changed))
+    await audit(AuditAction.TIER_SET, client_id, *_tiers_of(changed, {}, {}))
     return changed
 
 
@@ -94,16 +96,18 @@ async def grant(client_id: ClientId, request: GrantRequest, context: Guarded, au
     Each gateway ends the grant by its own clock: if clocks differ, so do the times at which it ends.
     """
     tier, until = _tier(context, request.tier), _until(request, context.clocks.wall())
+    before = await _grant_of(context, client_id)
     changed = await _regrant(context, until, *await context.clients.grant(client_id, tier, until))
-    await audit(AuditAction.GRANT_SET, client_id, *_tiers_of(changed, until=changed.until))
+    await audit(AuditAction.GRANT_SET, client_id, *_tiers_of(changed, before, {"until": changed.until}))
     return changed
 
 
 @router.delete("/clients/{client_id}/grants", summary="End a client's grant early", responses=STORE_REFUSAL)
 async def revoke(client_id: ClientId, context: Guarded, audit: Audited) -> GrantChanged:
     """End the client's grant; its own tier applies again. Without a grant nothing changes."""
+    before = await _grant_of(context, client_id)
     changed = await _regrant(context, None, *await context.clients.revoke(client_id))
-    await audit(AuditAction.GRANT_ENDED, client_id, *_tiers_of(changed))
+    await audit(AuditAction.GRANT_ENDED, client_id, *_tiers_of(changed, before, {"until": None}))
     return changed
 
 
@@ -140,12 +144,21 @@ async def reset(client_id: ClientId, context: Guarded, audit: Audited) -> Bucket
 
 @router.delete("/clients/{client_id}", summary="Return a client to the default tier", responses=STORE_REFUSAL)
 async def forget(client_id: ClientId, context: Guarded, audit: Audited) -> TierChanged:
-    """Remove the client's registration and its grant.
+    """Remove the client's registration, its grant and its keys.
 
     The client then has the tier that the configuration gives it, else the default tier.
     """
-    changed = await _move_bucket(context, *await context.clients.delete(client_id))
-    await audit(AuditAction.CLIENT_REMOVED, client_id, *_tiers_of(changed))
+    record, _ = await context.clients.record_of(client_id)
+    before, after = await context.clients.delete(client_id)
+    changed = await _move_bucket(context, before, after)
+    removed = {
+        "registered": record.tier,
+        "until": _grant_end(context, record),
+        "keys": [key.id for key in record.keys],
+        "verified_only": before.is_verified_only,
+    }
+    left: dict[str, Any] = {"registered": None, "until": None, "keys": [], "verified_only": after.is_verified_only}
+    await audit(AuditAction.CLIENT_REMOVED, client_id, *_tiers_of(changed, removed, left))
     return changed
 
 
@@ -269,12 +282,25 @@ async def _move_bucket(context: AdminContext, before: Client, after: Client) -> 
     )
 
 
-def _tiers_of(changed: TierChanged, **after: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return tier and tokens before and after a change, for the audit log; `after` has what else is in force."""
+def _tiers_of(
+    changed: TierChanged, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return tier and tokens before and after a change, for the audit log, with what else was and is in force."""
     return (
-        {"tier": changed.previous.name, "tokens": changed.tokens_before},
+        {"tier": changed.previous.name, "tokens": changed.tokens_before, **before},
         {"tier": changed.current.name, "tokens": changed.tokens_after, **after},
     )
+
+
+async def _grant_of(context: AdminContext, client_id: str) -> dict[str, str | None]:
+    """Return the end of the grant in force, for the audit log."""
+    record, _ = await context.clients.record_of(client_id)
+    return {"until": _grant_end(context, record)}
+
+
+def _grant_end(context: AdminContext, record: ClientRecord) -> str | None:
+    grant = record.grant
+    return None if grant is None or grant.until <= context.clocks.wall() else wall_time(grant.until)
 
 
 def _own_buckets(context: AdminContext, client: Client) -> list[OwnBucket]:

@@ -56,11 +56,12 @@ async def create_key(
     routes = None if body.routes is None else tuple(dict.fromkeys(body.routes))
     secret, key = _new(body.label, now, _expiry(body, now), routes)
     verified_only = UNCHANGED if body.verified_only is None else body.verified_only
+    before = _proof_of(context, client_id)
     try:
         await context.clients.keys.create(client_id, key, verified_only=verified_only)
     except KeyNotAdded as error:
         raise _too_many(error.record, "revoke one first") from error
-    await audit(AuditAction.KEY_CREATED, client_id, None, {"key": key.id, "label": key.label})
+    await audit(AuditAction.KEY_CREATED, client_id, before, {**_terms_of(key), **_proof_of(context, client_id)})
     response.headers["cache-control"] = "no-store"
     return KeyCreated(**_created(context, client_id, secret, key))
 
@@ -127,8 +128,8 @@ async def rotate_key(
         await context.clients.keys.rotate(client_id, old.digest, key, until)
     except KeyNotAdded as error:
         raise _not_rotated(error, key_id, now) from error
-    label = {"label": old.label}
-    await audit(AuditAction.KEY_ROTATED, client_id, {"key": old.id, **label}, {"key": key.id, **label})
+    after = {**_terms_of(key), "previous_expires_at": wall_time(until)}
+    await audit(AuditAction.KEY_ROTATED, client_id, _terms_of(old), after)
     response.headers["cache-control"] = "no-store"
     return KeyRotated(
         **_created(context, client_id, secret, key), previous_id=old.id, previous_expires_at=wall_time(until)
@@ -145,8 +146,9 @@ async def revoke_key(client_id: ClientId, key_id: str, context: Guarded, audit: 
     """
     record, _ = await context.clients.record_of(client_id)
     key = _stored(context, record, key_id, None)
+    before = {**_terms_of(key), **_proof_of(context, client_id)}
     after = await context.clients.keys.revoke(client_id, key.digest)
-    await audit(AuditAction.KEY_REVOKED, client_id, {"key": key.id, "label": key.label}, None)
+    await audit(AuditAction.KEY_REVOKED, client_id, before, _proof_of(context, client_id))
     now = context.clocks.wall()
     left = sum(one.is_valid_at(now) for one in (*after.keys, *context.clients.keys.configured_of(client_id)))
     return KeyRevoked(client_id=client_id, id=key.id, label=key.label, keys_left=left)
@@ -157,12 +159,22 @@ async def revoke_key(client_id: ClientId, key_id: str, context: Guarded, audit: 
 )
 async def require_proof(client_id: ClientId, body: ProofRequest, context: Guarded, audit: Audited) -> ProofChanged:
     """Set whether the client's id alone identifies the client, or only a credential does."""
-    was_verified_only = context.clients.by_id(client_id).is_verified_only
+    before = _proof_of(context, client_id)
     await context.clients.keys.require_proof(client_id, verified_only=body.verified_only)
-    is_verified_only = context.clients.by_id(client_id).is_verified_only
-    views = ({"verified_only": value} for value in (was_verified_only, is_verified_only))
-    await audit(AuditAction.PROOF_SET, client_id, *views)
-    return ProofChanged(client_id=client_id, verified_only=is_verified_only)
+    after = _proof_of(context, client_id)
+    await audit(AuditAction.PROOF_SET, client_id, before, after)
+    return ProofChanged(client_id=client_id, verified_only=after["verified_only"])
+
+
+def _proof_of(context: AdminContext, client_id: str) -> dict[str, bool]:
+    """Return whether a credential must prove the id, for the audit log."""
+    return {"verified_only": context.clients.by_id(client_id).is_verified_only}
+
+
+def _terms_of(key: ApiKey) -> dict[str, object]:
+    """Return what a key is and allows, for the audit log."""
+    routes = None if key.routes is None else list(key.routes)
+    return {"key": key.id, "label": key.label, "expires_at": _time(key.expires_at), "routes": routes}
 
 
 def _too_many(record: ClientRecord, remedy: str) -> InvalidValue:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -15,13 +16,57 @@ CHANGES: list[tuple[str, str, dict[str, Any] | None, AuditAction]] = [
     ("POST", "/clients/acme/grants", {"tier": "BASIC", "duration_seconds": 60}, AuditAction.GRANT_SET),
     ("DELETE", "/clients/acme/grants", None, AuditAction.GRANT_ENDED),
     ("POST", "/clients/acme/reset", {}, AuditAction.BUCKETS_FILLED),
-    ("POST", "/clients/acme/keys", {"label": "ci"}, AuditAction.KEY_CREATED),
+    (
+        "POST",
+        "/clients/acme/keys",
+        {"label": "ci", "expires_in_seconds": 60, "routes": ["all"]},
+        AuditAction.KEY_CREATED,
+    ),
     ("POST", "/clients/acme/keys/{key}/rotate", {}, AuditAction.KEY_ROTATED),
     ("DELETE", "/clients/acme/keys/{key}", None, AuditAction.KEY_REVOKED),
     ("POST", "/clients/acme/verified-only", {"verified_only": True}, AuditAction.PROOF_SET),
     ("DELETE", "/clients/acme", None, AuditAction.CLIENT_REMOVED),
     ("POST", "/circuit-breakers/up", {"mode": "observe", "comment": "why"}, AuditAction.BREAKER_MODE_SET),
 ]
+FREE, BASIC = {"tier": "FREE", "tokens": 100_000}, {"tier": "BASIC", "tokens": 50}
+KEY = {"key": "an id", "expires_at": None, "routes": None}
+NEW_KEY = {"label": "ci", "expires_at": "a time", "routes": ["all"]}
+PROVED, BARE = {"verified_only": True}, {"verified_only": False}
+# What is recorded before and after each of `CHANGES`, which are made in their order.
+RECORDED: dict[AuditAction, tuple[Any, Any]] = {
+    AuditAction.TIER_SET: (FREE, BASIC),
+    AuditAction.GRANT_SET: (BASIC | {"until": None}, BASIC | {"until": "a time"}),
+    AuditAction.GRANT_ENDED: (BASIC | {"until": "a time"}, BASIC | {"until": None}),
+    AuditAction.BUCKETS_FILLED: ({"tokens": [50]}, {"tokens": [50]}),
+    AuditAction.KEY_CREATED: (BARE, KEY | NEW_KEY | BARE),
+    AuditAction.KEY_ROTATED: (
+        KEY | {"label": "before"},
+        KEY | {"label": "before", "previous_expires_at": "a time"},
+    ),
+    AuditAction.KEY_REVOKED: (KEY | {"label": "before", "expires_at": "a time"} | BARE, BARE),
+    AuditAction.PROOF_SET: (BARE, PROVED),
+    AuditAction.CLIENT_REMOVED: (
+        BASIC | {"registered": "BASIC", "until": None, "keys": ["an id", "an id"]} | PROVED,
+        FREE | {"registered": None, "until": None, "keys": []} | BARE,
+    ),
+    AuditAction.BREAKER_MODE_SET: (
+        {"mode": "auto", "comment": ""},
+        {"mode": "observe", "since": "a time", "comment": "why", "set_by": "token 'alice', from 127.0.0.1"},
+    ),
+}
+
+
+def shape(value: Any, name: str = "") -> Any:
+    """Return a recorded value with words instead of times and ids of keys."""
+    if isinstance(value, dict):
+        return {one: shape(inner, one) for one, inner in value.items()}
+    if isinstance(value, list):
+        return [shape(inner, name) for inner in value]
+    if value is not None and name in ("until", "since", "expires_at", "previous_expires_at"):
+        return "a time" if datetime.fromisoformat(value).tzinfo else value
+    return "an id" if name in ("key", "keys") else value
+
+
 # Tested with gateways that have a file or quotas: `process/test_reload.py`, `wire/test_quotas.py`.
 ELSEWHERE = {
     ("POST", "/reload"): AuditAction.CONFIGURATION_RELOADED,
@@ -57,12 +102,6 @@ def last(gateway: RunningGateway, count: int = 1) -> list[dict[str, Any]]:
     return entries
 
 
-@pytest.fixture(scope="module")
-def key(gateway: RunningGateway) -> str:
-    created = call(gateway, "POST", "/clients/acme/keys", {"label": "before"})
-    return str(created.json()["id"])
-
-
 def test_the_list_of_changes_is_complete(gateway: RunningGateway) -> None:
     """Each operation that is not a GET is in the list, except those that change nothing."""
     schema = call(gateway, "GET", "/openapi.json").json()
@@ -80,22 +119,25 @@ def test_the_list_of_changes_is_complete(gateway: RunningGateway) -> None:
     assert {action for *_, action in CHANGES} | set(ELSEWHERE.values()) == set(AuditAction)
 
 
-@pytest.mark.parametrize(("method", "path", "body", "action"), CHANGES)
-def test_a_change_is_recorded(
-    gateway: RunningGateway, key: str, method: str, path: str, body: Any, action: AuditAction
-) -> None:
-    answer = call(gateway, method, path.format(key=key), body, **{"X-Request-ID": f"request-{action}"})
+def test_each_change_is_recorded_with_what_was_before_and_what_is_after(gateway: RunningGateway) -> None:
+    """One after another, as each begins with what the one before it left."""
+    created = call(gateway, "POST", "/clients/acme/keys", {"label": "before", "verified_only": False})
+    key = created.json()["id"]
+    for method, path, body, action in CHANGES:
+        answer = call(gateway, method, path.format(key=key), body, **{"X-Request-ID": f"request-{action}"})
+        (entry,) = last(gateway)
+        assert answer.status in (200, 201), answer.body
+        assert answer.headers["x-request-id"] == f"request-{action}"
+        assert entry["request_id"] == f"request-{action}"
+        assert (entry["operator"], entry["address"], entry["action"]) == ("alice", "127.0.0.1", action)
+        assert entry["subject"] == ("up" if path.startswith("/circuit-breakers") else "acme")
+        assert [shape(entry["before"]), shape(entry["after"])] == list(RECORDED[action]), action
+
+
+def test_the_first_key_of_a_client_changes_that_its_bare_id_is_accepted(gateway: RunningGateway) -> None:
+    call(gateway, "POST", "/clients/fresh/keys", {"label": "ci"})
     (entry,) = last(gateway)
-    assert answer.status in (200, 201), answer.body
-    assert answer.headers["x-request-id"] == f"request-{action}"
-    assert entry["request_id"] == f"request-{action}"
-    assert (entry["operator"], entry["address"], entry["action"]) == ("alice", "127.0.0.1", action)
-    assert entry["subject"] == ("up" if path.startswith("/circuit-breakers") else "acme")
-    if action is AuditAction.TIER_SET:
-        assert (entry["before"]["tier"], entry["after"]["tier"]) == ("FREE", "BASIC")
-    if action is AuditAction.BREAKER_MODE_SET:
-        assert (entry["before"]["mode"], entry["after"]["mode"]) == ("auto", "observe")
-        assert entry["after"]["comment"] == "why"
+    assert (entry["before"], entry["after"]["verified_only"]) == (BARE, True)
 
 
 def test_no_secret_is_recorded(gateway: RunningGateway) -> None:
