@@ -315,6 +315,11 @@ def _apply_to_listener(
         on_change(config)
 
 
+def _audit_log(gateway: Gateway) -> AuditLog:
+    recorder = gateway.recorder
+    return AuditLog(AuditFile(own_folder(gateway.config.state_dir)), recorder.operator_changes, recorder.dropped_lines)
+
+
 def _admin_context(
     gateway: Gateway, make_explainer: Callable[[], "Explainer"], aggregator: Aggregator
 ) -> AdminContext:
@@ -330,7 +335,7 @@ def _admin_context(
         numbers=gateway.numbers,
         history=gateway.history,
         slots=gateway.slots,
-        audit=AuditLog(AuditFile(own_folder(gateway.config.state_dir)), gateway.recorder.operator_changes),
+        audit=_audit_log(gateway),
         route_names=gateway.route_names,
         accepts_keys=gateway.accepts_keys,
         usage=gateway.usage,

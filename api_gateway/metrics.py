@@ -101,6 +101,8 @@ RETRY_CAUSES = (
     Reason.UPSTREAM_TIMEOUT.value,
 )
 
+AUDIT = "audit"  # stream of the lines that the audit log should have
+
 SWITCHED = 101  # status of a tunnel, whose duration is not a latency
 
 
@@ -126,7 +128,8 @@ class Recorder:
         """Create all series with the value zero, so that each exists before its first event.
 
         `rejections`, by reason, may be shared with the server, which counts requests that never become an exchange;
-        `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`), with the output of the process;
+        `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`), with the output of the process; the former
+        also has the stream `audit`;
         `parsed_heads`, by parser, and `illegal_events`, by event, with the connections of clients.
         """
         tiers = tuple(tiers)

@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from api_gateway.errors import StoreUnavailable
+from api_gateway.metrics import AUDIT
 from api_gateway.models import Body
 from api_gateway.system.state_folder import make_private
 from api_gateway.system.state_version import backup_path
@@ -144,9 +145,12 @@ def _version_of(line: str | bytes) -> int:
 class AuditLog:
     """Records changes in the file and in the gateway's log, and counts them by action."""
 
-    def __init__(self, file: AuditFile, counts: Counter[str]) -> None:
+    def __init__(self, file: AuditFile, counts: Counter[str], dropped_lines: Counter[str]) -> None:
+        """`dropped_lines` counts, by stream, lines that could not be written."""
         self._file = file
         self._counts = counts
+        self._dropped_lines = dropped_lines
+        dropped_lines.setdefault(AUDIT, 0)
         for action in AuditAction:
             counts.setdefault(action.value, 0)
 
@@ -160,6 +164,7 @@ class AuditLog:
         try:
             await asyncio.to_thread(self._file.append, entry)
         except OSError as error:
+            self._dropped_lines[AUDIT] += 1
             logger.error("%s: cannot record a change by an operator: %s", self._file.path, error.strerror)  # noqa: TRY400
 
     async def last(self, count: int) -> list[AuditEntry]:

@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 # What became of spans. `queue_full`: too many waited; `failed`: given up after `MAX_DELIVERIES`, or at the end of the
 # process; `rejected`: refused by the collector.
-RESULTS = ("exported", "queue_full", "failed", "rejected")
+EXPORTED = "exported"
+RESULTS = (EXPORTED, "queue_full", "failed", "rejected")
 EXPORT_BATCH = 256  # exchanges in a request
 EXPORT_INTERVAL = 1.0  # seconds after which a smaller batch is sent
 MAX_DELIVERIES = 6  # of one batch

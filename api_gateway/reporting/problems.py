@@ -10,6 +10,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from api_gateway.errors import GatewayError, Reason
+from api_gateway.metrics import AUDIT
 from api_gateway.reporting.snapshot import Status, TargetSnapshot, UpstreamSnapshot, WorkerSnapshot
 from api_gateway.reporting.traffic_history import Point
 from api_gateway.resilience.breaker_policy import Mode, State
@@ -46,6 +47,7 @@ class Alert:
 def find_problems(snapshot: WorkerSnapshot, points: Sequence[Point], modes_error: str | None) -> list[Alert]:
     """Return the problems, the gravest first; `modes_error` is why the file of modes cannot be used."""
     found = [*_of_gateway(snapshot, modes_error), *_of_resources(snapshot), *_of_traffic(points)]
+    found += _of_records(snapshot, points)
     for name, upstream in snapshot.upstreams.items():
         found += _of_upstream(name, upstream)
     found.sort(key=lambda problem: problem.severity != "fail")
@@ -126,6 +128,23 @@ def _of_traffic(points: Sequence[Point]) -> Iterator[Alert]:
         yield Alert(
             "warn", f"{_percent(refused, requests)} of the last minute's requests were refused{kind}.", "#/clients"
         )
+
+
+def _of_records(snapshot: WorkerSnapshot, points: Sequence[Point]) -> Iterator[Alert]:
+    """Yield what is missing in traces, logs and the audit log."""
+    spans, lines = (
+        sum(point["lost"].get(name, 0) for point in points[-RECENT_POINTS:]) for name in ("spans", "lines")
+    )
+    if spans:
+        text = f"{spans} spans of traces were lost in the last minute; the gateway's log has the cause."
+        yield Alert("warn", text, "#/configuration/tracing")
+    if lines:
+        text = f"{lines} lines of the access log or the log were not written in the last minute."
+        yield Alert("warn", text, "#/configuration/log")
+    changes = snapshot.recorder.dropped_lines[AUDIT]
+    if changes:
+        text = f"{changes} changes by operators since the start are in the log alone: the audit log was not writable."
+        yield Alert("warn", text, "#/configuration")
 
 
 def _most(kinds: Mapping[str, int], *, gateway_refusals: bool) -> str:

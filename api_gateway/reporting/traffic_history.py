@@ -13,6 +13,7 @@ from typing import Any
 from api_gateway.eventloop.pacing import Steps
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.observability.latency_series import SLICE, Tally, percentile
+from api_gateway.observability.trace_exporter import EXPORTED
 
 POINT_SECONDS = 10.0  # between two points
 HISTORY_POINTS = 360  # an hour
@@ -34,7 +35,8 @@ class TrafficHistory:
     A point has, in JSON's types: `at` (seconds since the epoch, its end), `seconds` (its length), `requests`,
     `refused` (responses 4xx that the gateway generated, without 499), `errors` (responses 5xx), `p50`, `p90` and
     `p99` (milliseconds, or null), `tiers` (requests by tier), and `kinds` (refusals and errors by reason;
-    `upstream_5xx` for error statuses of upstreams). Values of zero are left out of the last two.
+    `upstream_5xx` for error statuses of upstreams), and `lost` (`spans` of traces, and `lines` of the gateway's own
+    output). Values of zero are left out of the last three.
     """
 
     def __init__(self) -> None:
@@ -80,6 +82,7 @@ class TrafficHistory:
                 **{f"p{percent}": _milliseconds(percentile(latencies, percent)) for percent in PERCENTILES},
                 "tiers": _largest(totals.tiers - before.tiers),
                 "kinds": dict(kinds),
+                "lost": dict(totals.lost - before.lost),
             }
         )
 
@@ -91,6 +94,7 @@ class _Totals:
         self.requests = self.refused = self.errors = 0
         self.tiers: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
 
     def add(self, recorder: Recorder) -> None:
         """Add the counters of a worker."""
@@ -105,6 +109,8 @@ class _Totals:
                 self.refused += count
         for reason, count in recorder.rejections.items():
             self.kinds[reason] += count
+        self.lost["spans"] += recorder.trace_spans.total() - recorder.trace_spans[EXPORTED]
+        self.lost["lines"] += recorder.dropped_lines["stdout"] + recorder.dropped_lines["stderr"]
 
 
 def seconds_to_next(now: float) -> float:

@@ -100,13 +100,16 @@ async def test_a_change_is_logged_and_counted_even_if_the_file_cannot_be_written
 ) -> None:
     (tmp_path / "state").write_text("a file where the folder should be")
     counts: Counter[str] = Counter()
-    log = AuditLog(AuditFile(tmp_path / "state"), counts)
+    dropped: Counter[str] = Counter()
+    log = AuditLog(AuditFile(tmp_path / "state"), counts, dropped)
+    assert dropped == {"audit": 0}
     assert counts == dict.fromkeys(map(str, AuditAction), 0)
     with caplog.at_level(logging.INFO):
         await log.record(entry(1))
         with pytest.raises(StoreUnavailable, match="The audit log cannot be read"):  # not: nothing was changed
             await log.last(10)
     assert counts["tier_set"] == 1
+    assert dropped == {"audit": 1}
     assert f"audit: {entry(1).model_dump_json()}" in caplog.text
     assert "cannot record a change by an operator" in caplog.text
     assert "cannot read the audit log" in caplog.text

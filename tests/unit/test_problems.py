@@ -46,7 +46,13 @@ def snapshot(
 
 
 def point(**counts: Any) -> dict[str, Any]:
-    return {"requests": 0, "refused": 0, "errors": 0, "kinds": {}, **counts}
+    return {"requests": 0, "refused": 0, "errors": 0, "kinds": {}, "lost": {}, **counts}
+
+
+def without_audit_log(changes: int) -> WorkerSnapshot:
+    found = snapshot()
+    found.recorder.dropped_lines["audit"] = changes
+    return found
 
 
 CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
@@ -153,6 +159,27 @@ CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
         "fail",
         "for want of an issuer's keys",
         "#/configuration/identity",
+    ),
+    (
+        snapshot(),
+        [point(lost={"spans": 60}), point(lost={"spans": 3})],
+        "warn",
+        "63 spans of traces were lost in the last minute",
+        "#/configuration/tracing",
+    ),
+    (
+        snapshot(),
+        [point(lost={"lines": 7})],
+        "warn",
+        "7 lines of the access log or the log were not written in the last minute.",
+        "#/configuration/log",
+    ),
+    (
+        without_audit_log(2),
+        [],
+        "warn",
+        "2 changes by operators since the start are in the log alone",
+        "#/configuration",
     ),
 ]
 

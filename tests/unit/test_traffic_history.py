@@ -45,6 +45,8 @@ def test_a_point_has_what_was_counted_since_the_one_before() -> None:
     observe(one, START + 5, 429, "rate_limited")
     observe(one, START + 5, 503, "circuit_open")
     observe(one, START + 5, 499, "client_disconnected")
+    one.trace_spans.update({"exported": 9, "failed": 3, "rejected": 1})
+    other.dropped_lines.update({"stdout": 2, "stderr": 5, "audit": 1})
     history.sample([one, other], START + 11.5, 1_800_000_000)
     (point,) = history.points
     assert point["at"] == 1_800_000_000
@@ -52,6 +54,7 @@ def test_a_point_has_what_was_counted_since_the_one_before() -> None:
     assert (point["requests"], point["refused"], point["errors"]) == (13, 1, 2)
     assert point["tiers"] == {"FREE": 12, "PAID": 1}
     assert point["kinds"] == {"rate_limited": 1, "circuit_open": 1, "client_disconnected": 1, "upstream_5xx": 1}
+    assert point["lost"] == {"spans": 4, "lines": 7}
     assert point["p50"] == pytest.approx(20, rel=0.01)
     assert point["p99"] == pytest.approx(200, rel=0.01)
 
@@ -60,7 +63,7 @@ def test_a_point_has_what_was_counted_since_the_one_before() -> None:
     after = history.points[-1]
     assert (after["requests"], after["refused"], after["errors"], after["tiers"]) == (1, 0, 0, {"FREE": 1})
     assert after["p50"] == pytest.approx(500, rel=0.01), "only latencies of the slices since"
-    assert after["kinds"] == {}
+    assert (after["kinds"], after["lost"]) == ({}, {})
 
     history.sample([one, other], START + 31.5, 1_800_000_020)
     quiet = history.points[-1]
