@@ -1,4 +1,4 @@
-"""What an API key costs, whether the time of a refusal tells anything of a key, and a flood of wrong keys.
+"""What an API key costs, and a flood of wrong keys beside a client with a key.
 
 `python -m benchmarks.api_keys` measures the steps of a request within one process: see `benchmarks.steps`.
 `--processes` runs gateways on one core; upstream (nginx) and load use the other. They run at the same time and are
@@ -16,12 +16,10 @@ lowest priority on the core that it shares with the client and the upstream, so 
 """
 
 import argparse
-import asyncio
 import gc
 import hashlib
 import json
 import os
-import random
 import secrets
 import socket
 import struct
@@ -37,14 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from api_gateway.clients.api_keys import ApiKey, digest_of, new_key
-from api_gateway.clients.records import Change, KeyChange
-from api_gateway.clients.registry import ClientRegistry
-from api_gateway.clients.sqlite_store import SqliteClientStore
-from api_gateway.errors import GatewayError
-from api_gateway.http1.headers import fields_of
-from api_gateway.models import Quota
-from api_gateway.proxy.api_key_source import ApiKeySource
+from api_gateway.clients.api_keys import new_key
 from benchmarks.cases import CLIENT, Case
 from benchmarks.claims import (
     STEP_ROUNDS,
@@ -66,7 +57,7 @@ MILLION_A_MINUTE = 1e6 / 60  # per second
 RATE = 100.0  # requests per second of the client with a key
 WRONG = 4_000  # different wrong keys
 SITUATIONS = ("quiet", "right keys", "wrong keys")
-_ROUNDS, _COST_ROUNDS = 3, 5
+ROUNDS, _COST_ROUNDS = 3, 5
 _GROWTH = 1.05  # of memory from the first flood to the last one
 _LEAD, _OVERLAP = 0.5, 2.0  # seconds by which the flood begins earlier, and those that it lasts longer in all
 _LOWEST_PRIORITY = 19
@@ -159,56 +150,6 @@ def costs(seconds: float, rounds: int, before: Path | None) -> dict[str, list[fl
             gateways["before"] = stack.enter_context(gateway(before, folder / "before", origin, None))
         runs = [*((name, "bare id") for name in gateways), ("keys", "key")]
         return alternating_costs(gateways, cases(key), runs, core=LOAD_CORE, seconds=seconds, rounds=rounds)
-
-
-# The time of a refusal
-
-
-async def times(count: int) -> dict[str, list[float]]:
-    """Return the times of verifying keys that a gateway sees for the first time, in microseconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        quota = Quota.per_second("FREE", 1, 10)
-        registry = ClientRegistry({"FREE": quota}, "FREE", {}, SqliteClientStore(Path(folder)))
-        await registry.load()
-        source = ApiKeySource(registry.keys, "X-API-Key")
-        valid, revoked = ([a_key().encode() for _ in range(200)] for _ in range(2))
-        store = SqliteClientStore(Path(folder))
-        await store.load(1)
-        for number, key in enumerate([*valid, *revoked]):
-            await store.write(f"client-{number}", Change(keys=KeyChange(add=ApiKey(digest_of(key)))))
-        for number, key in enumerate(revoked, len(valid)):
-            await store.write(f"client-{number}", Change(keys=KeyChange(remove=(digest_of(key),))))
-        await store.close()
-        await registry.load()
-        # Each key is an object of its own, so that no kind is faster because its bytes are in a cache.
-        kinds = {
-            "valid": [bytes(bytearray(valid[number % len(valid)])) for number in range(count)],
-            "revoked": [bytes(bytearray(revoked[number % len(revoked)])) for number in range(count)],
-            "never existed": [a_key().encode() for _ in range(count)],
-        }
-        found: dict[str, list[float]] = {name: [] for name in kinds}
-        for number in range(count):
-            for name in random.sample(list(kinds), len(kinds)):
-                fields = fields_of([(b"x-api-key", kinds[name][number])])
-                began = time.perf_counter_ns()
-                claim = source.claim(fields)
-                assert claim is not None  # noqa: S101 - it is a key
-                result = source.verify(claim, 0)
-                found[name].append((time.perf_counter_ns() - began) / 1000)
-                if isinstance(result, GatewayError) is (name == "valid"):
-                    raise Failed(f"a {name} key: {result!r}")
-        await registry.close()
-        return found
-
-
-def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the Kolmogorov-Smirnov statistic of two samples: 0 for equal distributions, 1 for separate ones."""
-    points = sorted([*((value, 1 / len(one)) for value in one), *((value, -1 / len(other)) for value in other)])
-    largest = height = 0.0
-    for _, step in points:
-        height += step
-        largest = max(largest, abs(height))
-    return largest
 
 
 # The flood
@@ -321,7 +262,7 @@ def flood(seconds: float, scale: float) -> dict[str, Flood]:
         pid, port = stack.enter_context(gateway(ROOT, folder / "one", origin, key))
         stack.enter_context(pinned(LOAD_CORE))
         gc.freeze()
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             for name in SITUATIONS:
                 with ExitStack() as round_:
                     if name != "quiet":
@@ -352,19 +293,8 @@ def _verdicts_of_costs(found: Mapping[str, Sequence[float]]) -> list[Verdict]:
     return [verdict(claim, found) for claim in CLAIMS if claim.against in found]
 
 
-def _print_times(verified: Mapping[str, Sequence[float]]) -> None:
-    absent = verified["never existed"]
-    print("Verification of a key, us: median, 99th percentile, distance from keys that never existed")  # noqa: T201
-    for name, values in verified.items():
-        tail, apart = percentile(sorted(values), 0.99), distance(values, absent)
-        print(f"{name:25} {median(values):7.2f} {tail:7.2f} {apart:7.3f}")  # noqa: T201
-    halves = distance(absent[::2], absent[1::2])
-    print(f"distance of two halves of keys that never existed, which chance alone makes: {halves:.3f}")  # noqa: T201
-    for name in ("valid", "revoked"):
-        print(f"{name} / never existed: ratio of medians {median(verified[name]) / median(absent):.3f}")  # noqa: T201
-
-
-def _verdicts_of_flood(result: Mapping[str, Flood], rate: float) -> list[Verdict]:
+def verdicts_of_flood(result: Mapping[str, Flood], rate: float) -> list[Verdict]:
+    """Print what a client with a key experienced under a flood of this rate, and return the verdicts on it."""
     print(f"A flood of {rate:.0f} wrong keys per second; a client with a key, ms, and the gateway's CPU")  # noqa: T201
     print(f"{'':12} {'median':>7} {'p99':>7} {'max':>7} {'client late, p99':>17} {'CPU s/s':>8}  memory, MB")  # noqa: T201
     for name, found in result.items():
@@ -391,10 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--rounds", type=int, help=f"{_COST_ROUNDS} of processes, {STEP_ROUNDS} within one process")
     parser.add_argument("--scale", type=float, default=0.1, help="of a million wrong keys a minute")
-    parser.add_argument("--count", type=int, default=20_000, help="of keys whose verification is timed")
     parser.add_argument("--before", type=Path, help="a checkout of another commit; processes are measured")
     parser.add_argument("--processes", action="store_true", help="measure whole processes")
-    parser.add_argument("--parts", default="costs,times,flood")
+    parser.add_argument("--parts", default="costs,flood")
     parser.add_argument("--send", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     verdicts: list[Verdict] = []
@@ -408,10 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds = chosen.rounds or (STEP_ROUNDS if in_one else _COST_ROUNDS)
             found = steps(rounds) if in_one else costs(chosen.seconds, rounds, chosen.before)
             verdicts += _verdicts_of_costs(found)
-        if "times" in chosen.parts:
-            _print_times(asyncio.run(times(chosen.count)))
         if "flood" in chosen.parts:
-            verdicts += _verdicts_of_flood(flood(chosen.seconds * 3, chosen.scale), MILLION_A_MINUTE * chosen.scale)
+            verdicts += verdicts_of_flood(flood(chosen.seconds * 3, chosen.scale), MILLION_A_MINUTE * chosen.scale)
     except Failed as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 1

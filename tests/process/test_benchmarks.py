@@ -10,7 +10,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from socket import create_server, socket
 from xml.etree import ElementTree as ET
@@ -19,9 +20,13 @@ import pytest
 import yaml
 
 from api_gateway.config import GatewayConfig, from_values
+from api_gateway.http1.headers import Fields
+from api_gateway.proxy.api_key_source import ApiKeySource
+from api_gateway.proxy.identity_sources import Claim
 from api_gateway.settings.jwt import ASYMMETRIC
 from benchmarks import (
     api_keys,
+    key_times,
     limiter,
     many_clients,
     memory,
@@ -679,6 +684,80 @@ def test_what_cors_costs_is_measured_within_one_process() -> None:
     found = costs_of("cors", "--rounds", "1")
     assert found.keys() >= {"with Origin: policy", "with Origin, route without a policy: policy"}
     assert min(found.values()) > 0
+
+
+def verdicts_of(main_: Callable[[list[str]], int], *arguments: str) -> tuple[int, list[str]]:
+    """Run a benchmark in this process; return the exit code and the lines with its verdicts."""
+    with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()) as message:
+        code = main_([*arguments])
+    lines = [line for line in printed.getvalue().splitlines() if "claimed" in line]
+    assert code == int(any("NOT" in line for line in lines)), printed.getvalue() + message.getvalue()
+    assert message.getvalue().startswith("not shown to hold: ") is (code == 1), message.getvalue()
+    return code, [line.partition(":")[0] for line in lines]
+
+
+def test_what_a_key_costs_is_measured_within_one_process() -> None:
+    _, claims = verdicts_of(api_keys.main, "--parts", "costs", "--rounds", "1")
+    assert claims == [claim.name for claim in api_keys.CLAIMS[:2]]
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx on the PATH")
+def test_a_short_flood_of_wrong_keys_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_keys, "ROUNDS", 1)
+    _, claims = verdicts_of(api_keys.main, "--parts", "flood", "--seconds", "0.2", "--scale", "0.01")
+    assert len(claims) == 3
+
+
+@pytest.mark.parametrize(
+    ("tail", "memory", "expected"),
+    [(0.002, [50, 51], [True] * 3), (0.005, [50, 51], [False, False, True]), (0.002, [50, 60], [True, True, False])],
+)
+def test_a_flood_that_a_client_with_a_key_notices_is_not_what_is_claimed(
+    tail: float, memory: list[float], expected: list[bool]
+) -> None:
+    found = {
+        name: api_keys.Flood(api_keys.Served([0.001] * 98 + [last] * 2, [0.0] * 100), [0.5], memory)
+        for name, last in zip(api_keys.SITUATIONS, (0.002, 0.002, tail), strict=True)
+    }
+    assert [one.is_met for one in api_keys.verdicts_of_flood(found, 100)] == expected
+
+
+def test_the_times_of_keys_are_compared_in_three_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_times, "STORED", 12)
+    monkeypatch.setattr(key_times, "HELD", 8)
+    _, claims = verdicts_of(key_times.main, "--count", "10")
+    assert claims == [key_times.VERIFICATION] * 3 + [key_times.REQUEST, key_times.LOOK_UP]
+
+
+@pytest.mark.parametrize(("more", "expected"), [(0.0, [True]), (1.0, [False]), (-1.0, [False])])
+def test_times_that_differ_are_told_from_what_chance_makes(more: float, expected: list[bool]) -> None:
+    absent = [10 + number % 20 / 10 for number in range(400)]  # some are equal
+    times = {key_times.ABSENT: absent, key_times.ALIKE: [value + more for value in absent[::-1]]}
+    assert [one.is_met for one in key_times.verdicts(key_times.REQUEST, times)] == expected
+
+
+def test_a_gateway_that_takes_longer_for_a_key_that_begins_like_another_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_times, "STORED", 12)
+    claim, seen = ApiKeySource.claim, set[bytes]()
+
+    def revealing(self: ApiKeySource, fields: Fields) -> Claim | None:
+        beginning = fields[b"x-api-key"][0][:20]
+        if beginning in seen:
+            end = time.thread_time_ns() + 500_000
+            while time.thread_time_ns() < end:
+                pass
+        seen.add(beginning)
+        return claim(self, fields)
+
+    monkeypatch.setattr(ApiKeySource, "claim", revealing)
+    found = asyncio.run(key_times.verifications(60, tmp_path))
+    like_one, revoked, right = key_times.verdicts(key_times.VERIFICATION, found)
+    assert not like_one.is_met, like_one.line
+    assert not revoked.is_met, revoked.line
+    assert not right.is_met, right.line
 
 
 def test_wrong_keys_cause_no_more_look_ups_than_the_limit_of_their_address_admits(
