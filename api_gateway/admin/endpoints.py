@@ -45,6 +45,7 @@ ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("clients", "overview_router", frozenset({"clients"})),
     ("clients", "router", frozenset({"clients"})),
     ("limits", "router", frozenset({"limits", "tiers"})),
+    ("limit_buckets", "router", frozenset({"limits"})),
     ("keys", "router", frozenset({"clients"})),
     ("quotas", "router", frozenset({"clients"})),
     ("usage", "router", frozenset({"usage"})),

@@ -46,14 +46,15 @@ class Limit:
         """True if each client has one bucket, which keeps its filled fraction when the client's tier changes."""
         return self.key == _BY_CLIENT
 
-    def is_unverified(self, client: Client) -> bool:
+    def is_unverified(self, client: Client | None) -> bool:
         """Tell whether anyone could have invented the key of a bucket of this limit for a client.
 
-        Routes, organisations and claims have been verified; header fields and addresses never are.
+        Routes, organisations and claims have been verified; header fields and addresses never are. A key without a
+        client needs none.
         """
         if any(part not in _VERIFIED_PARTS and not part.startswith("claim:") for part in self.key):
             return True
-        return "client" in self.key and not client.is_registered
+        return client is not None and "client" in self.key and not client.is_registered
 
     def quota_of(self, tier: str) -> Quota | None:
         """Return the allowance of a tier; None if the limit does not apply to it."""
@@ -99,7 +100,7 @@ def limit_of(bucket_key: str) -> str:
 
 
 class OwnBucket(NamedTuple):
-    """A bucket that only one client has: key, allowance, limit (None: that of the tier), and its route if any."""
+    """What only one client has, as a bucket: key, allowance, limit (None: that of the tier), and its route if any."""
 
     key: str
     quota: Quota
@@ -118,18 +119,25 @@ def client_buckets(limits: Iterable[Limit], client: Client, routes: Sequence[str
 
 def limits_of_client(limits: Iterable[Limit], client: Client, routes: Sequence[str]) -> list[OwnBucket]:
     """Return what only a client has of limits by client, or by client and route: buckets, or slots."""
-    tier, buckets = client.quota.name, list[OwnBucket]()
+    return [one for one in _all_of_client(limits, client, routes) if not isinstance(one.quota, PeriodQuota)]
+
+
+def quotas_of_client(limits: Iterable[Limit], client: Client, routes: Sequence[str]) -> list[OwnBucket]:
+    """Return the counters that only a client has: of calendar quotas by client, or by client and route."""
+    return [one for one in _all_of_client(limits, client, routes) if isinstance(one.quota, PeriodQuota)]
+
+
+def _all_of_client(limits: Iterable[Limit], client: Client, routes: Sequence[str]) -> list[OwnBucket]:
+    tier, found = client.quota.name, list[OwnBucket]()
     for limit in limits:
         quota = limit.quota_of(tier)
-        if isinstance(quota, PeriodQuota):  # has a counter instead of a bucket
-            continue
         if quota is not None and limit.is_by_client:
-            buckets.append(OwnBucket(limit.bucket_key((client.key,), tier), quota, limit.name))
+            found.append(OwnBucket(limit.bucket_key((client.key,), tier), quota, limit.name))
         elif quota is not None and set(limit.key) == {"client", "route"}:
             for route in routes if limit.routes is None else sorted(limit.routes):
                 values = [client.key if part == "client" else route for part in limit.key]
-                buckets.append(OwnBucket(limit.bucket_key(values, tier), quota, limit.name, route))
-    return buckets
+                found.append(OwnBucket(limit.bucket_key(values, tier), quota, limit.name, route))
+    return found
 
 
 def moved_buckets(limits: Iterable[Limit], before: Client, after: Client) -> list[tuple[str, Quota, Quota]]:

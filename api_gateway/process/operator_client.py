@@ -69,9 +69,12 @@ class OperatorClient:
         return f"<OperatorClient of {self.url}>"
 
     def get(self, path: str, **query: Any) -> Any:
-        """Return the body of a response to GET; parameters of the query that are None are left out."""
+        """Return the body of a response to GET; parameters of the query that are None are left out.
+
+        A list repeats its parameter.
+        """
         given = {name: value for name, value in query.items() if value is not None}
-        return self.call("GET", f"{path}?{urlencode(given)}" if given else path)
+        return self.call("GET", f"{path}?{urlencode(given, doseq=True)}" if given else path)
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Call an operator endpoint and return the body of its response. Raises CommandFailed."""

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from api_gateway.printable_text import table
+from api_gateway.process.limits_view import bucket_line, limit_lines
 from api_gateway.process.operator_client import (
     NOT_REACHED,
     CommandFailed,
@@ -58,7 +59,12 @@ def _parser() -> CommandParser:
     clients.set_defaults(action=_clients)
     breakers = commands.add_parser("breakers", help="the circuit breakers and targets of the upstreams")
     breakers.set_defaults(action=_breakers)
-    limits = commands.add_parser("limits", help="all limits, with refusals")
+    limits = commands.add_parser("limits", help="all limits, with refusals, or what one key of a limit has left")
+    limits.add_argument("limit", nargs="?", metavar="NAME", help="show what a key has left of this limit")
+    limits.add_argument(
+        "values", nargs="*", metavar="VALUE", help="the value of each part of the limit's key, in their order"
+    )
+    limits.add_argument("--tier", help="of a limit with allowances by tier that does not count by client")
     limits.set_defaults(action=_limits)
     tail = commands.add_parser("tail", help="follow the requests as they end")
     tail.add_argument("--client", metavar="ID", help="only of this client")
@@ -298,34 +304,17 @@ def _last_check(active: JsonObject | None) -> str | None:
 
 
 def _limits(client: OperatorClient, options: argparse.Namespace) -> None:
-    found = client.get("/limits")
+    if options.limit is None and options.tier:
+        raise CommandFailed(f"limits: --tier belongs to a limit: give its name and a key, too, got {options.tier!r}")
+    if options.limit is not None:
+        path = f"/limits/{quote(options.limit, safe='')}/buckets"
+        found = client.get(path, key=options.values, tier=options.tier)
+    else:
+        found = client.get("/limits")
     if options.json:
         _print_json(found)
         return
-    rows = [
-        (
-            one["name"],
-            one["kind"],
-            ", ".join(one["key"]),
-            "; ".join(map(_allowance, one["allowances"])),
-            one["buckets"],
-            one["in_flight"],
-            one["refusals"],
-            one["configured_at"],
-        )
-        for one in found["limits"]
-    ]
-    header = ("LIMIT", "KIND", "KEY", "ALLOWANCE", "BUCKETS", "IN FLIGHT", "REFUSALS", "CONFIGURED AT")
-    _show_all(table(header, rows))
-
-
-def _allowance(one: JsonObject) -> str:
-    words = f"{one['rate']:g}/s, {one['capacity']}" if one["rate"] is not None else ""
-    if one.get("quota") is not None:
-        words = f"{one['quota']} a {one['period']}"
-    if one.get("concurrent") is not None:
-        words = f"{one['concurrent']} in flight"
-    return words if one.get("tier") is None else f"{one['tier']}: {words}"
+    _show_all(limit_lines(found) if options.limit is None else [bucket_line(found)])
 
 
 # Tail

@@ -104,6 +104,43 @@ def is_inert(text: str) -> bool:
     return all(line.isprintable() for line in text.split("\n"))
 
 
+@pytest.mark.parametrize(
+    ("own", "shown"),
+    [
+        ({"bucket": {"tokens": 1.5, "capacity": 5, "reset_after_seconds": 7}}, "1.5 of 5 tokens, full in 7 s"),
+        (
+            {
+                "quota": {
+                    "remaining": 1_500_000.5,
+                    "used": 500_000,
+                    "quota": 2_000_000,
+                    "period": "month",
+                    "period_end": "2027-02-01",
+                    "top_up": 0,
+                    "carried_over": 0.5,
+                }
+            },
+            (
+                "1500000.5 tokens left, 500000 of 2000000 used in this month, which ends 2027-02-01; top-ups: 0,"
+                " carried over: 0.5"
+            ),
+        ),
+        ({"concurrency": {"in_flight": 1, "concurrent": 2}}, "1 of 2 requests in flight"),
+    ],
+)
+def test_what_one_key_of_a_limit_has_left_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own: dict[str, Any], shown: str
+) -> None:
+    found = {"limit": "own", "key": ["a", EVIL], "tier": "FREE", "bucket": None, "quota": None, "concurrency": None}
+    gateway = Gateway(limits=found | own)
+    assert run(monkeypatch, gateway, "limits", "own", "a", "b/c", "--tier", "FREE") == 0
+    assert gateway.asked == [("/limits/own/buckets", {"key": ["a", "b/c"], "tier": "FREE"})]
+    out = capsys.readouterr().out
+    assert out.startswith("own a, ")
+    assert out.rstrip().endswith(f", tier FREE: {shown}")
+    assert is_inert(out)
+
+
 def test_an_explained_request_shows_all_that_is_known(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -441,6 +441,10 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/usage/me",
         "/limits",
         "/limits/snapshot",
+        "/limits/{name}/buckets",
+        "/limits/{name}/buckets/reset",
+        "/limits/{name}/buckets/top-up",
+        "/limits/{name}/buckets/carry-over",
         "/tiers",
     }
 

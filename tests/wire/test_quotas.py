@@ -186,6 +186,7 @@ def test_operators_see_quotas_and_add_top_ups(gateways: Any) -> None:
     assert gateway.statuses(10) == [200] * 10
     assert gateway.quota() == {
         "limit": "monthly",
+        "route": None,
         "period": "month",
         "time_zone": "Europe/Berlin",
         "starts": "calendar",
