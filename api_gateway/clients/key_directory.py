@@ -7,7 +7,6 @@ change.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from enum import Enum
 
@@ -26,6 +25,8 @@ from api_gateway.clients.records import (
     key_entry,
 )
 from api_gateway.clients.unusable_keys import warning_of
+from api_gateway.eventloop.pacing import Steps, paced
+from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Clock
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ class KeyDirectory:
         self._write = write
         self._bump_version = bump_version
         self._is_source = True
-        self._routes: AbstractSet[str] | None = None  # names of all routes; None: not known
+        self._routes: frozenset[str] | None = None  # names of all routes; None: not known
+        self._warning: asyncio.Task[None] | None = None
         self._is_current = True
         self._outage: asyncio.TimerHandle | None = None
         self._hold = on_lookup
@@ -98,7 +100,7 @@ class KeyDirectory:
         state = "current" if self._is_current else "outdated"
         return f"<KeyDirectory [{len(self._cache().keys)} keys held, {len(self._configured())} configured, {state}]>"
 
-    def change(self, *, outage_tolerance: float, is_source: bool, routes: AbstractSet[str]) -> None:
+    def change(self, *, outage_tolerance: float, is_source: bool, routes: frozenset[str]) -> None:
         """Apply the settings of a configuration, and log which stored keys they make useless.
 
         `is_source`: keys are a source of identities. `routes` are the names of all routes.
@@ -107,18 +109,20 @@ class KeyDirectory:
         self._warn()
 
     def _warn(self) -> None:
-        if self._routes is None:
-            return
+        """Log which of the keys held cannot be used, in a task, as there may be many."""
+        if self._warning is not None:
+            self._warning.cancel()
         cache = self._cache()
-        warning = warning_of(
-            cache.keys,
+        if self._routes is None or not cache.keys:
+            return
+        steps = warning_of(
+            list(cache.keys.values()),
             self.wall_clock(),
             is_source=self._is_source,
             routes=self._routes,
             is_complete=cache.is_complete,
         )
-        if warning is not None:
-            logger.warning("%s", warning)
+        self._warning = asyncio.get_running_loop().create_task(_log(steps), name="stored keys that cannot be used")
 
     @property
     def is_empty(self) -> bool:
@@ -285,6 +289,14 @@ class KeyDirectory:
         """Cancel look-ups, and write the last uses."""
         if self._outage is not None:
             self._outage.cancel()
+        if self._warning is not None:
+            await cancel_and_wait(self._warning)
         await self._lookups.close()
         with suppress(OSError):
             await self.store_uses()
+
+
+async def _log(steps: Steps[str | None]) -> None:
+    warning = await paced(steps)
+    if warning is not None:
+        logger.warning("%s", warning)

@@ -12,6 +12,7 @@ from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.records import Change, KeyChange
 from api_gateway.clients.unusable_keys import warning_of
 from api_gateway.config import load_config
+from api_gateway.eventloop.pacing import completed
 from api_gateway.process import key_commands
 from api_gateway.process.key_commands import run_keys
 from api_gateway.settings.diagnostics import ConfigError
@@ -124,10 +125,6 @@ def test_what_no_source_can_prove_is_a_warning_at_the_start(
     assert told(identity, **more) == expected
 
 
-def held(*keys: tuple[str, ApiKey]) -> dict[str, KnownKey]:
-    return {f"{number:064x}": KnownKey(client_id, key) for number, (client_id, key) in enumerate(keys)}
-
-
 OF_OLD = ApiKey(DIGEST, routes=("old", "all"))
 MANY = [(f"c{number}", replace(OF_OLD, routes=(f"old{number}",))) for number in range(5)]
 NO_ROUTE = "API keys are limited to routes that do not exist: "
@@ -157,7 +154,8 @@ def test_stored_keys_that_cannot_be_used_are_named_within_bounds(
     keys: list[tuple[str, ApiKey]], options: dict[str, bool], expected: str | None
 ) -> None:
     terms = {"is_source": True, "is_complete": True} | options
-    assert warning_of(held(*keys), 100.0, routes={"all"}, **terms) == expected
+    held = [KnownKey(*one) for one in keys]
+    assert completed(warning_of(held, 100.0, routes=frozenset({"all"}), **terms)) == expected
 
 
 def test_the_list_of_keys_marks_routes_that_do_not_exist(
