@@ -5,7 +5,7 @@ from typing import Literal
 
 from api_gateway.admin.reload_views import configuration_view
 from api_gateway.admin.utc_times import wall_time
-from api_gateway.admin.views import upstream_view
+from api_gateway.admin.views import issuer_views, upstream_view
 from api_gateway.eventloop.pacing import each, paced
 from api_gateway.metrics import GATEWAY
 from api_gateway.reporting.metrics_view import concurrency_view
@@ -28,8 +28,8 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
     """Return the health of the gateway, its upstreams and stores.
 
     Status `fail`: all upstreams fail. `warn`: an upstream has a status other than `pass`, limits are not exact, the
-    client store has an error, the last reload failed, a certificate expires or could not be loaded, or a resource is
-    short.
+    client store has an error, the last reload failed, a certificate expires or could not be loaded, the keys of an
+    issuer cannot be fetched, or a resource is short.
     """
     snapshot = await aggregator.gather()
     now = clocks.now()
@@ -47,6 +47,7 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
         or snapshot.client_store_error is not None
         or snapshot.configuration.problems
         or snapshot.tls.problems
+        or any(issuer.status == "warn" for issuer in snapshot.issuers.values())
         or any(resource.status == "warn" for resource in snapshot.resources)
     ):
         status = "warn"
@@ -62,6 +63,7 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
         ),
         configuration=configuration_view(snapshot.configuration),
         tls=tls_view(snapshot.tls),
+        issuers=issuer_views(snapshot.issuers, now) or None,
         event_loop=LagView(lag_seconds=round(snapshot.lag, 6), shed=snapshot.recorder.shed[GATEWAY].total()),
         resources=[_resource_view(resource) for resource in snapshot.resources],
     )

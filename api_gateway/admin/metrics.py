@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from api_gateway.admin.context import Guarded
 from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN, rendered
+from api_gateway.admin.views import issuer_views
 from api_gateway.eventloop.pacing import paced
 from api_gateway.reporting.metrics_schema import LatencyView, MetricsView
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
@@ -50,6 +51,7 @@ async def metrics(
         overflowed=snapshot.overflowed,
         limiter=snapshot.limiter,
         lag=snapshot.lag,
+        issuers=issuer_views(snapshot.issuers, context.clocks.now()),
     )
     return rendered(await paced(view))
 

@@ -1,10 +1,14 @@
-"""Views of upstreams and their targets: the results of health checks and outlier detection, in UTC times."""
+"""Views of upstreams, their targets, and issuers of tokens: the results of checks and fetches, in UTC times."""
+
+from collections.abc import Mapping
 
 from api_gateway.admin.utc_times import utc
+from api_gateway.reporting.issuer_snapshot import IssuerSnapshot
 from api_gateway.reporting.snapshot import HostNameSnapshot, OutlierSnapshot, TargetSnapshot, UpstreamSnapshot
 from api_gateway.reporting.upstream_schema import (
     ActiveView,
     ConcurrencyView,
+    IssuerView,
     NameView,
     OpeningView,
     PassiveView,
@@ -26,6 +30,19 @@ def upstream_view(upstream: UpstreamSnapshot, now: Moment, concurrency: Concurre
         concurrency=concurrency,
         **names,
     )
+
+
+def issuer_views(issuers: Mapping[str, IssuerSnapshot], now: Moment) -> dict[str, IssuerView]:
+    """Return the views of the issuers of tokens, by name."""
+    return {
+        name: IssuerView(
+            status=one.status,
+            keys=one.keys,
+            fetched_at=None if one.fetched_at is None else utc(one.fetched_at, now),
+            error=one.error,
+        )
+        for name, one in issuers.items()
+    }
 
 
 def target_health_view(target: TargetSnapshot, now: Moment) -> TargetHealthView:

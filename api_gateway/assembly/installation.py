@@ -20,6 +20,7 @@ from api_gateway.middleware import DataPlaneSlot
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reload.reloader import Reloader, refused_reload
 from api_gateway.reload.serialization import deserialized
+from api_gateway.reporting.issuer_snapshot import IssuerSnapshot
 from api_gateway.reporting.process_figures import figures_of_this_process
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot
 from api_gateway.reporting.tls_snapshot import TlsSnapshot
@@ -196,6 +197,7 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
     yield  # as many files as are open are counted in a step of their own
     process = figures_of_this_process()
     gateway.recorder.waiting_traces = gateway.tracing.waiting
+    issuers = {} if gateway.tokens is None else gateway.tokens.keys
     yield
     return WorkerSnapshot(
         worker="",
@@ -211,6 +213,7 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         tasks=len(asyncio.all_tasks()),
         resources=[one for found in resources.values() for one in found],
         process=process,
+        issuers={name: IssuerSnapshot(one.count, one.fetched_at, one.error) for name, one in issuers.items()},
         history=_history_figures(gateway),
     )
 

@@ -20,7 +20,7 @@ from api_gateway.models import Clock
 from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.settings.jwt import IssuerSection, JwtSection
 from api_gateway.system.clocks import Clocks
-from api_gateway.transport.document_fetch import MAX_DOCUMENT_BYTES, DocumentUnavailable, fetch_document
+from api_gateway.transport.document_fetch import MAX_DOCUMENT_BYTES, DocumentUnavailable, fetch_document, shown_url
 
 MISSING_EXTRA = (
     "identity.sources: jwt needs the package joserfc; install it with pip install 'api-gateway[jwt]', or remove jwt"
@@ -233,7 +233,7 @@ class _Remote:
         try:
             return await asyncio.to_thread(self._parse, document)
         except ValueError as error:
-            raise KeysUnavailable(f"{url}: {error}") from error
+            raise KeysUnavailable(f"{shown_url(url)}: {error}") from error
 
     async def _discover(self) -> str:
         """Return the URL of the keys from the issuer's OpenID configuration (OpenID Connect Discovery 1.0)."""
@@ -241,15 +241,16 @@ class _Remote:
         try:
             content = json.loads(await self._document(url))
         except (ValueError, RecursionError) as error:
-            raise KeysUnavailable(f"{url}: it is no JSON") from error
+            raise KeysUnavailable(f"{shown_url(url)}: it is no JSON") from error
         found = content if isinstance(content, dict) else {}
         if found.get("issuer") != self._section.issuer:  # section 4.3
+            issuer = str(found.get("issuer"))[:200]
             raise KeysUnavailable(
-                f"{url}: its issuer is {str(found.get('issuer'))[:200]!r}, not the configured {self._section.issuer!r}"
+                f"{shown_url(url)}: its issuer is {issuer!r}, not the configured {self._section.issuer!r}"
             )
         named = found.get("jwks_uri")
         if not isinstance(named, str) or not self._permits(named, url):
-            raise KeysUnavailable(f"{url}: its jwks_uri is not an https URL, got {str(named)[:200]!r}")
+            raise KeysUnavailable(f"{shown_url(url)}: its jwks_uri is not an https URL, got {shown_url(str(named))!r}")
         return named
 
     def _permits(self, named: str, by: str) -> bool:

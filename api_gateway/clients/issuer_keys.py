@@ -69,14 +69,14 @@ class IssuerKeys:
         `on_fetch` is called after each fetch, with whether it succeeded.
         """
         self.name = name
-        self.error: str | None = None  # why the last fetch failed
+        self.error: str | None = None  # why the last fetch failed; no secrets
+        self.fetched_at: float | None = None  # when the last fetch succeeded
         self.fetches = self.failures = 0
         self._load, self._clock, self._on_withdrawal, self._on_fetch = load, clock, on_withdrawal, on_fetch
         self._refresh_interval, self._unknown_key_interval = refresh_interval, unknown_key_interval
         self._stale_for = stale_for
         self._source = source or random.Random()  # noqa: S311 - spreads fetches, guards nothing
         self._keys: tuple[VerificationKey, ...] = ()
-        self._fetched_at: float | None = None  # when the keys were fetched
         self._asked_at: float | None = None  # when the last fetch began
         self._fetch: asyncio.Task[None] | None = None
         self._retry = _FIRST_RETRY
@@ -84,6 +84,11 @@ class IssuerKeys:
     def __repr__(self) -> str:
         state = "without keys" if not self._keys else "current" if self.error is None else "stale"
         return f"<IssuerKeys {self.name!r} [{len(self._keys)} keys, {state}]>"
+
+    @property
+    def count(self) -> int:
+        """The number of keys in use."""
+        return len(self._keys)
 
     @property
     def is_empty(self) -> bool:
@@ -127,7 +132,7 @@ class IssuerKeys:
         """Fetch the keys now and again before they become old, until cancelled."""
         try:
             while True:
-                if self._fetched_at is None or self._clock() - self._fetched_at >= _FIRST_RETRY:  # else by a request
+                if self.fetched_at is None or self._clock() - self.fetched_at >= _FIRST_RETRY:  # else by a request
                     await self.fetched()
                 await asyncio.sleep(self._next_delay() * self._source.uniform(1 - _JITTER, 1))
         finally:
@@ -153,7 +158,7 @@ class IssuerKeys:
             self._note_failure(str(error))
         except Exception as error:  # a defect, after which the keys must still be fetched again
             logger.exception("issuer %s: fetching its keys failed", self.name)
-            self._note_failure(repr(error))
+            self._note_failure(f"internal error: {type(error).__name__}")
         else:
             self._note_success(keys)
         finally:
@@ -163,7 +168,7 @@ class IssuerKeys:
     def _note_success(self, keys: Sequence[VerificationKey]) -> None:
         if self.error is not None:
             logger.warning("issuer %s: keys available again", self.name)
-        self.error, self._retry, self._fetched_at = None, _FIRST_RETRY, self._clock()
+        self.error, self._retry, self.fetched_at = None, _FIRST_RETRY, self._clock()
         self._replace(keys)
 
     def _note_failure(self, cause: str) -> None:
@@ -171,9 +176,8 @@ class IssuerKeys:
         self.failures += 1
         self._retry = _FIRST_RETRY if is_first else min(2 * self._retry, _LAST_RETRY)
         self.error = cause
-        if self._fetched_at is not None and now - self._fetched_at > self._stale_for:
+        if self._keys and self.fetched_at is not None and now - self.fetched_at > self._stale_for:
             logger.error("issuer %s: its keys are too old and not used any more", self.name)
-            self._fetched_at = None
             self._replace(())
         if is_first:
             used = f"the last ones are used for up to {self._stale_for:g} s" if self._keys else "there are none"

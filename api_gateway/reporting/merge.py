@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from api_gateway.models import LimiterState
+from api_gateway.reporting.issuer_snapshot import merge_issuers
 from api_gateway.reporting.process_figures import merged_figures
 from api_gateway.reporting.snapshot import (
     BreakerSnapshot,
@@ -50,6 +51,7 @@ def merge(snapshots: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
     )
     merged.resources = merge_states(state for snapshot in snapshots for state in snapshot.resources)
     merged.tls = merge_tls(snapshot.tls for snapshot in snapshots if not snapshot.is_over)
+    merged.issuers = merge_issuers(snapshot.issuers for snapshot in snapshots if not snapshot.is_over)
     merged.is_over = all(snapshot.is_over for snapshot in snapshots)
     names = dict.fromkeys(name for snapshot in snapshots for name in snapshot.upstreams)
     for name in names:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from api_gateway.models import Body, BreakerMode
-from api_gateway.reporting.upstream_schema import ConcurrencyView, StoreView
+from api_gateway.reporting.upstream_schema import ConcurrencyView, IssuerView, StoreView
 
 
 class LatencyWindow(Body):
@@ -84,7 +84,7 @@ class LimiterView(Body):
 
 
 class IdentityCounts(Body):
-    """Requests whose client id was not proved although it should have been."""
+    """Requests whose client id was not proved although it should have been, and the issuers of tokens."""
 
     would_refuse: dict[str, int] = Field(
         description="Requests that were admitted only because identity.mode is observe, by reason."
@@ -92,6 +92,7 @@ class IdentityCounts(Body):
     bare_client_ids: dict[str, int] = Field(
         description="Requests with the bare id of a client that has keys or is verified only, by result."
     )
+    issuers: dict[str, IssuerView] = Field(description="The keys of the issuers of tokens, by name.")
 
 
 class BreakerCounts(Body):

@@ -24,7 +24,7 @@ from api_gateway.reporting.metrics_schema import (
     RateWindow,
     RequestCounts,
 )
-from api_gateway.reporting.upstream_schema import ConcurrencyView, StoreView
+from api_gateway.reporting.upstream_schema import ConcurrencyView, IssuerView, StoreView
 from api_gateway.resilience.breaker_policy import Mode, State
 
 
@@ -144,6 +144,7 @@ def metrics_view(
     overflowed: int,
     limiter: LimiterState,
     lag: float = 0.0,
+    issuers: Mapping[str, IssuerView] | None = None,
 ) -> Steps[MetricsView]:
     """Return the metrics in steps. `now` is monotonic seconds, on the clock of the recorder; `lag` is seconds."""
     _, rates = yield from _merged(recorder, now)
@@ -174,9 +175,7 @@ def metrics_view(
         mirrored=_nested(recorder.mirrored_in_flight, recorder.mirrored),
         rejections=dict(recorder.rejections),
         operator_rejections=dict(recorder.operator_rejections),
-        identity=IdentityCounts(
-            would_refuse=dict(recorder.would_refuse), bare_client_ids=dict(recorder.bare_client_ids)
-        ),
+        identity=_identity_counts(recorder, issuers or {}),
         rate_limiter=LimiterView(
             allowed=dict(recorder.allowed),
             limited=dict(recorder.limited),
@@ -194,6 +193,14 @@ def metrics_view(
         circuit_breakers=breakers,
         output=OutputView(dropped_lines=dict(recorder.dropped_lines), write_errors=dict(recorder.write_errors)),
         overload=OverloadView(event_loop_lag_seconds=round(lag, 6), upstreams=concurrency, shed=shed),
+    )
+
+
+def _identity_counts(recorder: Recorder, issuers: Mapping[str, IssuerView]) -> IdentityCounts:
+    return IdentityCounts(
+        would_refuse=dict(recorder.would_refuse),
+        bare_client_ids=dict(recorder.bare_client_ids),
+        issuers=dict(issuers),
     )
 
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from api_gateway.errors import GatewayError, Reason
 from api_gateway.metrics import AUDIT
+from api_gateway.reporting.issuer_snapshot import IssuerSnapshot
 from api_gateway.reporting.snapshot import Status, TargetSnapshot, UpstreamSnapshot, WorkerSnapshot
 from api_gateway.reporting.traffic_history import Point
 from api_gateway.resilience.breaker_policy import Mode, State
@@ -47,7 +48,7 @@ class Alert:
 def find_problems(snapshot: WorkerSnapshot, points: Sequence[Point], modes_error: str | None) -> list[Alert]:
     """Return the problems, the gravest first; `modes_error` is why the file of modes cannot be used."""
     found = [*_of_gateway(snapshot, modes_error), *_of_resources(snapshot), *_of_traffic(points)]
-    found += _of_records(snapshot, points)
+    found += [*_of_records(snapshot, points), *_of_issuers(snapshot.issuers)]
     for name, upstream in snapshot.upstreams.items():
         found += _of_upstream(name, upstream)
     found.sort(key=lambda problem: problem.severity != "fail")
@@ -103,6 +104,15 @@ def _of_resources(snapshot: WorkerSnapshot) -> Iterator[Alert]:
                 used = f"{resource.used_ratio * 100:.0f} % in one worker, {used} in all"
             link = _upstream_link(resource.upstream) if resource.upstream else "#/"
             yield Alert("warn", f"Nearly all {resource.resource}{where} are in use: {used}.", link)
+
+
+def _of_issuers(issuers: Mapping[str, IssuerSnapshot]) -> Iterator[Alert]:
+    for name, issuer in issuers.items():
+        if issuer.error is not None:
+            severity: Literal["fail", "warn"] = "warn" if issuer.keys else "fail"
+            then = "the last ones are still used" if issuer.keys else "there are none, so its tokens are refused"
+            text = f"The keys of issuer '{name}' cannot be fetched; {then}: {_short(issuer.error)}."
+            yield Alert(severity, text, "#/configuration/identity")
 
 
 def _of_traffic(points: Sequence[Point]) -> Iterator[Alert]:

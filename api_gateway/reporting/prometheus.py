@@ -298,6 +298,13 @@ class PrometheusExposition:
             ["issuer", "result"],
             recorder.key_fetches.items(),
         )
+        yield from family_in_pieces(
+            GaugeMetricFamily,
+            "gateway_issuer_keys",
+            "Keys of issuers of tokens in use; of several workers, the fewest.",
+            ["issuer"],
+            (((name,), issuer.keys) for name, issuer in self._snapshot.issuers.items()),
+        )
 
     def _breakers(self) -> Iterator[Metric]:
         breakers = [(name, upstream.breaker) for name, upstream in self._upstreams.items()]

@@ -13,6 +13,7 @@ from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
 from api_gateway.observability.latency_series import SLICE
 from api_gateway.reload.outcome import ReloadState
+from api_gateway.reporting.issuer_snapshot import IssuerSnapshot
 from api_gateway.reporting.process_figures import figures_at_end
 from api_gateway.reporting.tls_snapshot import WITHOUT_TLS, TlsSnapshot
 from api_gateway.reporting.traffic_history import Point
@@ -264,6 +265,7 @@ class WorkerSnapshot:
     process: dict[str, float] = field(default_factory=dict)  # see `process_figures`
     points: list[Point] = field(default_factory=list)  # the traffic of the last hour, of all workers
     tls: TlsSnapshot = WITHOUT_TLS
+    issuers: dict[str, IssuerSnapshot] = field(default_factory=dict)  # of tokens, by name
     history: dict[str, int] = field(default_factory=dict)  # records of requests by outcome, and their `bytes`
 
     @classmethod
@@ -309,6 +311,7 @@ class WorkerSnapshot:
             "process": self.process,
             "points": self.points,
             "tls": asdict(self.tls),
+            "issuers": {name: asdict(issuer) for name, issuer in self.issuers.items()},
             "history": self.history,
         }
 
@@ -331,6 +334,7 @@ class WorkerSnapshot:
         self.process = state["process"]
         self.points = state["points"]
         self.tls = TlsSnapshot.from_state(state["tls"])
+        self.issuers = {name: IssuerSnapshot(**issuer) for name, issuer in state["issuers"].items()}
         self.history = state["history"]
         self.configuration = ReloadState.from_state(state["configuration"])
         resources = yield from each(enumerate(state["resources"]), lambda _, resource: ResourceState(**resource))

@@ -280,6 +280,15 @@ class TlsView(Body):
     problems: list[str]
 
 
+class IssuerView(Body):
+    """The keys of an issuer of tokens. `warn`: the last fetch failed; without a key its tokens get 503."""
+
+    status: Literal["pass", "warn"]
+    keys: int = Field(description="Keys in use; of several workers, the fewest.")
+    fetched_at: str | None = Field(description="Time of the last successful fetch, UTC, ISO 8601; null before it.")
+    error: str | None = Field(description="Why the last fetch failed; null after a success.")
+
+
 class HealthView(BaseModel):
     """Overall health. All but `status` is for operators only."""
 
@@ -290,6 +299,7 @@ class HealthView(BaseModel):
     store: StoreView | None = None
     client_store: ClientStoreView | None = None
     tls: TlsView | None = None
+    issuers: dict[str, IssuerView] | None = Field(default=None, description="By name; null if tokens are no source.")
     event_loop: LagView | None = None
     configuration: ConfigurationView | None = None
     resources: list[ResourceView] | None = None

@@ -141,6 +141,7 @@ async def test_keys_are_used_while_the_issuer_is_down_for_a_limited_time(
     await keys.fetched()
     assert keys.is_empty
     assert (key.is_withdrawn, withdrawals) == (True, [None])
+    assert keys.fetched_at == clock() - STALE - 1, "the last success is known, although its keys are not used any more"
     issuer.error = None
     await keys.fetched()
     assert (len(found(keys)), keys.error) == (1, None)
@@ -179,9 +180,9 @@ async def test_a_request_that_waits_as_it_was_told_starts_a_fetch(
 
 
 async def test_a_defect_of_a_fetch_is_a_failure_after_which_it_is_repeated(keys: IssuerKeys, issuer: Issuer) -> None:
-    issuer.error = RuntimeError("a defect")
+    issuer.error = RuntimeError("a defect, with a secret")
     await keys.fetched()
-    assert keys.is_empty
+    assert (keys.is_empty, keys.error) == (True, "internal error: RuntimeError")
     issuer.error = None
     await keys.fetched()
     assert found(keys)
@@ -259,7 +260,8 @@ async def test_keys_are_fetched_from_their_url(published: Published, clock: Fake
         ({"jwks_uri": None}, "not an https URL"),
         ({"jwks_uri": "file:///etc/passwd"}, "not an https URL"),
         ({"jwks_uri": "http://keys.test/keys"}, "not an https URL"),
-        ({"jwks_uri": "https://user:word@keys.test/keys"}, "not an https URL"),
+        ({"jwks_uri": "https://user:secret@keys.test/keys"}, "not an https URL"),
+        ({"jwks_uri": "http://keys.test/keys?code=secret"}, "not an https URL"),
     ],
 )
 async def test_a_wrong_configuration_of_the_issuer_is_not_followed(
@@ -270,6 +272,14 @@ async def test_a_wrong_configuration_of_the_issuer_is_not_followed(
     await keys.fetched()
     assert keys.is_empty
     assert cause in str(keys.error)
+    assert "secret" not in str(keys.error)
+
+
+async def test_the_query_of_a_url_is_in_no_message(published: Published, clock: FakeClock) -> None:
+    keys = built(clock, jwks_url=f"{published.server.url}/keys?code=secret")
+    await keys.fetched()
+    assert keys.error == f"{published.server.url}/keys?…: status 404"
+    assert published.server.requests[0].line == b"GET /keys?code=secret HTTP/1.1"
 
 
 @pytest.mark.parametrize(

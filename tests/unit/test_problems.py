@@ -6,6 +6,7 @@ from typing import Any
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.models import LimiterState
 from api_gateway.reload.outcome import ReloadState
+from api_gateway.reporting.issuer_snapshot import IssuerSnapshot
 from api_gateway.reporting.problems import MAX_PROBLEMS, Alert, find_problems, status_of
 from api_gateway.reporting.snapshot import (
     BreakerSnapshot,
@@ -108,6 +109,20 @@ CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
         "warn",
         "Limits may be inexact: keys are evicted.",
         "#/configuration/store",
+    ),
+    (
+        snapshot(issuers={"sso": IssuerSnapshot(0, None, "status 500.")}),
+        [],
+        "fail",
+        "The keys of issuer 'sso' cannot be fetched; there are none, so its tokens are refused: status 500.",
+        "#/configuration/identity",
+    ),
+    (
+        snapshot(issuers={"sso": IssuerSnapshot(2, 0.0, "timeout"), "other": IssuerSnapshot(1, 0.0, None)}),
+        [],
+        "warn",
+        "The keys of issuer 'sso' cannot be fetched; the last ones are still used: timeout.",
+        "#/configuration/identity",
     ),
     (snapshot(client_store_error="locked"), [], "warn", "The client store is unavailable", "#/clients"),
     (

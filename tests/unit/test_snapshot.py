@@ -13,6 +13,7 @@ from api_gateway.eventloop.pacing import completed
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.observability.latency_series import SLICE
+from api_gateway.reporting.issuer_snapshot import IssuerSnapshot
 from api_gateway.reporting.merge import merge
 from api_gateway.reporting.metrics_view import metrics_view
 from api_gateway.reporting.prometheus import PrometheusExposition
@@ -520,3 +521,21 @@ def test_how_resources_stand_gets_to_other_processes_and_only_refusals_outlive_a
         ResourceState("connections", None, 10, 3, 3, fullest=0.3),
         ResourceState("tunnels", "up", 4, 3, 3, fullest=0.75),
     ]
+
+
+def test_the_keys_of_an_issuer_are_shown_as_the_worker_has_them_that_has_least() -> None:
+    def worker(name: str, **issuers: IssuerSnapshot) -> WorkerSnapshot:
+        told, other = WorkerSnapshot(name, recorder(), issuers=issuers), WorkerSnapshot.blank(name)
+        other.update(json.loads(json.dumps(told.state())))
+        assert other.issuers == issuers
+        return other
+
+    whole, stale = IssuerSnapshot(2, 50.0, None), IssuerSnapshot(1, 20.0, "timeout")
+    workers = [worker("1", sso=whole, new=whole), worker("2", sso=stale, new=IssuerSnapshot(0, None, None))]
+    for order in (workers, workers[::-1]):
+        assert merge(order).issuers == {
+            "sso": IssuerSnapshot(1, 20.0, "timeout"),
+            "new": IssuerSnapshot(0, None, None),
+        }
+    workers[1].end()
+    assert merge(workers).issuers == {"sso": whole, "new": whole}

@@ -559,6 +559,42 @@ def test_a_gateway_starts_without_its_issuer(gateway: Gateway, up: RawUpstream, 
     assert ask(f"{running.url}/api/x", headers={"X-Client-ID": "bare"}).status == 200
 
 
+def test_operators_see_an_issuer_whose_keys_cannot_be_fetched(
+    gateway: Gateway, issuer: Published, up: RawUpstream, clocks: FakeClocks
+) -> None:
+    """Before any request has failed; the gateway stays ready."""
+    down, token = "127.0.0.1", issuer.signed()
+    issuer.server.close()
+    running = gateway(with_issuer(up, issuer=issuer.issuer), clocks.clocks)
+
+    def shown(keys: int, *, is_down: bool) -> str | None:
+        """Check the views of the issuer; return the time of its last fetch."""
+        eventually(lambda: running.live.recorder.key_fetches.total() > 0, "the first fetch")
+        clocks.advance(1)  # a second after which /health is rendered again
+        health = ask(f"{running.url}/health").json()
+        one = health["issuers"]["one"]
+        assert (health["status"], one["status"]) == (("warn", "warn") if is_down else ("pass", "pass"))
+        assert one["keys"] == keys
+        assert (down in one["error"]) if is_down else one["error"] is None
+        metrics = ask(f"{running.url}/metrics").json()
+        assert metrics["identity"]["issuers"] == {"one": one}
+        assert f'gateway_issuer_keys{{issuer="one"}} {keys}.0' in (
+            ask(f"{running.url}/metrics?format=prometheus").body.decode()
+        )
+        assert ask(f"{running.url}/readyz").status == 200
+        return None if one["fetched_at"] is None else str(one["fetched_at"])
+
+    assert shown(0, is_down=True) is None
+    issuer.server.listen(issuer.server.port)
+    assert get(running, token).status == 200
+    fetched_at = shown(1, is_down=False)
+    assert fetched_at is not None
+    issuer.server.close()
+    clocks.advance(10)
+    assert told(get(running, issuer.signed(key=key_for("ES256", 2)))) == (503, "issuer_unavailable")
+    assert shown(1, is_down=True) == fetched_at
+
+
 def test_what_a_token_names_is_never_fetched(
     gateway: Gateway, issuer: Published, up: RawUpstream, clocks: FakeClocks
 ) -> None:

@@ -311,6 +311,7 @@ def test_health_shows_the_status_word_only_to_others(tokened: RunningGateway) ->
         "store",
         "client_store",
         "tls",
+        "issuers",
         "event_loop",
         "resources",
         "configuration",
