@@ -66,6 +66,7 @@ _IDENTIFICATION = {
     " unavailable since the start; so the request is refused, as its address's",
 }
 
+_RECORD_UNKNOWN = "; whether the client store has a record of it is not known, because the store is unavailable"
 
 _WITHOUT_END = 253_402_300_799.0  # the end of a certificate that has none, the year 9999 (RFC 5280 section 4.1.2.5)
 
@@ -83,6 +84,7 @@ class Explainer:
         limiter: RateLimiter,
         shedder: EventLoopShedder,
         header: str,
+        is_known: Callable[[str], bool] = lambda _: True,
         claim_of_key: Callable[[str], Claim | None] = lambda _: None,
         response_calls: Sequence[ExtensionCall] = (),
         clock: Clock,
@@ -90,9 +92,11 @@ class Explainer:
     ) -> None:
         """`header` is the name of the header that identifies clients. Both clocks must read the same time.
 
+        `is_known` returns whether it is known what the client store has of an id.
         `claim_of_key` returns the claim of the API key with an id, None if there is none. `response_calls` is what is
         shown for the hooks of responses.
         """
+        self._is_known = is_known
         self._claim_of_key = claim_of_key
         self._response_calls = tuple(response_calls)
         self._admission = admission
@@ -267,10 +271,12 @@ class Explainer:
         if basis == "address" and plan.facts.name is not None:
             basis = "unproved" if isinstance(error, CredentialsRequired) else basis
             basis = "doubtful" if isinstance(error, StoreUnavailable) else basis
+        is_known = client.source == "address" or self._is_known(client.id)
         return ClientExplained(
             id=client.id,
             tier_source=client.source,
-            detail=_IDENTIFICATION[basis].format(header=source or self._header, address=words),
+            detail=_IDENTIFICATION[basis].format(header=source or self._header, address=words)
+            + ("" if is_known else _RECORD_UNKNOWN),
             registered=client.is_registered,
             proved_by=source,
             verified_only=client.is_verified_only,

@@ -117,6 +117,7 @@ def data_plane_of(
         limiter=gateway.charging,
         shedder=gateway.event_loop_shedder,
         header=config.identity.header,
+        is_known=gateway.clients.is_known,
         claim_of_key=sources.claim_of_key,
         response_calls=response_hooks.calls,
         clock=clocks.monotonic,

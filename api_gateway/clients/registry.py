@@ -338,6 +338,10 @@ class ClientRegistry:
             return replace(client, is_verified_only=True)
         return client
 
+    def is_known(self, client_id: str) -> bool:
+        """Return whether it is known what the store has of an id, or can be looked up."""
+        return self.store_error is None or self._cache.knows(client_id)
+
     def is_doubtful(self, client_id: str) -> bool:
         """Return whether an id counts as one that must be proved only because nothing is known of the store."""
         known = self._known.get(client_id)

@@ -86,6 +86,9 @@ def check_the_start_with_a_file(one: Machine) -> None:
             said = post(running, "/explain", client_id="acme", path="/api/up")
             assert (said["result"]["status"], said["result"]["reason"]) == REFUSED
             assert running.ask("/clients/acme").json()["verified_only"] is True
+            said = post(running, "/explain", client_id="initech", path="/api/up")
+            assert (said["result"]["outcome"], said["client"]["registered"]) == ("allowed", False)
+            assert "whether the client store has a record of it is not known" in said["client"]["detail"]
             path = Path(one.config)
             path.write_text(path.read_text().replace("rate: 100000", "rate: 100001"))
             post(running, "/reload")
@@ -106,6 +109,7 @@ def check_the_start_without_a_file(fresh: Machine, server: StoreServer) -> None:
         server.resume()
         eventually(lambda: outcomes(running, "acme") == {REFUSED}, "the store has returned")
         assert outcomes(running, "initech") == {ADMITTED}
+        assert "not known" not in post(running, "/explain", client_id="initech", path="/api/up")["client"]["detail"]
         eventually(lambda: fresh.ids() == {"acme"}, "it is kept for the next start")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from api_gateway.assembly.identity import identity_rules
 from api_gateway.clients import kept_proofs
 from api_gateway.clients.api_keys import ApiKey, digest_of, new_key
 from api_gateway.clients.identity_rules import IdentityRules
@@ -13,8 +14,10 @@ from api_gateway.clients.kept_proofs import PROOFS_FILE, PROOFS_VERSION, Invalid
 from api_gateway.clients.records import UNCHANGED, Change
 from api_gateway.clients.redis_store import RedisClientStore
 from api_gateway.clients.registry import ClientRegistry
+from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.redis_session import StoreSession
-from tests.kit import case, soon
+from tests.cases import each
+from tests.kit import _config, case, in_front_of, soon
 from tests.store_kit import CALM, StoreServer
 from tests.unit.test_client_registry import TIERS, HeldStore, following
 
@@ -170,6 +173,24 @@ async def test_without_a_source_that_proves_ids_none_is_refused(file: ProofFile)
         assert claims(registry, "acme") == (set(), set())
         registry.change_tiers(TIERS, "FREE", {}, IdentityRules())
         assert claims(registry, "acme") == ({"acme"}, {"acme"})
+
+
+@each("sources", [["api_key", "header", "address"], ["header", "address"], ["certificate", "address"]])
+def test_what_can_prove_an_id_is_that_of_the_configuration(sources: list[str], tmp_path: Path) -> None:
+    config = _config(in_front_of("http://127.0.0.1:9") | {"identity": {"sources": sources}}, tmp_path)
+    assert identity_rules(config).can_prove is (sources != ["header", "address"])
+
+
+@each(
+    ("url", "place"),
+    [
+        ("redis://user:secret@b:1/2", "b:1//2"),
+        ("redis+sentinel://:secret@b:1,a/main/3", "a:26379,b:1/main/3"),
+        ("unix:///run/store.sock", "/run/store.sock//0"),
+    ],
+)
+def test_the_name_of_a_store_has_no_secret(url: str, place: str) -> None:
+    assert StoreUrl.parse(url).place == place
 
 
 async def test_an_old_file_knows_what_was_known_when_it_was_written(file: ProofFile) -> None:
