@@ -31,7 +31,7 @@ from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, watched
 from api_gateway.process.message_log import change_logging
 from api_gateway.process.server_certificates import ServerCertificates
-from api_gateway.process.startup_message import startup_banner
+from api_gateway.process.startup_message import announce_start
 from api_gateway.process.stop_times import stop_within, watchdog_of
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
@@ -220,8 +220,8 @@ class GatewayServer(uvicorn.Server):
             self.servers.append(server)
 
     def announce(self) -> None:
-        """Print the startup message."""
-        print(startup_banner(self._settings, self._sockets), flush=True)
+        """Print or log the startup message."""
+        announce_start(self._settings, self._sockets)
         self._manager.ready()
 
     @property

@@ -1,5 +1,9 @@
-"""The message that is printed after the start: bound addresses, and a URL or command to reach the gateway."""
+"""The message after the start: bound addresses, and a URL or command to reach the gateway.
 
+It is printed, or logged if the log is JSON, as then each line on standard output is an object.
+"""
+
+import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +15,8 @@ from api_gateway.demo import banner
 from api_gateway.process.listeners import Sockets
 from api_gateway.settings.bind_address import UNIX_PREFIX, authority
 from api_gateway.settings.routes import RouteSection
+
+logger = logging.getLogger(__name__)
 
 _REACHED_AS_LOCALHOST = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
@@ -44,6 +50,16 @@ def _destination(route: RouteSection) -> str:
     if route.redirect is not None:
         return f"{route.redirect.status} {route.redirect.to}"
     return ", ".join(route.upstream_names) or f"{200 if route.respond is None else route.respond.status}"
+
+
+def announce_start(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> None:
+    """Print the startup message; with `log.format: json`, log each of its lines instead."""
+    text = startup_banner(config, sockets, workers)
+    if config.log.format != "json":
+        print(text, flush=True)  # noqa: T201 - it is for standard output
+        return
+    for line in text.splitlines():
+        logger.info("%s", line.strip())
 
 
 def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:

@@ -22,7 +22,7 @@ from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
 from api_gateway.process.message_log import change_logging
-from api_gateway.process.startup_message import startup_banner
+from api_gateway.process.startup_message import announce_start
 from api_gateway.process.stop_times import stop_within, watchdog_of
 from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import ReloadOutcome, ReloadState
@@ -203,7 +203,7 @@ class Supervisor:
         self._slots = [WorkerSlot(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
         self._stack.push_async_callback(self._stop_all)
         await self._start_all()
-        print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - the startup message
+        announce_start(self._config, listeners.sets[0], server.workers)
         self._manager.ready()
         settle_objects()
         async with asyncio.TaskGroup() as group:

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -22,10 +23,11 @@ from api_gateway.system import output
 from api_gateway.system.output import LineHandler, LineWriter, Output, TextStream
 from tests.forked import Fork
 from tests.kit import PATIENCE, RawClient, RawUpstream, ask, eventually, free_port
-from tests.processes import ROOT, START, WATCHED, config_file, is_alive
+from tests.processes import ROOT, START, WATCHED, config_file, is_alive, process
 
 TOKEN = "for-the-tests-of-output"
 OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
+LISTENS = re.compile(r"Listening on .* \((http://[\w.:]+)\)")
 FILL = 300  # requests whose lines are more than the 64 KiB that a pipe holds
 
 
@@ -369,3 +371,25 @@ def test_every_line_is_written_before_the_end(tmp_path: Path, upstream: Callable
         assert popen.wait(PATIENCE) == 0
     lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
     assert len([json.loads(line) for line in lines]) == FILL
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_with_json_each_line_is_an_object_from_the_start(tmp_path: Path, workers: str) -> None:
+    up = RawUpstream()
+    path = config_file(tmp_path, up.url, f"state_dir: {tmp_path / 'state'}\nlog: {{format: json}}")
+    try:
+        with process("-m", "api_gateway", "--config", path, "--port", "0", "--workers", workers, cwd=tmp_path) as one:
+            eventually(lambda: LISTENS.search(one.errors) is not None, "the log says that it listens", START)
+            found = LISTENS.search(one.errors)
+            assert found is not None
+            assert ask(f"{found[1]}/api/up/1", headers={"X-Client-ID": "acme"}).status == 200
+            eventually(lambda: "/api/up/1" in one.output, "the access log has the request")
+            one.signal(signal.SIGTERM)
+            assert one.exit_code() == 0
+            accesses = [json.loads(line) for line in one.output.splitlines()]
+            messages = [json.loads(line) for line in one.errors.splitlines()]
+    finally:
+        up.close()
+    assert [line["path"] for line in accesses] == ["/api/up/1"]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, messages))
+    assert {line["level"] for line in messages if "Listening on" in line["message"]} == {"info"}
