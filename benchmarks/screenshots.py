@@ -1,4 +1,4 @@
-"""Pictures of the dashboard for the documentation: `python -m benchmarks.screenshots [--folder docs/images]`.
+"""Pictures of the dashboard for the documentation: `python -m benchmarks.screenshots`, and of all: `--all --folder X`.
 
 Needs Chromium on the PATH and the package `playwright` (extra `interop`). A gateway with a dozen upstreams runs on
 loopback, gets requests of some clients, loses a target, and is photographed: each page in light, some in dark and at
@@ -21,7 +21,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ PICTURES: list[tuple[str, str, str, Mapping[str, int]]] = [
     ("configuration-narrow", "#/configuration", "dark", NARROW),
     ("api", "docs", "light", WIDE),
 ]
+SHOWN = ("overview", "upstreams-dark", "clients", "explain-narrow", "configuration", "api")  # in the documentation
 OUTAGE, BURST = range(228, 244), range(120, 160)  # points of the simulated hour
 SERVICES = ("accounts", "billing", "catalogue", "images", "inventory", "mail", "orders", "search", "shipping", "users")
 CLIENTS = {"acme": 9, "globex": 5, "initech": 3, "umbrella": 2, "hooli": 2, "stark": 1, "wayne": 1}  # shares
@@ -234,7 +235,7 @@ def prepare(gateway: Gateway) -> None:
     gateway.upstreams[-1].is_failing = True
 
 
-def photograph(gateway: Gateway, folder: Path, only: str) -> None:
+def photograph(gateway: Gateway, folder: Path, chosen: Collection[str]) -> None:
     """Take the pictures."""
     from playwright.sync_api import sync_playwright  # noqa: PLC0415 - an extra
 
@@ -243,7 +244,7 @@ def photograph(gateway: Gateway, folder: Path, only: str) -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         for name, page_path, theme, size in PICTURES:
-            if only and only not in name:
+            if name not in chosen:
                 continue
             context = browser.new_context(
                 viewport=size, color_scheme=theme, device_scale_factor=2 if size is NARROW else 1
@@ -271,11 +272,13 @@ def main() -> None:
     """Take the pictures, and make the files small."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--all", action="store_true", help="also pictures that no page of the documentation shows")
     parser.add_argument("--only", default="", help="only pictures whose name has this text")
     parser.add_argument("--seconds", type=float, default=20, help="of traffic before the first picture")
     given = parser.parse_args()
     if importlib.util.find_spec("playwright") is None or not any(map(shutil.which, BROWSERS)):
         parser.error("needs Chromium on the PATH, and the package playwright")
+    names = [name for name, *_ in PICTURES if given.only in name and (given.all or name in SHOWN)]
     pictures = given.folder.resolve()
     pictures.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # pictures show relative paths
@@ -286,12 +289,12 @@ def main() -> None:
                 time.sleep(given.seconds)
                 history: TrafficHistory = gateway.server._app.state.traffic_history  # noqa: SLF001 - nothing else fills it
                 history.restore(simulated_hour(time.time()).points)
-                photograph(gateway, pictures, given.only)
+                photograph(gateway, pictures, names)
         finally:
             gateway.close()
-    for name, *_ in PICTURES:
+    for name in names:
         picture = pictures / f"{name}.png"
-        if given.only in name and shutil.which("pngquant"):
+        if shutil.which("pngquant"):
             command = ["pngquant", "--force", "--skip-if-larger", "--ext", ".png", "128", str(picture)]
             subprocess.run(command, check=False)  # noqa: S603 - a fixed program
 

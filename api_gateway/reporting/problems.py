@@ -100,7 +100,7 @@ def _of_resources(snapshot: WorkerSnapshot) -> Iterator[Alert]:
         if resource.status == "warn":
             where = f" of upstream '{resource.upstream}'" if resource.upstream else ""
             used = f"{resource.in_use} of {resource.limit}"
-            if resource.used_ratio * resource.limit > resource.in_use:
+            if resource.fullest > resource.in_use / resource.limit:
                 used = f"{resource.used_ratio * 100:.0f} % in one worker, {used} in all"
             link = _upstream_link(resource.upstream) if resource.upstream else "#/"
             yield Alert("warn", f"Nearly all {resource.resource}{where} are in use: {used}.", link)

@@ -45,10 +45,7 @@ _AT_ZERO = dict.fromkeys(OUTCOMES, 0)
 # Routes plus upstreams up to which all series are shown from the start; a scrape then has at most about 0.9 MB. Above,
 # a route and an upstream together have about 1 KB, most of it in the bounds of the route's histogram.
 MAX_DETAILED = 300
-_FEW_BOUNDS = (
-    0.1,
-    2.5,
-)  # seconds, of the histograms of routes above MAX_DETAILED; the alert GatewaySlow needs the last
+_FEW_BOUNDS = (0.1, 2.5)  # seconds, of histograms above MAX_DETAILED; the alert GatewaySlow needs the last
 _OPENMETRICS = "application/openmetrics-text"
 _END = b"# EOF\n"
 

@@ -357,7 +357,7 @@ class WorkerSnapshot:
         self.lag = 0.0
         self.process = figures_at_end(self.process)
         self.history = dict.fromkeys(self.history, 0)
-        self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
+        self.resources = [replace(resource, limit=0, in_use=0, fullest=0.0) for resource in self.resources]
 
 
 def oldest_changed(now: float) -> int:

@@ -22,6 +22,7 @@ from api_gateway.reporting.upstream_schema import HealthView
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.fair_shares import share_refusal
 from api_gateway.resilience.priorities import PriorityClasses
+from benchmarks.screenshots import SHOWN
 from tests import sources
 from tests.cases import each
 
@@ -218,3 +219,8 @@ def test_the_refusal_of_a_share_is_the_one_that_its_page_shows() -> None:
     assert shown("docs/resource-limits.md")["detail"] == (
         f"Upstream 'users': {share_refusal(256, 256, 512, 'connections to it')}."
     )
+
+
+def test_every_picture_is_on_a_page_and_is_one_that_the_script_takes() -> None:
+    shown = {picture for name in NAMES for picture in re.findall(r"images/([\w-]+)\.png", (ROOT / name).read_text())}
+    assert shown == {path.stem for path in (ROOT / "docs" / "images").iterdir()} == set(SHOWN)

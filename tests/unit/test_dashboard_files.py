@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tomllib
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ FOLDER = ROOT / "api_gateway" / "dashboard"
 OWN = sorted(
     path for path in FOLDER.rglob("*") if path.suffix in (".js", ".html", ".css") and "vendor" not in path.parts
 )
+# SHA-256 of the files of uPlot 1.6.32 in npm: `dist/uPlot.esm.js` and `dist/uPlot.min.css`.
+VENDORED = {
+    "uPlot.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+    "uPlot.js": "5dd9b3281aa64b461b42d9945f6adb2649d346502b12281a9ae0d46599a80eba",
+}
 # What would turn text into markup, styles or code.
 MARKUP = re.compile(
     r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|DOMParser|srcdoc|setHTML"
@@ -58,6 +64,8 @@ def test_modules_import_files_that_exist_and_export_what_is_imported() -> None:
 def test_the_vendored_library_has_its_licence_and_is_unchanged() -> None:
     assert "MIT License" in (FOLDER / "vendor" / "LICENSE").read_text()
     assert "(v1.6.32)" in (FOLDER / "vendor" / "uPlot.js").read_text()[:400]
+    found = {path.name: sha256(path.read_bytes()).hexdigest() for path in (FOLDER / "vendor").glob("uPlot.*")}
+    assert found == VENDORED
 
 
 def test_every_file_is_in_the_package_and_the_sizes_are_small() -> None:
