@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -380,6 +382,95 @@ def test_the_counts_of_clients_are_those_of_the_chosen_order(browser: Any, site:
         assert count.get_attribute("title") == f"at most {found['bare_error_bound']} too high"
         wanted = "\u2013" if found["requests"] == 0 else f"{min(4, found['requests']) * 100 // found['requests']}\xa0%"
         assert (requests.inner_text(), share.inner_text()) == (str(found["requests"]), wanted)
+
+
+def test_a_key_is_created_with_all_its_terms_and_listed_with_them(browser: Any, site: Site) -> None:
+    """The command that the dialog shows does the same."""
+    with dashboard(browser, site, "#/clients/terms", timezone_id="Asia/Tokyo") as page:
+        table = page.get_by_role("region", name="API keys").locator("tbody tr")
+        page.get_by_text("The client has no keys.").wait_for()
+        page.get_by_role("button", name="Create a key").click()
+        dialog = page.get_by_role("dialog")
+        assert sent_by(dialog) == {"label": ""}
+        dialog.get_by_label("Label").fill("ci")
+        dialog.get_by_label("Expires").select_option("2592000")
+        assert sent_by(dialog) == {"label": "ci", "expires_in_seconds": 2_592_000}
+        dialog.get_by_label("Or at this time").fill("2040-12-01T09:00")
+        dialog.get_by_label("Routes").fill(" users, absent ,")
+        dialog.get_by_label("Bare id of the client").select_option("accepted")
+        asked = {"label": "ci", "expires_at": "2040-12-01T00:00:00.000Z", "verified_only": False}
+        assert sent_by(dialog) == {**asked, "routes": ["users", "absent"]}
+        axe_finds_nothing(page)
+        dialog.get_by_role("button", name="Create a key").click()
+        dialog.get_by_text("there is no route 'absent'; the routes are users, orders").wait_for()
+        dialog.get_by_label("Routes").fill("users")
+        command = dialog.locator("code").first.inner_text()
+        dialog.get_by_label("Routes").press("Enter")
+        page.locator("dialog pre", has_text="agw_").wait_for()
+        page.get_by_role("button", name="Close").click()
+        table.first.wait_for()
+        shell = {**os.environ, "TOKEN": OPERATOR}
+        answer = subprocess.run(["sh", "-c", command], env=shell, capture_output=True, check=True)
+        made = json.loads(answer.stdout)
+        assert (made["routes"], made["expires_at"], made["verified_only"]) == (
+            ["users"],
+            "2040-12-01T00:00:00.000+00:00",
+            False,
+        )
+        listed = site.ask("/clients/terms/keys").json()
+        assert [one["routes"] for one in listed["keys"]] == [["users"], ["users"]]
+        page.reload()
+        live(page)
+        eventually(lambda: table.count() == 2, "both keys are listed")
+        heads = page.get_by_role("region", name="API keys").locator("th").all_inner_texts()
+        assert heads[:6] == ["Key", "Label", "Routes", "Created", "Expires", "Last used"]
+        cells = table.first.locator("td").all_inner_texts()
+        assert cells[1:3] == ["ci", "users"]
+        assert re.fullmatch(r"([\d-]{10} )?\d\d:\d\d:\d\d", cells[3])
+        assert cells[4:6] == ["2040-12-01 09:00:00", "never"]
+        page.get_by_role("button", name="Rotate").first.click()
+        dialog.get_by_label("Expires").select_option("7776000")
+        assert sent_by(dialog) == {"overlap_seconds": 86_400, "expires_in_seconds": 7_776_000}
+        page.keyboard.press("Escape")
+    site.ask("/clients/terms", "DELETE")
+
+
+def test_all_that_is_listed_of_a_key_is_reached_in_360_pixels_and_by_keyboard(browser: Any, site: Site) -> None:
+    site.ask("/clients/narrow/keys", "POST", {"label": "a label of several words", "routes": ["users", "orders"]})
+    with dashboard(browser, site, "#/clients/narrow", viewport=NARROW) as page:
+        table = page.get_by_role("region", name="API keys").locator("tbody tr")
+        table.first.wait_for()
+        axe_finds_nothing(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        for name in ("Created", "Last used"):
+            assert page.get_by_role("columnheader", name=name).is_visible()
+        page.get_by_role("region", name="API keys").focus()
+        for _ in range(40):
+            page.keyboard.press("ArrowRight")
+        last = table.first.get_by_role("button", name="Revoke")
+        eventually(
+            lambda: last.bounding_box()["x"] + last.bounding_box()["width"] <= 360, "the last column is reached"
+        )
+        page.get_by_role("button", name="Create a key").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        axe_finds_nothing(page)
+        page.keyboard.press("Escape")
+    site.ask("/clients/narrow", "DELETE")
+
+
+def sent_by(dialog: Any) -> Any:
+    """Return the body in the command that a dialog shows."""
+    found = re.search(r"-d '(.*)' '", dialog.locator("code").first.inner_text())
+    assert found is not None
+    return json.loads(found[1])
+
+
+def axe_finds_nothing(page: Any) -> None:
+    if importlib.util.find_spec("axe_playwright_python") is not None:
+        from axe_playwright_python.sync_playwright import Axe
+
+        found = Axe().run(page).response["violations"]
+        assert [(one["id"], [node["target"] for node in one["nodes"]]) for one in found] == []
 
 
 def test_a_decision_is_explained_and_a_request_looked_up(browser: Any, site: Site) -> None:

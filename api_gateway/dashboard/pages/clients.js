@@ -8,6 +8,7 @@ import { poll, stream } from "../stream.js";
 
 // Orders: the value of `sort`, the button, and the counted share of the requests with its header.
 const SORTS = [["limited", "Most limited", "limited", "Limited"], ["requests", "Most requests", "limited", "Limited"], ["bare", "Bare ids", "bare", "Bare ids"]];
+const BARE_ID = [["", "as now, but refused from the first key on"], ["refused", "refused: a credential must prove it"], ["accepted", "accepted: anyone can claim it"]];
 const SOURCES = { granted: "grant", registered: "registered", configured: "configuration", credential: "credential", default: "default", address: "address" };
 
 export function clients(main, argument, signal) {
@@ -125,17 +126,19 @@ function client(place, id, tiers) {
     try {
       const found = await call("GET", `${base}/keys`, undefined, { signal });
       isVerified = found.verified_only;
-      put(keys, found.keys.length ? h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "API keys" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Key"), h("th", {}, "Label"), h("th", { class: "num" }, "Expires"), h("th", { class: "num narrow-off" }, "Last used"), h("th", {}, h("span", { class: "sr" }, "Changes")))), h("tbody", {}, found.keys.map(keyRow)))) : h("p", { class: "empty" }, "The client has no keys."),
+      put(keys, found.keys.length ? h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "API keys" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Key"), h("th", {}, "Label"), h("th", {}, "Routes"), h("th", {}, "Created"), h("th", {}, "Expires"), h("th", {}, "Last used"), h("th", {}, h("span", { class: "sr" }, "Changes")))), h("tbody", {}, found.keys.map(keyRow)))) : h("p", { class: "empty" }, "The client has no keys."),
         h("div", { class: "actions" },
-          change("Create a key", { text: "The key is shown once.", fields: () => [field("Label", { placeholder: "for whom or what" }), field("Expires", { options: [["", "never"], ["2592000", "in 30 days"], ["7776000", "in 90 days"], ["31536000", "in a year"]] })], request: ([label, expires]) => ({ method: "POST", path: `${base}/keys`, body: { label: label.value, ...(expires.value ? { expires_in_seconds: Number(expires.value) } : {}) } }), done: secret }),
+          change("Create a key", { text: "The key is shown once.", fields: () => [field("Label", { placeholder: "for whom or what" }), ...expiry("never"), field("Routes", { placeholder: "all routes", hint: "Names with commas between them. The key is valid for no other route." }), field("Bare id of the client", { options: BARE_ID })],
+            request: ([label, after, at, routes, bare]) => ({ method: "POST", path: `${base}/keys`, body: { label: label.value, ...expires(after, at), ...named(routes), ...(bare.value ? { verified_only: bare.value === "refused" } : {}) } }), done: secret }),
           change(isVerified ? "Accept the bare id" : "Require a credential", { text: isVerified ? "The id alone identifies the client again; anyone can claim it." : "Only a credential identifies the client; its bare id is refused.", request: () => ({ method: "POST", path: `${base}/verified-only`, body: { verified_only: !isVerified } }) })),
         curlOf("GET", `${base}/keys`));
     } catch (error) {
       if (error.name !== "AbortError") put(keys, failure(error));
     }
   };
-  const keyRow = (one) => h("tr", {}, h("td", { class: "mono wrap" }, one.id), h("td", { class: "wrap" }, one.label || "–", one.configured && [" ", h("span", { class: "tag" }, "configuration")], one.replaced_by && [" ", h("span", { class: "tag" }, "replaced")]), h("td", { class: "num" }, one.expired ? badge("none", "expired") : one.expires_at ? clock(one.expires_at) : "never"), h("td", { class: "num narrow-off" }, one.last_used_at ? clock(one.last_used_at) : "never"),
-    h("td", {}, !one.configured && h("div", { class: "actions" }, !one.expired && !one.replaced_by && change("Rotate", { text: "A new key with the same label; the old one stays valid for the overlap.", fields: () => [field("Overlap", { options: [["0", "none"], ["3600", "1 hour"], ["86400", "1 day"], ["604800", "1 week"]], value: "86400" })], request: ([overlap]) => ({ method: "POST", path: `${base}/keys/${segment(one.id)}/rotate`, body: { overlap_seconds: Number(overlap.value) } }), done: secret }),
+  const keyRow = (one) => h("tr", {}, h("td", { class: "mono wrap" }, one.id), h("td", { class: "wrap" }, one.label || "–", one.configured && [" ", h("span", { class: "tag" }, "configuration")], one.replaced_by && [" ", h("span", { class: "tag" }, "replaced")]), h("td", { class: "wrap" }, one.routes ? one.routes.map((name, index) => [index ? ", " : "", name, one.unknown_routes.includes(name) && [" ", badge("warn", "does not exist")]]) : "all"),
+    h("td", {}, one.created_at ? clock(one.created_at) : "–"), h("td", {}, one.expired ? badge("none", "expired") : one.expires_at ? clock(one.expires_at) : "never"), h("td", {}, one.last_used_at ? clock(one.last_used_at) : "never"),
+    h("td", {}, !one.configured && h("div", { class: "actions" }, !one.expired && !one.replaced_by && change("Rotate", { text: "A new key with the same label and routes; the old one stays valid for the overlap.", fields: () => [field("Overlap", { options: [["0", "none"], ["3600", "1 hour"], ["86400", "1 day"], ["604800", "1 week"]], value: "86400" }), ...expiry(one.expires_at ? "after as long as the old one" : "never")], request: ([overlap, after, at]) => ({ method: "POST", path: `${base}/keys/${segment(one.id)}/rotate`, body: { overlap_seconds: Number(overlap.value), ...expires(after, at) } }), done: secret }),
       change("Revoke", { danger: true, text: `The key ${one.id} is refused at once.`, request: () => ({ method: "DELETE", path: `${base}/keys/${segment(one.id)}` }) }))));
   const loadQuotas = async () => {
     try {
@@ -163,6 +166,23 @@ function client(place, id, tiers) {
   const timer = setInterval(() => { for (const one of bars.values()) one.advance(); }, 250);
   signal.addEventListener("abort", () => clearInterval(timer));
   return abort;
+}
+
+/** Return the fields for when a key expires; `otherwise` is said of a key that gets no time. */
+function expiry(otherwise) {
+  return [field("Expires", { options: [["", otherwise], ["2592000", "in 30 days"], ["7776000", "in 90 days"], ["31536000", "in a year"]] }), field("Or at this time", { type: "datetime-local", hint: "Your local time, in place of the choice above." })];
+}
+
+/** Return the members of a body that say when a key expires, of the fields of `expiry`. */
+function expires(after, at) {
+  if (at.value) return { expires_at: new Date(at.value).toISOString() };
+  return after.value ? { expires_in_seconds: Number(after.value) } : {};
+}
+
+/** Return the member of a body that names the routes of a key; none if it is valid for all. */
+function named(routes) {
+  const names = routes.value.split(",").map((name) => name.trim()).filter(Boolean);
+  return names.length ? { routes: names } : {};
 }
 
 /** A bucket as a bar, which refills between two responses as the bucket does. */
