@@ -76,6 +76,8 @@ OBSERVED_REASONS = (
     Reason.CREDENTIALS_INSUFFICIENT.value,
     Reason.CLIENT_ID_INVALID.value,
     Reason.BAD_REQUEST.value,  # a request that repeats its credential
+    Reason.STORE_UNAVAILABLE.value,  # without which a key cannot be verified, or whether an id needs one is unknown
+    Reason.ISSUER_UNAVAILABLE.value,
 )
 
 # Outcomes of an attempt: the class of its status, or the reason why it has none.

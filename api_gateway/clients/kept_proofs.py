@@ -27,6 +27,7 @@ PROOFS_VERSION = 1
 _WRITE_INTERVAL = 1.0  # seconds between two writes
 _RETRY_INTERVAL = 30.0  # seconds, after a failed one
 _BATCH = 5_000  # ids written before another thread may run
+_READ_BATCH = 500  # records read before the event loop runs other tasks
 
 
 class InvalidProofFile(Exception):
@@ -121,6 +122,7 @@ class KeptProofs:
         self._source = "nothing is kept"  # of what was recalled, or why nothing was
         self._ids: set[str] | None = None
         self._tiers: frozenset[str] | None = None  # None until the store has been read
+        self._unread: ClientCache | None = None  # whose records are to be read before the next write
         self._is_changed = False
         self._writing: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -189,15 +191,26 @@ class KeptProofs:
 
     def _replace(self, cache: ClientCache, others: frozenset[str] | None, tiers: frozenset[str]) -> None:
         """Know the records of a cache, and that `others` must be proved; they are unknown if it is None."""
-        before = self._ids, self._tiers
-        self._tiers = tiers
-        ids = {record.id for record in cache.records() if record.requires_proof(tiers)}
-        if not cache.is_complete:
-            ids |= {each for each in others or () if cache.get(each) is None}
         is_known = cache.is_complete or (others is not None and not tiers)
-        self._ids = ids if is_known and len(ids) <= self._limit else None
-        if before != (self._ids, tiers):
-            self._write_soon()
+        self._tiers = tiers
+        self._ids, self._unread = (set(others or ()), cache) if is_known else (None, None)
+        self._write_soon()
+
+    async def _read_records(self, cache: ClientCache) -> None:
+        """Know the records of a cache, each as it is when its turn comes; `note` knows the changes of others."""
+        ids, tiers = self._ids, self._tiers
+        for count, record in enumerate(tuple(cache.records())):
+            if ids is None or tiers is None or self._ids is not ids:
+                return  # too many, or others are to be read
+            present = cache.get(record.id)
+            if (present or record).requires_proof(tiers):
+                ids.add(record.id)
+            elif present is not None:
+                ids.discard(record.id)
+            if count % _READ_BATCH == 0:
+                await asyncio.sleep(0)
+        if ids is not None and self._ids is ids and len(ids) > self._limit:
+            self._ids = None
 
     # The file
 
@@ -210,6 +223,9 @@ class KeptProofs:
         """Write at once, and then once in `_WRITE_INTERVAL` seconds, until what is known is written."""
         while self._is_changed:
             self._is_changed = False
+            while self._unread is not None:
+                unread, self._unread = self._unread, None
+                await self._read_records(unread)
             ids = None if self._ids is None else tuple(self._ids)
             try:
                 await asyncio.to_thread(file.write, ids, self._tiers or ())

@@ -96,6 +96,29 @@ async def test_the_end_writes_what_has_changed_last(file: ProofFile, monkeypatch
     assert [one.name for one in file.path.parent.iterdir()] == [PROOFS_FILE], "no draft is left"
 
 
+async def test_changes_while_many_records_are_read_are_known(file: ProofFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_proofs, "_READ_BATCH", 10)
+    store, count = HeldStore(), 1_000
+    for number in range(count):
+        await store.write(f"client-{number}", Change(tier="BASIC", verified_only=number % 2 == 0))
+    expected = {f"client-{number}" for number in range(0, count, 2)}
+    async with following(store, proof_file=file, limit=count + 10) as registry:
+        for number in (1, count - 1):
+            await registry.keys.require_proof(f"client-{number}", verified_only=True)
+        for number in (0, count - 2):
+            await registry.keys.require_proof(f"client-{number}", verified_only=False)
+        await registry.keys.require_proof("new", verified_only=True)
+        with pytest.raises(InvalidProofFile):
+            file.read()  # the records have not all been read
+        expected = (expected | {"client-1", f"client-{count - 1}", "new"}) - {"client-0", f"client-{count - 2}"}
+        await kept_soon(file, expected)
+        registry.change_tiers(TIERS, "FREE", {}, BASIC_ONLY)
+        await registry.delete("client-3")
+        registry.change_tiers(TIERS, "FREE", {}, BOTH)
+        await kept_soon(file, {f"client-{number}" for number in range(count)} - {"client-3"} | {"new"})
+        assert file.read().tiers == BOTH.tiers
+
+
 async def test_tiers_that_require_a_credential_are_kept_with_their_clients(file: ProofFile) -> None:
     """If a tier requires it since, the ids of its clients are not known without the store."""
     store = HeldStore()

@@ -77,6 +77,8 @@ def test_what_observing_admits_is_counted_and_logged(
         "credentials_insufficient": 0,
         "client_id_invalid": 0,
         "bad_request": 1,
+        "store_unavailable": 0,
+        "issuer_unavailable": 0,
     }
     assert counts["bare_client_ids"] == {"admitted": 3, "refused": 0}
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
