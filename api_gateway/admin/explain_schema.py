@@ -146,7 +146,12 @@ class UpstreamExplained(Body):
     """The upstream of the route."""
 
     name: str
-    circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"] = Field(
+        description="State of its breaker in the worker that responds, which decides."
+    )
+    workers: dict[str, Literal["CLOSED", "OPEN", "HALF_OPEN"]] | None = Field(
+        default=None, description="State in each worker if there are several; they decide by their own."
+    )
     next_probe_in_seconds: float | None = Field(description="Time until a probe is admitted; null unless OPEN.")
     targets: int = Field(description="Number of targets.")
     healthy_targets: int = Field(description="Number of targets that pass their health checks.")
@@ -205,6 +210,11 @@ class Explanation(Body):
     """The response of `POST /explain`."""
 
     result: ExplainedResult
+    worker: str | None = Field(
+        default=None,
+        description="Number of the worker that responds, if there are several. Breaker, concurrency of the upstream,"
+        " load and, while the store is unavailable, the limits are its own; another worker may decide otherwise.",
+    )
     address: AddressExplained
     client: ClientExplained
     route: RouteExplained | None

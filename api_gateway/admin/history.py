@@ -25,6 +25,10 @@ _DISABLED: dict[int | str, dict[str, Any]] = {404: {"description": "`history.ena
 _UNKNOWN: dict[int | str, dict[str, Any]] = {
     404: {"description": "The history has no request with this id, or `history.enabled` is false.", **PROBLEM}
 }
+_OF_ONE_PROCESS = (
+    " It is the history of one process: processes that another server starts, as uvicorn does with --workers, and"
+    " gateways on other machines have their own."
+)
 
 
 def _checked_status(text: str) -> str:
@@ -91,7 +95,7 @@ async def explain_request(request_id: str, context: Guarded) -> Response:
         (row for answer in answers.values for row in answer["requests"]), key=itemgetter("number"), reverse=True
     )
     if not rows:
-        raise _unknown(request_id, limits, answers)
+        raise _unknown(request_id, limits, answers, is_alone=not context.aggregator.worker)
     is_complete = answers.is_complete
     for row in rows[:MAX_FOUND]:
         keys, buckets, started = row.pop("_keys"), row.pop("_buckets"), row.pop("_started")
@@ -124,7 +128,7 @@ def _last_complete(answers: Answers, limit: int, until: int) -> int:
     return min([until, *full])
 
 
-def _unknown(request_id: str, limits: HistoryLimits, answers: Answers) -> NoRoute:
+def _unknown(request_id: str, limits: HistoryLimits, answers: Answers, *, is_alone: bool) -> NoRoute:
     kept, not_kept = (
         [sum(answer[member][name] for answer in answers.values) for name in REQUEST_OUTCOMES]
         for member in ("kept", "not_kept")
@@ -143,6 +147,7 @@ def _unknown(request_id: str, limits: HistoryLimits, answers: Answers) -> NoRout
         f" {kept[1]} refusals and {kept[2]} errors; {since}.{left_out} Each worker keeps at most {limits.successes},"
         f" {limits.refusals} and {limits.errors} of them, for {limits.max_age:g} s at most"
         " (section history of the configuration)."
+        f"{_OF_ONE_PROCESS if is_alone else ''}"
     )
 
 

@@ -149,6 +149,7 @@ def _row(record: Record) -> Members:
         "number": record.number,
         "time": wall_time(record.ended),
         "request_id": _text(record.id),
+        "trace_id": record.trace_id,
         "outcome": record.outcome,
         "client_id": _text(record.client_id),
         "client_address": record.client_address,

@@ -246,6 +246,7 @@ def _record_of(exchange: Exchange, ended: float) -> Record:
     return Record(
         ended=ended,
         id=exchange.id,
+        trace_id=None if exchange.trace is None else exchange.trace.trace_id,
         outcome=outcome_of(exchange),
         client_id=None if client is None else client.id,
         tier=None if client is None else client.quota.name,

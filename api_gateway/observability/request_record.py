@@ -63,6 +63,7 @@ class Record(NamedTuple):
 
     ended: float
     id: str
+    trace_id: str | None
     outcome: RequestOutcome
     client_id: str | None
     tier: str | None

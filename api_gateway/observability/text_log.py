@@ -39,7 +39,8 @@ class TextLog:
             parts.append(f"{exchange.attempts} attempts")
         if reason is not None:
             parts.append(f"{reason}: {self._value(exchange.detail)}" if exchange.detail else reason)
-            parts.append(f"[{printable(exchange.id)}]")
+            trace = "" if exchange.trace is None else f" trace {exchange.trace.trace_id}"
+            parts.append(f"[{printable(exchange.id)}{trace}]")
         return f"{self._redact('  '.join(parts))}\n"
 
     def _value(self, text: str) -> str:

@@ -11,7 +11,7 @@ import ssl
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -245,3 +245,14 @@ def _detail(body: bytes) -> str:
     except (ValueError, KeyError, TypeError):
         return "the response is not that of a gateway"
     return str(found)
+
+
+def print_json(document: Any, *, is_line: bool = False) -> None:
+    """Print JSON in ASCII, so that no text in it can affect a terminal."""
+    print(json.dumps(document, indent=None if is_line else 2), flush=True)
+
+
+def show_all(lines: Sequence[str], indent: str = "") -> None:
+    """Print lines like `show`, each after an indentation."""
+    for line in lines:
+        show(f"{indent}{line}")

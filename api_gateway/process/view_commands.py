@@ -1,14 +1,13 @@
 """The commands `explain`, `clients`, `breakers`, `limits` and `tail`: views of a running gateway, as text or JSON."""
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import quote
 
 from api_gateway.printable_text import table
+from api_gateway.process.explain_command import add_explain_options, run_explanation
 from api_gateway.process.limits_view import bucket_line, limit_lines
 from api_gateway.process.operator_client import (
     NOT_REACHED,
@@ -17,14 +16,27 @@ from api_gateway.process.operator_client import (
     OperatorClient,
     add_access_options,
     client_of,
+    print_json,
     run_action,
     seconds_between,
     show,
+    show_all,
 )
 from api_gateway.system.command_line import CommandParser
 
+_QUOTA_COLUMNS = {
+    "QUOTA": "limit",
+    "ROUTE": "route",
+    "PERIOD": "period",
+    "USED": "used",
+    "OF": "quota",
+    "CARRIED OVER": "carried_over",
+    "TOP-UP": "top_up",
+    "REMAINING": "remaining",
+    "PERIOD ENDS": "period_end",
+}
+_SLOT_COLUMNS = {"CONCURRENCY": "limit", "ROUTE": "route", "IN FLIGHT": "in_flight", "OF": "concurrent"}
 PAGE = 200  # requests that `tail` asks for at once
-CERTIFICATE_NAMES = ("uri", "dns", "email", "common_name", "subject")  # of `DescribedCertificate`
 
 
 def run_view(arguments: Sequence[str]) -> int:
@@ -38,18 +50,8 @@ def _parser() -> CommandParser:
     parser = CommandParser(prog="api-gateway", description="Views of a running gateway.")
     commands = parser.add_subparsers(metavar="command", required=True)
     explain = commands.add_parser("explain", help="what was decided about a request, or would be")
-    explain.add_argument("request_id", nargs="?", help="as in X-Request-ID and in the body of a refusal")
-    explain.add_argument("--path", help="instead of an id: explain how a request for this path would be decided")
-    explain.add_argument("--client", metavar="ID", help="of that request")
-    explain.add_argument("--method", default="GET", help="of that request (default: GET)")
-    explain.add_argument(
-        "--certificate",
-        metavar="KIND=NAME",
-        action="append",
-        default=[],
-        help=f"name in the certificate of its connection; kinds: {', '.join(CERTIFICATE_NAMES)}; repeat for others",
-    )
-    explain.set_defaults(action=_explain)
+    add_explain_options(explain)
+    explain.set_defaults(action=run_explanation)
     clients = commands.add_parser("clients", help="the most limited clients, or one client")
     clients.add_argument("client", nargs="?", help="client id")
     clients.add_argument(
@@ -86,168 +88,24 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _print_json(document: Any, *, is_line: bool = False) -> None:
-    """Print JSON in ASCII, so that no text in it can affect a terminal."""
-    print(json.dumps(document, indent=None if is_line else 2), flush=True)
-
-
-def _show_all(lines: Sequence[str], indent: str = "") -> None:
-    for line in lines:
-        show(f"{indent}{line}")
-
-
-# Explain
-
-
-def _explain(client: OperatorClient, options: argparse.Namespace) -> None:
-    if (options.request_id is None) == (options.path is None):
-        raise CommandFailed("explain: give either the id of a request or --path")
-    if options.path is not None:
-        body: JsonObject = {"path": options.path, "method": options.method, "client_id": options.client}
-        if options.certificate:
-            body["certificate"] = _certificate_names(options.certificate)
-        found = client.call("POST", "/explain", body)
-        if options.json:
-            _print_json(found)
-        else:
-            _show_prediction(found)
-        return
-    found = client.get(f"/explain/{quote(options.request_id, safe='')}")
-    if options.json:
-        _print_json(found)
-        return
-    for number, request in enumerate(found["requests"]):
-        if number:
-            show()
-        _show_request(request)
-
-
-def _certificate_names(given: Sequence[str]) -> dict[str, str]:
-    """Return names of a certificate by kind. Raises CommandFailed."""
-    names: dict[str, str] = {}
-    for one in given:
-        kind, is_pair, name = one.partition("=")
-        if not is_pair or kind not in CERTIFICATE_NAMES or kind in names:
-            raise CommandFailed(
-                f"--certificate: must be KIND=NAME with one of {', '.join(CERTIFICATE_NAMES)}, each once, got '{one}'"
-            )
-        names[kind] = name
-    return names
-
-
-def _show_prediction(found: JsonObject) -> None:
-    result, client = found["result"], found["client"]
-    show(f"{result['outcome']}: {result['detail']}")
-    show(f"  client {client['id']} ({client['tier']['name']}): {client['detail']}")
-    if found["route"] is not None:
-        route = found["route"]
-        show(f"  route {route['name']} to {route['upstream']}, cost {route['cost']:g} ({route['cost_source']})")
-    rows = [
-        (
-            one["policy"],
-            one["tokens"],
-            one["cost"],
-            one["capacity"],
-            _verdict(one["allowed"], one["retry_after_seconds"]),
-        )
-        for one in found["buckets"]
-    ]
-    _show_all(table(("LIMIT", "TOKENS", "COST", "CAPACITY", "RESULT"), rows), "  ")
-    _show_shares(found["buckets"])
-
-
-def _show_shares(limits: Sequence[JsonObject]) -> None:
-    """Say that the figures are those of shares, if they are."""
-    processes = next((one["processes"] for one in limits if one.get("processes") is not None), None)
-    if processes is not None:
-        show(f"  the store is unavailable: the figures are those of the share of one of {processes} processes")
-
-
-def _show_request(request: JsonObject) -> None:
-    who = "not identified" if request["client_id"] is None else f"{request['client_id']} ({request['tier']})"
-    reason = "" if request["reason"] is None else f" {request['reason']}"
-    show(f"{request['status']}{reason}  {request['method']} {request['path']}")
-    show(f"  {request['time']}, {request['duration_ms']:g} ms, client {who}, from {request['client_address']}")
-    if request["detail"]:
-        show(f"  {request['detail']}")
-    decision = request["decision"]
-    if decision is not None:
-        verdict = _verdict(decision["allowed"], decision["retry_after_seconds"])
-        show(f"  {verdict}; decided by the limit {decision['limit']}, from {decision['source']}")
-        header = ("LIMIT", "TOKENS BEFORE", "COST", "TOKENS AFTER", "CAPACITY", "RESULT")
-        rows = [
-            (
-                one["limit"],
-                one["tokens_before"],
-                one["cost"],
-                one["tokens_after"],
-                one["capacity"],
-                _verdict(one["allowed"], one["retry_after_seconds"]),
-            )
-            for one in request["limits"]
-        ]
-        _show_all(table(header, rows), "  ")
-        _show_shares(request["limits"])
-    for limit in request["limits"]:
-        if limit["spent_by"] is not None:
-            _show_spending(limit["limit"], limit["spent_by"])
-    if request["upstream_attempts"]:
-        show("  attempts:")
-        names = ("AFTER MS", "TOOK MS", "UPSTREAM", "TARGET", "RESULT")
-        _show_all(table(names, map(_attempt_row, request["upstream_attempts"])), "    ")
-    for one in request["settlements"]:
-        show(f"  cost settled from {one['cost_before']:g} to {one['cost_after']:g} after {one['after_ms']:g} ms")
-
-
-def _attempt_row(one: JsonObject) -> tuple[object, ...]:
-    result = f"status {one['status']}" if one["failure"] is None else one["failure"]
-    if one["detail"]:
-        result = f"{result}: {one['detail']}"
-    return one["started_after_ms"], one["duration_ms"], one["upstream"], one["target"], result
-
-
-def _show_spending(limit: str, spent_by: JsonObject) -> None:
-    end = "" if spent_by["complete"] else ", and by earlier ones"
-    if missing := spent_by.get("missing_tokens"):
-        end = f", and {missing:g} tokens by requests that were not kept"
-    show(f"  the tokens of {limit} were spent by {len(spent_by['requests'])} requests{end}:")
-    header = ("TIME", "COST", "TOKENS BEFORE", "STATUS", "REQUEST", "ID")
-    rows = [
-        (
-            one["time"],
-            one["cost"],
-            one["tokens_before"],
-            one["status"],
-            f"{one['method']} {one['path']}",
-            one["request_id"],
-        )
-        for one in spent_by["requests"]
-    ]
-    _show_all(table(header, rows), "    ")
-
-
-def _verdict(allowed: bool, wait: float | None) -> str:  # noqa: FBT001 - a value that is shown
-    if allowed:
-        return "allowed"
-    return "refused" if wait is None else f"refused, {wait:g} s to wait"
-
-
 # Other views
 
 
 def _clients(client: OperatorClient, options: argparse.Namespace) -> None:
     if options.client is not None:
-        found = client.get(f"/clients/{quote(options.client, safe='')}")
+        place = f"/clients/{quote(options.client, safe='')}"
+        found = client.get(place)
+        found["quotas"] = client.get(f"{place}/quotas")["quotas"]
     else:
         found = client.get("/clients", sort=options.sort, limit=options.limit)
     if options.json:
-        _print_json(found)
+        print_json(found)
     elif options.client is not None:
         _show_client(found)
     else:
         header = ("CLIENT", "TIER", "SOURCE", "LIMITED", "REQUESTS", "WITHOUT PROOF")
         names = ("client_id", "tier", "tier_source", "limited", "requests", "bare")
-        _show_all(table(header, ([one[name] for name in names] for one in found["clients"])))
+        show_all(table(header, ([one[name] for name in names] for one in found["clients"])))
 
 
 def _show_client(found: JsonObject) -> None:
@@ -258,13 +116,21 @@ def _show_client(found: JsonObject) -> None:
     buckets = [{"limit": tier["name"].lower(), "route": None, **found["bucket"]}, *found["limits"]]
     names = ("limit", "route", "tokens", "capacity", "reset_after_seconds")
     rows = ([one[name] for name in names] for one in buckets)
-    _show_all(table(("LIMIT", "ROUTE", "TOKENS", "CAPACITY", "FULL IN S"), rows))
+    show_all(table(("LIMIT", "ROUTE", "TOKENS", "CAPACITY", "FULL IN S"), rows))
+    if found["quotas"]:
+        show_all(["", *_table_of(_QUOTA_COLUMNS, found["quotas"])])
+    if found["concurrency"]:
+        show_all(["", *_table_of(_SLOT_COLUMNS, found["concurrency"])])
+
+
+def _table_of(columns: Mapping[str, str], rows: Sequence[JsonObject]) -> list[str]:
+    return table(list(columns), ([one[name] for name in columns.values()] for one in rows))
 
 
 def _breakers(client: OperatorClient, options: argparse.Namespace) -> None:
     found = client.get("/circuit-breakers")
     if options.json:
-        _print_json(found)
+        print_json(found)
         return
     header = ("UPSTREAM", "STATE", "MODE", "CALLS", "FAILURES", "SLOW", "OPENED", "NEXT PROBE IN S", "LAST CAUSE")
     rows = [
@@ -281,14 +147,14 @@ def _breakers(client: OperatorClient, options: argparse.Namespace) -> None:
         )
         for name, one in found["circuit_breakers"].items()
     ]
-    _show_all(table(header, rows))
+    show_all(table(header, rows))
     show()
     targets = [
         (name, url, _health(one["healthy"]), _outliers(one["passive"]), _last_check(one["active"]))
         for name, found_targets in found["targets"].items()
         for url, one in found_targets.items()
     ]
-    _show_all(table(("UPSTREAM", "TARGET", "HEALTH", "OUTLIER DETECTION", "LAST CHECK"), targets))
+    show_all(table(("UPSTREAM", "TARGET", "HEALTH", "OUTLIER DETECTION", "LAST CHECK"), targets))
 
 
 def _health(healthy: bool | None) -> str:  # noqa: FBT001 - a value that is shown
@@ -312,9 +178,9 @@ def _limits(client: OperatorClient, options: argparse.Namespace) -> None:
     else:
         found = client.get("/limits")
     if options.json:
-        _print_json(found)
+        print_json(found)
         return
-    _show_all(limit_lines(found) if options.limit is None else [bucket_line(found)])
+    show_all(limit_lines(found) if options.limit is None else [bucket_line(found)])
 
 
 # Tail
@@ -364,7 +230,7 @@ def _show_not_kept(before: int, now: int) -> int:
 def _show_page(requests: Sequence[JsonObject], *, is_json: bool) -> None:
     for request in requests:
         if is_json:
-            _print_json(request, is_line=True)
+            print_json(request, is_line=True)
         else:
             show(line_of(request))
 
@@ -379,7 +245,8 @@ def line_of(request: JsonObject) -> str:
         parts.append(f"{request['attempts']} attempts")
     if request["reason"] is not None:
         parts.append(request["reason"])
-        parts.append(f"[{request['request_id']}]")
+        trace = f" trace {request['trace_id']}" if request.get("trace_id") else ""
+        parts.append(f"[{request['request_id']}{trace}]")
     return "  ".join(parts)
 
 

@@ -31,7 +31,7 @@ def _serve(worker_config: dict[str, Any]) -> int:
     config = deserialized(worker_config["config"])
     configure_logging(config.log, f"worker {worker_config['number']}: ")
     try:
-        server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]))
+        server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]), str(worker_config["number"]))
     except StartupError as error:  # the supervisor has checked the same before, so a file has changed since
         logger.error("%s", error)  # noqa: TRY400 - a mistake of files
         return STARTUP_FAILED
@@ -46,8 +46,8 @@ def _serve(worker_config: dict[str, Any]) -> int:
 class WorkerServer(GatewayServer):
     """A server that reports to its supervisor: that it is ready, snapshots, and the last snapshot when it stops."""
 
-    def __init__(self, config: GatewayConfig, channel: socket.socket) -> None:
-        self._supervisor = SupervisorChannel(channel, self._on_orphaned)
+    def __init__(self, config: GatewayConfig, channel: socket.socket, worker: str) -> None:
+        self._supervisor = SupervisorChannel(channel, self._on_orphaned, worker)
         super().__init__(config, self._supervisor)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

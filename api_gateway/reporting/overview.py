@@ -29,6 +29,7 @@ def overview(snapshot: WorkerSnapshot, now: Moment) -> Steps[dict[str, Any]]:
         "at": round(now.wall, 1),
         "uptime_seconds": round(uptime, 1),
         "workers": max((len(one.breaker.workers) for one in snapshot.upstreams.values()), default=0) or 1,
+        "processes": snapshot.limiter.gateway_processes,
         "requests_per_second": round(tally.requests / covered, 2),
         "requests": tally.requests,
         "limited": tally.limited,

@@ -61,7 +61,12 @@ class Reconfigurable(Protocol):
 
 
 class Aggregator(Protocol):
-    """Access to all workers of the gateway: their merged snapshot, questions to each, and reloads."""
+    """Access to all workers of the gateway: their merged snapshot, questions to each, and reloads.
+
+    `worker` is the name of this process among several workers; empty if it is the only one.
+    """
+
+    worker: str
 
     def register(self, take_snapshot: TakeSnapshot, configured: "Reconfigurable | None" = None) -> None:
         """Set the source of this process's snapshots, and the object that applies configurations."""
@@ -91,6 +96,7 @@ class SingleProcess:
     """The aggregator of a single process. The recorder in its snapshots is the live one."""
 
     def __init__(self) -> None:
+        self.worker = ""
         self._take_snapshot: TakeSnapshot = _nothing
         self._answer: AnswerQuery = _no_answer
         self._reconfigurable: Reconfigurable | None = None
@@ -124,8 +130,9 @@ class SupervisorChannel:
     every second); closed (`close`). `gather` and `reload` require a connected channel.
     """
 
-    def __init__(self, channel: socket.socket, on_orphaned: Callable[[], None]) -> None:
-        """`on_orphaned` is called when the supervisor has ended."""
+    def __init__(self, channel: socket.socket, on_orphaned: Callable[[], None], worker: str = "1") -> None:
+        """`on_orphaned` is called when the supervisor has ended. `worker` is the name of this worker."""
+        self.worker = worker
         self._channel = channel
         self._on_orphaned = on_orphaned
         self._take_snapshot: TakeSnapshot = _nothing

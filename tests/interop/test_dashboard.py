@@ -473,13 +473,30 @@ def axe_finds_nothing(page: Any) -> None:
         assert [(one["id"], [node["target"] for node in one["nodes"]]) for one in found] == []
 
 
+def with_every_member(route: Any) -> None:
+    """Add to an explanation what depends on several workers, an outage, candidates and extensions."""
+    response = route.fetch()
+    view = response.json()
+    (bucket, *_), slot = view["buckets"], {"key": "k", "in_flight": 1, "concurrent": 2, "allowed": True}
+    view["routes_passed_over"] = [{"name": "narrow", "detail": "only for POST"}]
+    view["extensions"] = [{"extension": "costs", "hook": "cost", "result": "cost: 2.0"}]
+    view["candidate"] = bucket | {"policy": "wider", "processes": 2}
+    view["candidate_concurrency"] = [slot | {"policy": "more"}]
+    view["worker"], view["upstream"]["workers"] = "2", {"1": "CLOSED", "2": "HALF_OPEN"}
+    route.fulfill(response=response, json=view)
+
+
 def test_a_decision_is_explained_and_a_request_looked_up(browser: Any, site: Site) -> None:
     with dashboard(browser, site, "#/explain") as page:
         page.get_by_label("Path and query").fill("/api/orders/7")
         page.get_by_label("Client id").fill("fresh")
         page.get_by_label("Header fields, one on a line").fill("X-Tenant: a:b")
         page.get_by_label("Name in the certificate").fill("subject=CN=jane,O=x")
+        page.get_by_label("Organisation of the token").fill("acme")
+        page.get_by_label("Claims of the token, one on a line").fill("plan=a=b")
         shown = page.locator(".curl code").last.inner_text()
+        assert '"organisation":"acme"' in shown
+        assert '"claims":{"plan":"a=b"}' in shown
         assert '"X-Tenant":"a:b"' in shown
         assert '"certificate":{"subject":"CN=jane,O=x"}' in shown
         page.get_by_label("Name in the certificate").fill("")
@@ -487,6 +504,19 @@ def test_a_decision_is_explained_and_a_request_looked_up(browser: Any, site: Sit
         page.locator(".steps h3", has_text="Result").wait_for()
         titles = [re.split(r"\n", text)[0].split(" ")[0] for text in page.locator(".steps h3").all_inner_texts()]
         assert titles == ["Address", "Client", "Route", "Load", "Limit", "Limit", "Upstream", "Result"]
+        page.route("**/explain", with_every_member)
+        page.get_by_role("button", name="Explain", exact=True).click()
+        page.locator(".steps h3", has_text="Candidate wider").wait_for()
+        for words in (
+            "only for POST",
+            "cost: 2.0",
+            "A candidate refuses nothing.",
+            "the share of one of 2 processes",
+            "1 closed, 2 half-open",
+            "Worker 2 has decided this",
+        ):
+            page.locator(".steps", has_text=words).wait_for()
+        page.unroute("**/explain")
         page.get_by_label("Path and query").fill("no-path")
         page.keyboard.press("Enter")
         page.locator(".notice.fail").wait_for()

@@ -69,6 +69,16 @@ def test_a_refused_request_is_explained_by_its_id(folder: Path, running: Running
     code, _, errors = command(folder, "explain", "none", *access(folder, running))
     assert code == 1
     assert "404: The history has no request with the id 'none'" in errors
+    assert "of one process" not in errors, "it is that of both workers"
+
+
+def test_an_explanation_names_the_worker_that_decided_and_the_breaker_of_each(folder: Path, running: Running) -> None:
+    code, out, _ = command(
+        folder, "explain", "--path", "/api/up/x", "--client", "a", "--json", *access(folder, running)
+    )
+    found = json.loads(out)
+    assert (code, found["worker"] in ("1", "2")) == (0, True)
+    assert found["upstream"]["workers"] == {"1": "CLOSED", "2": "CLOSED"}
 
 
 def test_tail_shows_requests_of_all_workers_as_they_end(folder: Path, running: Running) -> None:

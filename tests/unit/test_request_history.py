@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.models import AttemptFailure, Charge, Client, Decision, Exchange, Quota
+from api_gateway.models import AttemptFailure, Charge, Client, Decision, Exchange, Quota, Trace
 from api_gateway.observability.request_history import (
     MAX_SUCCESS_PATH,
     FairRing,
@@ -190,3 +190,11 @@ def test_a_client_that_was_not_identified_is_held_by_its_address() -> None:
     (record,) = kept(history, 2)
     assert (record.client_address, record.client_id, record.decision) == ("10.0.0.1", None, None)
     assert [held[0][1].id for held in history._rings["refusal"].lists()] == ["one"]
+
+
+def test_a_record_names_the_trace_of_its_request() -> None:
+    history, trace = RequestHistory(LIMITS), Trace()
+    trace.fields = b"\r\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    history.record(ended(trace=trace), 1)
+    history.record(ended(), 2)
+    assert [record.trace_id for record in kept(history, 3)] == ["0af7651916cd43dd8448eb211c80319c", None]

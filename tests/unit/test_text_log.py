@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from api_gateway.config import GatewayConfig
-from api_gateway.models import Client, Decision, Exchange, Quota
+from api_gateway.models import Client, Decision, Exchange, Quota, Trace
 from api_gateway.observability.access_log import LINE_FIELDS, AccessLog
 from api_gateway.observability.selected_lines import sampled, with_fields
 from api_gateway.observability.text_log import MAX_VALUE, TextLog
@@ -47,6 +47,9 @@ def test_a_refusal_has_its_reason_and_the_id_of_the_request() -> None:
         status=429, source="gateway", reason="rate_limited", detail="too many", upstream=None, attempts=0
     )
     assert refused.endswith("429  GET  /api/users/1  12.5 ms  acme (FREE)  -  rate_limited: too many  [id-1]\n")
+    trace = Trace()
+    trace.fields = b"\r\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert line_of(reason="rate_limited", trace=trace).endswith("  [id-1 trace 0af7651916cd43dd8448eb211c80319c]\n")
     assert "3 attempts" in line_of(attempts=3)
     assert "  -  -> users" in line_of(client=None)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from api_gateway.admin.explain_schema import ExplainRequest
 from api_gateway.printable_text import MAX_CELL_WIDTH, table
 from api_gateway.process import operator_client, top_command, view_commands
 from api_gateway.process.operator_client import NOT_AUTHORIZED, NOT_REACHED, CommandFailed, OperatorClient, run_action
@@ -20,6 +21,7 @@ ROW: dict[str, Any] = {
     "number": 7,
     "time": "2027-01-15T08:00:01.250+00:00",
     "request_id": EVIL,
+    "trace_id": "0af7651916cd43dd8448eb211c80319c",
     "outcome": "error",
     "client_id": EVIL,
     "client_address": "10.0.0.1",
@@ -85,6 +87,12 @@ class Gateway:
     def __init__(self, **responses: Any) -> None:
         self.responses = responses
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.bodies: list[Any] = []
+
+    def call(self, method: str, path: str, body: Any) -> Any:
+        assert method == "POST"
+        self.bodies.append(body)
+        return self.get(path)
 
     def get(self, path: str, **query: Any) -> Any:
         self.asked.append((path, {name: value for name, value in query.items() if value is not None}))
@@ -144,7 +152,7 @@ def test_what_one_key_of_a_limit_has_left_is_a_line(
 def test_an_explained_request_shows_all_that_is_known(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gateway = Gateway(explain={"requests": [EXPLAINED], "complete": True})
+    gateway = Gateway(explain={"requests": [EXPLAINED], "complete": False})
     assert run(monkeypatch, gateway, "explain", "a/b") == 0
     out = capsys.readouterr().out
     assert gateway.asked == [("/explain/a%2Fb", {})]
@@ -155,8 +163,120 @@ def test_an_explained_request_shows_all_that_is_known(
         "the tokens of free were spent by 1 requests, and 1.5 tokens by requests that were not kept:",
         "upstream_reset: a\\x1b",
         "cost settled from 1 to 2 after 3 ms",
+        ", trace 0af7651916cd43dd8448eb211c80319c",
+        "A worker did not respond in time",
     ):
         assert part in out, part
+
+
+BUCKET = {"policy": "free", "tokens": 0.5, "cost": 1, "capacity": 1.5, "allowed": False, "retry_after_seconds": 1}
+SLOT = {"policy": "parallel", "in_flight": 2, "concurrent": 2, "allowed": False}
+PREDICTED: dict[str, Any] = {
+    "result": {"outcome": "limited", "detail": EVIL},
+    "worker": "2",
+    "address": {"address": "10.0.0.1", "detail": "the peer of the connection"},
+    "client": {"id": "acme", "tier": {"name": "FREE"}, "detail": EVIL},
+    "route": {"name": "wide", "upstream": "up", "cost": 1, "cost_source": "route"},
+    "routes_passed_over": [{"name": "narrow", "detail": "only for POST"}],
+    "buckets": [BUCKET | {"processes": 2}],
+    "concurrency": [SLOT],
+    "limits_not_applied": [{"name": "tenant", "detail": "the request has no header:X-Tenant"}],
+    "candidate": BUCKET | {"policy": "wider", "processes": None},
+    "candidate_concurrency": [SLOT | {"policy": "more", "in_flight": 1, "allowed": True}],
+    "upstream": {
+        "name": "up",
+        "circuit_breaker": "OPEN",
+        "workers": {"1": "CLOSED", "2": "OPEN"},
+        "next_probe_in_seconds": 1.5,
+        "targets": 2,
+        "healthy_targets": 1,
+        "unchecked_targets": 0,
+        "concurrency": {"in_flight": 3, "tier_limit": 4},
+    },
+    "fallback": {"name": "static", "used": True},
+    "event_loop": {"shed_ratio": 0.25},
+    "extensions": [{"extension": EVIL, "hook": "cost", "result": "2.0"}],
+}
+
+
+def test_a_described_request_has_all_options_and_its_explanation_is_shown_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = Gateway(explain=PREDICTED)
+    options = ["--client", "c", "--host", "a.example", "--address", "10.0.0.9", "--key-id", "k"]
+    options += ["--forwarded", "192.0.2.1", "--organisation", "o"]
+    options += ["--header", "X-Tenant: a:b", "--header", "X-Other:1", "--claim", "plan=a=b", "--certificate", "dns=x"]
+    assert run(monkeypatch, gateway, "explain", "--path", "/api/x", *options) == 0
+    described = {
+        "method": "GET",
+        "path": "/api/x",
+        "client_id": "c",
+        "host": "a.example",
+        "address": "10.0.0.9",
+        "key_id": "k",
+        "forwarded": "192.0.2.1",
+        "organisation": "o",
+        "headers": {"X-Tenant": "a:b", "X-Other": "1"},
+        "claims": {"plan": "a=b"},
+        "certificate": {"dns": "x"},
+    }
+    assert set(described) == set(ExplainRequest.model_fields)
+    assert gateway.bodies == [described]
+    out = capsys.readouterr().out
+    assert is_inert(out)
+    for part in (
+        "address 10.0.0.1: the peer of the connection",
+        "free             0.5   1     1.5       refused, 1 s to wait",
+        "parallel         0     1     2         refused, 2 in flight",
+        "candidate wider  0.5",
+        "candidate more   1     1     2         allowed, 1 in flight",
+        "the figures are those of the share of one of 2 processes",
+        "the limit tenant does not apply: the request has no header:X-Tenant",
+        "not the route narrow: only for POST",
+        "cost: 2.0",
+        "upstream up: breaker OPEN (worker 1: CLOSED, worker 2: OPEN), next probe in 1.5 s; 1 of 2 targets healthy",
+        "3 in flight, admitted below 4",
+        "fallback static: used",
+        "load shedding refuses 25.0%",
+        "decided by worker 2",
+    ):
+        assert part in out, (part, out)
+
+
+def test_one_client_is_shown_with_its_quotas_and_what_is_in_flight(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = {
+        "client_id": EVIL,
+        "tier": {"name": "FREE", "rate": 1, "capacity": 5},
+        "tier_source": "default",
+        "grant": None,
+        "bucket": {"tokens": 5, "capacity": 5, "reset_after_seconds": 0},
+        "limits": [],
+        "concurrency": [{"limit": "parallel", "route": None, "in_flight": 1, "concurrent": 2}],
+        "quotas": [
+            {
+                "limit": "monthly",
+                "route": None,
+                "period": "month",
+                "used": 3,
+                "quota": 10,
+                "carried_over": 1,
+                "top_up": 0,
+                "remaining": 8,
+                "period_end": "2027-02-01T00:00:00+00:00",
+            }
+        ],
+    }
+    assert run(monkeypatch, Gateway(clients=client), "clients", "a/b") == 0
+    out = capsys.readouterr().out
+    assert is_inert(out)
+    assert "monthly  -      month   3     10  1             0       8          2027-02-01T00:00:00+00:00" in out
+    assert "parallel     -      1          2" in out
+    gateway = Gateway(clients=client)
+    assert run(monkeypatch, gateway, "clients", "a/b", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == client
+    assert [path for path, _ in gateway.asked] == ["/clients/a%2Fb", "/clients/a%2Fb/quotas"]
 
 
 def test_a_followed_request_is_one_inert_line(
@@ -170,6 +290,7 @@ def test_a_followed_request_is_one_inert_line(
     assert is_inert(out)
     assert out.startswith("08:00:01.250  502  GET  /api/a\\x1b")
     assert "2 attempts  upstream_reset  [a\\x1b" in out
+    assert " trace 0af7651916cd43dd8448eb211c80319c]" in out
     assert run(monkeypatch, gateway, "tail", "--no-follow", "--json") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line) for line in lines] == [ROW, ROW]
@@ -200,7 +321,16 @@ def test_tail_goes_on_from_the_last_position_and_through_a_restart(
     assert captured.err.count("were not kept") == 1, "the counts begin anew after a restart"
 
 
-@pytest.mark.parametrize("arguments", [("explain",), ("explain", "id", "--path", "/api"), ("tail", "--lines", "-1")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("explain",),
+        ("explain", "id", "--path", "/api"),
+        ("explain", "--path", "/api", "--header", "X-Tenant"),
+        ("explain", "--path", "/api", "--claim", "plan=a", "--claim", "plan=b"),
+        ("tail", "--lines", "-1"),
+    ],
+)
 def test_a_wrong_combination_is_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:

@@ -318,6 +318,7 @@ def test_an_unknown_id_is_told_what_is_kept_and_for_how_long(tmp_path: Path, up:
         assert "no request with the id 'none'" in detail
         assert "It has 1 successes, 0 refusals and 0 errors; the oldest is of 2027-01-15T08:00:00" in detail
         assert "at most 4, 2 and 1 of them, for 600 s at most" in detail
+        assert "It is the history of one process: processes that another server starts" in detail
         request_id = first.headers["x-request-id"]
         assert ask(f"{running.url}/explain/{request_id}", headers=HEADERS).status == 200
         clocks.advance(601)

@@ -17,6 +17,8 @@ export function explain(main, argument, signal) {
   const address = field("Address of the peer", { value: "127.0.0.1" });
   const host = field("Host", { placeholder: "any" });
   const forwarded = field("Forwarded addresses", { placeholder: "203.0.113.9, 10.0.0.2" });
+  const organisation = field("Organisation of the token", { placeholder: "none" });
+  const claims = field("Claims of the token, one on a line", { type: "textarea", placeholder: "plan=gold", full: true });
   const headers = field("Header fields, one on a line", { type: "textarea", placeholder: "X-Tenant: acme", full: true });
   const command = curlBlock("POST", "/explain", {});
   const result = h("section", { class: "panel result", "aria-live": "polite" }, h("header", {}, h("h2", {}, "Order of decisions")), h("p", { class: "empty" }, "Describe a request. Nothing is charged, sent or changed."));
@@ -31,8 +33,10 @@ export function explain(main, argument, signal) {
     if (address.value) given.address = address.value;
     if (host.value) given.host = host.value;
     if (forwarded.value) given.forwarded = forwarded.value;
-    const lines = headers.value.split("\n").map((line) => line.split(":")).filter(([name, ...rest]) => name.trim() && rest.length);
-    if (lines.length) given.headers = Object.fromEntries(lines.map(([name, ...rest]) => [name.trim(), rest.join(":").trim()]));
+    if (organisation.value) given.organisation = organisation.value;
+    const fields = pairs(headers.value, ":"), stated = pairs(claims.value, "=");
+    if (fields) given.headers = fields;
+    if (stated) given.claims = stated;
     return given;
   };
   const show = () => command.show("POST", "/explain", body());
@@ -45,7 +49,7 @@ export function explain(main, argument, signal) {
       if (error.name !== "AbortError") put(result, h("header", {}, h("h2", {}, "Order of decisions")), failure(error));
     }
   } },
-  h("div", { class: "form" }, path.element, method.element, client.element, address.element, host.element, key.element, certificate.element, forwarded.element, headers.element),
+  h("div", { class: "form" }, path.element, method.element, client.element, address.element, host.element, key.element, certificate.element, forwarded.element, organisation.element, headers.element, claims.element),
   h("div", { class: "actions" }, h("button", { type: "submit", class: "primary" }, "Explain")), command);
 
   const look = async (wanted) => {
@@ -70,6 +74,12 @@ export function explain(main, argument, signal) {
   return { select: look };
 }
 
+/** Read lines of a name and a value; null if there are none. */
+function pairs(text, separator) {
+  const lines = text.split("\n").map((line) => line.split(separator)).filter(([name, ...rest]) => name.trim() && rest.length);
+  return lines.length ? Object.fromEntries(lines.map(([name, ...rest]) => [name.trim(), rest.join(separator).trim()])) : null;
+}
+
 function step(kind, title, word, ...text) {
   return h("li", { class: kind }, h("i", { "aria-hidden": "true" }), h("h3", {}, title, word && h("span", { class: "tag" }, word)), text.filter(Boolean).map((one) => (one instanceof Node ? one : h("p", { class: "muted" }, one))));
 }
@@ -87,25 +97,31 @@ function decisions(view) {
   steps.push(step(/^(credentials|client_id)/.test(view.result.reason ?? "") ? "fail" : "ok", "Client", `${view.client.id} · ${view.client.tier.name}`, view.client.detail));
   if (!view.route) steps.push(step("fail", "Route", "none", "No route has this path, method and host."));
   else steps.push(step("ok", "Route", view.route.name, `${view.route.path} to upstream ${view.route.upstream}; costs ${number(view.route.cost)} ${view.route.cost === 1 ? "token" : "tokens"} (${view.route.cost_source})`));
+  for (const one of view.routes_passed_over) steps.push(step("skipped", `Route ${one.name}`, "not this one", one.detail));
   steps.push(step(view.event_loop.shed_ratio > 0 ? "warn" : "ok", "Load", null, view.event_loop.shed_ratio > 0 ? `${percent(view.event_loop.shed_ratio, 1)} of this tier's requests are refused now` : `nothing is refused for load; the event loop is ${duration(view.event_loop.lag_seconds)} late`));
-  for (const one of view.buckets) {
+  const bucket = (one, title, ...text) => {
     const left = Math.max(0, Math.min(1, one.tokens / one.capacity));
-    steps.push(step(one.allowed ? "ok" : "fail", `Limit ${one.policy}`, one.allowed ? "enough tokens" : one.retry_after_seconds === null ? "never enough" : `enough in ${duration(one.retry_after_seconds)}`,
+    steps.push(step(one.allowed ? "ok" : "fail", title, one.allowed ? "enough tokens" : one.retry_after_seconds === null ? "never enough" : `enough in ${duration(one.retry_after_seconds)}`,
       h("div", { class: "bar" }, h("i", { class: one.allowed ? "" : "fail", style: { width: `${left * 100}%` } })),
-      `${number(one.tokens)} of ${number(one.capacity)} tokens${share(one.processes)}, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, one.key === view.limiting_bucket && view.buckets.length > 1 ? "This one decides." : null));
-  }
-  for (const one of view.concurrency ?? []) {
-    steps.push(step(one.allowed ? "ok" : "fail", `Limit ${one.policy}`, one.allowed ? "admits another" : "full", `${number(one.in_flight)} of ${number(one.concurrent)} requests are in flight`));
-  }
+      `${number(one.tokens)} of ${number(one.capacity)} tokens${share(one.processes)}, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, ...text));
+  };
+  const slot = (one, title, ...text) => steps.push(step(one.allowed ? "ok" : "fail", title, one.allowed ? "admits another" : "full", `${number(one.in_flight)} of ${number(one.concurrent)} requests are in flight`, ...text));
+  for (const one of view.buckets) bucket(one, `Limit ${one.policy}`, one.key === view.limiting_bucket && view.buckets.length > 1 ? "This one decides." : null);
+  for (const one of view.concurrency) slot(one, `Limit ${one.policy}`);
+  if (view.candidate) bucket(view.candidate, `Candidate ${view.candidate.policy}`, "A candidate refuses nothing.");
+  for (const one of view.candidate_concurrency) slot(one, `Candidate ${one.policy}`, "A candidate refuses nothing.");
   for (const one of view.limits_not_applied) steps.push(step("skipped", `Limit ${one.name}`, "does not apply", one.detail));
+  for (const one of view.extensions) steps.push(step("ok", `Extension ${one.extension}`, one.hook, one.result));
   if (view.upstream) {
     const up = view.upstream, limit = up.concurrency;
     const isFull = limit !== null && !limit.allowed, isOpen = up.circuit_breaker === "OPEN", isDown = up.targets > 0 && up.healthy_targets + up.unchecked_targets === 0;
     steps.push(step(isFull || isOpen || isDown ? "fail" : up.circuit_breaker === "HALF_OPEN" || up.healthy_targets + up.unchecked_targets < up.targets ? "warn" : "ok", "Upstream", up.name,
-      h("p", { class: "muted" }, `breaker ${up.circuit_breaker.toLowerCase().replace("_", "-")}${up.next_probe_in_seconds ? `, next probe in ${duration(up.next_probe_in_seconds)}` : ""}; ${up.healthy_targets} of ${up.targets} targets healthy${up.unchecked_targets ? `, ${up.unchecked_targets} not checked` : ""}${limit ? `; ${limit.in_flight} in flight, this tier is admitted below ${limit.tier_limit}` : ""} `, h("a", { href: `#/upstreams/${segment(up.name)}` }, "Show"))));
+      h("p", { class: "muted" }, `breaker ${up.circuit_breaker.toLowerCase().replace("_", "-")}${up.next_probe_in_seconds ? `, next probe in ${duration(up.next_probe_in_seconds)}` : ""}; ${up.healthy_targets} of ${up.targets} targets healthy${up.unchecked_targets ? `, ${up.unchecked_targets} not checked` : ""}${limit ? `; ${limit.in_flight} in flight, this tier is admitted below ${limit.tier_limit}` : ""} `, h("a", { href: `#/upstreams/${segment(up.name)}` }, "Show")),
+      up.workers ? `The breaker in each worker: ${Object.entries(up.workers).map(([name, state]) => `${name} ${state.toLowerCase().replace("_", "-")}`).join(", ")}.` : null));
   }
   if (view.fallback) steps.push(step(view.fallback.used ? "warn" : "skipped", "Fallback", view.fallback.name, view.fallback.used ? "used now, because the upstream is not available" : "not needed now"));
-  steps.push(step(kind === "none" ? "skipped" : kind, "Result", view.result.status ? String(view.result.status) : null, badge(kind, word), view.result.detail, view.result.retry_after_seconds ? `Allowed in ${duration(view.result.retry_after_seconds)}.` : null));
+  steps.push(step(kind === "none" ? "skipped" : kind, "Result", view.result.status ? String(view.result.status) : null, badge(kind, word), view.result.detail, view.result.retry_after_seconds ? `Allowed in ${duration(view.result.retry_after_seconds)}.` : null,
+    view.worker ? `Worker ${view.worker} has decided this, by its own breaker, load and concurrency of the upstream; another one may decide otherwise.` : null));
   return h("ol", { class: "steps" }, steps);
 }
 
@@ -130,7 +146,7 @@ function recorded(one, index) {
       h("p", { class: "muted" }, h("a", { href: `#/upstreams/${segment(attempt.upstream ?? "")}` }, attempt.upstream ?? ""), ` ${attempt.target ?? "no target"}: ${milliseconds(attempt.duration_ms)}, begun after ${milliseconds(attempt.started_after_ms)}`), attempt.detail));
   }
   for (const settled of one.settlements) steps.push(step("ok", "Cost settled", null, `${number(settled.cost_before)} to ${number(settled.cost_after)} tokens, after ${milliseconds(settled.after_ms)}`));
-  steps.push(step(kind, "Response", String(one.status), h("p", {}, badge(kind, one.reason ?? one.outcome)), one.detail, `${one.fallback ? `from the fallback ${one.fallback}, ` : ""}by the ${one.source}, in ${milliseconds(one.duration_ms)}; ${number(one.bytes_sent)} bytes`));
+  steps.push(step(kind, "Response", String(one.status), h("p", {}, badge(kind, one.reason ?? one.outcome)), one.detail, `request id ${one.request_id}${one.trace_id ? `, trace ${one.trace_id}` : ""}`, `${one.fallback ? `from the fallback ${one.fallback}, ` : ""}by the ${one.source}, in ${milliseconds(one.duration_ms)}; ${number(one.bytes_sent)} bytes`));
   return h("ol", { class: "steps" }, steps);
 }
 

@@ -51,7 +51,7 @@ export function overview(main, _, signal) {
     figures.Refused.set(percent(now.limited, now.requests), "", `${number(now.limited)} by rate limits`);
     figures.Errors.set(percent(now.errors, now.requests), "", `${number(now.errors)} with status 5xx`);
     for (const name of ["p50", "p90", "p99"]) figures[name].set(...latency(now[name]), "last minute");
-    figures["In flight"].set(number(now.in_flight), "", `${now.workers} ${now.workers === 1 ? "worker" : "workers"}`);
+    figures["In flight"].set(number(now.in_flight), "", `${now.workers} ${now.workers === 1 ? "worker" : "workers"}${now.workers === 1 && now.processes > 1 ? `; the store had ${number(now.processes)} gateway processes, each with a view of its own` : ""}`);
     if (stream.problems !== said) { said = stream.problems; list(); }
     const last = stream.points.at(-1)?.at;
     if (last !== drawn || !drawn) { drawn = last ?? null; draw(); }
