@@ -75,7 +75,8 @@ def _pairs(option: str, form: str, separator: str, given: Sequence[str]) -> dict
     for one in given:
         name, is_pair, value = (part.strip() for part in one.partition(separator))
         if not is_pair or not name or name in pairs:
-            raise CommandFailed(f"{option}: must be '{form}', each name once, got '{one}'")
+            fault = f"'{name}' twice" if name in pairs else f"one without '{separator}'"  # a value may be a secret
+            raise CommandFailed(f"{option}: must be '{form}', each name once, got {fault}")
         pairs[name] = value
     return pairs
 
@@ -107,7 +108,7 @@ def _show_prediction(found: JsonObject) -> None:
         rows.append(_bucket_row(found["candidate"], "candidate "))
     rows += [_slot_row(one, "candidate ") for one in found["candidate_concurrency"]]
     show_all(table(("LIMIT", "LEFT", "COST", "CAPACITY", "RESULT"), rows), "  ")
-    _show_shares(found["buckets"])
+    _show_shares(found["buckets"], "is")
     for one in found["limits_not_applied"]:
         show(f"  the limit {one['name']} does not apply: {one['detail']}")
     for one in found["routes_passed_over"]:
@@ -143,11 +144,11 @@ def _show_upstream(one: JsonObject) -> None:
     show(f"  upstream {one['name']}: breaker {one['circuit_breaker']}{where}{probe}; {healthy}{flying}")
 
 
-def _show_shares(limits: Sequence[JsonObject]) -> None:
+def _show_shares(limits: Sequence[JsonObject], verb: str) -> None:
     """Say that the figures are those of shares, if they are."""
     processes = next((one["processes"] for one in limits if one.get("processes") is not None), None)
     if processes is not None:
-        show(f"  the store is unavailable: the figures are those of the share of one of {processes} processes")
+        show(f"  the store {verb} unavailable: the figures are those of the share of one of {processes} processes")
 
 
 def _show_request(request: JsonObject) -> None:
@@ -170,13 +171,13 @@ def _show_request(request: JsonObject) -> None:
                 one["tokens_before"],
                 one["cost"],
                 one["tokens_after"],
-                one["capacity"],
+                f"{one['concurrent']} in flight" if one.get("concurrent") else one["capacity"],
                 _verdict(one["allowed"], one["retry_after_seconds"]),
             )
             for one in request["limits"]
         ]
         show_all(table(header, rows), "  ")
-        _show_shares(request["limits"])
+        _show_shares(request["limits"], "was")
     for limit in request["limits"]:
         if limit["spent_by"] is not None:
             _show_spending(limit["limit"], limit["spent_by"])

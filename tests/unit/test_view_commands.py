@@ -57,12 +57,16 @@ EXPLAINED = ROW | {
             "tokens_before": 0.25,
             "tokens_after": 0.25,
             "retry_after_seconds": 0.75,
+            "processes": 3,
+            "concurrent": None,
             "spent_by": {
                 "requests": [SPENDING | {"cost": 3, "tokens_before": 3}],
                 "complete": False,
                 "missing_tokens": 1.5,
             },
-        }
+        },
+        dict.fromkeys(("capacity", "tokens_before", "tokens_after", "processes", "spent_by", "retry_after_seconds"))
+        | {"limit": "parallel", "cost": 1, "allowed": True, "concurrent": 4},
     ],
     "upstream_attempts": [
         {
@@ -165,6 +169,8 @@ def test_an_explained_request_shows_all_that_is_known(
         "cost settled from 1 to 2 after 3 ms",
         ", trace 0af7651916cd43dd8448eb211c80319c",
         "A worker did not respond in time",
+        "parallel  -              1     -             4 in flight  allowed",
+        "the store was unavailable: the figures are those of the share of one of 3 processes",
     ):
         assert part in out, part
 
@@ -336,6 +342,16 @@ def test_a_wrong_combination_is_a_line(
 ) -> None:
     assert run(monkeypatch, Gateway(), *arguments) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_header_field_that_is_no_pair_is_not_quoted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be a credential without its colon."""
+    assert run(monkeypatch, Gateway(), "explain", "--path", "/api", "--header", "Authorization Bearer s3cret") == 1
+    errors = capsys.readouterr().err
+    assert "--header: must be 'NAME: VALUE'" in errors
+    assert "s3cret" not in errors
 
 
 def test_a_table_is_inert_and_bounded() -> None:

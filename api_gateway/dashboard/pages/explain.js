@@ -85,8 +85,8 @@ function step(kind, title, word, ...text) {
 }
 
 /** Say that the figures of a limit are those of the share of one process; processes is null if they are not. */
-function share(processes) {
-  return processes === null || processes === undefined ? "" : ` (the store is unavailable: the share of one of ${number(processes)} processes)`;
+function share(processes, verb) {
+  return processes === null || processes === undefined ? "" : ` (the store ${verb} unavailable: the share of one of ${number(processes)} processes)`;
 }
 
 function decisions(view) {
@@ -103,7 +103,7 @@ function decisions(view) {
     const left = Math.max(0, Math.min(1, one.tokens / one.capacity));
     steps.push(step(one.allowed ? "ok" : "fail", title, one.allowed ? "enough tokens" : one.retry_after_seconds === null ? "never enough" : `enough in ${duration(one.retry_after_seconds)}`,
       h("div", { class: "bar" }, h("i", { class: one.allowed ? "" : "fail", style: { width: `${left * 100}%` } })),
-      `${number(one.tokens)} of ${number(one.capacity)} tokens${share(one.processes)}, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, ...text));
+      `${number(one.tokens)} of ${number(one.capacity)} tokens${share(one.processes, "is")}, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, ...text));
   };
   const slot = (one, title, ...text) => steps.push(step(one.allowed ? "ok" : "fail", title, one.allowed ? "admits another" : "full", `${number(one.in_flight)} of ${number(one.concurrent)} requests are in flight`, ...text));
   for (const one of view.buckets) bucket(one, `Limit ${one.policy}`, one.key === view.limiting_bucket && view.buckets.length > 1 ? "This one decides." : null);
@@ -136,7 +136,7 @@ function recorded(one, index) {
     const isKnown = limit.tokens_before !== null && limit.capacity !== null;
     steps.push(step(limit.allowed ? "ok" : "fail", `Limit ${limit.limit}`, limit.allowed ? "allowed" : "refused",
       isKnown && h("div", { class: "bar" }, h("i", { class: limit.allowed ? "" : "fail", style: { width: `${Math.max(0, Math.min(1, limit.tokens_before / limit.capacity)) * 100}%` } })),
-      isKnown ? `had ${number(limit.tokens_before)} of ${number(limit.capacity)} tokens${share(limit.processes)}, the request ${limit.allowed ? "took" : "costs"} ${number(limit.cost)}` : limit.concurrent ? `allows ${plural(limit.concurrent, "request")} in flight; how many there were is not kept` : "its state is not kept with this decision",
+      isKnown ? `had ${number(limit.tokens_before)} of ${number(limit.capacity)} tokens${share(limit.processes, "was")}, the request ${limit.allowed ? "took" : "costs"} ${number(limit.cost)}` : limit.concurrent ? `allows ${plural(limit.concurrent, "request")} in flight; how many there were is not kept` : "its state is not kept with this decision",
       limit.retry_after_seconds ? `It would have been allowed ${duration(limit.retry_after_seconds)} later.` : null,
       limit.spent_by && spenders(limit.spent_by, `${limit.limit}${index ? `, request ${index + 1}` : ""}`)));
   }
