@@ -22,7 +22,8 @@ from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.settings.webhook import WebhookSection, signing_key
 from api_gateway.system.clocks import Clocks
 from api_gateway.system.state_folder import own_folder
-from api_gateway.transport.webhooks import Webhook, WebhookEvent
+from api_gateway.transport.webhook_events import WaitingEvents, WebhookEvent
+from api_gateway.transport.webhooks import Webhook
 
 if TYPE_CHECKING:
     from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
@@ -44,6 +45,7 @@ class QuotaKeeping:
         self._in_store: StoreQuotaLimiter | None = None
         self._webhook: Webhook | None = None
         self._webhook_of: WebhookSection | None = None
+        self._events = WaitingEvents(own_folder(config.state_dir))
         self.counters = PeriodCounters(config.store.max_buckets)
         self._journal = PeriodJournal(
             self.counters,
@@ -78,9 +80,10 @@ class QuotaKeeping:
         self._is_open = True
 
     async def close(self) -> None:
-        """Store what was charged, and close the file."""
+        """Store what was charged, and the events that wait; close the files."""
         if self._webhook is not None:
             await self._webhook.close()
+        await self._events.close()
         await self._journal.close()
 
     def limiter(self, buckets: RateLimiter, limits: Iterable[Limit], config: GatewayConfig) -> RateLimiter:
@@ -103,18 +106,18 @@ class QuotaKeeping:
         """Deliver events to the webhook of the configuration from now on; those that wait, too."""
         if section == self._webhook_of:
             return
-        waiting = [] if self._webhook is None else self._webhook.stop()
+        if self._webhook is not None:
+            self._webhook.stop()
         self._webhook, self._webhook_of = None, section
         if section.url is not None and section.secret is not None:
             self._webhook = Webhook(
                 section.url,
                 signing_key(section.secret.get_secret_value()),
+                self._events,
                 wall_clock=self._clocks.wall,
                 source=random.Random(),  # noqa: S311 - spreads attempts, guards nothing
             )
             self._webhook.start()
-            for event in waiting:
-                self._webhook.send(event)
 
     def _on_warned(self, warned: Sequence[Warned]) -> None:
         for one in warned:
@@ -132,12 +135,15 @@ class QuotaKeeping:
                 one.share * 100,
             )
             if self._webhook is not None:
-                self._webhook.send(_event(one, holder, self._clocks.wall()))
+                self._events.add(_event(one, holder, self._clocks.wall()))
 
 
 def _event(warned: Warned, holder: str, now: float) -> WebhookEvent:
-    """Return the event of a warning. Its id depends on what it is about alone, so that it is never a new one."""
-    about = f"{warned.key} {warned.period.start} {warned.share}"
+    """Return the event of a warning. Its id depends on what it is about alone, so that it is never a new one.
+
+    A share can be reached again in the same period after a reset, or if the allowance changes: this is another event.
+    """
+    about = f"{warned.key} {warned.period.start} {warned.share} {warned.allowance} {warned.resets}"
     return WebhookEvent(
         f"quota_{hashlib.blake2b(about.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}",
         "quota.warning",

@@ -128,6 +128,7 @@ class PeriodCounters:
         standing = self.standing(key, quota, now_us)
         count = self._attach(standing)
         count.used = count.peak = 0
+        standing.counter.resets += 1
         self.changed.add(key)
 
     def take_changed(self) -> list[tuple[str, Counter]]:

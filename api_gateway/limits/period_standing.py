@@ -75,7 +75,7 @@ class Counter:
 
     `end` is that of the period of `count`. `began` is when the client's first period began. A counter of another unit
     than the quota's is replaced by a new one; another time zone applies from the next period on. `is_unverified`: its
-    key may have been invented.
+    key may have been invented. `resets` counts those by operators, after which a share can be reached again.
     """
 
     unit: Unit
@@ -86,6 +86,7 @@ class Counter:
     balance: int = 0
     until: int = 0
     is_unverified: bool = False
+    resets: int = 0
 
     def valid_balance(self, now: int) -> int:
         """Return what can be used of the top-ups."""
@@ -151,6 +152,7 @@ class Warned(NamedTuple):
     period: CalendarPeriod
     used: int
     allowance: int
+    resets: int = 0
 
 
 def is_past(counter: Counter, now: int) -> bool:
@@ -248,7 +250,15 @@ def _warnings(standing: Standing, peak: int) -> list[Warned]:
     quota, count = standing.quota, standing.count
     allowance = quota.burst_ns + count.carried
     return [
-        Warned(standing.key, quota, share, quota.period(standing.counter.began, count.start), count.used, allowance)
+        Warned(
+            standing.key,
+            quota,
+            share,
+            quota.period(standing.counter.began, count.start),
+            count.used,
+            allowance,
+            standing.counter.resets,
+        )
         for share in quota.warn_at
         if peak < share * allowance <= count.peak
     ]

@@ -29,18 +29,23 @@ _STEP = 2000  # counters that are converted to rows before the event loop turns
 
 _COLUMNS = (
     "key, unit, began, start, used, carried, drawn, peak, before_start, before_used, before_carried, before_drawn,"
-    " before_peak, balance, until, ends, past_at, is_unverified"
+    " before_peak, balance, until, ends, past_at, is_unverified, resets"
 )
 _TABLE = (
     "CREATE TABLE counters (key TEXT PRIMARY KEY, unit TEXT NOT NULL, began INTEGER NOT NULL, start INTEGER NOT NULL,"
     " used INTEGER NOT NULL, carried INTEGER NOT NULL, drawn INTEGER NOT NULL, peak INTEGER NOT NULL,"
     " before_start INTEGER, before_used INTEGER, before_carried INTEGER, before_drawn INTEGER, before_peak INTEGER,"
     " balance INTEGER NOT NULL, until INTEGER NOT NULL, ends INTEGER NOT NULL, past_at INTEGER NOT NULL,"
-    " is_unverified INTEGER NOT NULL DEFAULT 1) WITHOUT ROWID"
+    " is_unverified INTEGER NOT NULL DEFAULT 1, resets INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID"
 )
 _INDEX = "CREATE INDEX counters_by_end ON counters (past_at)"
 QUOTAS_SCHEMA = Schema(
-    2, (_TABLE, _INDEX), {1: ("ALTER TABLE counters ADD COLUMN is_unverified INTEGER NOT NULL DEFAULT 1",)}
+    3,
+    (_TABLE, _INDEX),
+    {
+        1: ("ALTER TABLE counters ADD COLUMN is_unverified INTEGER NOT NULL DEFAULT 1",),
+        2: ("ALTER TABLE counters ADD COLUMN resets INTEGER NOT NULL DEFAULT 0",),
+    },
 )
 _REMOVE = "DELETE FROM counters WHERE key IN (SELECT key FROM counters WHERE past_at < ? ORDER BY past_at LIMIT ?)"
 _LEAST_REMOVED = 1000  # by one write, and as many as it stores if that is more: so they do not accumulate
@@ -95,14 +100,17 @@ class PeriodStore:
                     (limit,),
                 )
             ) as found:
-                counters += [counter_of(row) for row in found]
+                for *row, resets in found:
+                    key, counter = counter_of(tuple(row))
+                    counter.resets = resets
+                    counters.append((key, counter))
         return counters
 
     def _write(self, rows: Sequence[CounterRow], now: int) -> None:
         connection = self._file.connection
         with transaction(connection):
             connection.executemany(
-                f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 18)})",  # noqa: S608 - constant
+                f"INSERT OR REPLACE INTO counters ({_COLUMNS}) VALUES ({', '.join('?' * 19)})",  # noqa: S608 - constant
                 rows,
             )
             connection.execute(_REMOVE, (now, max(len(rows), _LEAST_REMOVED)))
@@ -172,14 +180,14 @@ class PeriodJournal:
 async def _rows(counters: Sequence[tuple[str, Counter]]) -> list[CounterRow]:
     rows: list[CounterRow] = []
     for index, (key, counter) in enumerate(counters, 1):
-        rows.append(row_of(key, counter))
+        rows.append((*row_of(key, counter), counter.resets))
         if index % _STEP == 0:
             await asyncio.sleep(0)
     return rows
 
 
 def row_of(key: str, counter: Counter) -> CounterRow:
-    """Return a counter as a row of the file; values are those of JSON, too."""
+    """Return a counter as a row of the file, without its resets; values are those of JSON, too."""
     count, before = counter.count, counter.before
     earlier: CounterRow = (None,) * 5
     if before is not None:

@@ -1,8 +1,8 @@
 """The operations of token_bucket.lua on counters of calendar quotas, alone or together with buckets.
 
-A counter in the store is fifteen integers: the unit of its period (its index in `UNITS`), the beginning of the first
+A counter in the store is sixteen integers: the unit of its period (its index in `UNITS`), the beginning of the first
 period, the latest count (start, used, carried, drawn, peak), the end of its period, the count before (start -1: none),
-the balance of top-ups and its end; see `period_standing`.
+the balance of top-ups and its end, the resets; see `period_standing`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ from api_gateway.storage.redis_session import ScriptCall
 
 MAX_ASKED = 3  # times that an operation is sent, each with what the store replied before
 _NONE = -1
-_FIELDS = 15
+_FIELDS = 16
 _COUNT = 5
 
 
@@ -120,16 +120,17 @@ def read_counter(reply: Iterator[int]) -> tuple[bool, Counter | None]:
     fields = [next(reply) for _ in range(_FIELDS)]
     if fields[0] == _NONE:
         return is_unanswered, None
-    unit, began, *rest = fields
-    latest, end, before = rest[:_COUNT], rest[_COUNT], rest[_COUNT + 1 : -2]
+    unit, began, *rest, balance, until, resets = fields
+    latest, end, before = rest[:_COUNT], rest[_COUNT], rest[_COUNT + 1 :]
     counter = Counter(
         UNITS[unit],
         began,
         Count(*latest),
         end,
         None if before[0] == _NONE else Count(*before),
-        rest[-2],
-        rest[-1],
+        balance,
+        until,
+        resets=resets,
     )
     return is_unanswered, counter
 

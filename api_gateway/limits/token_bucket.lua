@@ -7,7 +7,8 @@
 -- now, but not for nanoseconds since 1970. So the script calculates with a bucket's debt from now on.
 --
 -- A counter is one key. Its value is fifteen integers, see `limits/quota_ops.py`; amounts are thousandths of a token,
--- times are seconds. The script decides as `limits/period_counters.py` does. It has no calendar: with each counter the
+-- times are seconds. The sixteenth, the number of resets, follows in letters (a is 0) if it is not 0: earlier releases,
+-- which do not know it, read the digits alone. The script decides as `limits/period_counters.py` does. It has no calendar: with each counter the
 -- caller gives the period that it expects to contain the server's time. If another period is needed, or the client's
 -- first period began at another time than the caller knows, nothing is charged, and the caller asks again.
 --
@@ -187,8 +188,8 @@ local function take(at, count)
   return at + 3 * count
 end
 
-local UNIT, BEGAN, START, USED, CARRIED, DRAWN, PEAK, END, BEFORE, BALANCE, UNTIL = 1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 15
-local COUNT, FIELDS, ARGUMENTS = 5, 15, 9
+local UNIT, BEGAN, START, USED, CARRIED, DRAWN, PEAK, END, BEFORE, BALANCE, UNTIL, RESETS = 1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 15, 16
+local COUNT, FIELDS, ARGUMENTS = 5, 16, 9
 local NEW, NEXT, BETWEEN = -1, -2, -3 -- counts that do not exist yet: of a new counter, the latest, the one before
 local seconds = tonumber(time[1])
 local counters, changed = {}, {}
@@ -198,6 +199,8 @@ local function counter_of(number)
     local fields, value = {}, redis.pcall('GET', KEYS[number])
     if type(value) == 'string' then
       for digits in string.gmatch(value, '%-?%d+') do fields[#fields + 1] = tonumber(digits) end
+      local word = (string.byte(value, -1) or 0) > 57 and string.match(value, ' (%l+)$') or 'a' -- 57: the character 9
+      fields[#fields + 1] = tonumber((string.gsub(word, '%l', function(l) return string.byte(l) - 97 end)))
     end
     counters[number] = #fields == FIELDS and fields or false
   end
@@ -247,7 +250,7 @@ end
 local function attach(q, counter, place, extra)
   changed[q.counter] = true
   if place == NEW then
-    counter = {q.unit, q.began >= 0 and q.began or seconds, q.first, 0, 0, 0, 0, q.last, -1, 0, 0, 0, 0, 0, 0}
+    counter = {q.unit, q.began >= 0 and q.began or seconds, q.first, 0, 0, 0, 0, q.last, -1, 0, 0, 0, 0, 0, 0, 0}
     counters[q.counter] = counter
     return counter, START
   elseif place == NEXT then
@@ -347,7 +350,9 @@ local function adjust(at)
       counter[BALANCE] = valid + amount
     end
     if carry >= 0 then counter[place + 2] = carry end
-    if ARGV[after + 3] == '1' then counter[place + 1], counter[place + 4] = 0, 0 end
+    if ARGV[after + 3] == '1' then
+      counter[place + 1], counter[place + 4], counter[RESETS] = 0, 0, counter[RESETS] + 1
+    end
   end
   report(not place, counter)
   return after + 4
@@ -414,6 +419,8 @@ end
 for number in pairs(changed) do
   local counter, digits = counters[number], {}
   for index = 1, FIELDS do digits[index] = string.format('%.0f', counter[index]) end
+  digits[RESETS] = string.gsub(digits[RESETS], '%d', function(d) return string.char(97 + d) end)
+  if counter[RESETS] == 0 then digits[RESETS] = nil end
   local past = math.max(counter[END] + 2 * (counter[END] - counter[START]) + 86400, counter[UNTIL])
   redis.call('SET', KEYS[number], table.concat(digits, ' '),
     'PXAT', string.format('%.0f', math.max(past, seconds) * 1000 + 999)) -- to the end of that second

@@ -8,44 +8,22 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import json
 import logging
 import random
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import httpx
 
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Clock
+from api_gateway.transport.webhook_events import WaitingEvents, WebhookEvent
 
 logger = logging.getLogger(__name__)
 
-MAX_QUEUED = 1000  # events that wait; of more, the oldest is dropped
 MAX_ATTEMPTS = 12  # about an hour and a half
 FIRST_DELAY, MAX_WEBHOOK_DELAY = 1.0, 900.0  # seconds between attempts
 WEBHOOK_TIMEOUT = 15.0  # seconds for an attempt
-REMEMBERED = 10_000  # ids that were queued or delivered, so that none is queued again
 _GONE = 410
-
-
-@dataclass(frozen=True, slots=True)
-class WebhookEvent:
-    """What happened: a unique id, a type such as `quota.warning`, when (seconds since the epoch), and its members."""
-
-    id: str
-    type: str
-    at: float
-    data: Mapping[str, Any]
-
-    @property
-    def body(self) -> bytes:
-        """The event in JSON."""
-        at = datetime.fromtimestamp(self.at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        return json.dumps({"type": self.type, "timestamp": at, "data": self.data}, separators=(",", ":")).encode()
 
 
 def signature_fields(key: bytes, event_id: str, at: int, body: bytes) -> dict[str, str]:
@@ -55,16 +33,17 @@ def signature_fields(key: bytes, event_id: str, at: int, body: bytes) -> dict[st
 
 
 class Webhook:
-    """Sends events in the order in which they were queued, one at a time, from `start` to `close`.
+    """Sends the events that wait, in their order, one at a time, from `start` to `close` or `stop`.
 
-    `delivered`, `failed` and `dropped` count events: accepted with 2xx; given up after `MAX_ATTEMPTS` or a 410; and
-    lost because too many waited. Redirects are not followed.
+    `delivered` and `failed` count events: accepted with 2xx; given up after `MAX_ATTEMPTS` or a 410. Redirects are not
+    followed.
     """
 
     def __init__(
         self,
         url: str,
         key: bytes,
+        waiting: WaitingEvents,
         *,
         wall_clock: Clock,
         source: random.Random,
@@ -72,67 +51,47 @@ class Webhook:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.url = url
-        self.delivered = self.failed = self.dropped = 0
+        self.waiting = waiting
+        self.delivered = self.failed = 0
         self._key = key
         self._wall_clock = wall_clock
         self._source = source
         self._transport = transport
         self._sleep = sleep
-        self._waiting: deque[WebhookEvent] = deque()
-        self._known: dict[str, None] = {}  # in the order of arrival
-        self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Webhook [{len(self._waiting)} waiting, {self.delivered} delivered, {self.failed} failed]>"
-
-    def send(self, event: WebhookEvent) -> None:
-        """Queue an event, unless one with the same id was queued before."""
-        if event.id in self._known:
-            return
-        self._known[event.id] = None
-        if len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
-        if len(self._waiting) >= MAX_QUEUED:
-            lost = self._waiting.popleft()
-            self.dropped += 1
-            logger.warning("webhook: %d events wait, event %s is dropped", MAX_QUEUED, lost.id)
-        self._waiting.append(event)
-        self._arrived.set()
+        return f"<Webhook [{len(self.waiting)} waiting, {self.delivered} delivered, {self.failed} failed]>"
 
     def start(self) -> None:
-        """Deliver events from now on."""
+        """Deliver events from now on, first those that earlier processes have left."""
+        self.waiting.start()
         self._task = asyncio.create_task(self._run(), name="webhook")
 
-    def stop(self) -> list[WebhookEvent]:
-        """End, and return the events that were not delivered; the first may have been."""
+    def stop(self) -> None:
+        """End at once. Events that were not delivered wait; the first of them may have been."""
         if self._task is not None:
             self._task.cancel()
-        waiting, self._waiting = list(self._waiting), deque()
-        return waiting
 
     async def close(self) -> None:
-        """End; events that were not delivered are lost, and logged."""
+        """End."""
         if self._task is not None:
             await cancel_and_wait(self._task)
             self._task = None
-        if self._waiting:
-            logger.warning("webhook: %d events were not delivered: %s", len(self._waiting), self._waiting[0].id)
 
     async def _run(self) -> None:
+        waiting = self.waiting
         async with httpx.AsyncClient(
             transport=self._transport, timeout=WEBHOOK_TIMEOUT, follow_redirects=False
         ) as client:
             while True:
-                while not self._waiting:
-                    self._arrived.clear()
-                    await self._arrived.wait()
-                event = self._waiting[0]
+                while (event := waiting.first) is None:
+                    waiting.arrived.clear()
+                    await waiting.arrived.wait()
                 is_delivered = await self._deliver(client, event)
                 self.delivered += is_delivered
                 self.failed += not is_delivered
-                if self._waiting and self._waiting[0] is event:  # else dropped meanwhile
-                    self._waiting.popleft()
+                waiting.remove(event)
 
     async def _deliver(self, client: httpx.AsyncClient, event: WebhookEvent) -> bool:
         delay = FIRST_DELAY

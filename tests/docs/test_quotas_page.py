@@ -16,7 +16,8 @@ from api_gateway.limits.period_counters import OVERFLOW_COUNTERS
 from api_gateway.limits.period_standing import KEPT, KEPT_LONGER
 from api_gateway.limits.period_store import QUOTA_WRITE_INTERVAL, QUOTAS_FILE
 from api_gateway.settings.limits import LimitSection
-from api_gateway.transport.webhooks import FIRST_DELAY, MAX_ATTEMPTS, MAX_QUEUED, MAX_WEBHOOK_DELAY
+from api_gateway.transport.webhook_events import MAX_QUEUED
+from api_gateway.transport.webhooks import FIRST_DELAY, MAX_ATTEMPTS, MAX_WEBHOOK_DELAY
 from tests.kit import FakeClocks, RawUpstream, RunningGateway, ask, eventually, in_front_of, reply, running_gateway
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quotas.md").read_text()

@@ -15,6 +15,7 @@ from api_gateway.clients.sqlite_store import CLIENTS_FILE, CLIENTS_SCHEMA
 from api_gateway.limits.period_store import QUOTAS_FILE, QUOTAS_SCHEMA
 from api_gateway.storage.sqlite_file import SqliteFile
 from api_gateway.system.state_folder import FOLDER_VERSION, VERSION_FILE
+from api_gateway.transport.webhook_events import EVENTS_VERSION
 from api_gateway.usage.ledger import USAGE_FILE, USAGE_SCHEMA
 from tests.processes import ROOT
 
@@ -31,6 +32,7 @@ def test_the_table_has_the_versions_of_the_code() -> None:
         OVERRIDES_FILE: OVERRIDES_VERSION,
         PROOFS_FILE: PROOFS_VERSION,
         AUDIT_FILE: AUDIT_VERSION,
+        "webhook-N.json": EVENTS_VERSION,
         "via": FOLDER_VERSION,
         "store.prefix": STORE_SCHEMA,
     }

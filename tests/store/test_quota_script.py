@@ -1,6 +1,7 @@
 """Calendar quotas in a shared store: the real script decides as the counters in memory do, on a virtual clock."""
 
 import random
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -377,7 +378,15 @@ def _adjust(machine: Machine, adjustment: Adjustment) -> None:
 def _state(machine: Machine, period: PeriodQuota) -> tuple[int, ...] | None:
     """Return the counter in the store."""
     found = machine.store._get(machine.limiter.counter_key(f"{period.name}:a"))
-    return None if found is None else tuple(map(int, found.split()))
+    return None if found is None else _numbers(found)
+
+
+def _numbers(value: str) -> tuple[int, ...]:
+    """Return the integers of a counter in the store; resets are in letters, and left out if there are none."""
+    *digits, last = value.split()
+    if last.isdigit():
+        return (*map(int, digits), int(last), 0)
+    return (*map(int, digits), int("".join(str(ord(letter) - ord("a")) for letter in last)))
 
 
 def _kept(counter: Counter | None, store: LuaStore) -> tuple[int, ...] | None:
@@ -394,9 +403,29 @@ def _kept(counter: Counter | None, store: LuaStore) -> tuple[int, ...] | None:
             if before is None
             else (before.start, before.used, before.carried, before.drawn, before.peak)
         ),
-        *(counter.balance, counter.until),
+        *(counter.balance, counter.until, counter.resets),
     )
     return None if is_past(counter, store.now_us // MICROSECONDS) else fields
+
+
+def test_earlier_releases_and_this_one_read_the_counters_of_each_other() -> None:
+    """An earlier release has fifteen integers, and takes all digits of a value for them; it drops the resets."""
+    period = quota(10)
+    machine = Machine(LuaStore(NOW), (ROOMY, period))
+    key = machine.limiter.counter_key(f"{period.name}:a")
+    value: str | None = ""
+    for resets in range(1, 12):
+        _adjust(machine, Adjustment(is_reset=1))
+        value = machine.store._get(key)
+        assert value
+        assert len(re.findall(r"-?\d+", value)) == 15
+        assert _numbers(value)[-1] == resets
+    assert value
+    assert value.endswith(" bb")
+    until = NOW // MICROSECONDS + 3600
+    machine.store.values[key] = (value.removesuffix(" bb"), machine.store.values[key][1])
+    _adjust(machine, Adjustment(5000, until))
+    assert _state(machine, period) == (*_numbers(value)[:13], 5000, until, 0)
 
 
 def test_a_cost_above_the_allowance_is_never_allowed() -> None:

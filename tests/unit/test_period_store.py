@@ -1,6 +1,7 @@
 """The file of calendar quotas: what was written is read again, and an error of the disk loses nothing."""
 
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -103,18 +104,32 @@ async def test_invented_keys_do_not_displace_others_at_a_start(tmp_path: Path) -
     assert all(before[key] == counter for key, counter in found.items())
 
 
-async def test_a_file_of_an_earlier_version_is_read_and_its_keys_count_as_unverified(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "absent"), [(1, ("is_unverified", "resets")), (2, ("resets",))])
+async def test_a_file_of_an_earlier_version_is_read_and_its_keys_count_as_unverified(
+    tmp_path: Path, version: int, absent: Sequence[str]
+) -> None:
     writing = journal(tmp_path)
     await writing.start()
     spend(writing.counters, "a")
     await writing.close()
     with sqlite3.connect(tmp_path / "quotas.sqlite3") as other:
-        other.execute("ALTER TABLE counters DROP COLUMN is_unverified")
-        other.execute("PRAGMA user_version = 1")
+        for column in absent:
+            other.execute(f"ALTER TABLE counters DROP COLUMN {column}")
+        other.execute(f"PRAGMA user_version = {version}")
     other.close()
     found = await stored(tmp_path)
-    assert (found["a"].count.used, found["a"].is_unverified) == (1000, True)
+    assert (found["a"].count.used, found["a"].is_unverified, found["a"].resets) == (1000, version == 1, 0)
     assert set(await stored(tmp_path)) == {"a"}
+
+
+async def test_the_number_of_resets_is_stored_with_the_counter(tmp_path: Path) -> None:
+    writing = journal(tmp_path)
+    await writing.start()
+    spend(writing.counters, "a")
+    for _ in range(3):
+        writing.counters.reset("a", QUOTA, NOW * MICROSECONDS)
+    await writing.close()
+    assert (await stored(tmp_path))["a"].resets == 3
 
 
 async def test_what_could_not_be_written_is_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -182,7 +197,7 @@ async def test_a_file_that_cannot_be_used_is_an_error_that_says_why(tmp_path: Pa
     with sqlite3.connect(tmp_path / "quotas.sqlite3") as other:
         other.execute("PRAGMA user_version = 9")
     other.close()
-    with pytest.raises(OSError, match=r"newer gateway \(schema 9, newest supported 2\)"):
+    with pytest.raises(OSError, match=r"newer gateway \(schema 9, newest supported 3\)"):
         await stored(tmp_path)
     with pytest.raises(OSError, match="not open"):
         await PeriodStore(tmp_path).write([], NOW)

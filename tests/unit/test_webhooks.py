@@ -1,8 +1,10 @@
 """Webhooks: signed as the published scheme, repeated with the same id, bounded, and never the same event twice."""
 
 import asyncio
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,14 +12,8 @@ from standardwebhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
 from api_gateway.settings.webhook import signing_key
-from api_gateway.transport.webhooks import (
-    MAX_ATTEMPTS,
-    MAX_QUEUED,
-    MAX_WEBHOOK_DELAY,
-    Webhook,
-    WebhookEvent,
-    signature_fields,
-)
+from api_gateway.transport.webhook_events import MAX_QUEUED, WaitingEvents, WaitingFile, WebhookEvent
+from api_gateway.transport.webhooks import MAX_ATTEMPTS, MAX_WEBHOOK_DELAY, Webhook, signature_fields
 from tests.cases import each
 from tests.kit import soon
 
@@ -27,7 +23,8 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # that of the specification's
 class Receiver:
     """A receiver whose responses are given; the last one is repeated. A response 0 is a broken connection."""
 
-    def __init__(self, *statuses: int) -> None:
+    def __init__(self, *statuses: int, folder: Path | None = None) -> None:
+        self.folder = folder
         self.statuses = [*statuses]
         self.requests: list[httpx.Request] = []
         self.slept: list[float] = []
@@ -38,6 +35,7 @@ class Receiver:
         return Webhook(
             "https://receiver.test/hook",
             signing_key(SECRET),
+            WaitingEvents(self.folder),
             wall_clock=lambda: self.now,
             source=random.Random(1),
             transport=httpx.MockTransport(self._respond),
@@ -74,9 +72,10 @@ async def delivered(receiver: Receiver, *events: WebhookEvent, until: Callable[[
     webhook = receiver.webhook()
     webhook.start()
     for one in events:
-        webhook.send(one)
+        webhook.waiting.add(one)
     await soon(lambda: until(webhook), "the events are processed")
     await webhook.close()
+    await webhook.waiting.close()
     return webhook
 
 
@@ -120,7 +119,7 @@ async def test_events_arrive_in_order_and_the_same_event_once() -> None:
         receiver, event(1), event(2), event(1), event(3), event(2), until=lambda webhook: webhook.delivered == 3
     )
     assert receiver.ids == ["evt_1", "evt_2", "evt_2", "evt_3"]
-    assert (webhook.delivered, webhook.failed, webhook.dropped) == (3, 0, 0)
+    assert (webhook.delivered, webhook.failed, webhook.waiting.dropped) == (3, 0, 0)
 
 
 async def test_a_receiver_that_never_accepts_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,11 +142,86 @@ async def test_a_receiver_that_is_gone_is_not_asked_again() -> None:
 async def test_the_queue_is_bounded_and_what_was_not_delivered_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     webhook = Receiver(200).webhook()
     for number in range(MAX_QUEUED + 5):
-        webhook.send(event(number))
-    assert webhook.dropped == 5
+        webhook.waiting.add(event(number))
+    assert webhook.waiting.dropped == 5
     assert "event evt_0 is dropped" in caplog.text
-    await webhook.close()
+    await webhook.waiting.close()
     assert "1000 events were not delivered: evt_5" in caplog.text
+
+
+async def test_events_that_wait_are_sent_after_a_restart_once_and_in_order(tmp_path: Path) -> None:
+    """Also to another URL; those that were delivered before are not sent again."""
+    first = Receiver(200, 500, folder=tmp_path)
+    await delivered(first, event(1), event(2), event(3), until=lambda _: "evt_2" in first.ids)
+    (file,) = files(tmp_path)
+    assert file.stat().st_mode & 0o777 == 0o600
+    stored = json.loads(file.read_text())
+    assert (stored["version"], [one["id"] for one in stored["events"]]) == (1, ["evt_2", "evt_3"])
+    second = Receiver(200, folder=tmp_path)
+    webhook = await delivered(second, event(4), event(2), until=lambda webhook: webhook.delivered == 3)
+    assert second.ids in (["evt_2", "evt_3", "evt_4"], ["evt_4", "evt_2", "evt_3"]), "the former ones in their order"
+    assert second.requests[second.ids.index("evt_2")].content == event(2).body
+    assert len(webhook.waiting) == 0
+    assert files(tmp_path) == [], "nothing waits"
+
+
+async def test_events_of_a_killed_process_are_taken_over_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+    killed, living = WaitingFile(tmp_path), WaitingFile(tmp_path)
+    assert (killed.take(), living.take()) == ([], [])
+    killed.write([event(1)])
+    living.write([event(2)])
+    killed.close(is_empty=False)  # no more than what the end of a process does
+    after = WaitingEvents(tmp_path)
+    after.start()
+    await soon(lambda: after.first is not None, "the events are taken over")
+    assert (after.first, len(after)) == (event(1), 1)
+    await after.close()
+    living.write([event(3)])
+    living.close(is_empty=False)
+    assert sorted(stored_ids(tmp_path)) == ["evt_1", "evt_3"], "each is in one file, for the next start"
+
+
+def files(folder: Path, pattern: str = "*") -> list[Path]:
+    """Return the files of a folder."""
+    return sorted(folder.glob(pattern))
+
+
+def stored_ids(folder: Path) -> list[str]:
+    """Return the ids of the events in all files."""
+    documents = [json.loads(text) for file in files(folder, "*.json") if (text := file.read_text())]
+    return [one["id"] for document in documents for one in document["events"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"version": 2, "events": [{"kind": "new"}]}', "was written by a newer gateway"),
+        ('{"version": 1, "events": [{"id": "a"}]}', "has no events that can be read (KeyError)"),
+        ("[", "has no events that can be read (JSONDecodeError)"),
+        ("", None),
+    ],
+)
+async def test_a_file_that_cannot_be_read_is_kept_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, message: str | None
+) -> None:
+    (tmp_path / "webhook-0.json").write_text(content)
+    waiting = WaitingEvents(tmp_path)
+    waiting.start()
+    waiting.add(event(5))
+    await soon(lambda: stored_ids(tmp_path) == ["evt_5"] if waiting._taking is None else False, "it has written")
+    await waiting.close()
+    kept = files(tmp_path, "*.backup")
+    assert [file.read_text() for file in kept] == ([] if message is None else [content])
+    assert (message or "") in caplog.text
+
+
+async def test_a_folder_that_cannot_be_written_is_named_and_events_are_still_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    receiver = Receiver(200, folder=tmp_path / "file" / "state")
+    await delivered(receiver, event(), until=lambda webhook: webhook.delivered == 1)
+    assert "webhook: waiting events are not kept for a restart" in caplog.text
 
 
 @each("secret", ["", "whsec_", "whsec_c2hvcnQ=", "not base64 at all!", "A" * 200])

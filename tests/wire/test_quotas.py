@@ -172,12 +172,45 @@ def test_shares_are_told_in_a_field_a_log_line_a_metric_and_a_signed_webhook(
     signed = Verifier(SECRET).sign(fields["webhook-id"], datetime.fromtimestamp(NOON, UTC), first.body.decode())
     assert signed == fields["webhook-signature"]
     gateway.call("POST", "/clients/acme/quotas/monthly/reset")
-    assert gateway.statuses(5) == [200] * 5  # the same share in the same period is the same event
+    assert gateway.statuses(5) == [200] * 5
+    eventually(lambda: len(receiver.requests) == 3, "after a reset, the same share is reached again")
+    gateway.call("POST", "/clients/acme/quotas/monthly/carry-over", {"amount": 10})
+    assert gateway.statuses(5) == [200] * 5
+    eventually(lambda: len(receiver.requests) == 4, "so it is when half of a larger allowance is used")
     gateway.clocks.advance(11 * HOUR)
     assert gateway.statuses(5) == [200] * 5
-    eventually(lambda: len(receiver.requests) == 3, "the next month's event is delivered")
+    eventually(lambda: len(receiver.requests) == 5, "the next month's event is delivered")
     ids = [request.all("webhook-id")[0] for request in receiver.requests]
-    assert len(set(ids)) == 3
+    assert len(set(ids)) == 5
+    shares = [json.loads(request.body)["data"]["share"] for request in receiver.requests]
+    assert shares == [0.5, 0.9, 0.5, 0.5, 0.5]
+    assert gateway.call("GET", "/metrics").json()["rate_limiter"]["quota_warnings"] == {"monthly": 5}
+    receiver.close()
+
+
+def test_a_warning_that_could_not_be_delivered_is_delivered_after_a_restart(
+    gateways: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once: the peak is durable, so nothing else would tell of it; a reset before the restart counts after it, too."""
+    receiver = RawUpstream(reply(status=b"503 Down"))
+    webhook = {"url": f"{receiver.url}/hook", "secret": SECRET}
+    first = gateways(MONTHLY | {"warn_at": [0.5]}, webhook=webhook)
+    assert first.statuses(5) == [200] * 5
+    first.call("POST", "/clients/acme/quotas/monthly/reset")
+    assert first.statuses(5) == [200] * 5
+    eventually(lambda: bool(receiver.requests), "it is tried")
+    first.stop()
+    first.stop = lambda: None
+    assert "webhook: 2 events wait, and are sent after the next start" in caplog.text
+    receiver.behave = reply(status=b"204 No Content")
+    tried = len(receiver.requests)
+    second = gateways(MONTHLY | {"warn_at": [0.5]}, webhook=webhook)
+    eventually(lambda: len(receiver.requests) == tried + 2, "both are delivered")
+    second.call("POST", "/clients/acme/quotas/monthly/reset")
+    assert second.statuses(5) == [200] * 5
+    eventually(lambda: len(receiver.requests) == tried + 3, "the next reset begins another event")
+    ids = [request.all("webhook-id")[0] for request in receiver.requests]
+    assert (len(set(ids)), ids[0]) == (3, ids[tried])
     receiver.close()
 
 
