@@ -41,6 +41,9 @@ REQUESTS = "gateway_http_requests_total"
 ATTEMPTS = "gateway_upstream_requests_total"
 LIMITED = 'decision="limited"'
 OPEN = 'state="open"'
+OPENED = 'gateway_circuit_breaker_opened_total{job=~"$job"}'
+OPENINGS = f"increase({OPENED}[1h])"
+FEW = "No data with more than 300 routes and upstreams together, see docs/monitoring.md."
 SERVER_ERRORS = 'code=~"5.."'
 DECISIONS = "gateway_rate_limit_decisions_total"
 DURATION = "gateway_http_request_duration_seconds"
@@ -138,12 +141,16 @@ UPSTREAMS = [
         "Attempts by outcome", "reqps", {"{{upstream}} {{outcome}}": f"{total(ATTEMPTS, 'upstream', 'outcome')} > 0"}
     ),
     Panel(
-        "Median time to the head of a response", "s", {"{{upstream}}": quantile(0.5, UPSTREAM_DURATION, "upstream")}
+        "Median time to the head of a response",
+        "s",
+        {"{{upstream}}": quantile(0.5, UPSTREAM_DURATION, "upstream")},
+        help=FEW,
     ),
     Panel(
         "99th percentile of the time to the head of a response",
         "s",
         {"{{upstream}}": quantile(0.99, UPSTREAM_DURATION, "upstream")},
+        help=FEW,
     ),
     Panel(
         "Retries",
@@ -170,7 +177,8 @@ UPSTREAMS = [
     Panel(
         "Openings of breakers within an hour",
         "none",
-        {"{{upstream}}": 'sum by (upstream) (increase(gateway_circuit_breaker_opened_total{job=~"$job"}[1h]))'},
+        {"{{upstream}}": f"sum by (upstream) ({OPENINGS} + ({OPENED} unless {OPENED} offset 1h) or {OPENINGS})"},
+        help="Of many upstreams, the series of each begins with its first opening, which is counted, too.",
     ),
 ]
 

@@ -65,12 +65,13 @@ def test_each_alert_is_silent_and_fires() -> None:
 
 def test_each_alert_fires_by_the_series_that_the_gateway_produces_and_no_other_does(tmp_path: Path) -> None:
     """Of one worker and of several, of which one has the problem; of few routes and of many."""
-    names = frozenset(re.findall(r"\b(?:gateway|process)_\w+", " ".join(rules().values())))
+    opened = queries()["upstreams: Openings of breakers within an hour: {{upstream}}"].replace("$job", ".*")
+    names = frozenset(re.findall(r"\b(?:gateway|process)_\w+", " ".join([opened, *rules().values()])))
     wrong: dict[str, Any] = {"": None, **WRONG}
     assert {case.partition(":")[0] for case in WRONG} | {"GatewayUnavailable"} == {
         name for name in rules() if name.startswith("Gateway")
     }
-    tests = []
+    tests: list[dict[str, Any]] = []
     for case, act in wrong.items():
         for is_many, workers in ((False, 1), (True, 1), (False, 4)):
             found = list(scrapes(act, is_many=is_many, workers=workers))
@@ -90,6 +91,9 @@ def test_each_alert_fires_by_the_series_that_the_gateway_produces_and_no_other_d
                     ],
                 }
             )
+            if case == "GatewayBreakerOpen":
+                found_by_panel = {"expr": f"sum({opened}) > bool 0", "eval_time": f"{MINUTES}m"}
+                tests[-1]["promql_expr_test"].append(found_by_panel | {"exp_samples": [{"labels": "{}", "value": 1}]})
     rule_files = [str(DEPLOY / "prometheus" / file) for file in RULES]
     written = tmp_path / "series.yaml"
     written.write_text(json.dumps({"rule_files": rule_files, "evaluation_interval": "1m", "tests": tests}))
