@@ -115,8 +115,7 @@ class Wire(ScriptBatcher):
         """See `ScriptBatcher`."""
         self.waiting.append(question)
         if not self.is_slow:
-            self.execute()
-            self.deliver()
+            self.respond()
 
     def execute(self) -> None:
         """Execute all waiting operations in one call."""
@@ -135,6 +134,31 @@ class Wire(ScriptBatcher):
             question.read(clock_us, reply)
             question.is_over = True
         assert not [*reply], "a reply has exactly the requested values"
+
+    def drop(self) -> None:
+        """Send all waiting operations to a server that does not execute them, and let them miss the deadline."""
+        _call(self.waiting)
+        self.lose()
+
+    def respond(self) -> None:
+        """Execute all waiting operations, and deliver the replies."""
+        self.execute()
+        self.deliver()
+
+    def lose_replies(self) -> None:
+        """Execute all waiting operations, whose replies are lost."""
+        self.execute()
+        self.lose()
+
+    def deliver_late(self) -> None:
+        """Execute all waiting operations, and deliver the replies after the deadline."""
+        self.execute()
+        late = [*self.under_way]
+        self.lose()
+        for batch, (clock_us, *debts) in late:
+            reply = iter(debts)
+            for question in batch:
+                question.read(clock_us, reply)
 
     def lose(self) -> None:
         """Let all waiting operations and replies miss the deadline."""

@@ -141,7 +141,7 @@ class ClaimOp(ScriptOp):
         )
         must_ask = any(values[buckets::_VALUES_OF_COUNTER])
         if self.is_over or is_stale or is_full or must_ask:
-            self._read_uncharged(clock_us, iter(values), may_be_charged=not (is_stale or is_full or must_ask))
+            self._read_silently(clock_us, iter(values), may_be_charged=not (is_stale or is_full or must_ask))
             if self.is_over:
                 return
             if is_full:
@@ -163,12 +163,13 @@ class ClaimOp(ScriptOp):
         for slot, epoch in zip(self._slots, self._epochs, strict=True):
             yield slot, self._port.epoch(slot.key) == epoch
 
-    def _read_uncharged(self, clock_us: int, values: Iterator[int], *, may_be_charged: bool) -> None:
-        if isinstance(self._inner, ChargeOp) and not may_be_charged:
-            self._inner.read_uncharged(clock_us, values)
-        else:  # what was decided without the store is noted, and not passed on
+    def _read_silently(self, clock_us: int, values: Iterator[int], *, may_be_charged: bool) -> None:
+        """Have a reply noted whose decision is not passed on."""
+        if may_be_charged:
             self._inner.is_over = True
             self._inner.read(clock_us, values)
+        else:
+            self._inner.read_uncharged(clock_us, values)
 
     def _ask_again(self, totals: Sequence[int]) -> None:
         for (slot, is_same), total in zip(list(self._with_epochs()), totals, strict=True):
@@ -197,6 +198,7 @@ class ClaimOp(ScriptOp):
             for slot in self._slots:
                 self._port.mark(slot.key)
         if self._port.is_share_used(self._slots):
+            self._inner.lose_reports()
             self._on_full(None)
         else:
             self._inner.fail()

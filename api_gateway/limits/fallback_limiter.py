@@ -6,6 +6,11 @@ limit. A cost that would exceed the capacity is charged as the capacity, so that
 
 For N processes with the largest cost c (capacity C, rate r, budget B), all together admit at most
 max(C, N*c) + max(r, N*c/B)*d in any window of length d. Afterwards the store is charged for the debts of all shares.
+
+If a reply is lost, the store may have charged the request or refused it. The request is not charged again, and its
+cost counts against the share until it is refilled there, also after the store has replied to another request. So what
+a share admits and the store is never charged for is at most what the share admits at all, however often replies are
+lost.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +20,7 @@ from api_gateway.models import NANOSECONDS, Charge, Decision, DecisionSource, Qu
 from api_gateway.rate_limiter import MemoryLimiter, debts_of
 
 _UNKNOWN_NS = 1 << 62  # later than any end: the policy `allow` has no bucket
+_OWN = 1  # instead of the number of processes, for costs that are those of a share already
 
 
 class FallbackLimiter:
@@ -25,13 +31,14 @@ class FallbackLimiter:
         self.processes = 1
         self._limiter = MemoryLimiter(quotas, bucket_limit=bucket_limit)
         self._debts = ShareDebts(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
+        self._lost = ShareDebts(self._debts.table.period_ns, bucket_limit)  # costs whose replies were lost, scaled
 
     def __repr__(self) -> str:
         return f"<FallbackLimiter [1/{self.processes}, {len(self._debts)} unsynced]>"
 
     def __len__(self) -> int:
         """Return the number of entries held."""
-        return len(self._limiter) + len(self._debts)
+        return len(self._limiter) + len(self._debts) + len(self._lost)
 
     def decide(
         self, charges: Sequence[Charge], known: Iterable[int], now_ns: int, *, may_be_charged: bool
@@ -39,11 +46,12 @@ class FallbackLimiter:
         """Charge this process's share of all buckets, or of none.
 
         `known` has for each bucket the last TAT known from the store, on this process's clock. If the request
-        `may_be_charged` in the store already, because the response was lost, it will not be charged there again.
+        `may_be_charged` in the store already, because the response was lost, it will not be charged there again,
+        unless `learn` follows.
         """
         known = list(known)
         for charge, tat_ns in zip(charges, known, strict=True):
-            self._limiter.seed(charge.key, charge.quota, tat_ns, now_ns)
+            self._begin(charge, tat_ns, now_ns)
         decision = self._as_share(self._limiter.decide([self._scaled(charge) for charge in charges], now_ns))
         if decision.allowed:
             self.record(charges, known, now_ns, may_be_charged=may_be_charged)
@@ -51,7 +59,7 @@ class FallbackLimiter:
 
     def inspect(self, charge: Charge, known_ns: int, now_ns: int, policy: DecisionSource = "local_share") -> Decision:
         """Return the decision of a policy on a charge, with the tokens of this process's share; nothing is charged."""
-        self._limiter.seed(charge.key, charge.quota, known_ns, now_ns)
+        self._begin(charge, known_ns, now_ns)
         scaled = self._scaled(charge)
         if policy == "local_share":
             return self._as_share(self._limiter.preview(scaled, now_ns))
@@ -59,11 +67,29 @@ class FallbackLimiter:
         decision.reset_ns += scaled.increment_ns if policy == "allow" else 0
         return decided_by(policy, decision)
 
-    def record(self, charges: Iterable[Charge], known: Iterable[int], now_ns: int, *, may_be_charged: bool) -> None:
+    def record(self, charges: Sequence[Charge], known: Iterable[int], now_ns: int, *, may_be_charged: bool) -> None:
         """Keep costs that were admitted without the store; see `decide`."""
         for charge, tat_ns in zip(charges, known, strict=True):
             if charge.increment_ns:
                 self._debts.charge(charge, tat_ns, self.processes, now_ns, is_held=may_be_charged)
+        if may_be_charged:
+            self.lose(charges, now_ns)
+
+    def lose(self, charges: Iterable[Charge], now_ns: int) -> None:
+        """Count costs against the shares that the store may not have been charged for, as there is no reply."""
+        for charge in charges:
+            if charge.increment_ns > 0:
+                self._lost.charge(self._scaled(charge), 0, _OWN, now_ns, is_held=False)
+
+    def learn(self, charges: Iterable[Charge], known: Iterable[int], now_ns: int, *, is_charged: bool) -> None:
+        """Note a late reply: whether the store has charged costs that were recorded as ones that may be charged."""
+        for charge, tat_ns in zip(charges, known, strict=True):
+            if charge.increment_ns <= 0:
+                continue
+            back = Charge(charge.key, charge.quota, -self._scaled(charge).increment_ns)
+            self._lost.refund(back, _UNKNOWN_NS, _OWN, now_ns)
+            if not is_charged and not self._debts.release(charge, self.processes, now_ns):
+                self._debts.charge(charge, tat_ns, self.processes, now_ns, is_held=False)
 
     def settle(
         self,
@@ -116,6 +142,7 @@ class FallbackLimiter:
         """Treat a bucket as full."""
         self._limiter.reset(key)
         self._debts.drop(key)
+        self._lost.drop(key)
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Convert a bucket to another quota; see `MemoryLimiter.change_quota`."""
@@ -125,12 +152,18 @@ class FallbackLimiter:
         """Convert all buckets to other quotas; see `MemoryLimiter.requote`."""
         quotas = list(quotas)
         self._limiter.change_quotas(quotas, quota_of, now_ns)
-        table = self._debts.table
-        table.period_ns = max(table.period_ns, *(quota.burst_ns for quota in quotas))
+        for table in (self._debts.table, self._lost.table):
+            table.period_ns = max(table.period_ns, *(quota.burst_ns for quota in quotas))
 
     def limit_buckets(self, bucket_limit: int) -> None:
         """Set the maximum number of buckets."""
-        self._limiter.bucket_limit = self._debts.table.limit = bucket_limit
+        self._limiter.bucket_limit = self._debts.table.limit = self._lost.table.limit = bucket_limit
+
+    def _begin(self, charge: Charge, known_ns: int, now_ns: int) -> None:
+        """Begin this process's share of a bucket, unless it has begun: with the debts that are known, or may be."""
+        if len(self._lost):
+            known_ns = max(known_ns, self._lost.until(charge, _OWN, now_ns))
+        self._limiter.seed(charge.key, charge.quota, known_ns, now_ns)
 
     def _as_share(self, decision: Decision) -> Decision:
         """Convert a decision on scaled charges to the client's terms."""

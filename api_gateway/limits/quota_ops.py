@@ -31,9 +31,9 @@ from api_gateway.limits.quota_decisions import (
     refusal_of,
 )
 from api_gateway.limits.script_batcher import ScriptOp
-from api_gateway.limits.script_ops import LimiterPort
+from api_gateway.limits.script_ops import LimiterPort, learn_late, write_debts
 from api_gateway.models import Charge, Decision
-from api_gateway.rate_limiter import decision_of, joint_decision, take_each
+from api_gateway.rate_limiter import debts_of, decision_of, joint_decision, take_each
 from api_gateway.storage.redis_session import ScriptCall
 
 MAX_ASKED = 3  # times that an operation is sent, each with what the store replied before
@@ -45,13 +45,15 @@ _COUNT = 5
 class Owed(NamedTuple):
     """What was admitted without the store in the period from `start`.
 
-    The store was sent `reported` of it, or may have been charged it with a request whose reply was lost. The whole
-    `amount` counts against the share of this process until a reply shows that the store has charged it.
+    `sent` of it is in operations without a reply: those that report it, and requests that the store may have charged
+    before their replies were lost. That is not sent again. The whole `amount` counts against the share of this process
+    until a reply to the same operation shows that the store has charged it, or the period ends: so what is admitted
+    and never charged is at most one share, however often replies are lost.
     """
 
     start: int
     amount: int = 0
-    reported: int = 0
+    sent: int = 0
 
 
 class CountersPort(Protocol):
@@ -84,12 +86,16 @@ class CountersPort(Protocol):
         """Keep a reading: a counter, and the store's time."""
         ...
 
-    def report_owed(self, key: str) -> tuple[int, Owed | None]:
-        """Return what is to be reported of what was charged to a counter without the store; and all that was."""
+    def report_owed(self, key: str) -> Owed | None:
+        """Return what is to be sent of what was charged to a counter without the store; None if there is nothing."""
         ...
 
-    def confirm_owed(self, key: str, reported: Owed) -> None:
-        """Forget what was reported before the store replied."""
+    def settle_owed(self, key: str, sent: Owed, *, is_charged: bool) -> None:
+        """Forget an amount that was sent, or, if the store has not charged it, send it again."""
+        ...
+
+    def owe(self, key: str, change: int, start: int, *, is_sent: bool) -> None:
+        """Note what a counter was charged without the store, which may have charged it if it `is_sent`."""
         ...
 
     def decide_without_store(self, charges: Sequence[Charge], *, may_be_charged: bool) -> Decision:
@@ -138,7 +144,7 @@ def read_counter(reply: Iterator[int]) -> tuple[bool, Counter | None]:
 class QuotaChargeOp(ScriptOp):
     """Charges all buckets and counters of one request, or none; or one counter alone, without buckets."""
 
-    __slots__ = ("_asked", "_asked_ns", "_charges", "_limiter", "_on_decision", "_reported")
+    __slots__ = ("_admission", "_asked", "_asked_ns", "_charges", "_debts", "_limiter", "_on_decision", "_reported")
 
     def __init__(
         self,
@@ -156,6 +162,8 @@ class QuotaChargeOp(ScriptOp):
         self._on_decision = on_decision
         self._asked = asked
         self._reported: list[tuple[str, Owed]] = []
+        self._debts: Sequence[Charge] = ()  # of buckets, which this operation reports
+        self._admission: Decision | None = None  # by the policy for outages, though the store may have charged it
 
     def write(self, call: ScriptCall) -> None:
         """Append the charges, preceded by what was charged during an outage."""
@@ -163,26 +171,29 @@ class QuotaChargeOp(ScriptOp):
         of_tokens, counted = of_buckets(self._charges), of_counters(self._charges)
         numbers = [call.number(buckets.store_key(charge.key)) for charge in of_tokens]
         if buckets.fallback.has_debts:
-            budgets = 1 if buckets.policy == "allow" else 2
-            for number, charge in zip(numbers, of_tokens, strict=True):
-                owed_ns, burst_ns = buckets.fallback.report(charge, self._asked_ns), charge.quota.burst_ns
-                if owed_ns:
-                    arguments += ("debt", number, burst_ns, owed_ns, budgets * burst_ns)
+            self._debts = write_debts(buckets, call, numbers, of_tokens, self._asked_ns)
         keys = [call.number(limiter.counter_key(charge.key)) for charge, _ in counted]
         for number, (charge, quota) in zip(keys, counted, strict=True):
-            unreported, owed = limiter.report_owed(charge.key)
+            owed = limiter.report_owed(charge.key)
             if owed is not None:
                 self._reported.append((charge.key, owed))
-                if unreported:
-                    arguments += ("correct", *question(limiter, number, charge.key, quota, unreported), owed.start)
+                arguments += ("correct", *question(limiter, number, charge.key, quota, owed.amount), owed.start)
         arguments += ("all", len(numbers), len(keys))
         for number, charge in zip(numbers, of_tokens, strict=True):
             arguments += (number, charge.quota.burst_ns, charge.increment_ns)
         for number, (charge, quota) in zip(keys, counted, strict=True):
             arguments += question(limiter, number, charge.key, quota, charge.increment_ns)
 
+    def read_uncharged(self, clock_us: int, reply: Iterator[int]) -> None:
+        """Read the reply of a script that has charged nothing for another reason; the decision is not passed on."""
+        self.is_over = True
+        self._read(clock_us, reply, may_be_charged=False)
+
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
         """Compute the decision as the script has, or ask again."""
+        self._read(clock_us, reply, may_be_charged=True)
+
+    def _read(self, clock_us: int, reply: Iterator[int], *, may_be_charged: bool) -> None:
         limiter, now_ns = self._limiter, clock_us * 1000
         limiter.buckets.offset_ns = now_ns - self._asked_ns
         of_tokens, counted = of_buckets(self._charges), of_counters(self._charges)
@@ -193,37 +204,51 @@ class QuotaChargeOp(ScriptOp):
             limiter.note(charge.key, counter, clock_us)
             standings.append(standing_of(charge.key, quota, counter, clock_us // MICROSECONDS))
         for key, reported in self._reported:
-            limiter.confirm_owed(key, reported)
-        if any(is_unanswered for is_unanswered, _ in readings):
-            if not self.is_over:
-                self._ask_again()
-            return
-        if self.is_over:  # the policy for outages has decided, and does not charge it again
-            return
+            limiter.settle_owed(key, reported, is_charged=True)
         alone = [decision_of(one, *result, now_ns, "store") for one, result in zip(of_tokens, taken, strict=True)]
         alone += [
             counter_decision(charge, standing, clock_us, now_ns)
             for (charge, _), standing in zip(counted, standings, strict=True)
         ]
-        is_allowed = all(decision.allowed for decision in alone)
-        for charge, (tat_ns, wait_ns) in zip(of_tokens, taken, strict=True):
-            given_back_ns = 0 if is_allowed or wait_ns else charge.increment_ns  # not charged: another refused
-            limiter.buckets.cache.put(charge, tat_ns - now_ns - given_back_ns, self._asked_ns)
-            if limiter.buckets.fallback.has_debts:
-                limiter.buckets.fallback.confirm(charge.key, self._asked_ns)
-        if not is_allowed:
+        is_unanswered = any(one for one, _ in readings)
+        is_charged = may_be_charged and not is_unanswered and all(decision.allowed for decision in alone)
+        self._note_buckets(of_tokens, taken, now_ns, is_charged=is_charged)
+        if is_charged:
+            standings = self._charge(standings, [charge.increment_ns for charge, _ in counted], clock_us)
+        if self._admission is not None:
+            self._learn(self._admission, is_charged=is_charged)
+        if self.is_over:  # the policy for outages has decided, or a concurrency limit
+            return
+        if is_unanswered:
+            self._ask_again()
+        elif not is_charged:
             refused = refusal_of(alone, [*of_tokens, *[charge for charge, _ in counted]])
             refused.source = "store"
             self._on_decision(refused)
-            return
-        standings = self._charge(standings, [charge.increment_ns for charge, _ in counted], clock_us)
-        if not of_tokens:  # a counter alone, see `multi_node_quotas`
+        elif not of_tokens:  # a counter alone, see `multi_node_quotas`
             allowed = counter_allowance(counted[0][0], standings[0], clock_us, now_ns)
             allowed.source = "store"
             self._on_decision(allowed)
-            return
-        decision = joint_decision(of_tokens, taken, now_ns, "store")
-        self._on_decision(joint_allowance(self._charges, decision, standings, clock_us))
+        else:
+            decision = joint_decision(of_tokens, taken, now_ns, "store")
+            self._on_decision(joint_allowance(self._charges, decision, standings, clock_us))
+
+    def _note_buckets(
+        self, charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int, *, is_charged: bool
+    ) -> None:
+        buckets = self._limiter.buckets
+        for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
+            given_back_ns = 0 if is_charged or wait_ns else charge.increment_ns  # not charged: another refused
+            buckets.cache.put(charge, tat_ns - now_ns - given_back_ns, self._asked_ns)
+            if buckets.fallback.has_debts and self._admission is None:
+                buckets.fallback.confirm(charge.key, self._asked_ns)
+
+    def _learn(self, admission: Decision, *, is_charged: bool) -> None:
+        """Note whether the store has charged what the policy for outages has admitted before this late reply."""
+        learn_late(self._limiter.buckets, of_buckets(self._charges), is_charged=is_charged)
+        for charge, start in zip(self._charges, debts_of(admission), strict=True):
+            if isinstance(charge.quota, PeriodQuota):
+                self._limiter.settle_owed(charge.key, Owed(start, charge.increment_ns), is_charged=is_charged)
 
     def _charge(self, standings: Sequence[Standing], costs: Sequence[int], clock_us: int) -> list[Standing]:
         """Charge the readings as the script has charged the counters; return the standings after it."""
@@ -245,9 +270,17 @@ class QuotaChargeOp(ScriptOp):
         again = QuotaChargeOp(self._limiter, self._charges, self._asked_ns, self._on_decision, self._asked + 1)
         self._limiter.buckets.batcher.submit(again)
 
+    def lose_reports(self) -> None:
+        """Count the debts that this operation reports against the shares: it is not known whether it was executed."""
+        self._limiter.buckets.fallback.lose(self._debts, self._limiter.buckets.clock_ns())
+
     def fail(self) -> None:
         """Complete with a decision by the policy for outages."""
-        self._on_decision(self._limiter.decide_without_store(self._charges, may_be_charged=self.is_sent))
+        self.lose_reports()
+        decision = self._limiter.decide_without_store(self._charges, may_be_charged=self.is_sent)
+        if self.is_sent and decision.allowed:
+            self._admission = decision
+        self._on_decision(decision)
 
 
 class CounterOp(ScriptOp):
@@ -304,7 +337,10 @@ class CounterOp(ScriptOp):
 
 
 class CorrectOp(ScriptOp):
-    """Charges or refunds the difference of a cost settlement. A failure is ignored: the counter stays unchanged."""
+    """Charges or refunds the difference of a cost settlement.
+
+    What the store does not charge is owed, as in an outage; a refund that fails leaves the counter unchanged.
+    """
 
     __slots__ = ("_change", "_key", "_limiter", "_quota", "_start")
 
@@ -327,4 +363,6 @@ class CorrectOp(ScriptOp):
         """Do nothing: there is no reply."""
 
     def fail(self) -> None:
-        """Do nothing."""
+        """Keep the charge until the store can be charged, unless it may have been already."""
+        if self._change > 0:
+            self._limiter.owe(self._key, self._change, self._start, is_sent=self.is_sent)

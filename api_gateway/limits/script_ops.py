@@ -52,12 +52,14 @@ class LimiterPort(Protocol):
 class ChargeOp(ScriptOp):
     """Charges all buckets of one request, or none."""
 
-    __slots__ = ("_asked_ns", "_charges", "_limiter", "_on_decision")
+    __slots__ = ("_asked_ns", "_charges", "_is_admitted", "_limiter", "_on_decision", "_reported")
 
     def __init__(
         self, limiter: LimiterPort, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]
     ) -> None:
         super().__init__(limiter.store_key(charges[0].key))
+        self._is_admitted = False  # by the policy for outages, though the store may have charged the request
+        self._reported: Sequence[Charge] = ()
         self._limiter = limiter
         self._charges = charges
         self._asked_ns = now_ns
@@ -76,17 +78,15 @@ class ChargeOp(ScriptOp):
             return
         numbers = [call.number(limiter.store_key(charge.key)) for charge in self._charges]
         if limiter.fallback.has_debts:
-            budgets = 1 if limiter.policy == "allow" else 2
-            for number, charge in zip(numbers, self._charges, strict=True):
-                owed_ns, burst_ns = limiter.fallback.report(charge, self._asked_ns), charge.quota.burst_ns
-                if owed_ns:
-                    arguments += ("debt", number, burst_ns, owed_ns, budgets * burst_ns)
+            self._reported = write_debts(limiter, call, numbers, self._charges, self._asked_ns)
         arguments.append(len(numbers))
         for number, charge in zip(numbers, self._charges, strict=True):
             arguments += (number, charge.quota.burst_ns, charge.increment_ns)
 
     def read_uncharged(self, clock_us: int, reply: Iterator[int]) -> None:
         """Read the reply of a script that has charged nothing for another reason; the decision is not passed on."""
+        if self._is_admitted:
+            learn_late(self._limiter, self._charges, is_charged=False)
         self._charges = [Charge(charge.key, charge.quota, 0) for charge in self._charges]
         self.is_over = True
         self.read(clock_us, reply)
@@ -100,7 +100,9 @@ class ChargeOp(ScriptOp):
             charge = charges[0]
             after_ns, wait_ns = take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns)
             limiter.cache.put(charge, after_ns - now_ns, asked_ns)
-            if limiter.fallback.has_debts:
+            if self._is_admitted:
+                learn_late(limiter, charges, is_charged=wait_ns == 0)
+            elif limiter.fallback.has_debts:
                 limiter.fallback.confirm(charge.key, asked_ns)
             if not self.is_over:
                 self._on_decision(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
@@ -110,15 +112,43 @@ class ChargeOp(ScriptOp):
         for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
             given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # not charged: another refused
             limiter.cache.put(charge, tat_ns - now_ns - given_back_ns, asked_ns)
-            if limiter.fallback.has_debts:
+            if limiter.fallback.has_debts and not self._is_admitted:
                 limiter.fallback.confirm(charge.key, asked_ns)
+        if self._is_admitted:
+            learn_late(limiter, charges, is_charged=decision.allowed)
         if not self.is_over:
             self._on_decision(decision)
+
+    def lose_reports(self) -> None:
+        """Count the debts that this operation reports against the shares: it is not known whether it was executed."""
+        self._limiter.fallback.lose(self._reported, self._limiter.clock_ns())
 
     def fail(self) -> None:
         """Complete with a decision by the policy for outages."""
         limiter = self._limiter
-        self._on_decision(limiter.decide_without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent))
+        self.lose_reports()
+        decision = limiter.decide_without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent)
+        self._is_admitted = self.is_sent and decision.allowed
+        self._on_decision(decision)
+
+
+def write_debts(
+    limiter: LimiterPort, call: ScriptCall, numbers: Sequence[int], charges: Sequence[Charge], asked_ns: int
+) -> list[Charge]:
+    """Append this process's debts of the buckets that are charged; return them as charges."""
+    budgets, reported = 1 if limiter.policy == "allow" else 2, list[Charge]()
+    for number, charge in zip(numbers, charges, strict=True):
+        owed_ns, burst_ns = limiter.fallback.report(charge, asked_ns), charge.quota.burst_ns
+        if owed_ns:
+            call.arguments += ("debt", number, burst_ns, owed_ns, budgets * burst_ns)
+            reported.append(Charge(charge.key, charge.quota, owed_ns))
+    return reported
+
+
+def learn_late(limiter: LimiterPort, charges: Sequence[Charge], *, is_charged: bool) -> None:
+    """Note whether the store has charged costs that the policy for outages has admitted before the late reply."""
+    known = [limiter.cache.last_tat(charge) for charge in charges]
+    limiter.fallback.learn(charges, known, limiter.clock_ns(), is_charged=is_charged)
 
 
 class MultiNodeCharge:

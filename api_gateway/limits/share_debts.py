@@ -60,6 +60,20 @@ class ShareDebts:
         held_ns = min(max(debt.held_ns, now_ns) + cost_ns, owed_ns) if is_held else debt.held_ns
         self._put(charge.key, debt._replace(owed_ns=owed_ns, held_ns=held_ns, changed_ns=now_ns), now_ns)
 
+    def release(self, charge: Charge, processes: int, now_ns: int) -> bool:
+        """Regard a held cost as unreported: the store has refused it. Return False if there is no debt."""
+        debt = self._get(charge.key, charge.quota, processes, now_ns)
+        if debt is None:
+            return False
+        held_ns = debt.held_ns - charge.increment_ns * processes
+        self._put(charge.key, debt._replace(held_ns=held_ns, changed_ns=now_ns), now_ns)
+        return True
+
+    def until(self, charge: Charge, processes: int, now_ns: int) -> int:
+        """Return the TAT of a debt; 0 if there is none."""
+        debt = self._get(charge.key, charge.quota, processes, now_ns)
+        return 0 if debt is None else debt.owed_ns
+
     def includes(self, key: str, at_ns: int, now_ns: int) -> bool:
         """Tell whether a charge of `at_ns` is in a debt. Earlier ones were reported; the store's clock is another."""
         debt = self.table.get(key)

@@ -144,7 +144,7 @@ class StoreQuotaLimiter:
         if change.increment_ns and decision.source == "store":
             self.buckets.batcher.submit(CorrectOp(self, change.key, quota, change.increment_ns, start))
         elif change.increment_ns:
-            self._owe(change.key, change.increment_ns, start)
+            self.owe(change.key, change.increment_ns, start, is_sent=False)
         standing = self._standing(change.key, quota, now)
         kept = standing.kept(start)
         if kept is None and change.increment_ns > 0:
@@ -223,25 +223,31 @@ class StoreQuotaLimiter:
             self.known[key] = counter
             if len(self.known) > self.bucket_limit:
                 del self.known[next(iter(self.known))]
+            held = self.owed.get(key) if self.owed else None
+            if held is not None and held.amount == held.sent and held.start < counter.count.start:
+                del self.owed[key]  # the period has ended, and there is nothing to send
 
-    def report_owed(self, key: str) -> tuple[int, Owed | None]:
-        """Return what was charged without the store and not reported, which counts as reported now; and all of it."""
+    def report_owed(self, key: str) -> Owed | None:
+        """Return what was charged without the store and is not sent, which counts as sent from now on; else None."""
         held = self.owed.get(key) if self.owed else None
-        if held is None:
-            return 0, None
-        reported = self.owed[key] = held._replace(reported=held.amount)
-        return held.amount - held.reported, reported
+        if held is None or held.amount == held.sent:
+            return None
+        self.owed[key] = held._replace(sent=held.amount)
+        return Owed(held.start, held.amount - held.sent)
 
-    def confirm_owed(self, key: str, reported: Owed) -> None:
-        """Forget what was reported before the store replied."""
+    def settle_owed(self, key: str, sent: Owed, *, is_charged: bool) -> None:
+        """Forget an amount that was sent, or, if the store has not charged it, send it again."""
         held = self.owed.get(key)
-        if held is None or held.start != reported.start:
-            return
-        rest = Owed(held.start, held.amount - reported.reported, max(held.reported - reported.reported, 0))
-        if rest.amount or rest.reported:
-            self.owed[key] = rest
-        else:
-            del self.owed[key]
+        if held is not None and held.start == sent.start:
+            amount = held.amount - sent.amount if is_charged else held.amount
+            self._keep(key, Owed(held.start, amount, held.sent - sent.amount))
+
+    def owe(self, key: str, change: int, start: int, *, is_sent: bool) -> None:
+        """Note what a counter was charged without the store, which may have charged it if it `is_sent`."""
+        held = self.owed.get(key)
+        if held is None or held.start != start:  # of an earlier period: it is of no importance any more
+            held = Owed(start)
+        self._keep(key, Owed(start, held.amount + change, held.sent + (change if is_sent else 0)))
 
     def decide_without_store(self, charges: Sequence[Charge], *, may_be_charged: bool) -> Decision:
         """Decide by the policy for outages: by `local_share`, by the share of what was left by the last reading."""
@@ -286,7 +292,7 @@ class StoreQuotaLimiter:
     def _charged(self, charge: Charge, quota: PeriodQuota, now: int, *, may_be_charged: bool) -> Standing:
         """Note what the store is to be charged; return the standing after it, by `local_share` that of the share."""
         standing = self._standing(charge.key, quota, now)
-        self._owe(charge.key, charge.increment_ns, standing.count.start, is_reported=may_be_charged)
+        self.owe(charge.key, charge.increment_ns, standing.count.start, is_sent=may_be_charged)
         return self._share(charge.key, quota, now) if self.buckets.policy == "local_share" else standing
 
     def _may_refuse(self, charges: Sequence[Charge]) -> bool:
@@ -297,12 +303,8 @@ class StoreQuotaLimiter:
             for charge, quota in of_counters(charges)
         )
 
-    def _owe(self, key: str, change: int, start: int, *, is_reported: bool = False) -> None:
-        held = self.owed.get(key)
-        if held is None or held.start != start:  # of an earlier period: it is of no importance any more
-            held = Owed(start)
-        held = Owed(start, held.amount + change, held.reported + (change if is_reported else 0))
-        if held.amount or held.reported:
+    def _keep(self, key: str, held: Owed) -> None:
+        if held.amount or held.sent:
             self.owed[key] = held
             if len(self.owed) > self.bucket_limit:
                 del self.owed[next(iter(self.owed))]

@@ -14,6 +14,14 @@ _QUOTAS = "tests/unit/test_quota_limiter.py"
 _QUOTA_SCRIPT = "tests/store/test_quota_script.py"
 _QUOTA_FILE = "tests/unit/test_period_store.py"
 _PERIODS = "tests/unit/test_periods.py"
+_LOST = "tests/store/test_lost_replies.py"
+_NO_FATES = "test_no_order_of_fates_exceeds_the_bound"
+_REFUSED_BY_OTHER = (
+    "test_what_the_store_refuses_for_another_limit_stays_within_the_bound_when_its_reply_is_late_or_lost"
+)
+_LATE = "test_a_late_reply_tells_whether_the_store_is_still_to_be_charged"
+_LOST_REPORTS = "test_reports_of_outages_that_are_late_or_lost_stay_within_the_bound"
+_NO_SLOT = "test_what_a_share_admits_is_charged_if_a_late_reply_tells_that_no_slot_was_free"
 _STAGE = "tests/unit/test_limit_stage.py"
 
 
@@ -296,6 +304,7 @@ MUTANTS = (
             f"{_REFUNDS}::test_what_an_earlier_outage_admitted_makes_no_room_in_a_later_one",
         ),
         ("min(end_ns, debt.owed_ns) - max", "debt.owed_ns - max", f"{_REFUNDS}::{_NO_ORDER}"),
+        ("debt.held_ns - charge.increment_ns * processes", "debt.held_ns", f"{_LOST}::{_LATE}"),
     ),
     *_of(
         "limits/store_refunds.py",
@@ -323,6 +332,12 @@ MUTANTS = (
             "may_be_charged=False)\n\n\nclass RefundOp",
             f"{_REFUNDS}::test_what_a_settlement_could_not_charge_is_charged_after_the_outage",
         ),
+        ("        self._is_admitted = self.is_sent and decision.allowed\n", "", f"{_LOST}::{_LATE}"),
+        (
+            "            learn_late(self._limiter, self._charges, is_charged=False)\n",
+            "            pass\n",
+            f"tests/store/test_concurrency_leases.py::{_NO_SLOT}",
+        ),
     ),
     *_of(
         "models.py",
@@ -330,6 +345,49 @@ MUTANTS = (
             "min(increment_ns * processes, burst_ns)",
             "min(increment_ns, burst_ns)",
             f"{_SHARES}::test_a_client_at_its_limit_gets_no_more_by_an_outage",
+        ),
+    ),
+    *_of(
+        "limits/fallback_limiter.py",
+        ("        if may_be_charged:\n            self.lose(charges, now_ns)\n", "", f"{_LOST}::{_REFUSED_BY_OTHER}"),
+        (
+            "            known_ns = max(known_ns, self._lost.until",
+            "            max(known_ns, self._lost.until",
+            f"{_LOST}",
+        ),
+        ("if not is_charged and not self._debts.release", "if not self._debts.release", f"{_LOST}::{_LATE}"),
+    ),
+    *_of(
+        "limits/quota_ops.py",
+        (
+            "Owed(start, charge.increment_ns), is_charged=is_charged)",
+            "Owed(start, charge.increment_ns), is_charged=True)",
+            f"{_LOST}::{_LATE}",
+        ),
+        (
+            "is_charged = may_be_charged and not is_unanswered",
+            "is_charged = not is_unanswered",
+            f"tests/store/test_concurrency_leases.py::{_NO_SLOT}",
+        ),
+        ("        if self.is_sent and decision.allowed:\n", "        if False:\n", f"{_LOST}::{_LATE}"),
+        (
+            "        self._limiter.buckets.fallback.lose(self._debts,",
+            "        repr(self._debts,",
+            f"{_LOST}::{_LOST_REPORTS}",
+        ),
+        (
+            "            self._limiter.owe(self._key, self._change, self._start, is_sent=self.is_sent)\n",
+            "            pass\n",
+            f"{_LOST}::test_a_settlement_that_the_store_does_not_get_is_charged_afterwards",
+        ),
+    ),
+    *_of(
+        "limits/store_quota_limiter.py",
+        ("Owed(held.start, amount, held.sent - sent.amount)", "Owed(held.start, amount, 0)", _LOST),
+        (
+            "amount = held.amount - sent.amount if is_charged else held.amount",
+            "amount = held.amount - held.sent if is_charged else held.amount",
+            f"{_LOST}::{_NO_FATES}",
         ),
     ),
     *_of(
@@ -361,8 +419,8 @@ MUTANTS = (
             f"{_STAGE}::test_tiers_have_values_of_their_own",
         ),
         (
-            'return "client" in self.key and not client.is_registered',
-            "return False",
+            'and "client" in self.key and not client.is_registered',
+            "and False",
             f"{_STAGE}::test_a_key_that_anyone_could_have_invented_is_charged_as_such",
         ),
     ),

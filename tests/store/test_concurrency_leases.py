@@ -342,6 +342,30 @@ def test_a_request_that_ends_while_the_store_is_asked_leaks_nothing(store: LuaSt
     assert (total(worker), worker.in_flight["five"]) == (0, 0)
 
 
+@each("with_quotas", [False, True])
+def test_what_a_share_admits_is_charged_if_a_late_reply_tells_that_no_slot_was_free(with_quotas: bool) -> None:  # noqa: FBT001
+    """The bucket and the quota would have admitted the request, but the store has charged nothing."""
+    store = LuaStore(NOW_US)
+    one, other = Worker(store, 1, with_quotas=with_quotas), Worker(store, 2)
+    assert other.admitted(5, FIVE) == 5
+    quota = PeriodQuota.of("q", 100, Calendar("month", ZoneInfo("UTC")))
+    charges = [Charge("b", SCARCE, SCARCE.cost_ns(1)), Charge("q:acme", quota, quota.cost_ns(1))][: 1 + with_quotas]
+    one.ask(FIVE, charges=charges)
+    one.wire.send()
+    one.wire.execute_one(0)
+    one.wire.time_out()
+    assert len(one.open) == 1
+    store.now_us += 1
+    one.wire.deliver_one(0)
+    assert one.limiter.store_key("b") not in store.values
+    one.ask(charges=[replace(charge, increment_ns=0) for charge in charges])
+    one.wire.all_at_once()
+    assert one.limiter.store_key("b") in store.values
+    if with_quotas:
+        assert store.values[one.charging.counter_key("q:acme")][0].split()[3] == "1000"
+        assert one.charging.owed == {}
+
+
 def test_while_the_store_is_unavailable_each_worker_has_its_share(store: LuaStore) -> None:
     one, two = (Worker(store, number, processes=2) for number in (1, 2))
     assert one.admitted(3, FIVE) == 3

@@ -225,7 +225,10 @@ def test_without_the_store_each_process_admits_its_share_of_what_was_left_and_ch
 
 
 def test_what_was_reported_without_a_reply_counts_against_the_share() -> None:
-    """As while the store is paused and asked from time to time: each question has the report, and no reply comes."""
+    """As while the store is paused and asked from time to time: each question has the report, and no reply comes.
+
+    No reply tells whether it was charged. So it counts until the period ends, and is then forgotten.
+    """
     machine = Machine(LuaStore(NOW), (ROOMY, quota(100)), processes=2)
     wire = machine.buckets.wire
     assert machine.decide(10).allowed
@@ -242,8 +245,11 @@ def test_what_was_reported_without_a_reply_counts_against_the_share() -> None:
     assert admitted == 45
     wire.is_slow = False
     assert machine.decide(0).allowed
+    assert machine.spend_all() == 100 - 10 - 45 - 5, "the report was charged once, and the five questions, too"
+    assert len(machine.limiter.owed) == 1
+    machine.store.now_us += DAY * MICROSECONDS
+    assert machine.decide().allowed
     assert machine.limiter.owed == {}
-    assert machine.spend_all() == 100 - 10 - 45 - 5, "the five questions were charged, too"
 
 
 def test_a_settlement_without_the_store_corrects_what_is_charged_afterwards() -> None:
@@ -289,7 +295,7 @@ def test_what_is_owed_to_an_unavailable_store_is_limited() -> None:
     machine.buckets.wire.is_up = False
     limit = machine.limiter.bucket_limit
     for number in range(limit + 50):
-        machine.limiter._owe(f"invented {number}", 1000, 0)
+        machine.limiter.owe(f"invented {number}", 1000, 0, is_sent=False)
     assert len(machine.limiter.owed) == limit
 
 
