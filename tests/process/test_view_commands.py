@@ -155,6 +155,7 @@ def test_the_cause_of_an_opened_breaker_is_shown_and_top_says_what_the_dashboard
     eventually(lambda: top().splitlines()[0].split("  ")[2] == "fail", "what is wrong is asked for anew")
     assert "fail  The breaker of 'down' is open: 1 consecutive failure" in top()
     code, out, _ = command(folder, "top", "--count", "1", "--json", *access(folder, running))
+    assert code == 0
     (found,) = [one for one in json.loads(out)["upstreams"] if one["name"] == "down"]
     assert (found["circuit_breaker"], found["targets"], found["unhealthy_targets"]) == ("OPEN", 1, 0)
 
