@@ -57,6 +57,13 @@ class RateLimiter(Protocol):
         """Have the store decide after `decide` has returned None, and call `on_decision` once with the decision."""
         ...
 
+    def refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Return the refusal of a request by what this process knows, None if that allows it; charge nothing.
+
+        For requests that another kind of limit refuses, too.
+        """
+        ...
+
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """Return each bucket's decision on its charge alone, without charging it."""
         ...
@@ -316,6 +323,12 @@ class MemoryLimiter:
     def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
         """Decide at once. Not used, because `decide` never returns None."""
         on_decision(self.decide(charges, now_ns))
+
+    def refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Return the refusal of a request, None if it would be allowed; see `RateLimiter.refusal`."""
+        if all(self.preview(charge, now_ns).allowed for charge in charges):
+            return None
+        return self.decide(charges, now_ns)
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """Return each bucket's decision on its charge, without charging it."""
@@ -586,6 +599,14 @@ def joint_decision(
     index = tightest_of(charges, debts_ns)
     all_ns = tuple(debts_ns) if len(charges) > 1 else ()
     return decision_of(charges[index], *taken[index], now_ns, source, all_ns)
+
+
+def joint_refusal(one: Decision, other: Decision) -> Decision:
+    """Return the longer of two refusals of one request, which names the quotas of both."""
+    violated = (*(one.violated or (one.quota,)), *(other.violated or (other.quota,)))
+    longest = max(one, other, key=lambda refused: (refused.wait_ns == NEVER_NS, refused.wait_ns))
+    longest.violated = violated
+    return longest
 
 
 def _present_debts(charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int) -> tuple[int, ...]:

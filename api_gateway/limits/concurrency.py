@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from api_gateway.models import NANOSECONDS, Charge, ConcurrencySlot, Decision, Exchange, Quota
-from api_gateway.rate_limiter import RateLimiter
+from api_gateway.rate_limiter import RateLimiter, joint_refusal
 
 SHORTEST_HINT, LONGEST_HINT = 1.0, 60.0  # seconds of `Retry-After`
 DURATIONS = 9  # of a key's last requests, whose median is the hint
@@ -122,6 +122,15 @@ class LocalSlots:
             if counter is not None and counter.in_flight >= slot.quota.capacity:
                 return refusal_of_slots([SlotUse(one, self.in_flight(one.key)) for one in slots], self, now_ns)
         return None
+
+    def refusal_by_all(self, charges: SlottedCharges, limiter: RateLimiter, now_ns: int) -> Decision | None:
+        """Return the refusal of a request that lacks a slot, None if all are free; of the limits of tokens, too.
+
+        So a client that waits is not refused afterwards by what could be known before.
+        """
+        refused = self.refusal(charges.slots, now_ns)
+        by_tokens = None if refused is None else limiter.refusal(charges, now_ns)
+        return refused if refused is None or by_tokens is None else joint_refusal(refused, by_tokens)
 
     def take(self, exchange: Exchange, slots: tuple[ConcurrencySlot, ...]) -> None:
         """Let an exchange hold slots, besides those that it holds, until `release`."""

@@ -33,7 +33,7 @@ from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.limits.script_batcher import MAX_BATCH, ScriptOp
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.models import ConcurrencySlot, Decision, DecisionSource, Exchange
-from api_gateway.rate_limiter import RateLimiter
+from api_gateway.rate_limiter import RateLimiter, joint_refusal
 
 RENEWAL_INTERVAL = 2.0  # seconds
 RENEWAL_PAUSE = 0.01  # seconds after each batch
@@ -99,7 +99,11 @@ class LeasedSlots(LocalSlots):
         """Have the store charge a request and count it, and let the exchange hold the slots if that is allowed."""
         if self._buckets.is_divided:
             charge = partial(limiter.decide_async, charges, now_ns)
-            MultiNodeClaim(self, exchange, charges.slots, charge, now_ns, on_decision, is_trial=is_trial).submit()
+            refusal = partial(limiter.refusal, charges, now_ns)
+            claim = MultiNodeClaim(
+                self, exchange, charges.slots, charge, refusal, now_ns, on_decision, is_trial=is_trial
+            )
+            claim.submit()
             return
         assert isinstance(limiter, RedisLimiter | StoreQuotaLimiter)  # noqa: S101 - of the same store
         op = ClaimOp(
@@ -109,7 +113,7 @@ class LeasedSlots(LocalSlots):
             charges,
             now_ns,
             partial(self._on_decision, exchange, charges.slots, on_decision),
-            partial(self._on_full, charges.slots, now_ns, on_decision),
+            partial(self._on_full, charges, limiter, now_ns, on_decision),
         )
         self._buckets.batcher.submit(op)
 
@@ -131,17 +135,19 @@ class LeasedSlots(LocalSlots):
 
     def _on_full(
         self,
-        slots: tuple[ConcurrencySlot, ...],
+        charges: SlottedCharges,
+        limiter: RateLimiter,
         now_ns: int,
         on_decision: Callable[[Decision], None],
         totals: Sequence[int] | None,
+        by_tokens: Decision | None,
     ) -> None:
         if totals is None:
-            refused = self._refusal_by_share(slots, now_ns)
+            refused, by_tokens = self._refusal_by_share(charges.slots, now_ns), limiter.refusal(charges, now_ns)
         else:
-            uses = [SlotUse(slot, total) for slot, total in zip(slots, totals, strict=True)]
+            uses = [SlotUse(slot, total) for slot, total in zip(charges.slots, totals, strict=True)]
             refused = self.refuse(uses, "store", now_ns)
-        on_decision(refused)
+        on_decision(refused if by_tokens is None else joint_refusal(refused, by_tokens))
 
     def take_confirmed(self, exchange: Exchange, slots: tuple[ConcurrencySlot, ...]) -> None:
         """Let an exchange hold slots that the store has counted."""

@@ -75,8 +75,9 @@ def charge_op(
 class ClaimOp(ScriptOp):
     """Takes a slot of each limit and charges all buckets and counters of a request, or does nothing.
 
-    `on_full` is called with the requests in flight of each key if a slot is missing, with None if this worker's share
-    of a limit is used; `on_decision` with the decision on the charges otherwise, or that of the policy for outages.
+    `on_full` is called with the requests in flight of each key if a slot is missing, and the refusal of the charges if
+    they are refused, too; with None and None if this worker's share of a limit is used. `on_decision` is called with
+    the decision on the charges otherwise, or that of the policy for outages.
     """
 
     __slots__ = (
@@ -100,7 +101,7 @@ class ClaimOp(ScriptOp):
         charges: Sequence[Charge],
         now_ns: int,
         on_decision: Callable[[Decision], None],
-        on_full: Callable[[Sequence[int] | None], None],
+        on_full: Callable[[Sequence[int] | None, Decision | None], None],
         asked: int = 1,
     ) -> None:
         self._inner = charge_op(limiter, charges, now_ns, on_decision)
@@ -141,11 +142,11 @@ class ClaimOp(ScriptOp):
         )
         must_ask = any(values[buckets::_VALUES_OF_COUNTER])
         if self.is_over or is_stale or is_full or must_ask:
-            self._read_silently(clock_us, iter(values), may_be_charged=not (is_stale or is_full or must_ask))
+            refused = self._read_silently(clock_us, iter(values), may_be_charged=not (is_stale or is_full or must_ask))
             if self.is_over:
                 return
             if is_full:
-                self._on_full(totals)
+                self._on_full(totals, refused)
             else:
                 self._ask_again(totals)
             return
@@ -163,13 +164,13 @@ class ClaimOp(ScriptOp):
         for slot, epoch in zip(self._slots, self._epochs, strict=True):
             yield slot, self._port.epoch(slot.key) == epoch
 
-    def _read_silently(self, clock_us: int, values: Iterator[int], *, may_be_charged: bool) -> None:
-        """Have a reply noted whose decision is not passed on."""
-        if may_be_charged:
-            self._inner.is_over = True
-            self._inner.read(clock_us, values)
-        else:
-            self._inner.read_uncharged(clock_us, values)
+    def _read_silently(self, clock_us: int, values: Iterator[int], *, may_be_charged: bool) -> Decision | None:
+        """Have a reply noted whose decision is not passed on; return the refusal of charges that were not made."""
+        if not may_be_charged:
+            return self._inner.read_uncharged(clock_us, values)
+        self._inner.is_over = True
+        self._inner.read(clock_us, values)
+        return None
 
     def _ask_again(self, totals: Sequence[int]) -> None:
         for (slot, is_same), total in zip(list(self._with_epochs()), totals, strict=True):
@@ -199,7 +200,7 @@ class ClaimOp(ScriptOp):
                 self._port.mark(slot.key)
         if self._port.is_share_used(self._slots):
             self._inner.lose_reports()
-            self._on_full(None)
+            self._on_full(None, None)
         else:
             self._inner.fail()
 

@@ -16,6 +16,7 @@ from api_gateway.limits.concurrency_ops import LEASE_MS, LeasePort, end_of_opera
 from api_gateway.limits.quota_ops import MAX_ASKED
 from api_gateway.limits.script_batcher import ScriptOp
 from api_gateway.models import NANOSECONDS, ConcurrencySlot, Decision, DecisionSource, Exchange
+from api_gateway.rate_limiter import joint_refusal
 from api_gateway.storage.redis_session import ScriptCall
 
 OnDecision = Callable[[Decision], None]
@@ -123,6 +124,7 @@ class MultiNodeClaim:
         exchange: Exchange,
         slots: tuple[ConcurrencySlot, ...],
         charge: Callable[[OnDecision], None],
+        refusal: Callable[[], Decision | None],
         now_ns: int,
         on_decision: OnDecision,
         *,
@@ -130,12 +132,14 @@ class MultiNodeClaim:
     ) -> None:
         """`charge` has the charges of the request decided on, and calls back with the decision.
 
+        `refusal` returns the refusal of the charges by what this process knows, None if that allows them.
         A trial is charged also if the exchange has ended: its decision is counted.
         """
         self._port = port
         self._exchange = exchange
         self._slots = slots
         self._charge = charge
+        self._refusal_of_charges = refusal
         self._now_ns = now_ns
         self._callback = on_decision
         self._is_trial = is_trial
@@ -186,7 +190,8 @@ class MultiNodeClaim:
         if self._source == "local_share" and self._port.policy == "deny":
             first = self._slots[0]
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, self._now_ns, (), "deny")
-        return self._port.refuse(uses, self._source, self._now_ns)
+        refused, by_tokens = self._port.refuse(uses, self._source, self._now_ns), self._refusal_of_charges()
+        return refused if by_tokens is None else joint_refusal(refused, by_tokens)
 
     def _on_charged(self, decision: Decision) -> None:
         if not decision.allowed:

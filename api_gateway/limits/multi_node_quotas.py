@@ -8,7 +8,7 @@ from api_gateway.limits.period_standing import PeriodQuota, Standing
 from api_gateway.limits.quota_decisions import joint_allowance, of_buckets, of_counters, refusal_of
 from api_gateway.limits.quota_ops import CountersPort, QuotaChargeOp
 from api_gateway.models import Charge, Decision
-from api_gateway.rate_limiter import debts_of
+from api_gateway.rate_limiter import debts_of, joint_refusal
 
 
 class NodesPort(CountersPort, Protocol):
@@ -74,9 +74,9 @@ class MultiNodeQuotaCharge:
             return
         refusals = self._limiter.refusals(self._charges)
         if refusals:  # as all must allow the request, the longest wait counts
-            violated = decision.violated or (decision.quota,)
-            source, decision = decision.source, refusal_of([decision, *refusals])
-            decision.source, decision.violated = source, (*violated, *(one.quota for one in refusals))
+            source = decision.source
+            decision = joint_refusal(decision, refusal_of(refusals))
+            decision.source = source
         self._callback(decision)
 
     def _on_counter(self, of_buckets: Decision, index: int, decision: Decision) -> None:

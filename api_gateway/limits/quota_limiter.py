@@ -169,6 +169,15 @@ class QuotaLimiter:
         """Decide at once. Not used, because `decide` never returns None."""
         on_decision(self.decide(charges, now_ns))
 
+    def refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Return the refusal of a request, None if it would be allowed; see `RateLimiter.refusal`."""
+        now_us = self.now_us()
+        if all(decision.allowed for decision in self._previews(charges, now_us, now_ns)):
+            return None
+        decision = self.decide_in_any_state(charges, now_us, now_ns)
+        decision.wall_us = now_us
+        return decision
+
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """Return each decision on its charge alone, without charging it."""
         return self._previews(charges, self.now_us(), now_ns)

@@ -184,16 +184,20 @@ class QuotaChargeOp(ScriptOp):
         for number, (charge, quota) in zip(keys, counted, strict=True):
             arguments += question(limiter, number, charge.key, quota, charge.increment_ns)
 
-    def read_uncharged(self, clock_us: int, reply: Iterator[int]) -> None:
-        """Read the reply of a script that has charged nothing for another reason; the decision is not passed on."""
+    def read_uncharged(self, clock_us: int, reply: Iterator[int]) -> Decision | None:
+        """Read the reply of a script that has charged nothing for another reason.
+
+        The decision is not passed on. Return the refusal by buckets and counters; None if they allow the request.
+        """
         self.is_over = True
-        self._read(clock_us, reply, may_be_charged=False)
+        return self._read(clock_us, reply, may_be_charged=False)
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
         """Compute the decision as the script has, or ask again."""
         self._read(clock_us, reply, may_be_charged=True)
 
-    def _read(self, clock_us: int, reply: Iterator[int], *, may_be_charged: bool) -> None:
+    def _read(self, clock_us: int, reply: Iterator[int], *, may_be_charged: bool) -> Decision | None:
+        """Note a reply, and complete unless `is_over`; return the refusal of the request, if any."""
         limiter, now_ns = self._limiter, clock_us * 1000
         limiter.buckets.offset_ns = now_ns - self._asked_ns
         of_tokens, counted = of_buckets(self._charges), of_counters(self._charges)
@@ -211,19 +215,21 @@ class QuotaChargeOp(ScriptOp):
             for (charge, _), standing in zip(counted, standings, strict=True)
         ]
         is_unanswered = any(one for one, _ in readings)
-        is_charged = may_be_charged and not is_unanswered and all(decision.allowed for decision in alone)
+        refused = None
+        if not all(decision.allowed for decision in alone):
+            refused = refusal_of(alone, [*of_tokens, *[charge for charge, _ in counted]])
+            refused.source = "store"
+        is_charged = may_be_charged and not is_unanswered and refused is None
         self._note_buckets(of_tokens, taken, now_ns, is_charged=is_charged)
         if is_charged:
             standings = self._charge(standings, [charge.increment_ns for charge, _ in counted], clock_us)
         if self._admission is not None:
             self._learn(self._admission, is_charged=is_charged)
         if self.is_over:  # the policy for outages has decided, or a concurrency limit
-            return
+            return refused
         if is_unanswered:
             self._ask_again()
-        elif not is_charged:
-            refused = refusal_of(alone, [*of_tokens, *[charge for charge, _ in counted]])
-            refused.source = "store"
+        elif refused is not None:
             self._on_decision(refused)
         elif not of_tokens:  # a counter alone, see `multi_node_quotas`
             allowed = counter_allowance(counted[0][0], standings[0], clock_us, now_ns)
@@ -232,6 +238,7 @@ class QuotaChargeOp(ScriptOp):
         else:
             decision = joint_decision(of_tokens, taken, now_ns, "store")
             self._on_decision(joint_allowance(self._charges, decision, standings, clock_us))
+        return refused
 
     def _note_buckets(
         self, charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int, *, is_charged: bool

@@ -176,6 +176,15 @@ class RedisLimiter:
         else:
             self.batcher.submit(ChargeOp(self, charges, now_ns, on_decision))
 
+    def refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Return the refusal by the cache or, while the store is unavailable, by this process's share, if any."""
+        if self.batcher.is_usable:
+            return self._refusal(charges, now_ns) if self.cache.is_trusted else None
+        shares = [self.inspect_without_store(charge, now_ns) for charge in charges]
+        if self.policy != "local_share" or all(share.allowed for share in shares):
+            return None
+        return self.decide_without_store(charges, now_ns)
+
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """Return the store's decision on each charge, without charging; while it is unavailable, the policy's."""
         return list(await asyncio.gather(*[self._inspect(charge, now_ns) for charge in charges]))

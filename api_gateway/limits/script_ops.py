@@ -83,13 +83,20 @@ class ChargeOp(ScriptOp):
         for number, charge in zip(numbers, self._charges, strict=True):
             arguments += (number, charge.quota.burst_ns, charge.increment_ns)
 
-    def read_uncharged(self, clock_us: int, reply: Iterator[int]) -> None:
-        """Read the reply of a script that has charged nothing for another reason; the decision is not passed on."""
+    def read_uncharged(self, clock_us: int, reply: Iterator[int]) -> Decision | None:
+        """Read the reply of a script that has charged nothing for another reason.
+
+        The decision is not passed on. Return the refusal by the buckets; None if they allow the request.
+        """
         if self._is_admitted:
             learn_late(self._limiter, self._charges, is_charged=False)
+        now_ns, debts_ns = clock_us * 1000, [next(reply) for _ in self._charges]
+        taken = take_each([now_ns + debt_ns for debt_ns in debts_ns], self._charges, now_ns)
+        decision = joint_decision(self._charges, taken, now_ns, "store")
         self._charges = [Charge(charge.key, charge.quota, 0) for charge in self._charges]
         self.is_over = True
-        self.read(clock_us, reply)
+        self.read(clock_us, iter(debts_ns))
+        return None if decision.allowed else decision
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
         """Compute the decision from the buckets' debts, by the same rule as the script, and cache the readings."""

@@ -39,7 +39,7 @@ from api_gateway.limits.quota_decisions import (
 from api_gateway.limits.quota_ops import CorrectOp, CounterOp, Owed, QuotaChargeOp
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota
-from api_gateway.rate_limiter import debts_of
+from api_gateway.rate_limiter import debts_of, joint_refusal
 
 
 class StoreQuotaLimiter:
@@ -109,6 +109,21 @@ class StoreQuotaLimiter:
             MultiNodeQuotaCharge(self, charges, now_ns, on_decision).submit()
         else:
             self.buckets.batcher.submit(QuotaChargeOp(self, charges, now_ns, on_decision))
+
+    def refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Return the refusal by the last readings or, without the store, by this process's share; None without one."""
+        if not of_counters(charges):
+            return self.buckets.refusal(charges, now_ns)
+        if not self.buckets.batcher.is_usable:
+            shares = [*self._shares(charges), *self._bucket_shares(charges)]
+            is_refused = self.buckets.policy == "local_share" and not all(share.allowed for share in shares)
+            return self._refusal_of(shares) if is_refused else None
+        known, refusals = self.buckets.refusal(of_buckets(charges), now_ns), self.refusals(charges)
+        if not refusals:
+            return known
+        refused = refusal_of(refusals)
+        refused.source = "deny_cache"
+        return refused if known is None else joint_refusal(known, refused)
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """Return each decision on its charge alone, without charging it."""
@@ -254,17 +269,9 @@ class StoreQuotaLimiter:
         now_ns, now_us = self.buckets.clock_ns(), self.store_us()
         of_tokens, counted = of_buckets(charges), of_counters(charges)
         if self.buckets.policy == "local_share":
-            decisions = [
-                counter_decision(charge, self._share(charge.key, quota, now_us // MICROSECONDS), now_us, now_ns)
-                for charge, quota in counted
-            ]
-            if not all(decision.allowed for decision in decisions):
-                fallback, cache = self.buckets.fallback, self.buckets.cache
-                decisions += [fallback.inspect(charge, cache.last_tat(charge), now_ns) for charge in of_tokens]
-                refused = refusal_of(decisions)
-                refused.source = "local_share"
-                refused.processes = self.buckets.fallback.processes
-                return refused
+            shares = self._shares(charges)
+            if not all(share.allowed for share in shares):
+                return self._refusal_of([*shares, *self._bucket_shares(charges)])
         if not of_tokens:
             return self._counter_without_store(*counted[0], now_ns, may_be_charged=may_be_charged)
         decision = self.buckets.decide_without_store(of_tokens, now_ns, may_be_charged=may_be_charged)
@@ -294,6 +301,25 @@ class StoreQuotaLimiter:
         standing = self._standing(charge.key, quota, now)
         self.owe(charge.key, charge.increment_ns, standing.count.start, is_sent=may_be_charged)
         return self._share(charge.key, quota, now) if self.buckets.policy == "local_share" else standing
+
+    def _shares(self, charges: Sequence[Charge]) -> list[Decision]:
+        """Return the decision of this process's share of each counter."""
+        now_us, now_ns = self.store_us(), self.buckets.clock_ns()
+        return [
+            counter_decision(charge, self._share(charge.key, quota, now_us // MICROSECONDS), now_us, now_ns)
+            for charge, quota in of_counters(charges)
+        ]
+
+    def _bucket_shares(self, charges: Sequence[Charge]) -> list[Decision]:
+        """Return the decision of this process's share of each bucket."""
+        fallback, cache, now_ns = self.buckets.fallback, self.buckets.cache, self.buckets.clock_ns()
+        return [fallback.inspect(charge, cache.last_tat(charge), now_ns) for charge in of_buckets(charges)]
+
+    def _refusal_of(self, shares: Sequence[Decision]) -> Decision:
+        refused = refusal_of(shares)
+        refused.source = "local_share"
+        refused.processes = self.buckets.fallback.processes
+        return refused
 
     def _may_refuse(self, charges: Sequence[Charge]) -> bool:
         """Tell whether a counter refuses a request, too, by the last readings: its wait may be the longer one."""

@@ -8,16 +8,16 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
-from api_gateway.errors import GatewayError
 from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
 from api_gateway.limits.limit import Limit
+from api_gateway.limits.quota_decisions import refusal_of
 from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, ConcurrencySlot, Decision, Quota
 from api_gateway.proxy.admission import RequestPlan, StageResult, Wait
 from api_gateway.proxy.limit_stage import LimitListStage, part_reader, values_of
 from api_gateway.proxy.route_table import RouteTable
 from api_gateway.proxy.shadow_limits import ShadowLimits
-from api_gateway.rate_limiter import RateLimiter
+from api_gateway.rate_limiter import RateLimiter, joint_refusal
 
 
 class ConcurrencyStage(LimitListStage):
@@ -56,7 +56,7 @@ class ConcurrencyStage(LimitListStage):
         """Refuse the request if a slot is missing, else charge it, and take the slots if it is admitted."""
         charges = self._set_charges(plan)
         if isinstance(charges, SlottedCharges):
-            refused = self.slots.refusal(charges.slots, plan.now_ns)
+            refused = self.slots.refusal_by_all(charges, self._limiter, plan.now_ns)
             if refused is not None:
                 return self._on_decision(plan, refused)
         decision = self._decide_at_once(charges, plan.now_ns)
@@ -84,13 +84,15 @@ class ConcurrencyStage(LimitListStage):
         plan.slot_uses = uses
         refused = None
         if not all(use.is_free for use in uses):
-            refused = refusal(plan.exchange, refusal_of_slots(uses, self.slots, plan.now_ns))
+            refused = refusal_of_slots(uses, self.slots, plan.now_ns)
         inspect = partial(self._limiter.inspect, plan.exchange.charges, plan.now_ns)
         return Wait.on(inspect, partial(self._on_both, refused))
 
-    def _on_both(self, refused: GatewayError | None, plan: RequestPlan, decisions: list[Decision]) -> StageResult:
+    def _on_both(self, refused: Decision | None, plan: RequestPlan, decisions: list[Decision]) -> StageResult:
         outcome = self._on_inspected(plan, decisions)
-        return outcome if refused is None else refused
+        if refused is None:
+            return outcome
+        return refusal(plan.exchange, refused if outcome is None else joint_refusal(refused, refusal_of(decisions)))
 
     def _compute(self, plan: RequestPlan, names: Sequence[str | None]) -> list[Charge]:
         charges, slots = super()._compute(plan, names), []

@@ -75,7 +75,7 @@ class ShadowLimits:
     def _observe_slots(
         self, exchange: Exchange, charges: SlottedCharges, now_ns: int, count: Callable[[Decision], None]
     ) -> None:
-        trial = self._slots.refusal(charges.slots, now_ns) or self._limiter.decide(charges, now_ns)
+        trial = self._slots.refusal_by_all(charges, self._limiter, now_ns) or self._limiter.decide(charges, now_ns)
         if trial is None:
             self._slots.ask(exchange, self._limiter, charges, now_ns, count, is_trial=True)
             return

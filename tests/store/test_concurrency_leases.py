@@ -131,7 +131,7 @@ class Worker:
         charges = [Charge("client:acme", PLENTY, PLENTY.cost_ns(1))] if charges is None else charges
         exchange = Exchange("", "GET", "/api/x", "192.0.2.7", self.now_ns / 1e9)
         slotted = SlottedCharges(charges, slots)
-        refused = self.slots.refusal(slots, self.now_ns)
+        refused = self.slots.refusal_by_all(slotted, self.charging, self.now_ns)
         if refused is not None:
             self.refused.append(refused)
             return exchange
@@ -275,6 +275,37 @@ def test_quotas_buckets_and_slots_are_one_call(store: LuaStore, *, is_full: bool
         worker.ask(FIVE, charges=charges)
         worker.wire.all_at_once()
     assert len(worker.open) == (2 if is_full else 0), "refused requests were not charged to the quota"
+
+
+@each("with_quotas", [False, True])
+@each("asked", ["another worker", "the same", "the same on a cluster", "the same without the store"])
+def test_a_refusal_for_lack_of_a_slot_names_the_limits_without_tokens(with_quotas: bool, asked: str) -> None:  # noqa: FBT001
+    """By the reply that tells that no slot is free, by the last readings, or by the share."""
+    store, is_divided = LuaStore(NOW_US), asked == "the same on a cluster"
+    one, other = (Worker(store, number, with_quotas=with_quotas, is_divided=is_divided) for number in (1, 2))
+    for worker in (one, other):
+        worker.limiter._on_subscription(True)
+    store.now_us += 1
+    monthly = PeriodQuota.of("monthly", 3, Calendar("month", ZoneInfo("UTC")), "monthly")
+    tokens = Charge("limit:monthly:acme", monthly, monthly.cost_ns(1))
+    if not with_quotas:
+        tokens = Charge("client:acme", SCARCE, SCARCE.cost_ns(1))
+    charges = [Charge("client:plenty", PLENTY, PLENTY.cost_ns(1)), tokens]
+    for number in range(3):
+        one.ask(slot("two", 2), charges=charges)
+        one.wire.all_at_once()
+        if number == 0:
+            one.end(one.open[0])
+            one.wire.all_at_once()
+    assert len(one.open) == 2
+    asking = other if asked == "another worker" else one
+    asking.wire.is_up = asked != "the same without the store"
+    asking.ask(slot("two", 2), charges=charges)
+    asking.wire.all_at_once()
+    (refused,) = asking.refused
+    assert [quota.policy for quota in refused.violated] == ["two", tokens.quota.policy]
+    assert (refused.key, refused.quota) == (tokens.key, tokens.quota)
+    assert refused.wait_ns > 900 * 10**9
 
 
 def test_the_requests_of_a_killed_worker_count_until_its_lease_ends(store: LuaStore) -> None:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
-from api_gateway.errors import ConcurrencyExceeded, GatewayError, RateLimited, Reason
+import pytest
+
+from api_gateway.errors import ConcurrencyExceeded, CostExceedsCapacity, GatewayError, RateLimited, Reason
 from api_gateway.limits.concurrency import (
     DURATIONS,
     LONGEST_HINT,
@@ -21,6 +24,10 @@ from api_gateway.limits.concurrency_headers import ConcurrencyHeaders
 from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL
 from api_gateway.limits.concurrency_ops import LEASE
 from api_gateway.limits.limit import Limit
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.limits.periods import Calendar
+from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, ConcurrencySlot, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
@@ -39,6 +46,7 @@ ACME = Client("acme", "client:acme", FREE, "configured")
 RICH = Client("rich", "client:rich", PREMIUM, "configured")
 FIVE = Limit("five", ("client",), ConcurrencyQuota.of("five", 5, "five"))
 TWO_ON_X = Limit("two", ("route",), ConcurrencyQuota.of("two", 2, "two"), routes=frozenset({"x"}))
+MIDDAY = 1_800_014_400.0  # 15 January 2027, 12:00 UTC
 ROUTES = RouteTable([Route("all", "/api", "up"), Route("x", "/api/x", "up")])
 
 
@@ -47,7 +55,9 @@ class Slotted:
 
     def __init__(self, *concurrency: Limit, limits: Sequence[Limit] = ()) -> None:
         self.now_ns = 1_000 * NANOSECONDS
-        self.limiter = MemoryLimiter([FREE, PREMIUM, *[quota for limit in limits for quota in limit.all_quotas]])
+        quotas = [quota for limit in limits for quota in limit.all_quotas if not isinstance(quota, PeriodQuota)]
+        self.buckets = MemoryLimiter([FREE, PREMIUM, *quotas])
+        self.limiter = QuotaLimiter(self.buckets, PeriodCounters(100), wall_clock=lambda: MIDDAY)
         self.in_flight: Counter[str] = Counter()
         self.slots = LocalSlots(self.in_flight)
         self.configure(concurrency, limits)
@@ -85,7 +95,7 @@ class Slotted:
         self.slots.release(exchange)
 
     def tokens(self, key: str, quota: Quota) -> int:
-        return self.limiter.preview(Charge(key, quota, 0), self.now_ns).remaining
+        return self.buckets.preview(Charge(key, quota, 0), self.now_ns).remaining
 
 
 def test_five_at_a_time() -> None:
@@ -186,6 +196,51 @@ def test_a_refusal_names_the_limits_and_its_wait_is_the_median_duration_of_the_k
     assert exchange.decision is not None
     assert not exchange.decision.allowed
     slotted.end(kept)
+
+
+SLOW = Limit("slow", ("client",), Quota.per_second("slow", 0.1, 5))
+DAILY = Limit("daily", ("client",), PeriodQuota.of("daily", 5, Calendar("day", ZoneInfo("UTC"))))
+
+
+@pytest.mark.parametrize(("limit", "wait"), [(SLOW, 10.0), (DAILY, 43_200.0)], ids=["bucket", "quota"])
+async def test_a_refusal_for_lack_of_a_slot_names_the_limits_without_tokens_and_has_their_wait(
+    limit: Limit, wait: float
+) -> None:
+    """In the explanation, too. It charges nothing, and when the slots are free again the wait is the same."""
+    slotted = Slotted(TWO_ON_X, limits=[limit])
+    for _ in range(3):
+        slotted.end(slotted.begin()[0])
+    open_ = [slotted.begin()[0] for _ in range(2)]
+    plan = slotted.plan()
+    outcome = slotted.stage.inspect(plan)
+    while isinstance(outcome, Wait):
+        outcome = outcome.resume(plan, await outcome.reply())
+    for error in (outcome, *[slotted.begin()[1] for _ in range(2)]):
+        assert isinstance(error, RateLimited)
+        assert (error.reason, error.retry_after) == (Reason.RATE_LIMITED, wait)
+        body = json.loads(problem_body(error, instance="/api/x", request_id="1"))
+        assert (body["policy"], body["violated-policies"]) == (limit.name, ["two", limit.name])
+    assert slotted.tokens("client:acme", FREE) == 5
+    for exchange in open_:
+        slotted.end(exchange)
+    _, error = slotted.begin()
+    assert isinstance(error, RateLimited)
+    assert error.retry_after == wait
+
+
+def test_a_refusal_has_the_hint_of_the_slots_if_that_is_the_longer_wait() -> None:
+    slotted = Slotted(TWO_ON_X, limits=[SLOW])
+    for _ in range(3):
+        slotted.end(slotted.begin()[0], 30.0)
+    for _ in range(2):
+        slotted.begin()
+    _, error = slotted.begin()
+    assert isinstance(error, ConcurrencyExceeded)
+    assert error.retry_after == 30.0
+    assert error.extra["violated-policies"] == ["two", "slow"]
+    too_dear = slotted.plan()
+    too_dear.exchange.cost = 6.0
+    assert isinstance(slotted.stage.decide(too_dear), CostExceedsCapacity), "it will never be admitted"
 
 
 def test_the_wait_has_bounds_and_is_that_of_other_keys_without_own_durations() -> None:
