@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from api_gateway.errors import Reason
 from api_gateway.eventloop.pacing import Steps, completed, each
-from api_gateway.models import Exchange
+from api_gateway.models import Decision, Exchange
 from api_gateway.observability.heavy_hitters import HeavyHitters
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.observability.latency_series import WindowedSeries
@@ -178,7 +178,7 @@ class Recorder:
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}
         self.requests_by_client, self.limited_by_client = HeavyHitters(), HeavyHitters()  # by the client's key
-        self.limited_by_bucket = HeavyHitters()  # by the key of the bucket that refuses longest
+        self.limited_by_bucket = HeavyHitters()  # by the key of each bucket, counter or slot that refuses
         self.bare_by_client = HeavyHitters()  # claims of an id that should have been proved
         self.percentiles = tuple(percentiles)
 
@@ -305,7 +305,8 @@ class Recorder:
             else:
                 self.limited[tier] += 1
                 self.limited_by_client.add("" if client is None else client.key)
-                self.limited_by_bucket.add(decision.key)
+                for key in _refusing_keys(exchange, decision):
+                    self.limited_by_bucket.add(key)
                 for quota in decision.violated or (decision.quota,):
                     self.refusals_by_limit[quota.policy, tier] += 1
         if exchange.sent_at is not None and exchange.status != SWITCHED:  # `is_timed`, inlined
@@ -349,6 +350,14 @@ class Recorder:
 def is_timed(exchange: Exchange) -> bool:
     """Tell whether the duration of an exchange counts: it has reached an upstream, and is no tunnel."""
     return exchange.sent_at is not None and exchange.status != SWITCHED
+
+
+def _refusing_keys(exchange: Exchange, decision: Decision) -> list[str]:
+    """Return the keys of all buckets, counters and slots that refuse an exchange."""
+    if len(decision.violated) < 2:  # noqa: PLR2004 - one
+        return [decision.key]
+    slots = getattr(exchange.charges, "slots", ())  # of the charges that a higher layer has for slots
+    return [one.key for one in (*exchange.charges, *slots) if one.quota in decision.violated]
 
 
 def _add(mine: Counter[Label], other: Counter[Label]) -> None:

@@ -1,7 +1,7 @@
 """The endpoints `/limits` and `/tiers`: what the configuration and the API say about limits, and live figures."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Literal
 
@@ -10,16 +10,19 @@ from pydantic import Field
 
 from api_gateway.admin.context import AdminContext, Guarded
 from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN
+from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit, limit_of
 from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.metrics import Recorder
 from api_gateway.models import Body, Quota
+from api_gateway.observability.heavy_hitters import Estimate
 from api_gateway.rate_limiter import MemoryLimiter
 
 router = APIRouter(tags=["limits"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
+_PEER = "peer:"  # of the keys of buckets of the address limit
 _SHOWN = 10  # buckets with the most refusals, for each limit
 _BATCH = 10_000  # keys counted before the event loop runs other tasks
 
@@ -39,7 +42,10 @@ class AllowanceView(Body):
 class HeavyBucket(Body):
     """A bucket with its refusals. The true count is at most `refusals`, and at least that minus the error bound."""
 
-    value: str = Field(description="Value of the key, such as an address; of several parts, with | between them.")
+    value: str = Field(
+        description="Value of the key, such as an address; of several parts, with | between them. Of a tier: the"
+        " client."
+    )
     refusals: int
     refusals_error_bound: int
 
@@ -60,7 +66,10 @@ class LimitView(Body):
     )
     in_flight: int | None = Field(description="Requests in flight, of a concurrency limit.")
     refusals: int = Field(description="Refusals since the start.")
-    heaviest: list[HeavyBucket] = Field(description="Buckets with the most refusals, as far as they are known.")
+    heaviest: list[HeavyBucket] = Field(
+        description="Buckets with the most refusals, as far as they are known. Of a tier: those of clients that have"
+        " the tier now, with their refusals by all tiers that they had."
+    )
 
 
 class Limits(Body):
@@ -114,7 +123,8 @@ async def limits(context: Guarded) -> Limits:
         views.append(_view("address", "address", ["address"], [(None, address)], "address_limit"))
     further = sorted([*explainer.limits, *explainer.concurrency], key=lambda limit: limit.index)
     views += [_limit_view(limit) for limit in further]
-    return Limits(limits=[_with_figures(view, recorder, counts) for view in views])
+    refused = recorder.limited_by_bucket.heaviest(len(recorder.limited_by_bucket))
+    return Limits(limits=[_with_figures(view, recorder, counts, refused, context.clients) for view in views])
 
 
 @router.get("/limits/snapshot", summary="The state of all buckets and quotas, for api-gateway replay --from")
@@ -215,18 +225,36 @@ def _allowance_view(tier: str | None, quota: Quota) -> AllowanceView:
     return AllowanceView.model_validate({**dict.fromkeys(AllowanceView.model_fields), "tier": tier, **values})
 
 
-def _with_figures(view: LimitView, recorder: Recorder, counts: dict[str, int] | None) -> LimitView:
+def _with_figures(
+    view: LimitView,
+    recorder: Recorder,
+    counts: dict[str, int] | None,
+    refused: Sequence[Estimate],
+    clients: ClientRegistry,
+) -> LimitView:
     refusals = sum(count for (name, _), count in recorder.refusals_by_limit.items() if name == view.name)
-    prefix = "peer:" if view.kind == "address" else f"{LIMIT_PREFIX}{view.name}:"
-    found = [] if view.kind == "tier" else recorder.limited_by_bucket.heaviest(len(recorder.limited_by_bucket))
+    prefix = _PEER if view.kind == "address" else f"{LIMIT_PREFIX}{view.name}:"
+    if view.kind == "tier":
+        found = _of_tier(view.allowances[0].tier, refused, clients)
+    else:
+        found = ((one.key[len(prefix) :], one) for one in refused if one.key.startswith(prefix))
     heaviest = [
-        HeavyBucket(value=one.key[len(prefix) :], refusals=one.count, refusals_error_bound=one.error)
-        for one in islice((one for one in found if one.key.startswith(prefix)), _SHOWN)
+        HeavyBucket(value=value, refusals=one.count, refusals_error_bound=one.error)
+        for value, one in islice(found, _SHOWN)
     ]
     in_flight = recorder.in_flight_by_limit.get(view.name) if view.kind == "limit" else None
     buckets = None if counts is None or view.kind == "tier" or in_flight is not None else counts.get(prefix, 0)
     figures = {"refusals": refusals, "heaviest": heaviest, "buckets": buckets, "in_flight": in_flight}
     return view.model_copy(update=figures)
+
+
+def _of_tier(tier: str | None, refused: Sequence[Estimate], clients: ClientRegistry) -> Iterator[tuple[str, Estimate]]:
+    """Yield the refusals by buckets of clients that have a tier now, each with the client."""
+    for one in refused:
+        if not one.key.startswith((LIMIT_PREFIX, _PEER)):
+            client = clients.by_bucket_key(one.key)
+            if client.quota.name == tier:
+                yield client.id, one
 
 
 async def _counts(context: AdminContext) -> dict[str, int] | None:
@@ -246,8 +274,8 @@ def _count(keys: Iterable[str], counts: dict[str, int]) -> None:
     for key in keys:
         if key.startswith(LIMIT_PREFIX):
             prefix = f"{LIMIT_PREFIX}{limit_of(key)}:"
-        elif key.startswith("peer:"):
-            prefix = "peer:"
+        elif key.startswith(_PEER):
+            prefix = _PEER
         else:
             continue
         counts[prefix] = counts.get(prefix, 0) + 1

@@ -50,13 +50,15 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
         "secret": SECRET,
         "organisation_claim": "org",
     }
-    return sections_with(
+    sections = sections_with(
         LIMITS,
         shared.url,
         admin={"token": "operator", "local": False},
         identity={"sources": ["jwt", "header", "address"], "jwt": {"issuers": {"own": issuer}}},
-        clients={"rich": {"tier": "PREMIUM"}},
+        clients={"rich": {"tier": "PREMIUM"}, "poor": {"tier": "SCARCE"}},
     )
+    sections["tiers"]["SCARCE"] = {"rate": 0.001, "capacity": 2}
+    return sections
 
 
 def token(subject: str, **claims: Any) -> dict[str, str]:
@@ -149,6 +151,24 @@ def test_operators_see_and_fill_the_buckets_of_each_limit(get: Get, running: Run
     shown = json.loads(get("/clients/seen", **TOKEN).body)
     (own,) = (one for one in shown["limits"] if one["limit"] == "own")
     assert (own["capacity"], int(own["tokens"])) == (16, 14), "the filled fraction stays"
+
+
+def test_each_limit_that_refuses_shows_the_bucket_and_a_tier_its_clients(get: Get) -> None:
+    def shown() -> dict[str, dict[str, int]]:
+        limits = json.loads(get("/limits", **TOKEN).body)["limits"]
+        return {one["name"]: {heavy["value"]: heavy["refusals"] for heavy in one["heaviest"]} for one in limits}
+
+    me = {"X-Client-ID": "twice"}
+    assert statuses(get, 2, "/api/exports", **me) == [200, 200]
+    assert statuses(get, 6, "/api/x", **me) == [200] * 6
+    refused = get("/api/exports", **me)
+    assert json.loads(refused.body)["violated-policies"] == ["exports", "own"]
+    assert statuses(get, 2, "/api/x", **me) == [429, 429]
+    found = shown()
+    assert (found["exports"]["FREE:client:twice|exports"], found["own"]["client:twice"]) == (1, 3)
+    assert "twice" not in found["free"], "the tier has not refused it"
+    assert statuses(get, 4, "/api/x", **{"X-Client-ID": "poor"}) == [200, 200, 429, 429]
+    assert (shown()["scarce"], shown()["free"]) == ({"poor": 2}, found["free"])
 
 
 def test_limits_and_tiers_are_listed(get: Get) -> None:
