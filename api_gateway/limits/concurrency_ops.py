@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
 from api_gateway.limits.period_standing import PeriodQuota
-from api_gateway.limits.quota_ops import MAX_ASKED, QuotaChargeOp
+from api_gateway.limits.quota_ops import MAX_ASKED, VALUES_OF_COUNTER, QuotaChargeOp
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp
 from api_gateway.limits.script_ops import ChargeOp
@@ -21,7 +21,6 @@ from api_gateway.models import Charge, ConcurrencySlot, Decision
 from api_gateway.storage.redis_session import ScriptCall
 
 LEASE = 10.0  # seconds after which the requests of a worker that does not renew its leases do not count any more
-_VALUES_OF_COUNTER = 16  # in a reply, the first of which tells whether the script must be asked again
 LEASE_MS = int(LEASE * 1000)
 _NONE = -1
 
@@ -135,12 +134,12 @@ class ClaimOp(ScriptOp):
         totals = [next(reply) for _ in self._slots]
         counters = sum(isinstance(charge.quota, PeriodQuota) for charge in self._charges)
         buckets = len(self._charges) - counters
-        values = [next(reply) for _ in range(buckets + _VALUES_OF_COUNTER * counters)]
+        values = [next(reply) for _ in range(buckets + VALUES_OF_COUNTER * counters)]
         is_stale = -1 in totals
         is_full = not is_stale and any(
             total >= slot.quota.capacity for total, slot in zip(totals, self._slots, strict=True)
         )
-        must_ask = any(values[buckets::_VALUES_OF_COUNTER])
+        must_ask = any(values[buckets::VALUES_OF_COUNTER])
         if self.is_over or is_stale or is_full or must_ask:
             refused = self._read_silently(clock_us, iter(values), may_be_charged=not (is_stale or is_full or must_ask))
             if self.is_over:
