@@ -284,7 +284,8 @@ class QuotaChargeOp(ScriptOp):
 
     def fail(self) -> None:
         """Complete with a decision by the policy for outages."""
-        self.lose_reports()
+        if self.is_sent:
+            self.lose_reports()
         decision = self._limiter.decide_without_store(self._charges, may_be_charged=self.is_sent)
         if self.is_sent and decision.allowed:
             self._admission = decision

@@ -133,7 +133,8 @@ class ChargeOp(ScriptOp):
     def fail(self) -> None:
         """Complete with a decision by the policy for outages."""
         limiter = self._limiter
-        self.lose_reports()
+        if self.is_sent:
+            self.lose_reports()
         decision = limiter.decide_without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent)
         self._is_admitted = self.is_sent and decision.allowed
         self._on_decision(decision)

@@ -21,6 +21,8 @@ _REFUSED_BY_OTHER = (
 )
 _LATE = "test_a_late_reply_tells_whether_the_store_is_still_to_be_charged"
 _LOST_REPORTS = "test_reports_of_outages_that_are_late_or_lost_stay_within_the_bound"
+_SLOTS = "tests/unit/test_concurrency.py"
+_NAMES_ALL = "test_a_refusal_for_lack_of_a_slot_names_the_limits_without_tokens"
 _NO_SLOT = "test_what_a_share_admits_is_charged_if_a_late_reply_tells_that_no_slot_was_free"
 _STAGE = "tests/unit/test_limit_stage.py"
 
@@ -379,6 +381,30 @@ MUTANTS = (
             "            self._limiter.owe(self._key, self._change, self._start, is_sent=self.is_sent)\n",
             "            pass\n",
             f"{_LOST}::test_a_settlement_that_the_store_does_not_get_is_charged_afterwards",
+        ),
+    ),
+    *_of(
+        "limits/concurrency.py",
+        (
+            "return refused if refused is None or by_tokens is None else joint_refusal(refused, by_tokens)",
+            "return refused",
+            f"{_SLOTS}::test_a_refusal_for_lack_of_a_slot_names_the_limits_without_tokens_and_has_their_wait",
+        ),
+    ),
+    *_of(
+        "limits/concurrency_ops.py",
+        (
+            "self._on_full(totals, refused)",
+            "self._on_full(totals, None)",
+            f"tests/store/test_concurrency_leases.py::{_NAMES_ALL}",
+        ),
+    ),
+    *_of(
+        "rate_limiter.py",
+        (
+            "key=lambda refused: (refused.wait_ns == NEVER_NS, refused.wait_ns)",
+            "key=lambda refused: refused.wait_ns",
+            f"{_SLOTS}::test_a_refusal_has_the_hint_of_the_slots_if_that_is_the_longer_wait",
         ),
     ),
     *_of(
