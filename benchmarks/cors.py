@@ -27,6 +27,7 @@ ROUTES: dict[str, Any] = {
         {"name": "pages", "path": "/api/small/pages", "upstream": "up", "cors": POLICY},
     ]
 }
+_COPIES = 3  # of each gateway
 PAGE, PLAIN = "with Origin", "without Origin"
 OTHER = ", route without a policy"
 CLAIMS = [
@@ -50,7 +51,7 @@ def steps(rounds: int) -> dict[str, list[float]]:
     heads |= {name: [head_of(case.path, {"X-Client-ID": CLIENT, **case.headers})] for name, case in OTHERS.items()}
     runs = [(name, case) for case in CASES for name in ("no policy", "policy")] + [("policy", case) for case in OTHERS]
     with tempfile.TemporaryDirectory() as folder:
-        return alternating_steps({"no policy": two, "policy": ROUTES}, heads, runs, Path(folder), rounds)
+        return alternating_steps({"no policy": two, "policy": ROUTES}, heads, runs, Path(folder), rounds, _COPIES)
 
 
 def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[float]]:
