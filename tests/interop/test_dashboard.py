@@ -208,8 +208,9 @@ def unfold(page: Any, path: str) -> None:
         page.locator(".change").first.wait_for()
     elif path == "docs":
         for name in ("/limits", "/tiers"):
-            page.locator("summary", has=page.get_by_text(name, exact=True)).click()
-            page.locator("details[open] button", has_text="Send").last.click()
+            operation = page.locator("details[data-text]", has=page.locator(".path").get_by_text(name, exact=True))
+            operation.locator("summary").first.click()
+            operation.get_by_role("button", name="Send").click()
             page.get_by_role("region", name=f"Response of GET {name}").wait_for()
     until(
         page,
