@@ -165,7 +165,12 @@ def test_what_no_reply_tells_of_counts_against_the_share_until_the_period_ends()
     pair.troubled.buckets.wire.is_up = False
     assert not pair.ask(pair.troubled, (1, 50)).allowed, "half of 699, less 300"
     assert pair.ask(pair.troubled, (1, 49)).allowed
+    pair.troubled.buckets.wire.is_up = True
+    for _ in range(3):
+        pair.ask(pair.troubled, (0, 0))
+        assert pair.used() == 350, "the outage is reported, once"
     pair.store.now_us += 86_400 * MICROSECONDS
+    pair.troubled.buckets.wire.is_up = False
     assert pair.ask(pair.troubled, (1, 400)).allowed
 
 
