@@ -411,6 +411,7 @@ async def test_it_has_every_figure(tmp_path: Path) -> None:
         "unchecked_targets": 1,
         "targets": 1,
         "concurrency": None,
+        "workers": None,
     }
     assert told.decision_source == "memory"
 
