@@ -6,6 +6,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 
 from api_gateway.admin.audit_log import AuditAction, AuditEntry, AuditLog
 from api_gateway.admin.breaker_overrides import BreakerOverrides
@@ -17,7 +19,7 @@ from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
-from api_gateway.errors import ClientIdInvalid, Forbidden
+from api_gateway.errors import ClientIdInvalid, Forbidden, InvalidValue
 from api_gateway.eventloop.late_imports import late_import
 from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
@@ -27,6 +29,7 @@ from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.observability.request_history import RequestHistory
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
+from api_gateway.settings.diagnostics import nearest
 from api_gateway.system.clocks import Clocks
 from api_gateway.usage.ledger import UsageLedger
 
@@ -86,7 +89,27 @@ class AdminContext:
         return view
 
 
+def _parameters(dependant: Dependant) -> list[str]:
+    """Return the names of the query parameters of an endpoint, with those of its dependencies."""
+    own = [field.alias for field in dependant.query_params]
+    return [*own, *(name for further in dependant.dependencies for name in _parameters(further))]
+
+
+def _check_query(request: Request) -> None:
+    """Raise InvalidValue if the endpoint does not have a parameter of the query: it would be ignored otherwise."""
+    route = request.scope.get("route")
+    if not request.url.query or not isinstance(route, APIRoute):
+        return
+    known = list(dict.fromkeys(_parameters(route.dependant)))
+    for name in request.query_params:
+        if name not in known:
+            shown = f"the parameters are {', '.join(known)}" if known else "the endpoint has none"
+            hint = nearest(name, known).removesuffix("?")
+            raise InvalidValue(f"query.{name[:100]}: no such parameter{hint}; {shown}.", extra={"parameters": known})
+
+
 def _context(request: Request) -> AdminContext:
+    _check_query(request)
     context: AdminContext = request.app.state.admin_context
     return context
 

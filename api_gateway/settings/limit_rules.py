@@ -158,12 +158,48 @@ def _cost_findings(config: LimitedSections, limit: LimitSection, place: KeyPath)
         yield (*place, *key_path, name), message, ((*place, "cost"),)
     if limit.cost is not None:
         return
-    largest = max(section.most for _, section in found)
+    key_path, section = max(found, key=lambda one: one[1].most)
     for route in config.routes:
         is_chosen = limit.routes is None or route.name in limit.routes
-        if is_chosen and route.cost > largest:
+        if is_chosen and route.cost > section.most:
             message = (
                 f"must be at least {route.cost:g}, the cost of route {route.name!r}, or none of its requests is"
-                f" allowed; or set a cost of the limit, got {largest}"
+                f" allowed; or set a cost of the limit, got {section.most}"
             )
-            yield (*place, name), message, (("routes",),)
+            yield (*place, *key_path, name), message, (("routes",),)
+
+
+def unpaid_by_tier(config: LimitedSections) -> Iterator[tuple[KeyPath, str]]:
+    """Yield each capacity below the cost of a route that other tiers can pay: the tier cannot use the route."""
+    for tier, terms in config.tiers.items():
+        others = max(other.capacity for other in config.tiers.values())
+        yield from _unpaid(config.routes, tier, (("tiers", tier, "capacity"), terms.capacity), others)
+    for index, limit in enumerate(config.limits):
+        found = dict(allowances(limit))
+        if limit.cost is not None or not found:
+            continue
+        routes = [route for route in config.routes if limit.routes is None or route.name in limit.routes]
+        others, name = max(section.most for section in found.values()), "quota" if limit.period else "capacity"
+        for tier in limit.tiers or config.tiers:
+            key_path: KeyPath = ("tiers", tier) if ("tiers", tier) in found else ()
+            if key_path in found:
+                place: KeyPath = ("limits", str(index), *key_path, name)
+                yield from _unpaid(routes, tier, (place, found[key_path].most), others)
+
+
+def _unpaid(
+    routes: Sequence[RouteSection], tier: str, most: tuple[KeyPath, int], others: int
+) -> Iterator[tuple[KeyPath, str]]:
+    """Yield a warning for each route with a cost above `most` (place and number), but not above `others`."""
+    place, own = most
+    for route in routes:
+        costs = [route.cost, *(rule.cost for rule in route.costs)]
+        unpaid = [cost for cost in costs if own < cost <= others]
+        if unpaid:
+            yield (
+                place,
+                (
+                    f"is below {min(unpaid):g}, a cost of route {route.name!r}: the tier {tier} gets 403 for such"
+                    f" requests; raise it or lower the cost, unless this is intended, got {own}"
+                ),
+            )

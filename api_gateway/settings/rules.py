@@ -14,7 +14,7 @@ from api_gateway.settings.credential_rules import key_findings, unused_credentia
 from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.extensions import ExtensionSection
 from api_gateway.settings.identity import IdentitySection
-from api_gateway.settings.limit_rules import allowances, limit_findings
+from api_gateway.settings.limit_rules import allowances, limit_findings, unpaid_by_tier
 from api_gateway.settings.limits import AllowanceSection, LimitSection
 from api_gateway.settings.route_action_rules import action_findings
 from api_gateway.settings.route_match_rules import match_findings
@@ -143,6 +143,7 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
             rule: KeyPath = ("routes", str(index), "costs", str(number))
             message = f"is never applied: costs[{other}] before it matches all of its requests"
             yield _of_route(route, rule, message)
+    yield from (Finding(place, message) for place, message in unpaid_by_tier(config))
 
 
 def _certificate_warnings(config: ConfigSections) -> Iterator[Finding]:

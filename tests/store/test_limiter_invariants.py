@@ -18,12 +18,13 @@ on the real text of its script.
 13 all or nothing       both     TestMemory, TestShared; test_several_buckets_are_charged_all_or_nothing
 14 equality             both     all of these: one model, to the nanosecond
 15 expiry               store    TestShared
-16 at most once         servers  test_dispatcher.py, test_what_may_have_been_executed_is_not_sent_again; and
+16 at most once         servers  test_script_batcher.py, test_what_may_have_been_executed_is_not_sent_again; and
                                  test_redis_limiter.py, test_replies_lost_after_execution_charge_once
 17 deadline             servers  test_no_request_waits_longer_than_the_deadline_whatever_the_store_does
 18 cancellation storm   servers  test_requests_cancelled_at_random_mix_up_no_decisions
 19 script loss          servers  test_a_store_that_forgets_its_scripts_decides_as_ever
-20 deny cache           store    TestRemembering; test_a_refusal_from_memory_ends_...; test_a_reply_under_way_...
+20 deny cache           store    TestRemembering; test_a_refusal_from_memory_ends_...; and test_redis_limiter.py,
+                                 test_a_refund_reaches_the_deny_caches_of_others
 21 leases               store    there are none, so L = 0: test_many_gateways_admit_what_one_bucket_holds
 22 without the store    store    test_limits_hold_for_every_schedule_of_outages, test_each_bound_is_reached
 23 header grammar       -        test_ratelimit_headers.py, test_the_fields_are_structured_and_...

@@ -1,6 +1,7 @@
 """A public name is defined in one module of the package, or there is a reason for two."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -54,6 +55,19 @@ def test_a_public_name_is_defined_once_or_has_a_reason() -> None:
 
 def test_every_reason_is_still_needed() -> None:
     assert not REASONS.keys() - duplicates_of_the_package().keys()
+
+
+def test_the_first_lines_of_test_modules_name_tests_that_exist() -> None:
+    """With `...` at its end, a name is the beginning of one."""
+    modules = {path: path.read_text() for path in Path(__file__).parents[1].rglob("*.py")}
+    names = {path.stem for path in modules}
+    names.update(
+        name for text in modules.values() for name in re.findall(r"^ *(?:async )?def (\w+)", text, re.MULTILINE)
+    )
+    for path, text in modules.items():
+        beginning = re.match(r'"""(.*?)"""', text, re.DOTALL)
+        for name, is_begun in re.findall(r"\b(test_\w+)(\.\.\.)?", beginning[1] if beginning else ""):
+            assert name in names or (is_begun and any(one.startswith(name) for one in names)), (path, name)
 
 
 def test_definitions_are_found_in_every_form(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 
 from api_gateway.config import load_config
-from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.diagnostics import ConfigError, path_text
+from api_gateway.settings.rules import find_warnings
 from tests.kit import Answer, RawUpstream, RunningGateway, ask, in_front_of, reply
 
 ODD = {"X-Odd": " two blanks"}
@@ -248,6 +249,10 @@ def test_an_explanation_has_each_limit_and_why_others_do_not_apply(get: Get, run
         ({"routes": ["reads"], "methods": ["PUT"]}, "limits[0] (one).methods[0]: none of the routes (reads) takes"),
         ({"cost": 11}, "limits[0] (one).capacity: must be at least the limit's cost, 11, or no request is allowed"),
         ({"capacity": 4}, "limits[0] (one).capacity: must be at least 5, the cost of route 'reads', or none of its"),
+        (
+            {"rate": None, "capacity": None, "tiers": {"FREE": {"rate": 1, "capacity": 4}}},
+            "limits[0] (one).tiers.FREE.capacity: must be at least 5, the cost of route 'reads', or none of its",
+        ),
         ({"rate": None, "capacity": None}, "limits[0] (one): needs rate and capacity"),
         ({"capacity": None}, "limits[0]: needs capacity too"),
         ({"rate": 1e-9}, "limits[0]: the bucket must fill within"),
@@ -267,6 +272,42 @@ def test_a_mistake_has_place_value_and_remedy(limit: dict[str, Any], message: st
     (problem,) = raised.value.problems
     assert message in problem
     assert problem.startswith(f"{path}:1: limits[0]")
+
+
+@pytest.mark.parametrize(
+    ("tiers", "limit", "warned"),
+    [
+        ({"FREE": 5, "BASIC": 100}, {}, ["tiers.FREE.capacity: is below 50, a cost of route 'export': the tier FREE"]),
+        ({"FREE": 50, "BASIC": 100}, {}, []),
+        (
+            {"FREE": 100, "BASIC": 100},
+            {"tiers": {"FREE": {"rate": 1, "capacity": 9}, "BASIC": {"rate": 1, "capacity": 60}}},
+            ["limits[0].tiers.FREE.capacity: is below 50, a cost of route 'export': the tier FREE"],
+        ),
+        (
+            {"FREE": 100, "BASIC": 100},
+            {"period": "day", "quota": 40, "tiers": {"FREE": None, "BASIC": {"quota": 60}}},
+            ["limits[0].quota: is below 50, a cost of route 'export': the tier FREE"],
+        ),
+        ({"FREE": 100, "BASIC": 100}, {"rate": 1, "capacity": 9, "cost": 1}, []),
+        ({"FREE": 100, "BASIC": 100}, {"rate": 1, "capacity": 9, "routes": ["all"]}, []),
+    ],
+)
+def test_a_cost_that_one_tier_cannot_pay_and_another_can_is_a_warning(
+    tmp_path: Path, tiers: dict[str, int], limit: dict[str, Any], warned: list[str]
+) -> None:
+    """Requests of that tier get 403, which may be intended. What no tier can pay is a mistake."""
+    sections = in_front_of("http://127.0.0.1:9")
+    sections["tiers"] = {name: {"rate": 1, "capacity": capacity} for name, capacity in tiers.items()}
+    sections["tiers"] |= {name: {"rate": 1, "capacity": 100} for name in ("PREMIUM", "ENTERPRISE")}
+    costs = [{"methods": ["POST"], "cost": 50}]
+    sections["routes"].append({"name": "export", "path": "/api/export", "upstream": "up", "costs": costs})
+    sections["limits"] = [{"name": "one"} | limit] if limit else []
+    path = tmp_path / "gateway.yaml"
+    path.write_text(json.dumps(sections))
+    found = [f"{path_text(one.path)}: {one.message}" for one in find_warnings(load_config(path))]
+    assert len(found) == len(warned), found
+    assert all(words in line for words, line in zip(warned, found, strict=True)), found
 
 
 def test_names_of_limits_differ_in_more_than_letter_case(tmp_path: Path) -> None:

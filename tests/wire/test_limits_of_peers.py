@@ -1,6 +1,6 @@
 """What a client may ask of a connection, and how it is refused beyond: lines, connections, stalls, and sending on.
 
-The bounds on a head's size and time are in `test_protocol`.
+The bounds on a head's size and time are in `test_downstream_connection`.
 """
 
 import socket

@@ -450,6 +450,38 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
     }
 
 
+@each(
+    ("path", "message"),
+    [
+        ("/usage?form=csv", "query.form: no such parameter; did you mean 'format'; the parameters are by, client,"),
+        (
+            "/clients?teir=PREMIUM",
+            "query.teir: no such parameter; did you mean 'tier'; the parameters are sort, limit,",
+        ),
+        ("/clients/acme?x=1", "query.x: no such parameter; the endpoint has none."),
+        ("/metrics?fromat=prometheus", "query.fromat: no such parameter; did you mean 'format'"),
+        ("/limits?key=a", "query.key: no such parameter; the endpoint has none."),
+        ("/usage/me?mnth=2027-01", "query.mnth: no such parameter; did you mean 'month'"),
+    ],
+)
+def test_a_misspelt_parameter_is_refused_with_those_that_exist(plain: RunningGateway, path: str, message: str) -> None:
+    answer = ask(f"{plain.url}{path}")
+    assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
+    assert message in answer.json()["detail"]
+
+
+def test_every_operator_endpoint_checks_its_parameters(plain: RunningGateway) -> None:
+    """Also one that is added: each gets its context by the same dependency."""
+    paths = ask(f"{plain.url}/openapi.json").json()["paths"]
+    gets = [path for path, operations in paths.items() if "get" in operations and "security" in operations["get"]]
+    values = {"client_id": "acme", "name": "up", "request_id": "1", "key_id": "1"}
+    assert len(gets) > 15
+    for path in gets:
+        answer = ask(f"{plain.url}{path.format(**values)}?no-such-parameter=1")
+        assert answer.status == 422, path
+        assert "query.no-such-parameter: no such parameter" in answer.json()["detail"], path
+
+
 def test_the_schema_says_which_endpoints_take_a_token(plain: RunningGateway) -> None:
     """The page of the documentation offers to enter one for it."""
     schema = ask(f"{plain.url}/openapi.json").json()
