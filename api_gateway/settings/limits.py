@@ -41,6 +41,9 @@ Concurrent = Annotated[
 ]
 
 
+_NO_CANDIDATE = "a quota has no candidate: remove it, and try another quota on an access log with api-gateway replay"
+
+
 class LimitCandidateSection(Section):
     """Another allowance, which is evaluated beside the one in force: `rate` and `capacity`, or `concurrent`."""
 
@@ -49,6 +52,13 @@ class LimitCandidateSection(Section):
     concurrent: Concurrent | None = Field(
         default=None, description="Requests in flight at the same time, for all tiers of the limit or some."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_no_quota(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("quota") is not None:
+            raise ValueError(f"{_NO_CANDIDATE}, got quota: {given['quota']!r:.40}")
+        return given
 
     @model_validator(mode="after")
     def _is_whole(self) -> "LimitCandidateSection":
@@ -88,6 +98,8 @@ class AllowanceSection(Section):
             raise ValueError(f"needs {'rate' if self.rate is None else 'capacity'} too")
         if self.quota is not None and self.rate is not None:
             raise ValueError("must have either rate and capacity, or quota; for both, write two limits")
+        if self.candidate is not None and self.quota is not None:
+            raise ValueError(_NO_CANDIDATE)
         if self.candidate is not None and self.candidate.concurrent is None and self.rate is None:
             raise ValueError(
                 "a candidate with rate and capacity needs both beside it; of a concurrency limit, it has concurrent"

@@ -320,6 +320,16 @@ def test_quotas_survive_a_restart(gateways: Any) -> None:
         ({"quota": 5, "period": "day", "warn_at": [0.5, 1.5]}, "limits[0].warn_at[1]", "1.5"),
         ({"quota": 5, "period": "day", "warn_at": [0]}, "limits[0].warn_at[0]", "greater than 0"),
         ({"quota": 0, "period": "day"}, "limits[0].quota", "0"),
+        (
+            {"quota": 5, "period": "day", "candidate": {"quota": 3}},
+            "limits[0].candidate",
+            "a quota has no candidate: remove it, and try another quota on an access log with api-gateway replay, got",
+        ),
+        (
+            {"quota": 5, "period": "day", "candidate": {"rate": 1, "capacity": 3}},
+            "limits[0]",
+            "a quota has no candidate: remove it, and try another quota",
+        ),
         ({"rate": 1, "capacity": 5, "warn_at": [0.5]}, "limits[0]", "warn_at is for quotas"),
         ({"rate": 1, "capacity": 5, "quota": 5, "period": "day"}, "limits[0]", "write two limits"),
         ({"quota": 5, "period": "day", "cost": 6}, "limits[0]", "must be at least the limit's cost, 6"),
