@@ -65,11 +65,15 @@ class Running:
 
     @property
     def url(self) -> str:
-        """The URL in its startup message."""
-        eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens", START)
-        found = re.search(r"http://localhost:(\d+)", self.output)
-        assert found, self.output + self.errors
+        """The URL in its startup message, which `log.format: json` makes a message of the log."""
+        eventually(lambda: "Listening on" in self._said or self.popen.poll() is not None, "it listens", START)
+        found = re.search(r"http://localhost:(\d+)", self._said)
+        assert found, self._said
         return f"http://127.0.0.1:{found[1]}"
+
+    @property
+    def _said(self) -> str:
+        return self.output + self.errors
 
     @property
     def port(self) -> int:
