@@ -152,8 +152,11 @@ def test_the_cause_of_an_opened_breaker_is_shown_and_top_says_what_the_dashboard
         assert code == 0
         return out
 
-    eventually(lambda: top().splitlines()[0].split("  ")[2] == "fail", "what is wrong is asked for anew")
-    assert "fail  The breaker of 'down' is open: 1 consecutive failure" in top()
+    def says_so(told: str) -> bool:
+        first = told.splitlines()[0].split("  ")[2]
+        return first == "fail" and "fail  The breaker of 'down' is open: 1 consecutive failure" in told
+
+    eventually(lambda: says_so(top()), "each worker hears of it within a second")
     code, out, _ = command(folder, "top", "--count", "1", "--json", *access(folder, running))
     assert code == 0
     (found,) = [one for one in json.loads(out)["upstreams"] if one["name"] == "down"]

@@ -73,6 +73,9 @@ ELSEWHERE = {
     ("POST", "/clients/{client_id}/quotas/{name}/top-up"): AuditAction.QUOTA_CHANGED,
     ("POST", "/clients/{client_id}/quotas/{name}/carry-over"): AuditAction.QUOTA_CHANGED,
     ("POST", "/clients/{client_id}/quotas/{name}/reset"): AuditAction.QUOTA_CHANGED,
+    ("POST", "/limits/{name}/buckets/top-up"): AuditAction.QUOTA_CHANGED,
+    ("POST", "/limits/{name}/buckets/carry-over"): AuditAction.QUOTA_CHANGED,
+    ("POST", "/limits/{name}/buckets/reset"): AuditAction.BUCKETS_FILLED,
 }
 
 
