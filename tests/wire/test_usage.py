@@ -89,7 +89,8 @@ def test_a_client_sees_its_own_usage_as_it_is_identified(gateway: RunningGateway
     assert [(row["route"], row["day"]) for row in view["rows"]] == [("all", today())]
     assert ask(url, headers={"X-Client-ID": "open"}).json()["client"] == "open"
     assert ask(url).json()["client"] == "address 127.0.0.1"
-    forged = ask(f"{url}?client=keyed", headers={"X-Client-ID": "127.0.0.1"}).json()
+    assert ask(f"{url}?client=keyed").status == 422, "it has no such parameter"
+    forged = ask(url, headers={"X-Client-ID": "127.0.0.1"}).json()
     assert (forged["client"], forged["total"]["requests"]) == ("127.0.0.1", 0)
 
 
