@@ -28,7 +28,7 @@ from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
 from api_gateway.models import Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.settings.limits import AllowanceSection, LimitSection
+from api_gateway.settings.limits import AllowanceSection, LimitCandidateSection, LimitSection
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.system.clocks import Clocks
 from api_gateway.system.state_folder import (
@@ -188,9 +188,9 @@ def _limit(section: LimitSection, index: int) -> Limit:
         methods=None if section.methods is None else frozenset(section.methods),
         cost=section.cost,
         candidates={
-            name: Quota.per_second(f"{name} candidate", tried.rate, tried.capacity, section.name)
+            name: tried
             for name, own in sections.items()
-            if own.candidate is not None and (tried := own.candidate.tokens) is not None
+            if own.candidate is not None and (tried := _allowance(section, own.candidate, f"{name} candidate"))
         }
         | _concurrency_candidates(section),
         index=index,
@@ -212,7 +212,7 @@ def _concurrency_candidates(section: LimitSection) -> dict[str, Quota]:
     }
 
 
-def _allowance(limit: LimitSection, section: AllowanceSection, name: str) -> Quota | None:
+def _allowance(limit: LimitSection, section: AllowanceSection | LimitCandidateSection, name: str) -> Quota | None:
     if section.quota is not None and limit.period is not None:
         return PeriodQuota.of(
             name,

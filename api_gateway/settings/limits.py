@@ -6,7 +6,6 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from api_gateway.settings.clients import CandidateSection
 from api_gateway.settings.diagnostics import nearest
 from api_gateway.settings.setting_types import LIMIT_KEY, Cost, Identifier, Methods, Rate, Section, TierName
 from api_gateway.settings.value_checks import ValueCheck, ValueReader
@@ -41,40 +40,25 @@ Concurrent = Annotated[
 ]
 
 
-_NO_CANDIDATE = "a quota has no candidate: remove it, and try another quota on an access log with api-gateway replay"
-
-
 class LimitCandidateSection(Section):
-    """Another allowance, which is evaluated beside the one in force: `rate` and `capacity`, or `concurrent`."""
+    """Another allowance, evaluated beside the one in force: `rate` and `capacity`, `quota`, or `concurrent`."""
 
     rate: Annotated[Rate, Field(gt=0, le=1_000_000)] | None = Field(default=None, description="Tokens per second.")
     capacity: int | None = Field(default=None, ge=1, le=1_000_000_000, description="The maximum number of tokens.")
+    quota: int | None = Field(default=None, ge=1, le=1_000_000_000_000, description="Tokens in each period.")
     concurrent: Concurrent | None = Field(
         default=None, description="Requests in flight at the same time, for all tiers of the limit or some."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_of_no_quota(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("quota") is not None:
-            raise ValueError(f"{_NO_CANDIDATE}, got quota: {given['quota']!r:.40}")
-        return given
 
     @model_validator(mode="after")
     def _is_whole(self) -> "LimitCandidateSection":
         if (self.rate is None) is not (self.capacity is None):
             raise ValueError(f"needs {'rate' if self.rate is None else 'capacity'} too")
-        if (self.rate is None) is (self.concurrent is None):
-            got = "neither" if self.rate is None else "both"
-            raise ValueError(f"must have either rate and capacity, or concurrent, got {got}")
+        given = [name for name in ("rate", "quota", "concurrent") if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = ", ".join(given) or "nothing"
+            raise ValueError(f"must have either rate and capacity, or quota, or concurrent, got {got}")
         return self
-
-    @property
-    def tokens(self) -> CandidateSection | None:
-        """The candidate of a bucket; None if this is one of a concurrency limit."""
-        if self.rate is None or self.capacity is None:
-            return None
-        return CandidateSection(rate=self.rate, capacity=self.capacity)
 
     def concurrent_of(self, tier: str) -> int | None:
         """Return the requests in flight of a tier; None if the tier has no such candidate."""
@@ -98,12 +82,14 @@ class AllowanceSection(Section):
             raise ValueError(f"needs {'rate' if self.rate is None else 'capacity'} too")
         if self.quota is not None and self.rate is not None:
             raise ValueError("must have either rate and capacity, or quota; for both, write two limits")
-        if self.candidate is not None and self.quota is not None:
-            raise ValueError(_NO_CANDIDATE)
-        if self.candidate is not None and self.candidate.concurrent is None and self.rate is None:
+        tried = self.candidate
+        if tried is not None and tried.rate is not None and self.rate is None:
             raise ValueError(
-                "a candidate with rate and capacity needs both beside it; of a concurrency limit, it has concurrent"
+                "a candidate with rate and capacity needs both beside it; of a quota, it has quota, and of a"
+                " concurrency limit, concurrent"
             )
+        if tried is not None and tried.quota is not None and self.quota is None:
+            raise ValueError(f"a candidate with quota needs quota beside it, got {tried.quota}")
         return self
 
     @property

@@ -15,7 +15,7 @@ from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.extensions import ExtensionSection
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limit_rules import allowances, limit_findings, unpaid_by_tier
-from api_gateway.settings.limits import AllowanceSection, LimitSection
+from api_gateway.settings.limits import AllowanceSection, LimitCandidateSection, LimitSection
 from api_gateway.settings.route_action_rules import action_findings
 from api_gateway.settings.route_match_rules import match_findings
 from api_gateway.settings.route_rules import never_reached, path_problem, unused_cost_rules
@@ -232,7 +232,7 @@ def _jwt_findings(config: ConfigSections) -> Iterator[Finding]:
             yield _of_route(route, place, message, (("identity", "sources"),))
 
 
-_Terms = TierSection | CandidateSection | AddressLimitSection | AllowanceSection
+_Terms = TierSection | CandidateSection | AddressLimitSection | AllowanceSection | LimitCandidateSection
 
 
 def _fill_time(terms: _Terms) -> float:
@@ -249,9 +249,8 @@ def _all_terms(config: ConfigSections) -> Iterator[tuple[KeyPath, _Terms]]:
     for index, limit in enumerate(config.limits):
         for key_path, section in allowances(limit):
             yield ("limits", str(index), *key_path), section
-            tried = None if section.candidate is None else section.candidate.tokens
-            if tried is not None:
-                yield ("limits", str(index), *key_path, "candidate"), tried
+            if section.candidate is not None:
+                yield ("limits", str(index), *key_path, "candidate"), section.candidate
 
 
 def _concurrency_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:

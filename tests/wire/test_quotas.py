@@ -296,6 +296,19 @@ def test_explain_names_the_quota_that_would_refuse_and_charges_nothing(gateways:
     assert said["result"]["retry_after_seconds"] == 11 * HOUR
 
 
+def test_a_candidate_of_a_quota_is_counted_in_its_own_periods_and_refuses_nothing(gateways: Any) -> None:
+    gateway = gateways(MONTHLY | {"candidate": {"quota": 3}, "warn_at": [0.5]})
+    assert gateway.statuses(5) == [200] * 5
+    assert gateway.statuses(2, "other") == [200] * 2
+    recorder = gateway.running.live.recorder
+    assert recorder.would_limit["FREE"] == recorder.would_refuse_by_limit["monthly", "FREE"] == 2
+    assert recorder.quota_warnings["monthly"] == 1, "of the quota in force alone"
+    assert (gateway.quota()["used"], gateway.quota()["remaining"]) == (5, 5)
+    gateway.clocks.advance(11 * HOUR)
+    assert gateway.statuses(4) == [200] * 4
+    assert recorder.would_refuse_by_limit["monthly", "FREE"] == 3, "the period of the candidate has begun anew"
+
+
 def test_quotas_survive_a_restart(gateways: Any) -> None:
     first = gateways(MONTHLY)
     assert first.statuses(7) == [200] * 7
@@ -320,15 +333,13 @@ def test_quotas_survive_a_restart(gateways: Any) -> None:
         ({"quota": 5, "period": "day", "warn_at": [0.5, 1.5]}, "limits[0].warn_at[1]", "1.5"),
         ({"quota": 5, "period": "day", "warn_at": [0]}, "limits[0].warn_at[0]", "greater than 0"),
         ({"quota": 0, "period": "day"}, "limits[0].quota", "0"),
+        ({"quota": 5, "period": "day", "candidate": {"quota": 0}}, "limits[0].candidate.quota", "0"),
+        ({"quota": 5, "period": "day", "candidate": {"rate": 1, "capacity": 3}}, "limits[0]", "of a quota, it has"),
+        ({"rate": 1, "capacity": 5, "candidate": {"quota": 3}}, "limits[0]", "needs quota beside it, got 3"),
         (
-            {"quota": 5, "period": "day", "candidate": {"quota": 3}},
+            {"quota": 5, "period": "day", "candidate": {"quota": 3, "concurrent": 2}},
             "limits[0].candidate",
-            "a quota has no candidate: remove it, and try another quota on an access log with api-gateway replay, got",
-        ),
-        (
-            {"quota": 5, "period": "day", "candidate": {"rate": 1, "capacity": 3}},
-            "limits[0]",
-            "a quota has no candidate: remove it, and try another quota",
+            "must have either rate and capacity, or quota, or concurrent, got quota, concurrent",
         ),
         ({"rate": 1, "capacity": 5, "warn_at": [0.5]}, "limits[0]", "warn_at is for quotas"),
         ({"rate": 1, "capacity": 5, "quota": 5, "period": "day"}, "limits[0]", "write two limits"),
