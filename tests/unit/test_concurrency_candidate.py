@@ -78,8 +78,8 @@ def test_names_of_candidates_have_figures_from_the_start() -> None:
         (
             {"candidate": {"rate": 1, "capacity": 2}},
             (
-                "limits[0]: a candidate with rate and capacity needs both beside it; of a concurrency limit, it has"
-                " concurrent"
+                "limits[0]: a candidate with rate and capacity needs both beside it; of a quota, it has quota, and of"
+                " a concurrency limit, concurrent"
             ),
         ),
         (
@@ -105,7 +105,10 @@ def test_names_of_candidates_have_figures_from_the_start() -> None:
             {"candidate": {"concurrent": 3, "rate": 1}},
             "limits[0].candidate: needs capacity too",
         ),
-        ({"candidate": {}}, "limits[0].candidate: must have either rate and capacity, or concurrent, got neither"),
+        (
+            {"candidate": {}},
+            "limits[0].candidate: must have either rate and capacity, or quota, or concurrent, got nothing",
+        ),
         ({"candidate": {"concurent": 3}}, "limits[0].candidate.concurent: unknown key; did you mean 'concurrent'?"),
         (
             {"concurrent": {"FREE": 5}, "tiers": ["FREE"], "candidate": {"concurrent": {"BASIC": 3}}},
