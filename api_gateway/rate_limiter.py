@@ -601,8 +601,10 @@ def joint_decision(
     return decision_of(charges[index], *taken[index], now_ns, source, all_ns)
 
 
-def joint_refusal(one: Decision, other: Decision) -> Decision:
-    """Return the longer of two refusals of one request, which names the quotas of both."""
+def joint_refusal(one: Decision, other: Decision | None) -> Decision:
+    """Return the longer of two refusals of one request, which names the quotas of both; the first if it is alone."""
+    if other is None:
+        return one
     violated = (*(one.violated or (one.quota,)), *(other.violated or (other.quota,)))
     longest = max(one, other, key=lambda refused: (refused.wait_ns == NEVER_NS, refused.wait_ns))
     longest.violated = violated

@@ -129,8 +129,7 @@ class LocalSlots:
         So a client that waits is not refused afterwards by what could be known before.
         """
         refused = self.refusal(charges.slots, now_ns)
-        by_tokens = None if refused is None else limiter.refusal(charges, now_ns)
-        return refused if refused is None or by_tokens is None else joint_refusal(refused, by_tokens)
+        return None if refused is None else joint_refusal(refused, limiter.refusal(charges, now_ns))
 
     def take(self, exchange: Exchange, slots: tuple[ConcurrencySlot, ...]) -> None:
         """Let an exchange hold slots, besides those that it holds, until `release`."""

@@ -147,7 +147,7 @@ class LeasedSlots(LocalSlots):
         else:
             uses = [SlotUse(slot, total) for slot, total in zip(charges.slots, totals, strict=True)]
             refused = self.refuse(uses, "store", now_ns)
-        on_decision(refused if by_tokens is None else joint_refusal(refused, by_tokens))
+        on_decision(joint_refusal(refused, by_tokens))
 
     def take_confirmed(self, exchange: Exchange, slots: tuple[ConcurrencySlot, ...]) -> None:
         """Let an exchange hold slots that the store has counted."""

@@ -190,8 +190,7 @@ class MultiNodeClaim:
         if self._source == "local_share" and self._port.policy == "deny":
             first = self._slots[0]
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, self._now_ns, (), "deny")
-        refused, by_tokens = self._port.refuse(uses, self._source, self._now_ns), self._refusal_of_charges()
-        return refused if by_tokens is None else joint_refusal(refused, by_tokens)
+        return joint_refusal(self._port.refuse(uses, self._source, self._now_ns), self._refusal_of_charges())
 
     def _on_charged(self, decision: Decision) -> None:
         if not decision.allowed:

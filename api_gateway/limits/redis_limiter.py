@@ -180,8 +180,7 @@ class RedisLimiter:
         """Return the refusal by the cache or, while the store is unavailable, by this process's share, if any."""
         if self.batcher.is_usable:
             return self._refusal(charges, now_ns) if self.cache.is_trusted else None
-        shares = [self.inspect_without_store(charge, now_ns) for charge in charges]
-        if self.policy != "local_share" or all(share.allowed for share in shares):
+        if self.policy != "local_share" or all(self.inspect_without_store(one, now_ns).allowed for one in charges):
             return None
         return self.decide_without_store(charges, now_ns)
 

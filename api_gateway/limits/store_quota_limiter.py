@@ -115,9 +115,10 @@ class StoreQuotaLimiter:
         if not of_counters(charges):
             return self.buckets.refusal(charges, now_ns)
         if not self.buckets.batcher.is_usable:
+            if self.buckets.policy != "local_share":
+                return None
             shares = [*self._shares(charges), *self._bucket_shares(charges)]
-            is_refused = self.buckets.policy == "local_share" and not all(share.allowed for share in shares)
-            return self._refusal_of(shares) if is_refused else None
+            return None if all(share.allowed for share in shares) else self._refusal_of(shares)
         known, refusals = self.buckets.refusal(of_buckets(charges), now_ns), self.refusals(charges)
         if not refusals:
             return known

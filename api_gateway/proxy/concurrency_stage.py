@@ -92,7 +92,8 @@ class ConcurrencyStage(LimitListStage):
         outcome = self._on_inspected(plan, decisions)
         if refused is None:
             return outcome
-        return refusal(plan.exchange, refused if outcome is None else joint_refusal(refused, refusal_of(decisions)))
+        by_tokens = None if outcome is None else refusal_of(decisions)
+        return refusal(plan.exchange, joint_refusal(refused, by_tokens))
 
     def _compute(self, plan: RequestPlan, names: Sequence[str | None]) -> list[Charge]:
         charges, slots = super()._compute(plan, names), []
