@@ -8,7 +8,6 @@ import asyncio
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Clock
 from api_gateway.resilience.breaker_policy import Mode
-from api_gateway.system.state_folder import make_private, open_private
+from api_gateway.system.state_folder import make_private, open_private, replacing
 from api_gateway.system.state_version import newer_state
 
 logger = logging.getLogger(__name__)
@@ -119,12 +118,8 @@ class OverrideFile:
             "version": OVERRIDES_VERSION,
             "circuit_breakers": {name: _written(one) for name, one in sorted(overrides.items())},
         }
-        fresh = self.path.with_suffix(".new")
-        with open_private(fresh) as file:
+        with replacing(self.path, self.path.with_suffix(".new")) as file:
             file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.path)
 
 
 class BreakerOverrides:

@@ -18,7 +18,7 @@ from typing import TypeGuard
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.records import ClientRecord, ClientSnapshot
-from api_gateway.system.state_folder import make_private, open_private
+from api_gateway.system.state_folder import make_private, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,7 @@ class ProofFile:
             content = json.loads(self.path.read_bytes())
         except FileNotFoundError:
             raise InvalidProofFile(f"{self.path} does not exist yet") from None
-        except (
-            OSError,
-            ValueError,
-            RecursionError,
-        ) as error:  # the latter: neither text nor JSON, or nested too deeply
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: it is neither text nor JSON
             raise InvalidProofFile(f"{self.path} cannot be read: {getattr(error, 'strerror', error)}") from error
         if not isinstance(content, dict):
             raise InvalidProofFile(f"{self.path} must have an object")
@@ -82,24 +78,16 @@ class ProofFile:
         head = json.dumps({"version": PROOFS_VERSION, "store": self._store, "tiers": sorted(tiers)})
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         make_private(self.path.parent)
-        try:
-            with open_private(draft) as file:
-                file.write(f'{head[:-1]}, "ids": ')
-                if ids is None:
-                    file.write("null}\n")
-                else:
-                    parts = (json.dumps(ids[at : at + _BATCH])[1:-1] for at in range(0, len(ids), _BATCH))
-                    file.write("[")
-                    for number, part in enumerate(parts):
-                        file.write(f",\n{part}" if number else part)
-                    file.write("]}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.path)
-        except BaseException:
-            with suppress(OSError):
-                draft.unlink()
-            raise
+        with replacing(self.path, draft) as file:
+            file.write(f'{head[:-1]}, "ids": ')
+            if ids is None:
+                file.write("null}\n")
+            else:
+                parts = (json.dumps(ids[at : at + _BATCH])[1:-1] for at in range(0, len(ids), _BATCH))
+                file.write("[")
+                for number, part in enumerate(parts):
+                    file.write(f",\n{part}" if number else part)
+                file.write("]}\n")
 
 
 def _are_names(found: object) -> TypeGuard[list[str]]:

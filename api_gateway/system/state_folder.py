@@ -11,8 +11,8 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -73,6 +73,24 @@ def open_private(path: Path) -> TextIO:
     """Open a text file for writing with mode 0600. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     return os.fdopen(descriptor, "w", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path, draft: Path) -> Iterator[TextIO]:
+    """Write a private text file whose readers find the former or the new content. Raises OSError.
+
+    `draft` is in the same folder; no other process may write it at the same time.
+    """
+    try:
+        with open_private(draft) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
 
 
 def create_once(path: Path, text: str) -> str:

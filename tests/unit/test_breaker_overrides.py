@@ -94,7 +94,7 @@ def test_a_writer_that_dies_halfway_leaves_the_file_as_it_was(
         raise OSError("no space left")
 
     file.change("users", HELD, WALL)
-    monkeypatch.setattr("api_gateway.admin.breaker_overrides.os.fsync", die)
+    monkeypatch.setattr("api_gateway.system.state_folder.os.fsync", die)
     with pytest.raises(OSError, match="no space left"):
         file.change("users", WATCHED, WALL)
     assert file.read() == {"users": HELD}
