@@ -1,11 +1,11 @@
 """The bodies of the endpoints at `/clients`, but for those on keys."""
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
 from api_gateway.admin.request_schema import RequestBody
-from api_gateway.models import Body, ClientSource, Instant
+from api_gateway.models import NANOSECONDS, Body, ClientSource, Instant, Quota
 
 
 class TierChange(RequestBody):
@@ -32,12 +32,27 @@ class TierView(Body):
     capacity: int = Field(description="Maximum number of tokens in a bucket.")
 
 
+def tokens_of(quota: Quota, reset_ns: int) -> float:
+    """Return the tokens in a bucket that is full in `reset_ns`."""
+    return round((quota.burst_ns - reset_ns) / quota.emission_ns, 3)
+
+
 class BucketView(Body):
     """The current state of a client's bucket."""
 
     tokens: float = Field(description="Tokens in the bucket now.")
     capacity: int
     reset_after_seconds: float = Field(description="Time until the bucket is full.")
+
+    @classmethod
+    def of(cls, quota: Quota, reset_ns: int, **others: Any) -> Self:
+        """Return the view of a bucket that is full in `reset_ns`; `others` are further members."""
+        return cls(
+            tokens=tokens_of(quota, reset_ns),
+            capacity=quota.capacity,
+            reset_after_seconds=round(reset_ns / NANOSECONDS, 3),
+            **others,
+        )
 
 
 class LimitBucketView(BucketView):

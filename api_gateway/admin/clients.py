@@ -23,6 +23,7 @@ from api_gateway.admin.client_schema import (
     TierChange,
     TierChanged,
     TierView,
+    tokens_of,
 )
 from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
@@ -32,7 +33,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.limit import OwnBucket, client_buckets, limits_of_client, moved_buckets
 from api_gateway.metrics import Recorder
-from api_gateway.models import NANOSECONDS, Charge, Client, ConcurrencySlot, Decision, Quota
+from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Quota
 
 overview_router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
@@ -125,7 +126,7 @@ async def reset(client_id: ClientId, context: Guarded, audit: Audited) -> Bucket
         await context.limiter.refill(bucket.key)
     after = await _inspected(context, buckets)
     tokens = [
-        (_tokens(bucket.quota, one.reset_ns), _tokens(bucket.quota, other.reset_ns))
+        (tokens_of(bucket.quota, one.reset_ns), tokens_of(bucket.quota, other.reset_ns))
         for bucket, one, other in zip(buckets, before, after, strict=True)
     ]
     views = ({"tokens": [pair[index] for pair in tokens]} for index in (0, 1))
@@ -177,19 +178,9 @@ async def client(client_id: ClientId, context: Guarded) -> ClientView:
         and GrantView(tier=given.tier, until=wall_time(given.until), tier_after=inspection.without_grant.quota.name),
         verified_only=found.is_verified_only,
         confirmed=inspection.is_confirmed,
-        bucket=BucketView(
-            tokens=_tokens(found.quota, bucket.reset_ns),
-            capacity=found.quota.capacity,
-            reset_after_seconds=round(bucket.reset_ns / NANOSECONDS, 3),
-        ),
+        bucket=BucketView.of(found.quota, bucket.reset_ns),
         limits=[
-            LimitBucketView(
-                limit=own.limit or "",
-                route=own.route,
-                tokens=_tokens(own.quota, one.reset_ns),
-                capacity=own.quota.capacity,
-                reset_after_seconds=round(one.reset_ns / NANOSECONDS, 3),
-            )
+            LimitBucketView.of(own.quota, one.reset_ns, limit=own.limit or "", route=own.route)
             for own, one in zip(buckets[1:], others, strict=True)
         ],
         concurrency=await _slots(context, found),
@@ -276,8 +267,8 @@ async def _move_bucket(context: AdminContext, before: Client, after: Client) -> 
         client_id=after.id,
         previous=_tier_view(before.quota),
         current=_tier_view(after.quota),
-        tokens_before=_tokens(before.quota, bucket_before.reset_ns),
-        tokens_after=_tokens(after.quota, bucket_after.reset_ns),
+        tokens_before=tokens_of(before.quota, bucket_before.reset_ns),
+        tokens_after=tokens_of(after.quota, bucket_after.reset_ns),
         persisted=True,
     )
 
@@ -327,10 +318,6 @@ async def _bucket(context: AdminContext, client: Client) -> Decision:
     """Return the state of the client's bucket, as a decision on cost 0."""
     (decision,) = await context.limiter.inspect([Charge(client.key, client.quota, 0)], context.clocks.monotonic_ns())
     return decision
-
-
-def _tokens(quota: Quota, debt_ns: int) -> float:
-    return round((quota.burst_ns - debt_ns) / quota.emission_ns, 3)
 
 
 def _tier_view(quota: Quota) -> TierView:

@@ -19,7 +19,7 @@ from api_gateway.ip_addresses import parse_address
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.period_standing import PeriodQuota
-from api_gateway.models import NANOSECONDS, Body, Charge, Client, ConcurrencySlot, Quota
+from api_gateway.models import Body, Charge, Client, ConcurrencySlot, Quota
 
 router = APIRouter(
     tags=["limits"],
@@ -100,28 +100,25 @@ class _Place:
 
     async def view(self, context: AdminContext) -> KeyedBucket:
         """Return the state of the key. Nothing is charged."""
-        bucket = quota = concurrency = None
         if isinstance(self.quota, PeriodQuota):
-            quota = await self.held(context).look()
-        elif isinstance(self.quota, ConcurrencyQuota):
+            return self.shown(quota=await self.held(context).look())
+        if isinstance(self.quota, ConcurrencyQuota):
             (use,) = await context.slots.look([ConcurrencySlot(self.key, self.quota)])
-            concurrency = KeyInFlight(in_flight=use.in_flight, concurrent=self.quota.capacity)
-        else:
-            charge = Charge(self.key, self.quota, 0, None, self.is_unverified)
-            (one,) = await context.limiter.inspect([charge], context.clocks.monotonic_ns())
-            bucket = BucketView(
-                tokens=round((self.quota.burst_ns - one.reset_ns) / self.quota.emission_ns, 3),
-                capacity=self.quota.capacity,
-                reset_after_seconds=round(one.reset_ns / NANOSECONDS, 3),
-            )
+            return self.shown(concurrency=KeyInFlight(in_flight=use.in_flight, concurrent=self.quota.capacity))
+        charge = Charge(self.key, self.quota, 0, None, self.is_unverified)
+        (one,) = await context.limiter.inspect([charge], context.clocks.monotonic_ns())
+        return self.shown(bucket=BucketView.of(self.quota, one.reset_ns))
+
+    def shown(
+        self,
+        *,
+        bucket: BucketView | None = None,
+        quota: QuotaView | None = None,
+        concurrency: KeyInFlight | None = None,
+    ) -> KeyedBucket:
+        """Return the key with its state."""
         return KeyedBucket(
             limit=self.limit, key=self.values, tier=self.tier, bucket=bucket, quota=quota, concurrency=concurrency
-        )
-
-    def with_quota(self, quota: QuotaView) -> KeyedBucket:
-        """Return the state of a quota."""
-        return KeyedBucket(
-            limit=self.limit, key=self.values, tier=self.tier, bucket=None, quota=quota, concurrency=None
         )
 
 
@@ -151,7 +148,7 @@ async def reset_bucket(name: str, request: KeyOfBucket, context: Guarded, audit:
             f"path.name: '{name}' counts requests in flight, which cannot be reset: it counts one less as each ends."
         )
     if isinstance(place.quota, PeriodQuota):
-        return place.with_quota(await place.held(context).reset(audit, place.subject))
+        return place.shown(quota=await place.held(context).reset(audit, place.subject))
     before = await place.view(context)
     await context.limiter.refill(place.key)
     after = await place.view(context)
@@ -167,14 +164,14 @@ async def top_up_bucket(name: str, request: KeyedTopUp, context: Guarded, audit:
     A key has one balance of top-ups for each quota: of two ends, the later one applies to all of it.
     """
     place = await _place(context, name, request.key, request.tier, "body")
-    return place.with_quota(await place.held(context).top_up(request, audit, place.subject))
+    return place.shown(quota=await place.held(context).top_up(request, audit, place.subject))
 
 
 @router.post("/limits/{name}/buckets/carry-over", summary="Set what was carried over to the quota of a key")
 async def carry_over_bucket(name: str, request: KeyedCarryOver, context: Guarded, audit: Audited) -> KeyedBucket:
     """Set how many tokens the present period has besides the quota. The next period is not affected."""
     place = await _place(context, name, request.key, request.tier, "body")
-    return place.with_quota(await place.held(context).carry_over(request, audit, place.subject))
+    return place.shown(quota=await place.held(context).carry_over(request, audit, place.subject))
 
 
 async def _place(context: AdminContext, name: str, given: list[str], tier: str | None, where: str) -> _Place:
