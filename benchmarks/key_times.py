@@ -56,7 +56,7 @@ _SHUFFLES = 500  # one verdict in so many fails by chance
 _RATIO = 1.5  # of the medians of a right and a wrong key, the larger one to the other
 _ADMITTED, _REFUSED = b"HTTP/1.1 200 ", b"HTTP/1.1 401 "
 _LATE = b"HTTP/1.1 503 "  # the look-up took longer than a request waits
-_PATIENCE = 10.0  # seconds for a response
+_TIMEOUT = 10.0  # seconds for a response
 
 Times = Mapping[str, Sequence[float]]
 
@@ -131,7 +131,7 @@ async def requests(place: str, count: int, folder: Path) -> Times:
                 head = head_of("small", {"X-API-Key": key.decode()})
                 began = time.perf_counter_ns()
                 one.request(head)
-                while not one.responses and time.perf_counter_ns() - began < _PATIENCE * 1e9:
+                while not one.responses and time.perf_counter_ns() - began < _TIMEOUT * 1e9:
                     await asyncio.sleep(0)
                     upstream.respond()
                 spent = time.perf_counter_ns() - began

@@ -104,8 +104,8 @@ async def hold_state_folder(
         try:
             stack.enter_context(state_folder(config))
         except (AnotherWorker, UnknownWorker) as error:
-            patience = replaced_within if isinstance(error, AnotherWorker) else _KNOWN_WITHIN
-            if loop.time() >= began + patience:
+            within = replaced_within if isinstance(error, AnotherWorker) else _KNOWN_WITHIN
+            if loop.time() >= began + within:
                 raise
             await asyncio.sleep(_RETRY_INTERVAL)
         else:

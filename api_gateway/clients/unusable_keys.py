@@ -1,4 +1,4 @@
-"""What operators are told of stored keys that the configuration makes useless. Pure."""
+"""The warning about stored API keys that cannot be used under the configuration. Pure."""
 
 from collections.abc import Sequence
 

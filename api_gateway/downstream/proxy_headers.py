@@ -42,8 +42,10 @@ def with_own_peer(scope: Scope) -> Scope:
 
     What another middleware has written since then stays.
     """
-    replaced = scope.get(REPLACED, {}).items()
-    own = {key: before for key, (before, after) in replaced if before != after and scope.get(key) == after}
+    replaced = scope.get(REPLACED)
+    if replaced is None:
+        return scope
+    own = {key: before for key, (before, after) in replaced.items() if before != after and scope.get(key) == after}
     return {**scope, **own} if own else scope
 
 

@@ -8,9 +8,10 @@
 --
 -- A counter is one key. Its value is fifteen integers, see `limits/quota_ops.py`; amounts are thousandths of a token,
 -- times are seconds. The sixteenth, the number of resets, follows in letters (a is 0) if it is not 0: earlier releases,
--- which do not know it, read the digits alone. The script decides as `limits/period_counters.py` does. It has no calendar: with each counter the
--- caller gives the period that it expects to contain the server's time. If another period is needed, or the client's
--- first period began at another time than the caller knows, nothing is charged, and the caller asks again.
+-- which do not know it, read the digits alone. The script decides as `limits/period_counters.py` does. It has no
+-- calendar: with each counter the caller gives the period that it expects to contain the server's time. If another
+-- period is needed, or the client's first period began at another time than the caller knows, nothing is charged, and
+-- the caller asks again.
 --
 -- A lease is how many requests of a key one worker has in flight; those of one key are one key here, see
 -- `limits/concurrency_ops.py`. A worker that does not renew its lease is gone, and its requests with it: an expired lease
@@ -188,7 +189,8 @@ local function take(at, count)
   return at + 3 * count
 end
 
-local UNIT, BEGAN, START, USED, CARRIED, DRAWN, PEAK, END, BEFORE, BALANCE, UNTIL, RESETS = 1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 15, 16
+local UNIT, BEGAN, START, USED, CARRIED, DRAWN, PEAK, END, BEFORE = 1, 2, 3, 4, 5, 6, 7, 8, 9
+local BALANCE, UNTIL, RESETS = 14, 15, 16
 local COUNT, FIELDS, ARGUMENTS = 5, 16, 9
 local NEW, NEXT, BETWEEN = -1, -2, -3 -- counts that do not exist yet: of a new counter, the latest, the one before
 local seconds = tonumber(time[1])

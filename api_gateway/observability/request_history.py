@@ -342,8 +342,10 @@ def _left(charges: Sequence[Charge], decision: Decision) -> tuple[int | None, ..
             found.append(next(left, decision.remaining * quota.emission_ns if is_own else None))
             continue
         debt_ns = next(debts, decision.reset_ns if is_own else None)
-        is_known = debt_ns is not None and -quota.burst_ns <= debt_ns <= _MAX_BUDGETS * quota.burst_ns
-        found.append(quota.burst_ns - debt_ns if is_known and debt_ns is not None else None)
+        if debt_ns is None or not -quota.burst_ns <= debt_ns <= _MAX_BUDGETS * quota.burst_ns:
+            found.append(None)
+        else:
+            found.append(quota.burst_ns - debt_ns)
     return tuple(found)
 
 

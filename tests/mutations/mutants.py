@@ -15,7 +15,7 @@ _QUOTA_SCRIPT = "tests/store/test_quota_script.py"
 _QUOTA_FILE = "tests/unit/test_period_store.py"
 _PERIODS = "tests/unit/test_periods.py"
 _LOST = "tests/store/test_lost_replies.py"
-_NO_FATES = "test_no_order_of_fates_exceeds_the_bound"
+_NO_REPLIES = "test_no_order_of_replies_exceeds_the_bound"
 _REFUSED_BY_OTHER = (
     "test_what_the_store_refuses_for_another_limit_stays_within_the_bound_when_its_reply_is_late_or_lost"
 )
@@ -386,7 +386,7 @@ MUTANTS = (
     *_of(
         "limits/concurrency.py",
         (
-            "return refused if refused is None or by_tokens is None else joint_refusal(refused, by_tokens)",
+            "return None if refused is None else joint_refusal(refused, limiter.refusal(charges, now_ns))",
             "return refused",
             f"{_SLOTS}::test_a_refusal_for_lack_of_a_slot_names_the_limits_without_tokens_and_has_their_wait",
         ),
@@ -413,7 +413,7 @@ MUTANTS = (
         (
             "amount = held.amount - sent.amount if is_charged else held.amount",
             "amount = held.amount - held.sent if is_charged else held.amount",
-            f"{_LOST}::{_NO_FATES}",
+            f"{_LOST}::{_NO_REPLIES}",
         ),
     ),
     *_of(

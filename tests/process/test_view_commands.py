@@ -156,7 +156,7 @@ def test_the_cause_of_an_opened_breaker_is_shown_and_top_says_what_the_dashboard
         first = told.splitlines()[0].split("  ")[2]
         return first == "fail" and "fail  The breaker of 'down' is open: 1 consecutive failure" in told
 
-    eventually(lambda: says_so(top()), "each worker hears of it within a second")
+    eventually(lambda: says_so(top()), "all workers report it")
     code, out, _ = command(folder, "top", "--count", "1", "--json", *access(folder, running))
     assert code == 0
     (found,) = [one for one in json.loads(out)["upstreams"] if one["name"] == "down"]
