@@ -31,6 +31,8 @@ from typing import Any
 
 import uvicorn
 
+from api_gateway.system.collection import frames_of_threads
+
 LIMIT = 0.05  # seconds
 TRACED_FACTOR = 4  # in CPU time: the interpreter calls a trace function for each line when coverage is measured
 BUSY_FACTOR = 2  # in CPU time: hardware threads share a core, and processes its caches
@@ -137,7 +139,7 @@ class LoopWatch:
             # Seconds in which this thread was blocked by the interpreter lock only.
             locked_out, delayed, at = (now - at) - (delay - delayed), delay, now
             with self._lock:
-                frames = sys._current_frames()
+                frames = frames_of_threads()
                 for watched in self._watched.values():
                     self._sample(watched, _callback(frames.get(watched.ident)), now, locked_out)
                 del frames
@@ -160,13 +162,13 @@ class LoopWatch:
             watched.switches, watched.asleep_since = switches, now if state in "SD" else None
         elif watched.asleep_since is None:
             watched.asleep_since = now
-        elif now - watched.asleep_since > LIMIT and not _starts_thread(sys._current_frames().get(watched.ident)):
+        elif now - watched.asleep_since > LIMIT and not _starts_thread(frames_of_threads().get(watched.ident)):
             self._tell(watched, frame, f"asleep for {(now - watched.asleep_since) * 1000:.0f} ms")
 
     def _tell(self, watched: Watched, frame: FrameType, what: str) -> None:
         if not watched.is_reported:
             watched.is_reported = True
-            leaf = sys._current_frames().get(watched.ident)
+            leaf = frames_of_threads().get(watched.ident)
             stack = "".join(traceback.format_stack(leaf)[-8:])
             self._report(f"{frame.f_code.co_qualname} blocked the event loop: {what}; stack:\n{stack}")
 

@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from api_gateway.system.collection import frames_of_threads
 from api_gateway.system.output import process_output
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class Watchdog:
             self._end(code)
 
     def _report(self, code: int, reason: str, write: Callable[[str], None]) -> None:
-        frame = sys._current_frames().get(self._main)  # noqa: SLF001 - documented, and there is no public alternative
+        frame = frames_of_threads().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (ended)\n"
         write(f"{reason}; exiting with code {code}. Stack of the main thread:\n{stack.rstrip()}")
 

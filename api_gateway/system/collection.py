@@ -1,8 +1,10 @@
-"""The garbage collector: paused while a process starts, and tuned for serving."""
+"""The garbage collector: paused while a process starts and where it must not run, and tuned for serving."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
@@ -29,3 +31,18 @@ def settle_objects() -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     gc.enable()
+
+
+def frames_of_threads() -> dict[int, FrameType]:
+    """Return the present frame of each thread, by its ident, with the collector paused.
+
+    A collection within `sys._current_frames` may let another thread run while a lock of the interpreter is held; a
+    thread that is started then, and all others with it, wait for ever (python/cpython#106883).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()  # noqa: SLF001 - documented, and there is no public alternative
+    finally:
+        if was_enabled:
+            gc.enable()
