@@ -131,7 +131,7 @@ class ShadowLimits:
     def _tried(self, charge: Charge, cost: float) -> Charge:
         quota = self._candidates.get(charge.quota.name) or charge.quota
         increment_ns = quota.cost_ns(cost if charge.own_cost is None else charge.own_cost)
-        return Charge(f"candidate:{charge.key}", quota, increment_ns, charge.own_cost)
+        return Charge(f"candidate:{charge.key}", quota, increment_ns, charge.own_cost, charge.is_unverified)
 
     def _count(self, exchange: Exchange, charges: Sequence[Charge], trial: Decision) -> None:
         exchange.trial = charges, trial

@@ -479,6 +479,14 @@ MUTANTS = (
         ),
     ),
     *_of(
+        "proxy/shadow_limits.py",
+        (
+            "increment_ns, charge.own_cost, charge.is_unverified)",
+            "increment_ns, charge.own_cost)",
+            f"{_STAGE}::test_invented_ids_take_no_room_from_the_quotas_of_others_through_a_candidate",
+        ),
+    ),
+    *_of(
         "proxy/cost_settlement.py",
         (
             "own = cost if charge.own_cost is None or is_whole else charge.own_cost",

@@ -1,12 +1,18 @@
 """The stage that charges a request to a list of limits: which apply, what is charged, and what is remembered."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any
 
+from api_gateway.assembly.stores import Quotas
+from api_gateway.config import GatewayConfig
 from api_gateway.errors import CostExceedsCapacity, GatewayError, RateLimited, StoreUnavailable
+from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.limits.limit import Limit, client_buckets, limit_of, moved_buckets
+from api_gateway.limits.period_counters import PeriodCounters
+from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.limits.script_ops import MultiNodeCharge
 from api_gateway.metrics import Recorder
@@ -17,6 +23,7 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.limit_stage import MOST_REMEMBERED, LimitListStage, RateLimitStage
 from api_gateway.proxy.problem_response import problem_body
 from api_gateway.proxy.route_table import Route, RouteTable
+from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import MemoryLimiter
 from tests.cases import each
 
@@ -128,6 +135,38 @@ def test_a_key_that_anyone_could_have_invented_is_charged_as_such() -> None:
     assert unverified(invented) == unverified(ACME) | {"client", "client-route"}
     assert unverified(replace(invented, has_keys=True)) == unverified(ACME)
     assert unverified(replace(invented, source="credential")) == unverified(ACME)
+
+
+def test_invented_ids_take_no_room_from_the_quotas_of_others_through_a_candidate() -> None:
+    """The counters of a candidate are in the table of those in force, which has room for registered clients apart."""
+    monthly = {"name": "monthly", "quota": 9, "period": "month", "cost": 2, "candidate": {"quota": 4}}
+    quotas = Quotas.of(GatewayConfig.model_validate({"limits": [monthly]}))
+    limited, counters = Limited(*quotas.limits), PeriodCounters(4)
+    limiter = QuotaLimiter(limited.limiter, counters, wall_clock=lambda: 1_800_000_000.0)
+    recorder = Recorder((), (), ["FREE"], (50.0,), 0.0)
+    shadow = ShadowLimits(
+        limiter=limiter,
+        clock_ns=lambda: limited.now_ns,
+        recorder=recorder,
+        candidates=quotas.all_candidates,
+        routes=(),
+        slots=LocalSlots(Counter()),
+    )
+    limited.stage = LimitListStage(
+        limiter=limiter, address_quota=None, exempt=(), limits=quotas.limits, routes=ROUTES, shadow=shadow
+    )
+    settlement = CostSettlement(limiter=limiter, clock_ns=lambda: limited.now_ns, recorder=recorder)
+    for index in range(50):
+        invented = Client(f"new-{index}", f"client:new-{index}", FREE, "default")
+        exchange = limited.ask(client=invented)[0].exchange
+        assert exchange.trial is not None
+        assert [charge.is_unverified for charge in exchange.trial[0]] == [False, True]
+        settlement.settle(exchange, 0.0, is_whole=True)
+    assert (len(counters), counters.unverified) == (4, 4)
+    in_force, tried = "limit:monthly:client:acme", "candidate:limit:monthly:client:acme"
+    assert limited.admitted(of=3) == 3
+    assert recorder.would_refuse_by_limit == {("monthly", "FREE"): 1}, "of two requests that the candidate admits"
+    assert [counters.counters[key].count.used for key in (in_force, tried)] == [3 * 2_000, 2 * 2_000]
 
 
 def test_only_clients_that_are_not_registered_are_charged_to_their_address() -> None:
