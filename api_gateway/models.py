@@ -172,7 +172,12 @@ class Decision:
 
 def processes_of(decision: Decision) -> int:
     """Return how many processes share the limits of a decision; 1 if it is on the whole limits."""
-    processes: int = getattr(decision, "processes", 1)
+    return sharing_processes(decision) or 1
+
+
+def sharing_processes(decision: Decision) -> int | None:
+    """Return how many processes share the limits of a decision on a share, also if it is 1; None of another one."""
+    processes: int | None = getattr(decision, "processes", None)
     return processes
 
 

@@ -1,11 +1,36 @@
 """The bodies of the endpoints at `/clients`, but for those on keys."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
 from api_gateway.admin.request_schema import RequestBody
-from api_gateway.models import NANOSECONDS, Body, ClientSource, Instant, Quota
+from api_gateway.models import (
+    NANOSECONDS,
+    Body,
+    ClientSource,
+    Decision,
+    Instant,
+    Quota,
+    processes_of,
+    sharing_processes,
+)
+
+SharingProcesses = Annotated[
+    int | None,
+    Field(
+        description="While the store is unavailable: the number of processes that share the limit. Tokens and capacity"
+        " are then those of the share of the worker that responds. null: they are those of the whole limit."
+    ),
+]
+SharingWorkers = Annotated[
+    int | None,
+    Field(
+        description="While the store is unavailable: the number of processes that share the limit. The requests in"
+        " flight are then those of the worker that responds, and by `local_share` the maximum is that of its share."
+        " null: they are those of all workers."
+    ),
+]
 
 
 class TierChange(RequestBody):
@@ -32,25 +57,28 @@ class TierView(Body):
     capacity: int = Field(description="Maximum number of tokens in a bucket.")
 
 
-def tokens_of(quota: Quota, reset_ns: int) -> float:
-    """Return the tokens in a bucket that is full in `reset_ns`."""
-    return round((quota.burst_ns - reset_ns) / quota.emission_ns, 3)
+def tokens_of(quota: Quota, reset_ns: int, processes: int | None = None) -> float:
+    """Return the tokens in a bucket that is full in `reset_ns`; of a share of it, if so many `processes` share it."""
+    return round((quota.burst_ns - reset_ns) / quota.emission_ns / (processes or 1), 3)
 
 
 class BucketView(Body):
     """The current state of a client's bucket."""
 
     tokens: float = Field(description="Tokens in the bucket now.")
-    capacity: int
+    capacity: int | float = Field(description="Tokens; of a share: capacity / `processes`.")
+    processes: SharingProcesses = None
     reset_after_seconds: float = Field(description="Time until the bucket is full.")
 
     @classmethod
-    def of(cls, quota: Quota, reset_ns: int, **others: Any) -> Self:
-        """Return the view of a bucket that is full in `reset_ns`; `others` are further members."""
+    def of(cls, quota: Quota, decision: Decision, **others: Any) -> Self:
+        """Return the view of a bucket by its decision on cost 0; `others` are further members."""
+        processes = processes_of(decision)
         return cls(
-            tokens=tokens_of(quota, reset_ns),
-            capacity=quota.capacity,
-            reset_after_seconds=round(reset_ns / NANOSECONDS, 3),
+            tokens=tokens_of(quota, decision.reset_ns, processes),
+            capacity=quota.capacity if processes == 1 else round(quota.capacity / processes, 6),
+            processes=sharing_processes(decision),
+            reset_after_seconds=round(decision.reset_ns / NANOSECONDS, 3),
             **others,
         )
 
@@ -69,6 +97,7 @@ class SlotView(Body):
     route: str | None = Field(description="null unless the limit counts by client and route.")
     in_flight: int
     concurrent: int = Field(description="Maximum number of requests in flight.")
+    processes: SharingWorkers = None
 
 
 class GrantView(Body):
@@ -109,6 +138,12 @@ class TierChanged(Body):
     current: TierView
     tokens_before: float
     tokens_after: float
+    processes: int | None = Field(
+        default=None,
+        exclude_if=lambda processes: processes is None,
+        description="While the store is unavailable: the number of processes that share the limit. The tokens are then"
+        " those of the share of the worker that responds. Absent: they are those of the whole limit.",
+    )
     persisted: bool = Field(description="True if the change is stored and survives a restart.")
     effective: Literal["immediately"] = "immediately"
 
@@ -126,6 +161,7 @@ class LimitReset(Body):
     route: str | None
     tokens_before: float
     tokens_after: float
+    processes: SharingProcesses = None
 
 
 class BucketReset(Body):
@@ -135,6 +171,7 @@ class BucketReset(Body):
     tier: TierView
     tokens_before: float
     tokens_after: float
+    processes: SharingProcesses = None
     limits: list[LimitReset] = Field(
         default=[], description="Buckets of limits that count by client, or by client and route."
     )

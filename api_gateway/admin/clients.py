@@ -33,7 +33,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.limit import OwnBucket, client_buckets, limits_of_client, moved_buckets
 from api_gateway.metrics import Recorder
-from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Quota
+from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Quota, sharing_processes
 
 overview_router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
@@ -125,21 +125,20 @@ async def reset(client_id: ClientId, context: Guarded, audit: Audited) -> Bucket
     for bucket in buckets:
         await context.limiter.refill(bucket.key)
     after = await _inspected(context, buckets)
-    tokens = [
-        (tokens_of(bucket.quota, one.reset_ns), tokens_of(bucket.quota, other.reset_ns))
+    own, *others = tokens = [
+        _tokens_at(bucket.quota, one, bucket.quota, other)
         for bucket, one, other in zip(buckets, before, after, strict=True)
     ]
-    views = ({"tokens": [pair[index] for pair in tokens]} for index in (0, 1))
+    views = ({"tokens": [one[name] for one in tokens]} for name in ("tokens_before", "tokens_after"))
     await audit(AuditAction.BUCKETS_FILLED, client_id, *views)
     return BucketReset(
         client_id=client_id,
         tier=_tier_view(found.quota),
-        tokens_before=tokens[0][0],
-        tokens_after=tokens[0][1],
         limits=[
-            LimitReset(limit=bucket.limit or "", route=bucket.route, tokens_before=one, tokens_after=other)
-            for bucket, (one, other) in zip(buckets[1:], tokens[1:], strict=True)
+            LimitReset(limit=bucket.limit or "", route=bucket.route, **one)
+            for bucket, one in zip(buckets[1:], others, strict=True)
         ],
+        **own,
     )
 
 
@@ -178,9 +177,9 @@ async def client(client_id: ClientId, context: Guarded) -> ClientView:
         and GrantView(tier=given.tier, until=wall_time(given.until), tier_after=inspection.without_grant.quota.name),
         verified_only=found.is_verified_only,
         confirmed=inspection.is_confirmed,
-        bucket=BucketView.of(found.quota, bucket.reset_ns),
+        bucket=BucketView.of(found.quota, bucket),
         limits=[
-            LimitBucketView.of(own.quota, one.reset_ns, limit=own.limit or "", route=own.route)
+            LimitBucketView.of(own.quota, one, limit=own.limit or "", route=own.route)
             for own, one in zip(buckets[1:], others, strict=True)
         ],
         concurrency=await _slots(context, found),
@@ -267,19 +266,32 @@ async def _move_bucket(context: AdminContext, before: Client, after: Client) -> 
         client_id=after.id,
         previous=_tier_view(before.quota),
         current=_tier_view(after.quota),
-        tokens_before=tokens_of(before.quota, bucket_before.reset_ns),
-        tokens_after=tokens_of(after.quota, bucket_after.reset_ns),
         persisted=True,
+        **_tokens_at(before.quota, bucket_before, after.quota, bucket_after),
     )
+
+
+def _tokens_at(old: Quota, before: Decision, new: Quota, after: Decision) -> dict[str, Any]:
+    """Return the tokens of a bucket before and after a change, and the processes that share them, if any.
+
+    If one of the decisions is on a share, both results are: a share begins with the filled fraction of the bucket.
+    """
+    processes = sharing_processes(before) or sharing_processes(after)
+    return {
+        "tokens_before": tokens_of(old, before.reset_ns, processes),
+        "tokens_after": tokens_of(new, after.reset_ns, processes),
+        "processes": processes,
+    }
 
 
 def _tiers_of(
     changed: TierChanged, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return tier and tokens before and after a change, for the audit log, with what else was and is in force."""
+    shared = {} if changed.processes is None else {"processes": changed.processes}
     return (
-        {"tier": changed.previous.name, "tokens": changed.tokens_before, **before},
-        {"tier": changed.current.name, "tokens": changed.tokens_after, **after},
+        {"tier": changed.previous.name, "tokens": changed.tokens_before, **shared, **before},
+        {"tier": changed.current.name, "tokens": changed.tokens_after, **shared, **after},
     )
 
 
@@ -303,7 +315,13 @@ async def _slots(context: AdminContext, client: Client) -> list[SlotView]:
     own = limits_of_client(context.explainer.concurrency, client, context.route_names)
     uses = await context.slots.look([ConcurrencySlot(one.key, one.quota) for one in own])
     return [
-        SlotView(limit=one.limit or "", route=one.route, in_flight=use.in_flight, concurrent=one.quota.capacity)
+        SlotView(
+            limit=one.limit or "",
+            route=one.route,
+            in_flight=use.in_flight,
+            concurrent=use.concurrent,
+            processes=use.processes,
+        )
         for one, use in zip(own, uses, strict=True)
     ]
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from api_gateway.admin.client_schema import TierView
+from api_gateway.admin.client_schema import SharingProcesses, SharingWorkers, TierView
 from api_gateway.admin.request_schema import RequestBody
 from api_gateway.models import Body, ClientSource, DecisionSource, Instant
 
@@ -112,11 +112,7 @@ class BucketExplained(Body):
     policy: str = Field(description="Name of the quota in RateLimit and RateLimit-Policy.")
     tokens: float = Field(description="Tokens now; negative after a cost settlement that exceeded them.")
     capacity: int | float = Field(description="Tokens; of a share: capacity / `processes`.")
-    processes: int | None = Field(
-        default=None,
-        description="While the store is unavailable: the number of processes that share the limit. Tokens and capacity"
-        " are then those of the share of the worker that responds. null: they are those of the whole limit.",
-    )
+    processes: SharingProcesses = None
     cost: float
     allowed: bool = Field(description="True if the bucket has enough tokens now.")
     retry_after_seconds: float | None = Field(
@@ -132,6 +128,7 @@ class SlotExplained(Body):
     policy: str = Field(description="Name of the limit.")
     in_flight: int
     concurrent: int = Field(description="Maximum number of requests in flight.")
+    processes: SharingWorkers = None
     allowed: bool = Field(description="True if the limit admits another request now.")
 
 

@@ -14,7 +14,7 @@ from api_gateway.admin.explain_schema import (
 from api_gateway.errors import GatewayError, Reason
 from api_gateway.limits.concurrency import SlotUse
 from api_gateway.limits.period_standing import PeriodQuota
-from api_gateway.models import NANOSECONDS, Charge, Decision, processes_of, share_increment
+from api_gateway.models import NANOSECONDS, Charge, Decision, processes_of, share_increment, sharing_processes
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.rate_limiter import NEVER_NS
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
@@ -100,7 +100,8 @@ def explained_slots(uses: Iterable[SlotUse]) -> list[SlotExplained]:
             key=use.slot.key,
             policy=use.slot.quota.policy,
             in_flight=use.in_flight,
-            concurrent=use.slot.quota.capacity,
+            concurrent=use.concurrent,
+            processes=use.processes,
             allowed=use.is_free,
         )
         for use in uses
@@ -128,7 +129,7 @@ def explained_bucket(bucket: ChargeOutlook) -> BucketExplained:
         if isinstance(quota, PeriodQuota)
         else round((quota.burst_ns - bucket.debt_ns) / quota.emission_ns / bucket.processes, 3),
         capacity=quota.capacity if bucket.processes == 1 else round(quota.capacity / bucket.processes, 6),
-        processes=bucket.processes if hasattr(decision, "processes") else None,
+        processes=sharing_processes(decision),
         cost=round(charge.increment_ns / quota.emission_ns, 6),
         allowed=decision.allowed,
         retry_after_seconds=None if decision.wait_ns == NEVER_NS else decision.wait_ns / NANOSECONDS,

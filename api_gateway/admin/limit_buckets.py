@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from api_gateway.admin.audit_log import AuditAction
-from api_gateway.admin.client_schema import BucketView
+from api_gateway.admin.client_schema import BucketView, SharingWorkers
 from api_gateway.admin.context import AdminContext, Audited, Guarded
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TOKEN
 from api_gateway.admin.quota_changes import CarryOverRequest, HeldQuota, QuotaView, TopUpRequest
@@ -59,6 +59,7 @@ class KeyInFlight(Body):
 
     in_flight: int
     concurrent: int = Field(description="Maximum number of requests in flight.")
+    processes: SharingWorkers = None
 
 
 class KeyedBucket(Body):
@@ -104,10 +105,11 @@ class _Place:
             return self.shown(quota=await self.held(context).look())
         if isinstance(self.quota, ConcurrencyQuota):
             (use,) = await context.slots.look([ConcurrencySlot(self.key, self.quota)])
-            return self.shown(concurrency=KeyInFlight(in_flight=use.in_flight, concurrent=self.quota.capacity))
+            own = KeyInFlight(in_flight=use.in_flight, concurrent=use.concurrent, processes=use.processes)
+            return self.shown(concurrency=own)
         charge = Charge(self.key, self.quota, 0, None, self.is_unverified)
         (one,) = await context.limiter.inspect([charge], context.clocks.monotonic_ns())
-        return self.shown(bucket=BucketView.of(self.quota, one.reset_ns))
+        return self.shown(bucket=BucketView.of(self.quota, one))
 
     def shown(
         self,

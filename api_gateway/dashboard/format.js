@@ -57,3 +57,8 @@ export function seconds(at) {
 export function plural(count, noun) {
   return `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 }
+
+/** Say that the figures of a limit are those of the share of one process; processes is null if they are not. */
+export function share(processes, verb) {
+  return processes === null || processes === undefined ? "" : ` (the store ${verb} unavailable: the share of one of ${number(processes)} processes)`;
+}

@@ -46,15 +46,26 @@ def policy_of(quota: Quota) -> str:
 
 
 class SlotUse(NamedTuple):
-    """A slot as it is now: how many requests of its key are in flight, and whether another one would be admitted."""
+    """A slot as it is now: how many requests of its key are in flight, and whether another one would be admitted.
+
+    `processes` is set while shared slots are not known: so many processes share them, and the requests in flight are
+    those of this process. By `share`, it may have so many of them; None: as many as the limit.
+    """
 
     slot: ConcurrencySlot
     in_flight: int
+    processes: int | None = None
+    share: int | None = None
+
+    @property
+    def concurrent(self) -> int:
+        """Maximum number of requests in flight."""
+        return self.slot.quota.capacity if self.share is None else self.share
 
     @property
     def is_free(self) -> bool:
         """True if another request would be admitted."""
-        return self.in_flight < self.slot.quota.capacity
+        return self.in_flight < self.concurrent
 
 
 class SlotCounter:

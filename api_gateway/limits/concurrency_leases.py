@@ -188,14 +188,18 @@ class LeasedSlots(LocalSlots):
     async def look(self, slots: Sequence[ConcurrencySlot]) -> list[SlotUse]:
         """Return each slot as it is in all workers; while the store is unavailable, as it is in this one."""
         if not self._buckets.batcher.is_usable:
-            return await super().look(slots)
+            return [self._own_use(slot) for slot in slots]
         return list(await asyncio.gather(*map(self._look, slots)))
 
     async def _look(self, slot: ConcurrencySlot) -> SlotUse:
         seen: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self.submit(HeldOp(self.lease_key(slot.key), seen))
         total = await seen
-        return SlotUse(slot, self.in_flight(slot.key) if total is None else total)
+        return self._own_use(slot) if total is None else SlotUse(slot, total)
+
+    def _own_use(self, slot: ConcurrencySlot) -> SlotUse:
+        share = self._share(slot) if self._buckets.policy == "local_share" else None
+        return SlotUse(slot, self.in_flight(slot.key), self._buckets.fallback.processes, share)
 
     # Leases
 

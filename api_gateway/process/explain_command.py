@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 from api_gateway.printable_text import table
+from api_gateway.process.limits_view import share_lines
 from api_gateway.process.operator_client import CommandFailed, JsonObject, OperatorClient, print_json, show, show_all
 
 CERTIFICATE_NAMES = ("uri", "dns", "email", "common_name", "subject")  # of `DescribedCertificate`
@@ -108,7 +109,7 @@ def _show_prediction(found: JsonObject) -> None:
         rows.append(_bucket_row(found["candidate"], "candidate "))
     rows += [_slot_row(one, "candidate ") for one in found["candidate_concurrency"]]
     show_all(table(("LIMIT", "LEFT", "COST", "CAPACITY", "RESULT"), rows), "  ")
-    _show_shares(found["buckets"], "is")
+    show_all(share_lines([*found["buckets"], *found["concurrency"]]), "  ")
     for one in found["limits_not_applied"]:
         show(f"  the limit {one['name']} does not apply: {one['detail']}")
     for one in found["routes_passed_over"]:
@@ -144,13 +145,6 @@ def _show_upstream(one: JsonObject) -> None:
     show(f"  upstream {one['name']}: breaker {one['circuit_breaker']}{where}{probe}; {healthy}{flying}")
 
 
-def _show_shares(limits: Sequence[JsonObject], verb: str) -> None:
-    """Say that the figures are those of shares, if they are."""
-    processes = next((one["processes"] for one in limits if one.get("processes") is not None), None)
-    if processes is not None:
-        show(f"  the store {verb} unavailable: the figures are those of the share of one of {processes} processes")
-
-
 def _show_request(request: JsonObject) -> None:
     who = "not identified" if request["client_id"] is None else f"{request['client_id']} ({request['tier']})"
     reason = "" if request["reason"] is None else f" {request['reason']}"
@@ -177,7 +171,7 @@ def _show_request(request: JsonObject) -> None:
             for one in request["limits"]
         ]
         show_all(table(header, rows), "  ")
-        _show_shares(request["limits"], "was")
+        show_all(share_lines(request["limits"], "was"), "  ")
     for limit in request["limits"]:
         if limit["spent_by"] is not None:
             _show_spending(limit["limit"], limit["spent_by"])

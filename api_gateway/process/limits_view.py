@@ -1,4 +1,6 @@
-"""Limits as lines of text, for the command `limits`: all of them, and what one key has left."""
+"""Limits as lines of text: all of them, what one key has left, and whose share the figures are."""
+
+from collections.abc import Sequence
 
 from api_gateway.printable_text import table
 from api_gateway.process.operator_client import JsonObject
@@ -28,14 +30,25 @@ def bucket_line(found: JsonObject) -> str:
     tier = "" if found["tier"] is None else f", tier {found['tier']}"
     bucket, quota, concurrency = found["bucket"], found["quota"], found["concurrency"]
     if bucket is not None:
-        left = f"{bucket['tokens']:g} of {bucket['capacity']} tokens, full in {bucket['reset_after_seconds']:g} s"
+        left = (
+            f"{bucket['tokens']:.15g} of {bucket['capacity']:.15g} tokens, full in {bucket['reset_after_seconds']:g} s"
+        )
     elif quota is not None:
         left = f"{quota['remaining']:.15g} tokens left, {quota['used']:.15g} of {quota['quota']} used in this"
         left += f" {quota['period']}, which ends {quota['period_end']}; top-ups: {quota['top_up']:.15g}"
         left += f", carried over: {quota['carried_over']:.15g}"
     else:
         left = f"{concurrency['in_flight']} of {concurrency['concurrent']} requests in flight"
-    return f"{found['limit']} {', '.join(found['key'])}{tier}: {left}"
+    shares = share_lines([one for one in (bucket, concurrency) if one is not None])
+    return "; ".join([f"{found['limit']} {', '.join(found['key'])}{tier}: {left}", *shares])
+
+
+def share_lines(limits: Sequence[JsonObject], verb: str = "is") -> list[str]:
+    """Return the line that says that the figures of limits are those of shares; no line if none of them is."""
+    processes = next((one["processes"] for one in limits if one.get("processes") is not None), None)
+    if processes is None:
+        return []
+    return [f"the store {verb} unavailable: the figures are those of the share of one of {processes} processes"]
 
 
 def _allowance(one: JsonObject) -> str:

@@ -4,11 +4,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from urllib.parse import quote
 
-from api_gateway.printable_text import table
+from api_gateway.printable_text import printable, table
 from api_gateway.process.explain_command import add_explain_options, run_explanation
-from api_gateway.process.limits_view import bucket_line, limit_lines
+from api_gateway.process.limits_view import bucket_line, limit_lines, share_lines
 from api_gateway.process.operator_client import (
     NOT_REACHED,
     CommandFailed,
@@ -95,7 +96,7 @@ def _clients(client: OperatorClient, options: argparse.Namespace) -> None:
     if options.client is not None:
         place = f"/clients/{quote(options.client, safe='')}"
         found = client.get(place)
-        found["quotas"] = client.get(f"{place}/quotas")["quotas"]
+        found["quotas"] = _quotas(client, f"{place}/quotas")
     else:
         found = client.get("/clients", sort=options.sort, limit=options.limit)
     if options.json:
@@ -106,6 +107,18 @@ def _clients(client: OperatorClient, options: argparse.Namespace) -> None:
         header = ("CLIENT", "TIER", "SOURCE", "LIMITED", "REQUESTS", "WITHOUT PROOF")
         names = ("client_id", "tier", "tier_source", "limited", "requests", "bare")
         show_all(table(header, ([one[name] for name in names] for one in found["clients"])))
+
+
+def _quotas(client: OperatorClient, path: str) -> list[JsonObject] | None:
+    """Return the calendar quotas of a client; None, with the reason, while the store that has them is unavailable."""
+    try:
+        quotas: list[JsonObject] = client.get(path)["quotas"]
+    except CommandFailed as error:
+        if error.status != HTTPStatus.SERVICE_UNAVAILABLE:
+            raise
+        print(printable(f"quotas: {error}"), file=sys.stderr)
+        return None
+    return quotas
 
 
 def _show_client(found: JsonObject) -> None:
@@ -121,6 +134,7 @@ def _show_client(found: JsonObject) -> None:
         show_all(["", *_table_of(_QUOTA_COLUMNS, found["quotas"])])
     if found["concurrency"]:
         show_all(["", *_table_of(_SLOT_COLUMNS, found["concurrency"])])
+    show_all(share_lines([*buckets, *found["concurrency"]]))
 
 
 def _table_of(columns: Mapping[str, str], rows: Sequence[JsonObject]) -> list[str]:

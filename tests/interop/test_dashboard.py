@@ -319,6 +319,15 @@ def test_a_breaker_is_forced_with_confirmation_and_expiry_and_returned(browser: 
         page.locator("header .tag", has_text="mode: auto").wait_for()
 
 
+def of_a_share(route: Any) -> None:
+    """Have the state of a client be that of the share of one of two processes."""
+    response = route.fetch()
+    view = response.json()
+    view["bucket"] |= {"tokens": view["bucket"]["capacity"], "reset_after_seconds": 0, "processes": 2}
+    view["concurrency"] = [{"limit": "few", "route": None, "in_flight": 1, "concurrent": 2, "processes": 2}]
+    route.fulfill(response=response, json=view)
+
+
 def test_a_client_is_found_changed_and_its_limits_drain_and_refill(browser: Any, site: Site) -> None:
     with dashboard(browser, site, "#/clients") as page:
         page.get_by_role("link", name="acme").click()
@@ -332,6 +341,10 @@ def test_a_client_is_found_changed_and_its_limits_drain_and_refill(browser: Any,
             site.ask("/api/orders/1", **{"X-Client-ID": "acme"})
         until(page, "Number(document.querySelector('[role=meter]').getAttribute('aria-valuenow')) < 190")
         until(page, "document.querySelector('[role=meter]').getAttribute('aria-valuenow') === '200'")
+        page.route("**/clients/acme", of_a_share)
+        for words in ("full (the store is unavailable: the share of one of 2 processes)", "requests in flight (the"):
+            page.locator(".bucket", has_text=words).wait_for()
+        page.unroute("**/clients/acme")
         confirm(page, "Grant a tier", choose={"Tier": "ENTERPRISE", "For how long": "86400"})
         page.get_by_text(re.compile("ENTERPRISE until .* then PREMIUM")).wait_for()
         confirm(page, "End the grant")

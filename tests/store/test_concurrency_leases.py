@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from api_gateway.limits.concurrency import ConcurrencyQuota, SlottedCharges
+from api_gateway.limits.concurrency import ConcurrencyQuota, SlottedCharges, SlotUse
 from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL, LeasedSlots
 from api_gateway.limits.concurrency_ops import LEASE
 from api_gateway.limits.period_standing import PeriodQuota
@@ -440,15 +440,24 @@ def test_a_step_back_of_the_stores_clock_does_not_keep_a_killed_workers_requests
 
 
 async def test_operators_see_the_requests_of_all_workers(store: LuaStore) -> None:
-    one, two = Worker(store, 1), Worker(store, 2)
+    one, two = (Worker(store, number, processes=2) for number in (1, 2))
     assert (one.admitted(2, FIVE), two.admitted(1, FIVE)) == (2, 1)
     other = slot("other", 1)
     looking = asyncio.create_task(two.slots.look([FIVE, other]))
     await turns()
     two.wire.all_at_once()
-    assert [use.in_flight for use in await looking] == [3, 0]
+    assert list(await looking) == [SlotUse(FIVE, 3), SlotUse(other, 0)]
+    looking = asyncio.create_task(two.slots.look([FIVE]))
+    await turns()
+    two.wire.cut()
+    own = SlotUse(FIVE, 1, processes=2, share=2)
+    assert list(await looking) == [own], "its own, if it gets no reply"
     two.wire.is_up = False
-    assert [use.in_flight for use in await two.slots.look([FIVE])] == [1], "its own, while the store is unavailable"
+    (found,) = await two.slots.look([FIVE])
+    assert (found, found.concurrent, found.is_free) == (own, 2, True), "while the store is unavailable"
+    two.limiter.policy = "allow"
+    (found,) = await two.slots.look([FIVE])
+    assert (found.concurrent, found.processes) == (5, 2), "no share is applied"
     assert await two.slots.look([]) == []
 
 

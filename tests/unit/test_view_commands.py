@@ -112,6 +112,10 @@ def run(monkeypatch: pytest.MonkeyPatch, gateway: Gateway, *arguments: str) -> i
     return run_view(arguments)
 
 
+SHARED = {"tokens": 1.5, "capacity": 2.5, "processes": 2}
+OF_A_SHARE = "the store is unavailable: the figures are those of the share of one of 2 processes"
+
+
 def is_inert(text: str) -> bool:
     return all(line.isprintable() for line in text.split("\n"))
 
@@ -120,6 +124,7 @@ def is_inert(text: str) -> bool:
     ("own", "shown"),
     [
         ({"bucket": {"tokens": 1.5, "capacity": 5, "reset_after_seconds": 7}}, "1.5 of 5 tokens, full in 7 s"),
+        ({"bucket": SHARED | {"reset_after_seconds": 7}}, f"1.5 of 2.5 tokens, full in 7 s; {OF_A_SHARE}"),
         (
             {
                 "quota": {
@@ -138,6 +143,10 @@ def is_inert(text: str) -> bool:
             ),
         ),
         ({"concurrency": {"in_flight": 1, "concurrent": 2}}, "1 of 2 requests in flight"),
+        (
+            {"concurrency": {"in_flight": 1, "concurrent": 2, "processes": 2}},
+            f"1 of 2 requests in flight; {OF_A_SHARE}",
+        ),
     ],
 )
 def test_what_one_key_of_a_limit_has_left_is_a_line(
@@ -252,7 +261,7 @@ def test_a_described_request_has_all_options_and_its_explanation_is_shown_whole(
 def test_one_client_is_shown_with_its_quotas_and_what_is_in_flight(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = {
+    client: dict[str, Any] = {
         "client_id": EVIL,
         "tier": {"name": "FREE", "rate": 1, "capacity": 5},
         "tier_source": "default",
@@ -279,10 +288,22 @@ def test_one_client_is_shown_with_its_quotas_and_what_is_in_flight(
     assert is_inert(out)
     assert "monthly  -      month   3     10  1             0       8          2027-02-01T00:00:00+00:00" in out
     assert "parallel     -      1          2" in out
+    assert "the store is unavailable" not in out
     gateway = Gateway(clients=client)
     assert run(monkeypatch, gateway, "clients", "a/b", "--json") == 0
     assert json.loads(capsys.readouterr().out) == client
     assert [path for path, _ in gateway.asked] == ["/clients/a%2Fb", "/clients/a%2Fb/quotas"]
+    client |= {"bucket": client["bucket"] | SHARED, "concurrency": []}
+    gateway = Gateway(clients=[client, CommandFailed("503: unavailable", status=503)] * 2)
+    assert run(monkeypatch, gateway, "clients", "a/b") == 0
+    shown = capsys.readouterr()
+    assert shown.out.rstrip().endswith(OF_A_SHARE)
+    assert "QUOTA" not in shown.out
+    assert shown.err == "quotas: 503: unavailable\n"
+    assert run(monkeypatch, gateway, "clients", "a/b", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["quotas"] is None
+    gateway = Gateway(clients=[client, CommandFailed("403: refused", NOT_AUTHORIZED, 403)])
+    assert run(monkeypatch, gateway, "clients", "a/b") == NOT_AUTHORIZED
 
 
 def test_a_followed_request_is_one_inert_line(

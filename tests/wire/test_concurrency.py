@@ -201,8 +201,8 @@ def test_operators_see_what_is_in_flight_by_name(running: RunningGateway, held: 
         holding(running, five=2, exports=2)
         assert reason(begin(stack, running.port, "X-Client-ID: seen", path="/api/exports").answer())[0] == 429
         assert get("/clients/seen").json()["concurrency"] == [
-            {"limit": "five", "route": None, "in_flight": 2, "concurrent": 5},
-            {"limit": "exports", "route": "exports", "in_flight": 2, "concurrent": 2},
+            {"limit": "five", "route": None, "in_flight": 2, "concurrent": 5, "processes": None},
+            {"limit": "exports", "route": "exports", "in_flight": 2, "concurrent": 2, "processes": None},
         ]
         told = explained()
         assert [(one["policy"], one["in_flight"], one["allowed"]) for one in told["concurrency"]] == [

@@ -4,18 +4,22 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from api_gateway.process.view_commands import run_view
 from tests.kit import (
     Answer,
+    FakeClocks,
     RawClient,
     RawUpstream,
     RunningGateway,
     ask,
     eventually,
     in_front_of,
+    refusing_url,
     reply,
     running_gateway,
 )
@@ -49,7 +53,7 @@ class Subject:
         """Ask an operator endpoint."""
         return ask(f"{self.running.url}{path}", headers=HEADERS)
 
-    def post(self, path: str, **body: Any) -> Answer:
+    def post(self, path: str, /, **body: Any) -> Answer:
         """Call an operator endpoint."""
         fields = HEADERS | {"Content-Type": "application/json"}
         return ask(f"{self.running.url}{path}", method="POST", headers=fields, body=json.dumps(body).encode())
@@ -158,7 +162,8 @@ def test_requests_in_flight_are_shown_and_not_reset(subject: Subject) -> None:
         client.request("GET", "/api/x", ("X-Held: h",))
         eventually(
             lambda: (
-                subject.get("/limits/two/buckets?key=h").json()["concurrency"] == {"in_flight": 1, "concurrent": 2}
+                subject.get("/limits/two/buckets?key=h").json()["concurrency"]
+                == {"in_flight": 1, "concurrent": 2, "processes": None}
             ),
             "the request is in flight",
         )
@@ -167,6 +172,65 @@ def test_requests_in_flight_are_shown_and_not_reset(subject: Subject) -> None:
         held.set()
         assert client.answer().status == 200
     subject.up.behave = plain
+
+
+def test_while_the_store_is_unavailable_each_state_is_said_to_be_that_of_a_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Capacity 5 for two gateways: each has 2.5, and of five requests in flight two."""
+    up, held = RawUpstream(reply()), threading.Event()
+    up.behave = lambda wire, request: held.wait(30) and reply()(wire, request)
+    store = {"url": refusing_url().replace("http", "redis"), "min_gateway_processes": 2, "clients": "sqlite"}
+    limits = [
+        {"name": "own", "key": "client", "rate": 1, "capacity": 20},
+        {"name": "five", "key": "client", "concurrent": 5},
+        {"name": "monthly", "key": "client", "quota": 100, "period": "month"},
+    ]
+    tiers = {"FREE": {"rate": 1, "capacity": 5}, "BASIC": {"rate": 2, "capacity": 10}}
+    sections = in_front_of(up.url) | {"limits": limits, "tiers": tiers, "address_limit": {"rate": 0}}
+    sections["store"] = store | {"decision_timeout": 0.2, "timeout": 0.2}
+    sections["admin"] = {"local": False, "token": "operator"}
+    with running_gateway(sections, tmp_path, FakeClocks().clocks) as running, ExitStack() as stack:
+        subject = Subject(running, up)
+        stack.callback(up.close)
+        stack.callback(held.set)
+        in_flight = [stack.enter_context(RawClient(running.port)) for _ in range(2)]
+        for client in in_flight:
+            client.request("GET", "/api/x", ("X-Client-ID: acme",))
+        eventually(lambda: len(up.requests) == len(in_flight), "the requests are in flight")
+        bucket = {"tokens": 0.5, "capacity": 2.5, "processes": 2, "reset_after_seconds": 4}
+        wide = {"tokens": 8, "capacity": 10, "processes": 2, "reset_after_seconds": 4}
+        slots = {"in_flight": 2, "concurrent": 2, "processes": 2}
+        seen = subject.get("/clients/acme").json()
+        assert seen["bucket"] == bucket
+        assert seen["limits"] == [wide | {"limit": "own", "route": None}]
+        assert seen["concurrency"] == [slots | {"limit": "five", "route": None}]
+        assert subject.get("/limits/own/buckets?key=acme").json()["bucket"] == wide
+        assert subject.get("/limits/five/buckets?key=acme").json()["concurrency"] == slots
+        assert subject.get("/limits/monthly/buckets?key=acme").status == 503, "the store alone knows it"
+        told = subject.post("/explain", path="/api/x", client_id="acme").json()
+        assert [(one["policy"], one["tokens"], one["processes"]) for one in told["buckets"][:2]] == [
+            ("free", 0.5, 2),
+            ("own", 8, 2),
+        ]
+        assert [{name: one[name] for name in slots} for one in told["concurrency"]] == [slots]
+        assert (told["concurrency"][0]["allowed"], told["result"]["reason"]) == (False, "concurrency_exceeded")
+        assert subject.statuses(1, X_Client_ID="acme") == [429]
+        command = ["--url", running.url, "--token-file", str(tmp_path / "token")]
+        (tmp_path / "token").write_text("operator")
+        (tmp_path / "token").chmod(0o600)
+        assert run_view(["clients", "acme", *command]) == 0
+        out, err = capsys.readouterr()
+        assert "the store is unavailable: the figures are those of the share of one of 2 processes" in out
+        assert "quotas: " in err
+        assert "503" in err
+        assert run_view(["limits", "own", "acme", *command]) == 0
+        assert "8 of 10 tokens, full in 4 s; the store is unavailable: the figures" in capsys.readouterr().out
+        assert subject.post("/clients/acme/reset").status == 503
+        changed = subject.post("/clients/acme/tier", tier="BASIC").json()
+        assert (changed["tokens_before"], changed["tokens_after"], changed["processes"]) == (0.5, 1, 2)
+        entry = subject.get("/audit").json()["entries"][0]
+        assert [entry[name]["processes"] for name in ("before", "after")] == [2, 2]
 
 
 @pytest.mark.parametrize(

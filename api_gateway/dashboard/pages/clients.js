@@ -3,7 +3,7 @@
 import { call, segment } from "../api.js";
 import { action, curlBlock, curlOf, failure, field } from "../controls.js";
 import { badge, h, put, say } from "../dom.js";
-import { clock, duration, number, percent, seconds } from "../format.js";
+import { clock, duration, number, percent, seconds, share } from "../format.js";
 import { poll, stream } from "../stream.js";
 
 // Orders: the value of `sort`, the button, and the counted share of the requests with its header.
@@ -116,7 +116,7 @@ function client(place, id, tiers) {
         put(buckets, [...bars.values()].map((one) => one.element));
       }
       for (const one of all) bars.get(one.name).set(one);
-      put(concurrency, (view.concurrency ?? []).map((one) => h("div", { class: "bucket" }, h("header", {}, h("b", {}, one.route ? `${one.limit}, route ${one.route}` : one.limit), h("span", { class: "muted" }, "requests in flight"), h("span", { class: "num" }, `${number(one.in_flight)} of ${number(one.concurrent)}`)),
+      put(concurrency, (view.concurrency ?? []).map((one) => h("div", { class: "bucket" }, h("header", {}, h("b", {}, one.route ? `${one.limit}, route ${one.route}` : one.limit), h("span", { class: "muted" }, `requests in flight${share(one.processes, "is")}`), h("span", { class: "num" }, `${number(one.in_flight)} of ${number(one.concurrent)}`)),
         h("div", { class: "bar" }, h("i", { class: one.in_flight >= one.concurrent ? "fail" : null, style: { width: `${Math.min(100, (one.in_flight / one.concurrent) * 100)}%` } })))));
     } catch (error) {
       if (error.name !== "AbortError") put(problem, failure(error));
@@ -195,11 +195,11 @@ function bucket(name) {
     if (!view) return;
     const rate = view.reset_after_seconds > 0 ? (view.capacity - view.tokens) / view.reset_after_seconds : 0;
     const passed = (performance.now() - at) / 1000, now = Math.min(view.capacity, view.tokens + rate * passed);
-    const share = Math.max(0, now / view.capacity);
-    fill.style.width = `${share * 100}%`;
-    fill.className = share < 0.02 ? "fail" : share < 0.25 ? "warn" : "";
+    const left = Math.max(0, now / view.capacity);
+    fill.style.width = `${left * 100}%`;
+    fill.className = left < 0.02 ? "fail" : left < 0.25 ? "warn" : "";
     say(tokens, `${number(Math.floor(now * 10) / 10)} of ${number(view.capacity)}`);
-    say(note, now >= view.capacity ? "full" : `full in ${duration(view.reset_after_seconds - passed)}, refills ${number(rate)} a second`);
+    say(note, `${now >= view.capacity ? "full" : `full in ${duration(view.reset_after_seconds - passed)}, refills ${number(rate)} a second`}${share(view.processes, "is")}`);
     meter.setAttribute("aria-valuemax", view.capacity);
     meter.setAttribute("aria-valuenow", Math.round(now * 10) / 10);
   };

@@ -3,7 +3,7 @@
 import { ApiError, call, segment } from "../api.js";
 import { curlBlock, curlOf, failure, field } from "../controls.js";
 import { badge, h, put } from "../dom.js";
-import { clock, duration, milliseconds, number, percent, plural } from "../format.js";
+import { clock, duration, milliseconds, number, percent, plural, share } from "../format.js";
 
 const METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"].map((one) => [one, one]);
 const OUTCOMES = { allowed: ["ok", "Allowed"], limited: ["fail", "Refused: a limit"], exceeds_capacity: ["fail", "Refused: costs more than the limit can hold"], refused: ["fail", "Refused"], fallback: ["warn", "The fallback would respond"] };
@@ -84,11 +84,6 @@ function step(kind, title, word, ...text) {
   return h("li", { class: kind }, h("i", { "aria-hidden": "true" }), h("h3", {}, title, word && h("span", { class: "tag" }, word)), text.filter(Boolean).map((one) => (one instanceof Node ? one : h("p", { class: "muted" }, one))));
 }
 
-/** Say that the figures of a limit are those of the share of one process; processes is null if they are not. */
-function share(processes, verb) {
-  return processes === null || processes === undefined ? "" : ` (the store ${verb} unavailable: the share of one of ${number(processes)} processes)`;
-}
-
 function decisions(view) {
   const [kind, word] = OUTCOMES[view.result.outcome] ?? ["none", view.result.outcome];
   const steps = [];
@@ -105,7 +100,7 @@ function decisions(view) {
       h("div", { class: "bar" }, h("i", { class: one.allowed ? "" : "fail", style: { width: `${left * 100}%` } })),
       `${number(one.tokens)} of ${number(one.capacity)} tokens${share(one.processes, "is")}, the request takes ${number(one.cost)}; ${one.reset_after_seconds > 0 ? `full in ${duration(one.reset_after_seconds)}` : "full"}`, ...text));
   };
-  const slot = (one, title, ...text) => steps.push(step(one.allowed ? "ok" : "fail", title, one.allowed ? "admits another" : "full", `${number(one.in_flight)} of ${number(one.concurrent)} requests are in flight`, ...text));
+  const slot = (one, title, ...text) => steps.push(step(one.allowed ? "ok" : "fail", title, one.allowed ? "admits another" : "full", `${number(one.in_flight)} of ${number(one.concurrent)} requests are in flight${share(one.processes, "is")}`, ...text));
   for (const one of view.buckets) bucket(one, `Limit ${one.policy}`, one.key === view.limiting_bucket && view.buckets.length > 1 ? "This one decides." : null);
   for (const one of view.concurrency) slot(one, `Limit ${one.policy}`);
   if (view.candidate) bucket(view.candidate, `Candidate ${view.candidate.policy}`, "A candidate refuses nothing.");
