@@ -88,6 +88,12 @@ class DenyCache:
         self._valid_from_ns = self._clock_ns()
         return self._valid_from_ns
 
+    def forget(self, key: str) -> None:
+        """Remove a bucket that was filled; earlier readings do not count any more either."""
+        self.drop(key)
+        for table in self._earlier.values():
+            table.drop(key)
+
     def renew(self, *, is_trusted: bool) -> None:
         """Demote all readings to earlier ones; `is_trusted` applies to the readings from now on."""
         self.is_trusted = is_trusted

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from api_gateway.errors import StoreUnavailable
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import MICROSECONDS, Adjustment, PeriodQuota, Standing, standing_of
+from api_gateway.limits.period_standing import MICROSECONDS, Adjustment, Counter, PeriodQuota, Standing, standing_of
 from api_gateway.limits.period_store import CounterRow, PeriodJournal, row_of
 
 if TYPE_CHECKING:
@@ -96,13 +96,16 @@ class StoreBook:
         is_unverified: bool = False,  # noqa: ARG002 - the store has room for all
     ) -> tuple[Standing, int]:
         """See `QuotaBook`."""
-        return await self._of(key, quota, None)
+        return _standing(key, quota, *await self._limiter.counter(key, quota))
 
     async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
         """See `QuotaBook`."""
-        return await self._of(key, quota, adjustment)
+        standing, now = _standing(key, quota, *await self._limiter.counter(key, quota, adjustment))
+        if adjustment.is_reset:
+            await self._limiter.publish_reset(key, standing.counter.resets)
+        return standing, now
 
-    async def _of(self, key: str, quota: PeriodQuota, adjustment: Adjustment | None) -> tuple[Standing, int]:
-        counter, clock_us = await self._limiter.counter(key, quota, adjustment)
-        now = clock_us // MICROSECONDS
-        return standing_of(key, quota, counter, now), now
+
+def _standing(key: str, quota: PeriodQuota, counter: Counter | None, clock_us: int) -> tuple[Standing, int]:
+    now = clock_us // MICROSECONDS
+    return standing_of(key, quota, counter, now), now

@@ -50,11 +50,15 @@ class Owed(NamedTuple):
     before their replies were lost. That is not sent again. The whole `amount` counts against the share of this process
     until a reply to the same operation shows that the store has charged it, or the period ends: so what is admitted
     and never charged is at most one share, however often replies are lost.
+
+    `generation` is how many resets by operators this process knew of when the first of it was admitted. A reset of the
+    key drops what is owed, so an operation that was begun under a smaller number is not about this.
     """
 
     start: int
     amount: int = 0
     sent: int = 0
+    generation: int = 0
 
 
 class CountersPort(Protocol):
@@ -68,6 +72,11 @@ class CountersPort(Protocol):
     @property
     def counter_key(self) -> Callable[[str], str]:
         """Maps the key of a counter to its key in the store."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """See `Owed`."""
         ...
 
     @property
@@ -145,7 +154,17 @@ def read_counter(reply: Iterator[int]) -> tuple[bool, Counter | None]:
 class QuotaChargeOp(ScriptOp):
     """Charges all buckets and counters of one request, or none; or one counter alone, without buckets."""
 
-    __slots__ = ("_admission", "_asked", "_asked_ns", "_charges", "_debts", "_limiter", "_on_decision", "_reported")
+    __slots__ = (
+        "_admission",
+        "_asked",
+        "_asked_ns",
+        "_charges",
+        "_debts",
+        "_generation",
+        "_limiter",
+        "_on_decision",
+        "_reported",
+    )
 
     def __init__(
         self,
@@ -164,6 +183,7 @@ class QuotaChargeOp(ScriptOp):
         self._asked = asked
         self._reported: list[tuple[str, Owed]] = []
         self._debts: Sequence[Charge] = ()  # of buckets, which this operation reports
+        self._generation = 0  # at that admission, see `Owed`
         self._admission: Decision | None = None  # by the policy for outages, though the store may have charged it
 
     def write(self, call: ScriptCall) -> None:
@@ -256,7 +276,8 @@ class QuotaChargeOp(ScriptOp):
         learn_late(self._limiter.buckets, of_buckets(self._charges), is_charged=is_charged)
         for charge, start in zip(self._charges, debts_of(admission), strict=True):
             if isinstance(charge.quota, PeriodQuota):
-                self._limiter.settle_owed(charge.key, Owed(start, charge.increment_ns), is_charged=is_charged)
+                admitted = Owed(start, charge.increment_ns, generation=self._generation)
+                self._limiter.settle_owed(charge.key, admitted, is_charged=is_charged)
 
     def _charge(self, standings: Sequence[Standing], costs: Sequence[int], clock_us: int) -> list[Standing]:
         """Charge the readings as the script has charged the counters; return the standings after it."""
@@ -288,7 +309,7 @@ class QuotaChargeOp(ScriptOp):
             self.lose_reports()
         decision = self._limiter.decide_without_store(self._charges, may_be_charged=self.is_sent)
         if self.is_sent and decision.allowed:
-            self._admission = decision
+            self._admission, self._generation = decision, self._limiter.generation
         self._on_decision(decision)
 
 

@@ -33,7 +33,8 @@ from api_gateway.rate_limiter import (
     settled,
     take_each,
 )
-from api_gateway.storage.redis_session import WRITE_REFUSALS, Evictions, Script, StoreError, StoreSession
+from api_gateway.storage.evictions import Evictions
+from api_gateway.storage.redis_session import WRITE_REFUSALS, Script, StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class RedisLimiter:
         self.clock_ns = clock_ns
         self.cache = DenyCache(bucket_limit, clock_ns)
         self.refunds = StoreRefunds(self._name, clock_ns)
+        self.on_reset: Callable[[str, int], None] = self.forget  # of a reset at another process: key and number
         self.offset_ns = 0  # of the store's clock, which is ahead of this process's by this time
         self._listener: asyncio.Task[None] | None = None
         self._heartbeat_task: asyncio.Task[None] | None = None
@@ -224,22 +226,27 @@ class RedisLimiter:
         """Fill a bucket. Raises StoreUnavailable, after which the bucket may or may not be full."""
         try:
             await self._session.client.delete(self.store_key(key))
-            await self._publish_invalidation(key)
+            await self._session.client.publish(self.channel, invalidation(key))  # for gateways of earlier versions
+            await self.publish_reset(key)
         except StoreError as error:
             raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
-        self.cache.drop(key)
-        self.fallback.reset(key)
+        self.forget(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Convert a bucket. The store keeps the budget with a bucket, and converts it at its next use."""
         self.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:  # readings under the old quota are invalid in all processes
             with suppress(*StoreError):
-                await self._publish_invalidation(key)
+                await self._session.client.publish(self.channel, invalidation(key))
 
-    async def _publish_invalidation(self, key: str) -> None:
-        """Make all processes drop their readings of a bucket."""
-        await self._session.client.publish(self.channel, invalidation(key))
+    async def publish_reset(self, key: str, resets: int = 0) -> None:
+        """Have all other processes forget what they know of a key, and what they admitted without the store."""
+        await self._session.client.publish(self.channel, self.refunds.reset_message(key, resets))
+
+    def forget(self, key: str, _resets: int = 0) -> None:
+        """Treat a bucket as full, whatever this process knows of it or has admitted without the store."""
+        self.cache.forget(key)
+        self.fallback.reset(key)
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Convert this process's entries for a bucket to another quota."""
@@ -295,8 +302,10 @@ class RedisLimiter:
 
     def _on_refund(self, message: str) -> None:
         """Drop a bucket's readings, also those in replies still to arrive: it has more tokens than they state."""
-        key = self.refunds.read(message)
-        if key is not None:
+        reset = self.refunds.read_reset(message)
+        if reset is not None:
+            self.on_reset(*reset)
+        elif (key := self.refunds.read(message)) is not None:
             self.cache.drop(key)
 
     def _on_subscription(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
@@ -372,7 +381,7 @@ class RedisLimiter:
         except StoreError:
             logger.debug("query of evictions failed", exc_info=True)
             return
-        before, self._warning = self._warning, _warning(self._evictions.policy)
+        before, self._warning = self._warning, self._evictions.warning
         if self._warning is not None and before is None:
             logger.warning("%s", self._warning)
 
@@ -387,9 +396,3 @@ class RedisLimiter:
 
 def _ignore(_decision: Decision) -> None:
     """Expect nothing of a decision: the query reports a debt."""
-
-
-def _warning(policy: str | None) -> str | None:
-    if policy is None or policy == "volatile-ttl":  # evicts the fullest buckets first, with the least effect
-        return None
-    return f"the store has maxmemory-policy {policy}: evicted buckets are full again; it should be noeviction"

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 from api_gateway.errors import StoreUnavailable
@@ -40,6 +41,7 @@ from api_gateway.limits.quota_ops import CorrectOp, CounterOp, Owed, QuotaCharge
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota
 from api_gateway.rate_limiter import debts_of, joint_refusal
+from api_gateway.storage.redis_session import StoreError
 
 
 class StoreQuotaLimiter:
@@ -60,6 +62,8 @@ class StoreQuotaLimiter:
         self.buckets = buckets
         self.known: dict[str, Counter] = {}
         self.owed: dict[str, Owed] = {}
+        self.generation = 0  # see `Owed`
+        buckets.on_reset = self.forget
         self.offset_us = 0  # of the store's clock, which is ahead of this process's by this time
         self.warn = on_warned
         self._prefix = prefix
@@ -198,6 +202,21 @@ class StoreQuotaLimiter:
             raise StoreUnavailable("The store did not confirm the state of the quota.", retry_after=1)
         return counter, clock_us
 
+    async def publish_reset(self, key: str, resets: int) -> None:
+        """Have all processes that the store reaches forget what they admitted without it; others charge it later."""
+        self.forget(key, resets)
+        with suppress(*StoreError):
+            await self.buckets.publish_reset(key, resets)
+
+    def forget(self, key: str, resets: int) -> None:
+        """Forget what was admitted without the store, and a reading from before a reset with this number."""
+        self.buckets.forget(key)
+        self.generation += 1
+        self.owed.pop(key, None)
+        known = self.known.get(key)
+        if known is not None and known.resets < resets:
+            del self.known[key]
+
     # See `quota_ops.CountersPort` and `multi_node_quotas.NodesPort`
 
     def decide_buckets(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
@@ -249,21 +268,22 @@ class StoreQuotaLimiter:
         if held is None or held.amount == held.sent:
             return None
         self.owed[key] = held._replace(sent=held.amount)
-        return Owed(held.start, held.amount - held.sent)
+        return Owed(held.start, held.amount - held.sent, generation=held.generation)
 
     def settle_owed(self, key: str, sent: Owed, *, is_charged: bool) -> None:
         """Forget an amount that was sent, or, if the store has not charged it, send it again."""
         held = self.owed.get(key)
-        if held is not None and held.start == sent.start:
+        if held is not None and held.start == sent.start and held.generation <= sent.generation:
             amount = held.amount - sent.amount if is_charged else held.amount
-            self._keep(key, Owed(held.start, amount, held.sent - sent.amount))
+            self._keep(key, held._replace(amount=amount, sent=held.sent - sent.amount))
 
     def owe(self, key: str, change: int, start: int, *, is_sent: bool) -> None:
         """Note what a counter was charged without the store, which may have charged it if it `is_sent`."""
         held = self.owed.get(key)
         if held is None or held.start != start:  # of an earlier period: it is of no importance any more
-            held = Owed(start)
-        self._keep(key, Owed(start, held.amount + change, held.sent + (change if is_sent else 0)))
+            held = Owed(start, generation=self.generation)
+        sent = held.sent + (change if is_sent else 0)
+        self._keep(key, held._replace(amount=held.amount + change, sent=sent))
 
     def decide_without_store(self, charges: Sequence[Charge], *, may_be_charged: bool) -> Decision:
         """Decide by the policy for outages: by `local_share`, by the share of what was left by the last reading."""

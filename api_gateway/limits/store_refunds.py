@@ -1,4 +1,4 @@
-"""Refunds of buckets in the store, made by this process or others, and the notifications of them."""
+"""Refunds of buckets in the store, made by this process or others, and the notifications of them and of resets."""
 
 from collections.abc import Callable
 
@@ -36,6 +36,17 @@ class StoreRefunds:
     def message(self, key: str, refund: Refund) -> str:
         """Return a notification of a refund but for its beginning, which the store adds: its amount and time."""
         return f"{self.name} {refund.at_ns} {refund.tat_ns} {key}"
+
+    def reset_message(self, key: str, resets: int) -> str:
+        """Return the notification that an operator has filled a bucket, or reset a quota for the `resets`-th time."""
+        return f"reset {self.name} {resets} {key}"
+
+    def read_reset(self, message: str) -> tuple[str, int] | None:
+        """Return key and number of a notification of a reset by another process, else None."""
+        kind, _, rest = message.partition(" ")
+        name, _, rest = rest.partition(" ")
+        resets, _, key = rest.partition(" ")
+        return (key, int(resets)) if kind == "reset" and name != self.name and resets.isdecimal() and key else None
 
     def read(self, message: str) -> str | None:
         """Return the key of the bucket that a notification is about, None if it is invalid; record the refund.

@@ -11,7 +11,7 @@ import math
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from hiredis import pack_command
 from redis.asyncio import Redis, RedisCluster, Sentinel
@@ -37,6 +37,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 from api_gateway.errors import causes
 from api_gateway.eventloop.tasks import check_cancelled, run_to_completion
 from api_gateway.settings.store_url import StoreUrl
+from api_gateway.storage.evictions import Evictions
 from api_gateway.storage.store_connections import StoreClient, close_client, make_prompt
 from api_gateway.system.x509 import load_pair
 
@@ -71,16 +72,6 @@ class Script:
     def __init__(self, text: str) -> None:
         self.text = text
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-
-class Evictions(NamedTuple):
-    """Number of keys that a store has evicted for lack of memory, and its eviction policy; None if it evicts nothing.
-
-    On a cluster the sum over all nodes, and the policy of any node that evicts.
-    """
-
-    keys: int
-    policy: str | None
 
 
 class StoreSession:

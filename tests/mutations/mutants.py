@@ -362,8 +362,8 @@ MUTANTS = (
     *_of(
         "limits/quota_ops.py",
         (
-            "Owed(start, charge.increment_ns), is_charged=is_charged)",
-            "Owed(start, charge.increment_ns), is_charged=True)",
+            "self._limiter.settle_owed(charge.key, admitted, is_charged=is_charged)",
+            "self._limiter.settle_owed(charge.key, admitted, is_charged=True)",
             f"{_LOST}::{_LATE}",
         ),
         (
@@ -409,7 +409,22 @@ MUTANTS = (
     ),
     *_of(
         "limits/store_quota_limiter.py",
-        ("Owed(held.start, amount, held.sent - sent.amount)", "Owed(held.start, amount, 0)", _LOST),
+        ("held._replace(amount=amount, sent=held.sent - sent.amount)", "held._replace(amount=amount, sent=0)", _LOST),
+        (
+            " and held.generation <= sent.generation:",
+            ":",
+            f"{_QUOTA_SCRIPT}::test_after_a_reset_a_late_reply_to_an_earlier_request_changes_nothing",
+        ),
+        (
+            "if known is not None and known.resets < resets:",
+            "if known is not None:",
+            f"{_QUOTA_SCRIPT}::test_a_reading_that_already_has_the_reset_is_kept",
+        ),
+        (
+            "        self.owed.pop(key, None)\n        known",
+            "        known",
+            f"{_QUOTA_SCRIPT}::test_a_reset_ends_what_processes_admitted_without_the_store",
+        ),
         (
             "amount = held.amount - sent.amount if is_charged else held.amount",
             "amount = held.amount - held.sent if is_charged else held.amount",
@@ -417,7 +432,20 @@ MUTANTS = (
         ),
     ),
     *_of(
+        "limits/redis_limiter.py",
+        (
+            "        self.fallback.reset(key)\n",
+            "",
+            f"{_SHARES}::test_a_refill_ends_what_gateways_admitted_without_the_store",
+        ),
+    ),
+    *_of(
         "limits/deny_cache.py",
+        (
+            "        for table in self._earlier.values():\n            table.drop(key)\n",
+            "",
+            f"{_SHARES}::test_a_refill_ends_what_gateways_admitted_without_the_store",
+        ),
         (
             "        if asked_ns <= self._valid_from_ns:\n            return\n",
             "",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from api_gateway.limits.period_counters import PeriodCounters
 from api_gateway.limits.period_standing import MICROSECONDS, Adjustment, Counter, PeriodQuota, Warned, is_past
 from api_gateway.limits.periods import HOUR, UNITS, Calendar, Unit
+from api_gateway.limits.quota_book import StoreBook
 from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.quota_ops import CounterOp
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
@@ -50,6 +51,7 @@ class Machine:
         self.warned: list[Warned] = []
         buckets = [one for one in quotas if not isinstance(one, PeriodQuota)]
         self.buckets = LuaLimiter(store, buckets, processes=processes, **more)
+        self.buckets.refunds.name = f"{id(self):x}"
         self.limiter = StoreQuotaLimiter(
             self.buckets,
             prefix="test",
@@ -250,6 +252,98 @@ def test_what_was_reported_without_a_reply_counts_against_the_share() -> None:
     machine.store.now_us += DAY * MICROSECONDS
     assert machine.decide().allowed
     assert machine.limiter.owed == {}
+
+
+def tell_all(*machines: Machine) -> None:
+    """Have all machines hear of what was published."""
+    store = machines[0].store
+    for _, message in store.told:
+        for machine in machines:
+            machine.buckets._on_refund(message)
+    store.told.clear()
+
+
+async def test_a_reset_ends_what_processes_admitted_without_the_store() -> None:
+    """What they have still to report is not charged, and what may have been charged counts against no share."""
+    store = LuaStore(NOW)
+    one, two, other = machines = [Machine(store, (ROOMY, quota(90)), processes=3) for _ in range(3)]
+    for machine in machines:
+        assert machine.decide(0).allowed
+        machine.buckets.wire.is_up = False
+        assert machine.spend_all() == 30
+    other.buckets.wire.is_up = one.buckets.wire.is_up = two.buckets.wire.is_up = True
+    wire = one.buckets.wire
+    wire.is_slow = True
+    one.limiter.decide_async(one.charges(), one.now_ns, lambda _: None)
+    wire.lose_replies()  # with the report: it is not known whether it was executed
+    wire.is_slow = False
+    standing, _ = await StoreBook(other.limiter).adjust("month:a", quota(90), Adjustment(is_reset=1))
+    assert standing.count.used == 0
+    tell_all(*machines)
+    assert [machine.limiter.owed for machine in machines] == [{}, {}, {}]
+    for machine in machines:
+        assert machine.decide(0).allowed
+    for machine in machines:
+        machine.buckets.wire.is_up = False
+    assert [machine.spend_all() for machine in machines] == [30, 30, 30], "of the whole quota"
+    for machine in machines:
+        machine.buckets.wire.is_up = True
+        machine.decide(0)
+    assert await used(one) == 90
+
+
+async def test_a_reset_that_a_process_does_not_hear_of_leaves_what_it_admitted_to_be_charged() -> None:
+    store = LuaStore(NOW)
+    one, two = (Machine(store, (ROOMY, quota(90)), processes=3) for _ in range(2))
+    assert two.decide(0).allowed
+    two.buckets.wire.is_up = False
+    assert two.spend_all() == 30
+    await StoreBook(one.limiter).adjust("month:a", quota(90), Adjustment(is_reset=1))
+    store.told.clear()
+    two.buckets.wire.is_up = True
+    two.decide(0)
+    assert await used(one) == 30
+
+
+async def test_after_a_reset_a_late_reply_to_an_earlier_request_changes_nothing() -> None:
+    store = LuaStore(NOW)
+    one, other = machines = [Machine(store, (ROOMY, quota(90)), processes=3) for _ in range(2)]
+    assert one.decide(0).allowed
+    wire = one.buckets.wire
+    wire.is_slow = True
+    heard: list[Decision] = []
+    one.limiter.decide_async(one.charges(20), one.now_ns, heard.append)
+    wire.execute()
+    batch, (clock_us, *values) = wire.under_way[0]
+    wire.lose()
+    assert [one.source for one in heard] == ["local_share"]
+    wire.is_slow = False
+    await StoreBook(other.limiter).adjust("month:a", quota(90), Adjustment(is_reset=1))
+    tell_all(*machines)
+    wire.is_up = False
+    assert one.spend_all() == 30
+    for op in batch:
+        op.read(clock_us, iter(values))
+    assert one.limiter.owed["month:a"].amount == 30_000
+    wire.is_up = True
+    one.decide(0)
+    assert await used(one) == 30
+
+
+async def test_a_reading_that_already_has_the_reset_is_kept() -> None:
+    store = LuaStore(NOW)
+    one, other = machines = [Machine(store, (ROOMY, quota(90)), processes=3) for _ in range(2)]
+    await StoreBook(other.limiter).adjust("month:a", quota(90), Adjustment(is_reset=1))
+    assert one.decide(60).allowed
+    tell_all(*machines)
+    one.buckets.wire.is_up = False
+    assert one.spend_all() == 10, "a third of what was left"
+
+
+async def used(machine: Machine) -> int:
+    """Return the tokens that the store holds as used."""
+    counter = await machine.counter()
+    return 0 if counter is None else counter.count.used // 1000
 
 
 def test_a_settlement_without_the_store_corrects_what_is_charged_afterwards() -> None:

@@ -352,8 +352,10 @@ async def test_a_refill_reaches_the_deny_caches_of_others(store: StoreServer) ->
         await serving(limiters)
         await decided(limiters[0], 10)
         assert [await told(limiter) for limiter in limiters] == [True, True]
+        limiters[1].fallback.lose([charge(SLOW, 1)], time.monotonic_ns())
         await limiters[0].refill("client")
         assert (await decided(limiters[0], 0)).remaining == 10
+        await soon(lambda: len(limiters[1].fallback) == 0, "nothing counts against its share")
         await soon(lambda: limiters[1].decide([charge(SLOW, 10)], time.monotonic_ns()) is None, "it is heard of")
         assert (await decided(limiters[1], 10)).allowed
 

@@ -276,6 +276,29 @@ def test_a_share_begins_anew_from_the_store_after_an_outage() -> None:
     assert [client.ask(0, 2) for _ in range(3)] == [True, True, False]  # its half of the 10 that are left
 
 
+def test_a_refill_ends_what_gateways_admitted_without_the_store() -> None:
+    """Those that the store reaches charge nothing of it, and begin their next share with a full bucket."""
+    client = Client(2, TWENTY)
+    client.ask(0, 10)
+    for number in (0, 1):
+        client.ask(number, 0)
+        client.connect(number, is_up=False)
+        assert client.ask(number, 5)
+        client.connect(number, is_up=True)
+    one, other = client.fleet.limiters
+    coroutine = one.refill("client")
+    with pytest.raises(StopIteration):
+        coroutine.send(None)
+    for _, message in client.fleet.store.told:
+        other._on_refund(message)
+    assert [limiter.fallback.has_debts for limiter in (one, other)] == [False, False]
+    client.report()
+    assert client.store_owes() == 0
+    for number in (0, 1):
+        client.connect(number, is_up=False)
+        assert [client.ask(number, 5) for _ in range(3)] == [True, True, False], "its half of 20"
+
+
 def test_a_report_whose_reply_is_lost_is_not_charged_twice() -> None:
     client = Client(2, TWENTY)
     client.connect(0, is_up=False)

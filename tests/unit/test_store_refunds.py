@@ -30,6 +30,16 @@ def test_an_invalidation_names_the_bucket_and_is_no_refund(key: str) -> None:
     assert len(some.recent) == 0
 
 
+@each("key", KEYS)
+def test_a_reset_is_heard_of_by_others_and_is_no_refund(key: str) -> None:
+    one, other = refunds("one"), refunds("other")
+    message = one.reset_message(key, 7)
+    assert (one.read_reset(message), other.read_reset(message)) == (None, (key, 7))
+    assert other.read(message) is None, "gateways of earlier versions ignore it"
+    for no_reset in (invalidation(key), f"300 5 {one.message(key, Refund(1, 2, 0, 0))}", "reset one 1 ", "reset"):
+        assert other.read_reset(no_reset) is None
+
+
 @each("message", ["", " ", "x", "x a", "0", "300", "-3 5 one 1 2 a", "3e9 5 one 1 2 a"])
 def test_what_is_no_notification_is_ignored(message: str) -> None:
     some = refunds("other")
