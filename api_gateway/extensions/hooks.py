@@ -18,7 +18,7 @@ from api_gateway.errors import ExtensionFailed
 logger = logging.getLogger(__name__)
 
 AfterFailure = Literal["refuse", "ignore"]
-HookResult = Literal["ok", "error", "timeout", "left"]
+HookResult = Literal["ok", "error", "timeout", "still_running"]
 OnCall = Callable[[str, str, str, int], None]  # extension, hook, outcome, nanoseconds
 
 MOST_LEFT = 100  # calls of a hook that were cancelled and have not ended; further calls fail at once
@@ -96,7 +96,7 @@ class Hook:
         """Count a task that goes on although it is cancelled; say so once."""
         if task.done():
             return
-        self._on_call(self.extension, self.name, "left", 0)
+        self._on_call(self.extension, self.name, "still_running", 0)
         if not self._has_left:
             self._has_left = True
             logger.error(

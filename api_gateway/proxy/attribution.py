@@ -98,8 +98,8 @@ class Cause(StrEnum):
     STREAM_BEGUN = "an event stream begins, or the protocol is switched (101)"
     STREAM_ENDED = "the end of an event stream or a tunnel, whatever ends it: silence, a reset, a deadline, a close"
     CLIENT_DEADLINE = "the client's own deadline (`X-Request-Timeout`) passes"
-    UPSTREAM_DEADLINE = "a deadline of the route or the upstream passes, of which the upstream had at least half"
-    SHARED_DEADLINE = "a deadline of the route or the upstream passes, of which the upstream had less than half"
+    UPSTREAM_DEADLINE = "a deadline of the route or of the upstream passes; the upstream had at least half of the time"
+    SHARED_DEADLINE = "a deadline of the route or of the upstream passes; the upstream had less than half of the time"
     ABORTED_BY_CLIENT = "the client disconnects, sends or reads too slowly, or sends more than it may"
     ABORTED_BY_GATEWAY = (
         "the gateway aborts the exchange: a deadline passes before anything is sent, the drain ends, or a defect"

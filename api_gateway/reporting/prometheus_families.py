@@ -37,7 +37,7 @@ def hook_families(recorder: Recorder) -> Iterator[Metric]:
     yield from family_in_pieces(
         CounterMetricFamily,
         "gateway_extension_calls",
-        "Calls of hooks of extensions, by result: ok, error, timeout; left: of the latter, those that go on.",
+        "Calls of hooks of extensions, by result: ok, error, timeout; still_running: timed out and not ended.",
         ["extension", "hook", "result"],
         recorder.hook_calls.items(),
     )

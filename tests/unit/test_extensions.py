@@ -250,7 +250,7 @@ def test_a_coroutine_that_catches_its_cancellation_holds_no_request_and_is_count
             assert len(hook._left) == number + 1
         await asyncio.sleep(2)
         assert len(seen) == MOST_LEFT
-        assert Counter(calls.results) == {"timeout": MOST_LEFT, "left": MOST_LEFT}
+        assert Counter(calls.results) == {"timeout": MOST_LEFT, "still_running": MOST_LEFT}
         assert hook.begin() is None, "a further one is not begun"
         assert calls.results[-1] == "timeout"
 
