@@ -1,6 +1,6 @@
 """The command line: `python -m api_gateway`, the console script `api-gateway`, and run_gateway.py.
 
-Only the handling of signals is imported at first, because importing the gateway takes seconds.
+Only the handling of signals is imported at first, because importing the gateway takes half a second.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """The command line: its options, and which command runs.
 
-Commands are imported when they run, as importing the gateway takes a second, and `--help` needs none of it.
+Commands are imported when they run: importing the gateway takes half a second, and `--help` needs none of it.
 """
 
 import argparse

@@ -317,7 +317,7 @@ class DownstreamConnection:
         """Apply a changed minimum rate to the body of this request."""
         self.timeouts.change_body_rate(self, request)
 
-    # The fast path: implements `fast_path.Downstream`
+    # The fast path: implements `client_port.Downstream`
 
     def begin_exchange(self, exchange: InFlight) -> None:
         """Hold further input until the exchange ends, and report events of the connection to it."""

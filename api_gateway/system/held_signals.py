@@ -1,4 +1,4 @@
-"""Signals during the start, which takes seconds, mostly for imports; so this module has almost no imports.
+"""Signals during the start, most of which is spent on imports; this module therefore has almost none.
 
 Signals for a reload or a restart are blocked until their handlers are installed, because their default action ends the
 process. Then they are delivered. Stop signals end the process at once, without a traceback.

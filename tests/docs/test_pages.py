@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from api_gateway.config import GatewayConfig
 from api_gateway.metrics import Recorder
+from api_gateway.reload.changes import NEEDS_RESTART
 from api_gateway.reporting.process_figures import FIGURES
 from api_gateway.reporting.prometheus import PrometheusExposition
 from api_gateway.reporting.snapshot import WorkerSnapshot
@@ -130,6 +131,38 @@ def test_every_setting_it_names_exists(name: str) -> None:
 def test_every_make_target_it_names_exists(name: str) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {text.split()[1] for text in code(name) if text.startswith("make ")} <= targets
+
+
+def test_the_table_of_commands_has_every_make_target() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"^\| (`make .+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    shown = [name for row in rows for name in re.findall(r"`make ([a-z]+)`", row)]
+    assert sorted(shown) == sorted(set(targets) - {"help"})
+
+
+def test_what_needs_a_restart_is_what_the_page_lists() -> None:
+    """Settings by their whole names, then the settings of a section: "in the section `store`: `url`, ..."."""
+    page = (ROOT / "docs" / "reload.md").read_text()
+    names, *sections = page.partition("## What needs a restart\n")[2].partition("The response")[0].split("section ")
+    listed = re.findall(r"`(.+?)`", names)
+    for one in sections:
+        section, *settings = re.findall(r"`(.+?)`", one)
+        listed += [f"{section}.{name}" for name in settings]
+    assert sorted(listed) == sorted(NEEDS_RESTART)
+
+
+def test_each_file_to_open_first_has_the_name_that_stands_beside_it() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text().partition("## Where to change what\n")[2]
+    pairs = re.findall(r"`([a-z0-9_/]+\.py)`: ((?:`[A-Za-z_.]+`(?:, )?)+)", page)
+    named = [(path, name) for path, names in pairs for name in re.findall(r"`(.+?)`", names)]
+    assert len(named) > 20
+    absent = [
+        (path, name)
+        for path, name in named
+        for part in name.split(".")
+        if not re.search(rf"\b{part}\b", (ROOT / "api_gateway" / path).read_text())
+    ]
+    assert not absent
 
 
 @each("name", NAMES)
