@@ -7,26 +7,47 @@ import argparse
 import difflib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 from api_gateway.process.start_options import add_start_options
 from api_gateway.system.build import version_line
 from api_gateway.system.collection import collection_paused
 from api_gateway.system.held_signals import block_signals
 
-_VIEWS = "api_gateway.process.view_commands", "run_view"
-# Module and function of each command, and whether the function gets the command's name, too.
+
+class Command(NamedTuple):
+    """A command: the module and function that run it, and a line about it."""
+
+    module: str
+    function: str
+    summary: str
+    gets_name: bool = False  # whether the function gets the name of the command, too
+
+
+def _view(summary: str) -> Command:
+    return Command("api_gateway.process.view_commands", "run_view", summary, gets_name=True)
+
+
 COMMANDS = {
-    "config": ("api_gateway.process.config_command", "run_config", False),
-    "doctor": ("api_gateway.doctor.options", "run_doctor", False),
-    "init": ("api_gateway.process.init_command", "run_init", False),
-    "keys": ("api_gateway.process.key_commands", "run_keys", False),
-    "replay": ("api_gateway.replay.options", "run_replay", False),
-    "schema": ("api_gateway.process.schema_command", "run_schema", False),
-    "top": ("api_gateway.process.top_command", "run_top", False),
-    "version": ("api_gateway.process.version_command", "run_version", False),
-    **dict.fromkeys(("tail", "explain", "clients", "breakers", "limits"), (*_VIEWS, True)),
+    "init": Command("api_gateway.process.init_command", "run_init", "write a first configuration file"),
+    "config": Command("api_gateway.process.config_command", "run_config", "show, compare and check the configuration"),
+    "schema": Command(
+        "api_gateway.process.schema_command", "run_schema", "print the JSON Schema of configuration files"
+    ),
+    "doctor": Command("api_gateway.doctor.options", "run_doctor", "try everything that a start and a request need"),
+    "version": Command("api_gateway.process.version_command", "run_version", "print what is installed"),
+    "replay": Command(
+        "api_gateway.replay.options", "run_replay", "show what other limits would refuse, by an access log"
+    ),
+    "keys": Command("api_gateway.process.key_commands", "run_keys", "manage the API keys of clients"),
+    "top": Command("api_gateway.process.top_command", "run_top", "show a live screen of the running gateway"),
+    "tail": _view("follow the requests of the running gateway as they end"),
+    "explain": _view("show what was decided about a request, or would be"),
+    "clients": _view("show the most limited clients, or one client"),
+    "breakers": _view("show the circuit breakers and targets of the upstreams"),
+    "limits": _view("show all limits, or what one key of a limit has left"),
 }
 
 
@@ -37,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
-        module, name, gets_command = COMMANDS[given[0]]
-        code: int = getattr(import_module(module), name)(given if gets_command else given[1:])
+        command = COMMANDS[given[0]]
+        run = getattr(import_module(command.module), command.function)
+        code: int = run(given if command.gets_name else given[1:])
         return code
     options = _parsed(given)
     if threading.current_thread() is threading.main_thread():
@@ -66,20 +88,22 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _epilog() -> Iterator[str]:
+    yield "commands:"
+    yield from (f"  {name:<{max(map(len, COMMANDS))}}  {command.summary}" for name, command in COMMANDS.items())
+    yield "\nEach command has its own --help."
+    yield "Every setting can also be set by an environment variable, such as GATEWAY_SERVER__PORT=9000."
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="api-gateway",
         description="A rate-limiting API gateway. Without configuration it starts with demo services as upstreams.",
-        epilog="Every setting can also be set by an environment variable, such as GATEWAY_SERVER__PORT=9000.",
+        epilog="\n".join(_epilog()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "command",
-        nargs="?",
-        metavar="COMMAND",
-        help="version: what is installed; init: write a first configuration file; config: show, compare and check the"
-        " configuration; doctor: try what a start needs; schema: the JSON Schema of configuration files; keys: manage"
-        " API keys; replay: try limits on an access log; of a running gateway: top, a live screen; tail, its requests;"
-        " explain, a request; clients, breakers, limits. See --help of each",
+        "command", nargs="?", metavar="COMMAND", help="one of the commands below (default: start the gateway)"
     )
     add_start_options(parser)
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")

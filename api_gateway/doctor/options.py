@@ -24,7 +24,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--timeout", type=float, default=CHECK_TIMEOUT, metavar="SECONDS", help="for each check (default: 10)"
+        "--timeout", type=float, default=CHECK_TIMEOUT, metavar="SECONDS", help="seconds for each check (default: 10)"
     )
     add_start_options(parser)
     return parser

@@ -16,23 +16,22 @@ def run_config(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="api-gateway config", description="The configuration of a gateway.")
-    commands = parser.add_subparsers(metavar="command", required=True)
-    showing = commands.add_parser("show", help="print the settings, each with the place where it was set")
-    showing.add_argument("--all", action="store_true", help="also settings that have their defaults")
+    parser = CommandParser(prog="api-gateway config", description="Show, check and compare configurations.")
+    showing = parser.add_command("show", "print the settings, each with the place where it was set")
+    showing.add_argument("--all", action="store_true", help="print also settings that have their defaults")
     showing.add_argument("--json", action="store_true", help="print JSON")
     showing.set_defaults(command="show")
-    checking = commands.add_parser("check", help="check the configuration and exit, as api-gateway --check does")
+    checking = parser.add_command("check", "check the configuration and exit, as api-gateway --check does")
     checking.set_defaults(command="check")
     for command in (showing, checking):
         add_start_options(command)
-    comparing = commands.add_parser(
+    comparing = parser.add_command(
         "diff",
-        help="print what differs between two files, or between a running gateway and a file",
-        description="Print the settings that differ between two files, or with --url between a running gateway and"
-        " the configuration that it would read; and whether a reload applies them.",
+        "print what differs between two files, or between a running gateway and a file",
+        description="Print the settings that differ between two files or, with --url, between a running gateway and a"
+        " file (default: the one that --config names), and whether a reload applies each.",
     )
-    comparing.add_argument("files", nargs="*", metavar="FILE", help="two files; with --url, none or the new one")
+    comparing.add_argument("files", nargs="*", metavar="FILE", help="two files or, with --url, at most one")
     comparing.add_argument("--json", action="store_true", help="print JSON")
     add_access_options(comparing)
     comparing.set_defaults(command="diff", parser=comparing)

@@ -13,26 +13,26 @@ CERTIFICATE_NAMES = ("uri", "dns", "email", "common_name", "subject")  # of `Des
 
 def add_explain_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command; those of a described request have the names of its members in the API."""
-    parser.add_argument("request_id", nargs="?", help="as in X-Request-ID and in the body of a refusal")
-    parser.add_argument("--path", help="instead of an id: explain how a request for this path would be decided")
-    parser.add_argument("--client", metavar="ID", help="of that request")
-    parser.add_argument("--method", default="GET", help="of that request (default: GET)")
-    parser.add_argument("--host", help="its Host")
+    parser.add_argument("request_id", nargs="?", help="id of a past request, from X-Request-ID or a problem body")
+    parser.add_argument("--path", help="instead of an id: explain how a request for this path would be decided now")
+    parser.add_argument("--client", metavar="ID", help="client id of the described request")
+    parser.add_argument("--method", default="GET", help="method of the described request (default: GET)")
+    parser.add_argument("--host", help="Host of the described request")
     for option, form, words in (
-        ("--header", "'NAME: VALUE'", "a header field of that request; repeat for others"),
-        ("--claim", "PATH=VALUE", "a claim of its token; repeat for others"),
+        ("--header", "'NAME: VALUE'", "header field of the described request; may be repeated"),
+        ("--claim", "PATH=VALUE", "claim of its token; may be repeated"),
     ):
         parser.add_argument(option, metavar=form, action="append", default=[], help=words)
-    parser.add_argument("--address", help="of the peer of its connection (default: 127.0.0.1)")
-    parser.add_argument("--forwarded", metavar="VALUE", help="of the field in which trusted proxies report clients")
-    parser.add_argument("--key-id", metavar="ID", help="of its API key, whose secret is not needed")
-    parser.add_argument("--organisation", metavar="NAME", help="that of its token")
+    parser.add_argument("--address", help="address of the peer (default: 127.0.0.1)")
+    parser.add_argument("--forwarded", metavar="VALUE", help="field in which a trusted proxy reports the client")
+    parser.add_argument("--key-id", metavar="ID", help="id of its API key; the secret is not needed")
+    parser.add_argument("--organisation", metavar="NAME", help="organisation in its token")
     parser.add_argument(
         "--certificate",
         metavar="KIND=NAME",
         action="append",
         default=[],
-        help=f"name in the certificate of its connection; kinds: {', '.join(CERTIFICATE_NAMES)}; repeat for others",
+        help=f"name in the certificate of its connection; kinds: {', '.join(CERTIFICATE_NAMES)}; may be repeated",
     )
 
 

@@ -19,7 +19,9 @@ def _parser() -> CommandParser:
         prog="api-gateway init",
         description="Write a first configuration file with comments. It asks nothing and overwrites nothing.",
     )
-    parser.add_argument("file", nargs="?", type=Path, default=Path("gateway.yaml"), help="(default: gateway.yaml)")
+    parser.add_argument(
+        "file", nargs="?", type=Path, default=Path("gateway.yaml"), help="file to write (default: gateway.yaml)"
+    )
     parser.add_argument(
         "--upstream",
         action="append",

@@ -24,32 +24,35 @@ def run_keys(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="api-gateway keys", description="API keys of clients of a running gateway.")
-    commands = parser.add_subparsers(metavar="command", required=True)
-    create = commands.add_parser("create", help="create a key and print it")
+    parser = CommandParser(prog="api-gateway keys", description="Manage the API keys of clients of a running gateway.")
+    create = parser.add_command("create", "create a key and print it")
     create.add_argument("client", help="client id")
-    create.add_argument("--label", default="", help="for whom or what the key is")
-    create.add_argument("--expires-in", type=float, metavar="SECONDS", help="(default: never)")
+    create.add_argument("--label", default="", help="name of the key, such as its user or purpose")
+    create.add_argument("--expires-in", type=float, metavar="SECONDS", help="seconds of validity (default: no end)")
     create.add_argument("--route", action="append", metavar="NAME", help="valid for this route only; may be repeated")
     create.add_argument(
-        "--open-id", action="store_true", help="whether the client's id may still be claimed without a credential"
+        "--allow-bare-id", action="store_true", help="still accept the client's id without a credential"
     )
     create.set_defaults(action=_create)
-    listing = commands.add_parser("list", help="list the keys of a client")
+    listing = parser.add_command("list", "list the keys of a client")
     listing.add_argument("client", help="client id")
     listing.set_defaults(action=_list)
-    rotate = commands.add_parser("rotate", help="create a key in place of another one, and print it")
+    rotate = parser.add_command("rotate", "create a key in place of another one, and print it")
     rotate.add_argument("client", help="client id")
     rotate.add_argument("key_id", metavar="key", help="id of the key, as listed")  # `--key` is the operator's
     rotate.add_argument(
-        "--overlap", type=float, default=86_400, metavar="SECONDS", help="validity of the old key (default: a day)"
+        "--overlap",
+        type=float,
+        default=86_400,
+        metavar="SECONDS",
+        help="seconds for which the old key stays valid (default: a day)",
     )
     rotate.set_defaults(action=_rotate)
-    revoke = commands.add_parser("revoke", help="revoke a key")
+    revoke = parser.add_command("revoke", "revoke a key")
     revoke.add_argument("client", help="client id")
     revoke.add_argument("key_id", metavar="key", help="id of the key, as listed")  # `--key` is the operator's
     revoke.set_defaults(action=_revoke)
-    generate = commands.add_parser("generate", help="print a key for the configuration file, and its digest")
+    generate = parser.add_command("generate", "print a key for the configuration file, and its digest")
     generate.set_defaults(action=_generate)
     for command in (create, listing, rotate, revoke):
         add_access_options(command)
@@ -62,7 +65,7 @@ def _create(options: argparse.Namespace) -> None:
         body["expires_in_seconds"] = options.expires_in
     if options.route:
         body["routes"] = options.route
-    if options.open_id:
+    if options.allow_bare_id:
         body["verified_only"] = False
     _show_created(client_of(options).call("POST", _path(options.client), body))
 

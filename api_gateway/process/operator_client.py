@@ -121,7 +121,7 @@ class _NoRedirection(urllib.request.HTTPRedirectHandler):
 
 def add_access_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which gateway is meant, and with which token."""
-    parser.add_argument("--url", help="of the operator endpoints (default: as configured)")
+    parser.add_argument("--url", help="URL of the operator endpoints (default: as configured)")
     parser.add_argument(
         "--config", metavar="FILE", help="configuration file of the gateway (default: $GATEWAY_CONFIG)"
     )
@@ -136,7 +136,9 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cert", type=Path, metavar="FILE", help="PEM certificate of the operator, if TLS requires one"
     )
-    parser.add_argument("--key", type=Path, metavar="FILE", help="its key (default: in the file of the certificate)")
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE", help="PEM file with the key of --cert (default: the same file)"
+    )
 
 
 def client_of(options: argparse.Namespace) -> OperatorClient:

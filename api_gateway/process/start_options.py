@@ -10,7 +10,9 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one (default: 8000)")
     parser.add_argument("--workers", type=int, help="worker processes (default: 1)")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="(default: info)")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), help="least level that is logged (default: info)"
+    )
     parser.add_argument("--no-access-log", action="store_true", help="do not write a line for each proxied request")
 
 

@@ -36,9 +36,9 @@ def run_top(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="api-gateway top", description="A live screen of a running gateway.")
+    parser = CommandParser(prog="api-gateway top", description="Show a live screen of a running gateway.")
     parser.add_argument(
-        "--interval", type=seconds_between, default=2.0, metavar="SECONDS", help="between screens (default: 2)"
+        "--interval", type=seconds_between, default=2.0, metavar="SECONDS", help="seconds between screens (default: 2)"
     )
     parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N screens (default: 0, never)")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each screen")

@@ -30,7 +30,7 @@ def run_version(arguments: Sequence[str]) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        prog="api-gateway version", description="Version, commit, variant, event loop, and optional packages."
+        prog="api-gateway version", description="Print version, commit, variant, event loop and optional packages."
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser

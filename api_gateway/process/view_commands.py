@@ -49,27 +49,32 @@ def run_view(arguments: Sequence[str]) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="api-gateway", description="Views of a running gateway.")
-    commands = parser.add_subparsers(metavar="command", required=True)
-    explain = commands.add_parser("explain", help="what was decided about a request, or would be")
+    explain = parser.add_command("explain", "show what was decided about a request, or would be")
     add_explain_options(explain)
     explain.set_defaults(action=run_explanation)
-    clients = commands.add_parser("clients", help="the most limited clients, or one client")
+    clients = parser.add_command("clients", "show the most limited clients, or one client")
     clients.add_argument("client", nargs="?", help="client id")
     clients.add_argument(
-        "--sort", choices=("limited", "requests", "bare"), default="limited", help="(default: limited)"
+        "--sort",
+        choices=("limited", "requests", "bare"),
+        default="limited",
+        help="what to sort by, highest first: limited requests, all requests, or requests with a bare client id"
+        " (default: limited)",
     )
-    clients.add_argument("--limit", type=int, default=20, help="most clients (default: 20)")
+    clients.add_argument("--limit", type=int, default=20, help="maximum number of clients (default: 20)")
     clients.set_defaults(action=_clients)
-    breakers = commands.add_parser("breakers", help="the circuit breakers and targets of the upstreams")
+    breakers = parser.add_command("breakers", "show the circuit breakers and targets of the upstreams")
     breakers.set_defaults(action=_breakers)
-    limits = commands.add_parser("limits", help="all limits, with refusals, or what one key of a limit has left")
+    limits = parser.add_command("limits", "show all limits, with refusals, or what one key of a limit has left")
     limits.add_argument("limit", nargs="?", metavar="NAME", help="show what a key has left of this limit")
     limits.add_argument(
         "values", nargs="*", metavar="VALUE", help="the value of each part of the limit's key, in their order"
     )
-    limits.add_argument("--tier", help="of a limit with allowances by tier that does not count by client")
+    limits.add_argument(
+        "--tier", help="the tier, if the limit has an allowance for each tier and does not count by client"
+    )
     limits.set_defaults(action=_limits)
-    tail = commands.add_parser("tail", help="follow the requests as they end")
+    tail = parser.add_command("tail", "follow the requests as they end")
     tail.add_argument("--client", metavar="ID", help="only of this client")
     tail.add_argument("--status", help="only with this status, or a class such as 4xx")
     tail.add_argument("--reason", help="only with this reason")
@@ -77,9 +82,13 @@ def _parser() -> CommandParser:
     tail.add_argument(
         "--lines", type=int, default=10, metavar="N", help="show the last N requests first (default: 10)"
     )
-    tail.add_argument("--no-follow", action="store_true", help="end after these")
+    tail.add_argument("--no-follow", action="store_true", help="print the last requests and exit")
     tail.add_argument(
-        "--interval", type=seconds_between, default=1.0, metavar="SECONDS", help="between questions (default: 1)"
+        "--interval",
+        type=seconds_between,
+        default=1.0,
+        metavar="SECONDS",
+        help="seconds between two requests to the gateway (default: 1)",
     )
     tail.set_defaults(action=_tail)
     for command in (explain, clients, breakers, limits, tail):

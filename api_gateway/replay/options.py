@@ -29,23 +29,28 @@ def _count(text: str) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="api-gateway replay",
-        description="Which requests of an access log a configuration would refuse by its rate limits.",
-        epilog=f"A condition compares {', '.join(CONDITION_FIELDS)} of each client. Exit codes: 0; 1 if the condition"
+        description="Show which requests of an access log a configuration would refuse by its rate limits.",
+        epilog=f"A condition compares {', '.join(CONDITION_FIELDS)} of each client, such as"
+        f" 'tier == \"PREMIUM\" and newly_limited > 0'. Exit codes: 0; 1 if the condition"
         f" is true of a client; {STARTUP_FAILED} if a configuration, log or condition cannot be used.",
     )
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="access log, plain or gzip'd, in any order")
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the candidate configuration")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML or TOML file of the candidate configuration"
+    )
     parser.add_argument(
         "--current",
         metavar="FILE",
-        help="YAML file of the current configuration (default: $GATEWAY_CONFIG; without, the log is compared)",
+        help="YAML or TOML file of the current configuration (default: $GATEWAY_CONFIG; without one, the decisions in"
+        " the log are compared)",
     )
     parser.add_argument(
         "--from",
         dest="begin",
         type=Path,
         metavar="SNAPSHOT",
-        help="what GET /limits/snapshot or --save has written: begin with this state, not with full buckets",
+        help="begin with this state instead of full buckets: a file that --save has written, or a response of GET"
+        " /limits/snapshot",
     )
     parser.add_argument(
         "--save",
@@ -55,10 +60,22 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
-    parser.add_argument("--fail-if", metavar="CONDITION", help="such as 'tier == \"PREMIUM\" and newly_limited > 0'")
+    parser.add_argument("--fail-if", metavar="CONDITION", help="end with exit code 1 if this is true of a client")
     parser.add_argument(
-        "--clients", type=_count, default=SHOWN_CLIENTS, help=f"clients in the text (default: {SHOWN_CLIENTS})"
+        "--clients",
+        type=_count,
+        default=SHOWN_CLIENTS,
+        help=f"maximum number of clients in the text (default: {SHOWN_CLIENTS})",
     )
-    parser.add_argument("--jobs", type=_count, help="processes (default: one for each processor, for large logs)")
-    parser.add_argument("--temporary", type=Path, metavar="FOLDER", help="for sorting; about a quarter of the logs")
+    parser.add_argument(
+        "--jobs",
+        type=_count,
+        help="number of processes (default: one for each processor if the logs are large, else one)",
+    )
+    parser.add_argument(
+        "--temporary",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for temporary files, which need a quarter of the size of the uncompressed logs",
+    )
     return parser

@@ -10,6 +10,15 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
+        self._commands: Any = None  # the subparsers, of a private class of argparse
+
+    def add_command(self, name: str, summary: str, *, description: str | None = None) -> "CommandParser":
+        """Add a command and return its parser, whose help describes it: by the summary, unless more is to be said."""
+        if self._commands is None:
+            self._commands = self.add_subparsers(metavar="command", required=True)
+        words = description or f"{summary[0].upper()}{summary[1:]}."
+        command: CommandParser = self._commands.add_parser(name, help=summary, description=words)
+        return command
 
     def parse_args(  # type: ignore[override]  # without the overloads of argparse
         self, args: Sequence[str] | None = None, namespace: Any = None

@@ -4,8 +4,11 @@ import argparse
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
-from api_gateway.cli import COMMANDS
+import pytest
+
+from api_gateway.cli import COMMANDS, main
 from api_gateway.process import operator_client, top_command, view_commands
 from tests.kit import RawUpstream, ask, reply
 from tests.processes import config_file, process
@@ -48,12 +51,35 @@ def test_the_exit_codes_of_the_page_are_those_of_the_code() -> None:
     assert codes == {0, 2, operator_client.INTERRUPTED} | own
 
 
+def with_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return a parser and those of its commands."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(inner for action in actions for one in action.choices.values() for inner in with_commands(one))]
+
+
+def test_the_help_of_each_command_and_option_describes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[argparse.ArgumentParser] = []
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def noting(self: argparse.ArgumentParser, *arguments: Any) -> Any:
+        found.extend(with_commands(self))
+        return parse(self, *arguments)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", noting)
+    for command in ([], *([name] for name in COMMANDS if not COMMANDS[name].gets_name), ["tail"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*command, "--help"])
+    programs = {parser.prog for parser in found}
+    assert {"api-gateway", "api-gateway keys rotate", "api-gateway config diff"} < programs
+    assert {prog.split()[1] for prog in programs if " " in prog} == set(COMMANDS)
+    for parser in found:
+        assert re.fullmatch(r"[A-Z].+[.]|.+schema[.]json", parser.description or "", flags=re.DOTALL), parser.prog
+        actions = [action for action in parser._actions if not isinstance(action, argparse._SubParsersAction)]
+        assert not [action.dest for action in actions if not re.match(r"\w", action.help or "")], parser.prog
+
+
 def test_each_command_and_option_of_the_page_exists() -> None:
-    parsers = [view_commands._parser(), top_command._parser()]
-    for parser in list(parsers):
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
+    parsers = [one for parser in (view_commands._parser(), top_command._parser()) for one in with_commands(parser)]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
     shown = set(re.findall(r"^\| `(\w+)", PAGE, flags=re.MULTILINE))

@@ -111,8 +111,8 @@ def test_no_log_metric_error_or_explanation_contains_a_key(tmp_path: Path) -> No
         assert base64.b64encode(sent.encode())[8:24].decode() not in told
 
 
-def test_a_client_with_an_open_id_can_be_claimed(running: Running, folder: Path) -> None:
-    code, key, told = keys(folder, running, "create", "open", "--open-id")
+def test_a_client_whose_bare_id_is_allowed_can_be_claimed(running: Running, folder: Path) -> None:
+    code, key, told = keys(folder, running, "create", "open", "--allow-bare-id")
     assert (code, "can still be claimed by anyone" in told) == (0, True)
     assert status(running, key) == 200
     assert ask(f"{running.url}/api/up", headers={"X-Client-ID": "open"}).status == 200

@@ -251,7 +251,7 @@ def test_a_revoked_key_is_refused_at_once_and_the_id_stays_closed(keyed: Running
     assert ask(f"{keyed.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
 
 
-def test_a_client_may_have_keys_and_an_open_id(keyed: RunningGateway) -> None:
+def test_a_client_may_have_keys_and_a_bare_id(keyed: RunningGateway) -> None:
     made = call(keyed, "POST", "/clients/acme/keys", {"verified_only": False})
     assert made["verified_only"] is False
     assert ask(f"{keyed.url}/api/x", headers={"X-Client-ID": "acme"}).status == 200
