@@ -126,7 +126,7 @@ class RequestRefused(GatewayError):
 
 
 class BadRequest(RequestRefused):
-    """The request is malformed."""
+    """The request is malformed, or so ambiguous that servers may interpret it differently."""
 
 
 class ClientIdInvalid(RequestRefused):

@@ -1,6 +1,6 @@
 """The values that all layers share: quotas, decisions and exchanges, and the bases of bodies of operator endpoints.
 
-Long because all layers know this module, and none needs another for a value of these.
+Long because these values have nothing in common but their use by all layers.
 """
 
 import math
@@ -182,7 +182,7 @@ def sharing_processes(decision: Decision) -> int | None:
 
 
 def share_increment(increment_ns: int, burst_ns: int, processes: int) -> int:
-    """Return what is charged to a whole bucket for a charge of one of the shares of so many processes.
+    """Return the charge to a whole bucket that corresponds to a charge to one of `processes` shares.
 
     A cost that exceeds the capacity of a share is charged as that capacity; one that exceeds the bucket's is never
     allowed, and is not changed.
@@ -303,7 +303,8 @@ class Trace:
     `version` are those of the request. `attempt` is the present one, `earlier` have failed; `next_attempt` comes
     between. The exchange's own span gets its id when it is encoded.
 
-    No dataclass: what few traces have costs those nothing that are not sampled.
+    Not a dataclass: attributes that few traces need are defaults on the class, so an unsampled trace does not set
+    them.
     """
 
     fields = b""

@@ -74,8 +74,8 @@ class RateLimiter(Protocol):
         """Charge or refund (increments below 0) the buckets that `decision` charged, for a cost settlement.
 
         Never refuses: a bucket may go into debt by up to a second capacity. Tokens that have been refilled since the
-        decision are not refunded, so that no sequence of requests exceeds the quota. Returns the updated decision: of
-        the tightest bucket by the charges that have been `settled_to`, without these of the same bucket as before.
+        decision are not refunded, so that no sequence of requests exceeds the quota. Returns the updated decision:
+        that of the tightest bucket by the charges `settled_to`; without them, that of the same bucket as before.
         """
         ...
 
@@ -522,12 +522,11 @@ class Refunds:
     """Recent refunds of buckets in debt, by which later charges end earlier.
 
     A debt is refilled in the order of its charges: a charge ends at the TAT that it left, and what of it lies in the
-    future has not been refilled. If an earlier charge is refunded afterwards, it ends earlier by that. Without these,
-    two overlapping requests could both be refunded tokens that have been refilled only once; refunds of charges that
-    were made later do not matter. A bucket has at most `MOST` entries; the oldest are merged into one that applies to
-    all charges of both, which makes refunds smaller, as does a refund at the instant of a charge: it counts as later.
-    Entries are kept for two generations, as buckets are: earlier charges have been refilled, and are not refunded
-    anyway.
+    future has not been refilled. If an earlier charge is refunded afterwards, it ends earlier by that. Without this
+    record, two overlapping requests could both be refunded the same refilled tokens. Refunds of later charges do not
+    matter. A bucket has at most `MOST` entries; the oldest are merged into one that applies to all charges of both,
+    which makes refunds smaller, as does a refund at the instant of a charge: it counts as later. Entries are kept for
+    two generations, as buckets are: earlier charges have been refilled, and are not refunded anyway.
     """
 
     MOST: ClassVar = 32

@@ -1,8 +1,8 @@
 """The audit log: a line for each change that an operator makes, in one file that all workers of a gateway append to.
 
-A line is written after the change, in one write under a lock, and before the response is sent. When the file has
-`AUDIT_FILE_BYTES`, it becomes the former file, which replaces the one before: the size is limited, and as many last
-bytes are always kept. A line that a killed process left unfinished is skipped.
+A line is written after the change, in one write under a lock, and before the response is sent. When the file has more
+than `AUDIT_FILE_BYTES`, it replaces the former file. So at least the last `AUDIT_FILE_BYTES` are kept, and the two
+files together have about twice as many at most. A line that a killed process left unfinished is skipped.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The bodies of the endpoints at `/clients`, but for those on keys."""
+"""The bodies of the endpoints at `/clients`, except those of `/clients/{id}/keys`."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -101,7 +101,7 @@ class SlotView(Body):
 
 
 class GrantView(Body):
-    """A grant in force."""
+    """A grant in force: its tier, its end, and the tier afterwards."""
 
     tier: str
     until: str = Field(description="UTC, ISO 8601; each gateway ends the grant by its own clock.")

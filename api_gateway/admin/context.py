@@ -80,7 +80,7 @@ class AdminContext:
 
     @property
     def explainer(self) -> "Explainer":
-        """What explains requests under the configuration in force."""
+        """The explainer of the configuration in force."""
         return self.make_explainer()
 
     async def _health_view(self) -> "HealthView":
@@ -145,7 +145,10 @@ Audit = Callable[[AuditAction, str | None, Any, Any], Awaitable[None]]
 
 
 def _audit(request: Request) -> Audit:
-    """Return what records a change of this request: action, subject, what was in force before, and what is now."""
+    """Return a function that records a change by this request.
+
+    Its arguments: action, subject, the values before and after.
+    """
     operator, context = _operator(request), _context(request)
 
     def record(action: AuditAction, subject: str | None, before: Any, after: Any) -> Awaitable[None]:

@@ -28,7 +28,7 @@ router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=
 
 
 class ProblemView(Body):
-    """A present problem."""
+    """One problem: severity, sentence, and link to the page that shows its cause."""
 
     severity: Literal["warn", "fail"]
     text: str = Field(description="One sentence.")
@@ -69,8 +69,8 @@ async def events(request: Request, context: Guarded) -> StreamingResponse:
     """Stream what the dashboard shows: the whole state, then every two seconds what has changed.
 
     Events: `hello` (operator, role, version), `overview`, `problems`, `points` (of the last hour), `upstreams`, `gone`
-    (names) and `frame`, which ends the events of one moment. The stream ends when the gateway stops, when a reload
-    changes the access rules, and after an hour; then a page connects again.
+    (names of removed upstreams) and `frame`, the last event of each update. The stream ends when the gateway stops,
+    when a reload changes the access rules, and after an hour; then a page connects again.
     """
     if context.feed.watchers >= MAX_WATCHERS:
         raise RateLimited(f"{MAX_WATCHERS} pages watch this process already, which is the limit.", retry_after=10)

@@ -21,7 +21,7 @@ class DescribedCertificate(RequestBody):
 
 
 class ExplainRequest(RequestBody):
-    """The described request."""
+    """The body of POST /explain: the request to explain, by default a GET from this machine."""
 
     client_id: str | None = Field(description="Value of the header that names clients; null if it is absent.")
     key_id: str | None = Field(
@@ -68,7 +68,7 @@ class AddressExplained(Body):
 
 
 class ClientExplained(Body):
-    """The identified client."""
+    """The client that the request has, how it was identified, and its tier."""
 
     id: str
     tier_source: ClientSource
@@ -99,7 +99,7 @@ class RouteExplained(Body):
 
 
 class PassedOver(Body):
-    """A route for the host and path of the request that comes before its route, by precedence, and is not it."""
+    """A route for the host and path of the request that precedes its route and does not match."""
 
     name: str
     detail: str = Field(description="The conditions that do not hold, or the methods that it takes.")
@@ -140,7 +140,7 @@ class LimitExplained(Body):
 
 
 class UpstreamExplained(Body):
-    """The upstream of the route."""
+    """The upstream: breaker, targets and concurrency in the worker that responds."""
 
     name: str
     circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"] = Field(
@@ -175,7 +175,7 @@ class LagExplained(Body):
 
 
 class FallbackExplained(Body):
-    """The fallback of the route."""
+    """The fallback, and whether it would respond now."""
 
     name: str = Field(description="`static`, or the name of the other upstream.")
     status: int | None = Field(description="Status of the static response; null if the fallback is an upstream.")

@@ -1,4 +1,4 @@
-"""Parts of an explanation that need nothing but what they describe."""
+"""Parts of an explanation, each computed from the object that it describes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class ChargeOutlook:
 
     @property
     def more(self) -> float:
-        """How many such charges the bucket allows after this one."""
+        """The number of such charges that the bucket allows after this one."""
         left_ns = self.charge.quota.burst_ns - self.decision.reset_ns
         if isinstance(self.charge.quota, PeriodQuota):
             left_ns = self.decision.remaining * self.charge.quota.emission_ns - self.charge.increment_ns

@@ -1,6 +1,6 @@
 """Explanation of what the gateway would do with a request: nothing is charged, sent or changed.
 
-`Admission.inspect` decides as it does for real requests; what this module adds are the figures.
+`Admission.inspect` decides as it does for real requests; this module adds the figures.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,7 +92,7 @@ class Explainer:
     ) -> None:
         """`header` is the name of the header that identifies clients. Both clocks must read the same time.
 
-        `is_known` returns whether it is known what the client store has of an id.
+        `is_known` returns whether the record of an id in the client store is known, or known to be absent.
         `claim_of_key` returns the claim of the API key with an id, None if there is none. `response_calls` is what is
         shown for the hooks of responses.
         """
@@ -285,7 +285,7 @@ class Explainer:
         )
 
     def _passed_over(self, plan: RequestPlan) -> list[PassedOver]:
-        """Return the routes that come before the one of the request, and why they are not it."""
+        """Return the routes that precede the matched route, and why each does not match."""
         facts, exchange = plan.facts, plan.exchange
         found = self._router.routes.passed_over(
             facts.host, exchange.method, exchange.path, plan.raw_target, facts.selecting

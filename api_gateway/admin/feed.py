@@ -1,4 +1,4 @@
-"""The feed of the dashboard: the state of all workers, gathered once for all pages and only while one watches.
+"""The feed of the dashboard: the state of all workers, gathered once for all pages, and only while a page is open.
 
 A frame is rendered when a page waits for one, at most every `FRAME_SECONDS`. A page gets the whole state first, and
 then what has changed: of hundreds of upstreams, those whose row differs.

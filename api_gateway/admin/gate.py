@@ -124,7 +124,10 @@ class OperatorGate:
         return self._has_admin_listener and ADMIN not in scope
 
     def _is_for_clients(self, scope: Scope) -> bool:
-        """Return whether pages of other origins may ask: for a client's own usage, or for what no operator has."""
+        """Return whether pages of other origins may send this request.
+
+        They may ask for a client's own usage, and for paths that are not operator endpoints.
+        """
         segments = target_of(scope).segments
         if segments == _OWN_USAGE:
             return True

@@ -108,7 +108,7 @@ def _ended(record: Record) -> float:
 
 
 def _filter(question: Mapping[str, Any]) -> Callable[[Record], bool]:
-    """Return whether a record is one of those that a question is about."""
+    """Return the predicate of a query: whether a record matches its filters."""
     status, wanted = question["status"], {name: question[name] for name in ("client_id", "reason", "route", "outcome")}
     exact = {name: value for name, value in wanted.items() if value is not None}
 
@@ -215,7 +215,7 @@ def _refusing_buckets(decision: Decided) -> dict[str, Members]:
 def _bucket(decision: Decided, state: LimitState) -> Members:
     """Return a bucket at a decision, as `spent_tokens` compares it: its tokens before, rate and size in tokens.
 
-    `_share` is the process whose share of the limit it is, None for the whole limit.
+    `_share` is the process to which the share belongs, None if the bucket is that of the whole limit.
     """
     return {
         "_before": state.before,

@@ -110,7 +110,7 @@ class KeyRotated(KeyCreated):
 
 
 class KeyRevoked(Body):
-    """A revoked key."""
+    """The response to a revocation: the key's id, and the number of valid keys left."""
 
     client_id: str
     id: str

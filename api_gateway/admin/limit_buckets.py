@@ -75,7 +75,7 @@ class KeyedBucket(Body):
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One key of a limit: the values of its parts, the key of its bucket, its allowance, and whose tier that is."""
+    """One key of a limit: the values of its parts, the key of its bucket, its allowance, and the tier that has it."""
 
     limit: str
     values: list[str]
@@ -143,7 +143,7 @@ async def bucket(
 
 @router.post("/limits/{name}/buckets/reset", summary="Fill the bucket of a key, or give its quota anew")
 async def reset_bucket(name: str, request: KeyOfBucket, context: Guarded, audit: Audited) -> KeyedBucket:
-    """Fill the bucket of a key; of a calendar quota, let nothing be used of the present period."""
+    """Fill the bucket of a key, or set the used tokens of a quota's current period to 0."""
     place = await _place(context, name, request.key, request.tier, "body")
     if isinstance(place.quota, ConcurrencyQuota):
         raise InvalidValue(

@@ -28,7 +28,7 @@ _BATCH = 10_000  # keys counted before the event loop runs other tasks
 
 
 class AllowanceView(Body):
-    """What a limit allows."""
+    """The allowance of a limit: rate and capacity, quota and period, or requests in flight; for one tier or all."""
 
     tier: str | None = Field(description="The tier whose clients have it; null: all others that the limit applies to.")
     rate: float | None = Field(description="Tokens added per second; null for a calendar quota.")
@@ -90,7 +90,7 @@ class LimitsSnapshot(Body):
 
 
 class TierOverview(Body):
-    """A tier."""
+    """A tier with its quota, and the names of further limits that apply to it."""
 
     name: str
     rate: float = Field(description="Tokens added per second.")

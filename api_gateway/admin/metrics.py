@@ -17,7 +17,7 @@ router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=
 
 
 class MetricsFormat(StrEnum):
-    """The representations of `/metrics`."""
+    """The formats of `/metrics`: JSON, or the text of Prometheus and OpenMetrics."""
 
     JSON = "json"
     PROMETHEUS = "prometheus"

@@ -1,4 +1,4 @@
-"""CORS of what the operator gate serves to clients: their own usage, and the 404 of a path that nothing has."""
+"""CORS for the operator gate's responses to clients: their own usage, and 404 for paths without route or endpoint."""
 
 from api_gateway.errors import Forbidden
 from api_gateway.http1.asgi import Message, Send

@@ -1,4 +1,4 @@
-"""Changes of one calendar quota by operators: top-ups, carry-over, a new beginning; and the quota as they see it."""
+"""Changes of one calendar quota by operators: top-up, carry-over, reset; and its view."""
 
 from typing import Literal
 
@@ -53,7 +53,7 @@ class QuotaView(Body):
 
 
 class HeldQuota:
-    """The counter of one key of a calendar quota, by the key of its bucket."""
+    """The counter of one key of a calendar quota, and its changes by operators."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """The requests that had spent the tokens of a limit, and how many tokens requests spent that the history has not kept.
 
-Pure: the rows are the answers of the workers to the question `spent`, see `history_queries`. A bucket is followed from
-one decision to the next: fewer tokens than what the former one left and the refill since then means that a request
-between them is missing.
+Pure: the rows are the answers of the workers to the question `spent`, see `history_queries`. The tokens before a
+decision are compared with those after the previous one, plus the refill. If there are fewer, the record of a request
+between the two is missing.
 """
 
 from collections.abc import Sequence

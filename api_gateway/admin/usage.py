@@ -33,7 +33,7 @@ router = APIRouter(tags=["operator"])
 
 
 class UsageFormat(StrEnum):
-    """The representations of usage."""
+    """The formats of usage: one JSON value, a line of JSON for each row, or a table."""
 
     JSON = "json"
     JSONL = "jsonl"
@@ -192,6 +192,6 @@ def _csv(rows: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
 def _cell(text: str) -> str:
     """Return a text that no spreadsheet takes for a formula: with ' in front if it begins like one, or with '.
 
-    So a reader has the text again if it removes one ' at the beginning.
+    A reader that removes one ' from the beginning gets the original text.
     """
     return f"'{text}" if text.startswith(_FORMULAS) else text

@@ -22,7 +22,7 @@ _BATCH = 500  # connections looked at before the event loop runs other tasks
 
 
 class CredentialWatch:
-    """Looks at the open connections once a second, from when there may have been credentials.
+    """Examines the open connections once a second, from when a credential may first have admitted a request.
 
     An exchange counts as a stream or tunnel once the head of its response has been sent. A request that has no
     response yet gets it: it was admitted while its credential was valid. If the response lasts, it is looked at then.
@@ -97,7 +97,7 @@ class CredentialWatch:
                 await asyncio.sleep(0)
 
     async def _error_of(self, exchange: Exchange) -> CredentialsInvalid | None:
-        """Return why a stream or tunnel is to be ended; None if it is not, or is no such exchange."""
+        """Return the error with which to end a stream or tunnel; None if it stays open, or is neither."""
         proof = exchange.credential
         if not exchange.status or exchange.finished or not isinstance(proof, Proof):
             return None

@@ -1,4 +1,4 @@
-"""Builds the data plane of a gateway: the fast path, its ASGI application, and what makes the explainer of both."""
+"""Builds the data plane of a gateway: the fast path, the ASGI application, and the factory of the explainer."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -310,7 +310,8 @@ def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozen
 def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
     """Return the observers of ended exchanges.
 
-    Every data plane returns slots, as a request ends under the configuration that it began with.
+    Only those of a configuration with concurrency limits release slots: a request ends under the configuration with
+    which it began.
     """
     slots = [gateway.slots.release] if gateway.quotas.concurrency else []
     return [*slots, gateway.recorder.observe, *gateway.tracing.observers, *_records(gateway)]
@@ -363,7 +364,7 @@ def _access_logs(gateway: Gateway) -> list[Callable[[Exchange, float], None]]:
 
 
 def _next_number(gateway: Gateway) -> Callable[[], int] | None:
-    """Return what numbers decisions, which only the access log needs."""
+    """Return the function that numbers decisions; None without an access log."""
     return gateway.numbers.next if gateway.config.log.access else None
 
 

@@ -1,4 +1,4 @@
-"""Loads the extensions of a configuration, tries them before, and puts their hooks into stages."""
+"""Tries the extensions of a configuration in another process, loads them, and builds the stages of their hooks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Builds the terms of forwarding fields from their section."""
+"""Builds `Forwarding` from its section: the field that is read, and the forms that are sent."""
 
 from api_gateway.http1.forwarded import Forwarding
 from api_gateway.settings.addresses import ForwardedSection

@@ -69,9 +69,10 @@ def claim_notice(config: GatewayConfig) -> str | None:
 
 
 def adopted_claim(claim: Claim, config: GatewayConfig, tokens: JwtSource | None) -> Claim | None:
-    """Return a claim that was made under an earlier configuration as one under this; None if it would not be accepted.
+    """Return the claim under this configuration for one made under an earlier one; None if it is no longer accepted.
 
-    `tokens` is the source of JSON Web Tokens now. What a key or token needs beside its source is verified as ever.
+    `tokens` is the source of JSON Web Tokens now. Everything else about a key or token is verified as for a new
+    request.
     """
     source = claim.source
     if source.name not in config.identity.sources:

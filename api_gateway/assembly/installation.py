@@ -38,7 +38,7 @@ class Application(Protocol):
 
 
 class ServerTls(Protocol):
-    """The certificates of the server. `on_change` of the installation puts what was prepared last into force."""
+    """The certificates of the server. `prepare` loads them; `on_change` of the installation puts them into force."""
 
     def prepare(self, config: GatewayConfig) -> None:
         """Load what a configuration needs, and change nothing. Blocks. Raises StartupError."""

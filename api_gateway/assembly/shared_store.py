@@ -44,7 +44,7 @@ def shared_clients(config: GatewayConfig) -> RedisClientStore:
 
 
 async def agreed_value(config: GatewayConfig, key: str, own: str) -> str | None:
-    """Return the value of a key that all gateways have in common: `own` if there was none.
+    """Return the value of a key that all gateways share; if it has none, set it to `own`.
 
     None while the store is unavailable.
     """

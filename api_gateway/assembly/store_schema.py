@@ -26,7 +26,10 @@ def schema_key(prefix: str) -> str:
 
 
 async def check_store_schema(config: GatewayConfig) -> bool:
-    """Return whether the version could be read. Raises StartupError if it is that of a newer gateway, or none."""
+    """Return whether the version could be read.
+
+    Raises StartupError if it is that of a newer gateway, or not a version.
+    """
     key = schema_key(config.store.prefix)
     found = await agreed_value(config, key, str(STORE_SCHEMA))
     if found is None:

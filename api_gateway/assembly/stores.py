@@ -96,7 +96,7 @@ async def hold_state_folder(
 ) -> None:
     """Hold the state folder until `stack` is closed. Raises StartupError.
 
-    Another worker has `replaced_within` seconds to end: a server may start the worker that replaces it before.
+    Another worker has `replaced_within` seconds to end, because a server may start its replacement first.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -288,7 +288,10 @@ def _change_keys(keys: KeyDirectory, config: GatewayConfig) -> None:
 
 
 def _proof_file(config: GatewayConfig) -> ProofFile | None:
-    """Return the file with the ids that must be proved; none if clients are in a file, without which none starts."""
+    """Return the file with the ids that must be proved.
+
+    None if the clients themselves are in a file, without which the gateway does not start.
+    """
     store = config.store
     if not store.keeps_clients:
         return None

@@ -72,7 +72,7 @@ class Tracing:
         return 0 if self._exporter is None else len(self._exporter)
 
     def follow(self, plan: TracingPlan | None, config: GatewayConfig) -> None:
-        """Trace by a plan from now on; None: not at all. What waits is still exported."""
+        """Apply a plan (None: no tracing). Exchanges in the queue are still exported."""
         if plan is None:
             self.tracer = None
             return

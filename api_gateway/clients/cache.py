@@ -63,13 +63,13 @@ class ClientCache:
 
     @property
     def is_blind(self) -> bool:
-        """True if nothing is known of ids whose record is not held."""
+        """True if it is unknown which ids other than the held ones have a record."""
         return self._ids is None and not self.is_complete
 
     def may_need_proof(self, client_id: str, *, with_tier: bool) -> bool:
-        """Return whether the store may have a record that is not held, by which the id must be proved.
+        """Return whether the store may have a record, not held here, that requires a credential for the id.
 
-        `with_tier`: the tier of a record may require it, so that any record counts.
+        `with_tier`: some tier requires a credential, so any record may.
         """
         if self.is_complete or client_id in self._records or client_id in self._absent:
             return False
@@ -88,7 +88,7 @@ class ClientCache:
             self._ids.update(snapshot.ids)
 
     def assume(self, client_ids: Iterable[str] | None) -> None:
-        """Become partial: the store may have records of these ids, which must be proved; of any, if None."""
+        """Become partial. The store may have records that require a credential: of these ids, or (None) of any."""
         self.is_complete = False
         self._ids = None if client_ids is None else BloomFilter(self.limit)
         for client_id in client_ids or ():

@@ -1,4 +1,4 @@
-"""The end of grants and keys at their time: a timer, and the removal of ended grants from the store."""
+"""Ends grants and keys when they expire: a timer, and the removal of expired grants from the store."""
 
 import asyncio
 import random
@@ -23,7 +23,7 @@ class EndingRecords(Protocol):
         ...
 
     def on_expired(self) -> None:
-        """A grant or key may have ended that a request was decided by."""
+        """A grant or key on which earlier decisions relied may have expired."""
         ...
 
     def on_grant_ended(self, record: ClientRecord) -> None:

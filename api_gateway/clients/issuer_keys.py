@@ -117,7 +117,7 @@ class IssuerKeys:
         return self._clock() - self._asked_at >= self._interval
 
     async def look_for_new(self) -> None:
-        """Wait for keys on behalf of a request, if there can be new ones: the fetch it saw may have ended since."""
+        """Wait for the fetch in progress or start one, unless the last one is too recent to yield new keys."""
         if self.may_find():
             await self.fetched()
 

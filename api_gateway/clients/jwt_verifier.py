@@ -82,7 +82,7 @@ class KeyNeeded:
 
 
 class JwtVerifier:
-    """Verifies tokens under one configuration. Its only state are the tokens that it remembers."""
+    """Verifies tokens under one configuration. Its only state is the remembered tokens."""
 
     def __init__(self, issuers: Mapping[str, Issuer], *, max_remembered: int, kept: Sequence[ClaimPath] = ()) -> None:
         """`issuers` are by name. At most `max_remembered` valid tokens are remembered, each with its `kept` claims."""
@@ -100,7 +100,7 @@ class JwtVerifier:
         return self._issuers[token.terms.name]
 
     def has(self, terms: IssuerTerms) -> bool:
-        """Return whether the tokens of an issuer must have the same as under these terms."""
+        """Return whether this verifier has the same terms for the issuer."""
         known = self._issuers.get(terms.name)
         return known is not None and known.terms == terms
 

@@ -123,7 +123,7 @@ class KeptProofs:
     # At a start without the store
 
     async def recall(self, cache: ClientCache, rules: IdentityRules) -> None:
-        """Read the file, and let a cache without records know of the ids in it."""
+        """Read the file, and give the ids in it to an empty cache."""
         self.is_recalled = True
         if self._file is not None:
             try:
@@ -134,7 +134,7 @@ class KeptProofs:
         self.assume(cache, rules)
 
     def assume(self, cache: ClientCache, rules: IdentityRules) -> None:
-        """Let a cache take the ids that were recalled for all that must be proved; any id, if that is not known."""
+        """Have a cache require a credential for the recalled ids; for any id, if they are not known."""
         ids, missing = self._recalled.ids, rules.tiers - self._recalled.tiers
         if ids is not None and not missing:
             cache.assume(ids)
@@ -156,18 +156,18 @@ class KeptProofs:
     # With the store
 
     def follow(self, cache: ClientCache, snapshot: ClientSnapshot, rules: IdentityRules) -> None:
-        """Know what a store has, whose records a cache holds as far as they fit."""
+        """Replace the ids by those of a store, whose records the cache holds as far as they fit."""
         self.is_recalled = False
         if self._file is not None:
             self._replace(cache, snapshot.proofs, rules.tiers)
 
     def change_tiers(self, cache: ClientCache, rules: IdentityRules) -> None:
-        """Know which ids must be proved if other tiers require it."""
+        """Recompute the ids if the tiers that require a credential have changed."""
         if self._tiers is not None and rules.tiers != self._tiers:
             self._replace(cache, None, rules.tiers)
 
     def note(self, record: ClientRecord) -> None:
-        """Know the record of a client, newer than any before."""
+        """Update the ids by the record of a client, newer than any before."""
         if self._ids is None or self._tiers is None:
             return
         if record.requires_proof(self._tiers) == (record.id in self._ids):
@@ -178,14 +178,14 @@ class KeptProofs:
         self._write_soon()
 
     def _replace(self, cache: ClientCache, others: frozenset[str] | None, tiers: frozenset[str]) -> None:
-        """Know the records of a cache, and that `others` must be proved; they are unknown if it is None."""
+        """Replace the ids by those of the cached records and `others`; None: the others are unknown."""
         is_known = cache.is_complete or (others is not None and not tiers)
         self._tiers = tiers
         self._ids, self._unread = (set(others or ()), cache) if is_known else (None, None)
         self._write_soon()
 
     async def _read_records(self, cache: ClientCache) -> None:
-        """Know the records of a cache, each as it is when its turn comes; `note` knows the changes of others."""
+        """Read the cached records in steps; `note` covers those that change in the meantime."""
         ids, tiers = self._ids, self._tiers
         for count, client_id in enumerate(tuple(cache.clients)):  # copied five times as fast as `records`
             if ids is None or tiers is None or self._ids is not ids:

@@ -1,1 +1,1 @@
-"""The command `doctor`: tries everything that a start and a request need, and names what to do about each fault."""
+"""The command `doctor`: checks everything that a start and a request need, and names a remedy for each fault."""

@@ -1,4 +1,4 @@
-"""What a check finds, and how checks run: side by side, each bounded in time."""
+"""The results of checks, and their execution: concurrently, each with a timeout."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -37,12 +37,12 @@ def good(about: str, detail: str) -> CheckResult:
 
 
 def doubtful(about: str, detail: str, remedy: str) -> CheckResult:
-    """Return a warning."""
+    """Return the result for what works now and may fail later, with its remedy."""
     return CheckResult(about, Level.WARNING, detail, remedy)
 
 
 def broken(about: str, detail: str, remedy: str) -> CheckResult:
-    """Return a failure."""
+    """Return the result for what makes a start or a request fail, with its remedy."""
     return CheckResult(about, Level.FAILED, detail, remedy)
 
 

@@ -12,7 +12,7 @@ _ABOUT = "store.url"
 
 
 def store_checks(config: GatewayConfig) -> Iterator[Check]:
-    """Yield the check of the store."""
+    """Yield one check; without a shared store, its result says so."""
     yield Check(_ABOUT, lambda: _store(config))
 
 

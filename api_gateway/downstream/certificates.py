@@ -100,9 +100,9 @@ def server_context(section: ServerTlsSection) -> ssl.SSLContext:
 
 
 def date_error(certificates: Certificates, before: Certificates | None, now: float) -> CertificateError | None:
-    """Return the error if a certificate is not valid at `now`, in seconds since the epoch, and not in force either.
+    """Return the error of a certificate that is not valid at `now` (seconds since the epoch) and not already in force.
 
-    One that has expired in force does not hinder a change of others.
+    One that expired in force does not prevent the change of another.
     """
     known = () if before is None else before.loaded
     for number, one in enumerate(certificates.loaded):

@@ -83,7 +83,7 @@ class ConnectionOwner(Protocol):
 
     @property
     def timeouts(self) -> TimeoutsPart:
-        """The timeouts."""
+        """The timeouts of the connection's phases."""
         ...
 
     def move(self, event: ConnectionEvent) -> None:

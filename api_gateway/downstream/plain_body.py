@@ -12,7 +12,7 @@ from api_gateway.http1.asgi import BodyReceiver
 def begin_body(owner: ConnectionOwner, body: BodyReceiver, left: int) -> None:
     """Pass the next `left` bytes to `body`, or, if they are 0, what the parser reads of the body.
 
-    Without an effect but on the timeout if that is done already.
+    If this has been done before, only the timeout changes.
     """
     if owner.receiving is not body:
         owner.receiving, owner.body_left = body, left

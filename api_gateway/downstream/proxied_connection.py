@@ -113,7 +113,7 @@ class ProxiedConnection:
         self._refuse(RequestTimeout(f"The PROXY protocol header did not arrive within {limit:g} s."))
 
     def _refuse(self, error: GatewayError) -> None:
-        """Respond with problem details, which tell the operator of the peer what is wrong, and close."""
+        """Respond with problem details for the operator of the peer, and close."""
         self._stop()
         self._listener.refused[error.reason] += 1
         if self._transport is not None:

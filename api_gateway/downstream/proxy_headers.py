@@ -1,7 +1,8 @@
 """uvicorn's proxy headers: its middleware replaces a peer that it trusts, any local one by default, in the scope.
 
-`server.trusted_proxies` alone decides whom the gateway believes. An application that mounts the gateway may need what
-the middleware writes. So the middleware stays, what it replaces is recorded, and the gateway restores that for itself.
+`server.trusted_proxies` alone decides which proxies the gateway trusts. An application that mounts the gateway may
+need what the middleware writes. So the middleware stays, what it replaces is recorded, and the gateway restores that
+for itself.
 """
 
 import asyncio

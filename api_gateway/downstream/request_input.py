@@ -20,8 +20,8 @@ PROBES = (b"/healthz", b"/readyz")  # request targets that are served on surplus
 class RequestIntake:
     """Takes the requests that the general parser reads. Implements `RequestSink`.
 
-    The fast path is offered a request while no other one of the connection is served; the others are queued for the
-    ASGI path. One without a body is offered at its end, one with a body when its head is complete.
+    While no request of the connection is being served, the next one is offered to the fast path: at its end if it has
+    no body, else when its head is complete. Other requests are queued for the ASGI path.
     """
 
     __slots__ = ("_is_taken", "_offered", "_owner")

@@ -80,7 +80,7 @@ class Slot:
         return f"<Slot of {self.peer or 'an unknown address'} [{self.surplus or 'admitted'}]>"
 
     def release(self) -> None:
-        """Return the slot."""
+        """Release the slot. Must be called exactly once."""
         self._shares.release(self._holder)
         peers, peer = self._slots.peers, self.peer
         left = peers[peer] - 1

@@ -1,8 +1,9 @@
 """TLS of one downstream connection: a protocol of the TCP transport, and the transport of the connection behind it.
 
 It takes the place of `ssl=` of the event loop, which hides connections until their handshake has ended: those would
-count for no limit, failures would have no reason, and a PROXY protocol header could not come first. Unlike theirs, it
-can end its own side alone (RFC 8446 section 6.1), so lingering and half-closed clients work as without TLS.
+count for no limit, failures would have no reason, and a PROXY protocol header could not come first. Unlike the TLS of
+asyncio and uvloop, it can end its own side alone (RFC 8446 section 6.1), so lingering and half-closed clients work as
+without TLS.
 
 Encrypted bytes are buffered by the TCP transport alone, whose limits are those of the connection: writing never waits
 here, and reading is paused there. Long because it has two interfaces of asyncio.
@@ -61,7 +62,9 @@ class InnerConnection(Protocol):
 
 
 class TlsConnection:
-    """See the module. `phase` is its state. It is in the server's set of connections during the handshake.
+    """TLS of one downstream connection; the module's docstring describes it.
+
+    `phase` is its state. It is in the server's set of connections during the handshake.
 
     During the handshake it has a slot of its listener, as a connection of its address, and one of the handshakes in
     progress, which are shared fairly. asyncio requires no base class of a transport or a protocol.
@@ -282,7 +285,7 @@ class TlsConnection:
         return False
 
     def _answer(self) -> None:
-        """Send what reading has caused, such as replies to key updates; not without end to one who reads none."""
+        """Send the output of reading, such as replies to key updates; abort if the client leaves too much unread."""
         if self._is_write_paused:
             self._answered += self._outgoing.pending
             if self._answered > _MAX_ANSWERS:
@@ -354,7 +357,7 @@ class TlsConnection:
         self._transport.close()
 
     def _notify_close(self) -> None:
-        """Send close_notify. `unwrap` also asks for that of the client, which may not have come."""
+        """Send close_notify. `unwrap` raises an error if the client's close_notify has not arrived; it is ignored."""
         assert self._ssl is not None  # noqa: S101 - it is open
         with suppress(OSError):
             self._ssl.unwrap()
@@ -385,7 +388,7 @@ class TlsConnection:
             self._loop.call_soon(self._decrypt)
 
     def is_reading(self) -> bool:
-        """Return whether it reads."""
+        """See `asyncio.ReadTransport`."""
         return self._is_reading
 
     def get_write_buffer_size(self) -> int:

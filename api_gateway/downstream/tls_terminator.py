@@ -183,7 +183,7 @@ def failure_of(error: ssl.SSLError) -> str:
 
 
 def _stamp_of(files: Iterable[Path]) -> Stamp:
-    """Return what differs after a change of files: also of a link that names another file, as of Kubernetes."""
+    """Return a value that changes with the files, and with symbolic links in their paths (Kubernetes)."""
     return tuple(_file_stamp(file) for file in files)
 
 

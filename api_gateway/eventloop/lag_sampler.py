@@ -28,7 +28,7 @@ class LagSampler:
         return f"<LagSampler [{'off' if self._handle is None else 'on'}]>"
 
     def start(self) -> None:
-        """Start sampling."""
+        """Sample until `stop`."""
         self._began = time.monotonic()
         self._handle = self._loop.call_later(SAMPLE_INTERVAL, self._on_timer)
 

@@ -1,4 +1,4 @@
-"""What a peer had sent before its connection failed.
+"""Reads what a peer had sent before writing to it failed.
 
 A peer may send its last bytes and close without having read everything, such as an upstream that refuses a request
 before its body has arrived. The kernel then answers further bytes with a reset. If asyncio learns of that by a failed

@@ -1,4 +1,4 @@
-"""The port `Downstream` on ASGI: for other servers, for middleware, and for what the own connection leaves to ASGI.
+"""The port `Downstream` on ASGI: for other servers, for middleware, and for requests that the fast path does not take.
 
 The exchange writes heads of HTTP/1.1 and bodies without framing, which become messages. Only the task that called the
 application sends them; a child of it receives the request body, and has ended when the application returns. On the

@@ -229,7 +229,7 @@ class AttemptingExchange(RelayingExchange):
         )
 
     def _back_off(self, attempt: Attempt, delay: float, cause: str, failure: GatewayError | None) -> None:
-        """Wait before a retry. What the last attempt came to is kept: it may be final."""
+        """Wait before a retry. The result of the last attempt is kept, because it may be final."""
         self.move(RETRY)
         self.is_pending = True
         self.attempt, self._last_attempt = None, attempt

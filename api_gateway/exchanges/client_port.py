@@ -59,7 +59,7 @@ class Downstream(Protocol):
     def receive_body(self, body: BodyReceiver, left: int) -> None:
         """Pass the rest of the body of the exchange in flight to `body`, also after the exchange.
 
-        That are `left` bytes behind a plain head, or what the general parser reads if it has read the head (0).
+        After a plain head it has `left` bytes. 0: the general parser has read the head, and reads the body too.
         """
         ...
 

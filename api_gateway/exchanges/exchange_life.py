@@ -53,7 +53,7 @@ _HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): [^\r]")  # makes a request re
 
 
 class FirstFailure(NamedTuple):
-    """What the first upstream of a request has failed with."""
+    """The error of the first upstream of a request, before its fallback."""
 
     error: GatewayError
     upstream: str | None
@@ -169,7 +169,7 @@ class ExchangeLife(ProxyExchange):
         return None if self.plan.route is None else self.plan.route.url_rewriter
 
     def _may(self, event: ExchangeEvent) -> bool:
-        """Change the states by an event of a port, and return True; abort the exchange if they do not allow it."""
+        """Apply an event of a port, and return True; if the states do not allow it, abort, and return False."""
         try:
             self.move(event)
         except IllegalEvent as error:
@@ -199,7 +199,7 @@ class ExchangeLife(ProxyExchange):
         self._end(context.clock(), Outcome.IGNORED, keep_alive=keep_alive)
 
     def _end_persistence_if_withheld(self) -> None:
-        """Keep no connection whose client waits for 100 (Continue): it may send the body or not."""
+        """Do not reuse a connection whose client waits for 100 (Continue): it may send the body or not."""
         if self.upload is not None and self.upload.awaits_continue:
             self.keep_alive = False
 

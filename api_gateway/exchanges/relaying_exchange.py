@@ -163,7 +163,10 @@ class RelayingExchange(ExchangeLife):
             connection.set_timer("idle")
 
     def _go_on(self, now: float) -> None:
-        """Forward what follows of a response whose head was written later than it had arrived."""
+        """Forward the rest of a response whose head was sent later than it arrived.
+
+        It was delayed by a hook, or by a retry that turned out to be impossible.
+        """
         attempt = self.attempt
         self.response = FLOWING
         if self.error is not None:

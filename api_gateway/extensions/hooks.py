@@ -1,4 +1,4 @@
-"""The calls of hooks: their time, their errors, and what follows from them.
+"""Calls hooks within a budget of time, and handles their failures.
 
 A coroutine is cancelled when its budget is used up, and its request goes on, whether it ends or not. A function cannot
 be interrupted: its time is measured, and one that exceeds its budget is counted and logged, but its result is used, as
@@ -35,7 +35,7 @@ class HookPolicy(NamedTuple):
 
 
 class Hook:
-    """One hook of one extension."""
+    """One hook of one extension: calls it, enforces its budget, counts and logs its failures."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class Hook:
         return found
 
     def leave(self, task: asyncio.Task[Any]) -> None:
-        """Keep a task that is cancelled until it ends; look after a while whether it has."""
+        """Keep a reference to a cancelled task until it ends; check once whether it has ended in time."""
         self._left.add(task)
         task.add_done_callback(self._left.discard)
         asyncio.get_running_loop().call_later(_GRACE_PERIOD, self._look_after, task)
 
     def _look_after(self, task: asyncio.Task[Any]) -> None:
-        """Count a task that goes on although it is cancelled; say so once."""
+        """Count a task that continues although it was cancelled; log the first one."""
         if task.done():
             return
         self._on_call(self.extension, self.name, "still_running", 0)

@@ -1,4 +1,4 @@
-"""What users write extensions with: views of a request and a response, and the results of hooks."""
+"""The public interface of extensions: views of requests and responses, and the results of hooks."""
 
 import math
 from collections.abc import Awaitable, Mapping

@@ -1,8 +1,8 @@
 """The client's address behind proxies: which field reports it, and in which form it is sent on.
 
 `Forwarded` is RFC 7239; the `X-Forwarded-*` fields are the older convention, which most services read. A client can
-write any of them. So only what trusted proxies have added is believed: elements are read from the right, each from a
-proxy that is trusted, up to the first address that is not. Pure functions on lists of byte pairs.
+write any of them. So only elements of trusted proxies count: they are read from the right, up to the first address
+that is not a trusted proxy's. Pure functions on lists of byte pairs.
 """
 
 import re
@@ -163,7 +163,7 @@ def hop_address(node: bytes) -> str | None:
 
 @lru_cache(maxsize=16)
 def replaced_fields(forwarding: Forwarding, is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
-    """Return the forwarding fields of a request that are not forwarded as they came; of a stranger, all."""
+    """Return the names of the forwarding fields that are replaced: all of them, unless the peer is a trusted proxy."""
     if not is_trusted:
         return FORWARDING
     found = {X_FORWARDED_FOR}

@@ -1,4 +1,4 @@
-"""What servers, applications and transports of others pass, in the types that the request path expects.
+"""Converts values from other servers, applications and transports to the types that the request path expects.
 
 They may pass any iterables and any objects with a buffer; compiled code accepts lists, tuples and bytes only.
 """

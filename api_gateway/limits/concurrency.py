@@ -121,7 +121,7 @@ class LocalSlots:
         raise NotImplementedError
 
     def follow(self, names: Iterable[str]) -> None:
-        """Have a figure of each limit, also of one without requests."""
+        """Add a count of 0 for each limit, so that limits without requests are shown."""
         for name in names:
             self._in_flight.setdefault(name, 0)
 
@@ -137,7 +137,7 @@ class LocalSlots:
     def refusal_by_all(self, charges: SlottedCharges, limiter: RateLimiter, now_ns: int) -> Decision | None:
         """Return the refusal of a request that lacks a slot, None if all are free; of the limits of tokens, too.
 
-        So a client that waits is not refused afterwards by what could be known before.
+        So a client that waits this long is not refused afterwards by a limit that would have refused it now.
         """
         refused = self.refusal(charges.slots, now_ns)
         return None if refused is None else joint_refusal(refused, limiter.refusal(charges, now_ns))
@@ -167,7 +167,7 @@ class LocalSlots:
         self._return(held, None)
 
     def _return(self, slots: tuple[ConcurrencySlot, ...], seconds: float | None) -> None:
-        """Count one request less, which took so long; None if it was not admitted."""
+        """Release slots, and record how long the request took (None: it was not admitted)."""
         counters, in_flight = self.counters, self._in_flight
         for slot in slots:
             counter = counters[slot.key]
@@ -197,7 +197,7 @@ class LocalSlots:
     def hint(self, slot: ConcurrencySlot) -> float:
         """Return seconds after which a request may be admitted: an estimate.
 
-        It is the median duration of the last requests of the key, without any that of other keys of the limit.
+        It is the median duration of the last requests of the key or, if it has none, of other keys of the limit.
         """
         counter = self.counters.get(slot.key)
         durations = (None if counter is None else counter.durations) or self.ended.get(slot.quota.policy)

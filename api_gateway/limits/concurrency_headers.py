@@ -1,8 +1,8 @@
 """RateLimit header fields of a configuration with concurrency limits.
 
 The draft knows the unit `concurrent-requests`, so `RateLimit-Policy` lists concurrency limits. `RateLimit` shows the
-tightest bucket or quota, or the concurrency limit that refuses a request: how many more requests would be admitted is
-no number that holds until a time, so a concurrency limit has no `t`, and is not compared with tokens.
+tightest bucket or quota, or the concurrency limit that refuses a request. The number of requests that would still be
+admitted may change at any moment, so a concurrency limit has no `t` and is not compared with token limits.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
 """The slots of concurrency limits that all workers and machines with one store share.
 
-Each worker counts its own requests, and has a lease for each key in the store, with their number. A request is
-admitted by the script call that charges it: if fewer requests than the limit are in flight in all leases, the worker's
-lease gets one more. When the request ends, one less. So the sum is never above a limit while the store responds. A
-lease ends `LEASE` seconds after its worker has last written it, which renews it every `RENEWAL_INTERVAL`: until then
-the requests of a worker that was killed count.
+Each worker counts its own requests, and has a lease for each key in the store, with their number. The script call that
+charges a request also admits it: if the sum of all leases is below the limit, the worker's lease is incremented. It is
+decremented when the request ends. So the sum is never above a limit while the store responds. A worker renews its
+leases every `RENEWAL_INTERVAL` seconds; a lease ends `LEASE` seconds after its last renewal. Until then the requests
+of a killed worker count.
 
 On a cluster a key is on one server, and the charges of a request are on others, see `multi_node_claims`.
 
@@ -74,7 +74,10 @@ class LeasedSlots(LocalSlots):
     # Requests
 
     def refusal(self, slots: Sequence[ConcurrencySlot], now_ns: int) -> Decision | None:
-        """Refuse a request for which this worker alone has too many in flight, by its share without the store."""
+        """Return the refusal of a request if this worker's own requests fill a limit; None if they do not.
+
+        While the store is unavailable, also if they fill this worker's share.
+        """
         refused = super().refusal(slots, now_ns)
         if refused is None and not self._buckets.batcher.is_usable and self.is_share_used(slots):
             refused = self._refusal_by_share(slots, now_ns)
@@ -205,7 +208,7 @@ class LeasedSlots(LocalSlots):
 
     @property
     def policy(self) -> Literal["local_share", "deny", "allow"]:
-        """The policy for outages."""
+        """`store.on_failure` in force: `local_share`, `deny` or `allow`."""
         return self._buckets.policy
 
     def submit(self, op: ScriptOp) -> None:

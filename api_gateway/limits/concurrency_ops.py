@@ -128,7 +128,7 @@ class ClaimOp(ScriptOp):
         self._inner.is_sent = True
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
-        """Pass on the decision, or that a slot is missing; ask again after an answer that decides nothing."""
+        """Pass on the decision, or that a slot is missing; send the operation again after an inconclusive reply."""
         if not self.is_over:
             self._end()
         totals = [next(reply) for _ in self._slots]

@@ -8,9 +8,8 @@ For N processes with the largest cost c (capacity C, rate r, budget B), all toge
 max(C, N*c) + max(r, N*c/B)*d in any window of length d. Afterwards the store is charged for the debts of all shares.
 
 If a reply is lost, the store may have charged the request or refused it. The request is not charged again, and its
-cost counts against the share until it is refilled there, also after the store has replied to another request. So what
-a share admits and the store is never charged for is at most what the share admits at all, however often replies are
-lost.
+cost counts against the share until it is refilled there, also after the store has replied to another request. So the
+admitted cost for which the store is never charged is at most what the share admits, however often replies are lost.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -166,7 +165,7 @@ class FallbackLimiter:
         self._limiter.seed(charge.key, charge.quota, known_ns, now_ns)
 
     def _as_share(self, decision: Decision) -> Decision:
-        """Convert a decision on scaled charges to the client's terms."""
+        """Convert a decision on scaled charges to one on the original charges."""
         decision.remaining //= self.processes
         decision.source = "local_share"
         decision.processes = self.processes
@@ -178,7 +177,7 @@ class FallbackLimiter:
 
 
 def decided_by(policy: DecisionSource, decision: Decision) -> Decision:
-    """Make the decision of a share that of the policy `deny` or `allow`, which look at no tokens; return it."""
+    """Change the decision of a share to that of the policy `deny` or `allow`, which ignore tokens; return it."""
     if policy != "local_share":
         decision.source, decision.allowed = policy, policy == "allow"
         decision.wait_ns = 0 if decision.allowed else NANOSECONDS

@@ -1,4 +1,4 @@
-"""A further limit: what has a bucket of its own, what a bucket allows, and which requests are charged. Pure."""
+"""A further limit, of the list `limits`: its key, its allowances, and the requests that it applies to. Pure."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,7 +87,7 @@ class Limit:
 
 
 def _escaped(value: str) -> str:
-    """Return a value in which no other combination of values ends; of a long one, the beginning and a digest."""
+    """Return a value escaped so that joined values are unambiguous; of a long one, the beginning and a digest."""
     if len(value) > _LONGEST_VALUE:
         digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         value = f"{value[:64]}…{digest}"
@@ -100,7 +100,7 @@ def limit_of(bucket_key: str) -> str:
 
 
 class OwnBucket(NamedTuple):
-    """What only one client has, as a bucket: key, allowance, limit (None: that of the tier), and its route if any."""
+    """A bucket that belongs to one client: key, allowance, limit (None: that of the tier), and route, if any."""
 
     key: str
     quota: Quota

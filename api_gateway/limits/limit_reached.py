@@ -29,9 +29,8 @@ _VARYING = (
 class LimitReached(RateLimited):
     """The error of a request that a quota refuses.
 
-    What two refusals by the same quota have in common is rendered once, and members are made when they are read: a
-    client that does not wait must cost the gateway less than one whose requests are forwarded. `field_lines` are the
-    header fields, as lines.
+    The parts that refusals by one quota share are rendered once, and members are computed when they are read: a
+    refused request must cost the gateway less than a forwarded one. `field_lines` are the header fields, as lines.
     """
 
     # Exceptions have a dictionary, too, but these attributes are not in it.
@@ -83,14 +82,14 @@ class LimitReached(RateLimited):
 class RefusalTemplate:
     """What all refusals of one client by one bucket at one cost have in common.
 
-    That are the beginning of the detail (`cause`), and the problem details around what is left: `parts` stand before
-    and between the rest of the detail, instance, request id, seconds and remaining tokens, and behind them.
+    These are the beginning of the detail (`cause`) and the `parts` of the problem details before, between and after
+    the varying values: the rest of the detail, instance, request id, seconds and remaining tokens.
     """
 
     __slots__ = ("cause", "client", "cost", "parts", "quota")
 
     def __init__(self, template: "QuotaTemplate", holder: str, client: Client, cost: float) -> None:
-        """`holder` says in words whom or what the quota limits, with the verb."""
+        """`holder` is the subject and verb of the detail: the client, address or key that the quota limits."""
         self.quota = template.quota
         self.client = client
         self.cost = cost

@@ -27,7 +27,7 @@ class SlotsPort(LeasePort, Protocol):
 
     @property
     def policy(self) -> Literal["local_share", "deny", "allow"]:
-        """The policy for outages."""
+        """`store.on_failure` in force: `local_share`, `deny` or `allow`."""
         ...
 
     def submit(self, op: ScriptOp) -> None:

@@ -66,7 +66,7 @@ class PeriodCounters:
         return standing
 
     def charge(self, standing: Standing, cost: int, now_us: int) -> list[Warned]:
-        """Charge a cost that the standing allows, right after it was determined; return what it makes known."""
+        """Charge a cost that the standing allows, in the callback that determined it; return the due warnings."""
         if not cost:
             return []
         self._attach(standing)
@@ -143,7 +143,7 @@ class PeriodCounters:
                 self._put(key, counter)
 
     def _attach(self, standing: Standing) -> Count:
-        """Make the count of a standing a part of its counter, and the counter a part of the table."""
+        """Attach the count of a standing to its counter, and the counter to the table."""
         counter = standing.counter
         if attach(standing):
             counter.is_unverified = standing.is_unverified

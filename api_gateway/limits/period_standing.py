@@ -3,7 +3,7 @@
 Amounts are integers, in thousandths of a token; instants are integer microseconds or seconds since the epoch. Nothing
 here reads a clock or waits, so a decision is atomic on one thread.
 
-A count belongs to one period and is never given twice. A counter keeps the count of the latest period that it has
+A period has one count, so its allowance is granted once. A counter keeps the count of the latest period that it has
 been used in, and of the one before. If the clock steps back, requests are charged to the count of the period that it
 shows; if that is earlier than both, to the earlier one. So a step back gains no second allowance, and a step forward
 and back loses none. A counter is forgotten two periods and a day after its last period; a longer step is not undone.

@@ -13,7 +13,7 @@ from api_gateway.rate_limiter import NEVER_NS, debts_of
 
 
 def of_buckets(charges: Sequence[Charge]) -> list[Charge]:
-    """Return the charges of buckets."""
+    """Return the charges whose quota is a bucket, in their order."""
     return [charge for charge in charges if not isinstance(charge.quota, PeriodQuota)]
 
 
@@ -83,7 +83,7 @@ def joint_allowance(
     """Return the decision of the tightest bucket or counter on a request that all of them have allowed.
 
     `decision` is that of the buckets, and `standings` those of the counters, both after the charge. `charged` has, in
-    the order of `charges`, the starts of the periods that were charged, if not the present ones.
+    the order of `charges`, the starts of the charged periods; by default the current ones.
     """
     tightest, debts, notices = decision, list[int](), list[Notice]()
     left = decision.quota.burst_ns - decision.reset_ns

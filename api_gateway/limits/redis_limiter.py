@@ -1,8 +1,8 @@
 """The rate limiter with buckets in a shared store: the same decisions as in memory, for any number of processes.
 
-A decision takes one operation in the store. Its readings are cached: if a bucket must still be too empty, the request
-is refused from the cache, as the store would refuse it. While the store is unavailable, the configured policy decides,
-and admitted costs are charged in the store afterwards.
+A decision takes one operation in the store. The results of the store are cached. If a cached result proves that a
+bucket has too few tokens, the request is refused without asking the store, which would refuse it too. While the store
+is unavailable, the configured policy decides, and admitted costs are charged in the store afterwards.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class RedisLimiter:
     """Token buckets on a Redis or Valkey server. Implements `RateLimiter`.
 
     `mode` is the state: `store`, while the store responds in time and accepts writes, else the policy `local_share`
-    (each process applies its share of the limits), `deny` or `allow`. Decisions change over by themselves.
+    (each process applies its share of the limits), `deny` or `allow`. The limiter changes its mode itself.
     """
 
     def __init__(

@@ -68,8 +68,8 @@ class ChargeOp(ScriptOp):
     def write(self, call: ScriptCall) -> None:
         """Append the charges, preceded by this process's debts from an outage.
 
-        What the shares admitted may bring a bucket into debt, as a cost settlement may; what the policy `allow`
-        admitted leaves it empty at most.
+        Costs that shares admitted may bring a bucket into debt, as a cost settlement may; costs that the policy
+        `allow` admitted at most empty it.
         """
         limiter, arguments = self._limiter, call.arguments
         if len(self._charges) == 1 and not limiter.fallback.has_debts:  # the common case

@@ -1,4 +1,4 @@
-"""What this gateway has admitted without the store, and what of it the store has still to be charged for.
+"""The costs that this gateway has admitted without the store, and the part that it has still to report.
 
 Share i of N starts with the debt of the store's last result, and is refilled at 1/N of the rate. Costs are multiplied
 by N here, so that a debt is a TAT like that of a bucket. Of a share's debt, the store holds the old debt, which it

@@ -106,7 +106,7 @@ class StoreQuotaLimiter:
         return None if decision is not None and self._may_refuse(charges) else decision
 
     def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
-        """Have the store decide."""
+        """See `RateLimiter.decide_async`."""
         if not of_counters(charges):
             self.buckets.decide_async(charges, now_ns, on_decision)
         elif self.buckets.is_divided:

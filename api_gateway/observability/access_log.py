@@ -130,7 +130,7 @@ class AccessLog:
         fallback: str | None,
         cost: float,
     ) -> tuple[str, str]:
-        """Return the members from the status to the name `remaining`, as far as before and after the detail."""
+        """Return two parts of a line: from the status to the detail, and from there to the name `remaining`."""
         first = {"status": status, "reason": reason}
         origin = {"source": source, "route": route, "upstream": upstream, "target": target}
         rest = {"attempts": attempts, "retry_reasons": retried, "fallback": fallback, "cost": cost}

@@ -1,4 +1,4 @@
-"""The budget of a ring of records: which ones are kept when more arrive than it could hold for minutes."""
+"""The budget of a ring of records: which are kept when they arrive too fast for the ring to reach back minutes."""
 
 _SHARES = 8  # a client's own part of a budget is one of so many
 _MAX_HOLDERS = 4_096  # clients whose use is remembered
@@ -8,12 +8,12 @@ class RecordBudget:
     """A token bucket for all clients together, of which each has a part of its own.
 
     While more than half of the tokens are left, any client may use them, so that at low rates every record is kept.
-    The other half is for clients that have not used their own part: whoever sends few requests finds them in the
-    ring, however many others send. The bucket has tokens for half of the ring; so one half of a ring is not older than
-    a burst, and the other reaches back over its time at the budget's rate.
+    The other half is for clients that have not used their own part: a client with few requests finds them in the ring,
+    however many requests others send. The bucket has tokens for half of the ring; so one half of a ring is not older
+    than a burst, and the other reaches back over its time at the budget's rate.
 
-    Before `full_until`, a monotonic time in seconds, it takes nothing of anyone.
-    Its state are times at which tokens are there again, as in GCRA (see `rate_limiter`). Times are monotonic seconds.
+    Before `full_until` (monotonic seconds) it keeps no record. Its state is times at which tokens become available, as
+    in GCRA (see `rate_limiter`). Times are monotonic seconds.
     """
 
     __slots__ = ("_due", "_dues", "_half", "_interval", "full_until")

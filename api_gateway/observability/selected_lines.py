@@ -34,7 +34,7 @@ def sampled(
 def by_route(
     write: Callable[[Exchange, float], None], others: Mapping[str, Callable[[Exchange, float], None]]
 ) -> Callable[[Exchange, float], None]:
-    """Return what writes the exchanges of each route in `others` by what that has, and all others by `write`."""
+    """Return an observer that passes exchanges of routes in `others` to their observer, and all others to `write`."""
 
     def write_one(exchange: Exchange, now: float) -> None:
         others.get(exchange.route or "", write)(exchange, now)
@@ -53,4 +53,4 @@ def at_level(write: Callable[[Exchange, float], None], level: str | float) -> Ca
 
 
 def _write_nothing(_exchange: Exchange, _now: float) -> None:
-    """Stand in for the access log."""
+    """Write nothing."""

@@ -1,4 +1,4 @@
-"""Parts of spans in protobuf's wire format: numbers, and what is before values that differ in each span."""
+"""Parts of spans in protobuf's wire format: numbers, and the bytes before values that differ in each span."""
 
 _SPAN = b"\x12"  # key of a span in ScopeSpans: 2, bytes
 _ATTRIBUTE = b"J"  # key of an attribute in Span: 9, bytes

@@ -185,7 +185,7 @@ class SpanEncoder:
         )
 
     def _optional(self, exchange: Exchange, trace: Trace) -> bytes:
-        """Return what only some spans of exchanges have: a client's span as parent or link, and the client."""
+        """Return the optional fields of a request's span: the client's span as parent or link, and the client."""
         parts: list[bytes] = []
         if trace.parent_id:
             parts += _PARENT, unhexlify(trace.parent_id)

@@ -93,11 +93,11 @@ class TraceExporter:
         return len(self._queue)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread that exports; called once."""
         self._thread.start()
 
     def change(self, encoder: Encoder, sender: Sender, max_queue: int) -> None:
-        """Export with these from the next batch on."""
+        """Use this encoder and sender from the next batch on."""
         self._encoder, self._max_queue = encoder, max_queue
         self._sender = sender
 

@@ -16,8 +16,8 @@ _OK = range(200, 300)
 class Delivery:
     """What became of a request; `detail` says why.
 
-    It was accepted, perhaps without `rejected` spans; is to be sent again, after `retry_after` seconds if the
-    collector says so; or was refused.
+    The collector accepted it, except for `rejected` spans; or asked for it again, after `retry_after` seconds if that
+    is set; or refused it.
     """
 
     result: Literal["accepted", "retry", "refused"]

@@ -1,4 +1,4 @@
-"""Tracing of exchanges: the trace that each belongs to, and which are exported."""
+"""Tracing of exchanges: begins or continues the trace of each, and selects those that are exported."""
 
 import math
 import random
@@ -82,7 +82,7 @@ class Tracer:
         return trace
 
     def _continue(self, trace: Trace, parent: ParentContext, state: bytes) -> None:
-        """Put a new trace in the place of a span of the client's."""
+        """Begin the gateway's span in the client's trace: sampled as the client says (`obey`), or by the ratio."""
         trace_id = parent.trace_id.encode()
         if self._sampling.parent == "obey":
             is_sampled = bool(parent.flags & SAMPLED)

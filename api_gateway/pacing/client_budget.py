@@ -1,8 +1,8 @@
 """When the next request of one client may be sent. Decides only: reads no clock, does not wait.
 
 The budget knows the quotas that the server has stated, the requests in flight, and what requests cost. If no other
-process spends the tokens of the client, and the costs are known, it is exact: all that the server has decided, and may
-still decide, is never more than what the quotas have for certain.
+process spends the tokens of the client, and the costs are known, it is exact: the cost of all requests that the server
+has decided or may still decide never exceeds the tokens that the quotas certainly have.
 """
 
 from collections.abc import Mapping
@@ -139,7 +139,7 @@ class ClientBudget:
     def _follow(self, policies: tuple[StatedPolicy, ...], now: float, spent: float) -> None:
         """Keep estimates of the stated policies. One whose figures have changed is another policy.
 
-        `spent` is the cost of the requests that have spent tokens of a quota before it was seen.
+        `spent` is the cost of the requests that were sent before the quota was first stated.
         """
         for policy in policies:
             if policy in self._quotas:

@@ -34,8 +34,8 @@ class QuotaEstimate:
     def advance(self, now: float, in_flight: float) -> None:
         """Add what has been refilled until `now`.
 
-        `in_flight` is the cost of requests that the server may not have decided yet. A bucket that is full until it
-        decides them has only what its capacity exceeds them by, however long they take.
+        `in_flight` is the cost of requests that the server may not have decided yet. A bucket that stays full until
+        the server decides them has at most its capacity minus their cost, however long they take.
         """
         if self._is_bucket:
             self.low = min(self.policy.quota - in_flight, self.low + self.refilled_in(now - self.since))

@@ -74,7 +74,10 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _changes(old: GatewayConfig, new: GatewayConfig) -> list[ChangedSetting]:
-    """Return what differs, without the state folder if it is the default, which the name of the file decides."""
+    """Return the settings that differ.
+
+    A default state folder is left out, because it depends on the name of the file.
+    """
     is_given = any(("state_dir",) in config.origins for config in (old, new))
     return [one for one in changes_between(old, new) if is_given or one.setting != "state_dir"]
 

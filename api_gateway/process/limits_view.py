@@ -7,7 +7,7 @@ from api_gateway.process.operator_client import JsonObject
 
 
 def limit_lines(found: JsonObject) -> list[str]:
-    """Return a table of all limits."""
+    """Return the lines of a table: a row for each limit with allowances, refusals and requests in flight."""
     rows = [
         (
             one["name"],

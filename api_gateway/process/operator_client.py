@@ -203,7 +203,9 @@ def show(line: str = "") -> None:
 
 
 def _context(pinned: Path | None, ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
-    """Return what is trusted and presented: the authorities of `ca`, else `pinned`, else those of the system.
+    """Return the TLS context: it trusts the authorities of `ca`, else `pinned`, else those of the system.
+
+    It presents `certificate`, if there is one.
 
     `pinned` is the certificate of the configuration, which is trusted for any name: the gateway is on this machine.
     Raises CommandFailed.

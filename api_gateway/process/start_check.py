@@ -118,7 +118,7 @@ def startup_errors(config: GatewayConfig) -> Iterator[Finding]:
 
 
 def startup_warnings(config: GatewayConfig) -> Iterator[Finding]:
-    """Yield what would make a start fail now but perhaps not later, or would disable a feature."""
+    """Yield conditions that would make a start fail now, but may be gone later, or that disable a feature."""
     yield from (finding for finding, is_passing in _address_findings(config) if is_passing)
     yield from certificate_warnings(config)
     if config.store.keeps_clients:

@@ -89,7 +89,7 @@ class CounterLedger:
         return await asyncio.shield(self._next)
 
     async def query(self, question: dict[str, Any]) -> tuple[list[str], bool]:
-        """Put a question to all workers that serve; return their answers as JSON, and whether none is missing."""
+        """Send a query to all serving workers; return their results as JSON, and whether all responded."""
         self._asked += 1
         replies = [worker.ask(self._asked, question) for worker in self.workers if worker.is_serving]
         if replies:
@@ -393,7 +393,10 @@ class Supervisor:
         change_logging(config.log)
 
     async def _roll(self) -> None:
-        """Replace the workers one by one, each by one that is started beside it and runs the present code."""
+        """Replace the workers one by one.
+
+        Each replacement starts beside the old worker and runs the installed code.
+        """
         self._is_rolling = True  # no reload begins from here on
         try:
             await self._reloader.idle()

@@ -190,7 +190,7 @@ def screen_lines(figures: JsonObject, rows: int | None = None) -> list[str]:
 
 
 def shares(wanted: Sequence[int], room: int) -> list[int]:
-    """Return how many rows each part of the screen gets: what it wants, or an even share of the room."""
+    """Return the number of rows for each part of the screen: all of its lines, or an equal share of the space."""
     given = [0] * len(wanted)
     while room > 0 and given != list(wanted):
         for index, size in enumerate(wanted):

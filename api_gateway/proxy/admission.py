@@ -1,4 +1,4 @@
-"""Admission: the decisions on a request before it is forwarded, in their only order.
+"""Admission: the decisions on a request before it is forwarded, in one place and one order.
 
 The order is a tuple of stages. A stage completes the plan of the request, refuses it, or waits for the reply to a
 question. `decide` charges the request, for the server's own protocol and for ASGI alike; `inspect` changes nothing and

@@ -1,7 +1,7 @@
 """API keys as an identity source: in `X-API-Key`, as a bearer token, or as the user name of Basic.
 
-A key in another form in these fields is refused as malformed: what is ours is not forwarded, and never falls through.
-Neither is a key in `X-API-Key` where another field is configured for keys.
+A key in another form in these fields is refused as malformed: a key of this gateway is neither forwarded nor left to
+the next source. The same applies to a key in `X-API-Key` if another field is configured for keys.
 """
 
 import base64

@@ -1,7 +1,8 @@
 """Certificates of clients as a source of identities, and the stage for routes that require one.
 
-A certificate belongs to the connection: no header field can have one. TLS has verified its issuer, its dates and, if
-that is configured, that it is not revoked. Only its end is checked again, as connections last.
+A certificate belongs to the connection; it is never read from a header field. TLS has verified its issuer, its dates
+and, if that is configured, that it is not revoked. Only its expiry is checked again, for each request, because a
+connection may outlive it.
 """
 
 import re

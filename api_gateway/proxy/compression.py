@@ -44,7 +44,7 @@ class ContentEncoder(Protocol):
         ...
 
     def end(self) -> bytes:
-        """Return the rest."""
+        """End the encoding; return its last bytes."""
         ...
 
 
@@ -136,9 +136,9 @@ class Compression:
         )
 
     def revalidated(self, headers: HeaderList, *, is_accepted: bool) -> HeaderList:
-        """Return the header fields of a 304, which confirms a response that was compressed if `is_accepted`.
+        """Return the header fields of a 304. `is_accepted`: the client accepts compression.
 
-        A strong tag would confirm none that has the weak one (RFC 9111 section 4.3.4).
+        Its stored response then has the weak tag, so the 304 must have it too (RFC 9111 section 4.3.4).
         """
         return self.headers([_weak(pair) for pair in headers] if is_accepted else headers, None)
 

@@ -1,7 +1,8 @@
 """The cost that the content of a response states, such as the tokens that a language model has used.
 
-Only responses of routes with `cost_from` are scanned, while they are forwarded. JSON and event streams are; also if
-they are compressed by gzip or deflate. For any other response, or one without a valid number, `otherwise` applies.
+Only responses of routes with `cost_from` are scanned, while they are forwarded. JSON and event streams are scanned,
+also if they are compressed by gzip or deflate. For any other response, or one without a valid number, `otherwise`
+applies.
 """
 
 import zlib

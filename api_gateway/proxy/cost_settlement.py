@@ -66,9 +66,9 @@ class CostSettlement:
             self.settle(exchange, cost)
 
     def on_content_cost(self, exchange: Exchange, terms: ContentCost, cost: float | None, is_complete: bool) -> None:  # noqa: FBT001 - a callback
-        """Settle to the cost that the content of a response states, or to that for a response without it (None).
+        """Settle to the cost that the content of a response states, or to the cost for responses without one (None).
 
-        A response that was cut off costs the higher of the two: what it states may be that of its beginning.
+        A response that was cut off costs the higher of the two, because the stated cost may cover its beginning only.
         """
         otherwise = exchange.cost if terms.otherwise is None else terms.otherwise
         if cost is None:

@@ -23,9 +23,9 @@ class CredentialStage:
     """Determines the client of a request with a credential. `IdentityStage` determines that of all others.
 
     If there are several, all must be valid, because upstreams may receive them; the first source's decides. A verified
-    credential is remembered with the header set until the registry changes or the credential expires. An
-    invalid one, and one that memory does not suffice to verify, is charged to the address first, so that guessing
-    neither floods a store nor is faster for one value than for another.
+    credential is remembered with the header set until the registry changes or the credential expires. A credential
+    that is invalid, or that cannot be verified from memory, is first charged to the address: so guessing cannot flood
+    a store, and all guesses take the same time.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class _Chain(NamedTuple):
 
 
 async def _answer(question: Question) -> tuple[Proof | GatewayError]:
-    """Return the answer in a tuple: as a reply, an error would be a failure of the question (`Admission.resume`)."""
+    """Return the result in a tuple: a bare error would be taken for a failure of the question (`Admission.resume`)."""
     return (await question.ask(),)
 
 

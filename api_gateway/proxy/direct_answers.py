@@ -1,4 +1,4 @@
-"""Responses of a route that the gateway gives itself: a static one, or a redirect. Pure."""
+"""Direct responses: those that a route gives in place of an upstream, static or a redirect. Pure."""
 
 from dataclasses import dataclass
 

@@ -7,6 +7,6 @@ NOTHING_EDITED: EditedLines = None, b"", b""
 
 
 class KeepsEditedLines(Protocol):
-    """What belongs to the header fields of requests, such as `HeaderFacts`, with the lines edited last."""
+    """An object that belongs to a header set, such as `HeaderFacts`, and keeps the last edited lines."""
 
     edited: EditedLines

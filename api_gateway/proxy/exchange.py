@@ -309,7 +309,7 @@ class ProxyExchange(UpstreamResponse):
 
     @property
     def states(self) -> States:
-        """The present states."""
+        """The states of its three machines."""
         return States(self.phase, self.request_body, self.response)
 
     def move(self, event: ExchangeEvent) -> None:

@@ -13,7 +13,9 @@ from api_gateway.proxy.value_template import ValueTemplate, path_parameters
 
 @dataclass(frozen=True, slots=True)
 class HeaderEdits:
-    """Changes to header fields: those named in `removed` (lower case) and `assigned` go, then both sorts come.
+    """Changes to header fields: removal of those named in `removed` (lower case) and `assigned`, then addition.
+
+    The fields in `assigned` and `added` are added.
 
     A hyphen in a name that goes also stands for an underscore, and vice versa: CGI does not distinguish the two, so a
     client could have its own value read in place of, or together with, the one that is set.

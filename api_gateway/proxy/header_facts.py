@@ -185,7 +185,7 @@ class HeaderFacts:
         return b"\r\n".join(b"%b: %b" % pair for pair in self.credentials)
 
     def require_length(self, cause: str) -> None:
-        """Rule the request out, because its fields may contain trailers; `cause` says so in words."""
+        """Have the request refused with 411, because its fields may contain trailers; `cause` is the detail."""
         self.is_length_required, self.ambiguity = True, cause
 
     def copy(self) -> "HeaderFacts":

@@ -1,7 +1,7 @@
 """The sources by which clients are identified: credentials that prove an id, the header field that only claims one.
 
-Reading is pure: what header fields claim is found once and remembered with the header set (`header_facts`). Verifying
-is decided in `credential_stages`: from memory if possible, else by a question to a store or an issuer.
+Reading is pure: what header fields claim is found once and remembered with the header set (`header_facts`).
+`credential_stages` verifies: from memory if possible, else by a question to a store or an issuer.
 """
 
 from collections.abc import Awaitable, Callable
@@ -104,9 +104,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A credential whose verification takes much CPU time but waits for nothing, such as that of a signature.
+    """A verification that takes much CPU time but does not wait, such as that of a signature.
 
-    `do` verifies it, or returns a question.
+    `do` returns the proof, an error, or a question.
     """
 
     do: Callable[[], "Verification"]

@@ -23,7 +23,7 @@ _QUOTE, _BACKSLASH, _OPEN_OBJECT, _OPEN_ARRAY, _CLOSE_OBJECT, _CLOSE_ARRAY, _COL
 
 
 class _State(Enum):
-    """What the scanner expects, or is within."""
+    """The token that the scanner expects next, or the one that it is within."""
 
     VALUE = "value"
     NAME = "name"

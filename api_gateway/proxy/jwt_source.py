@@ -104,7 +104,7 @@ class JwtSource:
         return None
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:
-        """Return what a token that was verified before proves; of another, what is to be done to verify it."""
+        """Return the proof of a token that was verified before; for any other, the `Work` that verifies it."""
         token: ReadToken = claim.value
         if claim.fault is not None:
             return claim.error(claim.fault)

@@ -199,7 +199,7 @@ class Mirrors:
         self._observe(copy.route, result)
 
     async def close(self) -> None:
-        """Break off all copies, and wait until their tasks have ended."""
+        """Abort all copies, and wait until their tasks have ended."""
         if self._timer is not None:
             self._timer.cancel()
         tasks = [sent.task for sent in self._sent if sent.task is not None]

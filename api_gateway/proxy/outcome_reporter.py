@@ -162,7 +162,7 @@ def _note(
     *,
     status: int | None = None,
 ) -> None:
-    """Record a failed attempt in its exchange; what is found out later about the same attempt replaces it."""
+    """Record a failed attempt in its exchange; a later record of the same attempt replaces it."""
     started = now if exchange.sent_at is None else exchange.sent_at
     known = exchange.failures
     if known and known[-1].started == started and known[-1].target == attempt.target.url:

@@ -1,8 +1,8 @@
 """Conditions of routes on header fields and query parameters. Pure.
 
-Servers differ in how they read a field or parameter that occurs more than once, or whose name is spelt differently.
-A condition is therefore decided for each reading. Where the readings disagree, the request is refused: one who could
-choose the reading could choose between a cheap route and a dear one.
+Servers differ in how they read a field or parameter that occurs more than once, or whose name is spelt differently. A
+condition is therefore decided for each reading. Where the readings disagree, the request is refused: a client that
+could choose the reading could choose the cheaper route.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The stages for what some routes have and most have not. A stage is there only if some route needs it."""
+"""The stages for optional features of routes. A stage exists only if some route needs it."""
 
 from collections.abc import Sequence
 

@@ -151,12 +151,12 @@ class Route:
 
     @property
     def limits_head(self) -> bool:
-        """True if the head of a request may be smaller only than what the server takes."""
+        """True if the route limits the head of a request more than the server does."""
         return self.max_header_bytes is not None or self.max_header_lines is not None
 
     @property
     def is_simple(self) -> bool:
-        """True if forwarding depends on nothing that an exchange looks at only for some upstreams."""
+        """True if the route has none of the features that an exchange checks only for some upstreams."""
         return not self.watches_content and self.response_timeout is None
 
     @property
@@ -276,7 +276,7 @@ class RouteTable:
     def passed_over(
         self, host: str, method: str, path: str, raw_target: bytes, fields: FieldValues
     ) -> list[tuple[Route, str]]:
-        """Return the routes for host and path that come before the one of a request, and why each is not the one."""
+        """Return the routes for host and path that precede the matched route, and why each does not match."""
         query, found = raw_target.partition(b"?")[2], []
         with suppress(BadRequest):
             for _, routes in self._groups(host, matching_path(path)):

@@ -21,8 +21,8 @@ class ShadowLimits:
     them, the request is not evaluated. If a cost has a candidate, all requests are evaluated, because the cost of one
     request affects the client's later ones. Address limits are not evaluated.
 
-    Concurrency limits have slots of their own, with the same prefix. A request that is evaluated takes all of them and
-    the tokens, or nothing, and returns the slots when its exchange ends, also if the limits in force have refused it.
+    Concurrency limits have slots of their own, with the same prefix. An evaluated request takes all of these slots and
+    the tokens, or nothing. It returns the slots when its exchange ends, even if the limits in force have refused it.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ LIKELY_SHED_SHARE = 0.5  # share of requests shed at random from which the predi
 
 
 class ReadOnlyStage:
-    """A decision that charges nothing: it is inspected by being made."""
+    """A decision without side effects: `inspect` calls `decide`."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """See `Stage`."""
@@ -50,7 +50,7 @@ class ReadOnlyStage:
 
 
 class AmbiguityStage(ReadOnlyStage):
-    """Refuses requests that their header fields rule out: servers may interpret them differently, or they return."""
+    """Refuses requests by their header fields: ambiguous ones, loops, and those that need a length."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse an ambiguous request, and have its connection closed; refuse a loop; require a length."""

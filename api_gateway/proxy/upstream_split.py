@@ -2,7 +2,7 @@
 
 Rendezvous hashing with weights (Schindelhauer, Schomaker 2005): each client has a number for each upstream, which
 depends on both alone, and gets the upstream whose number, divided by its weight, is the smallest. If a weight grows
-from 5 to 10 percent, only as many clients move as that takes, and all of them to that upstream.
+from 5 to 10 percent, only the clients that this upstream gains move.
 """
 
 import hashlib

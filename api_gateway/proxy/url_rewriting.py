@@ -2,10 +2,10 @@
 
 `Location`, `Content-Location` and `Refresh` (RFC 9110 sections 10.2.2 and 8.7; HTML standard) that name the target, or
 a path without the prefix, become paths below the prefix, so that the client stays behind the gateway. References to
-other hosts, relative paths, and whatever is not a URL stay as they are. Where the prefix is replaced by another one,
-paths below that get the prefix in its place, and all others stay as they are, as nothing leads to them. In
-`Set-Cookie` (RFC 6265), if enabled, `Path` gets the prefix, and a `Domain` that is the target's host is removed, so
-that the cookie belongs to the gateway. Other domains are replaced as configured, with or without a prefix.
+other hosts, relative paths, and whatever is not a URL stay as they are. If the prefix is replaced by another one,
+paths below the other one get the prefix back; all other paths stay unchanged, because no path of the route leads to
+them. In `Set-Cookie` (RFC 6265), if enabled, `Path` gets the prefix, and a `Domain` that is the target's host is
+removed, so that the cookie belongs to the gateway. Other domains are replaced as configured, with or without a prefix.
 """
 
 import re

@@ -4,7 +4,7 @@ from api_gateway.http1.fast_parser import field_name
 
 
 class VaryingValue:
-    """Where header lines have the value in which they differ from those of the request before, of field `name`.
+    """The position of the one value, of field `name`, in which header lines differ from those of the request before.
 
     So the lines of a further request need not be parsed if they differ in this value only, as is usual for requests of
     one connection: of one program that is traced, or of a proxy with many clients. Offsets, because connections would

@@ -1,6 +1,6 @@
 """The condition of `--fail-if`: comparisons of a client's figures, joined by `and`, `or` and `not`.
 
-Parsed as a Python expression of which only some forms are allowed; nothing is executed by Python.
+Parsed by Python's `ast`. Only some forms are allowed, and this module evaluates them.
 """
 
 import ast

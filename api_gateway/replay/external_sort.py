@@ -1,4 +1,4 @@
-"""Sorts events on disk, as lines are written in order of completion, and memory is for clients.
+"""Sorts events on disk, because lines are in the order of completion, and memory is used for clients.
 
 Runs are sorted in memory and written to files; `merged` reads all of them in order. A run is opened when its first
 event is due, so that runs of one log, which hardly overlap, are read one after the other.

@@ -1,8 +1,8 @@
 """The routes of logged requests, of which host, header fields and query are not known.
 
-A line names the route that its request had. So that route's host and conditions are taken to be met. Those of other
-routes may have been met or not, unless the configuration that wrote the log tells: where that would make a difference,
-the request is counted as not evaluable, by route, and decided as if they had not been.
+A line names the route that its request had. So that route's host and conditions are taken to be met. For other routes
+this is unknown, unless the configuration that wrote the log decides it. Where it makes a difference, the request is
+counted as not evaluable, by route, and decided as if the conditions were not met.
 """
 
 from collections import Counter

@@ -146,7 +146,7 @@ def replay_logs(
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Have no cycles collected: events are millions of tuples without any, and looking for them takes most time."""
+    """Pause the garbage collector: events are millions of tuples without cycles, and collecting takes most time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -29,7 +29,7 @@ from api_gateway.resilience.breaker_policy import Mode, State
 
 
 class BreakerFigures(Protocol):
-    """The figures of a circuit breaker."""
+    """The counters and the state of a breaker that metrics show: a `BreakerSnapshot`, or a merged one."""
 
     @property
     def state(self) -> State: ...  # noqa: D102

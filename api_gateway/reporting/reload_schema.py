@@ -26,7 +26,7 @@ class Reloaded(Body):
 
 
 class ConfigurationView(Body):
-    """The configuration in force."""
+    """The member `configuration` of /health: when it was read, and the errors of the last reload."""
 
     status: Literal["pass", "warn"] = Field(
         description="`warn` if the last reload failed: the previous configuration is in force."

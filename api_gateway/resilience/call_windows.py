@@ -18,7 +18,7 @@ class Window(Protocol):
     """A sliding window of calls."""
 
     def record(self, now: float, *, is_failure: bool, is_slow: bool = False) -> None:
-        """Record one call."""
+        """Record one call at `now`: whether it failed, and whether it was slow."""
         ...
 
     def counts(self, now: float) -> Counts:

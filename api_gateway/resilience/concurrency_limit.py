@@ -99,7 +99,7 @@ class ConcurrencyLimit:
         return self._slots.in_use
 
     def admits(self, priority: int, holder: str | None = None) -> bool:
-        """Return whether a request of this priority and holder is admitted now; records a refusal for the gradient."""
+        """Return whether a request of this priority and holder is admitted now; a refusal is recorded."""
         places = self._slots
         if places.held(holder) < self.class_limits[priority] - places.in_use:  # `is_full_for`, inlined
             return True

@@ -38,7 +38,7 @@ class RetryPolicy:
     """Limits of retries; durations in seconds.
 
     `attempts` is the maximum per request, the first included. `budget` is the share of retries in live requests, 0
-    disables them; `floor` is a number of retries per second in addition. `base` and `cap` limit the backoff,
+    disables them; `floor` is the number of additional retries per second. `base` and `cap` limit the backoff,
     `max_retry_after` the upstream's Retry-After. Responses with `statuses` are retried; bodies up to `max_body_bytes`
     are kept for retries.
     """

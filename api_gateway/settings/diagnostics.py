@@ -45,7 +45,7 @@ NO_PATTERNS: Mapping[str, str] = {}
 class ConfigError(Exception):
     """The configuration is invalid. `problems` holds one line for each mistake, as a terminal may show it.
 
-    Names of keys and files may be those of a team, and are no escape sequences for the one who reads them.
+    Names of keys and files may come from a team, so escape sequences in them are made harmless.
     """
 
     def __init__(self, problems: list[str]) -> None:

@@ -1,9 +1,9 @@
 """The files of a configuration: the main one, in YAML or TOML, and those that it includes.
 
 An included file belongs to a team. It may only have the sections of `shared`, whose entries have names, and its limits
-are for routes of its own. It uses no variables: with them a team could have the gateway's secrets sent to itself, in
-the body of a fallback for instance. The entries of all files are put together; a name that is used twice is an error.
-Which requests a file may have is the subject of `route_ownership`.
+are for routes of its own. It may not use variables: otherwise a team could read the gateway's secrets, for instance in
+the body of a fallback. The entries of all files are put together; a name that is used twice is an error. Which
+requests a file may have is the subject of `route_ownership`.
 """
 
 import glob

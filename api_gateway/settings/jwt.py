@@ -180,7 +180,7 @@ class IssuerSection(Section):
 
     @property
     def permitted(self) -> tuple[str, ...]:
-        """The permitted algorithms."""
+        """The permitted algorithms: `algorithms`; by default HS256 with a secret, else all asymmetric ones."""
         if self.algorithms is not None:
             return tuple(self.algorithms)
         return ASYMMETRIC if self.secret is None else ("HS256",)

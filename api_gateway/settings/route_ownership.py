@@ -1,7 +1,7 @@
 """Whose requests are whose: the routes of files, and the prefixes and hosts that the main file says a file owns.
 
 No included file may take requests from another file, nor from the main one, unless the main file gives it their path
-or host. The main file may take requests from any: whoever writes it decides.
+or host. The main file may take requests from any file.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Functions that read or check values: as metadata of a type, and before a section.
 
-They do as `BeforeValidator` and `AfterValidator` of pydantic, which inspect the signature of each function wherever it
-is used: hundreds of times in the configuration, a tenth of the time to build it. These functions take the value alone.
+They replace pydantic's `BeforeValidator` and `AfterValidator`, which inspect the signature of each function at each
+use: hundreds of times in the configuration, a tenth of the time to build it. These functions take the value alone.
 """
 
 from collections.abc import Callable, Iterable

@@ -2,7 +2,7 @@
 
 The server listens on no port. It writes nothing to disk, unless it is to keep its content: then it appends to a log,
 of which at most the last second is lost if the machine fails. If it ends, it is restarted. It runs as long as any
-process holds its lifeline, a pipe.
+process holds the write end of its guardian's pipe.
 """
 
 import asyncio

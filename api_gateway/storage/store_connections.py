@@ -1,9 +1,9 @@
 """Connections to the store that are closed at once, and not at all opened once their session is closed.
 
 The client library closes a connection in order: it sends what is buffered, and with TLS waits for the server to do so
-too. It has then forgotten the connection, and the socket stays open while the server does not respond. A
-connection that is being established when its pool is closed stays open as well. Order is not needed here: each command
-has had its reply, or its outcome is unknown.
+too. It has then forgotten the connection, and the socket stays open while the server does not respond. A connection
+that is being established when its pool is closed stays open as well. An orderly close is not needed here: every
+command has had its reply, or its outcome is unknown anyway.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What runs: version, commit, and variant: pure Python, or with the request path compiled (`make compiled`)."""
+"""The running build: version, commit, and variant (pure Python, or with a compiled request path)."""
 
 import platform
 import re

@@ -1,7 +1,7 @@
 """Certificates in files: their names and dates, read from DER (RFC 5280), and their keys.
 
-Python's `ssl` tells these of a peer's certificate only. OpenSSL judges the certificate when it is loaded; this reader
-raises ValueError for what it does not understand.
+Python's `ssl` reports these only for a peer's certificate. OpenSSL validates a certificate when it is loaded; this
+reader raises ValueError for input that it cannot read.
 """
 
 import base64

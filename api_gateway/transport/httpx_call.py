@@ -2,7 +2,7 @@
 
 The transport gets the request body through a queue of at most QUEUE_HIGH_WATER bytes and one piece. Aborting cancels
 the task and returns at once. A transport may take its time to end a call that was cancelled; `HttpxCalls` counts these
-calls, and begins no further one while there are as many as may be.
+calls, and begins no call while their number is at the limit.
 """
 
 import asyncio

@@ -92,7 +92,7 @@ class ResponseSource(Protocol):
         ...
 
     def detach_transport(self) -> asyncio.Transport:
-        """Return the transport after a 101."""
+        """Give up the transport after a 101, with reading paused; the caller owns it."""
         ...
 
     def move_to_tunnels(self) -> None:

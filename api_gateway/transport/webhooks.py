@@ -69,12 +69,12 @@ class Webhook:
         self._task = asyncio.create_task(self._run(), name="webhook")
 
     def stop(self) -> None:
-        """End at once. Events that were not delivered wait; the first of them may have been."""
+        """Cancel the delivery without waiting. Events in it stay queued; the first of them may have been delivered."""
         if self._task is not None:
             self._task.cancel()
 
     async def close(self) -> None:
-        """End."""
+        """Cancel the delivery, and wait until it has ended."""
         if self._task is not None:
             await cancel_and_wait(self._task)
             self._task = None
@@ -109,7 +109,7 @@ class Webhook:
         return False
 
     async def _attempt(self, client: httpx.AsyncClient, event: WebhookEvent) -> tuple[str, bool]:
-        """Return why the event was not accepted (empty: it was), and whether an attempt makes no sense any more."""
+        """Return why the event was not accepted (empty if it was), and whether to give up."""
         body = event.body
         fields = signature_fields(self._key, event.id, int(self._wall_clock()), body)
         try:

@@ -35,7 +35,7 @@ class Resolution:
 
 
 class HostName:
-    """A configured target, whose host may be a name, and the targets for its present addresses.
+    """A configured target, whose host may be a name, and the targets for its current addresses.
 
     States: not resolved (one target with the name itself), resolved (one target per address). `error` is why the last
     look-up failed, None if it succeeded; `asked_at` is the time of its result in monotonic seconds.

@@ -35,9 +35,9 @@ class OutlierDetector:
     States of a target, by its breaker: normal (CLOSED), ejected (OPEN), probing (HALF_OPEN), and after CLOSED again
     slow start, while `returned_at` is set. Without a breaker a target is never ejected.
 
-    No state of a target depends on what load balancing selects, which may never be this target. A probe that is due
-    takes the next request that may be one. If no such request comes, the target returns by time alone, because an
-    ejected target prevents the ejection of others.
+    Load balancing may never select a given target, so no state depends on it: a target that awaits a probe gets the
+    next request that may be one. If no such request comes, the target returns by time alone, because an ejected target
+    prevents the ejection of others.
     """
 
     __slots__ = (
