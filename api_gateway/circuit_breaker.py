@@ -43,9 +43,9 @@ _UNCOUNTED = Ticket(-1, is_probe=False)  # no generation: the outcome of the cal
 class CircuitBreaker:
     """Admits or rejects calls by the outcomes of earlier ones. Not thread-safe.
 
-    States CLOSED, OPEN and HALF_OPEN with the transitions of TRANSITIONS; beside them the mode, see `Mode`. `ramp` is
-    set only while CLOSED in a mode that is not forced; `probes_in_flight` is above 0 only while HALF_OPEN. Every
-    transition and change of mode begins a new generation, which invalidates all tickets.
+    States CLOSED, OPEN and HALF_OPEN with the transitions of TRANSITIONS; the mode is independent of them, see `Mode`.
+    `ramp` is set only while CLOSED in a mode that is not forced; `probes_in_flight` is above 0 only while HALF_OPEN.
+    Every transition and change of mode begins a new generation, which invalidates all tickets.
     """
 
     __slots__ = (

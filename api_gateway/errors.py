@@ -143,7 +143,7 @@ class InvalidValue(RequestRefused):
 
 
 class Conflict(RequestRefused):
-    """What the request for an operator endpoint would change has been changed already."""
+    """The request for an operator endpoint conflicts with a change that was made before."""
 
     status = 409
     reason = Reason.CONFLICT
@@ -157,7 +157,7 @@ class Unauthorized(RequestRefused):
 
 
 class Forbidden(RequestRefused):
-    """The caller of an operator endpoint lacks the role, is no operator, or is a page of another origin."""
+    """The caller of an operator endpoint lacks the role, is not an operator, or is a page of another origin."""
 
     status = 403
     reason = Reason.FORBIDDEN
@@ -174,7 +174,7 @@ class CredentialsRequired(RequestRefused):
 
 
 class CredentialsInvalid(RequestRefused):
-    """The request has a credential that is not valid, or not any more."""
+    """The request has a credential that is not valid, or no longer valid."""
 
     status = 401
     reason = Reason.CREDENTIALS_INVALID

@@ -348,7 +348,7 @@ class Recorder:
 
 
 def is_timed(exchange: Exchange) -> bool:
-    """Tell whether the duration of an exchange counts: it has reached an upstream, and is no tunnel."""
+    """Return whether the duration of an exchange counts: it has reached an upstream, and is not a tunnel."""
     return exchange.sent_at is not None and exchange.status != SWITCHED
 
 

@@ -38,12 +38,14 @@ EXCHANGE = "gateway.exchange"
 
 
 def is_proxied(path: str) -> bool:
-    """Tell whether a path belongs to the data plane: `/api` and everything below it."""
+    """Return whether a path belongs to the data plane: `/api` and everything below it."""
     return path[:5] == _BELOW or path == API_PREFIX
 
 
 def proxied_paths(routes: Iterable[Route]) -> Callable[[str], bool]:
-    """Return what tells whether a path belongs to the data plane: `/api`, and whatever has a route's first segment.
+    """Return a function that returns whether a path belongs to the data plane.
+
+    It has `/api`, and all paths with the first segment of a route.
 
     A route at `/`, or one whose first segment is a placeholder, takes all paths.
     """

@@ -81,7 +81,7 @@ class Charge:
 
     In a cost settlement, an `increment_ns` below 0 is a refund. `own_cost` is the cost in tokens if it is that of the
     limit, whatever the request costs; None if it is that of the request. `is_unverified`: anyone could have invented
-    the key, as it has the id of a client that is not registered, an address, or the value of a header field.
+    the key, because it has the id of a client that is not registered, an address, or the value of a header field.
     """
 
     key: str
@@ -216,7 +216,7 @@ class Client:
 
 
 class Credential(Protocol):
-    """What proved the id of a client, as the record of an exchange needs it."""
+    """The credential that proved the id of a client, as the record of an exchange needs it."""
 
     organisation: str | None  # the client's organisation, if the credential states one
     fields: HeaderList  # that upstreams receive
@@ -286,7 +286,7 @@ class Settlement:
 
 
 # The beginning of an attempt, as its span has it: upstream, URL of the target, request target, state of the upstream's
-# circuit breaker, and monotonic seconds. How it ended is in the record of the exchange. A tuple, as each traced
+# circuit breaker, and monotonic seconds. How it ended is in the record of the exchange. A tuple, because each traced
 # request makes one.
 AttemptTrace = tuple[str, str, bytes, Enum, float]
 

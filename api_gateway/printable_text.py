@@ -30,8 +30,8 @@ def printable(text: str) -> str:
 def shown_method(method: str) -> str:
     """Return a method as logs, traces and histories show it.
 
-    A registered one, in any letter case, or one of at most seven letters; for any other `OTHER_METHOD`, as a client
-    that mixes up the parts of a request can send a credential as the method.
+    A registered one, in any letter case, or one of at most seven letters; for any other `OTHER_METHOD`, because a
+    client that mixes up the parts of a request can send a credential as the method.
     """
     if method in REGISTERED_METHODS or _SHORT_METHOD.fullmatch(method) or method.upper() in REGISTERED_METHODS:
         return method

@@ -386,7 +386,7 @@ class MemoryLimiter:
         """Apply a change of quotas; every bucket keeps its filled fraction.
 
         `quota_of` returns the previous quota of a bucket from its key and its new quota. The duration does not depend
-        on the number of buckets, as each is converted at its next use.
+        on the number of buckets, because each is converted at its next use.
         """
         table = self._table
         self._advance(now_ns)
@@ -611,7 +611,7 @@ def joint_refusal(one: Decision, other: Decision | None) -> Decision:
 
 
 def _present_debts(charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int) -> tuple[int, ...]:
-    """Return the times until buckets are full that are not charged, as some of them refuse."""
+    """Return the times until buckets are full that are not charged, because some of them refuse."""
     charged = zip(charges, taken, strict=True)
     return tuple(
         [max(tat_ns - (0 if wait_ns else one.increment_ns) - now_ns, 0) for one, (tat_ns, wait_ns) in charged]

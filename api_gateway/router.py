@@ -104,7 +104,7 @@ class Router:
             return None
 
     def is_recovering(self, upstream_client: UpstreamClient) -> bool:
-        """Tell whether the event loop is overloaded or the upstream's breaker recovers, so that retries are denied."""
+        """Return whether retries are denied: the event loop is overloaded, or the upstream's breaker recovers."""
         return self._event_loop_shedder.is_over or upstream_client.upstream.is_recovering(self._clock())
 
     def retry_delay(

@@ -91,7 +91,7 @@ class AuditFile:
             start = (b"" if is_whole else b"\n") if size else _HEADER
             line = start + entry.model_dump_json().encode() + b"\n"
             written = os.write(descriptor, line)
-            if written < len(line):  # the disk is full; what has been written is no entry
+            if written < len(line):  # the disk is full; what has been written is not a whole entry
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
             if size + len(line) > self._max_bytes:

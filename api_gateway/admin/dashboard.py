@@ -36,7 +36,7 @@ class ProblemView(Body):
 
 
 class ProblemsView(Body):
-    """What is wrong now."""
+    """The problems that there are now."""
 
     status: Literal["pass", "warn", "fail"] = Field(description="The gravest severity; `pass` without a problem.")
     problems: list[ProblemView] = Field(description="The gravest first, at most 100.")

@@ -58,8 +58,8 @@ _UNREADABLE = (
     (RecursionError, "it is nested too deeply"),
     (ValueError, "a number in it has too many digits"),
 )
-# Imported with the first router, as the event loop would import them else: the backend of the framework's thread pool,
-# and what several endpoints ask.
+# Imported with the first router, because the event loop would import them otherwise: the backend of the framework's
+# thread pool, and what several endpoints ask.
 _SHARED = ("anyio._backends._asyncio", f"{__package__}.explainer")
 
 
@@ -117,7 +117,10 @@ class Endpoints:
         ]
 
     async def _load(self, places: Collection[int]) -> None:
-        """Import routers in a thread. Raises InternalError, as the files may be those of another release by now."""
+        """Import routers in a thread.
+
+        Raises InternalError if that fails: the files may be those of another release by now.
+        """
         try:
             await asyncio.to_thread(_import, places)
         except Exception as error:  # whatever a module that does not fit the others raises

@@ -196,7 +196,7 @@ class ExplainedResult(Body):
 
 
 class ExtensionExplained(Body):
-    """What a hook of an extension says about the described request."""
+    """The result of a hook of an extension for the described request."""
 
     extension: str
     hook: Literal["identify", "cost", "on_request", "on_response"]

@@ -40,7 +40,7 @@ class ChargeOutlook:
 
     @property
     def charged_ns(self) -> int:
-        """What the request would be charged, in units of the whole bucket; of a counter, of this process's share."""
+        """The charge of the request, in units of the whole bucket; for a counter, of this process's share."""
         quota, increment_ns = self.charge.quota, self.charge.increment_ns
         if isinstance(quota, PeriodQuota):
             return increment_ns

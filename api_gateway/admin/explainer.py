@@ -134,7 +134,7 @@ class Explainer:
 
     @property
     def limits(self) -> Sequence[Limit]:
-        """The limits besides those of tiers and addresses."""
+        """The further limits: other than those of tiers and addresses."""
         return self._limits.limits
 
     @property
@@ -332,7 +332,7 @@ def _lines(fields: Fields) -> bytes:
 
 
 def _described(request: ExplainRequest) -> dict[bytes, str]:
-    """Return what a described token says, as limits count by it."""
+    """Return the claims of the described token by which limits count."""
     found = {DESCRIBED_CLAIM + path.encode(): value for path, value in request.claims.items()}
     return found if request.organisation is None else {**found, DESCRIBED_ORGANISATION: request.organisation}
 

@@ -93,6 +93,6 @@ class HealthCache:
 
 
 def _retrieve(rendering: "asyncio.Task[HealthBodies]") -> None:
-    """Mark a failure as retrieved, as no request may be waiting for it; the next request renders again."""
+    """Mark a failure as retrieved, because no request may be waiting for it; the next request renders again."""
     if not rendering.cancelled():
         rendering.exception()

@@ -207,7 +207,7 @@ def _refusing_keys(decision: Decided) -> dict[str, str]:
 
 
 def _refusing_buckets(decision: Decided) -> dict[str, Members]:
-    """Return what the buckets of `_refusing_keys` had; a refusal leaves their tokens."""
+    """Return the buckets of `_refusing_keys` as they were; a refusal leaves their tokens."""
     states = states_of(decision)
     return {index: _bucket(decision, states[int(index)]) for index in _refusing_keys(decision)}
 

@@ -172,7 +172,7 @@ def _proof_of(context: AdminContext, client_id: str) -> dict[str, bool]:
 
 
 def _terms_of(key: ApiKey) -> dict[str, object]:
-    """Return what a key is and allows, for the audit log."""
+    """Return the id, label, end and routes of a key, for the audit log."""
     routes = None if key.routes is None else list(key.routes)
     return {"key": key.id, "label": key.label, "expires_at": _time(key.expires_at), "routes": routes}
 

@@ -63,7 +63,7 @@ class KeyInFlight(Body):
 
 
 class KeyedBucket(Body):
-    """What one key has of a limit now: a bucket, a quota, or requests in flight; the others are null."""
+    """The state of one key of a limit: a bucket, a quota, or requests in flight; the others are null."""
 
     limit: str
     key: list[str] = Field(description="The value of each part of the limit's key.")
@@ -133,7 +133,7 @@ async def bucket(
     ] = None,
     tier: Annotated[str | None, Query(description="See the body of reset.")] = None,
 ) -> KeyedBucket:
-    """Return what the key has left: of a bucket, of a calendar quota, or of requests in flight.
+    """Return the state of a key: its bucket, its calendar quota, or its requests in flight.
 
     Nothing is charged. Every well-formed key has a bucket, so no key is unknown.
     """
@@ -171,7 +171,10 @@ async def top_up_bucket(name: str, request: KeyedTopUp, context: Guarded, audit:
 
 @router.post("/limits/{name}/buckets/carry-over", summary="Set what was carried over to the quota of a key")
 async def carry_over_bucket(name: str, request: KeyedCarryOver, context: Guarded, audit: Audited) -> KeyedBucket:
-    """Set how many tokens the present period has besides the quota. The next period is not affected."""
+    """Set the carry-over of the current period: its tokens in addition to the quota.
+
+    The next period is not affected.
+    """
     place = await _place(context, name, request.key, request.tier, "body")
     return place.shown(quota=await place.held(context).carry_over(request, audit, place.subject))
 

@@ -129,9 +129,10 @@ async def limits(context: Guarded) -> Limits:
 
 @router.get("/limits/snapshot", summary="The state of all buckets and quotas, for api-gateway replay --from")
 async def snapshot(context: Guarded) -> LimitsSnapshot:
-    """Return what is left of all limits at one instant, as it is needed to replay an access log from then on.
+    """Return the state of all limits at one instant, from which an access log can be replayed.
 
-    Only of buckets in memory. They are copied in one step, which takes about 1 ms for 1,000 quotas or 10,000 buckets.
+    Only buckets in memory are supported. They are copied in one step, which takes about 1 ms for 1,000 quotas or
+    10,000 buckets.
     """
     limiter, numbers = context.limiter, context.numbers
     if not isinstance(limiter, MemoryLimiter):

@@ -100,7 +100,7 @@ class LocalProcesses:
         return reason is None
 
     def _query(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> Callable[[], None]:
-        """Return the look-up to run in a thread. The socket is identified here, as it could be closed later."""
+        """Return the look-up to run in a thread. The socket is identified here, because it could be closed later."""
         if scope["client"] == UNIX_PEER:
             assert transport is not None  # noqa: S101 - only the gateway's own server has an admin listener
             return partial(self._peers.examine_process, *credentials(transport))

@@ -10,7 +10,7 @@ from api_gateway.http1.headers import Fields
 
 
 class Role(StrEnum):
-    """What an operator token permits. `OPERATE` includes `READ`."""
+    """The permissions of an operator token. `OPERATE` includes `READ`."""
 
     READ = "read"
     OPERATE = "operate"

@@ -27,7 +27,7 @@ class TopUpRequest(RequestBody):
 
 
 class CarryOverRequest(RequestBody):
-    """What the present period of a quota has besides the quota."""
+    """The carry-over of the current period, in addition to the quota."""
 
     amount: int = Field(
         strict=True, description="Tokens that the present period has besides the quota.", ge=0, le=MOST_TOKENS
@@ -100,12 +100,15 @@ class HeldQuota:
         return await self._adjust(before, Adjustment(request.amount * UNITS_PER_TOKEN, until), audit, subject)
 
     async def carry_over(self, request: CarryOverRequest, audit: Audit, subject: str) -> QuotaView:
-        """Set how many tokens the present period has besides the quota. The next period is not affected."""
+        """Set the carry-over of the current period: its tokens in addition to the quota.
+
+        The next period is not affected.
+        """
         carried = request.amount * UNITS_PER_TOKEN
         return await self._adjust(await self.look(), Adjustment(carried=carried), audit, subject)
 
     async def reset(self, audit: Audit, subject: str) -> QuotaView:
-        """Let nothing be used of the present period. Top-ups that were used are not given back."""
+        """Set the used tokens of the current period to 0. Used top-ups are not given back."""
         return await self._adjust(await self.look(), Adjustment(is_reset=1), audit, subject)
 
     async def _adjust(self, before: QuotaView, adjustment: Adjustment, audit: Audit, subject: str) -> QuotaView:

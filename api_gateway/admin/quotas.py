@@ -62,7 +62,10 @@ async def carry_over(
     audit: Audited,
     route: OfRoute = None,
 ) -> QuotaView:
-    """Set how many tokens the present period has besides the quota. The next period is not affected."""
+    """Set the carry-over of the current period: its tokens in addition to the quota.
+
+    The next period is not affected.
+    """
     return await (await _quota(context, client_id, name, route)).carry_over(request, audit, client_id)
 
 
@@ -70,7 +73,7 @@ async def carry_over(
 async def reset_quota(
     client_id: ClientId, name: str, context: Guarded, audit: Audited, route: OfRoute = None
 ) -> QuotaView:
-    """Let nothing be used of the present period. Top-ups that were used are not given back."""
+    """Set the used tokens of the current period to 0. Used top-ups are not given back."""
     return await (await _quota(context, client_id, name, route)).reset(audit, client_id)
 
 

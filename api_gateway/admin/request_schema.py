@@ -16,6 +16,6 @@ class RequestBody(Body):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return the schema of the body, in which true and false are no numbers."""
+        """Return the schema of the body, in which true and false are not numbers."""
         schema: CoreSchema = without_booleans(handler(source), cls)
         return schema

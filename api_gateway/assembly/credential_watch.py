@@ -77,7 +77,7 @@ class CredentialWatch:
         return self._had_credentials or self._clients.version != self._first_version
 
     async def look(self) -> None:
-        """End the streams and tunnels whose credential is not valid any more."""
+        """End the streams and tunnels whose credential is no longer valid."""
         for count, connection in enumerate(list(self._connections()), 1):
             exchange = _exchange_of(connection)
             error = None if exchange is None else await self._error_of(exchange)
@@ -108,7 +108,7 @@ class CredentialWatch:
         return None
 
     async def _fault_of(self, proof: Proof) -> CredentialsInvalid | None:
-        """Return why a credential is not valid any more. Until a change, a confirmed one can only expire."""
+        """Return why a credential is no longer valid. Until a change, a confirmed one can only expire."""
         version, claim = self._clients.version, self._adopted(proof.claim)
         if claim is None:
             return CredentialsInvalid("The configuration does not accept the credential any more.")

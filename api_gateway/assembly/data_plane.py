@@ -270,7 +270,7 @@ def _admission(
 
 
 def _requirements(gateway: Gateway) -> Iterator[Stage]:
-    """Yield the stages for what routes require of a request besides its identity, if any does."""
+    """Yield the stages for what routes require of a request in addition to its identity, if any does."""
     if any(route.requirement is not None for route in gateway.routes):
         yield RequirementStage()
     if any(route.requires_certificate for route in gateway.routes):
@@ -318,13 +318,13 @@ def _observers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
 
 
 def _records(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    """Return what records an exchange: access log, usage and history, as far as they are on."""
+    """Return the observers that record exchanges: access log, usage and history, as far as they are enabled."""
     history = [gateway.history.observer(gateway.clocks.wall)] if gateway.config.history.enabled else []
     return [*_writers(gateway), *history]
 
 
 def _writers(gateway: Gateway) -> list[Callable[[Exchange], None]]:
-    """Return what writes every exchange, access log and usage, with one time for both."""
+    """Return the observer that writes to access log and usage, with one time for both; none if both are off."""
     writers = _access_logs(gateway)
     if gateway.usage is not None:
         writers.append(gateway.usage.count)

@@ -1,8 +1,8 @@
 """Builds the runtime objects of a gateway from its configuration, starts and stops them, and changes them on reload.
 
 A `Gateway` is one configuration and its runtime objects. It is immutable: a reload builds the next one, which keeps
-objects by name (buckets, breakers, targets, pools, counters), creates new ones, and retires those not configured any
-more. `plan` does everything that can fail and changes nothing; `commit` neither waits nor fails.
+objects by name (buckets, breakers, targets, pools, counters), creates new ones, and retires those no longer
+configured. `plan` does everything that can fail and changes nothing; `commit` neither waits nor fails.
 
 Long because the parts are started, changed and stopped in one order.
 """
@@ -86,7 +86,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_RETIRED = 1_000  # upstreams kept that are not configured any more
+MAX_RETIRED = 1_000  # upstreams kept that are no longer configured
 _CLOSE_INTERVAL = 1.0  # seconds between checks of retired transports for their last response
 
 
@@ -330,7 +330,7 @@ class Assembly:
         self.gateway.recorder.observe_key_fetch(issuer, succeeded=succeeded)
 
     def _on_withdrawal(self) -> None:
-        """Have clients resolved anew, as a token that proved one may not be valid any more."""
+        """Have clients resolved anew, because a token that proved one may no longer be valid."""
         self.gateway.clients.bump_version()
 
     def _on_client_change(self, before: Client, after: Client) -> None:

@@ -50,7 +50,7 @@ class Issuers:
     def __init__(
         self, clocks: Clocks, on_withdrawal: Callable[[], None], on_fetch: Callable[[str, bool], None]
     ) -> None:
-        """`on_withdrawal` is called when a key is not valid any more.
+        """`on_withdrawal` is called when a key is no longer valid.
 
         `on_fetch` is called after each fetch with the name of the issuer, and whether it succeeded.
         """
@@ -63,7 +63,7 @@ class Issuers:
         return f"<Issuers [{len(self._tasks)} in use]>"
 
     def plan(self, config: GatewayConfig, before: JwtSource | None) -> JwtSource | None:
-        """Return the source of tokens of a configuration, None if tokens are no source. Blocks.
+        """Return the source of tokens of a configuration, None if tokens are not a source. Blocks.
 
         It is `before` if nothing has changed; otherwise issuers that have not changed keep their keys. Raises
         StartupError.
@@ -131,7 +131,7 @@ def jose() -> Any:
 
 
 def terms_of(name: str, section: IssuerSection) -> IssuerTerms:
-    """Return what the tokens of an issuer must have."""
+    """Return the requirements for the tokens of an issuer."""
     return IssuerTerms(
         name,
         frozenset(section.audiences),
@@ -144,7 +144,7 @@ def terms_of(name: str, section: IssuerSection) -> IssuerTerms:
 
 
 def meanings_of(section: IssuerSection, tiers: Iterable[str]) -> ClaimMeanings:
-    """Return what the claims of an issuer mean. `tiers` are the configured ones."""
+    """Return the meanings of an issuer's claims. `tiers` are the configured ones."""
     return ClaimMeanings(
         ClaimPath.of(section.client_claim),
         section.client_prefix,
@@ -254,9 +254,10 @@ class _Remote:
         return named
 
     def _permits(self, named: str, by: str) -> bool:
-        """Tell whether keys may be fetched from a URL that the document at `by` names.
+        """Return whether keys may be fetched from a URL that the document at `by` names.
 
-        A document of another machine must not have services of this one fetched, so loopback is no exception there.
+        A document of another machine must not have services of this one fetched, so loopback is not an exception
+        there.
         """
         is_secure = not self._section.allow_http and by.startswith("https:")
         return self._section.permits(named) and not (is_secure and not named.startswith("https:"))

@@ -96,7 +96,7 @@ class QuotaKeeping:
             return buckets
         if isinstance(buckets, MemoryLimiter):
             return QuotaLimiter(buckets, self.counters, wall_clock=self._clocks.wall, on_warned=self._on_warned)
-        if self._in_store is None:  # kept, as it has what is to be charged in the store
+        if self._in_store is None:  # kept, because it has what is to be charged in the store
             self._in_store = import_module("api_gateway.limits.store_quota_limiter").StoreQuotaLimiter(
                 buckets, prefix=config.store.prefix, wall_clock=self._clocks.wall, on_warned=self._on_warned
             )

@@ -1,4 +1,4 @@
-"""Builds what routes do besides forwarding: editing of heads, rewriting of paths, responses, and compression."""
+"""Builds actions of routes other than forwarding: editing of heads, rewriting of paths, responses, and compression."""
 
 import importlib
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ _ZSTD_LEVEL_OF_GZIP = {1: 1, 2: 1, 3: 2, 4: 3, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7}  # 
 
 
 def editor_of(section: RouteSection, urls: UrlRewriter | None) -> UrlRewriter | HeadEditor | None:
-    """Return what changes the heads of requests and responses of a route; `urls` rewrites URLs in them."""
+    """Return the editor of the heads of a route's requests and responses; `urls` rewrites URLs in them."""
     request, response = _edits(section.request_headers), _edits(section.response_headers)
     if request == _NO_EDITS and response == _NO_EDITS:
         return urls
@@ -45,7 +45,7 @@ def _edits(section: RequestHeadersSection | ResponseHeadersSection) -> HeaderEdi
 
 
 def rewriting_of(section: RouteSection) -> PathRewriting | None:
-    """Return what replaces the path for the upstream, None if nothing does."""
+    """Return the rewriting of the path for the upstream, None if it is not rewritten."""
     rewrite = section.rewrite
     if rewrite is None:
         return None

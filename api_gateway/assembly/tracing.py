@@ -44,7 +44,7 @@ _SAMPLERS: dict[str, tuple[Parent, float | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class TracingPlan:
-    """What a configuration means for tracing; `encoder` is the module that needs the library."""
+    """The settings of tracing under a configuration; `encoder` is the module that needs the library."""
 
     endpoint: str
     headers: Mapping[str, str]
@@ -127,7 +127,7 @@ class Tracing:
 
 
 def tracing_plan(config: GatewayConfig, variables: Mapping[str, str] | None = None) -> TracingPlan | None:
-    """Return what a configuration means for tracing, None if it is off. Raises StartupError.
+    """Return the plan of tracing under a configuration, None if it is off. Raises StartupError.
 
     `variables` are those of the environment. Settings take precedence over them.
     """
@@ -215,7 +215,7 @@ class _Variables:
         return DEFAULT_ENDPOINT
 
     def sampler(self) -> tuple[Parent, float]:
-        """Return what the sampler says about the parent's decision, and its ratio."""
+        """Return how the sampler treats the parent's decision, and its ratio."""
         name = self.text("OTEL_TRACES_SAMPLER").lower() or "parentbased_always_on"
         if name not in _SAMPLERS:
             logger.warning("environment OTEL_TRACES_SAMPLER: must be one of %s; ignored", ", ".join(_SAMPLERS))

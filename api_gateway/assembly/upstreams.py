@@ -51,7 +51,7 @@ TlsByFiles = MutableMapping[tuple[bytes, bool], Tls]  # by digest, and whether i
 
 @dataclass(frozen=True, slots=True)
 class LiveUpstream:
-    """An upstream at run time, with its section. `is_retired`: not configured any more, and its monitor is stopped."""
+    """An upstream at run time, with its section. `is_retired`: no longer configured, and its monitor is stopped."""
 
     section: UpstreamSection
     tls: Tls

@@ -12,7 +12,7 @@ from api_gateway.usage.ledger import UsageLedger
 
 
 def usage_of(config: GatewayConfig, clocks: Clocks) -> UsageLedger | None:
-    """Return what counts usage under a configuration, None if it is not counted."""
+    """Return the ledger of usage under a configuration, None if usage is not counted."""
     section = config.usage
     if not section.enabled:
         return None

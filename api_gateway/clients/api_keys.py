@@ -38,7 +38,7 @@ _ID_DIGITS = 16  # of the digest: enough to tell keys apart, and too few to veri
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What is stored of a key. Times are seconds since the epoch; `routes` None: all routes.
+    """A key as it is stored. Times are seconds since the epoch; `routes` None: all routes.
 
     `replaced_by` is the id of the key that a rotation created in its place, None if there was no rotation.
     """
@@ -100,12 +100,12 @@ def without_keys(text: str) -> str:
 
 
 def _omitted(found: re.Match[str]) -> str:
-    """Return what is shown in place of a key or token."""
+    """Return the text that is shown in place of a key or token."""
     return f"{_JWT_BEGINNING if found[0].startswith(_JWT_BEGINNING) else KEY_PREFIX}..."
 
 
 def fault_of(key: bytes) -> str | None:
-    """Return what is wrong with the form of a key, for a message; None if it is well-formed."""
+    """Return the error in the form of a key, for a message; None if it is well-formed."""
     if _KEY.fullmatch(key) is None:
         return f"it must be {KEY_PREFIX} and {_BODY + _CHECKSUM} letters and digits"
     body, checksum = key[len(KEY_PREFIX) : -_CHECKSUM], key[-_CHECKSUM:]
@@ -140,7 +140,7 @@ def as_members(key: ApiKey) -> dict[str, Any]:
 
 
 def shown_id(identifier: str) -> str:
-    """Return what an operator gave as the id of a key, for a message; a key given by mistake is not shown."""
+    """Return the id of a key as an operator gave it, for a message; a key given by mistake is not shown."""
     return "(a key instead of its id)" if identifier.startswith(KEY_PREFIX) else f"'{identifier[:64]}'"
 
 

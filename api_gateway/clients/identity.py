@@ -9,7 +9,7 @@ def client_id(fields: Fields, name: bytes) -> str | None:
     """Return the client id in header `name` (lower case); None if there is none.
 
     Raises ClientIdInvalid unless the header has one value of 1 to 128 visible ASCII characters: a client must not get
-    several buckets by spelling its id in several ways. An API key is no id, because ids are logged.
+    several buckets by spelling its id in several ways. An API key is not a valid id, because ids are logged.
     """
     found = fields.get(name)
     if not found:

@@ -23,7 +23,7 @@ MAX_CANDIDATES = 4  # keys that a signature without a key id is compared with
 class VerificationKey(Protocol):
     """A key that verifies signatures. `identity` is equal for equal keys."""
 
-    is_withdrawn: bool  # the issuer does not publish the key any more
+    is_withdrawn: bool  # the issuer no longer publishes the key
 
     @property
     def kid(self) -> str | None: ...  # noqa: D102
@@ -33,7 +33,7 @@ class VerificationKey(Protocol):
     def identity(self) -> str: ...  # noqa: D102
 
     def verify(self, algorithm: str, signed: bytes, signature: bytes) -> bool:
-        """Tell whether `signature` is a signature of `signed` by this key."""
+        """Return whether `signature` is a signature of `signed` by this key."""
         ...
 
 
@@ -111,7 +111,7 @@ class IssuerKeys:
         return found[:MAX_CANDIDATES]
 
     def may_find(self) -> bool:
-        """Tell whether waiting for `fetched` may yield a key that is unknown now; False bounds the rate of fetches."""
+        """Return whether waiting for `fetched` may yield an unknown key; False limits the rate of fetches."""
         if self._fetch is not None or self._asked_at is None:
             return True
         return self._clock() - self._asked_at >= self._interval

@@ -44,7 +44,7 @@ class JoseKey:
         return f"<JoseKey {self.kid!r} [{' '.join(sorted(self.algorithms))}]>"
 
     def verify(self, algorithm: str, signed: bytes, signature: bytes) -> bool:
-        """Tell whether `signature` is a signature of `signed` by this key."""
+        """Return whether `signature` is a signature of `signed` by this key."""
         return bool(self._verify[algorithm](signed, signature, self._key))
 
 

@@ -52,7 +52,10 @@ class TokenFault(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class IssuerTerms:
-    """What the tokens of an issuer must have. `name` is its name in the configuration; `types` are in lower case."""
+    """The requirements for the tokens of an issuer.
+
+    `name` is its name in the configuration; `types` are in lower case.
+    """
 
     name: str
     audiences: frozenset[str]

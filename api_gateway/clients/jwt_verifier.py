@@ -26,7 +26,7 @@ class Keys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ClaimMeanings:
-    """What the claims of an issuer's tokens mean.
+    """The meanings of the claims of an issuer's tokens.
 
     `tiers` are the names of tiers by value of the claim `tier`, also in upper case; other values mean nothing.
     """
@@ -51,7 +51,7 @@ class Issuer:
 
 @dataclass(slots=True, repr=False)
 class VerifiedToken:
-    """What a valid token says. `expires_ns` is its end on the monotonic clock, with the leeway.
+    """The content of a valid token. `expires_ns` is its end on the monotonic clock, with the leeway.
 
     `claims` are the values of those that routes require, by path.
     """
@@ -70,7 +70,7 @@ class VerifiedToken:
         return f"<VerifiedToken of {self.client_id!r} by issuer {self.issuer!r}>"
 
     def is_valid(self, now_ns: int) -> bool:
-        """Tell whether the token is still valid: it has not expired, and its issuer still publishes its key."""
+        """Return whether the token is still valid: it has not expired, and its issuer still publishes its key."""
         return now_ns < self.expires_ns and not self.key.is_withdrawn
 
 
@@ -105,7 +105,7 @@ class JwtVerifier:
         return known is not None and known.terms == terms
 
     def recall(self, token: ReadToken, now_ns: int) -> VerifiedToken | None:
-        """Return what a token says if it was verified before and is still valid."""
+        """Return the content of a token that was verified before and is still valid; else None."""
         known = self._remembered.get(token.digest)
         if known is None or known.is_valid(now_ns):
             return known

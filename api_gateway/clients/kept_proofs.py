@@ -54,7 +54,7 @@ class ProofFile:
         return f"<ProofFile [{self.path}]>"
 
     def read(self) -> RequiredProofs:
-        """Return what was written last. Raises InvalidProofFile."""
+        """Return the content that was written last. Raises InvalidProofFile."""
         try:
             content = json.loads(self.path.read_bytes())
         except FileNotFoundError:

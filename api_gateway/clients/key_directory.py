@@ -38,7 +38,7 @@ _RETENTION = 30 * 86_400.0  # seconds for which an expired key is listed
 
 
 class KeyState(Enum):
-    """What is known of a key that is not held."""
+    """The knowledge about a key that is not held."""
 
     ABSENT = "absent"  # no client has it
     UNAVAILABLE = "unavailable"  # the store, which might know the key, is unavailable
@@ -109,7 +109,7 @@ class KeyDirectory:
         self._warn()
 
     def _warn(self) -> None:
-        """Log which of the keys held cannot be used, in a task, as there may be many."""
+        """Log which of the keys held cannot be used, in a task, because there may be many."""
         if self._warning is not None:
             self._warning.cancel()
         cache = self._cache()
@@ -268,7 +268,7 @@ class KeyDirectory:
     # Outages of the store
 
     def on_outage(self) -> None:
-        """Start the time after which stored keys are not accepted any more."""
+        """Start the time after which stored keys are no longer accepted."""
         if self._outage is None and self._is_current:
             loop = asyncio.get_running_loop()
             self._outage = loop.call_later(self.outage_tolerance, self._become_outdated)

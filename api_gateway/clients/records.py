@@ -106,7 +106,7 @@ class KeyChange:
                 return KeyRefusal.REPLACED
         if self.add is not None:
             before, after = (_valid_at(self.add.created_at, held) for held in (keys, self.applied_to(keys)))
-            if after > max(MAX_VALID_KEYS, before):  # a key can also be replaced at once beside too many others
+            if after > max(MAX_VALID_KEYS, before):  # a key can also be replaced at once if there are too many others
                 return KeyRefusal.TOO_MANY
         return None
 

@@ -19,7 +19,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What a check has found about one thing, and in one sentence what to do about it."""
+    """The result of a check about one thing, and its remedy in one sentence."""
 
     about: str
     level: Level

@@ -1,4 +1,4 @@
-"""What `api-gateway doctor` does: runs all checks of a configuration and prints a line for each result."""
+"""The command `api-gateway doctor`: runs all checks of a configuration and prints a line for each result."""
 
 import argparse
 import asyncio

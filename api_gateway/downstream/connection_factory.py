@@ -51,7 +51,7 @@ class ConnectionFactory(ListenerState):
         return self.begin(self.connection(config, server_state, app_state, _loop), server_state)
 
     def begin(self, connection: DownstreamConnection, server_state: ServerState) -> FirstProtocol:
-        """Return what reads the first bytes of a connection: a PROXY protocol header, TLS, or HTTP."""
+        """Return the protocol that reads the first bytes of a connection: a PROXY protocol header, TLS, or HTTP."""
         tls, senders = self.tls, self.header_senders
         first = connection if tls is None else TlsConnection(connection, self, tls, server_state)
         if senders is None:

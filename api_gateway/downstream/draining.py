@@ -42,7 +42,7 @@ def drain_idle(owner: ConnectionOwner) -> None:
 
 
 def owes_response(owner: ConnectionOwner) -> bool:
-    """Tell whether a client that has ended its side gets the responses that are due.
+    """Return whether a client that has ended its side gets the responses that are due.
 
     It does if it has sent a complete request that announces this end, by `Connection: close` or as one of HTTP/1.0
     (RFC 9112 section 9.6), wherever that request is: served, queued or held. Any other end counts as a disconnect. TCP

@@ -42,7 +42,7 @@ class _LastRequest:
 
 
 def contains_last_request(data: bytes, limits: ConnectionLimits) -> bool:
-    """Tell whether `data` contains a complete request with `Connection: close`, or one of HTTP/1.0.
+    """Return whether `data` contains a complete request with `Connection: close`, or one of HTTP/1.0.
 
     `data` begins with a request, and is read as it will be when it is served: what follows that request is ignored.
     """

@@ -17,7 +17,7 @@ DRAIN_LINGER = 2.0  # seconds; see `ConnectionLimits.drain_linger`
 def protocol_of(
     section: ServerSection, refused: Counter[str], shares: FairShares, *, knows_proxy_protocol: bool = True
 ) -> ConnectionFactory:
-    """Return what creates the connections of one listener, limited by `shares`.
+    """Return the factory of the connections of one listener, limited by `shares`.
 
     `refused` counts the requests that it refuses, by reason.
     """

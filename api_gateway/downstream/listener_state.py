@@ -1,4 +1,4 @@
-"""What all connections of one listener share: limits, slots and counters."""
+"""The state that all connections of one listener share: limits, slots and counters."""
 
 from collections import Counter
 

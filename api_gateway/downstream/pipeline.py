@@ -164,7 +164,7 @@ class HeldInput:
             self.data = bytearray()
 
     def take(self) -> bytes:
-        """Return all bytes, and hold none any more."""
+        """Return all bytes, and hold none afterwards."""
         taken, self.data = bytes(self.data), bytearray()
         return taken
 

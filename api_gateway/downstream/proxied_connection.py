@@ -21,8 +21,8 @@ class ProxiedConnection:
 
     A connection of any other peer has no header: it begins at once. States: waiting for the header (in the server's
     set of connections), handed over, or closed (no longer in that set). While it waits, it has a slot: it counts in
-    the total number of connections, but for no address, as its client is unknown. asyncio requires no base class of a
-    protocol.
+    the total number of connections, but for no address, because its client is unknown. asyncio requires no base class
+    of a protocol.
     """
 
     def __init__(

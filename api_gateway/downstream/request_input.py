@@ -126,7 +126,7 @@ class RequestIntake:
 
 
 def _is_for_fast_path(owner: ConnectionOwner, head: RequestHead) -> bool:
-    """Tell whether the fast path may take a request whose head the general parser has read."""
+    """Return whether the fast path may take a request whose head the general parser has read."""
     state = owner.state
     return (
         head.version == "1.1"

@@ -280,7 +280,7 @@ class RequestReader:
         return size
 
     def _is_of_other_protocol(self, received: bytes) -> bool:
-        """Tell whether the request line, of which `received` is the beginning or the end, is not one of HTTP."""
+        """Return whether the request line, of which `received` is the beginning or the end, is not one of HTTP."""
         line, is_complete, _ = received.lstrip(b"\r\n").partition(b"\n")
         self._line_begun = None if is_complete else line[-_LONGEST_PROTOCOL:]
         return bool(is_complete) and _OTHER_PROTOCOL.fullmatch(line[line.rfind(b" ") :]) is not None
@@ -435,7 +435,7 @@ class RequestReader:
         return head
 
     def _is_handshake(self) -> bool:
-        """Tell whether the head is a WebSocket handshake (RFC 6455 section 4.1)."""
+        """Return whether the head is a WebSocket handshake (RFC 6455 section 4.1)."""
         fields = fields_of(self._headers)
         return (
             self._parser.get_method() == b"GET"

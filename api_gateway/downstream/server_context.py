@@ -1,4 +1,4 @@
-"""What all connections of one running server share."""
+"""The context that all connections of one running server share."""
 
 import asyncio
 from dataclasses import dataclass

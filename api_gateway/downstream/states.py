@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConnectionEvent(IntEnum):
-    """What happens to a connection."""
+    """The events of a connection."""
 
     HEAD_BEGUN = auto()  # a part of a head has arrived
     HEAD_COMPLETE = auto()  # the request is queued; its body follows
@@ -34,7 +34,7 @@ class ConnectionEvent(IntEnum):
     LAST_RESPONSE = auto()  # a response is complete; no request is queued
     SWITCH = auto()  # 101: the connection carries another protocol
     LINGER = auto()  # the last response is complete, and the client may still be sending
-    CLOSE = auto()  # nothing is served any more
+    CLOSE = auto()  # nothing more is served
     LOST = auto()  # the transport is closed
     DRAIN = auto()  # the server stops
     CLIENT_EOF = auto()  # the client has ended its side, and is owed a response
@@ -289,7 +289,7 @@ class IllegalConnectionEvent(Exception):
 
 
 class IllegalEvents:
-    """What happens upon an illegal event: it is logged and counted by event, and raised if `raises`, as in tests."""
+    """The treatment of illegal events: logged and counted by event, and raised if `raises`, as in tests."""
 
     __slots__ = ("counts", "raises")
 

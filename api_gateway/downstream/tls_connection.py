@@ -412,7 +412,7 @@ class TlsConnection:
         return self._protocol
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Return what is known of the connection, as transports of asyncio do."""
+        """Return a value about the connection by its name, as transports of asyncio do."""
         connection = self._ssl
         if connection is not None:
             if name == "ssl_object":

@@ -61,7 +61,7 @@ Stamp = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class TlsCounters:
-    """What became of handshakes, and of reloads of certificates. One for the process: `TLS_COUNTERS`."""
+    """The results of handshakes and of reloads of certificates. One for the process: `TLS_COUNTERS`."""
 
     def __init__(self) -> None:
         self.handshakes: Counter[str] = Counter(
@@ -79,7 +79,7 @@ TLS_COUNTERS = TlsCounters()
 
 @dataclass(frozen=True, slots=True)
 class PreparedTls:
-    """What a section needs, loaded and not in force yet. `digest` is what sessions depend on."""
+    """The files of a section, loaded and not in force yet. `digest` changes with the terms of sessions."""
 
     section: ServerTlsSection
     certificates: Certificates
@@ -139,7 +139,7 @@ class TlsTerminator:
         return prepared
 
     def has_certificate_for(self, host: str) -> bool:
-        """Tell whether a certificate has this name, or unknown names get the first one."""
+        """Return whether a certificate has this name, or unknown names get the first one."""
         return not self.section.reject_unknown_names or self._in_force.certificates.of_name(host) is not None
 
     async def follow_files(self) -> None:
@@ -196,7 +196,7 @@ def _file_stamp(file: Path) -> tuple[int, int, int, int] | None:
 
 
 def _digest(section: ServerTlsSection) -> bytes:
-    """Return what sessions depend on: a client whose authority is not trusted any more must not resume one.
+    """Return a digest of the terms of sessions: a client whose authority is no longer trusted must not resume one.
 
     Raises CertificateError if the files of authorities cannot be read.
     """

@@ -1,4 +1,4 @@
-"""What the gateway must know about a uvicorn server that runs it, and the gateway's protocol for that server.
+"""The facts about a uvicorn server that runs the gateway, and the gateway's protocol for that server.
 
 uvicorn has several implementations of HTTP. The one on httptools appends trailers to the header fields of a request,
 before or after the application sees them, so trailers cannot be told apart there. The one on h11 discards them.

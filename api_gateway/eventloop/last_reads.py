@@ -16,7 +16,7 @@ def last_reads(transport: asyncio.Transport, buffer: memoryview) -> Iterator[int
     """Read into `buffer` what had arrived, and yield the number of bytes of each read.
 
     To be called within `connection_lost`, after which asyncio and uvloop close the socket. Yields nothing for a
-    connection with TLS, whose bytes cannot be decrypted any more, and for a transport without a socket.
+    connection with TLS, whose bytes can no longer be decrypted, and for a transport without a socket.
     """
     sock = transport.get_extra_info("socket")
     if sock is None or transport.get_extra_info("sslcontext") is not None:

@@ -76,7 +76,7 @@ class AsgiDownstream:
         self._check: asyncio.TimerHandle | None = None  # after which `receive` is called for a disconnect
         self._resumed: asyncio.Future[None] | None = None  # awaited while reception is paused
         self._is_paused = self._is_started = self._is_ended = self._is_switched = self._has_trailers = False
-        self._is_lost = False  # nothing can be sent any more
+        self._is_lost = False  # nothing more can be sent
         self._is_cut = False  # the response has begun, and is not continued
 
     def __repr__(self) -> str:
@@ -84,7 +84,7 @@ class AsgiDownstream:
 
     @property
     def transport(self) -> Any:
-        """What the exchange writes to: this object, of which it uses `write` and `writelines`."""
+        """The object that the exchange writes to: this one, of which it uses `write` and `writelines`."""
         return self
 
     def head_of(self, scope: Scope, target: bytes) -> RequestHead:
@@ -168,7 +168,7 @@ class AsgiDownstream:
                     self._exchange.on_writable()
 
     def _fail(self, error: BaseException) -> bool:
-        """End the exchange, as its response cannot be sent; return False if the server must get the error."""
+        """End the exchange, because its response cannot be sent; return False if the server must get the error."""
         exchange = self._exchange
         assert exchange is not None  # noqa: S101 - a response without an exchange has ended
         self._is_lost = True
@@ -375,7 +375,7 @@ class AsgiDownstream:
         )
 
     def _may_have_trailers(self, status: int) -> bool:
-        """Tell whether the response of the upstream may have trailers, and the client accepts them."""
+        """Return whether the response of the upstream may have trailers, and the client accepts them."""
         exchange = self._exchange
         return (
             self._extension is not None

@@ -67,7 +67,7 @@ class AttemptingExchange(RelayingExchange):
         """Open or await a connection, and send the request.
 
         Connecting may take half of the time that a deadline leaves, which allows a retry; a client's own deadline does
-        not shorten it, as it would make each target appear unreachable.
+        not shorten it, because it would make each target appear unreachable.
         """
         deadline, seconds, generation = self.plan.deadline, upstream_client.timeouts["connect"], self.generation
         if deadline is not None and not deadline.is_of_client:
@@ -282,7 +282,7 @@ class AttemptingExchange(RelayingExchange):
 
 
 def _second_failure(error: httpx.TransportError) -> httpx.ReadError:
-    """Return the error of a request that could not be sent once more; it is no ConnectError, as it was sent before."""
+    """Return the error of a request that could not be sent again: not a ConnectError, because it was sent before."""
     failure = httpx.ReadError(f"{StaleConnection()}; second attempt: {error}")
     failure.__cause__ = error.with_traceback(None)
     return failure

@@ -23,7 +23,7 @@ class HeaderLimits(Protocol):
 
 
 class Downstream(Protocol):
-    """What an exchange asks of the client's side: the gateway's own connection, or `AsgiDownstream`."""
+    """The client's side as an exchange uses it: the gateway's own connection, or `AsgiDownstream`."""
 
     loop: asyncio.AbstractEventLoop
     client: tuple[str, int] | None
@@ -35,12 +35,12 @@ class Downstream(Protocol):
 
     @property
     def abilities(self) -> DownstreamAbilities:
-        """What this kind of client's side can do."""
+        """The abilities of this kind of client's side."""
         ...
 
     @property
     def transport(self) -> asyncio.Transport:
-        """What responses are written to."""
+        """The transport that responses are written to."""
         ...
 
     def begin_exchange(self, exchange: InFlight) -> None:

@@ -1,4 +1,4 @@
-"""What all exchanges have in common under one configuration."""
+"""The context of all exchanges under one configuration."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,10 @@ from api_gateway.router import Router
 
 
 class ExchangeContext:
-    """What decides on requests and records them, and the header fields that the gateway adds: configuration only."""
+    """The objects that decide on requests and record them, and the header fields that the gateway adds.
+
+    Configuration only.
+    """
 
     response_hooks: ResponseHooks | None = None  # of extensions
     mirrors: Mirrors | None = None  # unless no route has a mirror

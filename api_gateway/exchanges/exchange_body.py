@@ -120,7 +120,7 @@ class ExchangeBody:
         return [*self._pieces]
 
     def exceeds(self, limit: int | None) -> bool:
-        """Apply the limit of the route, None if that has none; tell whether the body is larger."""
+        """Apply the limit of the route, None if that has none; return whether the body is larger."""
         if limit is not None:
             self.limit = limit
         return self.is_too_large
@@ -145,7 +145,7 @@ class ExchangeBody:
         return ClientProgress(self.is_complete, since is not None, waited)
 
     def begin(self, connection: UpstreamCall) -> list[bytes]:
-        """Return what an attempt on `connection` sends with its head; what arrives from now on is sent at once."""
+        """Return the pieces that an attempt on `connection` sends with its head; later ones are sent at once."""
         self._is_framed = self.length is None and connection.abilities.trailers
         pieces = self._chunks() if self._is_framed else self._pieces
         if self.received > self._keep:
@@ -159,13 +159,13 @@ class ExchangeBody:
         return pieces
 
     def _chunks(self) -> list[bytes]:
-        """Return what is kept as one chunk, with the end of the body if that has arrived."""
+        """Return the kept pieces as one chunk, with the end of the body if that has arrived."""
         content = b"".join(self._pieces)
         pieces = [_chunk(content)] if content else []
         return [*pieces, self._end()] if self.is_complete else pieces
 
     def _end(self) -> bytes:
-        """Return what ends the body: nothing, or the last chunk with the trailers that are forwarded."""
+        """Return the end of the body: nothing, or the last chunk with the trailers that are forwarded."""
         if not self._is_framed:
             return b""
         trailers = self.trailer_fields and forwardable_trailers(

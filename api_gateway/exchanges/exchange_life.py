@@ -61,9 +61,9 @@ class FirstFailure(NamedTuple):
 
 
 class ExchangeLife(ProxyExchange):
-    """What an exchange holds, how it begins and ends, and its request body.
+    """The life of an exchange: the resources that it holds, its beginning and end, and its request body.
 
-    The exchange holds an attempt and a connection from `send` on. It returns all that it holds when it leaves the
+    The exchange holds an attempt and a connection from `send` on. It releases all that it holds when it leaves the
     phase `exchanging`.
     """
 
@@ -89,7 +89,7 @@ class ExchangeLife(ProxyExchange):
     delay: asyncio.TimerHandle | None = None  # before a retry
     probe: asyncio.TimerHandle | None = None  # after which a probe counts as a success while its response streams
     is_sent = True  # a part of the request was written to a connection
-    is_repeated = False  # the request is sent once more, as its connection was closed while idle
+    is_repeated = False  # the request is sent once more, because its connection was closed while idle
     cause = ""  # of the retry: a reason or a status
     failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
     last: UpstreamResponse | None = None  # the response of the last attempt, likewise
@@ -165,7 +165,7 @@ class ExchangeLife(ProxyExchange):
         return trailers if editor is None else editor.later_fields(trailers)
 
     def _editor(self) -> HeadEditor | UrlRewriter | None:
-        """Return what changes header fields on the route of the request."""
+        """Return the editor of header fields on the route of the request."""
         return None if self.plan.route is None else self.plan.route.url_rewriter
 
     def _may(self, event: ExchangeEvent) -> bool:
@@ -328,7 +328,10 @@ class ExchangeLife(ProxyExchange):
         self._end(self._context.clock(), outcome, keep_alive=False)
 
     def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
-        """Return what the exchange holds, and record it. The upstream connection is returned or closed already."""
+        """Release the resources of the exchange, and record it.
+
+        Its upstream connection is already returned or closed.
+        """
         if self.is_pending:
             self._invalidate()
         attempt, self.attempt = self.attempt, None

@@ -171,7 +171,7 @@ class HttpExchange(AttemptingExchange):
         return self._ask_fallback(router.upstream_clients[fallback.upstream], error)
 
     def _applies(self, fallback: Fallback, error: GatewayError) -> bool:
-        """Tell whether the fallback responds after an error."""
+        """Return whether the fallback responds after an error."""
         deadline, upload = self.plan.deadline, self.upload
         if fallback.upstream is not None and deadline is not None and deadline.at <= self._context.clock():
             return False

@@ -307,7 +307,7 @@ class RelayingExchange(ExchangeLife):
         return b"0\r\n%b\r\n" % b"".join([b"%b: %b\r\n" % pair for pair in self.trailers_for_client()])
 
     def _is_retried(self, status: int) -> bool:
-        """Tell whether the retry policy names the status."""
+        """Return whether the retry policy names the status."""
         upstream = self.exchange.upstream
         assert upstream is not None  # noqa: S101 - the request was sent
         return status in self._context.router.upstream_clients[upstream].retried_statuses

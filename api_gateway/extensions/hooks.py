@@ -1,8 +1,8 @@
 """Calls hooks within a budget of time, and handles their failures.
 
 A coroutine is cancelled when its budget is used up, and its request goes on, whether it ends or not. A function cannot
-be interrupted: its time is measured, and one that exceeds its budget is counted and logged, but its result is used, as
-it has cost its time already.
+be interrupted: its time is measured, and one that exceeds its budget is counted and logged, but its result is used,
+because it has already cost its time.
 """
 
 import asyncio

@@ -22,7 +22,7 @@ class RequestClient:
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """A request as a hook sees it. Immutable; the body is not in it, as it has not arrived.
+    """A request as a hook sees it. Immutable; the body is not in it, because it has not arrived.
 
     `path` is percent-decoded, `query` is as received, without the question mark. `client_address` is the one that a
     trusted proxy reports, else that of the connection. `client` is None in `identify`, `route` (its name) is None

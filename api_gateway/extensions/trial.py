@@ -48,7 +48,7 @@ def try_extension(name: str, use: str, options: Mapping[str, Any], seconds: floa
 def main() -> None:
     """Load what standard input asks for."""
     output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the extension prints is no report
+    os.dup2(2, 1)  # what the extension prints is not the report
     name, use, options = json.load(sys.stdin)
     problem = None
     try:

@@ -27,7 +27,7 @@ UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket
 
 
 class DownstreamAbilities(NamedTuple):
-    """What a client's side can do.
+    """The abilities of a client's side.
 
     `framing`: it gets bodies with their framing, in chunks if they have no length; otherwise the content alone.
     `upgrade`: `switch_protocols` can be called.
@@ -157,7 +157,7 @@ class ServerExtension(Protocol):
     on_shutdown: Callable[[], object] | None  # called when the server begins to stop, not if it is stopping already
     connection: Any  # the request's connection; has a `transport`
     is_stopping: bool  # the server stops: streams and tunnels shall end soon
-    is_cut: bool  # set if the rest of the response is missing: that the application fails is no defect
+    is_cut: bool  # set if the rest of the response is missing: a failure of the application is not a defect
 
     def defer_continue(self) -> None:
         """Do not send 100 (Continue) for `Expect: 100-continue`: the upstream decides."""

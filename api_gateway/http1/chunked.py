@@ -25,12 +25,12 @@ _LAST_BEGUN = (b"", b"\r")  # what may follow the size of the last chunk if its 
 
 
 class ChunkState(Enum):
-    """What follows the checked part of a chunked body."""
+    """The kind of data that follows the checked part of a chunked body."""
 
     ARRIVING = "arriving"  # more plain chunks
     ENDED = "ended"  # nothing
     NOT_PLAIN = "not plain"  # a chunk for the general parser, or more than MAX_CHUNKS
-    INVALID = "invalid"  # bytes that are no line break at the end of a chunk
+    INVALID = "invalid"  # bytes other than a line break at the end of a chunk
 
 
 ARRIVING, ENDED, NOT_PLAIN, INVALID = ChunkState

@@ -23,7 +23,7 @@ _REQUEST_LINE = re.compile(
     rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21\x22\x24-\x3e\x40-\x7e]*+)((?:\?[\x21\x22\x24-\x7e]*+)?+)"
     rb" HTTP/1\.1(?=\r\n)"
 )
-# Response fields that are not forwarded unchanged. First letters are listed apart, as most lines fail on those.
+# Response fields that are not forwarded unchanged. First letters are listed apart, because most lines fail on those.
 _INSPECTED = HOP_BY_HOP | GATEWAY_HEADERS | {b"content-length", b"date"}
 _IS_INSPECTED = rb"[%b](?i:%b):" % (
     b"".join(sorted({letter for name in _INSPECTED for letter in (name[:1], name[:1].upper())})),
@@ -155,12 +155,12 @@ def parse_response_head(  # noqa: C901 - each branch is one field, or one kind o
 
 
 def is_plain_value(value: bytes) -> bool:
-    """Tell whether a plain head may have a field with this value."""
+    """Return whether a plain head may have a field with this value."""
     return _PLAIN_VALUE.fullmatch(value) is not None
 
 
 def field_name(line: bytes) -> bytes:
-    """Return the name in a header line of a plain head, empty if it is no such line."""
+    """Return the name in a header line of a plain head, empty if it is not such a line."""
     match = _PLAIN_NAME.match(line)
     return b"" if match is None else match[1]
 

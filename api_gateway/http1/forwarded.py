@@ -27,7 +27,7 @@ _NODE = re.compile(
     re.ASCII,
 )
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
-# Values need quotes if they are no tokens, which not all proxies observe.
+# Values need quotes if they are not tokens, which not all proxies observe.
 _VALUE = rb"(?:\"(?:[^\x00-\x08\x0a-\x1f\x7f\"\\]|\\[^\x00-\x08\x0a-\x1f\x7f])*+\"|[^\x00-\x20\x7f;,\"]*+)"
 _PAIR = re.compile(rb"[ \t]*+(" + _TOKEN + rb")=(" + _VALUE + rb")[ \t]*+")
 _ELEMENT = re.compile(rb"(?:[ \t;]|" + _TOKEN + rb"=" + _VALUE + rb"(?=[ \t;]|\Z))*+")

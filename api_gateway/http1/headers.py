@@ -121,7 +121,7 @@ def _is_authority(value: bytes) -> bool:
 
 
 def is_visible_ascii(value: bytes) -> bool:
-    """Tell whether `value` is 1 to 128 visible ASCII characters."""
+    """Return whether `value` is 1 to 128 visible ASCII characters."""
     return _VISIBLE.fullmatch(value) is not None
 
 
@@ -244,7 +244,7 @@ def address_key(address: str) -> str:
     """Return the key under which an address is counted: an IPv4 address, or the /64 network of an IPv6 address.
 
     A /64 is the smallest network that a site gets, so one host can use all of its addresses. An IPv4-mapped IPv6
-    address is converted to IPv4. A string that is no address, such as `unix`, is returned unchanged.
+    address is converted to IPv4. A string that is not an address, such as `unix`, is returned unchanged.
     """
     try:
         parsed = parse_address(address)
@@ -254,7 +254,7 @@ def address_key(address: str) -> str:
 
 
 def is_within(address: str, networks: Collection[Network]) -> bool:
-    """Tell whether `address` is in one of `networks`; the only string that is no address and may be is `unix`."""
+    """Return whether `address` is in one of `networks`; of strings that are not addresses, only `unix` may be."""
     try:
         parsed = parse_address(address)
     except ValueError:

@@ -25,7 +25,7 @@ class NetworkSet:
         return sum(map(len, self._prefixes.values())) + self._has_unix
 
     def __contains__(self, address: str) -> bool:
-        """Tell whether an address is in one of the networks; the only string that is no address and may be is `unix`.
+        """Return whether an address is in one of the networks; of strings that are not addresses, only `unix` may be.
 
         An IPv4-mapped IPv6 address is compared as the IPv4 address; a zone is ignored.
         """

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 MAX_READINGS = 32  # of one path; a path with more is refused
-MAX_READ_BYTES = 8_192  # total length of the readings of one path, as each costs time
+MAX_READ_BYTES = 8_192  # total length of the readings of one path, because each costs time
 
 # What servers may treat differently in a decoded path; `./` and a final `.` cover dot segments and trailing dots.
 _UNUSUAL = re.compile(r"%|;|\\|\x00| |\?|#|//|\./|\.\Z")
@@ -87,17 +87,17 @@ def _below(root: str, path: str) -> str:
 
 
 def is_below(path: str, prefix: str) -> bool:
-    """Tell whether `path` equals `prefix` or is below it, by whole segments."""
+    """Return whether `path` equals `prefix` or is below it, by whole segments."""
     return prefix in (path, "/") or path.startswith(f"{prefix}/")
 
 
 def is_unusual(path: str) -> bool:
-    """Tell whether a decoded path has a part that servers may treat differently: it may have several readings."""
+    """Return whether a decoded path has a part that servers may treat differently: it may have several readings."""
     return _UNUSUAL.search(path) is not None
 
 
 def has_dot_segment(path: str) -> bool:
-    """Tell whether a segment of `path` is `.` or `..`."""
+    """Return whether a segment of `path` is `.` or `..`."""
     return _DOT_SEGMENT.search(path) is not None
 
 

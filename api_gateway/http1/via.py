@@ -23,7 +23,7 @@ class Via:
         return self._fields.get(version) or self._field(version)
 
     def is_in(self, values: Iterable[bytes]) -> bool:
-        """Tell whether an entry in one of these values of `Via` has the pseudonym, in any letter case."""
+        """Return whether an entry in one of these values of `Via` has the pseudonym, in any letter case."""
         entries = (entry.split(None, 2) for value in values for entry in value.split(b","))
         return any(len(entry) > 1 and entry[1].lower() == self._known for entry in entries)
 

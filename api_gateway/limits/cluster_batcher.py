@@ -1,7 +1,7 @@
 """Batches of operations for a cluster: one `ScriptBatcher`, with its own circuit breaker, for each node.
 
 A failed node affects only the buckets on it: operations on them fail at once. After every error the nodes are
-discovered again, as another may have taken over.
+discovered again, because another may have taken over.
 """
 
 import asyncio

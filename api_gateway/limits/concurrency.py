@@ -86,7 +86,7 @@ class LocalSlots:
 
     A key has an entry while it has requests in flight, so the table is not larger than their number. A slot is taken
     by `take` and returned by `release`, which may be called for each exchange, and more than once. `ended` has the
-    durations of the last requests of keys that have none in flight any more, by the name of the limit.
+    durations of the last requests of keys that no longer have any in flight, by the name of the limit.
     """
 
     def __init__(self, in_flight: Counter[str]) -> None:
@@ -143,7 +143,7 @@ class LocalSlots:
         return None if refused is None else joint_refusal(refused, limiter.refusal(charges, now_ns))
 
     def take(self, exchange: Exchange, slots: tuple[ConcurrencySlot, ...]) -> None:
-        """Let an exchange hold slots, besides those that it holds, until `release`."""
+        """Let an exchange hold slots, in addition to those that it holds, until `release`."""
         counters, in_flight = self.counters, self._in_flight
         for slot in slots:
             counter = counters.get(slot.key)
@@ -179,7 +179,7 @@ class LocalSlots:
                 del counters[slot.key]
 
     def _durations(self, slot: ConcurrencySlot, counter: SlotCounter) -> deque[float]:
-        """Return the durations of a key; of its limit if it has none in flight any more."""
+        """Return the durations of a key; of its limit if it no longer has any in flight."""
         if not counter.in_flight:
             durations = self.ended.get(slot.quota.policy)
             if durations is None:

@@ -247,7 +247,7 @@ class LeasedSlots(LocalSlots):
                 check_cancelled()
 
     def note_beat(self) -> None:
-        """Forget epochs of keys that are not used any more, and leases of no requests that must have ended.
+        """Forget epochs of keys that are no longer used, and leases of no requests that must have ended.
 
         Those are leases that their server has not confirmed for longer than a lease lasts.
         """

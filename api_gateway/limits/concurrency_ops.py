@@ -20,7 +20,7 @@ from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.models import Charge, ConcurrencySlot, Decision
 from api_gateway.storage.redis_session import ScriptCall
 
-LEASE = 10.0  # seconds after which the requests of a worker that does not renew its leases do not count any more
+LEASE = 10.0  # seconds after which the requests of a worker that does not renew its leases no longer count
 LEASE_MS = int(LEASE * 1000)
 _NONE = -1
 
@@ -56,7 +56,7 @@ class LeasePort(Protocol):
         ...
 
     def is_share_used(self, slots: Sequence[ConcurrencySlot]) -> bool:
-        """Tell whether a request needs more than this worker's share of a limit while the store is unavailable."""
+        """Return whether a request needs more than this worker's share of a limit while the store is unavailable."""
         ...
 
 
@@ -242,7 +242,7 @@ def end_of_operation(port: LeasePort, key: str) -> None:
 
 
 class ReturnOp(LeaseOp):
-    """Counts one request less."""
+    """Releases a slot."""
 
     verb = "return"
 
@@ -335,5 +335,5 @@ class HeldOp(ScriptOp):
 
 
 def batcher_of(limiter: StoreLimiter) -> ScriptBatcher | ClusterScriptBatcher:
-    """Return what sends operations."""
+    """Return the batcher that sends the operations of a limiter."""
     return limiter.batcher if isinstance(limiter, RedisLimiter) else limiter.buckets.batcher

@@ -75,7 +75,7 @@ class FallbackLimiter:
             self.lose(charges, now_ns)
 
     def lose(self, charges: Iterable[Charge], now_ns: int) -> None:
-        """Count costs against the shares that the store may not have been charged for, as there is no reply."""
+        """Count costs against the shares that the store may not have been charged for, because there is no reply."""
         for charge in charges:
             if charge.increment_ns > 0:
                 self._lost.charge(self._scaled(charge), 0, _OWN, now_ns, is_held=False)

@@ -47,7 +47,7 @@ class Limit:
         return self.key == _BY_CLIENT
 
     def is_unverified(self, client: Client | None) -> bool:
-        """Tell whether anyone could have invented the key of a bucket of this limit for a client.
+        """Return whether anyone could have invented the key of a bucket of this limit for a client.
 
         Routes, organisations and claims have been verified; header fields and addresses never are. A key without a
         client needs none.
@@ -63,7 +63,7 @@ class Limit:
         return self.quotas.get(tier) or self.quota
 
     def concerns(self, route: str | None, method: str) -> bool:
-        """Tell whether the limit applies to requests of a route with a method (in upper case)."""
+        """Return whether the limit applies to requests of a route with a method (in upper case)."""
         return (self.routes is None or route in self.routes) and (self.methods is None or method in self.methods)
 
     def bucket_key(self, values: Sequence[str], tier: str) -> str:
@@ -111,14 +111,14 @@ class OwnBucket(NamedTuple):
 def client_buckets(limits: Iterable[Limit], client: Client, routes: Sequence[str] = ()) -> list[OwnBucket]:
     """Return the buckets that only a client has: that of its tier, and of limits by client, or by client and route.
 
-    `routes` are the names of all routes. The buckets of limits by client and something else are not among them, as
-    the values are not known.
+    `routes` are the names of all routes. The buckets of limits by client and something else are not among them,
+    because the values are not known.
     """
     return [OwnBucket(client.key, client.quota), *limits_of_client(limits, client, routes)]
 
 
 def limits_of_client(limits: Iterable[Limit], client: Client, routes: Sequence[str]) -> list[OwnBucket]:
-    """Return what only a client has of limits by client, or by client and route: buckets, or slots."""
+    """Return the buckets and slots of limits by client, or by client and route, that belong to one client."""
     return [one for one in _all_of_client(limits, client, routes) if not isinstance(one.quota, PeriodQuota)]
 
 

@@ -80,7 +80,7 @@ class LimitReached(RateLimited):
 
 
 class RefusalTemplate:
-    """What all refusals of one client by one bucket at one cost have in common.
+    """The common parts of all refusals of one client by one bucket at one cost.
 
     These are the beginning of the detail (`cause`) and the `parts` of the problem details before, between and after
     the varying values: the rest of the detail, instance, request id, seconds and remaining tokens.
@@ -103,7 +103,7 @@ class RefusalTemplate:
 
 
 class QuotaTemplate:
-    """What all refusals by one quota have in common: part of the detail, and what surrounds the `_VARYING` values."""
+    """The common parts of all refusals by one quota: of the detail, and the text around the `_VARYING` values."""
 
     __slots__ = ("limits", "parts", "quota")
 

@@ -57,9 +57,9 @@ class PeriodQuota(Quota):
 
 @dataclass(slots=True)
 class Count:
-    """What was used in the period from `start`: of the allowance, and (`drawn`) of the balance of top-ups.
+    """The use in the period from `start`: of the allowance, and (`drawn`) of the balance of top-ups.
 
-    `carried` was left of the period before. `peak` is the most that was used, before refunds.
+    `carried` was left over from the period before. `peak` is the highest use, before refunds.
     """
 
     start: int
@@ -89,14 +89,14 @@ class Counter:
     resets: int = 0
 
     def valid_balance(self, now: int) -> int:
-        """Return what can be used of the top-ups."""
+        """Return the part of the top-ups that has not expired."""
         return self.balance if now < self.until else 0
 
 
 class Adjustment(NamedTuple):
     """A change of a counter by an operator: a top-up with its end, what is carried over, or a count that begins anew.
 
-    `carried` -1 leaves what was carried over; `is_reset` 1 lets nothing be used.
+    `carried` -1 leaves what was carried over; `is_reset` 1 sets the used tokens to 0.
     """
 
     amount: int = 0
@@ -156,7 +156,7 @@ class Warned(NamedTuple):
 
 
 def is_past(counter: Counter, now: int) -> bool:
-    """Tell whether a counter has no effect any more, even if the clock steps back by a period."""
+    """Return whether a counter no longer has an effect, even if the clock steps back by a period."""
     return past_at(counter) < now
 
 

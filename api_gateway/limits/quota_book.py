@@ -28,7 +28,10 @@ class QuotaBook(Protocol):
         ...
 
     async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
-        """Change a counter; return as `look`. A new one has the room of verified keys, as an operator has named it."""
+        """Change a counter; return as `look`.
+
+        A new one has the room of verified keys, because an operator has named it.
+        """
         ...
 
 

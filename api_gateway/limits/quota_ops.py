@@ -44,12 +44,12 @@ _COUNT = 5
 
 
 class Owed(NamedTuple):
-    """What was admitted without the store in the period from `start`.
+    """The cost that was admitted without the store in the period from `start`.
 
     `sent` of it is in operations without a reply: those that report it, and requests that the store may have charged
-    before their replies were lost. That is not sent again. The whole `amount` counts against the share of this process
-    until a reply to the same operation shows that the store has charged it, or the period ends: so what is admitted
-    and never charged is at most one share, however often replies are lost.
+    before their replies were lost. The sent part is not sent again. The whole `amount` counts against this process's
+    share until a reply to the same operation confirms the charge, or the period ends. So at most one share is admitted
+    and never charged, however often replies are lost.
 
     `generation` is how many resets by operators this process knew of when the first of it was admitted. A reset of the
     key drops what is owed, so an operation that was begun under a smaller number is not about this.
@@ -97,7 +97,7 @@ class CountersPort(Protocol):
         ...
 
     def report_owed(self, key: str) -> Owed | None:
-        """Return what is to be sent of what was charged to a counter without the store; None if there is nothing."""
+        """Return the cost that was charged to a counter without the store and is to be sent; None if there is none."""
         ...
 
     def settle_owed(self, key: str, sent: Owed, *, is_charged: bool) -> None:
@@ -314,7 +314,7 @@ class QuotaChargeOp(ScriptOp):
 
 
 class CounterOp(ScriptOp):
-    """Reads a counter, or adjusts it: a top-up, what was carried over, a new beginning."""
+    """Reads a counter, or adjusts it: top-up, carry-over, reset."""
 
     __slots__ = ("_adjustment", "_asked", "_key", "_limiter", "_on_counter", "_quota")
 

@@ -89,9 +89,9 @@ def _policy(quota: Quota) -> str:
 
 
 def _template(quota: Quota) -> tuple[str, str, str, bool]:
-    """Return what a quota determines of its field lines: its policy, what is before `r`, and what is behind `t`.
+    """Return the constant parts of a quota's field lines: its policy, the text before `r`, and the text after `t`.
 
-    The last value tells whether it is a calendar quota.
+    The last value is whether it is a calendar quota.
     """
     return (
         f"ratelimit-policy: {_policy(quota)}\r\n",

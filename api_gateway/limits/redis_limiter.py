@@ -395,4 +395,4 @@ class RedisLimiter:
 
 
 def _ignore(_decision: Decision) -> None:
-    """Expect nothing of a decision: the query reports a debt."""
+    """Ignore the decision: the operation only reports a debt."""

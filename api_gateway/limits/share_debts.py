@@ -75,7 +75,10 @@ class ShareDebts:
         return 0 if debt is None else debt.owed_ns
 
     def includes(self, key: str, at_ns: int, now_ns: int) -> bool:
-        """Tell whether a charge of `at_ns` is in a debt. Earlier ones were reported; the store's clock is another."""
+        """Return whether a charge of `at_ns` is in a debt.
+
+        Earlier ones were reported; the store's clock is another.
+        """
         debt = self.table.get(key)
         return debt is not None and debt.begun_ns <= at_ns <= now_ns
 

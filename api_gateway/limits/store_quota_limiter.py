@@ -263,7 +263,7 @@ class StoreQuotaLimiter:
                 del self.owed[key]  # the period has ended, and there is nothing to send
 
     def report_owed(self, key: str) -> Owed | None:
-        """Return what was charged without the store and is not sent, which counts as sent from now on; else None."""
+        """Return the cost charged without the store that was not sent, which counts as sent from now on; else None."""
         held = self.owed.get(key) if self.owed else None
         if held is None or held.amount == held.sent:
             return None
@@ -280,7 +280,7 @@ class StoreQuotaLimiter:
     def owe(self, key: str, change: int, start: int, *, is_sent: bool) -> None:
         """Note what a counter was charged without the store, which may have charged it if it `is_sent`."""
         held = self.owed.get(key)
-        if held is None or held.start != start:  # of an earlier period: it is of no importance any more
+        if held is None or held.start != start:  # of an earlier period: it no longer matters
             held = Owed(start, generation=self.generation)
         sent = held.sent + (change if is_sent else 0)
         self._keep(key, held._replace(amount=held.amount + change, sent=sent))
@@ -343,7 +343,7 @@ class StoreQuotaLimiter:
         return refused
 
     def _may_refuse(self, charges: Sequence[Charge]) -> bool:
-        """Tell whether a counter refuses a request, too, by the last readings: its wait may be the longer one."""
+        """Return whether a counter refuses a request, too, by the last readings: its wait may be the longer one."""
         now_us = self.store_us()
         return any(
             self._standing(charge.key, quota, now_us // MICROSECONDS).wait_us(charge.increment_ns, now_us)

@@ -53,9 +53,9 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 class AccessLog:
     """Renders the lines; see `system.output` for the thread that does so and writes them.
 
-    A line is three formatting operations, as the general encoder costs several times as much. What many lines have in
-    common is remembered; only text is JSON-escaped, which includes ids, paths and details. The values of an exchange
-    are finite numbers.
+    A line is three formatting operations, because the general encoder costs several times as much. What many lines
+    have in common is remembered; only text is JSON-escaped, which includes ids, paths and details. The values of an
+    exchange are finite numbers.
     """
 
     def __init__(self, redact: Callable[[str], str] = str, numbers: DecisionNumbers | None = None) -> None:
@@ -138,7 +138,7 @@ class AccessLog:
         return self._redact(before), self._redact(after)
 
     def _decision(self, exchange: Exchange, decision: Decision) -> str:
-        """Return what is needed to make the decision again: time, number, limits, and changes of its cost."""
+        """Return the members by which the decision can be repeated: time, number, limits, and changes of its cost."""
         charges = exchange.charges
         names = (charges[0].quota.name,) if len(charges) == 1 else tuple([charge.quota.name for charge in charges])
         if not decision.quota.rate:  # a concurrency limit has refused the request, and nothing was charged

@@ -10,7 +10,7 @@ class DecisionNumbers:
     """Numbers what changes the buckets, in the order of the process, and converts its times to those since the epoch.
 
     The difference between the clocks is measured once: a step of the wall clock does not change the order of times,
-    nor the time between two decisions. `process` names the process, as each counts from 1.
+    nor the time between two decisions. `process` names the process, because each counts from 1.
     """
 
     __slots__ = ("_epoch_ns", "next", "process")

@@ -139,7 +139,7 @@ class WindowedSeries:
 
     def __init__(self) -> None:
         self._past = Tally()  # of older slices
-        self._slices: dict[int, Tally] = {}  # by number modulo _SLICES; a dict, as most series of many have none
+        self._slices: dict[int, Tally] = {}  # by number modulo _SLICES; a dict, because most series of many have none
         self._numbers: dict[int, int] = {}  # of the slices, by the same key
         self._newest = -1  # number of the newest slice
         self._running = self._past

@@ -26,14 +26,14 @@ class RecordBudget:
         return f"<RecordBudget [{1 / self._interval:g} a second, {len(self._dues)} clients]>"
 
     def change(self, rate: float, most: int) -> None:
-        """Apply another rate or another size of the ring, and begin anew."""
+        """Apply another rate or another size of the ring, with all tokens."""
         self._dues: dict[str, float] = {}  # by client: when its own part has a token
         self._due = self.full_until = 0.0  # when more than half of the tokens are left, and when any
         self._interval = 1 / rate
         self._half = most / 4 * self._interval
 
     def takes(self, holder: str, now: float) -> bool:
-        """Charge a record of a client, and tell whether it is kept."""
+        """Charge a record of a client, and return whether it is kept."""
         if now < self._due:
             if now < self.full_until:
                 return False

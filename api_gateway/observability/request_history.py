@@ -2,7 +2,7 @@
 
 The ended exchanges themselves are kept, and records are made of them when someone asks. They are limited in number,
 bytes, and number a second, and divided among clients. Keeping an exchange costs a request several times the CPU time
-of its record, as its memory is not used again while it is in the processor's caches.
+of its record, because its memory is not used again while it is in the processor's caches.
 """
 
 from collections import Counter, deque
@@ -70,7 +70,7 @@ class FairRing:
     def __init__(self, most: int = 0, max_bytes: int = 0) -> None:
         self._recent: dict[str, deque[Kept]] = {}  # by client, oldest first; none is empty
         self._former: dict[str, deque[Kept]] = {}  # of clients without a record since the last turn
-        self._order: list[str] = []  # the clients in `_former`, and some not any more, longest inactive last
+        self._order: list[str] = []  # the clients in `_former`, and some that were in it, longest inactive last
         self.count = self.size = 0
         self.limit(most, max_bytes)
 
@@ -156,7 +156,7 @@ class RequestHistory:
         return {outcome: (ring.count, ring.size) for outcome, ring in self._rings.items()}
 
     def observer(self, wall_clock: Clock) -> Callable[[Exchange], None]:
-        """Return what is called at the end of each exchange: it is recorded if there is a place for it."""
+        """Return the observer of ended exchanges, which records an exchange if there is a place for it."""
         takes, record, not_kept = self.takes, self.record, self.not_kept
         successes, refusals = self._of_successes, self._of_refusals
 
@@ -175,7 +175,7 @@ class RequestHistory:
         return observe
 
     def takes(self, exchange: Exchange) -> bool:
-        """Tell whether an exchange that has just ended is to be recorded, and count it if not."""
+        """Return whether an exchange that has just ended is to be recorded, and count it if not."""
         outcome: RequestOutcome
         status = exchange.status
         if exchange.reason is None and status < _SERVER_ERROR:  # `outcome_of`, inlined
@@ -276,7 +276,7 @@ def _record_of(exchange: Exchange, ended: float) -> Record:
 
 
 class _FormerCredential:
-    """What the access log, whose thread may render the exchange later, needs of its credential."""
+    """The part of a credential that the access log needs, whose thread may render the exchange later."""
 
     __slots__ = ("fields", "organisation")
 
@@ -321,7 +321,7 @@ def _decided(exchange: Exchange, decision: Decision) -> Decided:
 
 
 def _left(charges: Sequence[Charge], decision: Decision) -> tuple[int | None, ...]:
-    """Return what each bucket and counter had left after a decision, in units of its quota; None if not stated.
+    """Return the rest of each bucket and counter after a decision, in units of its quota; None if not stated.
 
     A cluster has several clocks, and buckets that no server could be asked for: a time until a bucket is full that no
     bucket can have is one of another clock. The policies `deny` and `allow` look at no bucket.

@@ -102,7 +102,7 @@ def number_of(ended: float) -> int:
 
 
 def charged_cost(charged: Charged) -> float:
-    """Return what was charged to a limit, in tokens."""
+    """Return the charge to a limit, in tokens."""
     return charged.increment_ns / charged.emission_ns
 
 

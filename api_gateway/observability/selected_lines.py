@@ -10,7 +10,7 @@ _ERROR = 400  # the first status of an error
 
 
 def with_fields(line: Callable[[Exchange, float], str], fields: Collection[str]) -> Callable[[Exchange, float], str]:
-    """Return what renders lines of JSON with only these fields of those of `line`, in their order."""
+    """Return a renderer of the lines of `line`, in JSON, with only these fields, in their order."""
 
     def selected(exchange: Exchange, now: float) -> str:
         members = {name: value for name, value in json.loads(line(exchange, now)).items() if name in fields}
@@ -22,7 +22,7 @@ def with_fields(line: Callable[[Exchange, float], str], fields: Collection[str])
 def sampled(
     write: Callable[[Exchange, float], None], share: float, draw: Callable[[], float] = random.random
 ) -> Callable[[Exchange, float], None]:
-    """Return what writes every response with an error or a reason, and a share of the others, at random."""
+    """Return an observer that writes every response with an error or a reason, and a random share of the others."""
 
     def write_some(exchange: Exchange, now: float) -> None:
         if exchange.status >= _ERROR or exchange.reason is not None or draw() < share:
@@ -43,9 +43,9 @@ def by_route(
 
 
 def at_level(write: Callable[[Exchange, float], None], level: str | float) -> Callable[[Exchange, float], None]:
-    """Return what writes the exchanges of a route with a level.
+    """Return an observer of the exchanges of a route with a level.
 
-    `errors` only those; `none` nothing; a number errors, and this share of the others.
+    `none` writes nothing, `errors` only errors, a number errors and this share of the others.
     """
     if level == "none":
         return _write_nothing

@@ -41,7 +41,7 @@ class SpanHeads(dict[int, bytes]):
 
 
 class TextHeads(dict[int, bytes]):
-    """What is before a text in the attribute with one name, by the length of the text in bytes.
+    """The bytes before a text in the attribute with one name, by the length of the text in bytes.
 
     The messages are KeyValue (name: 1, bytes; value: 2, bytes) and AnyValue (text: 1, bytes).
     """
@@ -57,7 +57,7 @@ class TextHeads(dict[int, bytes]):
 
 
 def heads_of_number(name: str) -> list[bytes]:
-    """Return what is before a number in the attribute with this name, by the bytes of the number.
+    """Return the bytes before a number in the attribute with this name, by the length of the number in bytes.
 
     The messages are KeyValue (name: 1, bytes; value: 2, bytes) and AnyValue (integer: 3).
     """

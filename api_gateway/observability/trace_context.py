@@ -29,7 +29,7 @@ class ParentContext(NamedTuple):
 
 
 def parent_context(values: list[bytes]) -> ParentContext | None:
-    """Return what `traceparent` says, given all of its values; None if there is not exactly one valid one."""
+    """Return the content of `traceparent`, given all of its values; None if there is not exactly one valid value."""
     if len(values) != 1:
         return None
     found = _PARENT.fullmatch(values[0])

@@ -52,7 +52,7 @@ _KINDS = {str: "string_value", bool: "bool_value", int: "int_value", float: "dou
 
 
 class SpanEncoder:
-    """Encodes exchanges that have ended. Its only state are caches; `paths` and `has_client` change on reload."""
+    """Encodes exchanges that have ended. Its only state is caches; `paths` and `has_client` change on reload."""
 
     def __init__(
         self,
@@ -275,9 +275,9 @@ def _server_part(
 def _client_part(
     method: str, upstream: str, target: str, status: int, error: str | None, index: int, breaker: str
 ) -> tuple[bytes, bytes]:
-    """Return what the spans of many attempts have in common, and the URL of their target.
+    """Return the common part of the spans of many attempts, and the URL of their target.
 
-    In common are name, kind, status, and attributes.
+    It has name, kind, status, and attributes.
     """
     place = urlsplit(target)
     attributes: dict[str, AttributeValue] = {

@@ -14,7 +14,7 @@ _OK = range(200, 300)
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What became of a request; `detail` says why.
+    """The result of a request; `detail` is the cause.
 
     The collector accepted it, except for `rejected` spans; or asked for it again, after `retry_after` seconds if that
     is set; or refused it.

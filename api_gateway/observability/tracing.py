@@ -45,7 +45,7 @@ class Sampling:
 class Tracer:
     """Begins the trace of each exchange, and passes on those that are exported when they have ended.
 
-    One for each configuration. Its state are the next traces that begin here, and the number of exchanges kept in the
+    One for each configuration. Its state is the next traces that begin here, and the number of exchanges kept in the
     present second.
     """
 
@@ -128,7 +128,7 @@ class Tracer:
         self._export(exchange)
 
     def _is_kept(self, exchange: Exchange) -> bool:
-        """Tell whether an exchange that is not sampled is exported: it has failed, or its response was slow.
+        """Return whether an exchange that is not sampled is exported: it has failed, or its response was slow.
 
         The time of a response is that to its head: streams and tunnels may last long.
         """

@@ -14,11 +14,11 @@ KeyOf = Callable[[httpx.Request], Hashable]
 
 
 class PacingTimeout(httpx.TimeoutException):
-    """A request was not sent, as the client's limits would have delayed it for longer than `max_wait`."""
+    """A request was not sent, because the client's limits would have delayed it for longer than `max_wait`."""
 
 
 def key_of_request(request: httpx.Request) -> Hashable:
-    """Return what tells clients apart: the server, and the fields that commonly identify a client."""
+    """Return the key of a request's client: the server, and the fields that commonly identify a client."""
     url, headers = request.url, request.headers
     return (url.scheme, url.host, url.port, *(headers.get(name) for name in IDENTIFYING_FIELDS))
 

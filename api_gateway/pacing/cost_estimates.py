@@ -1,4 +1,4 @@
-"""What requests cost, learned by method and path from the tokens that are missing after them. Reads no clock."""
+"""The costs of requests, learned by method and path from the tokens that are missing after them. Reads no clock."""
 
 import math
 import re

@@ -7,7 +7,7 @@ what a request has cost.
 
 from api_gateway.pacing.stated_limits import Remaining, StatedPolicy
 
-_ROUNDING = 1.001  # seconds in which two statements about the same bucket agree, as both are rounded up
+_ROUNDING = 1.001  # seconds in which two statements about the same bucket agree, because both are rounded up
 
 
 class QuotaEstimate:
@@ -63,7 +63,7 @@ class QuotaEstimate:
         return max(0.0, seconds) * self.policy.quota / self.policy.window if self._is_bucket else 0.0
 
     def _most_refilled_in(self, seconds: float) -> float:
-        """Return the most tokens that a bucket gets in this time, as its window is rounded up to whole seconds."""
+        """Return the most tokens that a bucket gets in this time: its window is rounded up to whole seconds."""
         window = self.policy.window - 1
         return max(0.0, seconds) * self.policy.quota / window if window else float(self.policy.quota)
 
@@ -80,7 +80,7 @@ class QuotaEstimate:
         most = min(float(self.policy.quota), tokens + 1.0 + meanwhile)
         certain = tokens - uncounted
         if self._is_bucket and stated.seconds is not None and stated.seconds > self._expected(stated) + _ROUNDING:
-            # In debt, as a request has cost more than was reserved: the first token comes after the stated time.
+            # In debt, because a request has cost more than was reserved: the first token comes after the stated time.
             certain = min(certain, 1.0 - self.refilled_in(stated.seconds) - uncounted)
         is_too_high = self.low > most
         self.low = certain if is_too_high or not uncounted else max(self.low, certain)

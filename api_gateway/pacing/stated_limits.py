@@ -1,4 +1,4 @@
-"""What a response states about limits: `RateLimit-Policy`, `RateLimit`, `Retry-After`.
+"""The limits that a response states: `RateLimit-Policy`, `RateLimit`, `Retry-After`.
 
 The first two are those of draft-ietf-httpapi-ratelimit-headers-11.
 
@@ -25,7 +25,7 @@ class StatedPolicy(NamedTuple):
 
 
 class Remaining(NamedTuple):
-    """What is left of a quota: `tokens` now; `seconds` until the quota is restored, as the server understands it."""
+    """The rest of a quota: `tokens` now; `seconds` until the quota is restored, as the server understands it."""
 
     name: str
     tokens: int

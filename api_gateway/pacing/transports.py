@@ -31,7 +31,7 @@ _NO_RETRY_AFTER = 1.0  # seconds that are waited after a 429 that states no time
 
 
 class _Settings:
-    """What both transports share: the budgets, the limits of waiting, the clocks."""
+    """The state that both transports share: the budgets, the limits of waiting, the clocks."""
 
     def __init__(self, key: KeyOf, max_wait: float, max_retries: int, clock: Callable[[], float]) -> None:
         if not max_wait >= 0:

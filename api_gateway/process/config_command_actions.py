@@ -1,4 +1,4 @@
-"""What `api-gateway config` does: shows the configuration, compares two, and checks one. Secrets are not shown."""
+"""The command `api-gateway config`: shows the configuration, compares two, and checks one. Secrets are not shown."""
 
 import argparse
 import json

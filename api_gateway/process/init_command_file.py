@@ -1,4 +1,4 @@
-"""What `api-gateway init` does: writes a first configuration file, from upstreams or an OpenAPI 3 document."""
+"""The command `api-gateway init`: writes a first configuration file, from upstreams or an OpenAPI 3 document."""
 
 import argparse
 import sys

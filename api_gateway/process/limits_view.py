@@ -26,7 +26,7 @@ def limit_lines(found: JsonObject) -> list[str]:
 
 
 def bucket_line(found: JsonObject) -> str:
-    """Return what one key of a limit has left."""
+    """Return a line with the rest of one key of a limit."""
     tier = "" if found["tier"] is None else f", tier {found['tier']}"
     bucket, quota, concurrency = found["bucket"], found["quota"], found["concurrency"]
     if bucket is not None:

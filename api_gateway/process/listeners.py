@@ -178,7 +178,7 @@ def bind_path(workers: int, path: str, mode: int) -> list[list[socket.socket]]:
     with ExitStack() as stack:
         first = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         first.bind(path)
-        Path(path).chmod(mode)  # before a client can connect, as it does not listen yet
+        Path(path).chmod(mode)  # before a client can connect, because it does not listen yet
         others = [stack.enter_context(first.dup()) for _ in range(workers - 1)]
         stack.pop_all()
     return [[sock] for sock in (first, *others)]

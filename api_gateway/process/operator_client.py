@@ -142,7 +142,7 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
 
 
 def client_of(options: argparse.Namespace) -> OperatorClient:
-    """Return the client for the options of `add_access_options`. Raises CommandFailed, also if one is no text."""
+    """Return the client for the options of `add_access_options`. Raises CommandFailed, also if one is not text."""
     for name, value in vars(options).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and not _is_encodable(text):

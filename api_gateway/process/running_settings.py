@@ -1,4 +1,4 @@
-"""What differs between the settings of a running gateway and those of a configuration, both listed one by one."""
+"""The differences between the settings of a running gateway and those of a configuration, setting by setting."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -39,7 +39,7 @@ def difference(running: Iterable[Mapping[str, Any]], read: Iterable[SettingInFor
 
 
 def _shown(setting: Mapping[str, Any]) -> tuple[Any, bool]:
-    """Return what is compared. An absent setting and an empty section are as one without a value."""
+    """Return the compared value. An absent setting and an empty section count as no value."""
     value = setting.get("value")
     return (None if value in ([], {}) else value), bool(setting.get("secret"))
 

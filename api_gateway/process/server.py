@@ -53,7 +53,7 @@ class GatewayServer(uvicorn.Server):
     """A uvicorn server that announces its address, reloads on SIGHUP, and stops without losing a request.
 
     After a stop signal it reports not ready and keeps serving for `drain_delay` seconds, so that load balancers can
-    react. Then it accepts no connection any more, and requests in progress have `drain_timeout` seconds to end.
+    react. Then it accepts no more connections, and requests in progress have `drain_timeout` seconds to end.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class GatewayServer(uvicorn.Server):
         logger.info("stopped")
 
     async def _close(self, sockets: list[socket.socket] | None) -> None:
-        """Accept no connection any more, and end the open ones; without any, this takes no time."""
+        """Accept no more connections, and end the open ones; without any, this takes no time."""
         for listener in (*self.servers, *(sockets or ())):
             listener.close()
         for _ in range(2):  # a connection that has just been accepted is set up

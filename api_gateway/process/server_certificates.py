@@ -67,7 +67,7 @@ class ServerCertificates:
             self.terminator.use(prepared)
 
     def has_certificate_for(self, host: str) -> bool:
-        """Tell whether a connection for this host is accepted."""
+        """Return whether a connection for this host is accepted."""
         return self.terminator is not None and self.terminator.has_certificate_for(host)
 
     async def follow_files(self) -> None:

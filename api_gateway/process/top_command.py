@@ -68,7 +68,7 @@ def _top(client: OperatorClient, options: argparse.Namespace) -> None:
 
 
 def _figures(client: OperatorClient, before: JsonObject | None) -> JsonObject:
-    """Return what one screen shows. Rates are those since `before`, or of the last minute without it."""
+    """Return the figures of one screen. Rates are those since `before`, or of the last minute without it."""
     metrics, health = client.get("/metrics"), client.get("/health")
     wrong = _problems(client) or {"status": health["status"], "problems": []}
     now, minute = time.monotonic(), metrics["rates"]["last_60s"]
@@ -139,7 +139,7 @@ def _upstream(name: str, one: JsonObject, minute: JsonObject) -> JsonObject:
 
 
 def _problems(client: OperatorClient) -> JsonObject | None:
-    """Return what is wrong now, as the dashboard shows; None if the gateway's version does not state it."""
+    """Return the problems that the dashboard shows; None if the gateway's version does not state them."""
     try:
         found: JsonObject = client.get("/dashboard/problems")
     except CommandFailed as error:
@@ -210,7 +210,7 @@ def _joined(parts: Sequence[Sequence[str]], sizes: Sequence[int]) -> Iterator[st
 
 
 def _wrong(figures: JsonObject) -> list[str] | None:
-    """Return what is wrong now, the gravest first; None if nothing is."""
+    """Return the lines of the problems, the gravest first; None if there are none."""
     lines = [f"{one['severity']}  {one['text']}" for one in figures["problems"]]
     return ["WHAT IS WRONG NOW", *lines] if lines else None
 

@@ -243,7 +243,7 @@ def _next_page(client: OperatorClient, page: JsonObject, filters: JsonObject) ->
 def _show_not_kept(before: int, now: int) -> int:
     """Say how many requests have no line since `before`, which is larger after a restart; return the number `now`.
 
-    The words go to standard error, as the lines may be JSON.
+    The words go to standard error, because the lines may be JSON.
     """
     if now > before:
         print(f"{now - before} further requests, of all clients, were not kept", file=sys.stderr)

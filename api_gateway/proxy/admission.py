@@ -30,7 +30,7 @@ class ExtensionCall(NamedTuple):
 
 
 class RequestPlan:
-    """What is decided about a request: its exchange with client, cost, charges and decision; route and deadline.
+    """The decisions about a request: its exchange with client, cost, charges and decision; route and deadline.
 
     `raw_target` is the request target as received, `target` that for the upstream. `now_ns` (of the monotonic clock)
     is the time of the last step: the arrival of the request or of a reply. `inspected` are the decisions of the
@@ -75,7 +75,10 @@ class RequestPlan:
 
 
 class DirectResponse:
-    """A response of a stage that is no refusal. `headers` have the length of a body, and come before those of all."""
+    """A response of a stage that is not a refusal.
+
+    `headers` have the length of a body, and come before those of all.
+    """
 
     __slots__ = ("body", "headers", "status")
 

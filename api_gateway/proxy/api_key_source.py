@@ -34,7 +34,7 @@ _OTHER_FORM = b" "  # stands for a key in `Authorization` in another form; the v
 
 
 class KeyProof(Proof):
-    """What an API key proves. Its use is noted once a minute."""
+    """The proof by an API key. Its use is recorded once a minute."""
 
     __slots__ = ("_directory", "_routes")
 
@@ -112,7 +112,7 @@ class ApiKeySource:
         return None if digest is None else Claim(self, digest, frozenset())
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:
-        """Return what a key proves, from memory; a question if the store must be asked."""
+        """Return the proof by a key, from memory; a question if the store must be asked."""
         if claim.fault is not None:
             return claim.error(claim.fault)
         found = self._directory.find(claim.value)
@@ -180,12 +180,12 @@ def _user_of_basic(credentials: bytes) -> bytes | None:
 
 
 def _has_key_within(credentials: bytes) -> bool:
-    """Tell whether Basic credentials have a key in another place than that of the user name, as the password is."""
+    """Return whether Basic credentials have a key in another place than that of the user name, as the password is."""
     return any(part in credentials for part in _IN_BASE64) and has_plain_key(_leniently_decoded(credentials))
 
 
 def _is_read_as_key(credentials: bytes) -> bool:
-    """Tell whether a decoder that ignores what is no base64 would find a key, or its beginning."""
+    """Return whether a decoder that ignores what is not base64 would find a key, or its beginning."""
     return _leniently_decoded(credentials).startswith(_PREFIX)
 
 

@@ -78,7 +78,7 @@ class Phase(Enum):
 
 
 class Cause(StrEnum):
-    """What ended an attempt; the values are the words for the documentation."""
+    """The cause of the end of an attempt; the values are the words for the documentation."""
 
     NOT_ATTEMPTED = "the gateway refuses the request: admission, breaker, concurrency limit, no healthy target"
     NO_CONNECTION = (
@@ -107,7 +107,7 @@ class Cause(StrEnum):
 
 
 class ClientState(Enum):
-    """What the client had done when an attempt ended: the first that applies, in this order."""
+    """The state of the client when an attempt ended: the first that applies, in this order."""
 
     AWAITED = 1  # the gateway was waiting for a piece of the request's body
     SENDING = 2  # the request was not complete, but the upstream did not read on

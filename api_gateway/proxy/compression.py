@@ -21,7 +21,8 @@ _PARTIAL = 206
 NOT_MODIFIED = 304
 _WEIGHT = re.compile(rb"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)", re.IGNORECASE)
 _DIGESTS = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
-# Of a plain head: the fields that decide about compression besides media type and length, or that change the outcome.
+# Of a plain head: the fields other than media type and length that decide about compression, or that change the
+# outcome.
 _UNUSUAL = re.compile(
     rb"\r\n(?=[CcDdRrVv])(?i:content-(?:encoding|range|digest|md5)|repr-digest|digest|vary"
     rb"|cache-control: [^\r]*no-transform)"
@@ -40,7 +41,7 @@ class ContentEncoder(Protocol):
     """Compresses one response."""
 
     def encode(self, piece: bytes) -> bytes:
-        """Return what is ready after a piece, which may be nothing."""
+        """Return the compressed bytes that are ready after a piece, which may be none."""
         ...
 
     def end(self) -> bytes:
@@ -91,7 +92,7 @@ Coding = tuple[bytes, NewEncoder]
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """What is compressed, and how: `codings` are in the order of preference, `types` in lower case.
+    """The terms of compression: `codings` are in the order of preference, `types` in lower case.
 
     A type may end with `/*`. `minimum` is in bytes; responses of unknown length are taken to be long enough.
     """
@@ -102,7 +103,7 @@ class Compression:
     _known: dict[tuple[bytes, ...], Coding | None] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def concerns(self, status: int, fields: Fields) -> bool:
-        """Tell whether a response may be compressed, for a client that accepts it."""
+        """Return whether a response may be compressed, for a client that accepts it."""
         if status in BODILESS or status == _PARTIAL or b"content-range" in fields or not _DIGESTS.isdisjoint(fields):
             return False
         if any(value.strip().lower() != b"identity" for value in fields.get(b"content-encoding", ())):
@@ -164,7 +165,7 @@ class Compression:
     def headers(self, headers: HeaderList, coding: bytes | None) -> HeaderList:
         """Return the header fields of a response that it concerns, compressed by `coding` or, if None, as it is.
 
-        An entity tag becomes a weak one, as the bytes differ (RFC 9110 section 8.8.1).
+        An entity tag becomes a weak one, because the bytes differ (RFC 9110 section 8.8.1).
         """
         vary = [value for name, value in headers if name.lower() == b"vary"]
         is_varied = any(

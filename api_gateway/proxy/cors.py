@@ -34,12 +34,12 @@ MAX_REMEMBERED_ORIGINS = 1_024  # origins of each policy whose fields are rememb
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _LABELS = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*"  # of a subdomain
-# A line of a plain head. First letters are listed apart, as most lines fail on those; so it takes a quarter less.
+# A line of a plain head. First letters are listed apart, because most lines fail on those; so it takes a quarter less.
 _OWN_LINE = re.compile(rb"\r\n[vVaA](?i:ary|ccess-control-[a-z-]++): [^\r]*+")
 
 
 class Preflight(NamedTuple):
-    """What a preflight asks for: the method, and the names of header fields, if any, of the request to come."""
+    """A preflight: the method, and the names of header fields, if any, of the request to come."""
 
     method: bytes
     headers: bytes | None
@@ -52,7 +52,7 @@ def origin_of(fields: Fields) -> bytes | None:
 
 
 def preflight_of(fields: Fields) -> Preflight | None:
-    """Return what a request asks for if it has the fields of a preflight, whatever its method."""
+    """Return the preflight of a request that has the fields of one, whatever its method; else None."""
     methods = fields.get(REQUESTED_METHOD, ())
     if len(methods) != 1 or origin_of(fields) is None:
         return None
@@ -95,7 +95,7 @@ class CorsPolicy:
         return f"<CorsPolicy of {', '.join(self.origins)}>"
 
     def allows(self, origin: bytes) -> bool:
-        """Tell whether pages of an origin may read responses."""
+        """Return whether pages of an origin may read responses."""
         return self._allows_all or self._pattern.fullmatch(origin) is not None
 
     def _fields(self, origin: bytes | None) -> CorsFields:
@@ -215,7 +215,7 @@ def with_cors_fields(cors: CorsFields | None, headers: HeaderList) -> HeaderList
 
 
 def _is_varied(values: Iterable[bytes]) -> bool:
-    """Tell whether the values of `Vary`, in lower case, include the origin."""
+    """Return whether the values of `Vary`, in lower case, include the origin."""
     return any(item.strip(b" \t") in (b"origin", b"*") for value in values for item in value.split(b","))
 
 

@@ -84,7 +84,7 @@ class CostSettlement:
     def on_late_decision(self, exchange: Exchange, decision: Decision) -> None:
         """Refund what a store has charged for an exchange that had ended before: nothing of it was sent.
 
-        The exchange was recorded without a decision, so this is no settlement of its record.
+        The exchange was recorded without a decision, so this does not settle its record.
         """
         if exchange.decision is not None or not decision.allowed:
             return

@@ -145,7 +145,7 @@ class CredentialStage:
         client = self._clients.try_get(proof.client_id)
         if client is None:
             return Wait.on(partial(self._clients.look_up, proof.client_id), partial(self._set, proof=proof))
-        if facts.further:  # they are verified for every request, as each may expire
+        if facts.further:  # they are verified for every request, because each may expire
             return self._set(plan, client, proof=proof)
         facts.client = self._set_client(plan, proof, client)
         facts.proof, facts.cost, facts.version = proof, -1.0, version

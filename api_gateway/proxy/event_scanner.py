@@ -40,7 +40,7 @@ class EventScanner:
         self._json = JsonScanner(path)
         self._start: bytes | None = b""  # of a line; None once it is known whether the line `_is_data`
         self._is_data = False
-        self._is_at_start = True  # of the stream, where a byte order mark is no part of the line
+        self._is_at_start = True  # of the stream, where a byte order mark is not part of the line
         self._is_after_return = False  # a following line feed belongs to the same line end
         self._lines = 0
 

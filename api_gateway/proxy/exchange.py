@@ -239,8 +239,8 @@ COMBINATIONS: Final[Mapping[ExchangePhase, tuple[frozenset[RequestBodyState], fr
     DONE: (_ENDED, frozenset({COMPLETE})),
     ABORTED: (_ENDED, frozenset({ABORTED})),
 }
-# What an exchange holds in a phase, beside the client's connection, and returns when it leaves the phase. A phase that
-# is not here holds nothing beyond the callback in which it begins and ends.
+# The resources that an exchange holds in a phase, in addition to the client's connection, and then releases. A phase
+# that is not here holds nothing beyond the callback in which it begins and ends.
 HELD_RESOURCES: Final[Mapping[ExchangePhase, frozenset[str]]] = {
     WAITING: frozenset({"question"}),
     CONNECTING: frozenset({"attempt", "task", "timer"}),  # the timer is that of the deadline, if there is one

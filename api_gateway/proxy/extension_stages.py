@@ -26,7 +26,7 @@ NOT_EVALUATED = "not evaluated: it is called for real requests only"
 
 
 def request_view(plan: RequestPlan, *, is_explained: bool = False) -> RequestView:
-    """Return what hooks see of a request at this moment."""
+    """Return the view that hooks get of a request at this moment."""
     exchange, client = plan.exchange, plan.exchange.client
     return RequestView(
         id=exchange.id,
@@ -172,7 +172,7 @@ class ExtensionRequestStage(HookStage):
     """Lets extensions change the header fields of an admitted request for the upstream, or respond to it."""
 
     def inspect(self, plan: RequestPlan) -> StageResult:
-        """See `Stage`; nothing is called, as the hooks may have effects."""
+        """See `Stage`; nothing is called, because the hooks may have effects."""
         calls = [ExtensionCall(hook.extension, hook.name, NOT_EVALUATED) for hook in self._hooks]
         plan.extension_calls.extend(calls)
         return None
@@ -195,7 +195,7 @@ class ResponseHooks:
 
     @property
     def calls(self) -> list[ExtensionCall]:
-        """What is to be said about a described request, which has no response."""
+        """The calls that are shown for a described request, which has no response."""
         return [ExtensionCall(hook.extension, hook.name, NOT_EVALUATED) for hook in self._hooks]
 
     def begin(

@@ -44,7 +44,7 @@ def add_failure(first: GatewayError, second: GatewayError) -> None:
 
 
 def applies(fallback: Fallback, error: GatewayError, *, is_repeatable: bool, is_replayable: bool) -> bool:
-    """Tell whether `fallback` responds to a request that failed with `error` before any response byte was sent.
+    """Return whether `fallback` responds to a request that failed with `error` before any response byte was sent.
 
     It responds if the request was refused, failed before it was sent, or is repeatable. Otherwise the request may have
     taken effect, and the client must receive the error. Another upstream also needs the body to be kept.

@@ -17,10 +17,10 @@ class HeaderEdits:
 
     The fields in `assigned` and `added` are added.
 
-    A hyphen in a name that goes also stands for an underscore, and vice versa: CGI does not distinguish the two, so a
-    client could have its own value read in place of, or together with, the one that is set.
+    A hyphen in the name of a removed field also stands for an underscore, and vice versa: CGI does not distinguish the
+    two, so a client could have its own value read in place of, or together with, the one that is set.
 
-    `new_lines` are the lines of the fields that come, each with a line break before it.
+    `new_lines` are the lines of the added fields, each with a line break before it.
     """
 
     removed: frozenset[bytes] = frozenset()
@@ -48,15 +48,15 @@ class HeaderEdits:
         return self.new_lines.names
 
     def new(self, values: Mapping[str, bytes]) -> HeaderList:
-        """Return the fields that come."""
+        """Return the added fields."""
         return [(name, template.filled(values)) for name, template in (*self.assigned, *self.added)]
 
     def kept(self, headers: HeaderList) -> HeaderList:
-        """Return the fields that stay."""
+        """Return the fields that are not removed."""
         return [pair for pair in headers if cgi_form(pair[0]) not in self._gone] if self._gone else headers
 
     def kept_lines(self, lines: bytes) -> bytes:
-        """Return lines, each with a line break before it, without those that go."""
+        """Return lines, each with a line break before it, without those of removed fields."""
         return lines if self._lines is None else self._lines.sub(b"", lines)
 
 
@@ -105,12 +105,12 @@ class HeadEditor:
         return kept if new is None else b"%b%b\r\n" % (kept, new.filled(self.values_of(exchange, raw_target)))
 
     def _repeated(self, lines: bytes) -> bytes:
-        """Return what is the same for all requests with these lines, without the last line break if more follows."""
+        """Return the bytes that all requests with these lines share, without the last line break if more follows."""
         constant = self.request.new_lines.constant
         return self.request.kept_lines(lines[:-2]) + (b"" if constant is None else constant + b"\r\n")
 
     def request_trailers(self, trailers: HeaderList) -> HeaderList:
-        """Return the trailers for the upstream: none has the name of a field that goes from the head."""
+        """Return the trailers for the upstream: none has the name of a field that is removed from the head."""
         return self.request.kept(trailers)
 
     def later_fields(self, fields: HeaderList) -> HeaderList:
@@ -118,7 +118,7 @@ class HeadEditor:
         return self.response.kept(fields)
 
     def bound(self, exchange: Exchange, raw_target: bytes) -> "UrlRewriter | BoundEditor | None":
-        """Return what changes the response to a request, None if nothing does."""
+        """Return the editor of the response to a request, None if it is not changed."""
         return self.urls if self.response.is_empty else BoundEditor(self, exchange, raw_target)
 
     def values_of(self, exchange: Exchange, raw_target: bytes) -> Mapping[str, bytes]:

@@ -1,4 +1,4 @@
-"""What the header fields of a request mean to the gateway; remembered, as clients repeat their fields.
+"""The facts that the gateway reads from a request's header fields; remembered, because clients repeat them.
 
 A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Others are read anew.
 
@@ -215,7 +215,7 @@ class RewrittenHeaders(NamedTuple):
 
 
 class HeaderReader:
-    """Finds out what header fields mean under one configuration. Its only state are caches."""
+    """Finds out what header fields mean under one configuration. Its only state is caches."""
 
     def __init__(
         self,
@@ -270,7 +270,7 @@ class HeaderReader:
         return f"<HeaderReader [{self._remembered.cache_info().currsize} header sets remembered]>"
 
     def read(self, peer: str, fields: Fields, version: str) -> HeaderFacts:
-        """Return what the fields of a request mean. `peer` is the address of the connection."""
+        """Return the facts of a request's fields. `peer` is the address of the connection."""
         is_trusted = self.is_trusted(peer)
         client = self.address_of(peer, fields) if is_trusted else None
         cause = ambiguity(fields, version)
@@ -306,7 +306,7 @@ class HeaderReader:
         return client_address(peer, fields, self._trusted, self.forwarding.read)
 
     def is_trusted(self, peer: str) -> bool:
-        """Tell whether the peer of a connection is a trusted proxy."""
+        """Return whether the peer of a connection is a trusted proxy."""
         return bool(self._trusted) and self._is_trusted(peer)
 
     def read_lines(
@@ -347,7 +347,7 @@ class HeaderReader:
         )
 
     def read_head(self, peer: str, scheme: str, head: RequestHead) -> RewrittenHeaders:
-        """Return what the header fields of a head mean that the general parser has read, as `read_lines` does."""
+        """Return the facts of a head that the general parser has read, as `read_lines` does of header lines."""
         headers = head.headers
         fields = fields_of(headers)
         facts = self.read(peer, fields, head.version)
@@ -377,7 +377,7 @@ class HeaderReader:
         return RewrittenHeaders(lines_of(headers), facts, sent)
 
     def certified(self, headers: RewrittenHeaders, certificate: ClientCertificate) -> RewrittenHeaders:
-        """Return what the header lines of a plain head mean on a connection with a certificate."""
+        """Return the facts of the header lines of a plain head on a connection with a certificate."""
         return RewrittenHeaders(headers.received, self._certified(headers.facts, certificate), headers.sent)
 
     def certify(self, facts: HeaderFacts, certificate: ClientCertificate) -> None:
@@ -453,7 +453,7 @@ class HeaderReader:
         return RewrittenHeaders(received, facts, sent, varying) if is_known else headers
 
     def _is_passed_on(self, name: bytes) -> bool:
-        """Tell whether fields of this name never mean anything to the gateway."""
+        """Return whether fields of this name never mean anything to the gateway."""
         line = b"\r\n%b: 1\r\n" % name
         return not self._inspected.find(line) and not self._credential_lines.find(line)
 

@@ -20,9 +20,9 @@ NO_EXPIRY = 1 << 63  # of a proof that does not expire, in nanoseconds
 class Claim:
     """A credential of one of the sources in header fields; what it proves is not known yet.
 
-    `value` belongs to the source and is no secret that could be shown, such as a digest. `names` are the header fields
-    (lower case) that have the credential. `fault` is why the credential is invalid whatever is stored, in words;
-    `is_repeated`: because the request has several, so that it is malformed whether or not they are valid.
+    `value` belongs to the source and is not a secret that could be shown; it may be a digest. `names` are the header
+    fields (lower case) that have the credential. `fault` is why the credential is invalid whatever is stored, in
+    words; `is_repeated`: because the request has several, so that it is malformed whether or not they are valid.
     """
 
     source: "CredentialSource"
@@ -37,7 +37,7 @@ class Claim:
 
 
 class Proof:
-    """What a verified credential proves: the client, until a time on the monotonic clock.
+    """The proof by a verified credential: the client, until a time on the monotonic clock.
 
     `tier` is that of a client that is not registered; None is the default. `organisation` is written to the access
     log. `fields` are header fields for upstreams, `lines` the same, each after a line break. `is_restricted`:
@@ -138,7 +138,7 @@ class CredentialSource(Protocol):
         ...
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:
-        """Return what a claim of this source proves. Neither waits nor changes anything."""
+        """Return the proof by a claim of this source. Neither waits nor changes anything."""
         ...
 
 

@@ -34,7 +34,7 @@ _SENT_TWICE = "Authorization was sent several times; send it once."
 
 
 class JwtProof(Proof):
-    """What a verified token proves."""
+    """The proof by a verified token."""
 
     __slots__ = ("token",)
 
@@ -157,7 +157,7 @@ class JwtSource:
 
 
 def _is_regular(value: bytes, text: bytes, token: ReadToken) -> bool:
-    """Tell whether a value of `Authorization` has a token in the form of RFC 6750 section 2.1.
+    """Return whether a value of `Authorization` has a token in the form of RFC 6750 section 2.1.
 
     Spaces alone separate it from the scheme; that of a token that is bound to a key may be `DPoP`.
     """

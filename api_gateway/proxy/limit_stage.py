@@ -51,7 +51,7 @@ class RateLimitStage:
 
     @property
     def limits(self) -> Sequence[Limit]:
-        """The limits besides those of tiers and addresses."""
+        """The further limits: other than those of tiers and addresses."""
         return ()
 
     @property
@@ -104,7 +104,7 @@ class RateLimitStage:
         return [Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(1))]
 
     def limits_address_of(self, client: Client, peer: str) -> bool:
-        """Tell whether a request of `client` from the address `peer` is also charged to that address."""
+        """Return whether a request of `client` from the address `peer` is also charged to that address."""
         return self.address_quota is not None and not client.is_registered and not self._is_exempt(peer)
 
     def _set_charges(self, plan: RequestPlan) -> list[Charge]:

@@ -28,7 +28,7 @@ from api_gateway.upstreams.upstream_client import UpstreamClient
 
 logger = logging.getLogger(__name__)
 
-# What becomes of a copy, besides the class of the status of a complete response.
+# The results of a copy other than the class of the status of a complete response.
 BUSY, BODY_TOO_LARGE, INCOMPLETE, UNAVAILABLE = "busy", "body_too_large", "incomplete", "unavailable"
 BROKEN_OFF, TIMED_OUT, RESPONSE_TOO_LARGE, CANCELLED = "error", "timeout", "response_too_large", "cancelled"
 _STATUSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
@@ -37,7 +37,7 @@ MIRROR_RESULTS = (
     *(BUSY, BODY_TOO_LARGE, INCOMPLETE, UNAVAILABLE, BROKEN_OFF, TIMED_OUT, RESPONSE_TOO_LARGE, CANCELLED),
 )
 
-# Framing is written anew, as the body of a copy is complete. A tunnel and interim responses are not for copies.
+# Framing is written anew, because the body of a copy is complete. A tunnel and interim responses are not for copies.
 _CLOCK_STEP = 0.001  # seconds by which the event loop may call early
 _FRAMING = frozenset(
     {b"content-length", b"transfer-encoding", b"te", b"trailer", b"expect", b"upgrade", b"connection"}
@@ -71,7 +71,7 @@ class Mirroring:
 
     @staticmethod
     def edits_of(removed: frozenset[bytes], *, keeps_credentials: bool) -> HeaderEdits:
-        """Return what a copy loses: framing, credentials unless they are kept, and `removed` (lower case)."""
+        """Return the edits of a copy: they remove framing, credentials unless kept, and `removed` (lower case)."""
         return HeaderEdits(removed | _FRAMING | (frozenset() if keeps_credentials else CREDENTIAL_FIELDS))
 
 

@@ -14,7 +14,7 @@ Pattern = tuple[str, str]  # how the path of a route is compared, and the path; 
 
 
 class Located(Protocol):
-    """What a table needs to know of a route."""
+    """The attributes of a route that a table needs."""
 
     @property
     def path(self) -> str: ...  # noqa: D102 - see `Route`
@@ -116,7 +116,7 @@ class PathTable(Generic[R]):
 
 
 def is_placeholder(segment: str) -> bool:
-    """Tell whether a segment of a template stands for any segment."""
+    """Return whether a segment of a template stands for any segment."""
     return segment.startswith("{") and segment.endswith("}")
 
 
@@ -133,7 +133,7 @@ def _anchor(pattern: Pattern) -> str:
 
 
 def _has_above(path: str, paths: set[str]) -> bool:
-    """Tell whether one of `paths` is `path` or above it."""
+    """Return whether one of `paths` is `path` or above it."""
     while path not in paths:
         if not path:
             return False

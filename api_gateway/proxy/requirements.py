@@ -1,4 +1,4 @@
-"""What a route requires of a token: scopes, and claims with certain values. Pure."""
+"""The requirements of a route for tokens: scopes, and claims with certain values. Pure."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

@@ -21,16 +21,16 @@ MAX_PARAMETERS = 256  # of a query that a condition reads; some servers ignore t
 
 
 class RouteCondition(Protocol):
-    """What a request must have besides host, path and method."""
+    """A condition of a route on a request, in addition to host, path and method."""
 
     def holds(self, query: bytes, fields: FieldValues) -> bool:
-        """Tell whether a request has it. Raises BadRequest if servers may read the request differently."""
+        """Return whether a request has it. Raises BadRequest if servers may read the request differently."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ValueTest:
-    """What a value must be: equal to `exact`, or begin with `prefix`; if both are None, it need only be present."""
+    """The test of a value: it equals `exact`, or begins with `prefix`; if both are None, it need only be present."""
 
     exact: bytes | None = None
     prefix: bytes | None = None
@@ -43,7 +43,7 @@ class ValueTest:
         return "is present"
 
     def accepts(self, value: bytes | None) -> bool:
-        """Tell whether a value passes; None: there is none."""
+        """Return whether a value passes; None: there is none."""
         if value is None:
             return False
         if self.exact is not None:
@@ -134,7 +134,7 @@ class QueryCondition:
         return [*(exact or [None]), *doubtful]
 
     def _is_like(self, name: bytes) -> bool:
-        """Tell whether some server may take `name`, as it was sent, for the parameter."""
+        """Return whether some server may take `name`, as it was sent, for the parameter."""
         return _folded(_decoded(_decoded(name))) == _folded(self.name)
 
 
@@ -149,7 +149,7 @@ def _folded(name: bytes) -> bytes:
 
 
 def meets(conditions: Sequence[RouteCondition], query: bytes, fields: FieldValues) -> bool:
-    """Tell whether a request meets all conditions. Raises BadRequest if it is ambiguous whether it does."""
+    """Return whether a request meets all conditions. Raises BadRequest if it is ambiguous whether it does."""
     for condition in conditions:  # noqa: SIM110 - a generator takes longer
         if not condition.holds(query, fields):
             return False

@@ -1,7 +1,7 @@
 """Routes: the upstream, cost and upstream path of a request.
 
 Pure. Paths are compared percent-decoded and by whole segments, and forwarded as they were sent. A path that servers
-may read differently (see `http1.request_paths`) costs as much as its dearest reading.
+may read differently (see `http1.request_paths`) costs as much as its most expensive reading.
 """
 
 import re
@@ -55,7 +55,7 @@ class CostRule:
         return f"{methods} {'anywhere' if self.path is None else self.path}"
 
     def matches(self, method: str, path: str) -> bool:
-        """Tell whether the rule applies to a request; `path` is decoded and normalised."""
+        """Return whether the rule applies to a request; `path` is decoded and normalised."""
         return (self.methods is None or method in self.methods) and (self.path is None or is_below(path, self.path))
 
 
@@ -64,17 +64,17 @@ class Route:
     """A route. `host` and `methods` None match any; the first matching rule of `costs` replaces `cost` (tokens).
 
     `host` may begin with `*.` for all names below the rest. `match` is how `path` is compared, see `PathTable`;
-    `conditions` are those on header fields and query parameters.
-    `content_cost` is where responses state their actual cost, None if their content is not read.
-    `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
-    rate of a request body in bytes per second, None for the server's. `url_rewriter` rewrites URLs in responses, None
-    if they pass unread. `forward_credentials`: credentials of the gateway are forwarded. `requirement` is what the
-    token of a request must have, None if it needs none. `cors` is the CORS policy, None if the gateway has none for
-    the route. `addresses` are rules besides those for all routes. `split` chooses one of `variants`, which are the
-    route with each of its upstreams. `rewriting` replaces the path for the upstream. `max_body_bytes`,
-    `max_header_bytes` and `max_header_lines` None: the server's. `response_timeout` is the time in seconds until the
-    head of the response to an attempt, None for the upstream's. `answer` is the response in place of an upstream.
-    `compression` None: responses pass as they are. `mirroring` None: requests are not copied.
+    `conditions` are those on header fields and query parameters. `content_cost` is where responses state their actual
+    cost, None if their content is not read. `timeout` is the timeout of the whole exchange in seconds, None for the
+    upstream's. `min_body_rate` is the minimum rate of a request body in bytes per second, None for the server's.
+    `url_rewriter` rewrites URLs in responses, None if they pass unread. `forward_credentials`: credentials of the
+    gateway are forwarded. `requirement` is what the token of a request must have, None if it needs none. `cors` is the
+    CORS policy, None if the gateway has none for the route. `addresses` are rules in addition to those for all routes.
+    `split` chooses one of `variants`, which are the route with each of its upstreams. `rewriting` replaces the path
+    for the upstream. `max_body_bytes`, `max_header_bytes` and `max_header_lines` None: the server's.
+    `response_timeout` is the time in seconds until the head of the response to an attempt, None for the upstream's.
+    `answer` is the response in place of an upstream. `compression` None: responses pass as they are. `mirroring` None:
+    requests are not copied.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Route:
         return None
 
     def candidate_cost_of(self, method: str, path: str) -> float | None:
-        """Return the candidate cost of a request in tokens, of its dearest reading; None if no reading has one."""
+        """Return the candidate cost of a request's most expensive reading, in tokens; None if no reading has one."""
         if not is_unusual(path):
             return self._costs_of(method, path)[1]
         costs = [self._costs_of(method, one) for one in (matching_path(path), *readings(path, is_decoded=True))]
@@ -312,7 +312,7 @@ class RouteTable:
         return [group for table in self._tables(host) for group in table.groups(path)]
 
     def _is_by_segments(self, host: str, raw_target: bytes) -> bool:
-        """Tell whether it matters that servers may take an encoded slash in the path for a part of a segment."""
+        """Return whether it matters that servers may take an encoded slash in the path for a part of a segment."""
         if _ENCODED_SLASH.search(raw_target.partition(b"?")[0]) is None:
             return False
         tables = self._tables(host) if self._has_hosts else (self._any,)
@@ -350,7 +350,7 @@ class RouteTable:
     def _find_dearest(
         self, host: str, method: str, path: str, raw_target: bytes, fields: FieldValues
     ) -> tuple[Route, float]:
-        """Return the route of a path with several readings, and the cost of the dearest one.
+        """Return the route of a path with several readings, and the cost of the most expensive one.
 
         Each reading must be allowed. Whether an encoded slash ends a segment must not decide about the route, which
         decides about more than the cost. A reading without a route is refused, unless it is one of a server that does

@@ -33,6 +33,6 @@ class EventBoundaries:
 
 
 def is_event_stream(fields: Fields) -> bool:
-    """Tell whether a response with these header fields is an event stream: `text/event-stream` without a length."""
+    """Return whether a response with these header fields is an event stream: `text/event-stream` without a length."""
     types = fields.get(b"content-type")
     return types is not None and types[0].lower().startswith(_TYPE) and b"content-length" not in fields

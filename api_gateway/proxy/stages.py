@@ -135,7 +135,7 @@ class IdentityStage(ReadOnlyStage):
 
     @staticmethod
     def _is_bare(client: Client) -> bool:
-        """Tell whether the id of a client should have been proved."""
+        """Return whether the id of a client should have been proved."""
         return (client.is_verified_only or client.has_keys) and client.source != "address"
 
     def _resume(self, plan: RequestPlan, client: Client) -> StageResult:

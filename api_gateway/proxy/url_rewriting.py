@@ -92,7 +92,7 @@ class UrlRewriter:
         return fields
 
     def bound(self, _exchange: Exchange, _raw_target: bytes) -> "UrlRewriter":
-        """Return what changes the response to a request, see `HeadEditor`."""
+        """Return the editor of the response to a request, see `HeadEditor`."""
         return self
 
     def rewrite(self, headers: HeaderList, authorities: Authorities) -> HeaderList:
@@ -155,7 +155,7 @@ class UrlRewriter:
         return b";".join(kept)
 
     def _domain(self, domain: bytes, internal: tuple[bytes, ...]) -> bytes | None:
-        """Return what replaces the domain of a cookie: empty to remove it, None to keep it."""
+        """Return the replacement of a cookie's domain: empty to remove it, None to keep it."""
         new = self._domains.get(domain)
         if new is None and self.cookies and domain in map(_host_of, internal):
             return b""

@@ -23,8 +23,8 @@ def serialized(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any
 def configuration_digest(config: GatewayConfig) -> str:
     """Return 16 hexadecimal digits that are the same for equal configurations, on all machines.
 
-    The state folder does not count, as each machine may have its own, nor do the values of secrets: anyone with access
-    to metrics can see the digest, and must not be able to test guesses of a secret by it.
+    The state folder does not count, because each machine may have its own, nor do the values of secrets: anyone with
+    access to metrics can see the digest, and must not be able to test guesses of a secret by it.
     """
     values = config.model_dump(mode="json", exclude={"state_dir"})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

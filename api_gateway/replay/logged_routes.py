@@ -97,7 +97,7 @@ class LoggedRoutes:
         facts.selecting = {} if logged is None else {_LOGGED_ROUTE: [logged.encode()]}
 
     def _doubtful(self, chosen: Route | None, logged: str | None, method: str, path: str) -> tuple[str, ...]:
-        """Return the names of the routes that the request may have had, as it would be charged differently."""
+        """Return the names of other routes that the request may have had, and that charge it differently."""
         return tuple(self._doubts_of(chosen, logged, method, path)) if self._is_conditional else ()
 
     def _doubts_of(self, chosen: Route | None, logged: str | None, method: str, path: str) -> Iterator[str]:
@@ -114,12 +114,12 @@ class LoggedRoutes:
                 yield route.name
 
     def _is_changed(self, route: Route) -> bool:
-        """Tell whether a route that the request had depends on something else now."""
+        """Return whether a route that the request had depends on something else now."""
         before = None if self._writer is None else self._writer.get(route.name)
         return before is not None and _is_conditional(route) and _place(before) != _place(route)
 
     def _was_passed_over(self, route: Route, logged: str | None, path: str) -> bool:
-        """Tell whether the request would have had this route in the log, had its host and conditions been met."""
+        """Return whether the request would have had this route in the log, had its host and conditions been met."""
         before = None if self._writer is None else self._writer.get(route.name)
         if before is None or _place(before) != _place(route):
             return False
@@ -127,7 +127,7 @@ class LoggedRoutes:
         return logged in order and route.name in order and order.index(route.name) < order.index(logged)
 
     def _is_alike(self, one: Route, other: Route, method: str, path: str) -> bool:
-        """Tell whether a request is charged in the same way with either route."""
+        """Return whether a request is charged in the same way with either route."""
         return (
             (one.methods is None or method in one.methods)
             and one.addresses == other.addresses
@@ -173,7 +173,7 @@ def _is_conditional(route: Route) -> bool:
 
 
 def _place(route: Route) -> tuple[object, ...]:
-    """Return what decides which requests have a route, besides other routes."""
+    """Return the terms that decide, together with other routes, which requests have a route."""
     return route.host, route.path, route.match, route.methods, route.conditions
 
 
@@ -182,7 +182,7 @@ def _of_route(limit: Limit, route: Route, method: str) -> tuple[bool, str | None
 
 
 def _may_share_host(one: Route, other: Route) -> bool:
-    """Tell whether a request may be for the hosts of both routes."""
+    """Return whether a request may be for the hosts of both routes."""
     if one.host is None or other.host is None:
         return True
     ends = [host.removeprefix("*") for host in (one.host, other.host)]

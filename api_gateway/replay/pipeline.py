@@ -67,7 +67,7 @@ class LoggedClients:
 
 @dataclass(slots=True)
 class PartSummary:
-    """What reading a part has found."""
+    """The results of reading a part."""
 
     part: LogPart
     lines: int = 0
@@ -247,7 +247,7 @@ def _extend(summary: PartSummary, process: str, given: Sequence[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ShardWork:
-    """What one process decides: the events of a shard, or of all (`shard_of` None)."""
+    """The work of one process: the events of a shard, or of all (`shard_of` None)."""
 
     candidate: GatewayConfig
     current: GatewayConfig | None
@@ -283,7 +283,7 @@ def decide_shard(work: ShardWork) -> tuple[ReplayTally, set[str], ReplaySnapshot
 
 
 def _gathered(parts: Iterable[PartSummary]) -> tuple[list[PartSummary], LoggedClients]:
-    """Return what reading has found, and the clients of all parts together."""
+    """Return the results of reading, and the clients of all parts together."""
     summaries, clients = [], LoggedClients()
     for summary in parts:
         clients.take(summary.clients)

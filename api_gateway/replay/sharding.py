@@ -36,7 +36,7 @@ class SharedBuckets:
         self._exempt = tuple(config.address_limit.exempt for config in configs if config.address_limit.rate)
 
     def apply_to(self, address: str) -> bool:
-        """Tell whether one of the configurations limits this address."""
+        """Return whether one of the configurations limits this address."""
         return any(not is_within(address, networks) for networks in self._exempt)
 
 

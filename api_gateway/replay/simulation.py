@@ -347,7 +347,7 @@ def evaluable(limits: Iterable[Limit]) -> list[Limit]:
 
 
 def has_periods(limit: Limit) -> bool:
-    """Tell whether a limit counts in calendar periods, which begin before the log."""
+    """Return whether a limit counts in calendar periods, which begin before the log."""
     return any(isinstance(quota, PeriodQuota) for quota in limit.all_quotas)
 
 

@@ -16,7 +16,7 @@ _FORMAT = 1
 
 @dataclass(slots=True)
 class ReplaySnapshot:
-    """What `GET /limits/snapshot` returns, and `--save` writes. Times are nanoseconds since the epoch.
+    """The snapshot that `GET /limits/snapshot` returns and `--save` writes. Times are nanoseconds since the epoch.
 
     `buckets` are the times at which buckets will be full, by process (empty: of the store) and key; full ones are left
     out. `counters` are those of calendar quotas.

@@ -1,4 +1,4 @@
-"""What a replay counts: by client, by tier, by limit and over time, and how far it agrees with the log."""
+"""The counts of a replay: by client, by tier, by limit and over time, and its agreement with the log."""
 
 from collections import Counter
 from collections.abc import Iterator

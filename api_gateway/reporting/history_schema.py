@@ -79,7 +79,7 @@ class SpentTokens(Body):
 
 
 class LimitDecided(Body):
-    """One limit, and what was decided on its state. Figures that are not known any more are null."""
+    """One limit, and what was decided on its state. Figures that are no longer known are null."""
 
     limit: str
     capacity: float | None = Field(
@@ -136,7 +136,7 @@ class CostSettled(Body):
 
 
 class ExplainedRequest(RequestRecord):
-    """What was decided about a request, and what happened to it."""
+    """A request as the gateway decided on it, and its result."""
 
     decision: RequestDecision | None = Field(description="null if the request ended before it was charged.")
     limits: list[LimitDecided]

@@ -1,4 +1,6 @@
-"""What the dashboard shows of all workers: the figures of the last minute, and a row for each upstream. Values only.
+"""The overview on the dashboard, of all workers: the figures of the last minute, and a row for each upstream.
+
+Values only.
 
 Times are seconds since the epoch, durations of requests milliseconds.
 """

@@ -1,4 +1,4 @@
-"""What is wrong now: one sentence for each problem, with a link to the page of the dashboard that shows its cause.
+"""Current problems: one sentence for each, with a link to the page of the dashboard that shows its cause.
 
 Pure: the sentences follow from a snapshot of all workers and from the last points of the traffic history.
 """

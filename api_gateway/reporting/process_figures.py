@@ -26,7 +26,7 @@ def figures_of_this_process() -> dict[str, float]:
 
 
 def figures_at_end(figures: Mapping[str, float]) -> dict[str, float]:
-    """Return what remains of the figures of a process that has ended."""
+    """Return the figures of an ended process that are still counted: its CPU time."""
     return {name: value for name, value in figures.items() if name == _CPU}
 
 

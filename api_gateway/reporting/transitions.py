@@ -43,7 +43,7 @@ def _time_of(record: TransitionRecord) -> float:
 
 
 def identity_of(record: TransitionRecord) -> tuple[str, str | None, int, float]:
-    """Return what identifies a transition. The time is part of it: a new breaker of a target counts from 1 again."""
+    """Return the identity of a transition. The time is part of it: a new breaker of a target counts from 1 again."""
     return record.worker, record.target_url, record.number, record.at
 
 

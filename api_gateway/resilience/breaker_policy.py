@@ -15,7 +15,7 @@ class State(StrEnum):
 
 
 class Mode(StrEnum):
-    """What an operator has set for a breaker; independent of its state.
+    """The mode that an operator has set for a breaker; independent of its state.
 
     `auto` acts by the state. `observe` counts calls and changes the state as `auto` does, and rejects nothing.
     `forced_open` admits nothing, `forced_closed` everything; both keep the state unchanged.

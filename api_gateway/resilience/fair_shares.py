@@ -159,5 +159,5 @@ def holder_of(client: Client | None, address: str) -> str | None:
 
 
 def default_connections(descriptors: int) -> int:
-    """Return the default limit of connections: half of the descriptors, as each may need one to an upstream too."""
+    """Return the default limit of connections: half of the descriptors, since each may need one to an upstream too."""
     return max(MIN_CONNECTIONS, min(MAX_CONNECTIONS, (descriptors - _RESERVED) // 2))

@@ -61,7 +61,7 @@ def _digest(value: str) -> str:
 
 
 class KeySection(Section):
-    """An API key that is registered by the configuration: its digest, which is no secret."""
+    """An API key that is registered by the configuration: its digest, which is not a secret."""
 
     digest: Annotated[str, ValueCheck(_digest)] = Field(description="SHA-256 of the key, in hexadecimal digits.")
     expires_at: Instant | None = Field(default=None, description="ISO 8601 with UTC offset. None: never.")

@@ -72,7 +72,7 @@ class SettingsFile:
     """Parsed files: the values, and by place in lower case where each was set, such as `gateway.yaml:3`.
 
     `variables` has the variables of a value by its place, and `unset` the places whose variables cannot be used; both
-    are known when variables have been replaced. `included` are the files besides `path`.
+    are known when variables have been replaced. `included` are the files other than `path`.
     """
 
     path: Path | None
@@ -213,7 +213,7 @@ def _named(value: str, name: str, quoted: re.Match[str]) -> str:
 
 
 def _leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[KeyPath]:
-    """Yield the places of the values that are no sections."""
+    """Yield the places of the values that are not sections."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, (*above, str(name)))
@@ -322,7 +322,7 @@ _MESSAGES = {
 
 
 def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
-    """Return what is wrong, in the gateway's terms and without names of classes."""
+    """Return a message for an error, in the gateway's terms and without names of classes."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "string_type" and isinstance(detail["input"], bool):
         return "must be text; put it in quotes, as YAML reads on, off, yes and no as true and false"

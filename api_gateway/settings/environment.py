@@ -75,7 +75,7 @@ def is_setting(name: str, prefix: str, model: type[BaseModel]) -> bool:
 def ignored_variables(
     names: Collection[str], prefix: str, model: type[BaseModel], besides: Collection[str]
 ) -> list[str]:
-    """Return a message for each variable that begins with `prefix` and is no setting, with the most similar setting.
+    """Return a message for each variable with `prefix` that is not a setting, with the most similar setting.
 
     `besides` names the gateway's variables that are not settings.
     """

@@ -6,7 +6,7 @@ from api_gateway.settings.setting_types import Seconds, Section, Size
 
 
 class HistorySection(Section):
-    """What is kept in memory about the last requests, for `GET /explain/{request_id}` and `GET /history`."""
+    """The records of the last requests that are kept in memory, for `GET /explain/{request_id}` and `GET /history`."""
 
     enabled: bool = Field(default=True, description="Whether requests are kept.")
     successes: int = Field(default=1_500, ge=0, le=100_000, description="Most records, per worker. 0: none.")

@@ -60,7 +60,7 @@ def read_settings(path: Path, variables: Mapping[str, str], shared: Collection[s
 
 
 def _pattern_of(entry: Any) -> str | None:
-    """Return the path of an entry, None if it is no valid one."""
+    """Return the path of an entry, None if it is not valid."""
     found = entry.get("path") if isinstance(entry, Mapping) else entry
     owns = entry.get("owns", []) if isinstance(entry, Mapping) else []
     is_valid = isinstance(found, str) and isinstance(owns, list) and all(isinstance(one, str) for one in owns)

@@ -171,7 +171,7 @@ class IssuerSection(Section):
         return self.jwks_url or f"{self.issuer.removesuffix('/')}/.well-known/openid-configuration"
 
     def permits(self, url: str) -> bool:
-        """Tell whether keys, or the URL of keys, may be fetched from `url`."""
+        """Return whether keys, or the URL of keys, may be fetched from `url`."""
         try:
             _document_url(url)
         except ValueError:
@@ -225,7 +225,7 @@ class JwtSection(Section):
 
 
 class RequireSection(Section):
-    """What a token must have on a route: every scope, and for each claim (by path) one of the values."""
+    """The requirements of a route for tokens: every scope, and for each claim (by path) one of the values."""
 
     scopes: list[ScopeName] = Field(default=[], description="Scopes that a token must have, all of them.")
     claims: dict[

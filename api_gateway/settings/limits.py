@@ -1,4 +1,4 @@
-"""The section `limits`: further limits of requests, besides those of the tiers and of addresses."""
+"""The section `limits`: further limits of requests, in addition to those of the tiers and of addresses."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -66,7 +66,7 @@ class LimitCandidateSection(Section):
 
 
 class AllowanceSection(Section):
-    """What a limit allows: `rate` in tokens per second and `capacity` in tokens, or `quota`: tokens in each period.
+    """The allowance of a limit: `rate` in tokens per second and `capacity` in tokens, or `quota` in tokens per period.
 
     Without any, see `LimitSection`.
     """

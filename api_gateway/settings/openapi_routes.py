@@ -33,7 +33,7 @@ class DescribedRoute:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a document describes: a name for the upstream, the URL of its server if there is one, and its routes."""
+    """The content of a document: a name for the upstream, the URL of its server if there is one, and its routes."""
 
     name: str
     url: str | None

@@ -55,5 +55,5 @@ def rate_of(value: Any) -> Any:
 
 
 def _is_quantity(value: Any) -> bool:
-    """Return whether a value is text that is no number; a number is for the validation behind."""
+    """Return whether a value is text other than a number; a number is left to the validation that follows."""
     return isinstance(value, str) and re.fullmatch(NUMBER_TEXT, value.strip()) is None

@@ -1,4 +1,4 @@
-"""Sections on what a route does with requests and responses besides forwarding them."""
+"""Sections on what a route does with requests and responses other than forwarding them."""
 
 import re
 from typing import Annotated, Literal
@@ -26,7 +26,7 @@ def named_in(text: str) -> set[str]:
 
 
 def stray_braces(text: str) -> bool:
-    """Tell whether a text has braces that are no placeholder."""
+    """Return whether a text has braces that are not a placeholder."""
     return "{" in _NAMED.sub("", text) or "}" in _NAMED.sub("", text)
 
 

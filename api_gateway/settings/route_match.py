@@ -1,4 +1,4 @@
-"""Sections on what a request must have besides host, path and method to be matched by a route."""
+"""Sections on conditions of a route on requests, in addition to host, path and method."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -29,7 +29,7 @@ def _condition_field(name: str) -> str:
 
 
 class ValueSection(Section):
-    """What the value of a header field or query parameter must be. A text alone is the same as `exact`."""
+    """The test of the value of a header field or query parameter. A text alone is the same as `exact`."""
 
     shorthand: ClassVar[Shorthand | None] = Shorthand(lambda text: {"exact": text}, {"type": "string"}, "some text")
 

@@ -54,7 +54,7 @@ class Space(NamedTuple):
         return f"{self.host}/{'/'.join(self.segments)}"
 
     def covers(self, other: "Space") -> bool:
-        """Tell whether all requests of the other space are in this one."""
+        """Return whether all requests of the other space are in this one."""
         size = len(self.segments)
         if self.host not in (ANY_HOST, other.host) and not _is_below(other.host, self.host):
             return False
@@ -64,7 +64,7 @@ class Space(NamedTuple):
         return len(other.segments) >= size and all(mine in (_PLACEHOLDER, theirs) for mine, theirs in pairs)
 
     def overlaps(self, other: "Space") -> bool:
-        """Tell whether a request may be in both."""
+        """Return whether a request may be in both."""
         if ANY_HOST not in (self.host, other.host) and not _share_names(self.host, other.host):
             return False
         shorter, longer = sorted((self, other), key=lambda one: len(one.segments))
@@ -148,7 +148,7 @@ def _misplaced(one: _Owned, owns: Mapping[int, Sequence[Space]], ownership: Owne
 
 
 def _is_allowed(one: _Owned, other: _Owned, owns: Mapping[int, Sequence[Space]]) -> bool:
-    """Tell whether two routes of different files that overlap may do so."""
+    """Return whether two routes of different files that overlap may do so."""
     if not one.file or not other.file:
         main, team = (one, other) if not one.file else (other, one)
         if main.space != team.space and team.space.covers(main.space):
@@ -192,7 +192,7 @@ def _deepest(spaces: Iterable[Space], space: Space) -> Space | None:
 
 
 def _is_below(host: str, pattern: str) -> bool:
-    """Tell whether all names of a host are those of a pattern with a wildcard, of which it is not the same."""
+    """Return whether all names of a host are those of a pattern with a wildcard, of which it is not the same."""
     return pattern.startswith(_WILDCARD) and host != pattern and host.endswith(pattern[1:])
 
 

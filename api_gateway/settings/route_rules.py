@@ -44,7 +44,7 @@ def path_problem(path: str) -> str | None:
 
 
 def template_problem(path: str) -> str | None:
-    """Return why a path is no template that requests can match, and what to write; None if it is one."""
+    """Return why a path is not a template that requests can match, and what to write; None if it is one."""
     segments = path.split("/")
     names = [found[1] for segment in segments if (found := _NAMED.fullmatch(segment))]
     literal = "/".join("x" if _NAMED.fullmatch(segment) else segment for segment in segments)

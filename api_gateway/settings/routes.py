@@ -80,7 +80,7 @@ def _host(host: str) -> str:
 
 
 def _log_level(level: object) -> object:
-    """Refuse what is no level, before each alternative says so."""
+    """Refuse a value that is not a level, before each alternative says so."""
     is_number = isinstance(level, int | float) and not isinstance(level, bool)
     if level in _LOG_LEVELS or (is_number and 0 <= cast("float", level) <= 1):
         return level

@@ -99,7 +99,7 @@ AccessLogField = Annotated[str, ValueCheck(_access_log_field)]
 
 
 class LogSection(Section):
-    """What is logged: messages from `level` up, and the access log."""
+    """The logs: messages from `level` up, and the access log."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The lowest level of the messages that are logged."

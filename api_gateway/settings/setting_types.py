@@ -90,7 +90,7 @@ class Shorthand:
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys are errors, numbers are no booleans, and secrets may be in files."""
+    """Base of all sections: frozen, unknown keys are errors, numbers are not booleans, and secrets may be in files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
     shorthand: ClassVar[Shorthand | None] = None
@@ -102,7 +102,7 @@ class Section(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return the schema of the section, in which true and false are no numbers."""
+        """Return the schema of the section, in which true and false are not numbers."""
         schema: CoreSchema = without_booleans(prepared(handler(source), cls._preparations()), cls)
         return schema
 

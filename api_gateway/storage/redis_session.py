@@ -201,7 +201,7 @@ class StoreSession:
 class ScriptConnection:
     """A connection to one server, outside of any pool, for calls of one script.
 
-    A call that may have been executed is never repeated. After an error the connection cannot be used any more.
+    A call that may have been executed is never repeated. After an error the connection can no longer be used.
     """
 
     def __init__(self, connection: AbstractConnection, script: Script, cluster: RedisCluster | None) -> None:

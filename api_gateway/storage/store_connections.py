@@ -16,7 +16,7 @@ StoreClient = Redis | RedisCluster
 
 
 class PromptConnection(AbstractConnection):
-    """What is changed in a connection of the library. Each client has subclasses of its own."""
+    """The changes to a connection of the library. Each client has subclasses of its own."""
 
     is_over = False  # of the class: the session is closed
 

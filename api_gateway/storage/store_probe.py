@@ -1,4 +1,4 @@
-"""What a store is able to do, for `api-gateway doctor`: one connection, a few commands, nothing is written."""
+"""The abilities of a store, for `api-gateway doctor`: one connection, a few commands, nothing is written."""
 
 import time
 from statistics import median

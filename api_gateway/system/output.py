@@ -78,9 +78,9 @@ class LineWriter:
     def write_later(self, render: Callable[[_Record, float], str], record: _Record, at: float, size: int) -> None:
         """Queue the line that `render` returns of a record and a time; the thread renders it.
 
-        This takes less CPU time than rendering at once, as the thread renders many lines one after another, while its
-        code and data are in the processor's caches. `record` must not change. `size` is about that of record or line,
-        in bytes. Never blocks; a line that does not fit is dropped and counted.
+        This takes less CPU time than rendering at once, because the thread renders many lines one after another, while
+        its code and data are in the processor's caches. `record` must not change. `size` is about that of record or
+        line, in bytes. Never blocks; a line that does not fit is dropped and counted.
         """
         if not self._queue((render, record, at), size):
             self._on_loss(1, None)

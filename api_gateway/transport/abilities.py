@@ -1,10 +1,10 @@
-"""What a call of an upstream can do, as values."""
+"""The abilities of a call of an upstream, as values."""
 
 from typing import NamedTuple
 
 
 class CallAbilities(NamedTuple):
-    """What a kind of call can do; read once for each attempt.
+    """The abilities of a kind of call; read once for each attempt.
 
     `interim`: it reports interim responses, and forwards an expectation of 100 (Continue). `trailers`: it takes a
     chunked body with its framing and trailers; otherwise the content alone. `upgrade`: its connection can be taken out

@@ -275,7 +275,7 @@ class UpstreamConnection(SendingConnection):
         self._on_progress(response)
 
     def _is_too_long(self, headers: HeaderList) -> bool:
-        """Tell whether a complete head or trailer section is larger than MAX_HEAD_BYTES."""
+        """Return whether a complete head or trailer section is larger than MAX_HEAD_BYTES."""
         if self._received <= MAX_HEAD_BYTES:
             return False
         return sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES

@@ -31,7 +31,7 @@ OnResult = Callable[[int, bool], object]  # the number of an attempt, and whethe
 class FailedAddresses:
     """The addresses to which the last attempt failed, or had no result in time. `now` is monotonic seconds.
 
-    An address is removed when an attempt succeeds, and is not considered any more after REMEMBERED_FOR. One that the
+    An address is removed when an attempt succeeds, and is no longer considered after REMEMBERED_FOR. One that the
     resolver no longer returns has no effect.
     """
 

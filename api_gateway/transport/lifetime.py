@@ -45,7 +45,7 @@ class ConnectionLifetime:
                 self.requests_left = min(self.requests_left, number + 1)
 
     def is_over(self, now: float) -> bool:
-        """Tell whether the connection must not be used for another request; call it once after each request."""
+        """Return whether the connection must not be used for another request; call it once after each request."""
         self.requests_left -= 1
         return self.requests_left <= 0 or self.idle_timeout <= 0 or now >= self.expires_at
 

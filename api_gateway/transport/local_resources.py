@@ -38,7 +38,7 @@ def exhaustion_behind(error: BaseException | None) -> OSError | None:
 
 
 def is_local_exhaustion(error: BaseException, address: str, port: int) -> bool:
-    """Tell whether connecting to `address` failed because a local resource is exhausted.
+    """Return whether connecting to `address` failed because a local resource is exhausted.
 
     EADDRNOTAVAIL means that no port is free, or that this machine has no source address for `address`, such as `::1`
     without IPv6. A datagram socket, which needs no stream port, distinguishes the two.

@@ -19,7 +19,7 @@ import httpx
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.transport.lifetime import ConnectionLifetime
 
-SWEEP_INTERVAL = 0.05  # seconds between two sweeps at least, as each visits all idle connections
+SWEEP_INTERVAL = 0.05  # seconds between two sweeps at least, because each visits all idle connections
 
 
 class ShareExceeded(httpx.PoolTimeout):

@@ -76,7 +76,7 @@ class ResponseSource(Protocol):
 
     @property
     def abilities(self) -> CallAbilities:
-        """What this kind of connection can do."""
+        """The abilities of this kind of connection."""
         ...
 
     def set_timer(self, name: str) -> None:
@@ -226,7 +226,7 @@ class UpstreamResponse:
         self.is_head_complete = True
 
     def takes_chunks(self, status: int) -> bool:  # noqa: ARG002 - for subclasses
-        """Tell whether the pieces of a response with plain chunks may include their framing. Here, never."""
+        """Return whether the pieces of a response with plain chunks may include their framing. Here, never."""
         return False
 
     def on_complex_head(self) -> None:

@@ -29,7 +29,7 @@ class ShieldedTransport(httpx.AsyncBaseTransport):
         return f"<ShieldedTransport {self._inner!r} [{self._running} running, {len(self._left)} in the background]>"
 
     def is_of(self, transports: Iterable[httpx.AsyncBaseTransport]) -> bool:
-        """Tell whether `inner` is one of these transports."""
+        """Return whether `inner` is one of these transports."""
         return any(transport is self._inner for transport in transports)
 
     @property
@@ -83,7 +83,7 @@ class ShieldedTransport(httpx.AsyncBaseTransport):
         try:
             response = await task
             await response.aclose()
-        except Exception:  # noqa: BLE001 - a failed request has no response to close, and no caller any more
+        except Exception:  # noqa: BLE001 - a failed request has no response to close, and its caller is gone
             return
         finally:
             self.abandoned -= 1

@@ -1,4 +1,4 @@
-"""What an exchange asks of the upstream's side: one request and its response, on a connection or in a task.
+"""The upstream's side as an exchange uses it: one request and its response, on a connection or in a task.
 
 `UpstreamConnection` is the gateway's own HTTP/1.1 connection, `HttpxCall` a task around any httpx transport.
 """

@@ -34,7 +34,7 @@ _MOST_FILES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class WebhookEvent:
-    """What happened: a unique id, a type such as `quota.warning`, when (seconds since the epoch), and its members."""
+    """An event: a unique id, a type such as `quota.warning`, its time (seconds since the epoch), and its members."""
 
     id: str
     type: str

@@ -58,5 +58,5 @@ class Target:
         self.response_time = seconds if mean is None else mean + (seconds - mean) * _WEIGHT
 
     def forget_checks(self) -> None:
-        """Reset the target to healthy because it is not checked any more."""
+        """Reset the target to healthy because it is no longer checked."""
         self.is_healthy, self.checks = True, CheckRecord()

@@ -64,7 +64,7 @@ class UsageCounts:
         return name
 
     def take(self) -> dict[Key, list[float]]:
-        """Return the rows and begin anew."""
+        """Return the rows, and clear the counts."""
         rows, self._rows = self._rows, {}
         return rows
 

@@ -116,7 +116,7 @@ class UsageLedger:
             self._prune(connection)
 
     def _prune(self, connection: Connection) -> None:
-        """Delete days that are not kept any more, once a day."""
+        """Delete days that are no longer kept, once a day."""
         today = int(self._wall_clock() // DAY)
         if today != self._pruned_day:
             connection.execute("DELETE FROM usage WHERE day <= ?", (today - self._retention_days,))
