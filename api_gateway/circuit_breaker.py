@@ -517,7 +517,7 @@ class CircuitBreaker:
             self._rate = self._meter.rate(now)
 
     def _begin_ramp(self, now: float) -> None:
-        """Begin the ramp to the usual rate, or to the present demand if that is unknown."""
+        """Begin the ramp to the usual rate, or to the current demand if that is unknown."""
         if self.policy.ramp:
             self.ramp = RampUp(self._rate or self._meter.rate(now), self.policy.ramp, now)
 

@@ -320,10 +320,7 @@ def _made(values: Mapping[str, Any], read: _Read) -> GatewayConfig:
 
 
 def _validated(overrides: Mapping[str, Any], read: _Read) -> tuple[GatewayConfig | None, list[ErrorDetails]]:
-    """Return the configuration or the errors.
-
-    The exception is not kept, because it contains values such as secrets.
-    """
+    """Return the configuration or the errors; the exception is not kept: it contains values such as secrets."""
     try:
         return _made(overrides, read), []
     except ValidationError as error:

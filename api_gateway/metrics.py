@@ -254,7 +254,7 @@ class Recorder:
         self.limited_by_bucket = HeavyHitters.from_state(state["limited_by_bucket"])
 
     def end(self) -> None:
-        """Clear figures of the present, after the end of the process that counted them."""
+        """Clear current figures, after the end of the process that counted them."""
         self.in_flight = self.waiting_traces = 0
         for present in (self.in_flight_by_limit, self.mirrored_in_flight):
             for name in present:

@@ -114,7 +114,7 @@ class AttemptFailure(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """A client has reached a share of its allowance in the present period of a calendar quota.
+    """A client has reached a share of its allowance in the current period of a calendar quota.
 
     `policy` names the quota in responses. `remaining` are whole tokens, and `seconds` the time until the period ends.
     """
@@ -297,10 +297,10 @@ TRACE_ID, SPAN_ID, TRACE_FLAGS = slice(18, 50), slice(51, 67), slice(68, 70)
 class Trace:
     """The trace context of an exchange (W3C Trace Context), and its attempts.
 
-    `fields` are the header lines for the upstream of the present attempt, each after a line break: `traceparent`, and
+    `fields` are the header lines for the upstream of the current attempt, each after a line break: `traceparent`, and
     `tracestate` if the client has sent one, which is `state`. `parent_id` is the span of the client, empty if the
     trace begins here; `link` are trace and span of a client whose trace is not continued. `host`, `scheme` and
-    `version` are those of the request. `attempt` is the present one, `earlier` have failed; `next_attempt` comes
+    `version` are those of the request. `attempt` is the current one, `earlier` have failed; `next_attempt` comes
     between. The exchange's own span gets its id when it is encoded.
 
     Not a dataclass: attributes that few traces need are defaults on the class, so an unsampled trace does not set
@@ -331,7 +331,7 @@ class Trace:
         return self.earlier if self.attempt is None else (*self.earlier, (self.fields, self.attempt))
 
     def next_attempt(self) -> None:
-        """End the present attempt: the next one has a span of its own."""
+        """End the current attempt: the next one has a span of its own."""
         self.earlier, fields = self.attempts(), self.fields
         self.attempt = None
         self.fields = fields[: SPAN_ID.start] + secrets.token_hex(8).encode() + fields[SPAN_ID.stop :]

@@ -361,7 +361,7 @@ class MemoryLimiter:
         return decision_after(decision, settled_to or changes, debts_ns, now_ns, is_chosen_anew=bool(settled_to))
 
     def charged_until(self, key: str, at_ns: int, debt_ns: int) -> int:
-        """Return the present end of a charge of `at_ns` that left the bucket with `debt_ns`; see `Refunds.end_of`."""
+        """Return the current end of a charge of `at_ns` that left the bucket with `debt_ns`; see `Refunds.end_of`."""
         return self._refunds.end_of(key, at_ns, at_ns + debt_ns)
 
     async def refill(self, key: str) -> None:
@@ -448,14 +448,14 @@ class MemoryLimiter:
             self._store(key, 0)
 
     def seed(self, key: str, quota: Quota, tat_ns: int, now_ns: int) -> None:
-        """Set the TAT of a bucket to `tat_ns` if that is later than the present one."""
+        """Set the TAT of a bucket to `tat_ns` if that is later than the current one."""
         self._advance(now_ns)  # otherwise the next decision could drop the generation that this is stored in
         if tat_ns > self._load(key, quota):
             self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # a debt may exceed the budget
             self._store(key, tat_ns)
 
     def _load(self, key: str, quota: Quota) -> int:
-        """Return the TAT of a bucket, converted to `quota`, its present one."""
+        """Return the TAT of a bucket, converted to `quota`, its current one."""
         tat_ns = self._table.get(key)
         if tat_ns is None and self._earlier:
             tat_ns = self._convert(key, quota)
@@ -542,7 +542,7 @@ class Refunds:
         return len(self._current) + len(self._previous)
 
     def end_of(self, key: str, at_ns: int, tat_ns: int) -> int:
-        """Return the present end of a charge of `at_ns` that left the TAT `tat_ns`."""
+        """Return the current end of a charge of `at_ns` that left the TAT `tat_ns`."""
         end_ns = tat_ns
         for noted in (self._previous.get(key), self._current.get(key)):
             for one in noted or ():
@@ -641,7 +641,7 @@ def debts_of(decision: Decision) -> tuple[int, ...]:
 def decision_after(
     decision: Decision, charges: Sequence[Charge], debts_ns: Sequence[int], now_ns: int, *, is_chosen_anew: bool
 ) -> Decision:
-    """Return an earlier decision, updated to the present debts of its buckets, whose `charges` are in the same order.
+    """Return an earlier decision, updated to the current debts of its buckets, whose `charges` are in the same order.
 
     It is that of the same bucket or, if `is_chosen_anew`, of the tightest one.
     """

@@ -11,7 +11,7 @@ At the same time a client with a key sends 100 requests per second at fixed time
 while another client sends as many requests with a valid key, so that only the wrong keys make a difference.
 
 What is measured is the gateway's part: from the moment at which the client has sent a request to the one at which the
-kernel has received the response. The client's own delay is printed beside it, and is no part of it. The flood has the
+kernel has received the response. The client's own delay is printed beside it, and is not part of it. The flood has the
 lowest priority on the core that it shares with the client and the upstream, so that neither waits for it.
 """
 

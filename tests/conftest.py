@@ -120,7 +120,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 ProxyExchange.is_strict = True  # an event that the state of an exchange does not allow raises
 
-# Hypothesis measures time: on a busy machine a slow example is no finding.
+# Hypothesis measures time: on a busy machine a slow example is not a finding.
 settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("usual", settings.get_profile("whole"), max_examples=50)
 settings.register_profile("quick", settings.get_profile("whole"), max_examples=20)  # make unit

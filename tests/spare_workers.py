@@ -113,7 +113,7 @@ def install(arguments: Sequence[str], prepare: Callable[[], None]) -> None:
 
 
 def _number_of_workers(arguments: Sequence[str]) -> int:
-    """Return what the command line says, or the file that it names; 0 for what is no number."""
+    """Return what the command line says, or the file that it names; 0 for anything but a number."""
     if "--workers" in arguments:
         text = arguments[arguments.index("--workers") + 1]
         return int(text) if text.isdigit() else 0

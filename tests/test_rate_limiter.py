@@ -35,7 +35,7 @@ PREMIUM = Quota.per_second("PREMIUM", 20, 200)
 ENTERPRISE = Quota.per_second("ENTERPRISE", 100, 1000)
 TIERS = (FREE, BASIC, PREMIUM, ENTERPRISE)  # all fill in 10 s
 SLOW = Quota.per_second("SLOW", 0.5, 30)  # fills in 60 s
-THIRD = Quota.per_second("THIRD", 3, 7)  # whose emission interval is no whole number of nanoseconds
+THIRD = Quota.per_second("THIRD", 3, 7)  # whose emission interval is not a whole number of nanoseconds
 
 Drawn = st.SearchStrategy
 

@@ -19,6 +19,6 @@ router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=
 async def audit(context: Guarded, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> AuditView:
     """Return the last changes, newest first: who made them, when and from where, and what was in force before.
 
-    The log is a file in `state_dir`, which covers all workers of this gateway and its former runs.
+    The log is a file in `state_dir`, which covers all workers of this gateway and its previous runs.
     """
     return AuditView(entries=await context.audit.last(limit))

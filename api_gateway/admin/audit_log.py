@@ -36,7 +36,7 @@ _HEADER = f'{{"version":{AUDIT_VERSION}}}\n'.encode()
 
 
 class AuditAction(StrEnum):
-    """What an operator can change."""
+    """The changes by operators that the log records."""
 
     TIER_SET = "tier_set"
     GRANT_SET = "grant_set"

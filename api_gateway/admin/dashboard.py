@@ -44,7 +44,7 @@ class ProblemsView(Body):
 
 @router.get("/dashboard/problems", summary="What is wrong now", response_model=ProblemsView)
 async def problems(context: Guarded) -> Response:
-    """Return a sentence for each present problem of the gateway, its upstreams and its traffic.
+    """Return a sentence for each current problem of the gateway, its upstreams and its traffic.
 
     The status is for people: `fail` if any part fails. That of `/health` is `fail` only if all upstreams do.
     """

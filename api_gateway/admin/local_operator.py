@@ -80,7 +80,7 @@ class LocalProcesses:
         )
 
     async def _look_up(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> bool | None:
-        """Return whether the peer is local; None if the look-up could not be made, as too many are waiting."""
+        """Return whether the peer is local; None if the look-up could not be made, because too many are waiting."""
         try:
             examine = self._query(scope, transport)
         except (NotEstablished, OSError) as error:

@@ -35,7 +35,7 @@ class CarryOverRequest(RequestBody):
 
 
 class QuotaView(Body):
-    """A quota in the present period."""
+    """A quota in the current period."""
 
     limit: str
     route: str | None = Field(description="null unless the quota is that of a client, by client and route.")

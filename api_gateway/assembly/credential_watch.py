@@ -40,7 +40,7 @@ class CredentialWatch:
     ) -> None:
         """`connections` returns those of a server with the gateway's own protocol.
 
-        `open_exchanges` are the exchanges that come by ASGI, of any server. `adopted` returns a claim as one under
+        `open_exchanges` are the exchanges that arrive by ASGI, of any server. `adopted` returns a claim as one under
         the configuration in force, None if that does not accept it.
         """
         self._open_exchanges = open_exchanges
@@ -127,7 +127,7 @@ class CredentialWatch:
 
 
 def _exchange_of(connection: Any) -> Exchange | None:
-    """Return the exchange of a connection with the gateway's own protocol, unless it has come by ASGI."""
+    """Return the exchange of a connection with the gateway's own protocol, unless it has arrived by ASGI."""
     if not isinstance(connection, DownstreamConnection):
         return None
     in_flight: Any = connection.exchange

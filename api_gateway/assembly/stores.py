@@ -238,7 +238,7 @@ class PreviousQuotas:
     clients: PreviousClients
 
     def of(self, key: str, present: Quota) -> Quota:
-        """Return the former quota of a bucket; `present` is its quota now."""
+        """Return the previous quota of a bucket; `present` is its quota now."""
         kind, _, rest = key.partition(":")
         if kind == "peer":
             return self.quotas.address or present
@@ -250,7 +250,7 @@ class PreviousQuotas:
         return self.clients.quota_of(key)
 
     def _of_limit(self, key: str) -> Quota | None:
-        """Return the former quota of a bucket of a limit; None if there was no such limit."""
+        """Return the previous quota of a bucket of a limit; None if there was no such limit."""
         name = limit_of(key)
         limit = next((limit for limit in self.quotas.limits if limit.name == name), None)
         if limit is None:

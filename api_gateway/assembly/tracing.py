@@ -31,7 +31,8 @@ MISSING_OTEL = (
 )
 DEFAULT_ENDPOINT = f"http://localhost:4318{TRACES_PATH}"
 DEFAULT_SERVICE = "api-gateway"
-# What OpenTelemetry's names of samplers say about the parent's decision; their ratio, None if it is an argument.
+# By OpenTelemetry's name of a sampler: how it treats the parent's decision, and its ratio, None if that is an
+# argument.
 _SAMPLERS: dict[str, tuple[Parent, float | None]] = {
     "always_on": ("ignore", 1.0),
     "always_off": ("ignore", 0.0),

@@ -85,10 +85,10 @@ def plan_upstream(
     override: httpx.AsyncBaseTransport | None,
     created: TlsByFiles,
 ) -> UpstreamPlan:
-    """Do everything that can fail when applying a section; `live` is the present upstream. Blocks.
+    """Do everything that can fail when applying a section; `live` is the current upstream. Blocks.
 
     `override` replaces the gateway's own transport. `created` has the TLS contexts of the same plan, which upstreams
-    with the same files share, as loading the system's certificates takes milliseconds. Raises StartupError.
+    with the same files share, because loading the system's certificates takes milliseconds. Raises StartupError.
     """
     tls = _tls(name, section, live, created)
     is_new = live is None or section.http2 != live.section.http2

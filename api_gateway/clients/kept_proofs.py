@@ -74,7 +74,7 @@ class ProofFile:
         return RequiredProofs(None if ids is None else frozenset(ids), frozenset(tiers))
 
     def write(self, ids: Sequence[str] | None, tiers: Iterable[str]) -> None:
-        """Replace the content; a reader finds the former or the new one. Raises OSError."""
+        """Replace the content; a reader finds the previous or the new one. Raises OSError."""
         head = json.dumps({"version": PROOFS_VERSION, "store": self._store, "tiers": sorted(tiers)})
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         make_private(self.path.parent)

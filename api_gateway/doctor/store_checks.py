@@ -29,7 +29,7 @@ async def _store(config: GatewayConfig) -> list[CheckResult]:
 
 
 def store_results(facts: StoreFacts, *, decision_timeout: float, keeps_clients: bool) -> Iterator[CheckResult]:
-    """Yield what the facts about a store mean for the gateway."""
+    """Yield the results that follow from the facts about a store."""
     if facts.version < OLDEST:
         detail = f"{facts.server} {facts.shown_version} is too old"
         yield broken(_ABOUT, detail, "Use Redis 6.2 or newer, or Valkey.")

@@ -24,7 +24,7 @@ class TimeoutsPart(Protocol):
     """`ConnectionTimeouts`, as the input uses them."""
 
     def apply(self, owner: "ConnectionOwner") -> None:
-        """Set the timeout of the present state."""
+        """Set the timeout of the current state."""
         ...
 
     def begin_body(self) -> None:

@@ -184,7 +184,7 @@ class RequestReader:
         return taken
 
     def _check_chunk(self, chunks: ChunkedEnd) -> None:
-        """Report the rest of the present chunk, so that a body above a limit is refused before it arrives."""
+        """Report the rest of the current chunk, so that a body above a limit is refused before it arrives."""
         if chunks.is_too_large:
             self._refuse(BadRequest(f"A chunk of the body is larger than {MAX_CHUNK_BYTES} bytes."))
         elif chunks.announced:

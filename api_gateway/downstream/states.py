@@ -2,7 +2,7 @@
 
 Reading and serving overlap, because a client may send further requests before it has received a response (RFC 9112
 section 9.3.2). So there is one table for each, and a third one for whether further requests may follow. One event may
-change several of them. An event that a table knows, but not in its present state, is illegal; an event that a table
+change several of them. An event that a table knows, but not in its current state, is illegal; an event that a table
 does not know does not concern it.
 
 `START` is the first of the combined states; each knows the next one for every legal event. `docs/architecture.md`
@@ -285,7 +285,7 @@ START: Final = _start()
 
 
 class IllegalConnectionEvent(Exception):
-    """An event that the table does not allow in the present state: a defect of the gateway."""
+    """An event that the table does not allow in the current state: a defect of the gateway."""
 
 
 class IllegalEvents:

@@ -23,7 +23,7 @@ class ConnectionTimeouts:
         return f"<ConnectionTimeouts [{self._body!r}]>"
 
     def apply(self, owner: ConnectionOwner) -> None:
-        """Set the timeout of the present state; none while an upstream's timeouts apply."""
+        """Set the timeout of the current state; none while an upstream's timeouts apply."""
         state, limits = owner.state, owner.limits
         if state.reading is Reading.BODY or owner.is_write_paused:
             owner.timer.set(limits.idle_timeout)

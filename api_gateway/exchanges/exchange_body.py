@@ -62,7 +62,7 @@ class ExchangeBody:
     # Initial values are class attributes, which makes it cheaper to create a body.
     is_replayable = True
     _keep = 0  # bytes that have been sent and are kept for another attempt
-    _is_framed = False  # the present attempt gets it in chunks
+    _is_framed = False  # the current attempt gets it in chunks
     _waited = 0.0  # seconds, for the pieces that have arrived in this attempt
     _awaited_since: float | None = None  # loop time since which the upstream has waited for the next piece
     is_parsed = False  # the general parser reads it
@@ -134,12 +134,12 @@ class ExchangeBody:
 
     @property
     def is_prompt(self) -> bool:
-        """True if the client has sent everything and was not awaited in the present attempt."""
+        """True if the client has sent everything and was not awaited in the current attempt."""
         return self.is_complete and not self._waited
 
     @property
     def progress(self) -> ClientProgress:
-        """The client's part in the present attempt: whether it has sent all, and how long it was awaited."""
+        """The client's part in the current attempt: whether it has sent all, and how long it was awaited."""
         since = self._awaited_since
         waited = self._waited if since is None else self._waited + self._client.loop.time() - since
         return ClientProgress(self.is_complete, since is not None, waited)

@@ -3,8 +3,8 @@
 Most requests wait for nothing but the rest of their body and the upstream's response. They need no ASGI scope, no
 coroutine and no task. A head that is not plain is left to the general parser, which offers it again with what it has
 read (`try_head`). Requests of HTTP/1.0, those that follow others before their response, and those to other servers or
-behind middleware come by ASGI (`serve`); the exchange is the same.
-`proxy.exchange` has the states of an exchange, `http_exchange` the actions.
+behind middleware arrive by ASGI (`serve`); the exchange is the same. `proxy.exchange` has the states of an exchange,
+`http_exchange` the actions.
 """
 
 from urllib.parse import unquote

@@ -30,7 +30,7 @@ class TunnellingExchange(HttpExchange):
 
     is_handshake = True
     tunnel: Tunnel | None = None
-    _is_asked = False  # the present attempt asks for the switch of protocols
+    _is_asked = False  # the current attempt asks for the switch of protocols
 
     def _start(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
         """Begin an attempt. The place of the tunnel is asked for before, see `_acquire`."""

@@ -49,7 +49,7 @@ class ChunkedBody:
         self.state = ARRIVING
         self.content = 0
         self.rest = b""
-        self._left = 0  # bytes of the present chunk that have not arrived, with the line break at its end
+        self._left = 0  # bytes of the current chunk that have not arrived, with the line break at its end
 
     def __repr__(self) -> str:
         return f"<ChunkedBody [{self.state.value}, {self.content} bytes]>"
@@ -91,7 +91,7 @@ class ChunkedBody:
         return data[:position]
 
     def _take_content(self, data: bytes, position: int, size: int) -> int:
-        """Take what has arrived of the present chunk; return the position behind it."""
+        """Take what has arrived of the current chunk; return the position behind it."""
         left, there = self._left, size - position
         if there >= left:
             end = position + left
@@ -130,7 +130,7 @@ class ChunkedEnd:
 
     def __init__(self) -> None:
         self.is_too_large = False  # a chunk is larger than MAX_CHUNK_BYTES
-        self._left = 0  # bytes of the present chunk that have not arrived, with the line break at its end
+        self._left = 0  # bytes of the current chunk that have not arrived, with the line break at its end
         self._line = b""  # the beginning of an incomplete line
         self._is_last = False  # the last chunk has begun, and trailers may follow
 
@@ -139,7 +139,7 @@ class ChunkedEnd:
 
     @property
     def announced(self) -> int:
-        """The number of content bytes of the present chunk that have not arrived."""
+        """The number of content bytes of the current chunk that have not arrived."""
         return max(0, self._left - 2)
 
     def find(self, data: bytes) -> int | None:

@@ -27,7 +27,7 @@ class NodesPort(CountersPort, Protocol):
         ...
 
     def standing(self, key: str, quota: PeriodQuota) -> Standing:
-        """Return the present standing by the last reading."""
+        """Return the current standing by the last reading."""
         ...
 
     def refusals(self, charges: Sequence[Charge]) -> list[Decision]:

@@ -86,7 +86,7 @@ class PeriodCounters:
         """Charge (above 0) or refund (below 0) the difference of a cost that was charged in the period from `start`.
 
         Never refuses: the allowance may be exceeded by up to a second one. What was charged in a period that the
-        counter no longer keeps is not refunded, and a charge is then made in the present period. If counts have begun
+        counter no longer keeps is not refunded, and a charge is then made in the current period. If counts have begun
         anew since the charge, with another unit of periods, nothing is changed.
         """
         held = self.counters.get(key)
@@ -117,14 +117,14 @@ class PeriodCounters:
         return counter
 
     def carry(self, key: str, quota: PeriodQuota, amount: int, now_us: int) -> Counter:
-        """Set what was carried over to the present period."""
+        """Set what was carried over to the current period."""
         standing = self.standing(key, quota, now_us)
         self._attach(standing).carried = amount
         self.changed.add(key)
         return standing.counter
 
     def reset(self, key: str, quota: PeriodQuota, now_us: int) -> None:
-        """Let the allowance of the present period be unused; top-ups that were used are not given back."""
+        """Set the used tokens of the current period to 0; used top-ups are not given back."""
         standing = self.standing(key, quota, now_us)
         count = self._attach(standing)
         count.used = count.peak = 0

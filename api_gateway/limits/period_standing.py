@@ -94,7 +94,7 @@ class Counter:
 
 
 class Adjustment(NamedTuple):
-    """A change of a counter by an operator: a top-up with its end, what is carried over, or a count that begins anew.
+    """A change of a counter by an operator: a top-up with its end, a carry-over, or a reset of the count.
 
     `carried` -1 leaves what was carried over; `is_reset` 1 sets the used tokens to 0.
     """

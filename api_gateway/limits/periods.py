@@ -1,7 +1,7 @@
 """The calendar periods of quotas: the hour, day, week or month that contains an instant.
 
-An instant is an integer number of seconds since the epoch, as offsets from UTC are whole seconds. Periods have no gap
-and no overlap: a period ends with the first second of the next one. Reads no clock.
+An instant is an integer number of seconds since the epoch, because offsets from UTC are whole seconds. Periods have no
+gap and no overlap: a period ends with the first second of the next one. Reads no clock.
 """
 
 import calendar

@@ -90,7 +90,7 @@ class QuotaLimiter:
     def _present(self, charges: Sequence[Charge], tokens: list[Charge], now: int) -> list[_Present] | None:
         """Return the charges of counters if all of these are in the simple state, else None; add others to `tokens`.
 
-        In that state the latest count is that of the present period and allows the charge, there are no top-ups, and
+        In that state the latest count is that of the current period and allows the charge, there are no top-ups, and
         no share to be warned of is reached. Then a charge changes `used` and `peak` alone.
         """
         held, present = self._held, []

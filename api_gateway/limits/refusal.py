@@ -64,7 +64,7 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
 
 
 def _holder(exchange: Exchange, client: Client, decision: Decision, *, is_named: bool) -> str:
-    """Return in words whom or what the quota of a decision limits."""
+    """Return the subject of a refusal's detail: the client, address or key that the quota limits."""
     if is_named:
         return f"Limit '{decision.quota.policy}'"
     if decision.key == client.key:

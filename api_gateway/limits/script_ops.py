@@ -266,7 +266,7 @@ class RefundOp(ScriptOp):
     __slots__ = ("_charge", "_end_ns", "_limiter", "_refund")
 
     def __init__(self, limiter: LimiterPort, charge: Charge, refund: Refund, end_ns: int) -> None:
-        """`refund` is corrected by the reply. `end_ns` is the present end of the charge, on the store's clock."""
+        """`refund` is corrected by the reply. `end_ns` is the current end of the charge, on the store's clock."""
         super().__init__(limiter.store_key(charge.key))
         self._limiter = limiter
         self._charge = charge

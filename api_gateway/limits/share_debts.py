@@ -85,7 +85,7 @@ class ShareDebts:
     def refund(self, charge: Charge, end_ns: int, processes: int, now_ns: int) -> None:
         """Refund (increment below 0) a cost that is in a debt, as far as it is unreported.
 
-        `end_ns` is the present end of the charge (see `Refunds`): what lies before that time, and is neither refilled
+        `end_ns` is the current end of the charge (see `Refunds`): what lies before that time, and is neither refilled
         nor held by the store, may be this charge's.
         """
         debt = self._get(charge.key, charge.quota, processes, now_ns)

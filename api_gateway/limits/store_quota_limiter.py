@@ -229,7 +229,7 @@ class StoreQuotaLimiter:
         self.buckets.settle(back, decision, now_ns)
 
     def standing(self, key: str, quota: PeriodQuota) -> Standing:
-        """Return the present standing by the last reading."""
+        """Return the current standing by the last reading."""
         return self._standing(key, quota, self.store_time())
 
     def refusals(self, charges: Sequence[Charge]) -> list[Decision]:

@@ -1,8 +1,8 @@
 """Spans of exchanges in OTLP (protobuf), by the HTTP semantic conventions.
 
 The only module that knows the library opentelemetry-proto (extra `otel`). What many spans have in common is encoded by
-it and remembered; the values that differ in each span are written here in protobuf's wire format, as building messages
-for them costs several times as much.
+it and remembered; the values that differ in each span are written here in protobuf's wire format, because building
+messages for them costs several times as much.
 """
 
 import os
@@ -36,7 +36,7 @@ _SCOPE_SPANS = b"\x12"  # of ResourceSpans: 2, bytes
 _RESOURCE_SPANS = b"\x0a"  # of ExportTraceServiceRequest: 1, bytes
 _TRACE, _SPAN, _PARENT = b"\x0a\x10", b"\x12\x08", b"\x22\x08"  # ids (1, 2 and 4), with their lengths
 _STATE = b"\x1a"  # trace_state (3)
-# What is after the key of the start (7): start, end (8) and flags (16).
+# The bytes after the key of the start (7): start, end (8) and flags (16).
 _times = struct.Struct("<QsQ2sI").pack
 _START, _END, _FLAGS = b"\x39", b"\x41", b"\x85\x01"
 _LAST_FLAG, _FLAG_BITS = TRACE_FLAGS.stop - 1, 3  # the digit of the flags, and which of its bits are flags

@@ -13,8 +13,8 @@ from api_gateway.observability.trace_sender import Delivery
 
 logger = logging.getLogger(__name__)
 
-# What became of spans. `queue_full`: too many waited; `failed`: given up after `MAX_DELIVERIES`, or at the end of the
-# process; `rejected`: refused by the collector.
+# The results of the export of spans. `queue_full`: too many waited; `failed`: given up after `MAX_DELIVERIES`, or at
+# the end of the process; `rejected`: refused by the collector.
 EXPORTED = "exported"
 RESULTS = (EXPORTED, "queue_full", "failed", "rejected")
 EXPORT_BATCH = 256  # exchanges in a request

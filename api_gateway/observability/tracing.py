@@ -14,7 +14,7 @@ Parent = Literal["obey", "ignore", "restart"]
 
 _RANDOM_BITS = 56  # of a trace id, at its end (W3C Trace Context Level 2)
 _RANDOM_LENGTH = _RANDOM_BITS // 4  # digits
-# Places in `Trace.fields`. Numbers, as compiled code takes a slice object for an index of bytes.
+# Places in `Trace.fields`. Numbers, because compiled code takes a slice object for an index of bytes.
 _RANDOM_START, _RANDOM_END = int(TRACE_ID.stop - _RANDOM_LENGTH), int(TRACE_ID.stop)
 _SPAN_START, _SPAN_END = int(SPAN_ID.start), int(SPAN_ID.stop)
 _NEVER = 2**_RANDOM_BITS  # the threshold that no trace reaches
@@ -46,7 +46,7 @@ class Tracer:
     """Begins the trace of each exchange, and passes on those that are exported when they have ended.
 
     One for each configuration. Its state is the next traces that begin here, and the number of exchanges kept in the
-    present second.
+    current second.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Tracer:
         trace.is_sampled, trace.parent_id, trace.state = is_sampled, parent.span_id, state
 
     def _make_traces(self) -> None:
-        """Make the next traces that begin here, as making several at once costs less.
+        """Make the next traces that begin here, because making several at once costs less.
 
         The ratio selects a trace by its id alone, so each gateway selects the same ones. Digits compare as numbers do.
         """

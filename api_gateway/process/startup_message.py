@@ -1,6 +1,6 @@
 """The message after the start: bound addresses, and a URL or command to reach the gateway.
 
-It is printed, or logged if the log is JSON, as then each line on standard output is an object.
+It is printed, or logged if the log is JSON, because each line on standard output is then an object.
 """
 
 import logging

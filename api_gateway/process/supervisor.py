@@ -58,7 +58,7 @@ def respawn_delay(failures: int) -> float:
 
 @dataclass(eq=False, slots=True)
 class WorkerSlot:
-    """A slot for one worker: its number, its sockets, the present worker, and consecutive failed starts."""
+    """A slot for one worker: its number, its sockets, the current worker, and consecutive failed starts."""
 
     number: int
     sockets: Sockets

@@ -280,7 +280,7 @@ async def spawn(
     query: Query,
     silence_timeout: float,
 ) -> WorkerHandle:
-    """Start a worker, by exec and not by fork: it runs the present code and shares no state of this process's loop.
+    """Start a worker, by exec and not by fork: it runs the installed code and shares no state of this process's loop.
 
     It inherits `sockets` and the descriptors `inherited`. `gather` is called when it requests the merged snapshot,
     `reload` when it requests a reload, `query` when it asks all workers. Once it serves, or after

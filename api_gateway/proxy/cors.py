@@ -23,7 +23,7 @@ ALLOW_ORIGIN = b"access-control-allow-origin"
 ALLOW_CREDENTIALS = b"access-control-allow-credentials"
 EXPOSE_HEADERS = b"access-control-expose-headers"
 VARY = b"vary"
-# What pages need to respect their limits and to report an error.
+# The fields that pages need to respect their limits and to report an error.
 EXPOSED = (
     *("Retry-After", "RateLimit", "RateLimit-Policy", "WWW-Authenticate"),
     *("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset", "X-Request-ID"),

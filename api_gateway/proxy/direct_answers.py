@@ -36,7 +36,7 @@ class DirectAnswer:
         """Return where the client is sent: never to another host than the template names.
 
         The template begins with a scheme and a host, or with a slash and no other one. Slashes at the beginning of the
-        path are merged, as two of them would begin a host.
+        path are merged, because two of them would begin a host.
         """
         raw_path, question_mark, query = raw_target.partition(b"?")
         values = {"path": b"/" + raw_path.lstrip(b"/\\"), "query": question_mark + query}

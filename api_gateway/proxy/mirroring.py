@@ -215,7 +215,7 @@ class Mirrors:
         self._timer = asyncio.get_running_loop().call_later(end_at - now, self._break_off)
 
     def _break_off(self) -> None:
-        """End the copies that take too long. One timer serves all, as nearly all copies end long before it."""
+        """End the copies that take too long. One timer serves all, because nearly all copies end long before it."""
         self._timer, self._due = None, math.inf
         now = self._clock() + _CLOCK_STEP
         for sent in [one for one in self._sent if one.end_at <= now]:

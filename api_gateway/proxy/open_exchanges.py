@@ -1,4 +1,4 @@
-"""Exchanges that come by ASGI, so that streams and tunnels can be ended with the credential of their client.
+"""Exchanges that arrive by ASGI, so that streams and tunnels can be ended with the credential of their client.
 
 Under the gateway's own protocol such an exchange ends with its connection. Other ASGI servers do not give access to
 the connection; there the response is left incomplete, upon which servers close the connection or reset the stream.
@@ -26,7 +26,7 @@ class OpenExchange(Protocol):
 
 
 class OpenExchanges:
-    """The exchanges of one gateway that come by ASGI and are open."""
+    """The exchanges of one gateway that arrive by ASGI and are open."""
 
     def __init__(self) -> None:
         self._open: set[OpenExchange] = set()

@@ -18,7 +18,7 @@ OF_ANY_REQUEST = frozenset({"client", "request_id"})  # names that need no templ
 OF_TARGETS = frozenset({"path", "query"})  # names that redirects may use
 
 _UNSAFE = re.compile(rb"[^\x21\x23-\x5b\x5d-\x7e]")
-# What a path parameter must not be read as by any server: more than one segment, or a segment of dots.
+# Values of a path parameter that a server may read as more than one segment, or as a segment of dots.
 _MISLEADING = re.compile(rb"[/\\\x00]|\A[. ]*(?:;.*)?\Z")
 _MOST_DECODED = 3  # times that a parameter may be percent-encoded
 # A parameter that has one reading and that is inserted as it is; other ones are looked at more closely.

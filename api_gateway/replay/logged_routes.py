@@ -97,7 +97,7 @@ class LoggedRoutes:
         facts.selecting = {} if logged is None else {_LOGGED_ROUTE: [logged.encode()]}
 
     def _doubtful(self, chosen: Route | None, logged: str | None, method: str, path: str) -> tuple[str, ...]:
-        """Return the names of other routes that the request may have had, and that charge it differently."""
+        """Return the names of the routes that the request may have had, and that charge it differently."""
         return tuple(self._doubts_of(chosen, logged, method, path)) if self._is_conditional else ()
 
     def _doubts_of(self, chosen: Route | None, logged: str | None, method: str, path: str) -> Iterator[str]:

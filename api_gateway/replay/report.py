@@ -177,7 +177,7 @@ def _difference(event: LogEvent, outcome: Decision | None) -> Document:
 
 
 def _not_evaluable(replayed: Replayed, candidate: GatewayConfig, *, has_current: bool) -> Iterator[str]:
-    """Yield what the candidate has that the log does not suffice for."""
+    """Yield the settings of the candidate for which the log does not suffice."""
     yield from route_notes(logged_routes_of(candidate), replayed.tally.doubts, has_writer=has_current)
     quotas = Quotas.of(candidate)
     for limit in quotas.concurrency:

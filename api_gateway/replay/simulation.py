@@ -111,7 +111,7 @@ class Simulation:
         self.config = config
         self._snapshot = snapshot
         self._before = None if before is None else Quotas.of(before)
-        self._tier = ""  # of the client of the present request, by the log
+        self._tier = ""  # of the client of the current request, by the log
         self.quotas = Quotas.of(config)
         self.now_ns = 0
         self.wall = 0.0  # seconds since the epoch, which decide about calendar periods

@@ -14,7 +14,7 @@ from api_gateway.observability.latency_series import SLICE, Tally, WindowedSerie
 from api_gateway.reporting.snapshot import TargetSnapshot, UpstreamSnapshot, WorkerSnapshot
 from api_gateway.system.clocks import Moment
 
-SPAN = 60.0  # seconds of the figures of the present
+SPAN = 60.0  # seconds of the current figures
 _PERCENTILES = (50, 90, 99)
 
 

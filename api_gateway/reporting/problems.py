@@ -38,7 +38,7 @@ REFUSALS = frozenset(kind.reason.value for kind in _kinds(GatewayError) if kind.
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """A present problem. `link` is the page of the dashboard that shows its cause, as the fragment of its URL."""
+    """A current problem. `link` is the page of the dashboard that shows its cause, as the fragment of its URL."""
 
     severity: Literal["fail", "warn"]
     text: str
@@ -141,7 +141,7 @@ def _of_traffic(points: Sequence[Point]) -> Iterator[Alert]:
 
 
 def _of_records(snapshot: WorkerSnapshot, points: Sequence[Point]) -> Iterator[Alert]:
-    """Yield what is missing in traces, logs and the audit log."""
+    """Yield the problems of traces, logs and the audit log: missing spans, lines and entries."""
     spans, lines = (
         sum(point["lost"].get(name, 0) for point in points[-RECENT_POINTS:]) for name in ("spans", "lines")
     )

@@ -183,7 +183,7 @@ def tls_families(recorder: Recorder, tls: TlsSnapshot) -> Iterator[Metric]:
 
 
 def trace_families(recorder: Recorder) -> Iterator[Metric]:
-    """Yield what became of the spans of traces, and how many exchanges wait to be exported."""
+    """Yield the results of the export of spans, and the number of exchanges that wait to be exported."""
     spans = CounterMetricFamily("gateway_tracing_spans", "Spans of traces, by what became of them.", labels=["result"])
     for result, count in recorder.trace_spans.items():
         spans.add_metric([result], count)

@@ -350,7 +350,7 @@ class WorkerSnapshot:
         self.histories[name] = last_transitions(known, len({record.worker for record in known}))
 
     def end(self) -> None:
-        """Mark the worker as ended: keep its counts, and clear figures of the present."""
+        """Mark the worker as ended: keep its counts, and clear current figures."""
         self.is_over = True
         self.buckets = self.tasks = 0
         self.recorder.end()

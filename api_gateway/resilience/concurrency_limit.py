@@ -58,7 +58,7 @@ class ConcurrencyLimit:
         self._peak = 0
         self._lowest_refused = len(
             priorities
-        )  # the lowest priority that reached its limit in the present window of the gradient
+        )  # the lowest priority that reached its limit in the current window of the gradient
         self._set(limit.allowed if isinstance(limit, GradientController) else limit)
 
     def __repr__(self) -> str:
@@ -70,7 +70,7 @@ class ConcurrencyLimit:
         return self._gradient is not None
 
     def change(self, limit: float | AdaptivePolicy, priorities: PriorityClasses, now: float) -> None:
-        """Apply another limit or policy, and other priorities. An adaptive limit continues from its present value."""
+        """Apply another limit or policy, and other priorities. An adaptive limit continues from its current value."""
         self._priorities = priorities
         self._max_priorities = max(self._max_priorities, len(priorities))
         self._lowest_refused = len(priorities)

@@ -16,7 +16,7 @@ class RateMeter:
     _marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=int(_SPAN / _STEP) + 1))
 
     def mark(self, now: float) -> None:
-        """Store the present count. To be called after `count` was incremented."""
+        """Store the current count. To be called after `count` was incremented."""
         self._marks.append((now, self.count))
         self.due = now + _STEP
 

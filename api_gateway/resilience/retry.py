@@ -139,7 +139,7 @@ class RetryBudget:
         return True
 
     def _measure(self, now: float) -> None:
-        """Adjust the maximum balance to the present rate of requests."""
+        """Adjust the maximum balance to the current rate of requests."""
         self._meter.mark(now)
         if self._share > 0:
             self._max_balance = max(self.RESERVE, self._share * self.SPAN * self._meter.rate(now))

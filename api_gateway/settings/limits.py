@@ -140,7 +140,7 @@ _ByTier = Annotated[dict[TierName, AllowanceSection | None], Field(min_length=1)
 
 
 class LimitSection(AllowanceSection):
-    """A limit: whom it counts by, what it allows, and the requests that it applies to.
+    """A limit: its key, its allowance, and the requests that it applies to.
 
     `tiers` are the tiers that it applies to, as a list or with an allowance for each; a tier without one has that of
     the limit. With `period`, allowances are quotas, and the settings behind it apply. With `concurrent`, there are no

@@ -13,7 +13,7 @@ _SECONDS = {"ms": Fraction(1, 1000), "s": Fraction(1), "m": Fraction(60), "h": F
 _BYTES = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _PERIODS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86_400}
 
-# What the texts look like, as regular expressions of JSON Schema.
+# The forms of the texts, as regular expressions of JSON Schema.
 DURATION_TEXT = rf"^({_NUMBER} ?(ms|s|m|h|d))+$"
 SIZE_TEXT = rf"^{_NUMBER} ?([KkMmGg]i?)?[Bb]$"
 RATE_TEXT = rf"^{_NUMBER} ?/ ?(s|sec|second|m|min|minute|h|hour|day)$"

@@ -26,7 +26,7 @@ class ActingSections(Protocol):
 
 
 def action_findings(config: ActingSections, route: RouteSection, upstreams: Collection[str]) -> Iterator[WrongSetting]:
-    """Yield what is wrong with what a route does: where, the message, and what else must be right for it."""
+    """Yield the errors in the actions of a route: where, the message, and what else must be right for it."""
     yield from _destination_findings(route, upstreams)
     yield from _mirror_findings(config, route, upstreams)
     yield from _placeholder_findings(route)

@@ -23,7 +23,7 @@ class MatchedSections(Protocol):
 
 
 def match_findings(config: MatchedSections, route: RouteSection) -> Iterator[WrongSetting]:
-    """Yield what is wrong with what a route matches: where, the message, and what else must be right for it."""
+    """Yield the errors in the match of a route: where, the message, and what else must be right for it."""
     is_template = route.match.path == "template"
     problem = template_problem(route.path) if is_template else path_problem(route.path)
     if problem is not None:

@@ -98,7 +98,7 @@ class _Owned(NamedTuple):
 
 
 def ownership_lines(routes: Sequence[RouteSection], file: SettingsFile) -> Iterator[str]:
-    """Yield what is wrong: routes outside of what their file owns, and routes that take requests from other files."""
+    """Yield the errors: routes outside of what their file owns, and routes that take requests from other files."""
     ownership = file.ownership
     if ownership is None or not ownership.route_files:  # without routes, each upstream has one of its own
         return

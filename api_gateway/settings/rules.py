@@ -147,7 +147,7 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
 
 
 def _certificate_warnings(config: ConfigSections) -> Iterator[Finding]:
-    """Yield what needs certificates of clients if there can be none, at least on the gateway's own server."""
+    """Yield settings that need certificates of clients if there can be none, at least on the gateway's own server."""
     tls = config.server.tls
     if tls is not None and tls.client_certificates is not None:
         return

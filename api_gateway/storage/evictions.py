@@ -1,4 +1,4 @@
-"""What a store has evicted for lack of memory, and by which policy."""
+"""The keys that a store has evicted for lack of memory, and its policy."""
 
 from typing import NamedTuple
 

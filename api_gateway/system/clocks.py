@@ -32,7 +32,7 @@ class Clocks:
     wall: Clock
 
     def now(self) -> Moment:
-        """Return the present time on both clocks."""
+        """Return the current time on both clocks."""
         return Moment(self.monotonic(), self.wall())
 
 

@@ -34,7 +34,7 @@ def settle_objects() -> None:
 
 
 def frames_of_threads() -> dict[int, FrameType]:
-    """Return the present frame of each thread, by its ident, with the collector paused.
+    """Return the current frame of each thread, by its ident, with the collector paused.
 
     A collection within `sys._current_frames` may let another thread run while a lock of the interpreter is held; a
     thread that is started then, and all others with it, wait for ever (python/cpython#106883).

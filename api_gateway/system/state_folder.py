@@ -22,7 +22,7 @@ OWN_FOLDER = "state"
 VERSION_FILE = "version"
 FOLDER_VERSION = 1  # of the layout of the folder, and of the files in it that state no version
 LOCK_FILE = "lock"
-FORMER_FOLDER = Path(".gateway")  # the default of state_dir in former versions, in the current folder
+FORMER_FOLDER = Path(".gateway")  # the default of state_dir in previous versions, in the current folder
 _MOVED_DATABASE, _MOVED_MODES = "clients.sqlite3", "circuit_breakers.json"
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 _MAX_NAME_LENGTH = 60
@@ -77,7 +77,7 @@ def open_private(path: Path) -> TextIO:
 
 @contextmanager
 def replacing(path: Path, draft: Path) -> Iterator[TextIO]:
-    """Write a private text file whose readers find the former or the new content. Raises OSError.
+    """Write a private text file whose readers find the previous or the new content. Raises OSError.
 
     `draft` is in the same folder; no other process may write it at the same time.
     """
@@ -159,7 +159,7 @@ def check_folder_version(folder: Path) -> None:
     path = folder / VERSION_FILE
     try:
         text = path.read_text("ascii", errors="replace").strip()
-    except FileNotFoundError:  # of a former version, or new
+    except FileNotFoundError:  # of a previous version, or new
         return
     if not text.isdecimal():
         raise StateError(f"state_dir: {path}: must be a version such as {FOLDER_VERSION}, got {text[:40]!r}")
@@ -260,10 +260,10 @@ class StateFolder:
         )
 
     def _move_former(self) -> None:
-        """Move files of former versions, which were directly in `state_dir`, to the folder.
+        """Move files of previous versions, which were directly in `state_dir`, to the folder.
 
         The file of clients is copied with its write-ahead log, which has its last changes, and the copy gets its name
-        last. So the end of the process meanwhile leaves the former files as they were, and the next start goes on.
+        last. So the end of the process meanwhile leaves the previous files as they were, and the next start goes on.
         """
         former, present = self._state_dir / _MOVED_MODES, self.path / _MOVED_MODES
         if former.exists() and not present.exists():
@@ -309,7 +309,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def former_state(state_dir: Path, environment: Mapping[str, str]) -> str | None:
-    """Return a hint if the former default folder contains state and `state_dir` is the present default, else None."""
+    """Return a hint if the former default folder contains state and `state_dir` is the current default, else None."""
     former = Path.cwd() / FORMER_FOLDER
     try:
         is_default = state_dir.parent == _base(environment)

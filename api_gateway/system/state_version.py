@@ -1,4 +1,4 @@
-"""Versions of state files: what is said of a file from a newer gateway, and where former content is kept.
+"""Versions of state files: what is said of a file from a newer gateway, and where previous content is kept.
 
 A file states the version of its layout. Before a gateway changes the layout of an older file, it keeps the content
 beside it; backups are never deleted. A file of a newer version is refused and left as it is.

@@ -18,7 +18,7 @@ class ConnectionLifetime:
     """The limits of one connection: requests, age and idle time. Infinite values mean that there is no limit.
 
     `expires_at` is on the clock of the event loop; `idle_timeout` is in seconds; `requests_left` is the number of
-    requests that may still be completed on the connection, including the present one.
+    requests that may still be completed on the connection, including the current one.
     """
 
     __slots__ = ("_announced", "expires_at", "idle_timeout", "requests_left")

@@ -59,12 +59,12 @@ class HostName:
 
     @property
     def targets(self) -> list[Target]:
-        """The present targets: at least one."""
+        """The current targets: at least one."""
         return list(self._targets.values())
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The present addresses; none until the name was resolved."""
+        """The current addresses; none until the name was resolved."""
         return tuple(address for address in self._targets if address)
 
     def set_weight(self, weight: int) -> None:

@@ -94,7 +94,7 @@ class UpstreamMonitor:
         names: Sequence[HostName],
         interval: float,
     ) -> None:
-        """Apply other settings to the present targets of the upstream.
+        """Apply other settings to the current targets of the upstream.
 
         Unchanged checks continue with their results; without checks every target is healthy.
         """

@@ -127,7 +127,7 @@ def installed(request: pytest.FixtureRequest, tools: Path, tmp_path: Path) -> It
     command = [str(tools / install[0]), *install[1:], "--python", sys.executable, "."]
     run = subprocess.run(command, cwd=tree, env=environment(**variables), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    shutil.rmtree(tree)  # nothing of the folder is needed any more
+    shutil.rmtree(tree)  # the folder is no longer needed
     yield programs / "api-gateway"
     shutil.rmtree(tmp_path / request.param)
 

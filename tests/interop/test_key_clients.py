@@ -71,7 +71,7 @@ def test_httpie(running: RunningGateway, key: str, arguments: list[str]) -> None
 
 @pytest.mark.skipif(importlib.util.find_spec("requests") is None, reason="needs requests (extra interop)")
 def test_requests(running: RunningGateway, key: str, tmp_path: Path) -> None:
-    """In a process of its own, as the library is no dependency of the tests."""
+    """In a process of its own, because the tests do not depend on the library."""
     script = (
         "import requests, sys\n"
         "url, key = sys.argv[1:]\n"

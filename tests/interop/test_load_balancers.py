@@ -80,7 +80,7 @@ def started(command: list[str], port: int) -> Iterator[str]:
 
 
 def accepts(port: int) -> bool:
-    """Tell whether something listens on a port."""
+    """Return whether something listens on a port."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
     except OSError:

@@ -166,7 +166,7 @@ def answer_of(url: str, query: str) -> list[Any]:
 
 
 def has(url: str, query: str) -> bool:
-    """Tell whether Prometheus has data for a query."""
+    """Return whether Prometheus has data for a query."""
     return bool(answer_of(url, query))
 
 

@@ -29,7 +29,7 @@ Place = tuple[str, ...]
 
 
 def leaves(model: type[BaseModel], place: Place = ()) -> Iterator[Place]:
-    """Yield the place of every setting that is no section; entries of mappings are named `a`, those of lists 0."""
+    """Yield the place of every setting that is not a section; entries of mappings are named `a`, those of lists 0."""
     for name, field in model.model_fields.items():
         yield from inner_leaves(field.annotation, (*place, name))
 

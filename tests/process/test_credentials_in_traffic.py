@@ -81,7 +81,7 @@ def quoting_collector() -> Iterator[str]:
 
 
 def token_of(secret: str, algorithm: str = "HS256", **claims: Any) -> str:
-    """Return a token; its client is no secret."""
+    """Return a token; its client is not a secret."""
     now = int(time.time())
     given = {"iss": "https://issuer.test", "aud": "api", "sub": "user", "iat": now, "exp": now + 3600, **claims}
     parts = [json.dumps({"alg": algorithm, "typ": "JWT"}), json.dumps(given)]
@@ -409,7 +409,7 @@ def command(listener: Listener, config: Path, kept: Secrets, variables: Mapping[
 
 
 def spoil_the_key_of_a_client_certificate(running: Running, config: Path) -> None:
-    """Have it reloaded when it is the key of another certificate, and when it is no key."""
+    """Have it reloaded when it is the key of another certificate, and when it is not a key."""
     key, other = config.parent / "own.key", config.parent / "other.key"
     text = key.read_text()
     for number, spoiled in enumerate((other.read_text(), text.replace("M", "N"), text[: len(text) // 2]), 1):

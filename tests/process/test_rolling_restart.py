@@ -151,7 +151,7 @@ def test_a_rolling_restart_loses_no_request(tmp_path: Path, start: Callable[[int
 
 
 def answers(port: int) -> bool:
-    """Tell whether a request gets through."""
+    """Return whether a request gets through."""
     try:
         with RawClient(port) as client:
             return client.get().status == 200

@@ -66,7 +66,7 @@ TEN_YEARS = 10 * 365 * 86_400 * SECOND
 FREE = Quota.per_second("FREE", 1, 10)
 ENTERPRISE = Quota.per_second("ENTERPRISE", 100, 1000)  # as FREE, it fills in 10 s
 SLOW = Quota.per_second("SLOW", 0.5, 30)  # fills in 60 s
-THIRD = Quota.per_second("THIRD", 3, 7)  # whose emission interval is no whole number of nanoseconds
+THIRD = Quota.per_second("THIRD", 3, 7)  # whose emission interval is not a whole number of nanoseconds
 QUOTAS = (FREE, ENTERPRISE, SLOW, THIRD)
 LONGEST_LAG_NS = round(DEADLINE * SECOND)  # from asking to hearing the answer
 
@@ -1384,7 +1384,7 @@ REACHED = {  # C = 20, r = 2, N = 4
 
 @each(("scenario", "admitted"), REACHED.values(), ids=REACHED)
 def test_each_bound_is_reached(scenario: Callable[[Outages], float], admitted: float) -> None:
-    """To the token, so that a bound is no looser than what happens."""
+    """To the token, so that a bound is not looser than what happens."""
     outages = Outages(4, TWENTY)
     assert scenario(outages) == admitted
     outages.check()

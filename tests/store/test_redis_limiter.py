@@ -234,7 +234,7 @@ async def test_a_slow_store_counts_as_unavailable(store: StoreServer) -> None:
 
 
 async def cut_off(limiter: RedisLimiter, proxy: Proxy) -> None:
-    """Have a gateway notice that it has no store any more, without charging anything."""
+    """Have a gateway notice that its store is gone, without charging anything."""
     proxy.is_deaf = True
     proxy.cut()
     while limiter.batcher.is_usable:

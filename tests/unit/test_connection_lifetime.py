@@ -106,7 +106,7 @@ def scene() -> Scene:
 
 
 def lives_for(scene: Scene, connection: FakeConnection, seconds: float) -> bool:
-    """Tell whether the idle connection is closed this many seconds from now, not before, and at most a sweep later."""
+    """Return whether the idle connection is closed this many seconds from now: not before, at most a sweep later."""
     scene.loop.advance(seconds - 0.001)
     was_open = not connection.is_closed
     scene.loop.advance(0.002 + SWEEP_INTERVAL)

@@ -163,7 +163,7 @@ def test_a_long_read_of_a_chunked_body_lets_other_connections_read(
 
 
 def test_a_tunnel_that_begins_after_the_loss_releases_the_slot_once(harness: Harness) -> None:
-    """A tunnel tells the connection of a loss, as its transport does not any more."""
+    """A tunnel tells the connection of a loss, because its transport no longer does."""
     harness.client.receive(
         b"GET /h1 HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"

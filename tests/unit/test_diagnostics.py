@@ -152,7 +152,7 @@ def test_a_wrong_value_of_the_env_file_is_reported_as_such(tmp_path: Path) -> No
 def test_a_setting_of_the_env_file_that_cannot_be_read_is_a_mistake_and_is_not_shown(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It would be skipped: a token with one quote is no token."""
+    """It would be skipped: a token with one quote is not a token."""
     text = f'other words\nGATEWAY_SERVER__PORT=9000\n\nGATEWAY_ADMIN__TOKEN="{SECRET}\n'
     (tmp_path / ".env").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:

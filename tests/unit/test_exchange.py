@@ -743,7 +743,7 @@ def body_state(body: Body, before: States) -> states.RequestBodyState:
 
 
 def is_deliverable(situation: str, event: str, body: Body) -> bool:
-    """Tell whether a port may deliver an event; none delivers pieces of a body that is complete."""
+    """Return whether a port may deliver an event; none delivers pieces of a body that is complete."""
     if situation == "tunnelling" and body != NO_BODY:
         return False  # a handshake has none
     if event == "the end of the body" and body.is_expected:
@@ -752,7 +752,7 @@ def is_deliverable(situation: str, event: str, body: Body) -> bool:
 
 
 def is_legal(situation: str, event: str, body: Body) -> bool:
-    """Tell whether the tables allow an event of a port."""
+    """Return whether the tables allow an event of a port."""
     _, before = SITUATIONS[situation]
     if before.phase not in HELD_RESOURCES or (event == "the deadline passes" and before.phase == states.WAITING):
         return False
@@ -797,7 +797,7 @@ def test_an_event_in_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, si
         if event == "the deadline passes" and exchange.timer is None:
             return
         if not is_deliverable(situation, event, body) or (event in OF_THE_BODY and exchange.phase in ENDED):
-            return  # the rest of a body is no event of an exchange that has ended
+            return  # the rest of a body is not an event of an exchange that has ended
         if not is_legal(situation, event, body):
             with pytest.raises(IllegalEvent):
                 deliver(world, exchange)

@@ -301,7 +301,7 @@ def test_a_weak_key_is_not_used_however_it_is_encoded(bits: int) -> None:
 
 
 def test_text_of_a_claim_can_be_written_to_files_and_stores() -> None:
-    """JSON can escape half of a pair of surrogates, which is no character."""
+    """JSON can escape half of a pair of surrogates, which is not a character."""
     claims = {"org": "a\ud800é", "groups": ["\udfff", "é\U0001f600", 7, True]}
     assert ClaimPath.of("org").text_value(claims) == "a\\ud800é"
     assert ClaimPath.of("org").values(claims) == ("a\\ud800é",)

@@ -47,7 +47,7 @@ def test_each_outcome_has_a_ring_of_its_own() -> None:
     history.record(ended(id="left", status=499, reason="client_disconnected", source="gateway"), 3)
     history.record(ended(id="own", status=500), 4)  # the upstream's
     history.record(ended(id="refused", status=429, reason="rate_limited", source="gateway"), 5)
-    history.record(ended(id="unknown", status=404), 6)  # the upstream's, which is no failure
+    history.record(ended(id="unknown", status=404), 6)  # the upstream's, which is not a failure
     for number in range(100):
         history.record(ended(f"client-{number}", id=str(number)), 10 + number / 10)
     outcomes = {record.id: record.outcome for record in kept(history, 20)}
@@ -148,7 +148,7 @@ def test_old_records_are_not_shown() -> None:
 
 @pytest.mark.parametrize("organisation", [None, "acme"])
 def test_a_kept_exchange_has_no_credential_but_its_organisation(organisation: str | None) -> None:
-    """A token may be large, and is no part of a record; the access log may not have rendered the organisation yet."""
+    """A token may be large, and is not part of a record; the access log may not have rendered the organisation yet."""
     history = RequestHistory(LIMITS)
     exchange = ended(credential=SimpleNamespace(organisation=organisation, fields=[(b"authorization", b"secret")]))
     history.record(exchange, 1)

@@ -226,12 +226,12 @@ def cost_of(raw: str, host: str = "h", fields: Mapping[bytes, Sequence[bytes]] =
 
 
 def is_costly(path: str) -> bool:
-    """Tell whether a server that matches decoded paths, with or without a slash at the end, serves a costly one."""
+    """Return whether a server that matches decoded paths, with or without a slash at the end, serves a costly one."""
     return re.fullmatch("/api/export/?|/api/users/[^/]+/orders/?", path) is not None
 
 
 def by_segments(raw: str) -> bool:
-    """Tell whether a server that splits the path before it decodes it serves a costly one."""
+    """Return whether a server that splits the path before it decodes it serves a costly one."""
     segments = [unquote(one) for one in resolved(merged(raw)).rstrip("/").split("/")]
     return segments == ["", "api", "export"] or (
         len(segments) == 5 and segments[:3] == ["", "api", "users"] and bool(segments[3]) and segments[4] == "orders"

@@ -1,4 +1,4 @@
-"""Notifications of refunds: what others publish is noted once, and what is no notification is ignored."""
+"""Notifications of refunds: what others publish is noted once, and anything else is ignored."""
 
 from api_gateway.limits.store_refunds import StoreRefunds, invalidation
 from api_gateway.rate_limiter import Refund

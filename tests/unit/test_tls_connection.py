@@ -201,7 +201,7 @@ def test_a_client_that_ends_its_side_is_answered_if_the_connection_says_so(pair:
         pair.client.unwrap()
     pair.tls.data_received(pair.sent())
     assert (bytes(pair.inner.received), pair.inner.events) == (b"last", ["made", "eof"])
-    assert pair.tls.eof_received()  # the end of TCP follows, and is no other one
+    assert pair.tls.eof_received()  # the end of TCP follows, and is not another one
     pair.tls.write(b"response")
     pair.tls.close()
     assert pair.read() == b"response"

@@ -200,7 +200,7 @@ def test_disconnecting_within_an_upload_closes_the_upstream_connection(
 def test_disconnecting_while_waiting_for_a_connection_leaves_the_queue(
     running: RunningGateway, up: RawUpstream
 ) -> None:
-    """What nobody waits for any more is not sent."""
+    """What nobody waits for is not sent."""
     up.behave = slow = Watching()
     ledger = Ledger(running)
     with ExitStack() as stack:

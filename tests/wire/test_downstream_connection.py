@@ -236,7 +236,7 @@ def test_a_head_begun_in_one_segment_with_the_request_before_is_bounded_too(clie
     ids=["one big header", "one big name", "headers without end", "a path without end", "one with a body"],
 )
 def test_a_head_is_bounded_in_however_many_pieces_it_comes(client: RawClient, up: RawUpstream, head: bytes) -> None:
-    with suppress(ConnectionError):  # once refused, nothing is read any more
+    with suppress(ConnectionError):  # once refused, nothing more is read
         for start in range(0, len(head), 100):
             client.send(head[start : start + 100])
     assert is_problem(client.answer(), 431, b"headers_too_large")

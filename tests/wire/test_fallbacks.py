@@ -293,7 +293,7 @@ def test_a_request_that_may_have_taken_effect_gets_the_error(
 def test_the_other_upstream_gets_the_body_too(
     running: RunningGateway, up: RawUpstream, spare: RawUpstream, headers: tuple[str, ...], odd: tuple[str, ...]
 ) -> None:
-    """A method that is no promise needs a key."""
+    """A method that is not a promise needs a key."""
     up.behave = dies
     answer = get(running, "/api/main-other", *headers, *odd, method="POST" if headers else "PUT", body=b"data")
     assert (answer.status, [request.body for request in spare.requests]) == (200, [b"data"])

@@ -302,7 +302,7 @@ def test_a_response_is_the_same_on_both_paths(
 
 @pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "general parser"])
 def test_a_trailer_spoils_no_later_response(client: RawClient, up: RawUpstream, headers: tuple[str, ...]) -> None:
-    """It is no header field, so the connection is kept, and the general parser is ready for the next response."""
+    """It is not a header field, so the connection is kept, and the general parser is ready for the next response."""
     up.behave = says(ANSWERS["unannounced trailers"][0])
     for _ in range(3):
         client.request("POST", headers=("Content-Length: 0", *headers))

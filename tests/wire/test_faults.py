@@ -214,7 +214,7 @@ class Scene:
         return Result(answer, time.monotonic() - begun)
 
     def is_served(self, upstream: str) -> bool:
-        """Tell whether requests of both ways are served, which a short timeout may prevent on a busy machine."""
+        """Return whether requests of both ways are served, which a short timeout may prevent on a busy machine."""
         return [self.send(way, upstream).status for way in WAYS] == [200, 200]
 
     def serves(self, case: Case) -> None:

@@ -82,7 +82,7 @@ def test_a_name_without_an_address_is_refused() -> None:
 @linux
 def test_a_socket_that_left_the_group_gets_no_connection_until_it_listens_again() -> None:
     with bound(2) as ((one,), (other,)):
-        leave_group(Sockets([one]))  # it has not listened yet, which is no harm
+        leave_group(Sockets([one]))  # it has not listened yet, which does no harm
         port = one.getsockname()[1]
         one.listen()
         other.listen()
@@ -192,7 +192,7 @@ def test_what_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_several_connections_are_accepted_in_one_turn_of_the_loop() -> None:
-    """And none any more once the server has closed its sockets, duplicates among them."""
+    """And none once the server has closed its sockets, duplicates among them."""
     count = 3 * ACCEPTED_PER_TURN
 
     async def accepted_by_turn(sockets: list[socket.socket]) -> list[int]:

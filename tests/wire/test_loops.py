@@ -1,4 +1,4 @@
-"""A request that returns to its gateway is refused at once; a chain of gateways is no loop."""
+"""A request that returns to its gateway is refused at once; a chain of gateways is not a loop."""
 
 import re
 import socket

@@ -925,7 +925,7 @@ async def test_headers_of_the_response_come_as_they_are(transport: UpstreamTrans
 
 
 async def test_a_chunked_body_is_framed_piece_by_piece(transport: UpstreamTransport, upstream: StartUpstream) -> None:
-    """An empty piece is no chunk: it would end the body."""
+    """An empty piece is not a chunk: it would end the body."""
     wire_bytes: list[bytes | None] = []
 
     def behave(wire: Wire, _request: RawRequest) -> None:

@@ -106,7 +106,7 @@ async def test_a_supervisor_that_is_silent_is_replaced_by_its_last_reply(
         late = look()
         late.buckets = 20
         await peer.heard("gather")
-        peer.writer.write(encode("gathered", id=1, report=late.state(), is_last=True))  # nobody waits for it any more
+        peer.writer.write(encode("gathered", id=1, report=late.state(), is_last=True))  # nobody waits for it by now
         monkeypatch.setattr(worker_channel, "GATHER_TIMEOUT", PATIENCE)
         gathering = asyncio.create_task(peer.member.gather())
         await peer.heard("gather")
