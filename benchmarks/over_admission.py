@@ -223,6 +223,8 @@ async def restarted(scene: Scene) -> None:
 class Row:
     """A failure and its bound: a number of capacities, the rate, and a tolerance as a part of both.
 
+    What a gateway admits before it learns of the others depends on the rate, also if a quota is the tightest limit.
+
     `quotas`, if not None, is the bound as a number of quotas, of a client with three limits and a quota.
     """
 
@@ -242,7 +244,7 @@ class Row:
         """Return the upper bound of admitted requests in a window of this length; `quota` is that of the client."""
         by_buckets = CAPACITY * self.capacities + RATE * seconds
         by_quota = by_buckets if self.quotas is None or quota is None else self.quotas * quota
-        return min(by_buckets, by_quota) * (1 + self.tolerance)
+        return min(by_buckets, by_quota) + self.tolerance * by_buckets
 
 
 def quota_of(seconds: float) -> int:
@@ -264,15 +266,17 @@ BUCKET_ROWS = (
 # Of these failures, by the function: gateways that are cut off admit their shares of what was left, while the others
 # use all of it; an empty store has the whole quota again.
 QUOTAS: dict[Callable[[Scene], Awaitable[None]], tuple[float, str]] = {
-    half_cut: (1.5, "1.02 (Q + K/N·Q)"),
-    killed: (2.0, "1.02 (Q + Q)"),
-    restarted: (2.0, "1.02 (Q + Q)"),
+    half_cut: (1.5, "Q + K/N·Q"),
+    killed: (2.0, "Q + Q"),
+    restarted: (2.0, "Q + Q"),
 }
 
 
 def with_quota(row: Row) -> Row:
     """Return the row of the same failure with three limits and a quota."""
-    quotas, why = QUOTAS.get(row.act, (1.0, "1.02 Q" if row.tolerance else "Q"))
+    quotas, why = QUOTAS.get(row.act, (1.0, "Q"))
+    if row.tolerance:
+        why = f"{why} + {row.why.replace('1.02', '0.02')}"
     return replace(row, name=f"{row.name}; three limits and a quota", quotas=quotas, why=why)
 
 

@@ -27,7 +27,7 @@ EXAMPLES = [
     if language == "sh" and text.strip() not in INSTALLING
 ]
 # The client that spends its tokens, and others for when it has got one back: a busy machine takes a second for that.
-CLIENTS = ("keen", "kean", "kein", "keon", "keyn")
+CLIENTS = ("keen", "kean", "kein", "keon", "keyn", "kein2", "keon2", "keyn2")
 VARYING = (
     (r"\d{4}-\d\d-\d\dT[\d:.+]+", "<time>"),
     (r"\w{3}, \d\d \w{3} \d{4} [\d:]+ GMT", "<date>"),

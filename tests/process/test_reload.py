@@ -68,6 +68,10 @@ class Site:
         found = re.findall(r"^(\S+?)(\{.*\})? ([0-9.e+-]+)$", text, re.MULTILINE)
         return {name + labels: float(value) for name, labels, value in found if name.startswith(tuple(names))}
 
+    def await_series(self, labels: str) -> None:
+        """Wait for a series with these labels: a worker reports a request after its response."""
+        eventually(lambda: any(labels in series for series in self.counters()), f"{labels} is counted", LONG)
+
     def health(self) -> Any:
         return self.operate("/health").json()
 
@@ -217,7 +221,7 @@ def test_reloads_under_load_lose_nothing_and_forget_nothing(tmp_path: Path, work
                 after = one.counters()
                 lost = {series: value for series, value in before.items() if after.get(series, -1) < value}
                 assert not lost, "a counter fell"
-                assert f'route="new{number}"' in "".join(after)
+                one.await_series(f'route="new{number}"')
                 assert kept.get(headers=("X-Client-ID: poor",)).status == 429, "a bucket was refilled"
                 before = after
             answered = load.answered

@@ -274,6 +274,7 @@ NEVER = ExplainRequest(client_id="a", path="/api/one/never", address="192.0.2.7"
 @given(script=steps)
 @example(script=[*[(0, 200, 0, PLAIN)] * 4, (0, 200, 0, NEVER)])  # two buckets that never hold it: the first is named
 @settings(max_examples=150)
+@pytest.mark.timeout(900)
 def test_the_result_is_what_the_request_then_gets_and_explaining_changes_nothing(
     script: list[tuple[int, int, int, ExplainRequest]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
