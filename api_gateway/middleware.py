@@ -111,7 +111,7 @@ class DataPlaneSlot:
     def set(
         self, data_plane: ASGIApp, fast_path: FastPathHandler, proxied: Callable[[str], bool] = is_proxied
     ) -> None:
-        """Set the data plane for new requests. `proxied` tells which paths belong to it."""
+        """Set the data plane for new requests. `proxied` returns whether a path belongs to it."""
         self.data_plane, self.current, self.is_proxied = data_plane, fast_path, proxied
 
 

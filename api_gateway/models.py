@@ -260,7 +260,7 @@ class CorsFields:
     """The CORS fields of a response, see `proxy.cors`.
 
     `pairs` are all of them, and `lines` the same in HTTP/1.1 format, each with its line break. `allowed` are those
-    that decide about the origin, `exposed` the names that pages may read (None: none); `varies` tells whether the
+    that decide about the origin, `exposed` the names that pages may read (None: none); `varies` is whether the
     response depends on the origin.
     """
 

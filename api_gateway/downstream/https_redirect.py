@@ -33,7 +33,7 @@ class HttpsRedirect:
         is_known: Callable[[str], bool] | None = None,
         cors_fields: Callable[[HeaderList, bytes], HeaderList] | None = None,
     ) -> None:
-        """`port` is that of https. `is_known` tells whether a host may be redirected to; None permits all.
+        """`port` is that of https. `is_known` returns whether a host may be redirected to; None permits all.
 
         `cors_fields` returns those of the response to a request with these fields and this target: a browser follows
         a redirect for a page of another origin only if that page may read it.

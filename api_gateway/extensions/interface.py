@@ -93,13 +93,13 @@ class Respond:
 
 
 class IdentifyHook(Protocol):
-    """An extension that tells who the client is; None leaves it to the next one, and to the gateway."""
+    """An extension that determines the client; None leaves it to the next one, and to the gateway."""
 
     def identify(self, request: RequestView, /) -> Identity | Awaitable[Identity | None] | None: ...  # noqa: D102
 
 
 class CostHook(Protocol):
-    """An extension that tells what a request costs, in tokens; None leaves the cost as it is."""
+    """An extension that determines the cost of a request, in tokens; None leaves the cost as it is."""
 
     def cost(self, request: RequestView, route: str, /) -> float | Awaitable[float | None] | None: ...  # noqa: D102
 

@@ -8,7 +8,7 @@ class RequestHead:
 
     `target` is in origin form (path and query) or `*`; `Host` in `headers` has replaced the authority of an absolute
     form (RFC 9112 section 3.2.2). `version` is "1.0" or "1.1". `length` is that of the body in bytes, None if it is
-    chunked. `keep_alive` tells whether the client may send another request. `upgrade` is the requested protocol if the
+    chunked. `keep_alive` is whether the client may send another request. `upgrade` is the requested protocol if the
     gateway supports it, otherwise empty.
     """
 

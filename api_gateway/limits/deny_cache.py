@@ -89,7 +89,7 @@ class DenyCache:
         return self._valid_from_ns
 
     def forget(self, key: str) -> None:
-        """Remove a bucket that was filled; earlier readings do not count any more either."""
+        """Remove a bucket that was filled; earlier readings no longer count either."""
         self.drop(key)
         for table in self._earlier.values():
             table.drop(key)

@@ -39,7 +39,7 @@ from api_gateway.storage.redis_session import ScriptCall
 MAX_ASKED = 3  # times that an operation is sent, each with what the store replied before
 _NONE = -1
 _FIELDS = 16
-VALUES_OF_COUNTER = 1 + _FIELDS  # in a reply; the first one tells whether the script must be asked again
+VALUES_OF_COUNTER = 1 + _FIELDS  # in a reply; the first one is whether the script must be asked again
 _COUNT = 5
 
 

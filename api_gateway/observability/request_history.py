@@ -1,8 +1,8 @@
 """The history of requests: what was decided about each of the last ones, and why, in memory.
 
-The ended exchanges themselves are kept, and records are made of them when someone asks. They are limited in number,
-bytes, and number a second, and divided among clients. Keeping an exchange costs a request several times the CPU time
-of its record, because its memory is not used again while it is in the processor's caches.
+The ended exchanges themselves are kept, and records are made of them when a request needs them. They are limited in
+number, bytes, and number a second, and divided among clients. Keeping an exchange costs a request several times the
+CPU time of its record, because its memory is not used again while it is in the processor's caches.
 """
 
 from collections import Counter, deque

@@ -52,7 +52,7 @@ class _Settings:
         return wait
 
     def retry_after(self, response: httpx.Response) -> float:
-        """Return the seconds that a 429 tells to wait."""
+        """Return the seconds to wait that a 429 states."""
         given = stated_retry_after(response.headers, time.time())
         return _NO_RETRY_AFTER if given is None else given
 
@@ -100,8 +100,8 @@ class PacingTransport(httpx.AsyncBaseTransport):
     ) -> None:
         """Wrap `transport`, which is closed with this one.
 
-        - `key`: returns what tells the clients of one server apart, each of which has a budget; by default the
-          server with the fields Authorization, X-Client-ID and X-API-Key.
+        - `key`: returns the key of a client, by which clients of one server have a budget each; by default the server
+          with the fields Authorization, X-Client-ID and X-API-Key.
         - `max_wait`: the longest time in seconds that a request is delayed; instead of a longer delay, PacingTimeout
           is raised, or a 429 is returned.
         - `max_retries`: how often a request is sent again after a 429, if its body can be sent again.

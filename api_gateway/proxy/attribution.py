@@ -41,7 +41,7 @@ NO_PROGRESS = ClientProgress()
 
 
 class Party(StrEnum):
-    """To whom an outcome is attributed.
+    """The party to which an outcome is attributed.
 
     TARGET: no connection could be made, which no client can cause. UPSTREAM: the upstream and its target; a failure
     is also attributed to the client, because its request may have caused it. NOBODY: the cause is unknown, or the
