@@ -41,9 +41,24 @@ function headers(body) {
   return fields;
 }
 
-/** Send a request; return the response, of any status. Throws TypeError if the gateway cannot be reached. */
-export function send(method, path, body, options = {}) {
-  return fetch(new URL(path.replace(/^\//, ""), BASE), {
+/** Return why a browser cannot send a request for this path, null if it can: URLs resolve the segments `.` and `..`. */
+export function unsendable(path) {
+  const meant = place(path).split("?")[0];
+  return new URL(place(path), BASE).pathname === meant ? null
+    : "A browser cannot send this request: it resolves the dots in the path, which would then name something else. Use the curl command, or the command line api-gateway.";
+}
+
+/** Return a path of the API with the path below which the gateway is. */
+function place(path) {
+  return BASE.pathname + path.replace(/^\//, "");
+}
+
+/** Send a request; return the response, of any status. Throws ApiError if a browser cannot send it, TypeError if the
+ * gateway cannot be reached. */
+export async function send(method, path, body, options = {}) {
+  const problem = unsendable(path);
+  if (problem) throw new ApiError(0, { detail: problem });
+  return fetch(new URL(place(path), BASE), {
     method, headers: headers(body), body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store",
     credentials: "omit", ...options,
   });
@@ -55,7 +70,7 @@ export async function call(method, path, body, options = {}) {
   try {
     response = await send(method, path, body, options);
   } catch (error) {
-    if (error.name === "AbortError") throw error;
+    if (error.name === "AbortError" || error instanceof ApiError) throw error;
     throw new ApiError(0, { detail: "The gateway cannot be reached." });
   }
   const text = await response.text();
@@ -72,6 +87,7 @@ export function curl(method, path, body) {
   if (method !== "GET") parts.push("-X", method);
   parts.push('-H "Authorization: Bearer $TOKEN"');
   if (body !== undefined) parts.push("-H 'Content-Type: application/json'", "-d", quoted(JSON.stringify(body)));
-  parts.push(quoted(new URL(path.replace(/^\//, ""), BASE).href));
+  if (unsendable(path)) parts.push("--path-as-is", quoted(BASE.origin + place(path)));
+  else parts.push(quoted(new URL(place(path), BASE).href));
   return parts.join(" ");
 }

@@ -1,6 +1,6 @@
 // Buttons that send requests. Each shows its request as curl before it is sent.
 
-import { ApiError, call, curl, hasToken, setToken } from "./api.js";
+import { ApiError, call, curl, hasToken, setToken, unsendable } from "./api.js";
 import { h, put, say } from "./dom.js";
 import { stream } from "./stream.js";
 
@@ -56,7 +56,8 @@ function open({ title, text, fields, request, done, danger, confirm, role }) {
   const first = request(fields);
   const block = curlBlock(first.method, first.path, first.body);
   const error = h("p", { class: "notice fail", role: "alert", hidden: true });
-  const isAllowed = role !== "operate" || stream.mayChange;
+  const hindrance = role === "operate" && !stream.mayChange ? "This token has the role read. The request needs a token with the role operate." : unsendable(first.path);
+  const isAllowed = hindrance === null;
   const send = h("button", { type: "submit", class: danger ? "danger" : "primary", disabled: !isAllowed }, confirm);
   const cancel = h("button", { type: "button", onclick: () => dialog.close() }, "Cancel");
   const refresh = () => { const one = request(fields); block.show(one.method, one.path, one.body); };
@@ -80,7 +81,7 @@ function open({ title, text, fields, request, done, danger, confirm, role }) {
   text && h("p", { class: "muted" }, text),
   fields.map((one) => one.element),
   block,
-  !isAllowed && h("p", { class: "notice warn" }, "This token has the role read. The request needs a token with the role operate."),
+  !isAllowed && h("p", { class: "notice warn" }, hindrance),
   error,
   h("div", { class: "actions" }, cancel, send));
   const dialog = show(form, "dialog-title");

@@ -1,6 +1,6 @@
 // The API of the gateway, from /openapi.json: to read, and to try with the token.
 
-import { call, segment, send } from "./api.js";
+import { ApiError, call, segment, send } from "./api.js";
 import { askToken, curlBlock, failure, field, themeSwitch } from "./controls.js";
 import { badge, h, put, say } from "./dom.js";
 
@@ -82,7 +82,7 @@ function fill(schema, inside, path, method, one) {
       const text = await read(got);
       put(response, h("div", { class: "stack" }, badge(got.ok ? "ok" : "fail", `${got.status} ${got.statusText}`), h("pre", { class: "response", tabindex: 0, role: "region", "aria-label": `Response of ${method.toUpperCase()} ${path}` }, ...text.split("\n").flatMap((line) => [line, h("br", {})]))));
     } catch (error) {
-      put(response, failure({ message: `The gateway cannot be reached: ${error.message}` }));
+      put(response, failure(error instanceof ApiError ? error : { message: `The gateway cannot be reached: ${error.message}` }));
     }
   } }, h("div", { class: "form" }, parameters.map((given) => given.control.element), body?.element), command, problem, h("div", { class: "actions" }, h("button", { type: "submit", class: method === "get" ? "primary" : null }, "Send")), response);
   const answers = Object.entries(one.responses ?? {}).map(([status, given]) => {

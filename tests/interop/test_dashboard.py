@@ -380,6 +380,59 @@ def test_a_client_is_found_changed_and_its_limits_drain_and_refill(browser: Any,
             assert page.get_by_role("button", name=order).get_attribute("aria-pressed") == "true"
 
 
+@pytest.mark.parametrize("name", [".", ".."])
+def test_nothing_is_sent_for_a_name_that_a_browser_resolves_as_part_of_the_path(
+    browser: Any, site: Site, name: str
+) -> None:
+    """DELETE /clients/./grants would otherwise change the client `grants`; the command that is shown is right."""
+    for other in ("grants", "tier", "keys", "reset"):
+        site.ask(f"/clients/{other}/tier", "POST", {"tier": "PREMIUM"})
+    for _ in range(30):
+        site.ask("/api/users/1", **{"X-Client-ID": name})
+    words = "A browser cannot send this request"
+    with dashboard(browser, site, "#/clients") as page:
+        sent: list[tuple[str, str]] = []
+        page.get_by_role("link", name=name, exact=True).wait_for()
+        page.on("request", lambda request: sent.append((request.method, request.url)))
+        page.get_by_role("link", name=name, exact=True).click()
+        page.get_by_role("heading", name=name, exact=True).wait_for()
+        page.get_by_text(words).first.wait_for()
+        for button in ("Set tier", "Grant a tier", "Fill the limits", "Remove the registration"):
+            page.get_by_role("button", name=button, exact=True).click()
+            dialog = page.get_by_role("dialog")
+            dialog.get_by_text(words).wait_for()
+            assert dialog.get_by_role("button", name=button, exact=True).is_disabled()
+            command = dialog.locator("code").first.inner_text()
+            assert f" --path-as-is '{site.gateway.url}/clients/{name}" in command
+            page.keyboard.press("Escape")
+            dialog.wait_for(state="detached")
+        assert not [one for one in sent if one[0] != "GET" or "?" not in one[1]], "only the list of clients is read"
+        page.get_by_role("button", name="Set tier").click()
+        command = page.get_by_role("dialog").locator("code").first.inner_text()
+        page.keyboard.press("Escape")
+        shell = {**os.environ, "TOKEN": OPERATOR}
+        answer = subprocess.run(["sh", "-c", command], env=shell, capture_output=True, check=True)
+        assert json.loads(answer.stdout)["client_id"] == name
+        page.goto(f"{site.gateway.url}/dashboard#/explain/{name}")
+        page.get_by_text(words).wait_for()
+        page.goto(f"{site.gateway.url}/dashboard#/upstreams/{name}")
+        page.get_by_role("heading", name=name, exact=True).wait_for()
+        page.get_by_role("button", name="Observe").click()
+        page.get_by_role("dialog").get_by_text(words).wait_for()
+        page.goto(f"{site.gateway.url}/docs")
+        page.locator("summary", has_text="/clients/{client_id}/grants").last.click()
+        page.get_by_label("client_id").fill(name)
+        sent.clear()
+        page.locator("details[open] button", has_text="Send").click()
+        page.get_by_text(words).wait_for()
+        assert sent == []
+    assert [site.ask(f"/clients/{one}").json()["tier"]["name"] for one in ("grants", "tier", "keys", "reset")] == [
+        "PREMIUM"
+    ] * 4
+    for one in ("grants", "tier", "keys", "reset"):
+        site.ask(f"/clients/{one}", "DELETE")
+
+
 def test_the_counts_of_clients_are_those_of_the_chosen_order(browser: Any, site: Site) -> None:
     site.ask("/clients/bare/keys", "POST", {"label": "ci"})
     for _ in range(4):

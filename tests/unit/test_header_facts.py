@@ -95,6 +95,17 @@ def test_a_value_that_the_gateway_inspects_is_read_each_time() -> None:
         assert before.facts.request_id == value
 
 
+@pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [("...", True), (".a", True), ("x" * 128, True), (".", False), ("..", False), ("a b", False), ("x" * 129, False)],
+)
+def test_a_request_id_is_kept_if_it_can_be_a_segment_of_a_path(given: str, is_kept: bool) -> None:  # noqa: FBT001 - a case
+    """Browsers and other clients resolve the segments `.` and `..`, so no URL of /explain could name them."""
+    found = reader().read_lines(PEER, "http", lines_of([("Host", "a"), ("X-Request-ID", given)]), MOST)
+    assert found is not None
+    assert found.facts.request_id == (given if is_kept else None)
+
+
 @pytest.mark.parametrize("count", [2, 1_000])
 def test_clients_share_the_facts_of_their_other_fields_and_keep_their_own(count: int) -> None:
     """What is found out about a client, such as its tier, is remembered for its next request by either way."""
