@@ -400,7 +400,8 @@ class ResponseIncomplete(Exception):
 def not_started() -> Draining:
     """Return the error for requests before the lifespan, which frameworks do not run for a mounted application."""
     return Draining(
-        "The gateway has not started. An application that mounts it must run its lifespan: see docs/embedding.md.",
+        "The gateway has not started. If it is mounted in another application, that application must run its lifespan:"
+        " see docs/embedding.md.",
         retry_after=1,
     )
 

@@ -263,8 +263,8 @@ def _log_what_has_no_effect(server: UvicornServer | None, section: ServerSection
         )
     if section.proxy_protocol and not (server is not None and (server.has_own_protocol or server.is_gateways)):
         logger.warning(
-            "server.proxy_protocol: has no effect here, so connections that begin with a PROXY protocol header fail,"
-            " got %s; start the gateway with api-gateway, or with: %s",
+            "server.proxy_protocol: has no effect under this server, got %s; connections that begin with a PROXY"
+            " protocol header fail. Start the gateway with api-gateway, or with: %s",
             ", ".join(map(str, section.proxy_protocol)),
             COMMAND,
         )
@@ -286,7 +286,7 @@ def _listener_of(server: UvicornServer | None, settings: GatewayConfig, refused:
         logger.warning(
             "uvicorn's own protocol serves: %sWebSockets are refused, trailers and interim responses are not"
             " forwarded, and the limits of connections, request heads and the rate of bodies do not apply."
-            " Nothing of this is missing with: %s",
+            " All of this works with: %s",
             "chunked requests get 411, " if server.mixes_trailers else "",
             COMMAND,
         )

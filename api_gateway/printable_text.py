@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 route", "2 routes"."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def shown_method(method: str) -> str:
     """Return a method as logs, traces and histories show it.
 

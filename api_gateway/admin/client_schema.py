@@ -187,7 +187,9 @@ class HeavyClient(Body):
     limited_error_bound: int
     requests: int
     requests_error_bound: int
-    bare: int = Field(description="Requests with the client's id without the proof that the client could have sent.")
+    bare: int = Field(
+        description="Requests that claimed the client's id without a credential, although the client has or needs one."
+    )
     bare_error_bound: int
 
 

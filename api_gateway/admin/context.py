@@ -105,7 +105,7 @@ def _check_query(request: Request) -> None:
         if name not in known:
             shown = f"the parameters are {', '.join(known)}" if known else "the endpoint has none"
             hint = nearest(name, known).removesuffix("?")
-            raise InvalidValue(f"query.{name[:100]}: no such parameter{hint}; {shown}.", extra={"parameters": known})
+            raise InvalidValue(f"query.{name[:100]}: unknown parameter{hint}; {shown}.", extra={"parameters": known})
 
 
 def _context(request: Request) -> AdminContext:

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+from api_gateway.admin.gate import no_endpoint
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.errors import (
     BadRequest,
@@ -23,12 +24,12 @@ from api_gateway.errors import (
     InternalError,
     InvalidValue,
     MethodNotAllowed,
-    NoRoute,
     problem,
 )
 from api_gateway.eventloop.late_imports import import_gently
 from api_gateway.http1.asgi import ASGIApp, Receive, Scope, Send
 from api_gateway.http1.request_paths import first_segment, path_as_sent
+from api_gateway.settings.error_words import error_words
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,16 @@ ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("usage", "router", frozenset({"usage"})),
 )
 _SCHEMA = "openapi.json"
+# Words for mistakes in bodies and parameters that differ from those for mistakes in files.
+_WORDS = {
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "dict_type": "must be an object",
+    "missing": "is missing",
+    "extra_forbidden": "unknown key",
+}
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Why a body that the framework cannot read is not JSON; mistakes within JSON text have an error of their own.
 _UNREADABLE = (
@@ -187,7 +198,7 @@ async def _schema(request: Request) -> Response:
 
 async def _error_response(request: Request, raised: Exception) -> Response:
     """Return problem details for an error of an operator endpoint; for OPTIONS, 204 with `Allow`."""
-    error = _gateway_error(raised)
+    error = _gateway_error(raised, request.scope["path"])
     if isinstance(error, MethodNotAllowed):
         allowed = _allow(request)
         error = MethodNotAllowed(f"The endpoint supports only {allowed}.", headers={"allow": allowed})
@@ -216,14 +227,14 @@ def _routes(app: FastAPI) -> Iterator[Route]:
     return (route for route in app.router.routes if isinstance(route, Route))
 
 
-def _gateway_error(raised: Exception) -> GatewayError:
+def _gateway_error(raised: Exception, path: str) -> GatewayError:
     if isinstance(raised, GatewayError):
         return raised
     if isinstance(raised, RequestValidationError):
         return InvalidValue(f"{'; '.join(_validation_message(item) for item in raised.errors())}.")
     if isinstance(raised, HTTPException):
         if raised.status_code == 404:  # noqa: PLR2004 - no endpoint has the path
-            return NoRoute("No endpoint has this path, and it is below neither /api nor a route.")
+            return no_endpoint(path)
         if raised.status_code == 405:  # noqa: PLR2004 - the endpoint exists, but not for this method
             return MethodNotAllowed("The endpoint does not support this method.")
         return _unreadable(raised)
@@ -242,7 +253,10 @@ def _validation_message(item: Mapping[str, Any]) -> str:
     """Return a message with place, error and value; the value is left out if it is an object or a list."""
     if item["type"] == "json_invalid":
         return f"The body is not JSON: {item['ctx']['error']}, at character {item['loc'][-1]}"
+    place, words = ".".join(map(str, item["loc"])), error_words(item["type"], item["msg"], item.get("ctx", {}), _WORDS)
+    if item["type"] == "missing":
+        return f"{place}: {words}"
     given = item.get("input")
     shown = json.dumps(given) if isinstance(given, bool) else repr(given)
     value = f", got {shown}" if isinstance(given, str | int | float) else ""
-    return f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}{value}"
+    return f"{place}: {words}{value}"

@@ -61,12 +61,13 @@ _IDENTIFICATION = {
     "credential": "identified by {header}; a credential may state the tier, which is otherwise the default",
     "default": "identified by {header}; not registered, so it has the default tier, {address}",
     "address": "no {header}, so it is identified by its address and has the default tier",
-    "unproved": "{header} names a client that a credential must prove, so the request is refused, as its address's",
-    "doubtful": "{header} names a client, and the store, which has whether a credential must prove it, has been"
-    " unavailable since the start; so the request is refused, as its address's",
+    "unproved": "a credential must prove the client that {header} names, so the request is refused, and charged to its"
+    " address",
+    "doubtful": "{header} names a client; the store, which knows whether a credential must prove it, has been"
+    " unavailable since the start, so the request is refused, and charged to its address",
 }
 
-_RECORD_UNKNOWN = "; whether the client store has a record of it is not known, because the store is unavailable"
+_RECORD_UNKNOWN = "; the client store is unavailable, so it is unknown whether it has a record of this client"
 
 _WITHOUT_END = 253_402_300_799.0  # the end of a certificate that has none, the year 9999 (RFC 5280 section 4.1.2.5)
 

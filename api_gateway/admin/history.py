@@ -16,6 +16,7 @@ from api_gateway.errors import NoRoute, Reason
 from api_gateway.http1.request_paths import unescaped
 from api_gateway.observability.request_history import HistoryLimits
 from api_gateway.observability.request_record import REQUEST_OUTCOMES
+from api_gateway.printable_text import counted
 from api_gateway.reporting.history_schema import ExplainedRequests, RequestsView
 from api_gateway.reporting.worker_channel import Answers
 
@@ -128,23 +129,31 @@ def _last_complete(answers: Answers, limit: int, until: int) -> int:
     return min([until, *full])
 
 
+def _in_words(numbers: list[int]) -> str:
+    """Return numbers of requests by outcome as a part of a sentence."""
+    successes, refusals, errors = numbers
+    return (
+        f"{counted(successes, 'success', 'successes')}, {counted(refusals, 'refusal')} and {counted(errors, 'error')}"
+    )
+
+
 def _unknown(request_id: str, limits: HistoryLimits, answers: Answers, *, is_alone: bool) -> NoRoute:
     kept, not_kept = (
         [sum(answer[member][name] for answer in answers.values) for name in REQUEST_OUTCOMES]
         for member in ("kept", "not_kept")
     )
     oldest = min((answer["oldest"] for answer in answers.values if answer["oldest"] is not None), default=None)
-    since = "it is empty" if oldest is None else f"the oldest is of {wall_time(oldest)}"
+    since = "it is empty" if oldest is None else f"the oldest ended at {wall_time(oldest)}"
     left_out = ""
     if any(not_kept):
         rates = "{:g}, {:g} and {:g}".format(*limits.per_second)
         left_out = (
-            " {} successes, {} refusals and {} errors since the start were not kept, because there were more at once;"
-            " a worker keeps {} of them a second, apart from bursts, and first those of clients with few requests."
-        ).format(*not_kept, rates)
+            f" {_in_words(not_kept)} since the start were not kept, because too many ended at once: a worker keeps"
+            f" {rates} of them each second, after a burst, and prefers clients with few requests."
+        )
     return NoRoute(
-        f"The history has no request with the id {unescaped(request_id)[:200]!r}. It has {kept[0]} successes,"
-        f" {kept[1]} refusals and {kept[2]} errors; {since}.{left_out} Each worker keeps at most {limits.successes},"
+        f"The history has no request with the id {unescaped(request_id)[:200]!r}. It has"
+        f" {_in_words(kept)}; {since}.{left_out} Each worker keeps at most {limits.successes},"
         f" {limits.refusals} and {limits.errors} of them, for {limits.max_age:g} s at most"
         " (section history of the configuration)."
         f"{_OF_ONE_PROCESS if is_alone else ''}"

@@ -32,7 +32,9 @@ class KeyTerms(RequestBody):
 class KeyRequest(KeyTerms):
     """The body of POST /clients/{id}/keys."""
 
-    label: _Label = Field(default="", description="For whom or what the key is.", examples=["laptop"])
+    label: _Label = Field(
+        default="", description="A name for the key, such as its user or purpose.", examples=["laptop"]
+    )
     routes: Annotated[list[str], Field(min_length=1, max_length=100)] | None = Field(
         default=None, description="Names of the routes that the key is valid for; null: all."
     )
@@ -75,7 +77,7 @@ class KeyView(Body):
     )
     routes: list[str] | None
     unknown_routes: list[str] = Field(
-        description="Those of `routes` that do not exist, so that the key permits nothing by them."
+        description="Names in `routes` that no route has: the key is valid for none of them."
     )
     replaced_by: str | None = Field(description="Id of the key that a rotation created in its place; null: none.")
     configured: bool = Field(description="True for a key of the configuration, which this API cannot change.")

@@ -52,7 +52,7 @@ async def create_key(
         raise InvalidValue("identity.sources does not name api_key, so keys are not accepted; no key was created.")
     _check_routes(context, body.routes)
     if has_key(body.label.encode()):
-        raise InvalidValue("body.label: must say for whom or what the key is, got an API key; labels are shown.")
+        raise InvalidValue("body.label: must not contain an API key, because labels are shown.")
     routes = None if body.routes is None else tuple(dict.fromkeys(body.routes))
     secret, key = _new(body.label, now, _expiry(body, now), routes)
     verified_only = UNCHANGED if body.verified_only is None else body.verified_only

@@ -141,13 +141,14 @@ async def bucket(
     return await place.view(context)
 
 
-@router.post("/limits/{name}/buckets/reset", summary="Fill the bucket of a key, or give its quota anew")
+@router.post("/limits/{name}/buckets/reset", summary="Fill the bucket of a key, or reset its quota")
 async def reset_bucket(name: str, request: KeyOfBucket, context: Guarded, audit: Audited) -> KeyedBucket:
     """Fill the bucket of a key, or set the used tokens of a quota's current period to 0."""
     place = await _place(context, name, request.key, request.tier, "body")
     if isinstance(place.quota, ConcurrencyQuota):
         raise InvalidValue(
-            f"path.name: '{name}' counts requests in flight, which cannot be reset: it counts one less as each ends."
+            f"path.name: '{name}' is a concurrency limit, which cannot be reset: a slot becomes free when its request"
+            " ends."
         )
     if isinstance(place.quota, PeriodQuota):
         return place.shown(quota=await place.held(context).reset(audit, place.subject))

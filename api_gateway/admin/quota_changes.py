@@ -30,7 +30,7 @@ class CarryOverRequest(RequestBody):
     """The carry-over of the current period, in addition to the quota."""
 
     amount: int = Field(
-        strict=True, description="Tokens that the present period has besides the quota.", ge=0, le=MOST_TOKENS
+        strict=True, description="Tokens that the current period has in addition to the quota.", ge=0, le=MOST_TOKENS
     )
 
 

@@ -69,7 +69,7 @@ async def carry_over(
     return await (await _quota(context, client_id, name, route)).carry_over(request, audit, client_id)
 
 
-@router.post("/clients/{client_id}/quotas/{name}/reset", summary="Give a quota anew", responses=TIER_REFUSALS)
+@router.post("/clients/{client_id}/quotas/{name}/reset", summary="Reset a quota", responses=TIER_REFUSALS)
 async def reset_quota(
     client_id: ClientId, name: str, context: Guarded, audit: Audited, route: OfRoute = None
 ) -> QuotaView:

@@ -109,7 +109,7 @@ def _reason_kept(passive: OutlierSnapshot) -> str | None:
             " rotation, or max_ejected_ratio of the targets are ejected already."
         )
     if passive.one_principal:
-        return "All its failures are those of one client, and other clients use it, too."
+        return "All its failures belong to one client, and other clients use it too."
     return None
 
 

@@ -136,4 +136,4 @@ def _exchange_of(connection: Any) -> Exchange | None:
 
 
 def _log_end(exchange: Exchange) -> None:
-    logger.info("request %s: aborted, as its credential is not valid any more", exchange.id)
+    logger.info("request %s: aborted because its credential is no longer valid", exchange.id)

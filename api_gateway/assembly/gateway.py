@@ -62,6 +62,7 @@ from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Quota
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.observability.request_history import RequestHistory
+from api_gateway.printable_text import counted
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.proxy.mirroring import MIRROR_RESULTS, Mirrors
@@ -222,7 +223,8 @@ class Assembly:
                 raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
             claimable = gateway.clients.claimable_count
             if claimable and "header" in config.identity.sources:
-                logger.info("anyone who sends %s can claim %d registered clients", config.identity.header, claimable)
+                clients = counted(claimable, "registered client")
+                logger.info("%s can be claimed by %s alone, without a credential", clients, config.identity.header)
             await start_usage(gateway.usage, stack)
             following = asyncio.create_task(gateway.clients.follow(), name="client store")
             stack.push_async_callback(_cancelled, following)

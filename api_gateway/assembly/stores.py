@@ -76,7 +76,7 @@ def state_folder(config: GatewayConfig) -> Iterator[None]:
     except StateError as error:
         if isinstance(error, FolderInUse | FolderOfNewer) or not config.store.keeps_clients:
             raise StartupError(str(error)) from error
-        logger.warning("%s; until then the mode of circuit breakers cannot be changed", error)
+        logger.warning("%s; until the folder can be used, modes of circuit breakers cannot be changed", error)
     try:
         if folder is not None and folder.sharer is not None and not config.store.is_shared:
             raise AnotherWorker(

@@ -138,18 +138,20 @@ class KeptProofs:
         ids, missing = self._recalled.ids, rules.tiers - self._recalled.tiers
         if ids is not None and not missing:
             cache.assume(ids)
-            logger.warning("started without the client store: %d ids need a credential, by %s", len(ids), self._source)
+            logger.warning(
+                "started without the client store; ids that need a credential by %s: %d", self._source, len(ids)
+            )
         elif not rules.can_prove:
             cache.assume(())
         else:
             cache.assume(None)
             cause = self._source
             if ids is not None:
-                cause = f"{cause} does not say it of tiers {', '.join(sorted(missing))}"
+                cause = f"{cause} does not cover the tiers {', '.join(sorted(missing))}"
             logger.warning(
-                "started without the client store, and which ids need a credential is not known (%s): until the store"
-                " is available, each request that only sends an id is refused with 503; if no client has a credential,"
-                " set identity.sources without api_key and jwt",
+                "started without the client store, and it is not known which ids need a credential (%s): until the"
+                " store is available, each request that only sends an id is refused with 503; if no client has a"
+                " credential, set identity.sources without api_key and jwt",
                 cause,
             )
 
@@ -230,8 +232,9 @@ class KeptProofs:
     def _note_error(self, error: OSError) -> None:
         if str(error) != self._error:
             logger.warning(
-                "which ids need a credential cannot be kept for a start without the client store, and is as before"
-                " there: %s; free space, or set state_dir to a folder that this user can write",
+                "%s cannot be written, so a start without the client store would use its former content: %s; free"
+                " space, or set state_dir to a folder that this user can write",
+                PROOFS_FILE,
                 error,
             )
         self._error = str(error)

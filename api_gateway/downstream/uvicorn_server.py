@@ -29,8 +29,8 @@ from api_gateway.system.descriptor_limit import raise_descriptor_limit
 
 COMMAND = "uvicorn api_gateway.main:app --http api_gateway.server:protocol"
 TRAILERS_MIXED = (
-    "Send Content-Length: uvicorn's protocol for httptools makes trailers of a chunked request header fields. The"
-    f" operator can permit chunked requests with the gateway's own protocol: {COMMAND}"
+    "Send Content-Length: under uvicorn's protocol for httptools, the trailers of a chunked request become header"
+    f" fields. The operator can permit chunked requests with the gateway's own protocol: {COMMAND}"
 )
 _STOCK_MODULES = "uvicorn.protocols.http."
 

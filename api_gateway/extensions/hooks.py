@@ -100,8 +100,8 @@ class Hook:
         if not self._has_left:
             self._has_left = True
             logger.error(
-                "extension %s: %s goes on although its call was cancelled, as it catches CancelledError; its request"
-                " does not wait for it. Further such calls are only counted",
+                "extension %s: %s continues although its call was cancelled, because it catches CancelledError; its"
+                " request did not wait for it. Further such calls are counted, not logged",
                 self.extension,
                 self.name,
             )

@@ -129,7 +129,7 @@ def readings(path: str, *, is_decoded: bool = False) -> list[str]:
         if "\0" in path:
             raise ValueError("it contains NUL")
         if _DISPUTED_DOTS.search(path) is not None:
-            raise ValueError("a dot segment has parameters, a backslash or a blank beside it")
+            raise ValueError("a dot segment is next to parameters, a backslash or a space")
         for step in _STEPS:
             other = step(path)
             reading = other, is_decoded or step is unquote or "%" not in other

@@ -118,7 +118,7 @@ class Listeners:
                 bound = bind_for(workers, address.host, address.port)
         except socket.gaierror as error:
             reason = (error.strerror or str(error)).lower()
-            raise StartupError(f"{setting}: the host '{address.host}' is not known: {reason}") from error
+            raise StartupError(f"{setting}: the host '{address.host}' cannot be resolved: {reason}") from error
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise StartupError(f"{setting}: cannot listen on {address}: {reason}") from error

@@ -12,6 +12,7 @@ from api_gateway.assembly.identity import claim_notice
 from api_gateway.assembly.stores import client_store, state_folder
 from api_gateway.config import GatewayConfig, Loaded
 from api_gateway.errors import STARTUP_FAILED, StartupError
+from api_gateway.printable_text import counted
 from api_gateway.process.config_watch import ConfigSource
 from api_gateway.process.message_log import configure_logging
 from api_gateway.process.start_check import file_errors, key_warnings, startup_errors, startup_warnings
@@ -107,8 +108,8 @@ def _summary(config: GatewayConfig) -> str:
     if config.is_demo:
         return "The configuration is valid. No upstream is configured: the demo services would start."
     return (
-        f"The configuration is valid: {len(config.routes)} routes, {len(config.upstreams)} upstreams,"
-        f" {len(config.tiers)} tiers."
+        f"The configuration is valid: {counted(len(config.routes), 'route')},"
+        f" {counted(len(config.upstreams), 'upstream')}, {counted(len(config.tiers), 'tier')}."
     )
 
 

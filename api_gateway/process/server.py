@@ -27,6 +27,7 @@ from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.errors import DRAIN_INCOMPLETE
 from api_gateway.main import create_app
 from api_gateway.observability.label_counter import LabelCounter
+from api_gateway.printable_text import counted
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, watched
 from api_gateway.process.message_log import change_logging
@@ -235,7 +236,8 @@ class GatewayServer(uvicorn.Server):
             if task is not None:
                 task.cancel()
         self._manager.stopping(stop_within(self._settings.server))
-        logger.info("draining: %d connections, new requests for %g s", len(self.server_state.connections), self._delay)
+        connections = counted(len(self.server_state.connections), "connection")
+        logger.info("draining: %s, new requests for %g s", connections, self._delay)
         until = time.monotonic() + self._delay
         while not self.force_exit and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110 - set by a signal
             await asyncio.sleep(min(left, _STEP))
@@ -274,7 +276,7 @@ class GatewayServer(uvicorn.Server):
         running = [one for one in connections if isinstance(one, DownstreamConnection) and one.is_busy]
         if running:
             self.cut_off = len(running)
-            logger.error("%d requests were cut off at the end of the drain timeout", self.cut_off)
+            logger.error("cut off at the end of the drain timeout: %s", counted(self.cut_off, "request"))
         for connection in running:
             connection.abort()
 

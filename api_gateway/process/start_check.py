@@ -225,14 +225,14 @@ def _bind_findings(host_path: KeyPath, port_path: KeyPath, address: BindAddress)
         )
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a host name"
-        yield Finding(host_path, f"the host is not known: {reason.lower()}, got {address.host!r}"), False
+        yield Finding(host_path, f"the host cannot be resolved: {reason.lower()}, got {address.host!r}"), False
         return
     failures = [_bind_failure(family, key_path) for family, _, _, _, key_path in dict.fromkeys(found)]
     if not failures or None in failures:
         return
     code = failures[0]
     if code == errno.EADDRINUSE:
-        message = f"is in use; the start fails unless the other program has ended, got {address.port}"
+        message = f"is in use; the start fails until the other program has ended, got {address.port}"
         yield Finding(port_path, message), True
     elif code == errno.EACCES and address.port < _PRIVILEGED:
         message = f"a port below {_PRIVILEGED} needs a privilege (CAP_NET_BIND_SERVICE), got {address.port}"

@@ -19,6 +19,7 @@ from typing import Any
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
+from api_gateway.printable_text import counted
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
 from api_gateway.process.message_log import change_logging
@@ -254,7 +255,7 @@ class Supervisor:
             worker.terminate()
         await asyncio.gather(*(self._await_exit(worker) for worker in workers))
         if self._cut_off:
-            logger.error("%d requests were cut off in total", self._cut_off)
+            logger.error("cut off in total: %s", counted(self._cut_off, "request"))
 
     # Workers
 
@@ -406,7 +407,7 @@ class Supervisor:
                     return
         finally:
             self._is_rolling = False
-        logger.info("rolling restart complete: %d workers restarted", len(self._slots))
+        logger.info("rolling restart complete: %s restarted", counted(len(self._slots), "worker"))
 
     async def _replace(self, slot: WorkerSlot) -> bool:
         """Start a new worker beside the old one, then stop the old one; return whether the new one serves."""

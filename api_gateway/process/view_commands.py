@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from urllib.parse import quote
 
-from api_gateway.printable_text import printable, table
+from api_gateway.printable_text import counted, printable, table
 from api_gateway.process.explain_command import add_explain_options, run_explanation
 from api_gateway.process.limits_view import bucket_line, limit_lines, share_lines
 from api_gateway.process.operator_client import (
@@ -246,7 +246,7 @@ def _show_not_kept(before: int, now: int) -> int:
     The words go to standard error, because the lines may be JSON.
     """
     if now > before:
-        print(f"{now - before} further requests, of all clients, were not kept", file=sys.stderr)
+        print(f"{counted(now - before, 'more request')} (of all clients) not in the history", file=sys.stderr)
     return now
 
 

@@ -191,7 +191,7 @@ class WorkerHandle:
             await asyncio.sleep(silence_timeout / MAX_SILENT_CHECKS)
             silent = 0 if self._has_reported else silent + 1
             self._has_reported = False
-        logger.error("%r has not reported for %g s and is killed", self, silence_timeout)
+        logger.error("%r has sent no message for %g s and is killed", self, silence_timeout)
         self.kill()
 
     def _receive(self, message: dict[str, Any]) -> None:

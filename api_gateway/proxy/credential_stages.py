@@ -140,7 +140,9 @@ class CredentialStage:
         if facts.name_error is not None:
             return ClientIdInvalid(facts.name_error)
         if facts.name is not None and facts.name != proof.client_id:
-            error = ClientIdInvalid("The client id of the request is not that of the client whose credential it has.")
+            error = ClientIdInvalid(
+                "The client id names another client than the credential. Send the client's own id, or no id."
+            )
             return error if self._is_enforced else self._observe(plan, error)
         client = self._clients.try_get(proof.client_id)
         if client is None:

@@ -75,7 +75,7 @@ class FieldCondition:
             for value in (*values[1:], b", ".join(values), b",".join(values)):
                 if accepts(value) is not found:
                     raise BadRequest(
-                        f"The request is ambiguous: its route depends on {self.name.decode()}, which it has"
+                        f"The request is ambiguous: its route depends on {self.name.decode()}, which was sent"
                         f" {len(values)} times with different values."
                     )
         return found

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
+from api_gateway.printable_text import counted
 from api_gateway.reload.changes import changes_between, keep_restart_settings
 from api_gateway.reload.outcome import ReloadOutcome, ReloadResult, ReloadState
 from api_gateway.reload.serialization import configuration_digest
@@ -73,7 +74,7 @@ class Reloader:
             else:
                 logger.info("configuration: %s", change)
         count = len(outcome.changes) - len(outcome.needs_restart)
-        logger.info("configuration reloaded (%s): %d settings changed", origin, count)
+        logger.info("configuration reloaded (%s): %s changed", origin, counted(count, "setting"))
         return outcome
 
     async def _reload(self) -> ReloadOutcome:

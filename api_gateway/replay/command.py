@@ -10,6 +10,7 @@ from pathlib import Path
 from api_gateway.config import CONFIG_VARIABLE, GatewayConfig, load_config
 from api_gateway.demo import DEMO_NAMES, demo_sections
 from api_gateway.errors import STARTUP_FAILED
+from api_gateway.printable_text import counted
 from api_gateway.replay.condition import ClientCondition
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.options import SHOWN_CLIENTS
@@ -33,7 +34,8 @@ def replay_with(options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
     except BrokenProcessPool:
-        print("a process of the replay has ended; with fewer (--jobs) it needs less memory", file=sys.stderr)
+        words = "a process of the replay was ended, perhaps for lack of memory; use fewer processes (--jobs)"
+        print(words, file=sys.stderr)
     return STARTUP_FAILED
 
 
@@ -96,8 +98,9 @@ def _check_basis(document: Document) -> None:
         )
     if not document["totals"]["decisions"]:
         raise ReplayError(
-            f"--fail-if: no decision in {log['lines']} lines, so there is nothing to judge; an access log in JSON is"
-            " needed (log.format: json), with the field decision (log.fields), and one that goes on after --from"
+            f"--fail-if: no decision in {counted(log['lines'], 'line')}, so the condition cannot be evaluated. The log"
+            " must be JSON (log.format: json), have the field decision (log.fields), and continue after the snapshot"
+            " of --from"
         )
 
 

@@ -158,7 +158,10 @@ class LoggedRouteStage:
 
 def route_notes(routes: Iterable[Route], doubts: Counter[str], *, has_writer: bool) -> Iterator[str]:
     """Yield a sentence for each route that requests may have had; `has_writer`: --current was given."""
-    remedy = "" if has_writer else "; --current with the configuration that wrote the log tells for routes that it has"
+    remedy = (
+        "; with --current, the configuration that wrote the log, the replay decides this for the routes that it has"
+    )
+    remedy = "" if has_writer else remedy
     for route in routes:
         if doubts[route.name]:
             parts = [*([] if route.host is None else [f"host {route.host}"]), *map(str, route.conditions)]

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from api_gateway.errors import GatewayError, Reason
 from api_gateway.metrics import AUDIT
+from api_gateway.printable_text import counted
 from api_gateway.reporting.issuer_snapshot import IssuerSnapshot
 from api_gateway.reporting.snapshot import Status, TargetSnapshot, UpstreamSnapshot, WorkerSnapshot
 from api_gateway.reporting.traffic_history import Point
@@ -95,7 +96,9 @@ def _of_gateway(snapshot: WorkerSnapshot, modes_error: str | None) -> Iterator[A
 
 def _of_resources(snapshot: WorkerSnapshot) -> Iterator[Alert]:
     if snapshot.lag >= HIGH_LAG:
-        yield Alert("warn", f"The event loop is {snapshot.lag * 1000:.0f} ms late; requests wait for that.", "#/")
+        yield Alert(
+            "warn", f"The event loop is {snapshot.lag * 1000:.0f} ms late; each request waits that long.", "#/"
+        )
     for resource in snapshot.resources:
         if resource.status == "warn":
             where = f" of upstream '{resource.upstream}'" if resource.upstream else ""
@@ -122,9 +125,9 @@ def _of_traffic(points: Sequence[Point]) -> Iterator[Alert]:
     for point in recent:
         kinds.update(point["kinds"])
     if kinds[_SHED]:
-        yield Alert("fail", f"{kinds[_SHED]} requests were refused in the last minute because of load.", "#/upstreams")
+        yield Alert("fail", f"{_refused(kinds[_SHED])} in the last minute because of load.", "#/upstreams")
     if kinds[_NO_KEYS]:
-        text = f"{kinds[_NO_KEYS]} requests were refused in the last minute for want of an issuer's keys."
+        text = f"{_refused(kinds[_NO_KEYS])} in the last minute because the keys of an issuer were missing."
         yield Alert("fail", text, "#/configuration/identity")
     if requests < MIN_REQUESTS:
         return
@@ -157,6 +160,10 @@ def _of_records(snapshot: WorkerSnapshot, points: Sequence[Point]) -> Iterator[A
         yield Alert("warn", text, "#/configuration")
 
 
+def _refused(requests: int) -> str:
+    return f"{counted(requests, 'request')} {'was' if requests == 1 else 'were'} refused"
+
+
 def _most(kinds: Mapping[str, int], *, gateway_refusals: bool) -> str:
     """Return the most frequent kind, for the end of a sentence."""
     chosen = {kind: count for kind, count in kinds.items() if (kind in REFUSALS) is gateway_refusals}
@@ -166,11 +173,11 @@ def _most(kinds: Mapping[str, int], *, gateway_refusals: bool) -> str:
 def _of_upstream(name: str, upstream: UpstreamSnapshot) -> Iterator[Alert]:
     link, breaker = _upstream_link(name), upstream.breaker
     if breaker.mode is Mode.FORCED_OPEN:
-        yield Alert("fail", f"An operator has forced the breaker of '{name}' open; it refuses all requests.", link)
+        yield Alert("fail", f"An operator has forced the breaker of '{name}' open; it rejects all requests.", link)
     elif breaker.mode is Mode.FORCED_CLOSED:
-        yield Alert("warn", f"An operator has forced the breaker of '{name}' closed; it protects nothing.", link)
+        yield Alert("warn", f"An operator has forced the breaker of '{name}' closed; it rejects no request.", link)
     elif breaker.mode is Mode.OBSERVE:
-        yield Alert("warn", f"The breaker of '{name}' only observes; it refuses nothing.", link)
+        yield Alert("warn", f"The breaker of '{name}' only observes; it rejects no request.", link)
     if breaker.mode in (Mode.AUTO, Mode.OBSERVE) and breaker.state is State.OPEN:
         cause = f": {_short(breaker.opened_cause)}" if breaker.opened_cause else ""
         yield Alert("fail", f"The breaker of '{name}' is open{cause}.", link)

@@ -33,7 +33,7 @@ def _origin(text: str) -> str:
         raise ValueError(f"must be {_EXAMPLES}")
     if found["port"] is not None and found["port"] == _DEFAULT_PORTS.get(found["scheme"]):
         origin = f"{found['scheme']}://{found['host']}"
-        raise ValueError(f"never matches, as browsers leave the default port out: write {origin!r}")
+        raise ValueError(f"never matches, because browsers omit the default port: write {origin!r}")
     return lower
 
 

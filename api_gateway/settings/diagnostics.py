@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from api_gateway.printable_text import printable
+from api_gateway.settings.error_words import error_words
 from api_gateway.settings.secret import (
     PEM_BEGINNING,
     SUFFIX,
@@ -309,14 +310,6 @@ _MESSAGES = {
     "dict_type": "must be a section of keys and values",
     "list_type": "must be a list",
     "string_type": "must be text; put it in quotes",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_parsing_size": "is too large a number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
     "path_type": "must be a path",
 }
 
@@ -328,10 +321,7 @@ def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
         return "must be text; put it in quotes, as YAML reads on, off, yes and no as true and false"
     if kind == "string_pattern_mismatch" and context.get("pattern") in patterns:
         return patterns[context["pattern"]]
-    message = _MESSAGES.get(kind) or detail["msg"].removeprefix("Value error, ")
-    message = re.sub(r"^(Input|String|List|Value|Dictionary|Tuple|Set) should ", "must ", message)
-    message = re.sub(r" after validation, not \d+$", "", message)
-    return f"{message[0].lower()}{message[1:]}"
+    return error_words(kind, detail["msg"], context, _MESSAGES)
 
 
 def _is_named_secret(model: type[BaseModel], key_path: KeyPath) -> bool:

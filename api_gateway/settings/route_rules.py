@@ -75,13 +75,13 @@ def _flaw(path: str) -> tuple[str, str | None] | None:
         reason = f"{what} is compared literally and matches nothing; a path also matches all paths below it"
         return reason, "/".join(segments[:odd]) or "/"
     if _ESCAPE.search(path):
-        return "never matches, as paths are compared decoded", unquote(path)
+        return "never matches: paths are compared decoded", unquote(path)
     if any(not character.isprintable() for character in path) or path != path.strip():
-        return "never matches, as it begins or ends with a space, or contains control characters", None
+        return "never matches: it begins or ends with a space, or contains a control character", None
     if ";" in path or _TRAILING_DOT.search(path):
-        return "never matches, as parameters and trailing dots of segments are removed first", matching_path(path)
+        return "never matches: parameters and trailing dots of segments are removed first", matching_path(path)
     if matching_path(path) != path:
-        return "never matches, as dot segments and repeated slashes are resolved first", matching_path(path)
+        return "never matches: dot segments and repeated slashes are resolved first", matching_path(path)
     return None
 
 

@@ -364,7 +364,7 @@ def test_a_client_is_found_changed_and_its_limits_drain_and_refill(browser: Any,
         page.get_by_text(re.compile("50 of top-ups")).wait_for()
         confirm(page, "Set carry-over", {"Tokens carried over": "7"})
         page.get_by_text(re.compile("7 carried over")).wait_for()
-        confirm(page, "Give anew")
+        confirm(page, "Reset")
         page.get_by_text(re.compile("^0 of 1007 used")).wait_for()
         confirm(page, "Remove the registration")
         page.get_by_text("FREE: 1 tokens a second").wait_for()

@@ -265,7 +265,7 @@ upstreams:
     )
     assert code == 3
     for start in (
-        ":1: server.host: the host is not known: ",
+        ":1: server.host: the host cannot be resolved: ",
         f":2: state_dir: '{tmp_path}/file' is not a folder, got ",
         ":4: store.url: ca_file: cannot be read: no such file or directory, got 'missing.pem'",
         ":9: upstreams.a.tls.ca_file: cannot be read: no such file or directory, got 'missing.pem'",
@@ -294,10 +294,8 @@ def test_a_port_in_use_is_a_warning_as_the_gateway_itself_may_use_it(tmp_path: P
         code, errors, output = checked(tmp_path, text)
     assert code == 0
     warning, read, state = errors
-    assert warning.startswith(
-        "warning: :2: server.port: is in use; the start fails unless the other program has ended"
-    )
-    assert "The configuration is valid: 1 routes" in output
+    assert warning.startswith("warning: :2: server.port: is in use; the start fails until the other program has ended")
+    assert "The configuration is valid: 1 route," in output
     assert read == f"Read: {tmp_path / 'gateway.yaml'}."
     assert state.startswith(f"State is kept in {tmp_path}")
 

@@ -144,7 +144,7 @@ def test_check_only_checks(tmp_path: Path) -> None:
     path = config_file(tmp_path, "http://127.0.0.1:9")
     with process(*WAYS["python -m"], "--check", "--config", path, cwd=tmp_path) as running:
         assert running.exit_code() == 0
-    assert "1 routes, 1 upstreams, 4 tiers" in running.output
+    assert "1 route, 1 upstream, 4 tiers" in running.output
     assert not (tmp_path / "xdg-state").exists()
 
 
@@ -208,7 +208,7 @@ def test_a_request_that_outlasts_the_drain_timeout_is_cut_off(tmp_path: Path) ->
             started = time.monotonic()
             assert running.terminate() == 4
         assert 0.9 < time.monotonic() - started < PATIENCE
-        assert "1 requests were cut off" in running.errors
+        assert "cut off at the end of the drain timeout: 1 request" in running.errors
     is_over.set()
     upstream.close()
 

@@ -180,7 +180,7 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, workers: str) -> None:
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_unknown_host_is_one_line(tmp_path: Path, workers: str) -> None:
     said = cannot_listen(tmp_path, "--host", "no-such-host.invalid", "--workers", workers)
-    assert said.startswith("server: the host 'no-such-host.invalid' is not known: ")
+    assert said.startswith("server: the host 'no-such-host.invalid' cannot be resolved: ")
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -88,11 +88,11 @@ def check_the_start_with_a_file(one: Machine) -> None:
             assert running.ask("/clients/acme").json()["verified_only"] is True
             said = post(running, "/explain", client_id="initech", path="/api/up")
             assert (said["result"]["outcome"], said["client"]["registered"]) == ("allowed", False)
-            assert "whether the client store has a record of it is not known" in said["client"]["detail"]
+            assert "it is unknown whether it has a record of this client" in said["client"]["detail"]
             path = Path(one.config)
             path.write_text(path.read_text().replace("rate: 100000", "rate: 100001"))
             post(running, "/reload")
-        assert f"1 ids need a credential, by {one.kept}" in running.errors
+        assert f"ids that need a credential by {one.kept}: 1" in running.errors
 
 
 def check_the_start_without_a_file(fresh: Machine, server: StoreServer) -> None:
@@ -105,11 +105,11 @@ def check_the_start_without_a_file(fresh: Machine, server: StoreServer) -> None:
         said = post(running, "/explain", client_id="acme", path="/api/up")
         assert (said["result"]["status"], said["result"]["reason"]) == UNKNOWN
         assert "unavailable since the start" in said["client"]["detail"]
-        assert f"is not known ({fresh.kept} does not exist yet)" in running.errors
+        assert f"not known which ids need a credential ({fresh.kept} does not exist yet)" in running.errors
         server.resume()
         eventually(lambda: outcomes(running, "acme") == {REFUSED}, "the store has returned")
         assert outcomes(running, "initech") == {ADMITTED}
-        assert "not known" not in post(running, "/explain", client_id="initech", path="/api/up")["client"]["detail"]
+        assert "unknown" not in post(running, "/explain", client_id="initech", path="/api/up")["client"]["detail"]
         eventually(lambda: fresh.ids() == {"acme"}, "it is kept for the next start")
 
 
@@ -137,7 +137,7 @@ def test_an_id_that_needs_a_credential_cannot_be_claimed_at_a_start_without_the_
         assert len(before) == 2
         os.kill(min(before), signal.SIGKILL)
         eventually(lambda: len(workers_of(two) - before) == 1, "the worker is replaced")
-        eventually(lambda: two.errors.count("started without the client store: 1 ids") == 1, "it has read the file")
+        eventually(lambda: two.errors.count("started without the client store; ids") == 1, "it has read the file")
         check_the_start_with_a_file(one)
         assert outcomes(two, "acme", CONNECTIONS) == {REFUSED}
         assert outcomes(two, "initech", CONNECTIONS) == {ADMITTED}

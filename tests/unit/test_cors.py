@@ -41,7 +41,7 @@ OPEN = CorsPolicy(origins=["*"])
 UPSTREAM = {"up": {"targets": [{"url": "http://127.0.0.1:9001"}]}}
 ROUTE = {"name": "all", "path": "/api", "upstream": "up"}
 BAD_ORIGIN = "must be an origin such as https://app.example.com or https://*.example.com, or '*'"
-DEFAULT_PORT = "never matches, as browsers leave the default port out: write 'https://a.example'"
+DEFAULT_PORT = "never matches, because browsers omit the default port: write 'https://a.example'"
 
 
 @each(

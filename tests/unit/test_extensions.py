@@ -256,7 +256,7 @@ def test_a_coroutine_that_catches_its_cancellation_holds_no_request_and_is_count
 
     hook = calls.hook(stubborn, 0.5, "ignore")
     virtual_time.run(main())
-    assert caplog.text.count("goes on although its call was cancelled") == 1
+    assert caplog.text.count("continues although its call was cancelled") == 1
 
 
 # Loading

@@ -70,7 +70,7 @@ CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
         snapshot({"mode": Mode.FORCED_CLOSED, "state": State.OPEN}),
         [],
         "warn",
-        "closed; it protects nothing",
+        "closed; it rejects no request",
         "#/upstreams/a%2Fb",
     ),
     (snapshot({"mode": Mode.OBSERVE}), [], "warn", "only observes", "#/upstreams/a%2Fb"),
@@ -172,7 +172,7 @@ CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
         snapshot(),
         [point(requests=5, kinds={"issuer_unavailable": 3})],
         "fail",
-        "for want of an issuer's keys",
+        "because the keys of an issuer were missing",
         "#/configuration/identity",
     ),
     (

@@ -801,7 +801,7 @@ def test_the_command_fails_with_the_place_of_what_is_wrong(tmp_path: Path, capsy
     cut.write_bytes(gzip.compress(Path(log).read_bytes())[:-20])
     none = tmp_path / "none.log"
     none.touch()
-    causes = ((empty, "no decision in 1 lines"), (none, "no decision in 0 lines"), (cut, f"{cut} cannot be read to"))
+    causes = ((empty, "no decision in 1 line,"), (none, "no decision in 0 lines"), (cut, f"{cut} cannot be read to"))
     for unusable, cause in causes:
         assert main(["replay", str(unusable), *options]) == 0
         told = capsys.readouterr()

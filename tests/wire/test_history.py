@@ -316,7 +316,7 @@ def test_an_unknown_id_is_told_what_is_kept_and_for_how_long(tmp_path: Path, up:
         assert (missing.status, missing.json()["reason"]) == (404, "no_route")
         detail = missing.json()["detail"]
         assert "no request with the id 'none'" in detail
-        assert "It has 1 successes, 0 refusals and 0 errors; the oldest is of 2027-01-15T08:00:00" in detail
+        assert "It has 1 success, 0 refusals and 0 errors; the oldest ended at 2027-01-15T08:00:00" in detail
         assert "at most 4, 2 and 1 of them, for 600 s at most" in detail
         assert "It is the history of one process: processes that another server starts" in detail
         request_id = first.headers["x-request-id"]
@@ -358,7 +358,7 @@ def test_requests_without_a_record_are_counted_and_the_tokens_that_they_spent_ar
         unknown = ask(f"{running.url}/explain/{own[1].headers['x-request-id']}", headers=HEADERS)
         assert unknown.status == 404
         assert "2 successes, 0 refusals and 0 errors since the start were not kept" in unknown.json()["detail"]
-        assert "a worker keeps 0.001, 50 and 50 of them a second" in unknown.json()["detail"]
+        assert "a worker keeps 0.001, 50 and 50 of them each second" in unknown.json()["detail"]
 
 
 def test_requests_are_followed_without_gaps_and_repetitions(tmp_path: Path, up: RawUpstream) -> None:

@@ -128,7 +128,7 @@ function client(place, id, tiers) {
       isVerified = found.verified_only;
       put(keys, found.keys.length ? h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "API keys" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Key"), h("th", {}, "Label"), h("th", {}, "Routes"), h("th", {}, "Created"), h("th", {}, "Expires"), h("th", {}, "Last used"), h("th", {}, h("span", { class: "sr" }, "Changes")))), h("tbody", {}, found.keys.map(keyRow)))) : h("p", { class: "empty" }, "The client has no keys."),
         h("div", { class: "actions" },
-          change("Create a key", { text: "The key is shown once.", fields: () => [field("Label", { placeholder: "for whom or what" }), ...expiry("never"), field("Routes", { placeholder: "all routes", hint: "Names with commas between them. The key is valid for no other route." }), field("Bare id of the client", { options: BARE_ID })],
+          change("Create a key", { text: "The key is shown once.", fields: () => [field("Label", { placeholder: "user or purpose" }), ...expiry("never"), field("Routes", { placeholder: "all routes", hint: "Names with commas between them. The key is valid for no other route." }), field("Bare id of the client", { options: BARE_ID })],
             request: ([label, after, at, routes, bare]) => ({ method: "POST", path: `${base}/keys`, body: { label: label.value, ...expires(after, at), ...named(routes), ...(bare.value ? { verified_only: bare.value === "refused" } : {}) } }), done: secret }),
           change(isVerified ? "Accept the bare id" : "Require a credential", { text: isVerified ? "The id alone identifies the client again; anyone can claim it." : "Only a credential identifies the client; its bare id is refused.", request: () => ({ method: "POST", path: `${base}/verified-only`, body: { verified_only: !isVerified } }) })),
         curlOf("GET", `${base}/keys`));
@@ -156,9 +156,9 @@ function client(place, id, tiers) {
       h("div", { class: "bar" }, h("i", { class: one.remaining <= 0 ? "fail" : one.used > 0.8 * whole ? "warn" : null, style: { width: `${Math.min(100, (one.used / Math.max(1, whole)) * 100)}%` } })),
       h("p", {}, `${number(one.remaining)} left until ${clock(one.period_end)}${one.carried_over ? `, ${number(one.carried_over)} carried over` : ""}${one.top_up ? `, ${number(one.top_up)} of top-ups` : ""}`),
       h("div", { class: "actions" },
-        change("Top up", { text: "Tokens that are used when the quota is used up.", fields: () => amount("Tokens to add"), request: ([tokens]) => ({ method: "POST", path: `${path}/top-up`, body: { amount: Number(tokens.value) } }) }),
-        change("Set carry-over", { text: "What the present period has besides the quota.", fields: () => amount("Tokens carried over"), request: ([tokens]) => ({ method: "POST", path: `${path}/carry-over`, body: { amount: Number(tokens.value) } }) }),
-        change("Give anew", { text: "Nothing of the present period counts as used.", request: () => ({ method: "POST", path: `${path}/reset` }) })));
+        change("Top up", { text: "Tokens that are spent after the quota is used up.", fields: () => amount("Tokens to add"), request: ([tokens]) => ({ method: "POST", path: `${path}/top-up`, body: { amount: Number(tokens.value) } }) }),
+        change("Set carry-over", { text: "Tokens that the current period has in addition to the quota.", fields: () => amount("Tokens carried over"), request: ([tokens]) => ({ method: "POST", path: `${path}/carry-over`, body: { amount: Number(tokens.value) } }) }),
+        change("Reset", { text: "The used tokens of the current period are set to 0.", request: () => ({ method: "POST", path: `${path}/reset` }) })));
   };
   const secret = (found) => h("div", { class: "stack" }, h("p", { class: "notice warn" }, "This key is shown only now. Copy it to where it is used."), h("pre", { class: "response" }, found.key));
   poll(signal, 1000, load);

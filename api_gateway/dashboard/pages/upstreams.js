@@ -119,7 +119,7 @@ function detailOf(place, name) {
       h("div", { class: "actions spaced" },
         change("Force open", "forced_open", "All requests to this upstream are refused until the end of this mode.", true),
         change("Force closed", "forced_closed", "All requests are admitted, whatever fails. Nothing protects the upstream.", true),
-        change("Observe", "observe", "The breaker counts calls and changes its state, but refuses nothing."),
+        change("Observe", "observe", "The breaker counts calls and changes its state, but rejects no request."),
         change("Return to auto", "auto", "The mode that an operator has set ends; the breaker acts by its state."))),
     h("section", { class: "panel" }, h("header", {}, h("h2", {}, "Targets"), latency), h("div", { class: "scroll wide", tabindex: 0, role: "region", "aria-label": "Targets" }, h("table", {},
       h("thead", {}, h("tr", {}, h("th", {}, "Target"), h("th", {}, "State"), h("th", { class: "num" }, "In flight"), h("th", { class: "num", title: "Mean time to the head of the last responses" }, "Responds in"), h("th", { class: "num narrow-off" }, "Share"), h("th", { class: "num" }, "Ejections"), h("th", { class: "num" }, "Check took"), h("th", { class: "narrow-off" }, "Last check"))), targets)), names),
