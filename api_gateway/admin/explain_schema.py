@@ -90,7 +90,11 @@ class RouteExplained(Body):
     match: str = Field(default="prefix", description="How the path is compared: prefix, exact or template.")
     host: str | None = Field(default=None, description="The host of the route; null: any.")
     conditions: list[str] = Field(default=[], description="What the request must have besides host, path and method.")
-    upstream: str
+    upstream: str | None = Field(description="The upstream for this client; null if the route responds itself.")
+    destination: str = Field(
+        description="What responds, in words: the upstream, or the status of the route's own response, and where a"
+        " redirect of this request leads."
+    )
     cost: float
     cost_source: str = Field(
         description="`route`, the rule of the route that sets the cost, `extension`, or another reading of an"
@@ -183,9 +187,10 @@ class FallbackExplained(Body):
 
 
 class ExplainedResult(Body):
-    """The decision. `status` and `reason` are those of the response that the gateway would generate.
+    """The decision. `status` and `reason` are those of the response that the gateway would generate, else null.
 
-    With outcome `fallback`, `reason` is why the fallback is used, and `status` that of a static fallback.
+    A route with a static response or a redirect has the outcome `allowed` with the status of that response. With
+    outcome `fallback`, `reason` is why the fallback is used, and `status` that of a static fallback.
     """
 
     outcome: Literal["allowed", "limited", "exceeds_capacity", "refused", "fallback"]

@@ -1,6 +1,7 @@
 """Parts of an explanation, each computed from the object that it describes."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,11 +12,13 @@ from api_gateway.admin.explain_schema import (
     FallbackExplained,
     SlotExplained,
 )
-from api_gateway.errors import GatewayError, Reason
+from api_gateway.errors import BadRequest, GatewayError, Reason
 from api_gateway.limits.concurrency import SlotUse
 from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.models import NANOSECONDS, Charge, Decision, processes_of, share_increment, sharing_processes
+from api_gateway.proxy.admission import DirectResponse
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.route_table import Route
 from api_gateway.rate_limiter import NEVER_NS
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 
@@ -67,8 +70,30 @@ class ChargeOutlook:
         return left_ns / self.charged_ns if self.charged_ns else float("inf")
 
 
-def explained_result(error: GatewayError | None, fallback: FallbackExplained | None) -> ExplainedResult:
-    """Return the outcome of a request with this error, if any, and this fallback of its route."""
+def explained_destination(route: Route, raw_target: bytes) -> str:
+    """Return in words what responds to the requests of a route, and where a redirect of this request leads."""
+    answer = route.answer
+    if answer is None:
+        return f"upstream {route.upstream}"
+    with suppress(BadRequest):  # the result says so
+        for name, value in answer.fields(raw_target):
+            if name == b"location":
+                return f"status {answer.status}, to {value.decode('latin-1')}"
+    return f"status {answer.status}"
+
+
+def explained_result(
+    error: GatewayError | None, fallback: FallbackExplained | None, direct: DirectResponse | None
+) -> ExplainedResult:
+    """Return the outcome of a request with this error, if any, and this fallback of its route.
+
+    `direct` is the response of the gateway in place of an upstream's, None if there is none.
+    """
+    if direct is not None:
+        detail = f"The gateway responds itself, with the status {direct.status}."
+        return ExplainedResult(
+            outcome="allowed", status=direct.status, reason=None, retry_after_seconds=None, detail=detail
+        )
     if error is None:
         detail = "Every bucket has enough tokens, and the upstream accepts requests."
         return ExplainedResult(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=detail)

@@ -26,6 +26,7 @@ from api_gateway.admin.explained_parts import (
     ChargeOutlook,
     explained_bucket,
     explained_concurrency,
+    explained_destination,
     explained_fallback,
     explained_result,
     explained_slots,
@@ -172,12 +173,14 @@ class Explainer:
             raise error
         buckets = [ChargeOutlook(*pair) for pair in zip(exchange.charges, plan.inspected, strict=True)]
         binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
-        if error is None and route is not None:
-            error = self._refused(route, plan) if route.upstream else None
+        if plan.direct is not None:
+            error = None
+        elif error is None and route is not None:
+            error = self._refused(route, plan)
         fallback = self._fallback(route, error)
         candidate, candidate_uses = await self._candidate(client, exchange)
         return Explanation(
-            result=explained_result(error, fallback),
+            result=explained_result(error, fallback, plan.direct),
             address=self._address_view(request),
             client=self._client_view(client, plan, error),
             route=None if route is None else self._route_view(route, plan),
@@ -190,7 +193,7 @@ class Explainer:
             ],
             candidate=candidate,
             candidate_concurrency=explained_slots(candidate_uses),
-            upstream=None if route is None or not route.upstream else self._upstream_view(route, plan),
+            upstream=None if route is None or route.answer is not None else self._upstream_view(route, plan),
             fallback=fallback,
             event_loop=LagExplained(
                 lag_seconds=round(self._shedder.lag, 6),
@@ -307,7 +310,8 @@ class Explainer:
             match=route.match,
             host=route.host,
             conditions=[str(one) for one in route.conditions],
-            upstream=route.upstream,
+            upstream=route.upstream or None,
+            destination=explained_destination(route, plan.raw_target),
             cost=exchange.cost,
             cost_source=source,
         )

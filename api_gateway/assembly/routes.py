@@ -51,7 +51,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         methods=frozenset(section.methods) if section.methods else None,
         host=section.host,
         match=section.match.path,
-        conditions=_conditions(section.match),
+        conditions=conditions_of(section.match),
         cost=section.cost,
         costs=tuple(
             CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost, rule.candidate_cost)
@@ -83,7 +83,8 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
     return replace(route, split=split, variants={name: replace(route, upstream=name) for name in names})
 
 
-def _conditions(section: MatchSection) -> tuple[RouteCondition, ...]:
+def conditions_of(section: MatchSection) -> tuple[RouteCondition, ...]:
+    """Return the conditions of a route on header fields and the query."""
     fields = [FieldCondition(name.lower().encode(), _test(one)) for name, one in section.headers.items()]
     return (*fields, *(QueryCondition(name.encode(), _test(one)) for name, one in section.query.items()))
 

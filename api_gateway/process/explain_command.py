@@ -102,7 +102,8 @@ def _show_prediction(found: JsonObject) -> None:
     show(f"  client {client['id']} ({client['tier']['name']}): {client['detail']}")
     if found["route"] is not None:
         route = found["route"]
-        show(f"  route {route['name']} to {route['upstream']}, cost {route['cost']:g} ({route['cost_source']})")
+        show(f"  route {route['name']}: {_matched(route)} -> {route['destination']}")
+        show(f"  cost {route['cost']:g} ({route['cost_source']})")
     rows = [_bucket_row(one) for one in found["buckets"]]
     rows += [_slot_row(one) for one in found["concurrency"]]
     if found["candidate"] is not None:
@@ -124,6 +125,13 @@ def _show_prediction(found: JsonObject) -> None:
         show(f"  load shedding refuses {found['event_loop']['shed_ratio']:.1%} of the requests of this tier")
     if found.get("worker") is not None:
         show(f"  decided by worker {found['worker']}: breaker, concurrency and load are its own")
+
+
+def _matched(route: JsonObject) -> str:
+    """Return what a route matches: host, path and conditions."""
+    how = [] if route["match"] == "prefix" else [route["match"]]
+    conditions = ", ".join([*how, *route["conditions"]])
+    return f"{route['host'] or ''}{route['path']}{f' ({conditions})' if conditions else ''}"
 
 
 def _bucket_row(one: JsonObject, kind: str = "") -> tuple[object, ...]:

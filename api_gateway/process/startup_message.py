@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from api_gateway.admin.operator_token import token_file
 from api_gateway.assembly.identity import claim_notice
+from api_gateway.assembly.routes import conditions_of
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import banner
 from api_gateway.process.listeners import Sockets
@@ -52,6 +53,13 @@ def _destination(route: RouteSection) -> str:
     return ", ".join(route.upstream_names) or f"{200 if route.respond is None else route.respond.status}"
 
 
+def _matched(route: RouteSection) -> str:
+    """Return what a route matches, by which it differs from others with the same path."""
+    how = [] if route.match.path == "prefix" else [route.match.path]
+    conditions = ", ".join([*how, *(route.methods or ()), *map(str, conditions_of(route.match))])
+    return f"{route.host or ''}{route.path}{f' ({conditions})' if conditions else ''}"
+
+
 def announce_start(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> None:
     """Print the startup message; with `log.format: json`, log each of its lines instead."""
     text = startup_banner(config, sockets, workers)
@@ -69,7 +77,7 @@ def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) ->
     operators = place
     if sockets.admin:
         operators = ReachableAddress.of(sockets.admin, "https" if config.admin.tls else "http")
-    routes = [f"  {route.host or ''}{route.path} -> {_destination(route)}" for route in config.routes]
+    routes = [f"  {_matched(route)} -> {_destination(route)}" for route in config.routes]
     lines = [f"Listening on {place}", *routes]
     if config.is_demo:
         lines = [banner(str(place), place.url, place.curl, f"{operators.curl} {operators.url}")]

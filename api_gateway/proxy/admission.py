@@ -34,12 +34,14 @@ class RequestPlan:
 
     `raw_target` is the request target as received, `target` that for the upstream. `now_ns` (of the monotonic clock)
     is the time of the last step: the arrival of the request or of a reply. `inspected` are the decisions of the
-    buckets, each alone, `slot_uses` the slots of concurrency limits, and `extension_calls` what extensions have said;
-    only `Admission.inspect` sets them. `headers` are the header lines as received and as sent upstream.
+    buckets, each alone, `slot_uses` the slots of concurrency limits, `extension_calls` what extensions have said, and
+    `direct` the response in place of an upstream's; only `Admission.inspect` sets them. `headers` are the header lines
+    as received and as sent upstream.
     """
 
     __slots__ = (
         "deadline",
+        "direct",
         "exchange",
         "extension_calls",
         "facts",
@@ -61,6 +63,7 @@ class RequestPlan:
     inspected: Sequence[Decision]
     slot_uses: Sequence[SlotUse]
     extension_calls: list[ExtensionCall]
+    direct: "DirectResponse | None"
     headers: RewrittenHeaders
 
     def __init__(self, exchange: Exchange, facts: HeaderFacts, raw_target: bytes, now_ns: int) -> None:
@@ -199,10 +202,11 @@ class Admission:
     async def inspect(self, plan: RequestPlan) -> GatewayError | None:
         """Return the error with which `decide` would refuse the request.
 
-        All stages are inspected, also after a refusal, so that the plan has all figures.
+        All stages are inspected, also after a refusal, so that the plan has all figures. `plan.direct` is the response
+        that `decide` would return, whatever later stages say.
         """
         plan.route, plan.principal, plan.priority, plan.inspected = None, None, 0, ()
-        plan.slot_uses, plan.extension_calls = (), []
+        plan.slot_uses, plan.extension_calls, plan.direct = (), [], None
         first: GatewayError | None = None
         for inspect in self._inspect:
             outcome = inspect(plan)
@@ -213,6 +217,8 @@ class Admission:
                 outcome = outcome.resume(plan, reply)
             if isinstance(outcome, GatewayError):
                 first = first or outcome
+            elif isinstance(outcome, DirectResponse) and first is None and plan.direct is None:
+                plan.direct = outcome
         return first
 
 

@@ -546,6 +546,7 @@ def with_every_member(route: Any) -> None:
     view = response.json()
     (bucket, *_), slot = view["buckets"], {"key": "k", "in_flight": 1, "concurrent": 2, "allowed": True}
     view["routes_passed_over"] = [{"name": "narrow", "detail": "only for POST"}]
+    view["route"] |= {"match": "exact", "host": "a.test", "conditions": ["header x-beta = '1'"]}
     view["extensions"] = [{"extension": "costs", "hook": "cost", "result": "cost: 2.0"}]
     view["candidate"] = bucket | {"policy": "wider", "processes": 2}
     view["candidate_concurrency"] = [slot | {"policy": "more"}]
@@ -576,6 +577,7 @@ def test_a_decision_is_explained_and_a_request_looked_up(browser: Any, site: Sit
         page.locator(".steps h3", has_text="Candidate wider").wait_for()
         for words in (
             "only for POST",
+            "(exact, header x-beta = '1') → upstream ",
             "cost: 2.0",
             "A candidate refuses nothing.",
             "the share of one of 2 processes",

@@ -7,9 +7,13 @@ import stat
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from api_gateway.config import from_values
+from api_gateway.process.listeners import Sockets
+from api_gateway.process.startup_message import startup_banner
 from tests.kit import PATIENCE, RawUpstream, eventually, in_front_of, running_gateway
 from tests.processes import START, Running, config_file, process
 
@@ -70,6 +74,22 @@ def test_the_banner_names_the_address_it_is_bound_to(tmp_path: Path, host: str, 
     arguments = ["-m", "api_gateway", "--host", host, "--port", "0", "--workers", str(workers)]
     with process(*arguments, cwd=tmp_path) as running:
         assert listens(running).startswith(f"Listening on {host}:{running.port} (http://localhost:{running.port}).")
+
+
+def test_the_routes_at_the_start_differ_by_what_they_match() -> None:
+    routes: list[dict[str, Any]] = [
+        {"name": "beta", "path": "/api/x", "match": {"headers": {"X-Beta": "1"}, "query": {"v": {"present": True}}}},
+        {"name": "writes", "path": "/api/x", "methods": ["POST", "PUT"], "match": {"path": "exact"}},
+        {"name": "shop", "path": "/api/x", "host": "*.shop.test"},
+    ]
+    config = from_values({"upstreams": {"up": "http://a"}, "routes": [{**one, "upstream": "up"} for one in routes]})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        lines = startup_banner(config, Sockets([listener])).splitlines()
+    assert lines[1:4] == [
+        "  /api/x (header x-beta = '1', query v is present) -> up",
+        "  /api/x (exact, POST, PUT) -> up",
+        "  *.shop.test/api/x -> up",
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

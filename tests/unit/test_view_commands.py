@@ -191,7 +191,17 @@ PREDICTED: dict[str, Any] = {
     "worker": "2",
     "address": {"address": "10.0.0.1", "detail": "the peer of the connection"},
     "client": {"id": "acme", "tier": {"name": "FREE"}, "detail": EVIL},
-    "route": {"name": "wide", "upstream": "up", "cost": 1, "cost_source": "route"},
+    "route": {
+        "name": "wide",
+        "path": "/api/x",
+        "match": "exact",
+        "host": "a.test",
+        "conditions": [f"header x-beta = {EVIL!r}"],
+        "upstream": "up",
+        "destination": "upstream up",
+        "cost": 1,
+        "cost_source": "route",
+    },
     "routes_passed_over": [{"name": "narrow", "detail": "only for POST"}],
     "buckets": [BUCKET | {"processes": 2}],
     "concurrency": [SLOT],
@@ -241,6 +251,8 @@ def test_a_described_request_has_all_options_and_its_explanation_is_shown_whole(
     assert is_inert(out)
     for part in (
         "address 10.0.0.1: the peer of the connection",
+        "route wide: a.test/api/x (exact, header x-beta = ",
+        ") -> upstream up\n  cost 1 (route)",
         "free             0.5   1     1.5       refused, 1 s to wait",
         "parallel         0     1     2         refused, 2 in flight",
         "candidate wider  0.5",

@@ -384,6 +384,7 @@ async def test_it_has_every_figure(tmp_path: Path) -> None:
         "host": None,
         "conditions": [],
         "upstream": "one",
+        "destination": "upstream one",
         "cost": 4.5,
         "cost_source": "rule: POST /api/one/export",
     }

@@ -1,7 +1,7 @@
 """Routes by host, path, header field and query, on real connections, read by either parser."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ def sections(ups: dict[str, RawUpstream]) -> dict[str, Any]:
             {"name": "host", "path": "/api", "upstream": "host", "host": "*.shop.test"},
             {"name": "root", "path": "/", "upstream": "root"},
             {"name": "health", "path": "/health", "upstream": "plain", "methods": ["PUT"]},
+            {"name": "stat", "path": "/api/stat", "respond": {"status": 203}},
+            {"name": "moved", "path": "/api/moved/{id}", "match": {"path": "template"}, "redirect": {"to": "/x/{id}"}},
+            {"name": "pages", "path": "/api/pages", "upstream": "plain", "cors": {"origins": ["https://a.test"]}},
         ],
         "admin": {"listen": f"127.0.0.1:{free_port()}", "token": "routing-token"},
         "tiers": {"FREE": {"rate": 1000, "capacity": 100_000}},
@@ -84,8 +87,12 @@ def test_a_route_at_the_root_takes_all_paths_if_operator_endpoints_have_a_listen
     assert ask(f"http://{sections['admin']['listen']}/health").json()["status"] == "pass"
 
 
-def test_explain_names_the_route_and_what_those_before_it_lack(sections: dict[str, Any]) -> None:
-    def explained(**request: Any) -> Any:
+Explained = Callable[..., Any]
+
+
+@pytest.fixture
+def explained(running: RunningGateway, sections: dict[str, Any]) -> Explained:
+    def explain(**request: Any) -> Any:
         body = {"client_id": None, "path": "/api/x", **request}
         with RawClient(int(sections["admin"]["listen"].rpartition(":")[2])) as client:
             text = json.dumps(body).encode()
@@ -93,6 +100,49 @@ def test_explain_names_the_route_and_what_those_before_it_lack(sections: dict[st
             client.request("POST", "/explain", lines, text)
             return json.loads(client.answer().body)
 
+    return explain
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "destination"),
+    [
+        ("/api/stat/x", 203, "status 203"),
+        ("/api/moved/7", 308, "status 308, to /x/7"),
+        ("/api/x", None, "upstream plain"),
+    ],
+)
+def test_explain_names_what_responds_in_place_of_an_upstream(
+    running: RunningGateway, explained: Explained, path: str, status: int | None, destination: str
+) -> None:
+    found = explained(path=path)
+    assert (found["result"]["outcome"], found["result"]["status"]) == ("allowed", status)
+    assert ("upstream accepts" in found["result"]["detail"]) is (status is None)
+    assert found["route"]["destination"] == destination
+    assert (found["route"]["upstream"] is None) is (found["upstream"] is None) is (status is not None)
+    with RawClient(running.port) as client:
+        assert client.get(path).status == (status or 200)
+
+
+def test_explain_says_how_a_preflight_ends(running: RunningGateway, explained: Explained) -> None:
+    fields = {"Origin": "https://a.test", "Access-Control-Request-Method": "PUT"}
+    found = explained(path="/api/pages", method="OPTIONS", headers=fields)
+    assert (found["result"]["outcome"], found["result"]["status"]) == ("allowed", 204)
+    with RawClient(running.port) as client:
+        client.request("OPTIONS", "/api/pages", tuple(f"{name}: {value}" for name, value in fields.items()))
+        assert client.answer().status == 204
+
+
+def test_explain_refuses_an_ambiguous_path_of_a_redirect_as_the_gateway_does(
+    running: RunningGateway, explained: Explained
+) -> None:
+    path = "/api/moved/a%252fb"
+    found = explained(path=path)
+    assert (found["result"]["status"], found["route"]["destination"]) == (400, "status 308")
+    with RawClient(running.port) as client:
+        assert client.get(path).status == 400
+
+
+def test_explain_names_the_route_and_what_those_before_it_lack(explained: Explained) -> None:
     found = explained(headers={"X-Beta": "2"})
     assert found["route"]["name"] == "plain"
     assert found["routes_passed_over"] == [{"name": "beta", "detail": "does not hold: header x-beta = '1'"}]

@@ -84,6 +84,12 @@ function step(kind, title, word, ...text) {
   return h("li", { class: kind }, h("i", { "aria-hidden": "true" }), h("h3", {}, title, word && h("span", { class: "tag" }, word)), text.filter(Boolean).map((one) => (one instanceof Node ? one : h("p", { class: "muted" }, one))));
 }
 
+/** What a route matches: host, path and conditions. */
+function matched(route) {
+  const conditions = [...(route.match === "prefix" ? [] : [route.match]), ...route.conditions].join(", ");
+  return `${route.host ?? ""}${route.path}${conditions ? ` (${conditions})` : ""}`;
+}
+
 function decisions(view) {
   const [kind, word] = OUTCOMES[view.result.outcome] ?? ["none", view.result.outcome];
   const steps = [];
@@ -91,7 +97,7 @@ function decisions(view) {
   steps.push(step(isDenied ? "fail" : "ok", "Address", view.address.address, view.address.detail));
   steps.push(step(/^(credentials|client_id)/.test(view.result.reason ?? "") ? "fail" : "ok", "Client", `${view.client.id} · ${view.client.tier.name}`, view.client.detail));
   if (!view.route) steps.push(step("fail", "Route", "none", "No route has this path, method and host."));
-  else steps.push(step("ok", "Route", view.route.name, `${view.route.path} to upstream ${view.route.upstream}; costs ${number(view.route.cost)} ${view.route.cost === 1 ? "token" : "tokens"} (${view.route.cost_source})`));
+  else steps.push(step("ok", "Route", view.route.name, `${matched(view.route)} → ${view.route.destination}`, `costs ${number(view.route.cost)} ${view.route.cost === 1 ? "token" : "tokens"} (${view.route.cost_source})`));
   for (const one of view.routes_passed_over) steps.push(step("skipped", `Route ${one.name}`, "not this one", one.detail));
   steps.push(step(view.event_loop.shed_ratio > 0 ? "warn" : "ok", "Load", null, view.event_loop.shed_ratio > 0 ? `${percent(view.event_loop.shed_ratio, 1)} of this tier's requests are refused now` : `nothing is refused for load; the event loop is ${duration(view.event_loop.lag_seconds)} late`));
   const bucket = (one, title, ...text) => {
