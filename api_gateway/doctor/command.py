@@ -20,6 +20,7 @@ from api_gateway.doctor.machine_checks import (
 )
 from api_gateway.doctor.store_checks import store_checks
 from api_gateway.doctor.upstream_checks import issuer_checks, upstream_checks, worst
+from api_gateway.printable_text import counted
 from api_gateway.process.start_options import overrides_of
 from api_gateway.settings.diagnostics import ConfigError
 
@@ -36,7 +37,7 @@ def diagnose(options: argparse.Namespace) -> int:
     for one in results:
         print(one)
     counts = [sum(one.level is kind for one in results) for kind in Level]
-    print(f"{counts[0]} ok, {counts[1]} warnings, {counts[2]} failed.")
+    print(f"{counts[0]} ok, {counted(counts[1], 'warning')}, {counts[2]} failed.")
     return EXIT_CODES[level]
 
 

@@ -96,8 +96,8 @@ def _print_changes(changes: Sequence[ChangedSetting], needs_restart: Iterable[st
         show("No setting differs.")
         return
     applied = len(changes) - len(restart)
-    rest = f", {len(restart)} need a restart: {', '.join(restart)}" if restart else ""
-    show(f"{len(changes)} settings differ: a reload applies {applied}{rest}.")
+    rest = f" Needing a restart: {', '.join(restart)}." if restart else ""
+    show(f"Settings that differ: {len(changes)}. Applied by a reload: {applied}.{rest}")
 
 
 def _public(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from api_gateway.printable_text import table
+from api_gateway.printable_text import counted, table
 from api_gateway.process.limits_view import share_lines
 from api_gateway.process.operator_client import CommandFailed, JsonObject, OperatorClient, print_json, show, show_all
 
@@ -202,7 +202,7 @@ def _show_spending(limit: str, spent_by: JsonObject) -> None:
     end = "" if spent_by["complete"] else ", and by earlier ones"
     if missing := spent_by.get("missing_tokens"):
         end = f", and {missing:g} tokens by requests that were not kept"
-    show(f"  the tokens of {limit} were spent by {len(spent_by['requests'])} requests{end}:")
+    show(f"  the tokens of {limit} were spent by {counted(len(spent_by['requests']), 'request')}{end}:")
     header = ("TIME", "COST", "TOKENS BEFORE", "STATUS", "REQUEST", "ID")
     rows = [
         (

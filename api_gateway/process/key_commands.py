@@ -103,7 +103,7 @@ def _rotate(options: argparse.Namespace) -> None:
 
 def _revoke(options: argparse.Namespace) -> None:
     gone = client_of(options).call("DELETE", f"{_path(options.client)}/{quote(options.key_id, safe='')}")
-    print(f"Key {gone['id']} is revoked; {gone['keys_left']} valid keys are left.", file=sys.stderr)
+    print(f"Key {gone['id']} is revoked; valid keys left: {gone['keys_left']}.", file=sys.stderr)
 
 
 def _generate(_options: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     if not matched:
         return 0
     shown = ", ".join(map(repr, matched[:SHOWN_CLIENTS])) + (", ..." if len(matched) > SHOWN_CLIENTS else "")
-    print(f"--fail-if: {options.fail_if} is true of {len(matched)} clients: {shown}", file=sys.stderr)
+    print(f"--fail-if: {options.fail_if} is true of {counted(len(matched), 'client')}: {shown}", file=sys.stderr)
     return MATCHED
 
 

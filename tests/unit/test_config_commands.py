@@ -95,7 +95,7 @@ def test_diff_says_what_a_reload_applies_and_what_needs_a_restart(
     assert "upstreams.orders.timeouts.connect: 3.0 -> 5.0; applied by a reload" in lines
     assert "admin.token: (secret) -> (secret); applied by a reload" in lines
     assert any(line.startswith("routes.more: null -> ") for line in lines)
-    assert lines[-1] == "4 settings differ: a reload applies 3, 1 need a restart: server.port."
+    assert lines[-1] == "Settings that differ: 4. Applied by a reload: 3. Needing a restart: server.port."
     assert "correct-horse" not in text
     assert run_config(["diff", old, new, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -792,7 +792,7 @@ def test_the_command_fails_with_the_place_of_what_is_wrong(tmp_path: Path, capsy
     options = ["--config", str(candidate)]
     assert main(["replay", log, *options, "--fail-if", 'tier == "BASIC" and newly_limited > 5']) == 1
     told = capsys.readouterr()
-    assert "is true of 1 clients: 'acme\\x1b[31m'" in told.err
+    assert "is true of 1 client: 'acme\\x1b[31m'" in told.err
     assert "\x1b" not in told.out
     assert main(["replay", log, *options, "--fail-if", "newly_limited > 100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fail_if"] == {"condition": "newly_limited > 100", "clients": []}

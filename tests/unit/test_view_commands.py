@@ -173,7 +173,7 @@ def test_an_explained_request_shows_all_that_is_known(
     for part in (
         "502 upstream_reset  GET /api/a\\x1b[31m\\n",
         "refused, 0.75 s to wait; decided by the limit free, from memory",
-        "the tokens of free were spent by 1 requests, and 1.5 tokens by requests that were not kept:",
+        "the tokens of free were spent by 1 request, and 1.5 tokens by requests that were not kept:",
         "upstream_reset: a\\x1b",
         "cost settled from 1 to 2 after 3 ms",
         ", trace 0af7651916cd43dd8448eb211c80319c",
