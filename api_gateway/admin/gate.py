@@ -19,7 +19,7 @@ from api_gateway.admin.operators import LOCAL, Operator, Role, Tokens, bearer_to
 from api_gateway.admin.page_access import is_of_allowed_page, preflight_response, with_cors
 from api_gateway.admin.pages import StaticPages
 from api_gateway.admin.request_body import read_body, replay, without_body
-from api_gateway.clients.api_keys import without_keys
+from api_gateway.clients.api_keys import quoted_path
 from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trailers
 from api_gateway.errors import (
     BadRequest,
@@ -44,7 +44,6 @@ from api_gateway.proxy.request_id import given_request_id, new_request_id
 
 logger = logging.getLogger(__name__)
 
-_MAX_SHOWN = 100  # characters of a path in a message
 OPERATOR = "gateway.operator"  # key of the admitted operator in the ASGI scope
 SERVER = "gateway.server"  # key of the server's extension, for streams only
 REQUEST_ID = "gateway.request_id"  # key of the id of an operator's request
@@ -327,8 +326,8 @@ class OperatorGate:
 
 
 def no_endpoint(path: str) -> NoRoute:
-    """Return the error for a path that neither an endpoint nor a route has; keys in the path are not shown."""
-    return NoRoute(f"No endpoint or route matches {without_keys(path)[:_MAX_SHOWN]!a}.")
+    """Return the error for a path that neither an endpoint nor a route has."""
+    return NoRoute(f"No endpoint or route matches {quoted_path(path)}.")
 
 
 def _with_field(send: Send, name: bytes, value: bytes) -> Send:

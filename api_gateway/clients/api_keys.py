@@ -21,6 +21,7 @@ PATTERN = r"agw_[0-9A-Za-z]{49}"
 RANDOM_BYTES = 32
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BODY, _CHECKSUM = 43, 6  # characters
+_MAX_SHOWN = 100  # characters of a path in a message
 _KEY = re.compile(PATTERN.encode())
 # Not within a longer run of characters of base64url: of 100,000 tokens with a signature of RSA, one has such letters.
 _LIKE_KEY = re.compile(rb"(?<![0-9A-Za-z_.-])agw_[0-9A-Za-z]{20}")
@@ -97,6 +98,11 @@ def without_keys(text: str) -> str:
     if KEY_PREFIX in text or "%" in text or _BASE64_PREFIX in text or _JWT_BEGINNING in text:
         return _KEY_IN_TEXT.sub(_omitted, text)
     return text
+
+
+def quoted_path(path: str) -> str:
+    """Return a path as a message shows it: without keys, with its first 100 characters, and escaped."""
+    return f"{without_keys(path)[:_MAX_SHOWN]!a}"
 
 
 def _omitted(found: re.Match[str]) -> str:

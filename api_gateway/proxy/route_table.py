@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
+from api_gateway.clients.api_keys import quoted_path
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
 from api_gateway.printable_text import shown_method
@@ -344,8 +345,9 @@ class RouteTable:
                 allowed, first = allowed | route.methods, pattern
         if allowed:
             names = ", ".join(sorted(allowed))
-            raise MethodNotAllowed(f"{path} allows {names}, not {shown_method(method)}.", headers={"allow": names})
-        raise NoRoute(f"No route matches {path}.")
+            detail = f"{quoted_path(path)} allows {names}, not {shown_method(method)}."
+            raise MethodNotAllowed(detail, headers={"allow": names})
+        raise NoRoute(f"No route matches {quoted_path(path)}.")
 
     def _find_dearest(
         self, host: str, method: str, path: str, raw_target: bytes, fields: FieldValues

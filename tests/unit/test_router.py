@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from api_gateway.clients.api_keys import new_key
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.models import Exchange
@@ -53,6 +54,25 @@ def test_the_longest_prefix_of_whole_segments_wins(path: str, expected: str) -> 
 def test_a_path_below_no_route_has_none(path: str) -> None:
     with pytest.raises(NoRoute):
         RouteTable([route("/api"), route("/api/users")]).find("any", "GET", path)
+
+
+@each(
+    ("path", "shown"),
+    [
+        ("/nowhere", "'/nowhere'"),
+        ("/a\x1b[31m\n\u202e", r"'/a\x1b[31m\n\u202e'"),
+        (f"/{'x' * 500}", f"'/{'x' * 99}'"),
+        (f"/{'x' * 80}{new_key(bytes(32))}", f"'/{'x' * 80}agw_...'"),
+    ],
+)
+def test_a_refusal_names_the_path_in_a_form_that_can_do_no_harm(path: str, shown: str) -> None:
+    table = RouteTable([route(path, methods=frozenset({"POST"}))])
+    with pytest.raises(MethodNotAllowed) as refused:
+        table.find("", "GET", path)
+    assert refused.value.detail == f"{shown} allows POST, not GET."
+    with pytest.raises(NoRoute) as absent:
+        RouteTable([route("/api")]).find("", "GET", path)
+    assert absent.value.detail == f"No route matches {shown}."
 
 
 def test_an_empty_table_has_no_route() -> None:
