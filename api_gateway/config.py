@@ -230,7 +230,7 @@ def config_path(path: str | Path | None = None) -> Path | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedConfig:
     """A configuration and the sources of its values."""
 
     config: GatewayConfig
@@ -252,7 +252,7 @@ def read_config(
     overrides: Mapping[str, Any] | None = None,
     *,
     warn: Callable[[str], None] = logger.warning,
-) -> Loaded:
+) -> LoadedConfig:
     """Do as `load_config`, and return the sources too. `warn` is called with a line for each ignored variable."""
     variables = _variables()
     environment, problems = read_environment(variables, ENV_PREFIX, GatewayConfig)
@@ -303,7 +303,7 @@ def read_config(
             found.append(sources.without_values(finding.path, line))
     if config is None or found:
         raise ConfigError(found)
-    return Loaded(config.with_origins(sources.origins), sources)
+    return LoadedConfig(config.with_origins(sources.origins), sources)
 
 
 def from_values(values: Mapping[str, Any]) -> GatewayConfig:

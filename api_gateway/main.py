@@ -34,7 +34,7 @@ from api_gateway.downstream.uvicorn_server import COMMAND, Listener, UvicornServ
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.http1.asgi import ADMIN, FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
-from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, respond_to_server_options
+from api_gateway.middleware import DataPlaneSplit, DataPlaneSwitch, respond_to_server_options
 from api_gateway.models import HeaderList
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess, SupervisorChannel
@@ -62,7 +62,13 @@ class GatewayApp(FastAPI):
     """
 
     def __init__(
-        self, switch: DataPlaneSlot, refused: Counter[str], *, clocks: Clocks, has_admin_listener: bool, **options: Any
+        self,
+        switch: DataPlaneSwitch,
+        refused: Counter[str],
+        *,
+        clocks: Clocks,
+        has_admin_listener: bool,
+        **options: Any,
     ) -> None:
         super().__init__(**options, docs_url=None, redoc_url=None)  # the gateway has a page of its own at /docs
         self._endpoints = Endpoints(self, refused)
@@ -188,18 +194,18 @@ def create_app(
     """
     settings = config or load_config()
     read = read or (load_config if config is None else None)
-    rejections: Counter[str] = LabelCounter() if refused is None else refused
-    switch = DataPlaneSlot()
+    refusals: Counter[str] = LabelCounter() if refused is None else refused
+    switch = DataPlaneSwitch()
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
         _log_what_has_no_effect(app.server, settings.server)
-        listener = app.listener = _listener_of(app.server, settings, rejections)
+        listener = app.listener = _listener_of(app.server, settings, refusals)
         changed = on_change if listener is None else partial(_apply_to_listener, listener, on_change)
-        assembly = Assembly(rejections, transports or {}, resolve, clocks)
+        assembly = Assembly(refusals, transports or {}, resolve, clocks)
         replaced_within = 0.0 if app.server is not None and app.server.has_several_workers else REPLACED_WITHIN
         async with app.noting_startup_error(), assembly.live(settings, replaced_within) as gateway:
-            gateway.recorder.operator_rejections = app.gate.refusals
+            gateway.recorder.operator_refusals = app.gate.refusals
             installation = Installation(
                 app,
                 assembly,
@@ -220,7 +226,7 @@ def create_app(
 
     return GatewayApp(
         switch,
-        rejections,
+        refusals,
         clocks=clocks,
         has_admin_listener=settings.admin.listen is not None,
         title="API Gateway",

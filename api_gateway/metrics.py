@@ -9,30 +9,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from api_gateway.errors import Reason
-from api_gateway.eventloop.pacing import Steps, completed, each
+from api_gateway.eventloop.steps import Steps, each, run_at_once
 from api_gateway.models import Decision, Exchange
 from api_gateway.observability.heavy_hitters import HeavyHitters
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.observability.latency_series import WindowedSeries
-from api_gateway.observability.request_record import REQUEST_OUTCOMES
+from api_gateway.observability.request_record import REQUEST_RESULTS
 from api_gateway.observability.trace_exporter import RESULTS
 
 Label = TypeVar("Label")
 
 # The recorder's counters with one label.
 _COUNTERS = (
-    "rejections",
+    "refusals",
     "allowed",
     "limited",
     "sources",
-    "would_limit",
-    "would_allow",
     "would_refuse",
+    "would_allow",
+    "identity_would_refuse",
     "bare_client_ids",
     "settlements",
     "quota_warnings",
     "in_flight_by_limit",
-    "operator_rejections",
+    "operator_refusals",
     "operator_changes",
     "dropped_lines",
     "write_errors",
@@ -55,7 +55,7 @@ _TABLES = (
     "illegal_exchange_events",
     "key_fetches",
     "refusals_by_limit",
-    "would_refuse_by_limit",
+    "candidate_refusals",
     "hook_calls",
     "hook_ns",
     "mirrored",
@@ -80,8 +80,8 @@ OBSERVED_REASONS = (
     Reason.ISSUER_UNAVAILABLE.value,
 )
 
-# Outcomes of an attempt: the class of its status, or the reason why it has none.
-OUTCOMES = (
+# Results of an attempt: the class of its status, or the reason why it has none.
+ATTEMPT_RESULTS = (
     "1xx",
     "2xx",
     "3xx",
@@ -121,7 +121,7 @@ class Recorder:
         tiers: Iterable[str],
         percentiles: Sequence[float],
         now: float,
-        rejections: Counter[str] | None = None,
+        refusals: Counter[str] | None = None,
         dropped_lines: Counter[str] | None = None,
         write_errors: Counter[str] | None = None,
         parsed_heads: Counter[str] | None = None,
@@ -129,7 +129,7 @@ class Recorder:
     ) -> None:
         """Create all series with the value zero, so that each exists before its first event.
 
-        `rejections`, by reason, may be shared with the server, which counts requests that never become an exchange;
+        `refusals`, by reason, may be shared with the server, which counts requests that never become an exchange;
         `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`), with the output of the process; the former
         also has the stream `audit`;
         `parsed_heads`, by parser, and `illegal_events`, by event, with the connections of clients.
@@ -140,30 +140,30 @@ class Recorder:
         self.routes = {name: WindowedSeries() for name in (*routes, NO_ROUTE)}
         self.upstreams = {name: WindowedSeries() for name in upstreams}
         self.requests: Counter[tuple[str, str, int, str, str]] = LabelCounter()  # route, method, status, source, tier
-        self.outcomes: dict[str, Counter[str]] = {name: LabelCounter() for name in self.upstreams}
+        self.attempt_results: dict[str, Counter[str]] = {name: LabelCounter() for name in self.upstreams}
         self.retries: Counter[tuple[str, str]] = Counter()  # upstream, cause
         self.retries_denied: Counter[tuple[str, str]] = Counter()  # upstream, why
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, fallback, reason of the failure
         self.illegal_exchange_events: Counter[tuple[str, str]] = Counter()  # phase of an exchange, event
         self.key_fetches: Counter[tuple[str, str]] = Counter()  # issuer, result
         self.refusals_by_limit: Counter[tuple[str, str]] = LabelCounter()  # limit, tier; of all limits that refuse
-        self.would_refuse_by_limit: Counter[tuple[str, str]] = Counter()  # the same of candidates, if admitted
+        self.candidate_refusals: Counter[tuple[str, str]] = Counter()  # the same of candidates, if admitted
         self.hook_calls: Counter[tuple[str, str, str]] = Counter()  # extension, hook, result
         self.hook_ns: Counter[tuple[str, str]] = Counter()  # nanoseconds, by extension and hook
         self.mirrored: Counter[tuple[str, str]] = Counter()  # copies of requests, by route and result
         self.mirrored_in_flight: Counter[str] = Counter()  # by route
-        self.rejections: Counter[str] = LabelCounter() if rejections is None else rejections
+        self.refusals: Counter[str] = LabelCounter() if refusals is None else refusals
         self.allowed: Counter[str] = LabelCounter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = LabelCounter(dict.fromkeys(tiers, 0))
         self.sources: Counter[str] = LabelCounter()  # decisions by source
-        self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed; the candidate would refuse
+        self.would_refuse: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed; the candidate would refuse
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused; the candidate would allow
-        self.would_refuse: Counter[str] = Counter(dict.fromkeys(OBSERVED_REASONS, 0))  # admitted by mode observe
+        self.identity_would_refuse: Counter[str] = Counter(dict.fromkeys(OBSERVED_REASONS, 0))  # in mode observe
         self.bare_client_ids: Counter[str] = Counter(dict.fromkeys(("admitted", "refused"), 0))
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         self.quota_warnings: Counter[str] = Counter()  # by the name of the limit
         self.in_flight_by_limit: Counter[str] = Counter()  # requests that hold a slot of a concurrency limit
-        self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
+        self.operator_refusals: Counter[str] = Counter()  # refused requests to operator endpoints, by reason
         self.operator_changes: Counter[str] = Counter()  # changes by operators, by action
         self.shed = {name: Counter(dict.fromkeys(tiers, 0)) for name in (*self.upstreams, GATEWAY)}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
@@ -174,7 +174,7 @@ class Recorder:
         self.tls_handshakes: Counter[str] = Counter()  # by version and session: `TLSv1.3/new` or `/resumed`
         self.tls_failures: Counter[str] = Counter()  # handshakes by reason
         self.tls_reloads: Counter[str] = Counter()  # of certificates, by result
-        self.requests_not_kept: Counter[str] = LabelCounter(dict.fromkeys(REQUEST_OUTCOMES, 0))  # for lack of a place
+        self.requests_not_kept: Counter[str] = LabelCounter(dict.fromkeys(REQUEST_RESULTS, 0))  # for lack of a place
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}
         self.requests_by_client, self.limited_by_client = HeavyHitters(), HeavyHitters()  # by the client's key
@@ -191,10 +191,10 @@ class Recorder:
             self.routes.setdefault(name, WindowedSeries())
         for name in upstreams:
             self.upstreams.setdefault(name, WindowedSeries())
-            self.outcomes.setdefault(name, LabelCounter())
+            self.attempt_results.setdefault(name, LabelCounter())
             self.shed.setdefault(name, Counter())
         for tier in tiers:
-            for counts in (self.allowed, self.limited, self.would_limit, self.would_allow, *self.shed.values()):
+            for counts in (self.allowed, self.limited, self.would_refuse, self.would_allow, *self.shed.values()):
                 counts.setdefault(tier, 0)
 
     def __repr__(self) -> str:
@@ -202,7 +202,7 @@ class Recorder:
 
     def state(self, since: int = 0) -> dict[str, Any]:
         """Return the state as JSON values; see `describing`."""
-        return completed(self.describing(since))
+        return run_at_once(self.describing(since))
 
     def describing(self, since: int) -> Steps[dict[str, Any]]:
         """Return the state as JSON values, in steps, without series and slices unchanged since slice `since`."""
@@ -216,7 +216,7 @@ class Recorder:
             "routes": routes,
             "upstreams": upstreams,
             **{name: [(*key, count) for key, count in getattr(self, name).items()] for name in _TABLES},
-            "outcomes": {name: dict(counts) for name, counts in self.outcomes.items()},
+            "attempt_results": {name: dict(counts) for name, counts in self.attempt_results.items()},
             "shed": {name: dict(counts) for name, counts in self.shed.items()},
             **{name: dict(getattr(self, name)) for name in _COUNTERS},
             "requests_by_client": self.requests_by_client.state(),
@@ -227,7 +227,7 @@ class Recorder:
 
     def update(self, state: Mapping[str, Any]) -> None:
         """Apply a `state` of another recorder. Every state since its first must have been applied, in order."""
-        completed(self.updating(state))
+        run_at_once(self.updating(state))
 
     def updating(self, state: Mapping[str, Any]) -> Steps[None]:
         """Apply a `state` as `update` does, in steps."""
@@ -241,7 +241,7 @@ class Recorder:
         for name in _TABLES:
             setattr(self, name, Counter({tuple(key): count for *key, count in state[name]}))
             yield
-        self.outcomes = yield from each(state["outcomes"].items(), lambda _, counts: Counter(counts))
+        self.attempt_results = yield from each(state["attempt_results"].items(), lambda _, counts: Counter(counts))
         self.shed = yield from each(state["shed"].items(), lambda _, counts: Counter(counts))
         for name in _COUNTERS:
             setattr(self, name, Counter(state[name]))
@@ -268,11 +268,11 @@ class Recorder:
         for key, exemplar in list(other.exemplars.items()):
             if exemplar[2] >= self.exemplars.get(key, exemplar)[2]:
                 self.exemplars[key] = exemplar
-        for mine, theirs in ((self.routes, other.routes), (self.upstreams, other.upstreams)):
-            for name, series in theirs.items():
-                mine.setdefault(name, WindowedSeries()).absorb(series)
-        for name, outcomes in other.outcomes.items():
-            _add(self.outcomes.setdefault(name, Counter()), outcomes)
+        for own, found in ((self.routes, other.routes), (self.upstreams, other.upstreams)):
+            for name, series in found.items():
+                own.setdefault(name, WindowedSeries()).absorb(series)
+        for name, results in other.attempt_results.items():
+            _add(self.attempt_results.setdefault(name, Counter()), results)
         for name, counts in other.shed.items():
             _add(self.shed.setdefault(name, Counter()), counts)
         for name in (*_TABLES, *_COUNTERS):
@@ -292,7 +292,7 @@ class Recorder:
         running = self.routes[route].at(exchange.finished)
         running.count(exchange)
         if exchange.reason is not None and exchange.fallback is None:
-            self.rejections[exchange.reason] += 1
+            self.refusals[exchange.reason] += 1
         for upstream in exchange.shed_by:
             self.shed[upstream or GATEWAY][tier] += 1
         if client is not None:
@@ -312,9 +312,9 @@ class Recorder:
         if exchange.sent_at is not None and exchange.status != SWITCHED:  # `is_timed`, inlined
             running.time(exchange.finished - exchange.started)
 
-    def observe_attempt(self, upstream: str, outcome: str, seconds: float | None, now: float) -> None:
-        """Count one attempt; `outcome` is a class of status or a reason, `seconds` the time to the response's head."""
-        self.outcomes[upstream][outcome] += 1
+    def observe_attempt(self, upstream: str, result: str, seconds: float | None, now: float) -> None:
+        """Count one attempt; `result` is a class of status or a reason, `seconds` the time to the response's head."""
+        self.attempt_results[upstream][result] += 1
         if seconds is not None:
             self.upstreams[upstream].at(now).time(seconds)
 

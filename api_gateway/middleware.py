@@ -72,7 +72,7 @@ class DataPlaneSplit:
     The data plane does not pass through the framework's routing.
     """
 
-    def __init__(self, app: ASGIApp, *, switch: "DataPlaneSlot") -> None:
+    def __init__(self, app: ASGIApp, *, switch: "DataPlaneSwitch") -> None:
         self.app = app
         self._switch = switch
 
@@ -93,7 +93,7 @@ async def respond_to_server_options(send: Send) -> None:
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class DataPlaneSlot:
+class DataPlaneSwitch:
     """Holds the current data plane: the ASGI path (`data_plane`) and the fast path (`current`).
 
     Before start-up, requests get 503. Start-up sets both, and a reload replaces them; connections refer to this slot
@@ -106,7 +106,7 @@ class DataPlaneSlot:
         self.is_proxied: Callable[[str], bool] = is_proxied
 
     def __repr__(self) -> str:
-        return f"<DataPlaneSlot [{'not started' if self.data_plane is _not_started else 'started'}]>"
+        return f"<DataPlaneSwitch [{'not started' if self.data_plane is _not_started else 'started'}]>"
 
     def set(
         self, data_plane: ASGIApp, fast_path: FastPathHandler, proxied: Callable[[str], bool] = is_proxied

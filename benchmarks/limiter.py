@@ -33,9 +33,9 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
 from api_gateway.limits.quota_limiter import QuotaLimiter
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import Charge, Quota
 from api_gateway.rate_limiter import MemoryLimiter, RateLimiter

@@ -16,7 +16,7 @@ from api_gateway.models import Charge, Client, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.replay.pipeline import replay_logs
+from api_gateway.replay.log_replay import replay_logs
 
 TIERS = {"FREE": (1, 10), "BASIC": (5, 50), "PREMIUM": (20, 200)}
 IN_PROGRESS = 200  # requests at the same time, which end in any order

@@ -26,7 +26,7 @@ from api_gateway.downstream.listener import protocol_of
 from api_gateway.main import create_app
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.transport import http1_transport
-from api_gateway.transport.connection import UpstreamConnection
+from api_gateway.transport.upstream_connection import UpstreamConnection
 from benchmarks.load import Failed
 from benchmarks.upstream import SMALL
 

@@ -44,7 +44,7 @@ def sizes(gateway: Gateway, fast_path: Any) -> dict[str, int]:
 def series_of(recorder: Recorder) -> int:
     """Return the number of labelled metric series."""
     counters = [value for value in vars(recorder).values() if isinstance(value, dict)]
-    return sum(map(len, counters)) + sum(map(len, recorder.outcomes.values()))
+    return sum(map(len, counters)) + sum(map(len, recorder.attempt_results.values()))
 
 
 def main() -> int:

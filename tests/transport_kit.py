@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import httpx
 
 from api_gateway.models import HeaderList
-from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
 from api_gateway.transport.request import Origin
 from api_gateway.transport.response import UpstreamResponse
+from api_gateway.transport.upstream_connection import UpstreamConnection
 from tests.kit import PATIENCE, soon
 
 

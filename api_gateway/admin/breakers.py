@@ -12,7 +12,7 @@ from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL,
 from api_gateway.admin.utc_times import utc, wall_time
 from api_gateway.admin.views import target_health_view
 from api_gateway.errors import InvalidValue, NoRoute
-from api_gateway.eventloop.pacing import each, paced
+from api_gateway.eventloop.steps import each, run_in_steps
 from api_gateway.reporting.snapshot import BreakerSnapshot
 from api_gateway.reporting.upstream_schema import (
     BreakersView,
@@ -48,7 +48,9 @@ async def circuit_breakers(context: Guarded) -> Response:
         snapshot.upstreams.items(),
         lambda _, upstream: {target.key: target_health_view(target, now) for target in upstream.targets},
     )
-    return rendered(BreakersView(circuit_breakers=await paced(breakers), targets=await paced(targets), **error))
+    return rendered(
+        BreakersView(circuit_breakers=await run_in_steps(breakers), targets=await run_in_steps(targets), **error)
+    )
 
 
 @router.post(

@@ -86,7 +86,7 @@ class Endpoints:
         self._counts: dict[int, int] = {}  # routes of each router that is present, by its place in ROUTERS
         app.state.refused = refused
         app.state.rendered_schemas = {}
-        app.add_middleware(AddedWhenNeeded, endpoints=self)
+        app.add_middleware(LazyRoutes, endpoints=self)
         app.add_exception_handler(GatewayError, _error_response)
         app.add_exception_handler(RequestValidationError, _error_response)
         app.add_exception_handler(HTTPException, _error_response)
@@ -155,7 +155,7 @@ class Endpoints:
                 self._counts[place] = len(routes)
 
 
-class AddedWhenNeeded:
+class LazyRoutes:
     """ASGI middleware next to the routes, behind that of an embedding program, which may have changed the path."""
 
     def __init__(self, app: ASGIApp, endpoints: Endpoints) -> None:

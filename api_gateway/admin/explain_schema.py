@@ -189,11 +189,11 @@ class FallbackExplained(Body):
 class ExplainedResult(Body):
     """The decision. `status` and `reason` are those of the response that the gateway would generate, else null.
 
-    A route with a static response or a redirect has the outcome `allowed` with the status of that response. With
-    outcome `fallback`, `reason` is why the fallback is used, and `status` that of a static fallback.
+    A route with a static response or a redirect has the decision `allowed` with the status of that response. With
+    decision `fallback`, `reason` is why the fallback is used, and `status` that of a static fallback.
     """
 
-    outcome: Literal["allowed", "limited", "exceeds_capacity", "refused", "fallback"]
+    decision: Literal["allowed", "limited", "exceeds_capacity", "refused", "fallback"]
     status: int | None
     reason: str | None
     retry_after_seconds: float | None = Field(description="Time until the request would be allowed, if known.")

@@ -14,15 +14,15 @@ from api_gateway.admin.explain_schema import (
 )
 from api_gateway.errors import BadRequest, GatewayError, Reason
 from api_gateway.limits.concurrency import SlotUse
-from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.models import NANOSECONDS, Charge, Decision, processes_of, share_increment, sharing_processes
-from api_gateway.proxy.admission import DirectResponse
+from api_gateway.proxy.admission import StageResponse
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.route_table import Route
 from api_gateway.rate_limiter import NEVER_NS
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 
-_OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
+_DECISIONS: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
     Reason.RATE_LIMITED: "limited",
     Reason.CONCURRENCY_EXCEEDED: "limited",
     Reason.COST_EXCEEDS_CAPACITY: "exceeds_capacity",
@@ -72,39 +72,39 @@ class ChargeOutlook:
 
 def explained_destination(route: Route, raw_target: bytes) -> str:
     """Return in words what responds to the requests of a route, and where a redirect of this request leads."""
-    answer = route.answer
-    if answer is None:
+    response = route.response
+    if response is None:
         return f"upstream {route.upstream}"
     with suppress(BadRequest):  # the result says so
-        for name, value in answer.fields(raw_target):
+        for name, value in response.fields(raw_target):
             if name == b"location":
-                return f"status {answer.status}, to {value.decode('latin-1')}"
-    return f"status {answer.status}"
+                return f"status {response.status}, to {value.decode('latin-1')}"
+    return f"status {response.status}"
 
 
 def explained_result(
-    error: GatewayError | None, fallback: FallbackExplained | None, direct: DirectResponse | None
+    error: GatewayError | None, fallback: FallbackExplained | None, direct: StageResponse | None
 ) -> ExplainedResult:
-    """Return the outcome of a request with this error, if any, and this fallback of its route.
+    """Return the decision on a request with this error, if any, and this fallback of its route.
 
     `direct` is the response of the gateway in place of an upstream's, None if there is none.
     """
     if direct is not None:
         detail = f"The gateway responds itself, with the status {direct.status}."
         return ExplainedResult(
-            outcome="allowed", status=direct.status, reason=None, retry_after_seconds=None, detail=detail
+            decision="allowed", status=direct.status, reason=None, retry_after_seconds=None, detail=detail
         )
     if error is None:
         detail = "Every bucket has enough tokens, and the upstream accepts requests."
-        return ExplainedResult(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=detail)
+        return ExplainedResult(decision="allowed", status=None, reason=None, retry_after_seconds=None, detail=detail)
     if fallback is not None and fallback.used:
         detail = f"{error.detail} The fallback '{fallback.name}' responds."
         reason = error.reason.value
         return ExplainedResult(
-            outcome="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=detail
+            decision="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=detail
         )
     return ExplainedResult(
-        outcome=_OUTCOMES.get(error.reason, "refused"),
+        decision=_DECISIONS.get(error.reason, "refused"),
         status=error.status,
         reason=error.reason.value,
         retry_after_seconds=error.retry_after,

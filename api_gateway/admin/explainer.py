@@ -150,7 +150,7 @@ class Explainer:
         return self._limits.address_quota
 
     async def explain(self, request: ExplainRequest) -> Explanation:
-        """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
+        """Return the predicted decision with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
         path = unquote(request.path.partition("?")[0])
         if not self._is_proxied(path):
             raise InvalidValue(f"path: must be below {API_PREFIX} or the path of a route, got {path!r}.")
@@ -193,7 +193,7 @@ class Explainer:
             ],
             candidate=candidate,
             candidate_concurrency=explained_slots(candidate_uses),
-            upstream=None if route is None or route.answer is not None else self._upstream_view(route, plan),
+            upstream=None if route is None or route.response is not None else self._upstream_view(route, plan),
             fallback=fallback,
             event_loop=LagExplained(
                 lag_seconds=round(self._shedder.lag, 6),

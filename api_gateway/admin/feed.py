@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from api_gateway.admin.breaker_overrides import BreakerOverrides
-from api_gateway.eventloop.pacing import each, paced
+from api_gateway.eventloop.steps import each, run_in_steps
 from api_gateway.metrics import Recorder
 from api_gateway.reporting.overview import overview, upstream_row
 from api_gateway.reporting.problems import Alert, find_problems, status_of
@@ -77,8 +77,8 @@ class Feed:
             self._points = snapshot.points
         number = 1 if before is None else before.number + 1
         known = {} if before is None else before.rows
-        figures = await paced(overview(snapshot, now))
-        rows = await paced(each(snapshot.upstreams.items(), partial(self._row, snapshot.recorder, now)))
+        figures = await run_in_steps(overview(snapshot, now))
+        rows = await run_in_steps(each(snapshot.upstreams.items(), partial(self._row, snapshot.recorder, now)))
         problems = find_problems(snapshot, self._points, self._overrides.error)
         status = figures["status"] = status_of(problems)
         changed = {

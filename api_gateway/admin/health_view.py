@@ -6,7 +6,7 @@ from typing import Literal
 from api_gateway.admin.reload_views import configuration_view
 from api_gateway.admin.utc_times import wall_time
 from api_gateway.admin.views import issuer_views, upstream_view
-from api_gateway.eventloop.pacing import each, paced
+from api_gateway.eventloop.steps import each, run_in_steps
 from api_gateway.metrics import GATEWAY
 from api_gateway.reporting.metrics_view import concurrency_view
 from api_gateway.reporting.tls_snapshot import TlsSnapshot
@@ -37,7 +37,7 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
         snapshot.upstreams.items(),
         lambda name, upstream: upstream_view(upstream, now, concurrency_view(snapshot.recorder, name, upstream)),
     )
-    upstreams = await paced(views)
+    upstreams = await run_in_steps(views)
     words = {view.status for view in upstreams.values()}
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
@@ -85,6 +85,6 @@ def _resource_view(resource: ResourceState) -> ResourceView:
         upstream=resource.upstream,
         limit=resource.limit,
         in_use=resource.in_use,
-        rejected=resource.refused,
+        refused=resource.refused,
         status=resource.status,
     )

@@ -15,10 +15,10 @@ from api_gateway.admin.utc_times import wall_time
 from api_gateway.errors import NoRoute, Reason
 from api_gateway.http1.request_paths import unescaped
 from api_gateway.observability.request_history import HistoryLimits
-from api_gateway.observability.request_record import REQUEST_OUTCOMES
+from api_gateway.observability.request_record import REQUEST_RESULTS
 from api_gateway.printable_text import counted
 from api_gateway.reporting.history_schema import ExplainedRequests, RequestsView
-from api_gateway.reporting.worker_channel import Answers
+from api_gateway.reporting.worker_channel import QueryResults
 
 router = APIRouter(tags=["operator"], dependencies=[TOKEN])
 
@@ -54,7 +54,7 @@ async def recent_requests(
     client: Annotated[str | None, Query(description="Only of this client id.")] = None,
     reason: Annotated[Reason | None, Query(description="Only with this reason.")] = None,
     route: Annotated[str | None, Query(description="Only of this route.")] = None,
-    outcome: Literal["success", "refusal", "error"] | None = None,
+    result: Literal["success", "refusal", "error"] | None = None,
 ) -> Response:
     """Return the last requests of all workers, oldest first; with `after` the first ones that ended after that one.
 
@@ -63,7 +63,7 @@ async def recent_requests(
     """
     _limits(context)
     question = {"kind": "list", "after": after, "limit": limit, "status": status, "client_id": client}
-    question |= {"reason": reason, "route": route, "outcome": outcome}
+    question |= {"reason": reason, "route": route, "result": result}
     answers = await context.aggregator.query(question)
     until = min(answer["until"] for answer in answers.values)
     rows = _rows(answers, "number")
@@ -116,12 +116,12 @@ def _limits(context: AdminContext) -> HistoryLimits:
     return limits
 
 
-def _rows(answers: Answers, order: str) -> list[Members]:
+def _rows(answers: QueryResults, order: str) -> list[Members]:
     """Return the requests of all workers, sorted by a member."""
     return sorted((row for answer in answers.values for row in answer["requests"]), key=itemgetter(order))
 
 
-def _last_complete(answers: Answers, limit: int, until: int) -> int:
+def _last_complete(answers: QueryResults, limit: int, until: int) -> int:
     """Return the number up to which no worker has left out a request: a full page ends with its last one."""
     full: list[int] = [
         answer["requests"][-1]["number"] for answer in answers.values if len(answer["requests"]) == limit
@@ -137,9 +137,9 @@ def _in_words(numbers: list[int]) -> str:
     )
 
 
-def _unknown(request_id: str, limits: HistoryLimits, answers: Answers, *, is_alone: bool) -> NoRoute:
+def _unknown(request_id: str, limits: HistoryLimits, answers: QueryResults, *, is_alone: bool) -> NoRoute:
     kept, not_kept = (
-        [sum(answer[member][name] for answer in answers.values) for name in REQUEST_OUTCOMES]
+        [sum(answer[member][name] for answer in answers.values) for name in REQUEST_RESULTS]
         for member in ("kept", "not_kept")
     )
     oldest = min((answer["oldest"] for answer in answers.values if answer["oldest"] is not None), default=None)

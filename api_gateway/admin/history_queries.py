@@ -12,14 +12,14 @@ from typing import Any
 
 from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import without_keys
-from api_gateway.eventloop.pacing import Steps
+from api_gateway.eventloop.steps import Steps
 from api_gateway.models import NANOSECONDS, Clock
 from api_gateway.observability.request_history import RequestHistory
 from api_gateway.observability.request_record import (
-    Charged,
-    Decided,
+    ChargeRecord,
+    DecisionRecord,
+    HistoryRecord,
     LimitState,
-    Record,
     charged_cost,
     states_of,
 )
@@ -53,9 +53,9 @@ class HistoryQueries:
         return self._list(question)
 
     def _find(self, request_id: str) -> Steps[Members]:
-        kept = {outcome: count for outcome, (count, _) in self._history.sizes().items()}
+        kept = {result: count for result, (count, _) in self._history.sizes().items()}
         not_kept = dict(self._history.not_kept)
-        found: list[Record] = []
+        found: list[HistoryRecord] = []
         oldest: float | None = None
         for record in self._history.records(self._wall_clock()):
             if record is None:
@@ -93,7 +93,7 @@ class HistoryQueries:
         latest = nlargest(MAX_SPENDING + 1, found, key=lambda record: record.started)
         return {"requests": [_spending(record, key) for record in latest]}
 
-    def _select(self, matches: Callable[[Record], bool], after: int = 0) -> Steps[list[Record]]:
+    def _select(self, matches: Callable[[HistoryRecord], bool], after: int = 0) -> Steps[list[HistoryRecord]]:
         found = []
         for record in self._history.records(self._wall_clock(), after):
             if record is None:
@@ -103,16 +103,16 @@ class HistoryQueries:
         return found
 
 
-def _ended(record: Record) -> float:
+def _ended(record: HistoryRecord) -> float:
     return record.ended
 
 
-def _filter(question: Mapping[str, Any]) -> Callable[[Record], bool]:
+def _filter(question: Mapping[str, Any]) -> Callable[[HistoryRecord], bool]:
     """Return the predicate of a query: whether a record matches its filters."""
-    status, wanted = question["status"], {name: question[name] for name in ("client_id", "reason", "route", "outcome")}
+    status, wanted = question["status"], {name: question[name] for name in ("client_id", "reason", "route", "result")}
     exact = {name: value for name, value in wanted.items() if value is not None}
 
-    def matches(record: Record) -> bool:
+    def matches(record: HistoryRecord) -> bool:
         if status is not None and not _is_status(record.status, status):
             return False
         return all(getattr(record, name) == value for name, value in exact.items())
@@ -124,7 +124,7 @@ def _is_status(status: int, wanted: str) -> bool:
     return str(status)[:1] == wanted[:1] if wanted.endswith("xx") else str(status) == wanted
 
 
-def _spent_at(record: Record, key: str) -> int | None:
+def _spent_at(record: HistoryRecord, key: str) -> int | None:
     """Return the index of a bucket among those that a request was charged to; None if it was not."""
     decision = record.decision
     if decision is None or not decision.allowed:
@@ -141,7 +141,7 @@ def _milliseconds(seconds: float) -> float:
     return round(max(seconds, 0.0) * 1000, 3)
 
 
-def _row(record: Record) -> Members:
+def _row(record: HistoryRecord) -> Members:
     waited = None
     if record.sent_at is not None and record.head_at is not None:
         waited = _milliseconds(record.head_at - record.sent_at)
@@ -150,7 +150,7 @@ def _row(record: Record) -> Members:
         "time": wall_time(record.ended),
         "request_id": _text(record.id),
         "trace_id": record.trace_id,
-        "outcome": record.outcome,
+        "result": record.result,
         "client_id": _text(record.client_id),
         "client_address": record.client_address,
         "tier": record.tier,
@@ -174,7 +174,7 @@ def _row(record: Record) -> Members:
     }
 
 
-def _explained(record: Record) -> Members:
+def _explained(record: HistoryRecord) -> Members:
     """Return all that is known about a request.
 
     `_keys` are those of the limits that refused it, by the index of the limit, `_buckets` the state of their buckets,
@@ -201,18 +201,18 @@ def _explained(record: Record) -> Members:
     }
 
 
-def _refusing_keys(decision: Decided) -> dict[str, str]:
+def _refusing_keys(decision: DecisionRecord) -> dict[str, str]:
     charges = enumerate(decision.charges if decision.source != "deny" else ())
     return {str(index): one.key for index, one in charges if one.name in decision.refusing}
 
 
-def _refusing_buckets(decision: Decided) -> dict[str, Members]:
+def _refusing_buckets(decision: DecisionRecord) -> dict[str, Members]:
     """Return the buckets of `_refusing_keys` as they were; a refusal leaves their tokens."""
     states = states_of(decision)
     return {index: _bucket(decision, states[int(index)]) for index in _refusing_keys(decision)}
 
 
-def _bucket(decision: Decided, state: LimitState) -> Members:
+def _bucket(decision: DecisionRecord, state: LimitState) -> Members:
     """Return a bucket at a decision, as `spent_tokens` compares it: its tokens before, rate and size in tokens.
 
     `_share` is the process to which the share belongs, None if the bucket is that of the whole limit.
@@ -227,7 +227,7 @@ def _bucket(decision: Decided, state: LimitState) -> Members:
     }
 
 
-def _decision(decision: Decided) -> Members:
+def _decision(decision: DecisionRecord) -> Members:
     return {
         "allowed": decision.allowed,
         "limit": decision.limit,
@@ -240,7 +240,7 @@ def _seconds_to_wait(wait_ns: int) -> float | None:
     return None if wait_ns in (0, NEVER_NS) else round(wait_ns / NANOSECONDS, 9)
 
 
-def _limits(decision: Decided) -> list[Members]:
+def _limits(decision: DecisionRecord) -> list[Members]:
     rows = []
     for one, state in zip(decision.charges, states_of(decision), strict=True):
         allowed, wait_ns = one.name not in decision.refusing, 0
@@ -266,7 +266,7 @@ def _limits(decision: Decided) -> list[Members]:
     return rows + [_slot(decision, name, most) for name, most in slots.items() if name not in charged]
 
 
-def _slot(decision: Decided, name: str, concurrent: int | None) -> Members:
+def _slot(decision: DecisionRecord, name: str, concurrent: int | None) -> Members:
     """Return the row of a concurrency limit: of the requests in flight, nothing is kept."""
     names = ("capacity", "refill_per_second", "tokens_before", "tokens_after", "processes", "spent_by")
     wait = _seconds_to_wait(decision.wait_ns) if name == decision.limit else None
@@ -274,7 +274,7 @@ def _slot(decision: Decided, name: str, concurrent: int | None) -> Members:
     return row | {"concurrent": concurrent} | dict.fromkeys(names)
 
 
-def _wait_ns(charged: Charged, state: LimitState) -> int:
+def _wait_ns(charged: ChargeRecord, state: LimitState) -> int:
     """Return the wait of a limit that refuses, from its tokens; 0 if it is not known."""
     if charged.increment_ns > charged.burst_ns:
         return NEVER_NS
@@ -283,7 +283,7 @@ def _wait_ns(charged: Charged, state: LimitState) -> int:
     return max(0, round((state.taken - state.after) / state.rate * NANOSECONDS))
 
 
-def _attempts(record: Record) -> list[Members]:
+def _attempts(record: HistoryRecord) -> list[Members]:
     """Return the attempts: those that have failed, and the last one if it has not."""
     rows = [
         {
@@ -314,7 +314,7 @@ def _attempts(record: Record) -> list[Members]:
     return rows
 
 
-def _spending(record: Record, key: str) -> Members:
+def _spending(record: HistoryRecord, key: str) -> Members:
     """Return a request that was charged to a bucket.
 
     `_full`: it found the bucket full; `_left` are the tokens right after the decision, and `_charged_later` those that

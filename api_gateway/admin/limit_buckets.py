@@ -18,7 +18,7 @@ from api_gateway.http1.headers import address_key, is_visible_ascii
 from api_gateway.ip_addresses import parse_address
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import Limit
-from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.models import Body, Charge, Client, ConcurrencySlot, Quota
 
 router = APIRouter(

@@ -14,7 +14,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit, limit_of
-from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.metrics import Recorder
 from api_gateway.models import Body, Quota
 from api_gateway.observability.heavy_hitters import Estimate

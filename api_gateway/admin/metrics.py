@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from api_gateway.admin.context import Guarded
 from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN, rendered
 from api_gateway.admin.views import issuer_views
-from api_gateway.eventloop.pacing import paced
+from api_gateway.eventloop.steps import run_in_steps
 from api_gateway.reporting.metrics_schema import LatencyView, MetricsView
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
 from api_gateway.reporting.prometheus import PrometheusExposition
@@ -40,7 +40,7 @@ async def metrics(
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
         exposition = PrometheusExposition(snapshot, context.version)
-        body, content_type = await paced(exposition.render(accept))
+        body, content_type = await run_in_steps(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})
     view = metrics_view(
         snapshot.recorder,
@@ -53,11 +53,11 @@ async def metrics(
         lag=snapshot.lag,
         issuers=issuer_views(snapshot.issuers, context.clocks.now()),
     )
-    return rendered(await paced(view))
+    return rendered(await run_in_steps(view))
 
 
 @router.get("/metrics/latency", summary="Latency percentiles", response_model=LatencyView)
 async def latency(context: Guarded) -> Response:
     """Return the percentiles over the last minute, the last five minutes and since the start."""
     snapshot = await context.aggregator.gather()
-    return rendered(await paced(latency_view(snapshot.recorder, context.clocks.monotonic())))
+    return rendered(await run_in_steps(latency_view(snapshot.recorder, context.clocks.monotonic())))

@@ -9,7 +9,7 @@ from api_gateway.admin.context import AdminContext, Audit
 from api_gateway.admin.request_schema import RequestBody
 from api_gateway.admin.utc_times import wall_time
 from api_gateway.errors import InvalidValue
-from api_gateway.limits.period_standing import UNITS_PER_TOKEN, Adjustment, PeriodQuota, Standing
+from api_gateway.limits.quota_state import UNITS_PER_TOKEN, Adjustment, PeriodQuota, QuotaState
 from api_gateway.models import Body, Instant
 
 MOST_TOKENS = 1_000_000_000_000
@@ -119,7 +119,7 @@ class HeldQuota:
         await audit(AuditAction.QUOTA_CHANGED, subject, *views)
         return after
 
-    def _view(self, standing: Standing, now: int) -> QuotaView:
+    def _view(self, standing: QuotaState, now: int) -> QuotaView:
         counter, count, quota = standing.counter, standing.count, self._quota
         balance = counter.valid_balance(now)
         return QuotaView(

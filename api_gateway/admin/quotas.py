@@ -10,7 +10,7 @@ from api_gateway.admin.openapi import CLIENT_REFUSALS, TIER_REFUSALS, TOKEN
 from api_gateway.admin.quota_changes import CarryOverRequest, HeldQuota, QuotaView, TopUpRequest
 from api_gateway.errors import InvalidValue
 from api_gateway.limits.limit import quotas_of_client
-from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.models import Body
 
 router = APIRouter(tags=["quotas"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])

@@ -12,7 +12,7 @@ from api_gateway.errors import CredentialsInvalid
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Exchange
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.identity_sources import Claim, Proof, Question, Work
+from api_gateway.proxy.identity_sources import Claim, CredentialCheck, CredentialQuery, Proof
 from api_gateway.proxy.open_exchanges import OpenExchanges
 
 logger = logging.getLogger(__name__)
@@ -116,10 +116,10 @@ class CredentialWatch:
         if is_confirmed and self._clock_ns() < proof.expires_ns:
             return None
         found: object = claim.source.verify(claim, self._clock_ns())
-        while isinstance(found, Work):
+        while isinstance(found, CredentialCheck):
             found = found.do()
             await asyncio.sleep(0)  # after a reload, the signatures of all streams may have to be verified
-        if isinstance(found, Question):
+        if isinstance(found, CredentialQuery):
             found = await found.ask()
         if isinstance(found, Proof):
             proof.claim, proof.confirmed_version = claim, version

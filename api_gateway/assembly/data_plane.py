@@ -28,6 +28,7 @@ from api_gateway.observability.selected_lines import at_level, by_route, sampled
 from api_gateway.observability.text_log import TextLog
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
+from api_gateway.proxy.candidate_limits import CandidateLimits
 from api_gateway.proxy.certificate_source import CertificateStage
 from api_gateway.proxy.concurrency_stage import ConcurrencyStage
 from api_gateway.proxy.cors_stages import CorsPolicies, CorsStage, PreflightStage
@@ -43,8 +44,7 @@ from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.identity_sources import IdentitySources
 from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
-from api_gateway.proxy.route_stages import DirectAnswerStage, stages_of_routes
-from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.proxy.route_stages import DirectResponseStage, stages_of_routes
 from api_gateway.proxy.stages import (
     AmbiguityStage,
     DeadlineStage,
@@ -282,7 +282,7 @@ def _last_stages(gateway: Gateway, hooks: Hooks) -> list[Stage]:
     return [
         FinalRecipientStage(),
         *([ExtensionRequestStage(hooks["on_request"])] if hooks["on_request"] else []),
-        *([DirectAnswerStage()] if any(route.answer is not None for route in gateway.routes) else []),
+        *([DirectResponseStage()] if any(route.response is not None for route in gateway.routes) else []),
     ]
 
 
@@ -373,8 +373,8 @@ def _unnumbered() -> int:
     return 0
 
 
-def _shadow(gateway: Gateway) -> ShadowLimits | None:
-    shadow = ShadowLimits(
+def _shadow(gateway: Gateway) -> CandidateLimits | None:
+    shadow = CandidateLimits(
         limiter=gateway.charging,
         clock_ns=gateway.clocks.monotonic_ns,
         recorder=gateway.recorder,

@@ -30,11 +30,11 @@ from api_gateway.assembly.routes import cors_of, route_of
 from api_gateway.assembly.stores import (
     REPLACED_WITHIN,
     Quotas,
+    convert_buckets,
     hold_state_folder,
     limiter_of,
     move_buckets,
     registry_of,
-    requote,
     shared_store,
 )
 from api_gateway.assembly.tracing import Tracing, TracingPlan, tracing_plan
@@ -174,12 +174,12 @@ class Assembly:
 
     def __init__(
         self,
-        rejections: Counter[str],
+        refusals: Counter[str],
         transports: Mapping[str, httpx.AsyncBaseTransport],
         resolve: Resolve,
         clocks: Clocks,
     ) -> None:
-        self._rejections = rejections
+        self._refusals = refusals
         self._overrides = transports
         self._resolve = resolve
         self._clocks = clocks
@@ -289,7 +289,7 @@ class Assembly:
         """Put a planned configuration into force. Requests in progress end under the one that they began with."""
         before, config = self.gateway, plan.config
         now_ns = self._clocks.monotonic_ns()
-        requote(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas), now_ns)
+        convert_buckets(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas), now_ns)
         upstreams = {name: self._adopt_upstream(name, one, plan.priorities) for name, one in plan.upstreams.items()}
         for name, live in before.upstreams.items():
             if name not in upstreams:
@@ -404,7 +404,7 @@ class Assembly:
             plan.quotas.tiers,
             plan.config.metrics.percentiles,
             self._clocks.monotonic(),
-            self._rejections,
+            self._refusals,
             *process_output().losses,
             PARSED_HEADS,
             ILLEGAL_EVENTS.counts,

@@ -35,7 +35,7 @@ class IdentityObserver:
 
     def on_observed(self, plan: RequestPlan, error: GatewayError) -> None:
         """Count a request that would be refused, and log it, within a limit on log lines."""
-        self._recorder.would_refuse[error.reason] += 1
+        self._recorder.identity_would_refuse[error.reason] += 1
         charge = Charge("", OBSERVED_LINES, OBSERVED_LINES.cost_ns(1))
         if not self._lines.decide([charge], self._clock_ns()).allowed:
             self._unlogged += 1

@@ -14,9 +14,9 @@ from api_gateway.admin.history_queries import HistoryQueries
 from api_gateway.assembly.data_plane import data_plane_of
 from api_gateway.assembly.gateway import Assembly, Gateway, Plan
 from api_gateway.config import GatewayConfig
-from api_gateway.eventloop.pacing import Steps, each, paced
+from api_gateway.eventloop.steps import Steps, each, run_in_steps
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.middleware import DataPlaneSlot
+from api_gateway.middleware import DataPlaneSwitch
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reload.reloader import Reloader, refused_reload
 from api_gateway.reload.serialization import deserialized
@@ -59,7 +59,7 @@ class Installation:
         self,
         app: Application,
         assembly: Assembly,
-        switch: DataPlaneSlot,
+        switch: DataPlaneSwitch,
         *,
         server_headers: frozenset[bytes],
         access: Callable[[GatewayConfig], Access],
@@ -152,7 +152,7 @@ class Installation:
 
     def snapshot(self) -> Steps[WorkerSnapshot]:
         """Return the snapshot of this process."""
-        snapshot = yield from report_of(self._assembly.gateway)
+        snapshot = yield from snapshot_of(self._assembly.gateway)
         if self._connections is not None:
             snapshot.resources.insert(0, ResourceState.of("connections", [self._connections]))
         if self._reloader is not None:
@@ -180,10 +180,10 @@ class Installation:
         while True:
             await asyncio.sleep(seconds_to_next(time.monotonic()))
             now = clocks.now()
-            await paced(self._history.sampling([self._assembly.gateway.recorder], now.monotonic, now.wall))
+            await run_in_steps(self._history.sampling([self._assembly.gateway.recorder], now.monotonic, now.wall))
 
 
-def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
+def snapshot_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
     """Return the snapshot of a gateway, in steps, so that it does not block the event loop for long."""
     now = gateway.clocks.monotonic()
     upstreams = yield from each(
@@ -220,5 +220,5 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
 
 def _history_figures(gateway: Gateway) -> dict[str, int]:
     sizes = gateway.history.sizes()
-    counts: dict[str, int] = {outcome: count for outcome, (count, _) in sizes.items()}
+    counts: dict[str, int] = {result: count for result, (count, _) in sizes.items()}
     return counts | {"bytes": sum(size for _, size in sizes.values())}

@@ -13,10 +13,10 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.limits.limit import LIMIT_PREFIX, Limit
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import MICROSECONDS, UNITS_PER_TOKEN, PeriodQuota, Warned
 from api_gateway.limits.period_store import PeriodJournal, PeriodStore
 from api_gateway.limits.quota_book import LocalBook, QuotaBook, StoreBook
 from api_gateway.limits.quota_limiter import QuotaLimiter
+from api_gateway.limits.quota_state import MICROSECONDS, UNITS_PER_TOKEN, PeriodQuota, QuotaWarning
 from api_gateway.metrics import Recorder
 from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.settings.webhook import WebhookSection, signing_key
@@ -119,7 +119,7 @@ class QuotaKeeping:
             )
             self._webhook.start()
 
-    def _on_warned(self, warned: Sequence[Warned]) -> None:
+    def _on_warned(self, warned: Sequence[QuotaWarning]) -> None:
         for one in warned:
             if not one.key.startswith(LIMIT_PREFIX):  # a candidate's
                 continue
@@ -138,7 +138,7 @@ class QuotaKeeping:
                 self._events.add(_event(one, holder, self._clocks.wall()))
 
 
-def _event(warned: Warned, holder: str, now: float) -> WebhookEvent:
+def _event(warned: QuotaWarning, holder: str, now: float) -> WebhookEvent:
     """Return the event of a warning. Its id depends on what it is about alone, so that it is never a new one.
 
     A share can be reached again in the same period after a reset, or if the allowance changes: this is another event.

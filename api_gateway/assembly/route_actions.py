@@ -7,7 +7,7 @@ from typing import Any
 
 from api_gateway.errors import StartupError
 from api_gateway.proxy.compression import GZIP, ZSTD, Compression, ContentEncoder, GzipEncoder, NewEncoder, ZstdEncoder
-from api_gateway.proxy.direct_answers import DirectAnswer
+from api_gateway.proxy.direct_responses import DirectResponse
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
 from api_gateway.proxy.mirroring import Mirroring
 from api_gateway.proxy.path_rewriting import PathRewriting
@@ -54,15 +54,15 @@ def rewriting_of(section: RouteSection) -> PathRewriting | None:
     return PathRewriting(section.path, prefix=(rewrite.prefix or "").rstrip("/").encode())
 
 
-def answer_of(section: RouteSection) -> DirectAnswer | None:
+def response_of(section: RouteSection) -> DirectResponse | None:
     """Return the response in place of an upstream, None if there is an upstream."""
     if section.redirect is not None:
         path = section.path if section.match.path == PATH_TEMPLATE else ""
-        return DirectAnswer(section.redirect.status, location=ValueTemplate.of(section.redirect.to), path=path)
+        return DirectResponse(section.redirect.status, location=ValueTemplate.of(section.redirect.to), path=path)
     if section.respond is None:
         return None
     headers = tuple((name.encode(), value.encode()) for name, value in section.respond.headers.items())
-    return DirectAnswer(section.respond.status, headers, section.respond.body.encode())
+    return DirectResponse(section.respond.status, headers, section.respond.body.encode())
 
 
 def mirroring_of(section: MirrorSection | None) -> Mirroring | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from api_gateway.assembly.route_actions import answer_of, compression_of, editor_of, mirroring_of, rewriting_of
+from api_gateway.assembly.route_actions import compression_of, editor_of, mirroring_of, response_of, rewriting_of
 from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
@@ -73,7 +73,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         max_header_bytes=section.max_header_bytes,
         max_header_lines=section.max_header_lines,
         response_timeout=section.response_timeout,
-        answer=answer_of(section),
+        response=response_of(section),
         mirroring=mirroring_of(section.mirror),
         compression=None if section.compression is None else compression_of(section.name, section.compression),
     )

@@ -24,8 +24,8 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
-from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.models import Client, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.limits import AllowanceSection, LimitCandidateSection, LimitSection
@@ -304,7 +304,7 @@ def configured_clients(config: GatewayConfig) -> dict[str, str]:
     return {client_id: section.tier or config.default_tier for client_id, section in config.clients.items()}
 
 
-def requote(
+def convert_buckets(
     limiter: "Limiter",
     clients: ClientRegistry,
     configs: tuple[GatewayConfig, GatewayConfig],

@@ -25,7 +25,7 @@ from api_gateway.clients.records import (
     key_entry,
 )
 from api_gateway.clients.unusable_keys import warning_of
-from api_gateway.eventloop.pacing import Steps, paced
+from api_gateway.eventloop.steps import Steps, run_in_steps
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Clock
 
@@ -297,6 +297,6 @@ class KeyDirectory:
 
 
 async def _log(steps: Steps[str | None]) -> None:
-    warning = await paced(steps)
+    warning = await run_in_steps(steps)
     if warning is not None:
         logger.warning("%s", warning)

@@ -2,7 +2,7 @@
 
 A change is stored first, then applied. Changes by other processes are read from the store and applied. Clients that do
 not fit into memory are looked up in the store, concurrent look-ups in one query. `client_tiers` has what a record
-means, and `grant_endings` what ends at its time.
+means, and `grant_timer` what ends at its time.
 
 Long because registrations, grants and changes from the store all modify the same in-memory copy.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.client_pages import ListedClient, client_page
 from api_gateway.clients.client_tiers import ClientTiers, PreviousClients, owner_of
-from api_gateway.clients.grant_endings import GrantEndings
+from api_gateway.clients.grant_timer import GrantTimer
 from api_gateway.clients.identity_rules import NO_RULES, IdentityRules
 from api_gateway.clients.kept_proofs import KeptProofs, ProofFile
 from api_gateway.clients.key_directory import KeyDirectory
@@ -119,7 +119,7 @@ class ClientRegistry:
         self._cache.is_complete = True  # until the store is loaded, no look-ups are made
         self._known = self._cache.clients
         self._proofs = KeptProofs(proof_file, limit)
-        self._endings = GrantEndings(self, store, limit, wall_clock=wall_clock, source=self._random)
+        self._endings = GrantTimer(self, store, limit, wall_clock=wall_clock, source=self._random)
         self._lookups = LookupBatcher(
             store.look_up,
             self._on_lookup,
@@ -528,7 +528,7 @@ class ClientRegistry:
             self.version += 1
             self._on_change(before, after)
 
-    # See `grant_endings.EndingRecords`
+    # See `grant_timer.GrantRecords`
 
     def held(self, client_id: str) -> ClientRecord | None:
         """Return the record that is held of a client; None if there is none."""

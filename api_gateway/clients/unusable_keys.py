@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from api_gateway.clients.api_keys import ApiKey, KnownKey
-from api_gateway.eventloop.pacing import Steps
+from api_gateway.eventloop.steps import Steps
 from api_gateway.printable_text import some_of
 
 _STEP = 100  # keys

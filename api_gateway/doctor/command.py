@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from api_gateway.config import GatewayConfig, Loaded, config_path, read_config
+from api_gateway.config import GatewayConfig, LoadedConfig, config_path, read_config
 from api_gateway.doctor.access_checks import check_exposure, check_tokens
 from api_gateway.doctor.checks import Check, CheckResult, Level, blocking, broken, doubtful, run_checks
 from api_gateway.doctor.machine_checks import (
@@ -55,7 +55,7 @@ def _results(options: argparse.Namespace) -> list[CheckResult]:
     return found + asyncio.run(run_checks(list(_checks(loaded)), options.timeout))
 
 
-def _checks(loaded: Loaded) -> Iterator[Check]:
+def _checks(loaded: LoadedConfig) -> Iterator[Check]:
     config: GatewayConfig = loaded.config
     yield blocking("files and packages", lambda: check_files(config, loaded.sources.origin))
     yield blocking("certificates", lambda: check_certificates(config, datetime.now(UTC)))

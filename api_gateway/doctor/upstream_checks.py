@@ -70,7 +70,7 @@ async def _target(about: str, section: UpstreamSection, url: str) -> list[CheckR
     try:
         results = [_connected(about, writer, took)]
         if section.health_check is not None:
-            results.append(await _answer(about, reader, writer, parts.netloc, section.health_check))
+            results.append(await _response_result(about, reader, writer, parts.netloc, section.health_check))
         return results
     finally:
         writer.close()
@@ -86,7 +86,7 @@ def _connected(about: str, writer: asyncio.StreamWriter, took: float) -> CheckRe
     return CheckResult(about, found.level, f"{detail}; {found.detail}", found.remedy)
 
 
-async def _answer(
+async def _response_result(
     about: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, check: HealthCheckSection
 ) -> CheckResult:
     fields = {"Host": host, "User-Agent": "api-gateway-doctor", "Connection": "close"}

@@ -28,7 +28,7 @@ from api_gateway.downstream.request_input import RequestIntake, receive, replay_
 from api_gateway.downstream.request_reader import RequestReader
 from api_gateway.downstream.server_context import ServerContext
 from api_gateway.downstream.slots import SURPLUS_TIMEOUT
-from api_gateway.downstream.states import ILLEGAL_EVENTS, START, ConnectionEvent, ConnectionState, Reading, Service
+from api_gateway.downstream.states import ILLEGAL_EVENTS, START, ConnectionEvent, ConnectionState, InputState, Service
 from api_gateway.downstream.timeouts import ConnectionTimeouts
 from api_gateway.errors import GatewayError
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
@@ -378,7 +378,7 @@ class DownstreamConnection:
             self.accepts_plain = self._fast_path is not None
             return
         self.timeouts.apply(self)
-        if state.is_due or state.is_held or state.reading is Reading.BODY:
+        if state.is_due or state.is_held or state.input is InputState.BODY:
             return
         if state.is_half_closed:
             self.close()

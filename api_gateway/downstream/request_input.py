@@ -7,7 +7,7 @@ from api_gateway.downstream.closing import discard_body, discard_input
 from api_gateway.downstream.draining import announce_close
 from api_gateway.downstream.owner import ConnectionOwner
 from api_gateway.downstream.plain_body import take_body
-from api_gateway.downstream.states import ConnectionEvent, Persistence, Reading, Service
+from api_gateway.downstream.states import ConnectionEvent, InputState, Persistence, Service
 from api_gateway.errors import GatewayError, Overloaded
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import HeaderList
@@ -38,7 +38,7 @@ class RequestIntake:
         """Start the timeout of a head; that of the first one runs since the connection was made."""
         owner = self._owner
         if owner.state.is_between:
-            if owner.state.reading is not Reading.NEW:
+            if owner.state.input is not InputState.NEW:
                 owner.timer.set(owner.limits.header_timeout)
             owner.move(ConnectionEvent.HEAD_BEGUN)
             owner.accepts_plain = False  # what follows a body in one read has not been offered to the fast path

@@ -101,7 +101,7 @@ class _NoSink:
 _NO_SINK: Final = _NoSink()
 
 
-class Part(IntEnum):
+class ExpectedPart(IntEnum):
     """The part of a request that the parser expects."""
 
     START = auto()  # the request line
@@ -139,7 +139,7 @@ class RequestReader:
         self._limits = limits
         self.sink: RequestSink = sink
         self._parser: Any = None  # created for the first piece: plain requests do not need it
-        self._part = Part.START
+        self._part = ExpectedPart.START
         self._is_stopped = False
         self._url = b""
         self._headers: HeaderList = []
@@ -173,13 +173,13 @@ class RequestReader:
         It is 0 only if the reader has been stopped or reports a handshake.
         """
         taken = 0
-        if self._part is Part.START:
+        if self._part is ExpectedPart.START:
             taken = self._take_method(view)
             view = view[taken:]
             if not view or self._is_stopped:
                 return taken
         taken += self._feed(self._next_piece(view))
-        if self._chunks is not None and self._part is Part.BODY and not self._is_stopped:
+        if self._chunks is not None and self._part is ExpectedPart.BODY and not self._is_stopped:
             self._check_chunk(self._chunks)
         return taken
 
@@ -193,14 +193,14 @@ class RequestReader:
     def check_sizes(self) -> None:
         """Refuse a head, trailers or chunk framing above the limit; to be called after the last piece of a read."""
         limit = self._limits.header_bytes
-        if self._part is Part.BODY and self._overhead > limit:
+        if self._part is ExpectedPart.BODY and self._overhead > limit:
             self._refuse(BadRequest(f"The body has more than {limit} bytes of chunk extensions."))
         elif self._unparsed > limit:
             self._refuse_size()
 
     def forget_line_breaks(self) -> None:
         """Count line breaks before a request line anew."""
-        if self._part is Part.START:
+        if self._part is ExpectedPart.START:
             self._unparsed = 0
 
     def stop(self) -> None:
@@ -241,7 +241,7 @@ class RequestReader:
 
         So each request begins at the beginning of a piece.
         """
-        if self._part is Part.BODY:
+        if self._part is ExpectedPart.BODY:
             piece = view[: min(BODY_PIECE, self._body_left or BODY_PIECE)]
             if self._chunks is not None:
                 piece = piece[: self._chunks.find(bytes(piece))]
@@ -262,7 +262,7 @@ class RequestReader:
         if self._line_begun is not None and self._is_of_other_protocol(self._line_begun + bytes(piece)):
             self._refuse(BadRequest(_OTHER_VERSION))
             return size
-        begins = self._part is Part.START
+        begins = self._part is ExpectedPart.START
         if self._parser is None:
             self.renew()
         try:
@@ -275,7 +275,12 @@ class RequestReader:
             self._on_error(error)
         else:
             self._deliver()
-            if begins and self._part is Part.HEAD and not self._is_stopped and _LINE_WITHOUT_VERSION.match(piece):
+            if (
+                begins
+                and self._part is ExpectedPart.HEAD
+                and not self._is_stopped
+                and _LINE_WITHOUT_VERSION.match(piece)
+            ):
                 self._refuse(BadRequest(_OTHER_VERSION))  # a client of HTTP/0.9 would send no more
         return size
 
@@ -317,7 +322,7 @@ class RequestReader:
         """
         if self._is_stopped:
             return
-        if self._part is Part.START:
+        if self._part is ExpectedPart.START:
             self.sink.on_handshake()
             return
         method, version = self._parser.get_method(), self._parser.get_http_version().encode()
@@ -343,9 +348,9 @@ class RequestReader:
         self._headers = []
         self._expects_continue = self._is_chunked = False
         self._body_left = None
-        if self._part is Part.START and not self._is_stopped:
+        if self._part is ExpectedPart.START and not self._is_stopped:
             self.sink.on_head_begun()
-        self._part = Part.HEAD
+        self._part = ExpectedPart.HEAD
 
     def on_url(self, url: bytes) -> None:
         """Append a part of the request target (parser callback)."""
@@ -353,7 +358,7 @@ class RequestReader:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Store one header field or trailer field (parser callback)."""
-        if self._part is Part.HEAD:
+        if self._part is ExpectedPart.HEAD:
             value = value.rstrip(b" \t")
             self._headers.append((name, value))
             if len(name) == 6 and name.lower() == b"expect":  # noqa: PLR2004 - the length test saves calls of `lower`
@@ -390,7 +395,7 @@ class RequestReader:
         except ValueError as error:
             self._refuse(BadRequest(f"The request target is not valid: {error}."))
             return
-        self._part = Part.BODY
+        self._part = ExpectedPart.BODY
         self._chunks = ChunkedEnd() if head.length is None else None
         self._overhead = 0
         self._trailers = []
@@ -399,7 +404,7 @@ class RequestReader:
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body, which `_deliver` reports (parser callback)."""
         self._unparsed = 0
-        if self._is_stopped or self._part is not Part.BODY:
+        if self._is_stopped or self._part is not ExpectedPart.BODY:
             return
         if self._body_left is None:
             self._overhead = max(0, self._overhead - CHUNK_OVERHEAD * len(body))
@@ -411,9 +416,9 @@ class RequestReader:
         """End the request; the next head may follow in the same piece (parser callback)."""
         self._unparsed = 0
         self._deliver()  # may stop the reader
-        if self._is_stopped or self._part is not Part.BODY:
+        if self._is_stopped or self._part is not ExpectedPart.BODY:
             return
-        self._part, self._line_begun = Part.START, b""
+        self._part, self._line_begun = ExpectedPart.START, b""
         self.sink.on_body_complete()
 
     def _head(self) -> RequestHead:

@@ -40,7 +40,7 @@ class ConnectionEvent(IntEnum):
     CLIENT_EOF = auto()  # the client has ended its side, and is owed a response
 
 
-class Reading(IntEnum):
+class InputState(IntEnum):
     """The state of the input."""
 
     NEW = auto()  # nothing has arrived since the connection was made
@@ -73,52 +73,54 @@ class Persistence(IntEnum):
     FINAL = auto()  # both
 
 
-_END: Final = dict.fromkeys((ConnectionEvent.LINGER, ConnectionEvent.CLOSE, ConnectionEvent.LOST), Reading.DISCARDING)
-READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
-    Reading.NEW: {
-        ConnectionEvent.HEAD_BEGUN: Reading.HEAD,
-        ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
-        ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
-        ConnectionEvent.DRAIN: Reading.IDLE,  # a head that begins from now on has a timeout of its own
+_END: Final = dict.fromkeys(
+    (ConnectionEvent.LINGER, ConnectionEvent.CLOSE, ConnectionEvent.LOST), InputState.DISCARDING
+)
+INPUT: Final[dict[InputState, dict[ConnectionEvent, InputState]]] = {
+    InputState.NEW: {
+        ConnectionEvent.HEAD_BEGUN: InputState.HEAD,
+        ConnectionEvent.EXCHANGE_BEGUN: InputState.HELD,
+        ConnectionEvent.PLAIN_RESPONSE: InputState.IDLE,
+        ConnectionEvent.DRAIN: InputState.IDLE,  # a head that begins from now on has a timeout of its own
         **_END,
     },
-    Reading.IDLE: {
-        ConnectionEvent.HEAD_BEGUN: Reading.HEAD,
-        ConnectionEvent.HOLD: Reading.HELD,
-        ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
-        ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
+    InputState.IDLE: {
+        ConnectionEvent.HEAD_BEGUN: InputState.HEAD,
+        ConnectionEvent.HOLD: InputState.HELD,
+        ConnectionEvent.EXCHANGE_BEGUN: InputState.HELD,
+        ConnectionEvent.PLAIN_RESPONSE: InputState.IDLE,
         **_END,
     },
-    Reading.HEAD: {
-        ConnectionEvent.HEAD_COMPLETE: Reading.BODY,
-        ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
-        ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
+    InputState.HEAD: {
+        ConnectionEvent.HEAD_COMPLETE: InputState.BODY,
+        ConnectionEvent.EXCHANGE_BEGUN: InputState.HELD,
+        ConnectionEvent.PLAIN_RESPONSE: InputState.IDLE,
         **_END,
     },
-    Reading.BODY: {
-        ConnectionEvent.BODY_COMPLETE: Reading.IDLE,
-        ConnectionEvent.EXCHANGE_BEGUN: Reading.BODY,
-        ConnectionEvent.EXCHANGE_BODY_COMPLETE: Reading.HELD,
-        ConnectionEvent.EXCHANGE_ENDED: Reading.BODY,  # an early response
+    InputState.BODY: {
+        ConnectionEvent.BODY_COMPLETE: InputState.IDLE,
+        ConnectionEvent.EXCHANGE_BEGUN: InputState.BODY,
+        ConnectionEvent.EXCHANGE_BODY_COMPLETE: InputState.HELD,
+        ConnectionEvent.EXCHANGE_ENDED: InputState.BODY,  # an early response
         **_END,
     },
-    Reading.HELD: {
-        ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
-        ConnectionEvent.BODY_AWAITED: Reading.BODY,
-        ConnectionEvent.EXCHANGE_ENDED: Reading.IDLE,
-        ConnectionEvent.RELEASE: Reading.IDLE,
-        ConnectionEvent.SWITCH: Reading.TUNNELLED,
+    InputState.HELD: {
+        ConnectionEvent.EXCHANGE_BEGUN: InputState.HELD,
+        ConnectionEvent.BODY_AWAITED: InputState.BODY,
+        ConnectionEvent.EXCHANGE_ENDED: InputState.IDLE,
+        ConnectionEvent.RELEASE: InputState.IDLE,
+        ConnectionEvent.SWITCH: InputState.TUNNELLED,
         **_END,
     },
-    Reading.DISCARDING: {
-        ConnectionEvent.EXCHANGE_BEGUN: Reading.DISCARDING,
-        ConnectionEvent.BODY_AWAITED: Reading.DISCARDING,
-        ConnectionEvent.EXCHANGE_ENDED: Reading.DISCARDING,
-        ConnectionEvent.SWITCH: Reading.DISCARDING,
-        ConnectionEvent.CLOSE: Reading.DISCARDING,
-        ConnectionEvent.LOST: Reading.DISCARDING,
+    InputState.DISCARDING: {
+        ConnectionEvent.EXCHANGE_BEGUN: InputState.DISCARDING,
+        ConnectionEvent.BODY_AWAITED: InputState.DISCARDING,
+        ConnectionEvent.EXCHANGE_ENDED: InputState.DISCARDING,
+        ConnectionEvent.SWITCH: InputState.DISCARDING,
+        ConnectionEvent.CLOSE: InputState.DISCARDING,
+        ConnectionEvent.LOST: InputState.DISCARDING,
     },
-    Reading.TUNNELLED: {ConnectionEvent.LOST: Reading.DISCARDING},
+    InputState.TUNNELLED: {ConnectionEvent.LOST: InputState.DISCARDING},
 }
 
 _LAST: Final = (
@@ -181,25 +183,25 @@ PERSISTENCE: Final[dict[Persistence, dict[ConnectionEvent, Persistence]]] = {
     Persistence.FINAL: {},
 }
 
-# The readings with which each service may be combined. BODY is combined with IDLE after an early response, HELD until
-# the held input is parsed in the next turn of the event loop.
-READINGS_BY_SERVICE: Final[dict[Service, tuple[Reading, ...]]] = {
-    Service.IDLE: (Reading.NEW, Reading.IDLE, Reading.HEAD, Reading.BODY, Reading.HELD),
-    Service.FORWARDING: (Reading.BODY, Reading.HELD),
-    Service.SERVING: (Reading.IDLE, Reading.HEAD, Reading.BODY, Reading.HELD),
-    Service.TUNNELLING: (Reading.TUNNELLED,),
-    Service.LINGERING: (Reading.DISCARDING,),
-    Service.CLOSING: (Reading.DISCARDING,),
-    Service.LOST: (Reading.DISCARDING,),
+# The input states with which each service may be combined. BODY is combined with IDLE after an early response, HELD
+# until the held input is parsed in the next turn of the event loop.
+INPUTS_BY_SERVICE: Final[dict[Service, tuple[InputState, ...]]] = {
+    Service.IDLE: (InputState.NEW, InputState.IDLE, InputState.HEAD, InputState.BODY, InputState.HELD),
+    Service.FORWARDING: (InputState.BODY, InputState.HELD),
+    Service.SERVING: (InputState.IDLE, InputState.HEAD, InputState.BODY, InputState.HELD),
+    Service.TUNNELLING: (InputState.TUNNELLED,),
+    Service.LINGERING: (InputState.DISCARDING,),
+    Service.CLOSING: (InputState.DISCARDING,),
+    Service.LOST: (InputState.DISCARDING,),
 }
 
-_S = TypeVar("_S", Reading, Service, Persistence)
+_S = TypeVar("_S", InputState, Service, Persistence)
 _DUE: Final = (Service.FORWARDING, Service.SERVING)
 _OPEN: Final = (Service.IDLE, *_DUE)
 
 
 class ConnectionState:
-    """One combination of `reading`, `service` and `persistence`. `after` has the next state for each legal event.
+    """One combination of `input`, `service` and `persistence`. `after` has the next state for each legal event.
 
     - `is_between`: no part of the next request has arrived.
     - `is_idle`: in addition, no response is due, and further requests may follow.
@@ -211,6 +213,7 @@ class ConnectionState:
 
     __slots__ = (
         "after",
+        "input",
         "is_between",
         "is_draining",
         "is_due",
@@ -220,17 +223,16 @@ class ConnectionState:
         "is_idle",
         "is_lost",
         "persistence",
-        "reading",
         "service",
     )
 
-    def __init__(self, reading: Reading, service: Service, persistence: Persistence) -> None:
-        self.reading = reading
+    def __init__(self, input_state: InputState, service: Service, persistence: Persistence) -> None:
+        self.input = input_state
         self.service = service
         self.persistence = persistence
         self.after: dict[ConnectionEvent, ConnectionState] = {}
-        self.is_between = reading in (Reading.NEW, Reading.IDLE)
-        self.is_held = reading is Reading.HELD
+        self.is_between = input_state in (InputState.NEW, InputState.IDLE)
+        self.is_held = input_state is InputState.HELD
         self.is_due = service in _DUE
         self.is_ending = service not in _OPEN
         self.is_lost = service is Service.LOST
@@ -242,8 +244,8 @@ class ConnectionState:
         return f"<ConnectionState {self}>"
 
     def __str__(self) -> str:
-        names = (self.reading.name, self.service.name, self.persistence.name)
-        return "reading {}, service {}, persistence {}".format(*names).lower()
+        names = (self.input.name, self.service.name, self.persistence.name)
+        return "input {}, service {}, persistence {}".format(*names).lower()
 
 
 def _next(table: dict[_S, dict[ConnectionEvent, _S]], state: _S, event: ConnectionEvent) -> _S | None:
@@ -261,19 +263,19 @@ _ANY_TIME: Final = (
 
 def _start() -> ConnectionState:
     """Return the first state, and with it all that can be reached from it."""
-    start = ConnectionState(Reading.NEW, Service.IDLE, Persistence.PERSISTENT)
-    known = {(start.reading, start.service, start.persistence): start}
+    start = ConnectionState(InputState.NEW, Service.IDLE, Persistence.PERSISTENT)
+    known = {(start.input, start.service, start.persistence): start}
     pending = [start]
     while pending:
         state = pending.pop()
         for event in ConnectionEvent:
-            reading = _next(READING, state.reading, event)
+            input_state = _next(INPUT, state.input, event)
             service = _next(SERVICE, state.service, event)
             persistence = _next(PERSISTENCE, state.persistence, event)
-            if reading is None or service is None or persistence is None:
+            if input_state is None or service is None or persistence is None:
                 continue
-            if reading in READINGS_BY_SERVICE[service]:
-                key = (reading, service, persistence)
+            if input_state in INPUTS_BY_SERVICE[service]:
+                key = (input_state, service, persistence)
                 if key not in known:
                     known[key] = ConnectionState(*key)
                     pending.append(known[key])

@@ -3,7 +3,7 @@
 from api_gateway.downstream.body_timer import BodyTimer
 from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.owner import ConnectionOwner
-from api_gateway.downstream.states import Reading
+from api_gateway.downstream.states import InputState
 from api_gateway.errors import RequestTimeout
 from api_gateway.eventloop.resetting import reset_connection
 from api_gateway.eventloop.send_queue import unacknowledged
@@ -25,11 +25,11 @@ class ConnectionTimeouts:
     def apply(self, owner: ConnectionOwner) -> None:
         """Set the timeout of the current state; none while an upstream's timeouts apply."""
         state, limits = owner.state, owner.limits
-        if state.reading is Reading.BODY or owner.is_write_paused:
+        if state.input is InputState.BODY or owner.is_write_paused:
             owner.timer.set(limits.idle_timeout)
         elif state.is_due:
             owner.timer.clear()
-        elif state.reading is Reading.HEAD:
+        elif state.input is InputState.HEAD:
             owner.timer.set(limits.header_timeout)
         else:
             owner.timer.set(limits.keep_alive_timeout)
@@ -71,7 +71,7 @@ class ConnectionTimeouts:
             self._check_reader(owner)
         elif current is not None and not current.is_response_complete:
             self._check_sender(owner, current)
-        elif owner.state.reading is Reading.HEAD:
+        elif owner.state.input is InputState.HEAD:
             limit = owner.limits.header_timeout
             owner.refuse(RequestTimeout(f"The request's head did not arrive within {limit:g} s."))
         else:

@@ -29,7 +29,7 @@ from api_gateway.resilience.fair_shares import FairShares
 
 _READ_SIZE: Final = 65_536  # more than a record
 _MAX_JOINED: Final = 262_144  # bytes that are passed on at once
-_MAX_ANSWERS: Final = 65_536  # bytes of replies to key updates that a client does not read
+_MAX_REPLIES: Final = 65_536  # bytes of replies to key updates that a client does not read
 _HANDSHAKE_RECORD: Final = 0x16
 PLAIN_HTTP = "This port is for HTTPS: send the request to https:// instead of http://."
 
@@ -71,7 +71,6 @@ class TlsConnection:
     """
 
     __slots__ = (
-        "_answered",
         "_has_ended",
         "_holder",
         "_incoming",
@@ -84,6 +83,7 @@ class TlsConnection:
         "_outgoing",
         "_peer_ended",
         "_protocol",
+        "_reply_bytes",
         "_server_state",
         "_shares",
         "_slot",
@@ -117,7 +117,7 @@ class TlsConnection:
         self._is_write_paused = False
         self._peer_ended = False  # the client has ended its side, and the protocol knows
         self._has_ended = False  # the TCP connection is lost
-        self._answered = 0
+        self._reply_bytes = 0
 
     def __repr__(self) -> str:
         return f"<TlsConnection [{self.phase.name}]>"
@@ -256,7 +256,7 @@ class TlsConnection:
             pieces: list[bytes] = []
             has_ended = self._read_into(pieces)
             if self._outgoing.pending:
-                self._answer()
+                self._send_replies()
             if pieces:
                 self._protocol.data_received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
             if has_ended and not self._peer_ended and self.phase is not _CLOSED:
@@ -284,11 +284,11 @@ class TlsConnection:
             return True
         return False
 
-    def _answer(self) -> None:
+    def _send_replies(self) -> None:
         """Send the output of reading, such as replies to key updates; abort if the client leaves too much unread."""
         if self._is_write_paused:
-            self._answered += self._outgoing.pending
-            if self._answered > _MAX_ANSWERS:
+            self._reply_bytes += self._outgoing.pending
+            if self._reply_bytes > _MAX_REPLIES:
                 self.abort()
                 return
         self._flush()
@@ -309,7 +309,7 @@ class TlsConnection:
     def resume_writing(self) -> None:
         """Pass it on (asyncio callback)."""
         self._is_write_paused = False
-        self._answered = 0
+        self._reply_bytes = 0
         if self.phase is not _HANDSHAKE and self._ssl is not None:
             self._protocol.resume_writing()
 

@@ -15,7 +15,7 @@ After an early response the rest is discarded, or still sent to the upstream wit
 from typing import Protocol
 
 from api_gateway.exchanges.client_port import Downstream
-from api_gateway.exchanges.context import ExchangeContext
+from api_gateway.exchanges.exchange_context import ExchangeContext
 from api_gateway.exchanges.response_head import interim_response
 from api_gateway.http1.headers import forwardable_trailers
 from api_gateway.models import HeaderList

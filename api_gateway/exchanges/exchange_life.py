@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from api_gateway.errors import BodyTooLarge, ClientDisconnected, GatewayError, InternalError
 from api_gateway.exchanges.client_port import Downstream
-from api_gateway.exchanges.context import ExchangeContext
 from api_gateway.exchanges.exchange_body import ExchangeBody
+from api_gateway.exchanges.exchange_context import ExchangeContext
 from api_gateway.http1.headers import forwardable_trailers
 from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
 from api_gateway.models import HeaderList, Outcome
-from api_gateway.proxy.admission import DirectResponse, RequestPlan
+from api_gateway.proxy.admission import RequestPlan, StageResponse
 from api_gateway.proxy.attribution import NO_PROGRESS, ClientProgress, outcome_of_abort
 from api_gateway.proxy.compression import Coding, Compression, ContentEncoder
 from api_gateway.proxy.content_cost import ContentScan
@@ -189,7 +189,7 @@ class ExchangeLife(ProxyExchange):
         if self.upload is not None and not self.upload.is_complete:
             self._client.receive_body(self.upload, 0 if self.upload.is_parsed else self.upload.left or 0)
 
-    def _refuse(self, error: GatewayError | DirectResponse) -> None:
+    def _refuse(self, error: GatewayError | StageResponse) -> None:
         """Respond with problem details."""
         self.move(REFUSE)
         context = self._context

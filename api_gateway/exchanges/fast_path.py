@@ -13,7 +13,7 @@ from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trail
 from api_gateway.errors import GatewayError
 from api_gateway.exchanges.asgi_downstream import AsgiDownstream
 from api_gateway.exchanges.client_port import Downstream
-from api_gateway.exchanges.context import ExchangeContext
+from api_gateway.exchanges.exchange_context import ExchangeContext
 from api_gateway.exchanges.http_exchange import HttpExchange
 from api_gateway.exchanges.tunnelling_exchange import TunnellingExchange
 from api_gateway.http1.asgi import FIELDS, SERVER_EXTENSION, Receive, Scope, Send, ServerExtension
@@ -24,7 +24,7 @@ from api_gateway.http1.request_head import RequestHead
 from api_gateway.middleware import EXCHANGE
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.trace_context import split_lines, split_pairs
-from api_gateway.proxy.admission import DirectResponse, RequestPlan, Wait
+from api_gateway.proxy.admission import RequestPlan, StageResponse, Wait
 from api_gateway.proxy.cors import origin_of
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeaders
 
@@ -190,7 +190,7 @@ class FastPath(ExchangeContext):
             self.headers.certify(headers.facts, client.certificate)
         return headers
 
-    def _refuse(self, client: Downstream, plan: RequestPlan, error: GatewayError | DirectResponse) -> None:
+    def _refuse(self, client: Downstream, plan: RequestPlan, error: GatewayError | StageResponse) -> None:
         """Refuse a request for which `begin_exchange` was not called."""
         exchange = plan.exchange
         response, keep_alive = self.refusal(plan, error, keep_alive=plan.facts.keep_alive)

@@ -12,7 +12,7 @@ from api_gateway.exchanges.exchange_body import ExchangeBody
 from api_gateway.exchanges.exchange_life import FirstFailure, body_too_large
 from api_gateway.exchanges.response_head import static_response
 from api_gateway.models import NANOSECONDS, Outcome
-from api_gateway.proxy.admission import DirectResponse, Wait
+from api_gateway.proxy.admission import StageResponse, Wait
 from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.exchange import (
     ASK,
@@ -44,7 +44,7 @@ class HttpExchange(AttemptingExchange):
         self._begin()
         self._ask(question)
 
-    def refuse(self, error: GatewayError | DirectResponse) -> None:
+    def refuse(self, error: GatewayError | StageResponse) -> None:
         """Refuse the request, whose body is incomplete."""
         self._begin()
         self._refuse(error)

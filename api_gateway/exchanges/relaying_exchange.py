@@ -6,7 +6,7 @@ import httpx
 
 from api_gateway.errors import GatewayError
 from api_gateway.exchanges.client_port import Downstream
-from api_gateway.exchanges.context import ExchangeContext
+from api_gateway.exchanges.exchange_context import ExchangeContext
 from api_gateway.exchanges.exchange_life import ExchangeLife
 from api_gateway.exchanges.response_head import interim_response, parsed_head, plain_head
 from api_gateway.http1.fast_parser import pairs_of

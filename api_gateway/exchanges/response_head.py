@@ -2,7 +2,7 @@
 
 import time
 
-from api_gateway.exchanges.context import ExchangeContext
+from api_gateway.exchanges.exchange_context import ExchangeContext
 from api_gateway.http1.headers import BODILESS, FALLBACK, LENGTH, forwardable_interim, http_date, rewrite_response
 from api_gateway.http1.serializer import COLON, render_response_head, status_line
 from api_gateway.models import Exchange, HeaderList

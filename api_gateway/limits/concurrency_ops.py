@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Protocol
 
 from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
-from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.quota_ops import MAX_ASKED, VALUES_OF_COUNTER, QuotaChargeOp
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp
 from api_gateway.limits.script_ops import ChargeOp

@@ -148,7 +148,7 @@ class FallbackLimiter:
         self._limiter.change_quota(key, old, new, now_ns)
 
     def change_quotas(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
-        """Convert all buckets to other quotas; see `MemoryLimiter.requote`."""
+        """Convert all buckets to other quotas; see `MemoryLimiter.change_quotas`."""
         quotas = list(quotas)
         self._limiter.change_quotas(quotas, quota_of, now_ns)
         for table in (self._debts.table, self._lost.table):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.models import Client, Quota
 
 LIMIT_PREFIX = "limit:"  # of the keys of buckets

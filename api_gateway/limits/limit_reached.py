@@ -8,7 +8,7 @@ from typing import Any
 
 from api_gateway.errors import RateLimited, problem
 from api_gateway.limits.concurrency import ConcurrencyQuota
-from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.models import Client, Quota
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode

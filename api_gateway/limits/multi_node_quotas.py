@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from api_gateway.limits.period_standing import PeriodQuota, Standing
 from api_gateway.limits.quota_decisions import joint_allowance, of_buckets, of_counters, refusal_of
 from api_gateway.limits.quota_ops import CountersPort, QuotaChargeOp
+from api_gateway.limits.quota_state import PeriodQuota, QuotaState
 from api_gateway.models import Charge, Decision
 from api_gateway.rate_limiter import debts_of, joint_refusal
 
@@ -22,11 +22,11 @@ class NodesPort(CountersPort, Protocol):
         """Refund what was charged to buckets."""
         ...
 
-    def correct(self, change: Charge, quota: PeriodQuota, decision: Decision, start: int) -> Standing:
+    def correct(self, change: Charge, quota: PeriodQuota, decision: Decision, start: int) -> QuotaState:
         """Charge or refund a difference in the period from `start`; return the standing after it."""
         ...
 
-    def standing(self, key: str, quota: PeriodQuota) -> Standing:
+    def standing(self, key: str, quota: PeriodQuota) -> QuotaState:
         """Return the current standing by the last reading."""
         ...
 

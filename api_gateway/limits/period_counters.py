@@ -1,19 +1,19 @@
 """The table of calendar quotas in memory: a counter for each client and quota, in bounded number.
 
-The arithmetic is that of `period_standing`; nothing here reads a clock or waits.
+The arithmetic is that of `quota_state`; nothing here reads a clock or waits.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from api_gateway.limits.period_standing import (
+from api_gateway.limits.quota_state import (
     MICROSECONDS,
-    Count,
-    Counter,
     PeriodQuota,
-    Standing,
-    Warned,
+    QuotaCount,
+    QuotaCounter,
+    QuotaState,
+    QuotaWarning,
     attach,
     is_past,
     settle,
@@ -41,9 +41,9 @@ class PeriodCounters:
     limit: int
     overflowed: int = 0
     unverified: int = 0
-    counters: dict[str, Counter] = field(default_factory=dict)
+    counters: dict[str, QuotaCounter] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
-    _overflow: dict[tuple[str, int, bool], Counter] = field(default_factory=dict)
+    _overflow: dict[tuple[str, int, bool], QuotaCounter] = field(default_factory=dict)
     _order: deque[str] = field(default_factory=deque)
 
     def __repr__(self) -> str:
@@ -56,7 +56,7 @@ class PeriodCounters:
     def __len__(self) -> int:
         return len(self.counters)
 
-    def standing(self, key: str, quota: PeriodQuota, now_us: int, *, is_unverified: bool = False) -> Standing:
+    def standing(self, key: str, quota: PeriodQuota, now_us: int, *, is_unverified: bool = False) -> QuotaState:
         """Return the counter of a key at an instant; nothing is changed."""
         counter = self.counters.get(key)
         if counter is None and self._overflow:
@@ -65,7 +65,7 @@ class PeriodCounters:
         standing.is_unverified = is_unverified
         return standing
 
-    def charge(self, standing: Standing, cost: int, now_us: int) -> list[Warned]:
+    def charge(self, standing: QuotaState, cost: int, now_us: int) -> list[QuotaWarning]:
         """Charge a cost that the standing allows, in the callback that determined it; return the due warnings."""
         if not cost:
             return []
@@ -82,7 +82,7 @@ class PeriodCounters:
         now_us: int,
         *,
         is_unverified: bool = False,
-    ) -> list[Warned]:
+    ) -> list[QuotaWarning]:
         """Charge (above 0) or refund (below 0) the difference of a cost that was charged in the period from `start`.
 
         Never refuses: the allowance may be exceeded by up to a second one. What was charged in a period that the
@@ -101,7 +101,7 @@ class PeriodCounters:
             self.changed.add(key)
         return warned
 
-    def top_up(self, key: str, quota: PeriodQuota, amount: int, until: int, now_us: int) -> Counter:
+    def top_up(self, key: str, quota: PeriodQuota, amount: int, until: int, now_us: int) -> QuotaCounter:
         """Add to the balance that is used when the allowance is used up, and that can be used until `until` or later.
 
         A balance that has expired is lost; of two ends, the later one applies to the whole balance.
@@ -116,7 +116,7 @@ class PeriodCounters:
         self.changed.add(key)
         return counter
 
-    def carry(self, key: str, quota: PeriodQuota, amount: int, now_us: int) -> Counter:
+    def carry(self, key: str, quota: PeriodQuota, amount: int, now_us: int) -> QuotaCounter:
         """Set what was carried over to the current period."""
         standing = self.standing(key, quota, now_us)
         self._attach(standing).carried = amount
@@ -131,18 +131,18 @@ class PeriodCounters:
         standing.counter.resets += 1
         self.changed.add(key)
 
-    def take_changed(self) -> list[tuple[str, Counter]]:
+    def take_changed(self) -> list[tuple[str, QuotaCounter]]:
         """Return the counters that were changed since the last call."""
         changed, self.changed = self.changed, set()
         return [(key, self.counters[key]) for key in changed if key in self.counters]
 
-    def restore(self, stored: Iterable[tuple[str, Counter]]) -> None:
+    def restore(self, stored: Iterable[tuple[str, QuotaCounter]]) -> None:
         """Add counters that were stored, up to the limits."""
         for key, counter in stored:
             if self._has_room(is_unverified=counter.is_unverified):
                 self._put(key, counter)
 
-    def _attach(self, standing: Standing) -> Count:
+    def _attach(self, standing: QuotaState) -> QuotaCount:
         """Attach the count of a standing to its counter, and the counter to the table."""
         counter = standing.counter
         if attach(standing):
@@ -156,7 +156,7 @@ class PeriodCounters:
     def _has_room(self, *, is_unverified: bool) -> bool:
         return (self.unverified if is_unverified else len(self.counters) - self.unverified) < self.limit
 
-    def _put(self, key: str, counter: Counter) -> None:
+    def _put(self, key: str, counter: QuotaCounter) -> None:
         held = self.counters.get(key)
         if held is None:
             self._order.append(key)
@@ -165,7 +165,7 @@ class PeriodCounters:
         self.counters[key] = counter
         self.unverified += counter.is_unverified
 
-    def _add(self, key: str, quota: PeriodQuota, counter: Counter) -> None:
+    def _add(self, key: str, quota: PeriodQuota, counter: QuotaCounter) -> None:
         now = counter.count.start
         for _ in range(min(_SWEEP, len(self._order))):
             oldest = self._order.popleft()

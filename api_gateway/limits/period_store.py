@@ -13,8 +13,8 @@ from pathlib import Path
 
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import Count, Counter, past_at
 from api_gateway.limits.periods import UNITS
+from api_gateway.limits.quota_state import QuotaCount, QuotaCounter, past_at
 from api_gateway.models import Clock
 from api_gateway.storage.sqlite_file import SqliteFile
 from api_gateway.storage.sqlite_schema import Schema
@@ -67,7 +67,7 @@ class PeriodStore:
     def __repr__(self) -> str:
         return f"<PeriodStore [{self.path}]>"
 
-    async def load(self, now: int, limit: int) -> list[tuple[str, Counter]]:
+    async def load(self, now: int, limit: int) -> list[tuple[str, QuotaCounter]]:
         """Open the file, creating it, and return the counters with an effect at `now` (seconds), the latest first.
 
         These are at most `limit` of verified keys, and as many others. Raises OSError.
@@ -88,10 +88,10 @@ class PeriodStore:
 
     # Executed in the thread of the store
 
-    def _load(self, now: int, limit: int) -> list[tuple[str, Counter]]:
+    def _load(self, now: int, limit: int) -> list[tuple[str, QuotaCounter]]:
         connection = self._file.connection
         connection.execute("DELETE FROM counters WHERE past_at < ?", (now,))
-        counters: list[tuple[str, Counter]] = []
+        counters: list[tuple[str, QuotaCounter]] = []
         for condition in ("NOT is_unverified", "is_unverified"):
             with closing(
                 connection.execute(
@@ -177,7 +177,7 @@ class PeriodJournal:
             await self.write()
 
 
-async def _rows(counters: Sequence[tuple[str, Counter]]) -> list[CounterRow]:
+async def _rows(counters: Sequence[tuple[str, QuotaCounter]]) -> list[CounterRow]:
     rows: list[CounterRow] = []
     for index, (key, counter) in enumerate(counters, 1):
         rows.append((*row_of(key, counter), counter.resets))
@@ -186,7 +186,7 @@ async def _rows(counters: Sequence[tuple[str, Counter]]) -> list[CounterRow]:
     return rows
 
 
-def row_of(key: str, counter: Counter) -> CounterRow:
+def row_of(key: str, counter: QuotaCounter) -> CounterRow:
     """Return a counter as a row of the file, without its resets; values are those of JSON, too."""
     count, before = counter.count, counter.before
     earlier: CounterRow = (None,) * 5
@@ -206,19 +206,19 @@ def row_of(key: str, counter: Counter) -> CounterRow:
     )
 
 
-def counter_of(row: CounterRow) -> tuple[str, Counter]:
+def counter_of(row: CounterRow) -> tuple[str, QuotaCounter]:
     """Return the key and the counter of a row. Raises ValueError."""
     key, unit, began, *counts, balance, until, end, _, is_unverified = row
     latest, before = counts[:5], counts[5:]
     known = next((one for one in UNITS if one == unit), None)
     if known is None:
         raise ValueError(f"counter {key!r:.200}: there is no period of the unit {unit!r:.200}")
-    counter = Counter(
+    counter = QuotaCounter(
         known,
         int(began or 0),
-        Count(*(int(value or 0) for value in latest)),
+        QuotaCount(*(int(value or 0) for value in latest)),
         int(end or 0),
-        before=None if before[0] is None else Count(*(int(value or 0) for value in before)),
+        before=None if before[0] is None else QuotaCount(*(int(value or 0) for value in before)),
         balance=int(balance or 0),
         until=int(until or 0),
         is_unverified=bool(is_unverified),

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from api_gateway.errors import StoreUnavailable
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import MICROSECONDS, Adjustment, Counter, PeriodQuota, Standing, standing_of
 from api_gateway.limits.period_store import CounterRow, PeriodJournal, row_of
+from api_gateway.limits.quota_state import MICROSECONDS, Adjustment, PeriodQuota, QuotaCounter, QuotaState, standing_of
 
 if TYPE_CHECKING:
     from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
@@ -23,11 +23,11 @@ class QuotaBook(Protocol):
         """Return the counters in this process as rows of their file, in one step; empty if they are in the store."""
         ...
 
-    async def look(self, key: str, quota: PeriodQuota, *, is_unverified: bool = False) -> tuple[Standing, int]:
+    async def look(self, key: str, quota: PeriodQuota, *, is_unverified: bool = False) -> tuple[QuotaState, int]:
         """Return a counter as it is now, and the time in seconds since the epoch. `is_unverified`: see `Charge`."""
         ...
 
-    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
+    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[QuotaState, int]:
         """Change a counter; return as `look`.
 
         A new one has the room of verified keys, because an operator has named it.
@@ -54,12 +54,12 @@ class LocalBook:
         """See `QuotaBook`."""
         return [row_of(key, counter) for key, counter in self._counters.counters.items()]
 
-    async def look(self, key: str, quota: PeriodQuota, *, is_unverified: bool = False) -> tuple[Standing, int]:
+    async def look(self, key: str, quota: PeriodQuota, *, is_unverified: bool = False) -> tuple[QuotaState, int]:
         """See `QuotaBook`."""
         now_us = self._now_us()
         return self._counters.standing(key, quota, now_us, is_unverified=is_unverified), now_us // MICROSECONDS
 
-    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
+    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[QuotaState, int]:
         """See `QuotaBook`."""
         now_us = self._now_us()
         if adjustment.amount:
@@ -97,11 +97,11 @@ class StoreBook:
         quota: PeriodQuota,
         *,
         is_unverified: bool = False,  # noqa: ARG002 - the store has room for all
-    ) -> tuple[Standing, int]:
+    ) -> tuple[QuotaState, int]:
         """See `QuotaBook`."""
         return _standing(key, quota, *await self._limiter.counter(key, quota))
 
-    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[Standing, int]:
+    async def adjust(self, key: str, quota: PeriodQuota, adjustment: Adjustment) -> tuple[QuotaState, int]:
         """See `QuotaBook`."""
         standing, now = _standing(key, quota, *await self._limiter.counter(key, quota, adjustment))
         if adjustment.is_reset:
@@ -109,6 +109,6 @@ class StoreBook:
         return standing, now
 
 
-def _standing(key: str, quota: PeriodQuota, counter: Counter | None, clock_us: int) -> tuple[Standing, int]:
+def _standing(key: str, quota: PeriodQuota, counter: QuotaCounter | None, clock_us: int) -> tuple[QuotaState, int]:
     now = clock_us // MICROSECONDS
     return standing_of(key, quota, counter, now), now

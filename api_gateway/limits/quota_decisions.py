@@ -7,7 +7,7 @@ the period that was charged, in seconds since the epoch.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from api_gateway.limits.period_standing import MICROSECONDS, PeriodQuota, Standing, reached
+from api_gateway.limits.quota_state import MICROSECONDS, PeriodQuota, QuotaState, reached
 from api_gateway.models import Charge, Decision, Notice, processes_of
 from api_gateway.rate_limiter import NEVER_NS, debts_of
 
@@ -29,7 +29,7 @@ def without_counters(decision: Decision, changes: Sequence[Charge]) -> Decision:
     return replace(decision, debts_ns=tuple(kept))
 
 
-def counter_decision(charge: Charge, standing: Standing, now_us: int, now_ns: int) -> Decision:
+def counter_decision(charge: Charge, standing: QuotaState, now_us: int, now_ns: int) -> Decision:
     """Return the decision of a counter alone."""
     wait_us = standing.wait_us(charge.increment_ns, now_us)
     quota = charge.quota
@@ -46,7 +46,7 @@ def counter_decision(charge: Charge, standing: Standing, now_us: int, now_ns: in
     return decision
 
 
-def counter_allowance(charge: Charge, standing: Standing, now_us: int, now_ns: int) -> Decision:
+def counter_allowance(charge: Charge, standing: QuotaState, now_us: int, now_ns: int) -> Decision:
     """Return the decision of a counter alone on a request that it has allowed; `standing` is that after the charge."""
     decision = counter_decision(charge, standing, now_us, now_ns)
     decision.allowed, decision.wait_ns, decision.debts_ns = True, 0, (standing.count.start,)
@@ -76,7 +76,7 @@ def refusal_of(decisions: Sequence[Decision], charges: Sequence[Charge] = ()) ->
 def joint_allowance(
     charges: Sequence[Charge],
     decision: Decision,
-    standings: Sequence[Standing],
+    standings: Sequence[QuotaState],
     now_us: int,
     charged: Sequence[int] = (),
 ) -> Decision:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from math import ceil
 
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import MICROSECONDS, Counter, PeriodQuota, Standing, Warned
 from api_gateway.limits.quota_decisions import (
     counter_decision,
     joint_allowance,
@@ -16,11 +15,12 @@ from api_gateway.limits.quota_decisions import (
     refusal_of,
     without_counters,
 )
+from api_gateway.limits.quota_state import MICROSECONDS, PeriodQuota, QuotaCounter, QuotaState, QuotaWarning
 from api_gateway.models import Charge, Clock, Decision, LimiterState, Quota
 from api_gateway.rate_limiter import MemoryLimiter, debts_of
 
-OnWarned = Callable[[Sequence[Warned]], None]
-_Present = tuple[Charge, Counter, int, int]  # with what is used after the charge, and the allowance
+OnWarned = Callable[[Sequence[QuotaWarning]], None]
+_Present = tuple[Charge, QuotaCounter, int, int]  # with what is used after the charge, and the allowance
 
 
 class QuotaLimiter:
@@ -158,7 +158,7 @@ class QuotaLimiter:
             decision.violated = decision.violated or (decision.quota,)
             decision.left = tuple([standing.left for standing in standings])
             return decision
-        warned: list[Warned] = []
+        warned: list[QuotaWarning] = []
         for (charge, _), standing in zip(counted, standings, strict=True):
             warned += self.counters.charge(standing, charge.increment_ns, now_us)
         if warned:
@@ -194,7 +194,7 @@ class QuotaLimiter:
             of_buckets(changes), without_counters(decision, changes), now_ns, of_buckets(settled_to)
         )
         now_us = self.now_us()
-        warned: list[Warned] = []
+        warned: list[QuotaWarning] = []
         for change, start in zip(changes, starts, strict=True):
             if isinstance(change.quota, PeriodQuota) and change.increment_ns:
                 warned += self.counters.settle(
@@ -221,10 +221,10 @@ class QuotaLimiter:
         """Return the wall clock in microseconds, rounded up, so that a rounded second is not before its beginning."""
         return ceil(self._wall_clock() * MICROSECONDS)
 
-    def _standings(self, counted: Sequence[tuple[Charge, PeriodQuota]], now_us: int) -> list[Standing]:
+    def _standings(self, counted: Sequence[tuple[Charge, PeriodQuota]], now_us: int) -> list[QuotaState]:
         return [self._standing(charge, quota, now_us) for charge, quota in counted]
 
-    def _standing(self, charge: Charge, quota: PeriodQuota, now_us: int) -> Standing:
+    def _standing(self, charge: Charge, quota: PeriodQuota, now_us: int) -> QuotaState:
         return self.counters.standing(charge.key, quota, now_us, is_unverified=charge.is_unverified)
 
     def _refusal(self, charges: Sequence[Charge], now_us: int, now_ns: int) -> Decision:

@@ -2,25 +2,12 @@
 
 A counter in the store is sixteen integers: the unit of its period (its index in `UNITS`), the beginning of the first
 period, the latest count (start, used, carried, drawn, peak), the end of its period, the count before (start -1: none),
-the balance of top-ups and its end, the resets; see `period_standing`.
+the balance of top-ups and its end, the resets; see `quota_state`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from api_gateway.limits.period_standing import (
-    MICROSECONDS,
-    UNITS_PER_TOKEN,
-    Adjustment,
-    Count,
-    Counter,
-    PeriodQuota,
-    Standing,
-    Warned,
-    attach,
-    standing_of,
-    use,
-)
 from api_gateway.limits.periods import UNITS
 from api_gateway.limits.quota_decisions import (
     counter_allowance,
@@ -29,6 +16,19 @@ from api_gateway.limits.quota_decisions import (
     of_buckets,
     of_counters,
     refusal_of,
+)
+from api_gateway.limits.quota_state import (
+    MICROSECONDS,
+    UNITS_PER_TOKEN,
+    Adjustment,
+    PeriodQuota,
+    QuotaCount,
+    QuotaCounter,
+    QuotaState,
+    QuotaWarning,
+    attach,
+    standing_of,
+    use,
 )
 from api_gateway.limits.script_batcher import ScriptOp
 from api_gateway.limits.script_ops import LimiterPort, learn_late, write_debts
@@ -43,7 +43,7 @@ VALUES_OF_COUNTER = 1 + _FIELDS  # in a reply; the first one is whether the scri
 _COUNT = 5
 
 
-class Owed(NamedTuple):
+class UnreportedAmount(NamedTuple):
     """The cost that was admitted without the store in the period from `start`.
 
     `sent` of it is in operations without a reply: those that report it, and requests that the store may have charged
@@ -76,11 +76,11 @@ class CountersPort(Protocol):
 
     @property
     def generation(self) -> int:
-        """See `Owed`."""
+        """See `UnreportedAmount`."""
         ...
 
     @property
-    def warn(self) -> Callable[[Sequence[Warned]], None]:
+    def warn(self) -> Callable[[Sequence[QuotaWarning]], None]:
         """Passes warnings on."""
         ...
 
@@ -92,15 +92,15 @@ class CountersPort(Protocol):
         """Return the store's time in seconds since the epoch, by the last reading."""
         ...
 
-    def note(self, key: str, counter: Counter | None, clock_us: int) -> None:
+    def note(self, key: str, counter: QuotaCounter | None, clock_us: int) -> None:
         """Keep a reading: a counter, and the store's time."""
         ...
 
-    def report_owed(self, key: str) -> Owed | None:
+    def report_owed(self, key: str) -> UnreportedAmount | None:
         """Return the cost that was charged to a counter without the store and is to be sent; None if there is none."""
         ...
 
-    def settle_owed(self, key: str, sent: Owed, *, is_charged: bool) -> None:
+    def settle_owed(self, key: str, sent: UnreportedAmount, *, is_charged: bool) -> None:
         """Forget an amount that was sent, or, if the store has not charged it, send it again."""
         ...
 
@@ -130,7 +130,7 @@ def question(port: CountersPort, number: int, key: str, quota: PeriodQuota, cost
     )
 
 
-def read_counter(reply: Iterator[int]) -> tuple[bool, Counter | None]:
+def read_counter(reply: Iterator[int]) -> tuple[bool, QuotaCounter | None]:
     """Return whether the script must be asked again, and the counter (None: there is none)."""
     is_unanswered = next(reply) == 1
     fields = [next(reply) for _ in range(_FIELDS)]
@@ -138,12 +138,12 @@ def read_counter(reply: Iterator[int]) -> tuple[bool, Counter | None]:
         return is_unanswered, None
     unit, began, *rest, balance, until, resets = fields
     latest, end, before = rest[:_COUNT], rest[_COUNT], rest[_COUNT + 1 :]
-    counter = Counter(
+    counter = QuotaCounter(
         UNITS[unit],
         began,
-        Count(*latest),
+        QuotaCount(*latest),
         end,
-        None if before[0] == _NONE else Count(*before),
+        None if before[0] == _NONE else QuotaCount(*before),
         balance,
         until,
         resets=resets,
@@ -181,9 +181,9 @@ class QuotaChargeOp(ScriptOp):
         self._asked_ns = now_ns
         self._on_decision = on_decision
         self._asked = asked
-        self._reported: list[tuple[str, Owed]] = []
+        self._reported: list[tuple[str, UnreportedAmount]] = []
         self._debts: Sequence[Charge] = ()  # of buckets, which this operation reports
-        self._generation = 0  # at that admission, see `Owed`
+        self._generation = 0  # at that admission, see `UnreportedAmount`
         self._admission: Decision | None = None  # by the policy for outages, though the store may have charged it
 
     def write(self, call: ScriptCall) -> None:
@@ -276,12 +276,12 @@ class QuotaChargeOp(ScriptOp):
         learn_late(self._limiter.buckets, of_buckets(self._charges), is_charged=is_charged)
         for charge, start in zip(self._charges, debts_of(admission), strict=True):
             if isinstance(charge.quota, PeriodQuota):
-                admitted = Owed(start, charge.increment_ns, generation=self._generation)
+                admitted = UnreportedAmount(start, charge.increment_ns, generation=self._generation)
                 self._limiter.settle_owed(charge.key, admitted, is_charged=is_charged)
 
-    def _charge(self, standings: Sequence[Standing], costs: Sequence[int], clock_us: int) -> list[Standing]:
+    def _charge(self, standings: Sequence[QuotaState], costs: Sequence[int], clock_us: int) -> list[QuotaState]:
         """Charge the readings as the script has charged the counters; return the standings after it."""
-        now, warned, after = clock_us // MICROSECONDS, list[Warned](), []
+        now, warned, after = clock_us // MICROSECONDS, list[QuotaWarning](), []
         for standing, cost in zip(standings, costs, strict=True):
             if cost:
                 attach(standing)
@@ -323,7 +323,7 @@ class CounterOp(ScriptOp):
         limiter: CountersPort,
         key: str,
         quota: PeriodQuota,
-        on_counter: Callable[[Counter | None, int], None],
+        on_counter: Callable[[QuotaCounter | None, int], None],
         adjustment: Adjustment | None = None,
         asked: int = 1,
     ) -> None:

@@ -7,8 +7,8 @@ formatting operation. Reads no clock.
 import math
 from collections.abc import Sequence
 
-from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import PERIOD_LENGTHS
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.models import NANOSECONDS, Charge, Decision, HeaderList, Quota
 
 HEADER_NAMES = frozenset(

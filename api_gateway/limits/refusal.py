@@ -13,7 +13,7 @@ from api_gateway.limits.limit_reached import (
     allowance_in_words,
     members_of,
 )
-from api_gateway.limits.period_standing import PeriodQuota
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.models import Client, Decision, Exchange, Quota
 from api_gateway.rate_limiter import NEVER_NS
 

@@ -16,18 +16,6 @@ from functools import lru_cache
 from api_gateway.errors import StoreUnavailable
 from api_gateway.limits.fallback_limiter import decided_by
 from api_gateway.limits.multi_node_quotas import MultiNodeQuotaCharge
-from api_gateway.limits.period_standing import (
-    MICROSECONDS,
-    Adjustment,
-    Counter,
-    PeriodQuota,
-    Standing,
-    Warned,
-    attach,
-    is_past,
-    settle,
-    standing_of,
-)
 from api_gateway.limits.quota_decisions import (
     counter_allowance,
     counter_decision,
@@ -37,7 +25,19 @@ from api_gateway.limits.quota_decisions import (
     refusal_of,
     without_counters,
 )
-from api_gateway.limits.quota_ops import CorrectOp, CounterOp, Owed, QuotaChargeOp
+from api_gateway.limits.quota_ops import CorrectOp, CounterOp, QuotaChargeOp, UnreportedAmount
+from api_gateway.limits.quota_state import (
+    MICROSECONDS,
+    Adjustment,
+    PeriodQuota,
+    QuotaCounter,
+    QuotaState,
+    QuotaWarning,
+    attach,
+    is_past,
+    settle,
+    standing_of,
+)
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota
 from api_gateway.rate_limiter import debts_of, joint_refusal
@@ -57,12 +57,12 @@ class StoreQuotaLimiter:
         *,
         prefix: str,
         wall_clock: Clock,
-        on_warned: Callable[[Sequence[Warned]], None] = lambda _: None,
+        on_warned: Callable[[Sequence[QuotaWarning]], None] = lambda _: None,
     ) -> None:
         self.buckets = buckets
-        self.known: dict[str, Counter] = {}
-        self.owed: dict[str, Owed] = {}
-        self.generation = 0  # see `Owed`
+        self.known: dict[str, QuotaCounter] = {}
+        self.owed: dict[str, UnreportedAmount] = {}
+        self.generation = 0  # see `UnreportedAmount`
         buckets.on_reset = self.forget
         self.offset_us = 0  # of the store's clock, which is ahead of this process's by this time
         self.warn = on_warned
@@ -158,7 +158,7 @@ class StoreQuotaLimiter:
         ]
         return joint_allowance(settled_to or changes, after, standings, self.store_us(), starts)
 
-    def correct(self, change: Charge, quota: PeriodQuota, decision: Decision, start: int) -> Standing:
+    def correct(self, change: Charge, quota: PeriodQuota, decision: Decision, start: int) -> QuotaState:
         """Charge or refund a difference in the period from `start`; return the standing after it."""
         now = self.store_time()
         if change.increment_ns and decision.source == "store":
@@ -185,14 +185,14 @@ class StoreQuotaLimiter:
 
     async def counter(
         self, key: str, quota: PeriodQuota, adjustment: Adjustment | None = None
-    ) -> tuple[Counter | None, int]:
+    ) -> tuple[QuotaCounter | None, int]:
         """Return a counter, after an adjustment, and the store's time in microseconds.
 
         Raises StoreUnavailable.
         """
-        found: asyncio.Future[tuple[Counter | None, int]] = asyncio.get_running_loop().create_future()
+        found: asyncio.Future[tuple[QuotaCounter | None, int]] = asyncio.get_running_loop().create_future()
 
-        def on_counter(counter: Counter | None, clock_us: int) -> None:
+        def on_counter(counter: QuotaCounter | None, clock_us: int) -> None:
             if not found.done():
                 found.set_result((counter, clock_us))
 
@@ -228,7 +228,7 @@ class StoreQuotaLimiter:
         back = [Charge(one.key, one.quota, -one.increment_ns, is_unverified=one.is_unverified) for one in charges]
         self.buckets.settle(back, decision, now_ns)
 
-    def standing(self, key: str, quota: PeriodQuota) -> Standing:
+    def standing(self, key: str, quota: PeriodQuota) -> QuotaState:
         """Return the current standing by the last reading."""
         return self._standing(key, quota, self.store_time())
 
@@ -250,7 +250,7 @@ class StoreQuotaLimiter:
         """Return the store's time in seconds, by the last reading."""
         return self.store_us() // MICROSECONDS
 
-    def note(self, key: str, counter: Counter | None, clock_us: int) -> None:
+    def note(self, key: str, counter: QuotaCounter | None, clock_us: int) -> None:
         """Keep a reading."""
         self.offset_us = clock_us - self._now_us()
         self.known.pop(key, None)
@@ -262,15 +262,15 @@ class StoreQuotaLimiter:
             if held is not None and held.amount == held.sent and held.start < counter.count.start:
                 del self.owed[key]  # the period has ended, and there is nothing to send
 
-    def report_owed(self, key: str) -> Owed | None:
+    def report_owed(self, key: str) -> UnreportedAmount | None:
         """Return the cost charged without the store that was not sent, which counts as sent from now on; else None."""
         held = self.owed.get(key) if self.owed else None
         if held is None or held.amount == held.sent:
             return None
         self.owed[key] = held._replace(sent=held.amount)
-        return Owed(held.start, held.amount - held.sent, generation=held.generation)
+        return UnreportedAmount(held.start, held.amount - held.sent, generation=held.generation)
 
-    def settle_owed(self, key: str, sent: Owed, *, is_charged: bool) -> None:
+    def settle_owed(self, key: str, sent: UnreportedAmount, *, is_charged: bool) -> None:
         """Forget an amount that was sent, or, if the store has not charged it, send it again."""
         held = self.owed.get(key)
         if held is not None and held.start == sent.start and held.generation <= sent.generation:
@@ -281,7 +281,7 @@ class StoreQuotaLimiter:
         """Note what a counter was charged without the store, which may have charged it if it `is_sent`."""
         held = self.owed.get(key)
         if held is None or held.start != start:  # of an earlier period: it no longer matters
-            held = Owed(start, generation=self.generation)
+            held = UnreportedAmount(start, generation=self.generation)
         sent = held.sent + (change if is_sent else 0)
         self._keep(key, held._replace(amount=held.amount + change, sent=sent))
 
@@ -317,7 +317,7 @@ class StoreQuotaLimiter:
             decision.processes = self.buckets.fallback.processes
         return decision
 
-    def _charged(self, charge: Charge, quota: PeriodQuota, now: int, *, may_be_charged: bool) -> Standing:
+    def _charged(self, charge: Charge, quota: PeriodQuota, now: int, *, may_be_charged: bool) -> QuotaState:
         """Note what the store is to be charged; return the standing after it, by `local_share` that of the share."""
         standing = self._standing(charge.key, quota, now)
         self.owe(charge.key, charge.increment_ns, standing.count.start, is_sent=may_be_charged)
@@ -350,7 +350,7 @@ class StoreQuotaLimiter:
             for charge, quota in of_counters(charges)
         )
 
-    def _keep(self, key: str, held: Owed) -> None:
+    def _keep(self, key: str, held: UnreportedAmount) -> None:
         if held.amount or held.sent:
             self.owed[key] = held
             if len(self.owed) > self.bucket_limit:
@@ -358,7 +358,7 @@ class StoreQuotaLimiter:
         else:
             self.owed.pop(key, None)
 
-    def _share(self, key: str, quota: PeriodQuota, now: int) -> Standing:
+    def _share(self, key: str, quota: PeriodQuota, now: int) -> QuotaState:
         """Return the standing of this process's share: of what was left by the last reading, without what it owes."""
         standing = self._standing(key, quota, now)
         held = self.owed.get(key)
@@ -367,7 +367,7 @@ class StoreQuotaLimiter:
             standing.left -= held.amount
         return standing
 
-    def _standing(self, key: str, quota: PeriodQuota, now: int) -> Standing:
+    def _standing(self, key: str, quota: PeriodQuota, now: int) -> QuotaState:
         return standing_of(key, quota, self.known.get(key), now)
 
     async def _inspect(self, charge: Charge, quota: PeriodQuota, now_ns: int) -> Decision:

@@ -13,7 +13,7 @@ SIZE = 1000
 
 
 class HeavyHittersState(TypedDict):
-    """A sketch as JSON values: its size, and key, count and error of every counter."""
+    """Heavy hitters as JSON values: the size, and key, count and error of every counter."""
 
     size: int
     counters: list[tuple[str, int, int]]
@@ -29,7 +29,7 @@ class Estimate:
 
 
 class HeavyHitters:
-    """A sketch of `size` counters: after n keys, every key with more than n / size occurrences has a counter.
+    """A set of `size` counters: after n keys, every key with more than n / size occurrences has a counter.
 
     Counting a key that has a counter is one look-up. A new key replaces the smallest counter, found by a heap whose
     entries are corrected only when they reach the top: each count causes at most one later correction, so a new key
@@ -40,7 +40,7 @@ class HeavyHitters:
 
     def __init__(self, size: int = SIZE) -> None:
         if size < 1:
-            raise ValueError(f"a sketch needs at least 1 counter, got {size}")
+            raise ValueError(f"heavy hitters need at least 1 counter, got {size}")
         self._size = size
         self._counters: dict[str, list[int]] = {}  # count and error
         self._heap: list[tuple[int, str]] = []  # earlier counts, so never too high; empty until first needed
@@ -88,20 +88,20 @@ class HeavyHitters:
 
     @classmethod
     def from_state(cls, state: HeavyHittersState) -> "HeavyHitters":
-        """Return the sketch with this state."""
+        """Return the heavy hitters with this state."""
         other = cls(state["size"])
         other._counters = {key: [count, error] for key, count, error in state["counters"]}
         return other
 
     def merge(self, state: HeavyHittersState) -> None:
-        """Add the counts of another sketch of the same size; raises ValueError if the sizes differ.
+        """Add the counts of another set of the same size; raises ValueError if the sizes differ.
 
-        A key without a counter in one sketch is counted there with that sketch's `floor`, as count and as error. So
+        A key without a counter in one set is counted there with that set's `floor`, as count and as error. So
         every maximum error stays valid, and every key with more than (n1 + n2) / size occurrences keeps a counter
         (after Agarwal et al. 2012, "Mergeable Summaries").
         """
         if state["size"] != self._size:
-            raise ValueError(f"a sketch of {state['size']} counters cannot be merged into one of {self._size}")
+            raise ValueError(f"a set of {state['size']} counters cannot be merged into a set of {self._size}")
         other = {key: (count, error) for key, count, error in state["counters"]}
         floor, other_floor = self.floor, _floor(other.values(), self._size)
         merged: dict[str, list[int]] = {}

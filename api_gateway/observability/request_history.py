@@ -13,12 +13,12 @@ from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange, H
 from api_gateway.observability.record_budget import RecordBudget
 from api_gateway.observability.request_record import (
     NUMBERS,
-    REQUEST_OUTCOMES,
-    Charged,
-    Decided,
-    Record,
-    RequestOutcome,
-    Settled,
+    REQUEST_RESULTS,
+    ChargeRecord,
+    DecisionRecord,
+    HistoryRecord,
+    RequestResult,
+    SettlementRecord,
     number_of,
 )
 
@@ -39,9 +39,9 @@ _MAX_BUDGETS = 2  # a bucket is at most that many budgets from full, after a set
 
 @dataclass(frozen=True, slots=True)
 class HistoryLimits:
-    """How many records of each outcome are kept, in how many bytes together, and for how many seconds at most.
+    """How many records of each result are kept, in how many bytes together, and for how many seconds at most.
 
-    `per_second` are the records of each outcome that are added in a second at most, apart from bursts.
+    `per_second` are the records of each result that are added in a second at most, apart from bursts.
     """
 
     successes: int
@@ -53,7 +53,7 @@ class HistoryLimits:
 
     @property
     def most(self) -> tuple[int, int, int]:
-        """The number of records of each outcome."""
+        """The number of records of each result."""
         return self.successes, self.refusals, self.errors
 
 
@@ -122,16 +122,16 @@ class FairRing:
 
 
 class RequestHistory:
-    """Keeps ended requests: those of each outcome apart, with a third of the bytes and a budget of their own.
+    """Keeps ended requests: those of each result apart, with a third of the bytes and a budget of their own.
 
-    `not_kept` counts, by outcome, the requests for which the budget had no place.
+    `not_kept` counts, by result, the requests for which the budget had no place.
     """
 
     def __init__(self, limits: HistoryLimits, not_kept: Counter[str] | None = None) -> None:
-        self._rings = {outcome: FairRing() for outcome in REQUEST_OUTCOMES}
-        self._budgets = {outcome: RecordBudget(1, 0) for outcome in REQUEST_OUTCOMES}
+        self._rings = {result: FairRing() for result in REQUEST_RESULTS}
+        self._budgets = {result: RecordBudget(1, 0) for result in REQUEST_RESULTS}
         self._of_successes, self._of_refusals, self._of_errors = self._budgets.values()
-        self.not_kept = Counter(dict.fromkeys(REQUEST_OUTCOMES, 0)) if not_kept is None else not_kept
+        self.not_kept = Counter(dict.fromkeys(REQUEST_RESULTS, 0)) if not_kept is None else not_kept
         self._next = 0.0  # the time of the next record at the earliest
         self.change(limits)
 
@@ -146,14 +146,14 @@ class RequestHistory:
     def change(self, limits: HistoryLimits) -> None:
         """Apply other limits, and drop what exceeds them."""
         self._limits = limits
-        share = limits.max_bytes // len(REQUEST_OUTCOMES)
-        for outcome, most, rate in zip(REQUEST_OUTCOMES, limits.most, limits.per_second, strict=True):
-            self._rings[outcome].limit(most, share)
-            self._budgets[outcome].change(rate, most)
+        share = limits.max_bytes // len(REQUEST_RESULTS)
+        for result, most, rate in zip(REQUEST_RESULTS, limits.most, limits.per_second, strict=True):
+            self._rings[result].limit(most, share)
+            self._budgets[result].change(rate, most)
 
-    def sizes(self) -> dict[RequestOutcome, tuple[int, int]]:
-        """Return the number of records and their bytes by outcome."""
-        return {outcome: (ring.count, ring.size) for outcome, ring in self._rings.items()}
+    def sizes(self) -> dict[RequestResult, tuple[int, int]]:
+        """Return the number of records and their bytes by result."""
+        return {result: (ring.count, ring.size) for result, ring in self._rings.items()}
 
     def observer(self, wall_clock: Clock) -> Callable[[Exchange], None]:
         """Return the observer of ended exchanges, which records an exchange if there is a place for it."""
@@ -176,19 +176,19 @@ class RequestHistory:
 
     def takes(self, exchange: Exchange) -> bool:
         """Return whether an exchange that has just ended is to be recorded, and count it if not."""
-        outcome: RequestOutcome
+        result: RequestResult
         status = exchange.status
-        if exchange.reason is None and status < _SERVER_ERROR:  # `outcome_of`, inlined
-            outcome, budget = "success", self._of_successes
+        if exchange.reason is None and status < _SERVER_ERROR:  # `request_result`, inlined
+            result, budget = "success", self._of_successes
         elif status >= _CLIENT_DISCONNECTED or exchange.source == "upstream":
-            outcome, budget = "error", self._of_errors
+            result, budget = "error", self._of_errors
         else:
-            outcome, budget = "refusal", self._of_refusals
+            result, budget = "refusal", self._of_refusals
         if exchange.finished >= budget.full_until:
             client = exchange.client
             if budget.takes(exchange.client_address if client is None else client.key, exchange.finished):
                 return True
-        self.not_kept[outcome] += 1
+        self.not_kept[result] += 1
         return False
 
     def record(self, exchange: Exchange, now: float) -> None:
@@ -197,13 +197,13 @@ class RequestHistory:
         self._next = now + _APART
         organisation = None if exchange.credential is None else exchange.credential.organisation
         exchange.credential = None if organisation is None else _FormerCredential(organisation)
-        outcome, client = outcome_of(exchange), exchange.client
-        if outcome == "success" and len(exchange.path) > MAX_SUCCESS_PATH:
+        result, client = request_result(exchange), exchange.client
+        if result == "success" and len(exchange.path) > MAX_SUCCESS_PATH:
             exchange = replace(exchange, path=f"{exchange.path[:MAX_SUCCESS_PATH]}...")
         texts = len(exchange.path) + len(exchange.detail or "") + sum([len(one.detail) for one in exchange.failures])
         texts += len(organisation or "")
         parts = len(exchange.charges) + len(exchange.failures)
-        self._rings[outcome].add(
+        self._rings[result].add(
             exchange.client_address if client is None else client.key,
             (now, exchange, _RECORD_BYTES + _LIMIT_BYTES * parts + _BYTES_A_CHARACTER * texts),
         )
@@ -217,7 +217,7 @@ class RequestHistory:
         self._next = (number + 1) / NUMBERS
         return number
 
-    def records(self, now: float, after: int = 0) -> Iterator[Record | None]:
+    def records(self, now: float, after: int = 0) -> Iterator[HistoryRecord | None]:
         """Yield the records whose number is above `after`, in no order, and None where the caller may pause.
 
         Records that are older than `max_age` are left out.
@@ -233,7 +233,7 @@ class RequestHistory:
             yield None
 
 
-def outcome_of(exchange: Exchange) -> RequestOutcome:
+def request_result(exchange: Exchange) -> RequestResult:
     """Return how an exchange has ended."""
     if exchange.reason is None and exchange.status < _SERVER_ERROR:
         return "success"
@@ -241,13 +241,13 @@ def outcome_of(exchange: Exchange) -> RequestOutcome:
     return "error" if is_error else "refusal"
 
 
-def _record_of(exchange: Exchange, ended: float) -> Record:
+def _record_of(exchange: Exchange, ended: float) -> HistoryRecord:
     client, decision = exchange.client, exchange.decision
-    return Record(
+    return HistoryRecord(
         ended=ended,
         id=exchange.id,
         trace_id=None if exchange.trace is None else exchange.trace.trace_id,
-        outcome=outcome_of(exchange),
+        result=request_result(exchange),
         client_id=None if client is None else client.id,
         tier=None if client is None else client.quota.name,
         tier_source=None if client is None else client.source,
@@ -289,9 +289,9 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MAX_RECORDED_TEXT else f"{text[:MAX_RECORDED_TEXT]}..."
 
 
-def _decided(exchange: Exchange, decision: Decision) -> Decided:
+def _decided(exchange: Exchange, decision: Decision) -> DecisionRecord:
     """Return the decision as it was made, what it charged, and the changes of the cost since."""
-    settled: tuple[Settled, ...] = ()
+    settled: tuple[SettlementRecord, ...] = ()
     charges = exchange.charges
     if exchange.settlements:
         first = exchange.settlements[0]
@@ -300,11 +300,13 @@ def _decided(exchange: Exchange, decision: Decision) -> Decided:
             _charged(one, one.quota.cost_ns(first.charged if one.own_cost is None else one.own_cost))
             for one in charges
         ]
-        settled = tuple([Settled(one.at_ns / NANOSECONDS, one.charged, one.cost) for one in exchange.settlements])
+        settled = tuple(
+            [SettlementRecord(one.at_ns / NANOSECONDS, one.charged, one.cost) for one in exchange.settlements]
+        )
     else:
         charged = [_charged(one, one.increment_ns) for one in charges]
     quota = decision.quota
-    return Decided(
+    return DecisionRecord(
         allowed=decision.allowed,
         source=decision.source,
         limit=quota.policy,
@@ -349,8 +351,8 @@ def _left(charges: Sequence[Charge], decision: Decision) -> tuple[int | None, ..
     return tuple(found)
 
 
-def _charged(charge: Charge, increment_ns: int) -> Charged:
+def _charged(charge: Charge, increment_ns: int) -> ChargeRecord:
     quota = charge.quota
-    return Charged(
+    return ChargeRecord(
         quota.policy, charge.key, quota.emission_ns, quota.burst_ns, increment_ns, charge.own_cost, quota.is_calendar
     )

@@ -4,13 +4,13 @@ from typing import Literal, NamedTuple
 
 from api_gateway.models import NANOSECONDS, AttemptFailure, DecisionSource, share_increment
 
-RequestOutcome = Literal["success", "refusal", "error"]
+RequestResult = Literal["success", "refusal", "error"]
 
-REQUEST_OUTCOMES: tuple[RequestOutcome, ...] = ("success", "refusal", "error")
+REQUEST_RESULTS: tuple[RequestResult, ...] = ("success", "refusal", "error")
 NUMBERS = 2**20  # in a second; the products with it are exact
 
 
-class Charged(NamedTuple):
+class ChargeRecord(NamedTuple):
     """One limit that a request was charged to. Its units of time are those of `models.Quota`.
 
     `key` identifies the bucket; it may contain values of header fields, so it is not shown. `is_calendar`: it is a
@@ -26,7 +26,7 @@ class Charged(NamedTuple):
     is_calendar: bool
 
 
-class Settled(NamedTuple):
+class SettlementRecord(NamedTuple):
     """A change of the cost of a request, in tokens, `at` monotonic seconds."""
 
     at: float
@@ -34,7 +34,7 @@ class Settled(NamedTuple):
     after: float
 
 
-class Decided(NamedTuple):
+class DecisionRecord(NamedTuple):
     """The decision of the limiter on one request, before settlements.
 
     `limit` is the limit that it is about, `key` that of its bucket, `refusing` are all that refused: also concurrency
@@ -49,22 +49,22 @@ class Decided(NamedTuple):
     limit: str
     key: str
     wait_ns: int
-    charges: list[Charged]
+    charges: list[ChargeRecord]
     left: tuple[int | None, ...]
     processes: int
     at_ns: int
     refusing: tuple[str, ...]
     slots: tuple[tuple[str, int], ...]
-    settled: tuple[Settled, ...]
+    settled: tuple[SettlementRecord, ...]
 
 
-class Record(NamedTuple):
+class HistoryRecord(NamedTuple):
     """One ended request. `started`, `sent_at`, `head_at` and `finished` are monotonic seconds, `ended` wall time."""
 
     ended: float
     id: str
     trace_id: str | None
-    outcome: RequestOutcome
+    result: RequestResult
     client_id: str | None
     tier: str | None
     tier_source: str | None
@@ -87,7 +87,7 @@ class Record(NamedTuple):
     sent_at: float | None
     head_at: float | None
     finished: float
-    decision: Decided | None
+    decision: DecisionRecord | None
     failures: tuple[AttemptFailure, ...]
 
     @property
@@ -101,7 +101,7 @@ def number_of(ended: float) -> int:
     return int(ended * NUMBERS)
 
 
-def charged_cost(charged: Charged) -> float:
+def charged_cost(charged: ChargeRecord) -> float:
     """Return the charge to a limit, in tokens."""
     return charged.increment_ns / charged.emission_ns
 
@@ -121,12 +121,12 @@ class LimitState(NamedTuple):
     processes: int
 
 
-def states_of(decision: Decided) -> list[LimitState]:
+def states_of(decision: DecisionRecord) -> list[LimitState]:
     """Return the state of each limit that a decision charged, in their order."""
     return [_state_of(decision, one, left) for one, left in zip(decision.charges, decision.left, strict=True)]
 
 
-def _state_of(decision: Decided, charged: Charged, left: int | None) -> LimitState:
+def _state_of(decision: DecisionRecord, charged: ChargeRecord, left: int | None) -> LimitState:
     processes, cost = decision.processes, charged_cost(charged)
     capacity = charged.burst_ns / charged.emission_ns / processes
     if charged.is_calendar:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from api_gateway.config import ENV_FILE, GatewayConfig, Loaded, config_path, read_config
+from api_gateway.config import ENV_FILE, GatewayConfig, LoadedConfig, config_path, read_config
 from api_gateway.process.start_check import file_errors
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.included_files import WILDCARDS, matching_files
@@ -53,7 +53,7 @@ class ConfigSource:
             self._warnings.add(message)
             logger.warning("%s", message)
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedConfig:
         """Read the configuration and update `files`, even on failure. Blocks. Raises ConfigError."""
         found = {Path(ENV_FILE)}
         chosen = config_path(self._path)

@@ -97,7 +97,7 @@ def _certificate_names(given: Sequence[str]) -> dict[str, str]:
 
 def _show_prediction(found: JsonObject) -> None:
     result, client = found["result"], found["client"]
-    show(f"{result['outcome']}: {result['detail']}")
+    show(f"{result['decision']}: {result['detail']}")
     show(f"  address {found['address']['address']}: {found['address']['detail']}")
     show(f"  client {client['id']} ({client['tier']['name']}): {client['detail']}")
     if found["route"] is not None:
@@ -135,13 +135,13 @@ def _matched(route: JsonObject) -> str:
 
 
 def _bucket_row(one: JsonObject, kind: str = "") -> tuple[object, ...]:
-    verdict = _verdict(one["allowed"], one["retry_after_seconds"])
-    return f"{kind}{one['policy']}", one["tokens"], one["cost"], one["capacity"], verdict
+    words = _decision_words(one["allowed"], one["retry_after_seconds"])
+    return f"{kind}{one['policy']}", one["tokens"], one["cost"], one["capacity"], words
 
 
 def _slot_row(one: JsonObject, kind: str = "") -> tuple[object, ...]:
-    verdict = f"{_verdict(one['allowed'], None)}, {one['in_flight']} in flight"
-    return f"{kind}{one['policy']}", one["concurrent"] - one["in_flight"], 1, one["concurrent"], verdict
+    words = f"{_decision_words(one['allowed'], None)}, {one['in_flight']} in flight"
+    return f"{kind}{one['policy']}", one["concurrent"] - one["in_flight"], 1, one["concurrent"], words
 
 
 def _show_upstream(one: JsonObject) -> None:
@@ -164,8 +164,8 @@ def _show_request(request: JsonObject) -> None:
         show(f"  {request['detail']}")
     decision = request["decision"]
     if decision is not None:
-        verdict = _verdict(decision["allowed"], decision["retry_after_seconds"])
-        show(f"  {verdict}; decided by the limit {decision['limit']}, from {decision['source']}")
+        words = _decision_words(decision["allowed"], decision["retry_after_seconds"])
+        show(f"  {words}; decided by the limit {decision['limit']}, from {decision['source']}")
         header = ("LIMIT", "TOKENS BEFORE", "COST", "TOKENS AFTER", "CAPACITY", "RESULT")
         rows = [
             (
@@ -174,7 +174,7 @@ def _show_request(request: JsonObject) -> None:
                 one["cost"],
                 one["tokens_after"],
                 f"{one['concurrent']} in flight" if one.get("concurrent") else one["capacity"],
-                _verdict(one["allowed"], one["retry_after_seconds"]),
+                _decision_words(one["allowed"], one["retry_after_seconds"]),
             )
             for one in request["limits"]
         ]
@@ -218,7 +218,7 @@ def _show_spending(limit: str, spent_by: JsonObject) -> None:
     show_all(table(header, rows), "    ")
 
 
-def _verdict(allowed: bool, wait: float | None) -> str:  # noqa: FBT001 - a value that is shown
+def _decision_words(allowed: bool, wait: float | None) -> str:  # noqa: FBT001 - a value that is shown
     if allowed:
         return "allowed"
     return "refused" if wait is None else f"refused, {wait:g} s to wait"

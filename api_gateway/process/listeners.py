@@ -28,7 +28,7 @@ REDIRECT_SOCKET = "redirect"  # of one for plain HTTP that is redirected
 
 
 @dataclass(frozen=True, slots=True)
-class Sockets:
+class WorkerSockets:
     """The sockets of one worker: `public` for clients, `admin` for the operator listener if there is one.
 
     `redirect` are those for plain HTTP, if it is redirected. `are_shared`: other workers accept from the same sockets.
@@ -49,7 +49,7 @@ class Listeners:
     """The sockets of all workers. Closing them also removes the files of Unix sockets that were not replaced."""
 
     def __init__(self, workers: int, *, are_shared: bool = False) -> None:
-        self.sets = [Sockets([], are_shared=are_shared) for _ in range(workers)]
+        self.sets = [WorkerSockets([], are_shared=are_shared) for _ in range(workers)]
         self._files: list[tuple[Path, os.stat_result]] = []
 
     def __repr__(self) -> str:
@@ -108,7 +108,9 @@ class Listeners:
                 own.extend(given if number == 0 else [sock.dup() for sock in given])
         return listeners
 
-    def _bind(self, setting: str, address: BindAddress, choose: Callable[[Sockets], list[socket.socket]]) -> None:
+    def _bind(
+        self, setting: str, address: BindAddress, choose: Callable[[WorkerSockets], list[socket.socket]]
+    ) -> None:
         workers = len(self.sets)
         try:
             if address.path:
@@ -200,7 +202,7 @@ def watched(sockets: Iterable[socket.socket]) -> Iterator[list[socket.socket]]:
         ]
 
 
-def leave_group(sockets: Sockets) -> None:
+def leave_group(sockets: WorkerSockets) -> None:
     """Remove these sockets from the kernel's distribution of connections until a process listens on them again.
 
     For a worker that cannot be replaced soon: a refused client that connects again gets another worker. Sockets from

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from api_gateway.assembly.identity import claim_notice
 from api_gateway.assembly.stores import client_store, state_folder
-from api_gateway.config import GatewayConfig, Loaded
+from api_gateway.config import GatewayConfig, LoadedConfig
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.printable_text import counted
 from api_gateway.process.config_watch import ConfigSource
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
         return STARTUP_FAILED
 
 
-def _check(loaded: Loaded) -> int:
+def _check(loaded: LoadedConfig) -> int:
     """Print the sources, obstacles and warnings of a start; return the exit code."""
     config = loaded.config
     is_failed = _report(loaded, startup_errors(config))
@@ -75,7 +75,7 @@ def _check(loaded: Loaded) -> int:
     return 0
 
 
-def _report(loaded: Loaded, findings: Iterable[Finding], kind: str = "") -> bool:
+def _report(loaded: LoadedConfig, findings: Iterable[Finding], kind: str = "") -> bool:
     """Print a line for each finding; return whether there is any."""
     sources = loaded.sources
     lines = [

@@ -16,8 +16,8 @@ from typing import Any
 
 import uvicorn
 
+from api_gateway.admin.admin_listener import AdminListener
 from api_gateway.admin.context import Lifecycle
-from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
 from api_gateway.assembly.data_plane import hsts_fields
 from api_gateway.config import GatewayConfig
@@ -29,7 +29,7 @@ from api_gateway.main import create_app
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.printable_text import counted
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
-from api_gateway.process.listeners import Listeners, Sockets, watched
+from api_gateway.process.listeners import Listeners, WorkerSockets, watched
 from api_gateway.process.message_log import change_logging
 from api_gateway.process.server_certificates import ServerCertificates
 from api_gateway.process.startup_message import announce_start
@@ -78,7 +78,7 @@ class GatewayServer(uvicorn.Server):
         self._manager = manager or ServiceManager()
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels still in progress at the end of the drain time
-        self._sockets = Sockets([])
+        self._sockets = WorkerSockets([])
         refused: Counter[str] = LabelCounter()
         section = config.server
         self.connections = FairShares(section.max_connections or default_connections(raise_descriptor_limit()))
@@ -115,7 +115,7 @@ class GatewayServer(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve on these sockets, by default on those of the configuration. Raises StartupError."""
         if sockets is not None:
-            self.run_on(Sockets(sockets))
+            self.run_on(WorkerSockets(sockets))
             return
         listeners = Listeners.of(self._settings, 1, self._manager.passed)
         try:
@@ -123,7 +123,7 @@ class GatewayServer(uvicorn.Server):
         finally:
             listeners.close()
 
-    def run_on(self, sockets: Sockets) -> None:
+    def run_on(self, sockets: WorkerSockets) -> None:
         """Serve on bound sockets."""
         self._sockets = sockets
         with watched(sockets.public) as public:

@@ -13,7 +13,7 @@ from api_gateway.assembly.identity import claim_notice
 from api_gateway.assembly.routes import conditions_of
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import banner
-from api_gateway.process.listeners import Sockets
+from api_gateway.process.listeners import WorkerSockets
 from api_gateway.settings.bind_address import UNIX_PREFIX, authority
 from api_gateway.settings.routes import RouteSection
 
@@ -60,7 +60,7 @@ def _matched(route: RouteSection) -> str:
     return f"{route.host or ''}{route.path}{f' ({conditions})' if conditions else ''}"
 
 
-def announce_start(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> None:
+def announce_start(config: GatewayConfig, sockets: WorkerSockets, workers: int = 1) -> None:
     """Print the startup message; with `log.format: json`, log each of its lines instead."""
     text = startup_banner(config, sockets, workers)
     if config.log.format != "json":
@@ -70,7 +70,7 @@ def announce_start(config: GatewayConfig, sockets: Sockets, workers: int = 1) ->
         logger.info("%s", line.strip())
 
 
-def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
+def startup_banner(config: GatewayConfig, sockets: WorkerSockets, workers: int = 1) -> str:
     """Return the startup message: addresses, routes, where the operator token is, and which ids anyone can claim."""
     notice = claim_notice(config)
     place = ReachableAddress.of(sockets.public, "http" if config.server.tls is None else "https")

@@ -21,7 +21,7 @@ from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.printable_text import counted
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
-from api_gateway.process.listeners import Listeners, Sockets, leave_group
+from api_gateway.process.listeners import Listeners, WorkerSockets, leave_group
 from api_gateway.process.message_log import change_logging
 from api_gateway.process.startup_message import announce_start
 from api_gateway.process.stop_times import stop_within, watchdog_of
@@ -62,7 +62,7 @@ class WorkerSlot:
     """A slot for one worker: its number, its sockets, the current worker, and consecutive failed starts."""
 
     number: int
-    sockets: Sockets
+    sockets: WorkerSockets
     worker: WorkerHandle | None = None
     failures: int = 0
 
@@ -272,7 +272,7 @@ class Supervisor:
     async def _spawn(self, slot: WorkerSlot) -> WorkerHandle:
         """Start a worker. Raises StartupError if no process can be started at present."""
         config = self._serialized_config(self._config)
-        inherited = [] if self._store is None else [self._store.lifeline]
+        inherited = [] if self._store is None else [self._store.guardian_pipe]
         server = self._config.server
         try:
             worker = await spawn(

@@ -154,8 +154,8 @@ def _last_failures(client: OperatorClient) -> list[JsonObject] | None:
     try:
         found = [
             row
-            for outcome in ("refusal", "error")
-            for row in client.get("/history", outcome=outcome, limit=_REQUESTS)["requests"]
+            for result in ("refusal", "error")
+            for row in client.get("/history", result=result, limit=_REQUESTS)["requests"]
         ]
     except CommandFailed as error:
         if error.status == _ABSENT:

@@ -9,7 +9,7 @@ from typing import Any
 
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import STARTUP_FAILED, StartupError
-from api_gateway.process.listeners import Sockets
+from api_gateway.process.listeners import WorkerSockets
 from api_gateway.process.message_log import configure_logging
 from api_gateway.process.server import GatewayServer
 from api_gateway.reload.serialization import deserialized
@@ -39,7 +39,7 @@ def _serve(worker_config: dict[str, Any]) -> int:
         [socket.socket(fileno=one) for one in worker_config[key]]
         for key in ("listeners", "admin_listeners", "redirect_listeners")
     )
-    server.run_on(Sockets(public, admin, redirect))
+    server.run_on(WorkerSockets(public, admin, redirect))
     return server.exit_code if server.started else STARTUP_FAILED
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 # Workers use the module search path of the supervisor, however that was started. `collection_paused` does the same.
 ENTRY = (
-    "import gc, json, sys; gc.disable(); brief = json.load(sys.stdin); sys.path[:] = brief['path'];"
-    " from api_gateway.process.worker import main; raise SystemExit(main(brief))"
+    "import gc, json, sys; gc.disable(); config = json.load(sys.stdin); sys.path[:] = config['path'];"
+    " from api_gateway.process.worker import main; raise SystemExit(main(config))"
 )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from api_gateway.process.listeners import Sockets
+from api_gateway.process.listeners import WorkerSockets
 from api_gateway.process.worker_config import ENTRY, WorkerConfig
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reporting.snapshot import WorkerSnapshot
@@ -273,7 +273,7 @@ class WorkerHandle:
 async def spawn(
     number: int,
     config: dict[str, Any],
-    sockets: Sockets,
+    sockets: WorkerSockets,
     inherited: Sequence[int],
     gather: Gather,
     reload: Reload,
@@ -286,12 +286,12 @@ async def spawn(
     `reload` when it requests a reload, `query` when it asks all workers. Once it serves, or after
     WORKER_START_TIMEOUT, it is killed if it sends no message for `silence_timeout` seconds.
     """
-    ours, theirs = socket.socketpair()
+    supervisor_end, worker_end = socket.socketpair()
     try:
-        streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
+        streams = await asyncio.open_unix_connection(sock=supervisor_end, limit=MAX_MESSAGE)
     except BaseException:
-        ours.close()
-        theirs.close()
+        supervisor_end.close()
+        worker_end.close()
         raise
     listeners = [sock.fileno() for sock in sockets.public]
     admin = [sock.fileno() for sock in sockets.admin]
@@ -300,15 +300,15 @@ async def spawn(
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-c", ENTRY, f"gateway worker {number}"),
             stdin=asyncio.subprocess.PIPE,
-            pass_fds=(theirs.fileno(), *listeners, *admin, *redirect, *inherited),
+            pass_fds=(worker_end.fileno(), *listeners, *admin, *redirect, *inherited),
             process_group=0,  # a SIGINT of the terminal goes to the supervisor, which stops the workers
         )
     except BaseException:
         streams[1].close()
-        theirs.close()
+        worker_end.close()
         raise
-    worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin, redirect)
-    theirs.close()  # the worker has inherited it
+    worker_config = WorkerConfig(number, config, worker_end.fileno(), listeners, admin, redirect)
+    worker_end.close()  # the worker has inherited it
     worker = WorkerHandle(number, process, streams, gather, reload, query, silence_timeout)
     assert process.stdin is not None  # noqa: S101 - piped above
     process.stdin.write(worker_config.encode())

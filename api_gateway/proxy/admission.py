@@ -63,7 +63,7 @@ class RequestPlan:
     inspected: Sequence[Decision]
     slot_uses: Sequence[SlotUse]
     extension_calls: list[ExtensionCall]
-    direct: "DirectResponse | None"
+    direct: "StageResponse | None"
     headers: RewrittenHeaders
 
     def __init__(self, exchange: Exchange, facts: HeaderFacts, raw_target: bytes, now_ns: int) -> None:
@@ -77,7 +77,7 @@ class RequestPlan:
         return f"<RequestPlan of {self.exchange.method} {self.exchange.path}>"
 
 
-class DirectResponse:
+class StageResponse:
     """A response of a stage that is not a refusal.
 
     `headers` have the length of a body, and come before those of all.
@@ -91,7 +91,7 @@ class DirectResponse:
         self.body = body
 
     def __repr__(self) -> str:
-        return f"<DirectResponse {self.status}>"
+        return f"<StageResponse {self.status}>"
 
 
 class Wait:
@@ -120,7 +120,7 @@ class Wait:
         return await future
 
 
-StageResult = GatewayError | DirectResponse | Wait | None
+StageResult = GatewayError | StageResponse | Wait | None
 Decide = Callable[[RequestPlan], StageResult]
 
 
@@ -217,7 +217,7 @@ class Admission:
                 outcome = outcome.resume(plan, reply)
             if isinstance(outcome, GatewayError):
                 first = first or outcome
-            elif isinstance(outcome, DirectResponse) and first is None and plan.direct is None:
+            elif isinstance(outcome, StageResponse) and first is None and plan.direct is None:
                 plan.direct = outcome
         return first
 

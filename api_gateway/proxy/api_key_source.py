@@ -16,7 +16,7 @@ from api_gateway.clients.key_directory import USE_PRECISION, KeyDirectory, KeySt
 from api_gateway.errors import CredentialsInsufficient, CredentialsInvalid, GatewayError, StoreUnavailable
 from api_gateway.http1.headers import Fields, spellings
 from api_gateway.models import KEY_PREFIX, NANOSECONDS
-from api_gateway.proxy.identity_sources import NO_EXPIRY, Claim, Proof, Question, Verification
+from api_gateway.proxy.identity_sources import NO_EXPIRY, Claim, CredentialQuery, Proof, Verification
 from api_gateway.proxy.route_table import Route
 
 _PREFIX = KEY_PREFIX.encode()
@@ -117,13 +117,13 @@ class ApiKeySource:
             return claim.error(claim.fault)
         found = self._directory.find(claim.value)
         if found is KeyState.UNKNOWN:
-            return Question(partial(self._ask, claim, now_ns))
-        return self._verdict(claim, found, now_ns)
+            return CredentialQuery(partial(self._ask, claim, now_ns))
+        return self._result_of(claim, found, now_ns)
 
     async def _ask(self, claim: Claim, now_ns: int) -> Proof | GatewayError:
-        return self._verdict(claim, await self._directory.look_up(claim.value), now_ns)
+        return self._result_of(claim, await self._directory.look_up(claim.value), now_ns)
 
-    def _verdict(self, claim: Claim, found: KnownKey | KeyState, now_ns: int) -> Proof | GatewayError:
+    def _result_of(self, claim: Claim, found: KnownKey | KeyState, now_ns: int) -> Proof | GatewayError:
         if found is KeyState.UNAVAILABLE:
             return StoreUnavailable(
                 "The API key cannot be verified now, because the client store is unavailable.",

@@ -40,7 +40,7 @@ class ClientProgress(NamedTuple):
 NO_PROGRESS = ClientProgress()
 
 
-class Party(StrEnum):
+class ResponsibleParty(StrEnum):
     """The party to which an outcome is attributed.
 
     TARGET: no connection could be made, which no client can cause. UPSTREAM: the upstream and its target; a failure
@@ -54,15 +54,15 @@ class Party(StrEnum):
     NOBODY = "nobody"
 
 
-class Phase(Enum):
+class DetectedAt(Enum):
     """Where a cause is detected: the words for the documentation, and whether the head has arrived (both: None)."""
 
     ADMISSION = "before an attempt", None  # `proxy.admission`, `upstreams.upstream`
     CONNECTING = "connecting", None  # `transport.pool`, `transport.http1_transport`
-    AWAITING_HEAD = "waiting for the head", False  # `transport.connection`
+    AWAITING_HEAD = "waiting for the head", False  # `transport.upstream_connection`
     HEAD = "at the head", None  # `OutcomeReporter.on_head`, `Router`
-    BODY = "within the body", True  # `transport.connection`
-    STREAM = "after the head of a stream", None  # `transport.connection`, `proxy.websocket_tunnel`
+    BODY = "within the body", True  # `transport.upstream_connection`
+    STREAM = "after the head of a stream", None  # `transport.upstream_connection`, `proxy.websocket_tunnel`
 
     @property
     def words(self) -> str:
@@ -124,77 +124,77 @@ class ClientState(Enum):
         return cls.DELAYED if client.waited >= MAX_CLIENT_PAUSE else cls.PUNCTUAL
 
 
-class Condition(NamedTuple):
+class ClientStates(NamedTuple):
     """The states of the client for which a row applies, and the words for the documentation."""
 
     words: str
     states: frozenset[ClientState]
 
 
-ANY = Condition("", frozenset(ClientState))
-PUNCTUAL = Condition(
+ANY = ClientStates("", frozenset(ClientState))
+PUNCTUAL = ClientStates(
     f"the request was sent, and its client had delayed it by less than {MAX_CLIENT_PAUSE:g} s",
     frozenset({ClientState.PUNCTUAL}),
 )
-NOT_PUNCTUAL = Condition(
+NOT_PUNCTUAL = ClientStates(
     f"the request was not yet sent, or its client had delayed it by {MAX_CLIENT_PAUSE:g} s or more, by sending or"
     " reading slowly",
     ANY.states - PUNCTUAL.states,
 )
-SENT = Condition("the request was sent", frozenset({ClientState.PUNCTUAL, ClientState.DELAYED}))
-NOT_SENT = Condition("the request was not yet sent", ANY.states - SENT.states)
-AWAITED = Condition("the client was awaited, for the rest of the request", frozenset({ClientState.AWAITED}))
-NOT_AWAITED = Condition("the client was not awaited", ANY.states - AWAITED.states)
+SENT = ClientStates("the request was sent", frozenset({ClientState.PUNCTUAL, ClientState.DELAYED}))
+NOT_SENT = ClientStates("the request was not yet sent", ANY.states - SENT.states)
+AWAITED = ClientStates("the client was awaited, for the rest of the request", frozenset({ClientState.AWAITED}))
+NOT_AWAITED = ClientStates("the client was not awaited", ANY.states - AWAITED.states)
 
 
 class Attribution(NamedTuple):
     """One row of the table: what ended an attempt, where it is detected, and how the attempt counts."""
 
     cause: Cause
-    phase: Phase
-    client: Condition
-    party: Party
+    phase: DetectedAt
+    client: ClientStates
+    party: ResponsibleParty
     outcome: Outcome
 
 
 _WORDS = {Outcome.FAILURE: "failure", Outcome.SUCCESS: "success", Outcome.IGNORED: "not counted"}
 _FAILURE, _SUCCESS, _IGNORED = Outcome.FAILURE, Outcome.SUCCESS, Outcome.IGNORED
 ATTRIBUTIONS = (
-    Attribution(Cause.NOT_ATTEMPTED, Phase.ADMISSION, ANY, Party.NOBODY, _IGNORED),
-    Attribution(Cause.NO_CONNECTION, Phase.CONNECTING, ANY, Party.NOBODY, _IGNORED),
-    Attribution(Cause.CONNECT_ERROR, Phase.CONNECTING, ANY, Party.TARGET, _FAILURE),
-    Attribution(Cause.CONNECT_TIMEOUT, Phase.CONNECTING, ANY, Party.TARGET, _FAILURE),
-    Attribution(Cause.UNSENDABLE, Phase.AWAITING_HEAD, ANY, Party.CLIENT, _IGNORED),
-    Attribution(Cause.LOST, Phase.AWAITING_HEAD, PUNCTUAL, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.LOST, Phase.AWAITING_HEAD, NOT_PUNCTUAL, Party.NOBODY, _IGNORED),
-    Attribution(Cause.INVALID, Phase.AWAITING_HEAD, PUNCTUAL, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.INVALID, Phase.AWAITING_HEAD, NOT_PUNCTUAL, Party.NOBODY, _IGNORED),
-    Attribution(Cause.TIMEOUT, Phase.AWAITING_HEAD, NOT_AWAITED, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.TIMEOUT, Phase.AWAITING_HEAD, AWAITED, Party.NOBODY, _IGNORED),
-    Attribution(Cause.CLIENT_DEADLINE, Phase.AWAITING_HEAD, ANY, Party.CLIENT, _IGNORED),
-    Attribution(Cause.UPSTREAM_DEADLINE, Phase.AWAITING_HEAD, ANY, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.SHARED_DEADLINE, Phase.AWAITING_HEAD, ANY, Party.NOBODY, _IGNORED),
-    Attribution(Cause.ABORTED_BY_CLIENT, Phase.AWAITING_HEAD, ANY, Party.CLIENT, _IGNORED),
-    Attribution(Cause.ABORTED_BY_GATEWAY, Phase.AWAITING_HEAD, ANY, Party.NOBODY, _IGNORED),
-    Attribution(Cause.INTERIM, Phase.AWAITING_HEAD, ANY, Party.NOBODY, _IGNORED),
-    Attribution(Cause.SERVER_ERROR, Phase.HEAD, SENT, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.SERVER_ERROR, Phase.HEAD, NOT_SENT, Party.NOBODY, _IGNORED),
-    Attribution(Cause.SLOW, Phase.HEAD, ANY, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.STREAM_BEGUN, Phase.HEAD, ANY, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.STREAM_ENDED, Phase.STREAM, ANY, Party.NOBODY, _IGNORED),
-    Attribution(Cause.COMPLETE, Phase.BODY, ANY, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.LOST, Phase.BODY, PUNCTUAL, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.LOST, Phase.BODY, NOT_PUNCTUAL, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.INVALID, Phase.BODY, PUNCTUAL, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.INVALID, Phase.BODY, NOT_PUNCTUAL, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.TIMEOUT, Phase.BODY, NOT_AWAITED, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.TIMEOUT, Phase.BODY, AWAITED, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.UNSENDABLE, Phase.BODY, ANY, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.CLIENT_DEADLINE, Phase.BODY, ANY, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.UPSTREAM_DEADLINE, Phase.BODY, ANY, Party.UPSTREAM, _FAILURE),
-    Attribution(Cause.SHARED_DEADLINE, Phase.BODY, ANY, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.ABORTED_BY_CLIENT, Phase.BODY, ANY, Party.UPSTREAM, _SUCCESS),
-    Attribution(Cause.ABORTED_BY_GATEWAY, Phase.BODY, ANY, Party.UPSTREAM, _SUCCESS),
+    Attribution(Cause.NOT_ATTEMPTED, DetectedAt.ADMISSION, ANY, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.NO_CONNECTION, DetectedAt.CONNECTING, ANY, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.CONNECT_ERROR, DetectedAt.CONNECTING, ANY, ResponsibleParty.TARGET, _FAILURE),
+    Attribution(Cause.CONNECT_TIMEOUT, DetectedAt.CONNECTING, ANY, ResponsibleParty.TARGET, _FAILURE),
+    Attribution(Cause.UNSENDABLE, DetectedAt.AWAITING_HEAD, ANY, ResponsibleParty.CLIENT, _IGNORED),
+    Attribution(Cause.LOST, DetectedAt.AWAITING_HEAD, PUNCTUAL, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.LOST, DetectedAt.AWAITING_HEAD, NOT_PUNCTUAL, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.INVALID, DetectedAt.AWAITING_HEAD, PUNCTUAL, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.INVALID, DetectedAt.AWAITING_HEAD, NOT_PUNCTUAL, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.TIMEOUT, DetectedAt.AWAITING_HEAD, NOT_AWAITED, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.TIMEOUT, DetectedAt.AWAITING_HEAD, AWAITED, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.CLIENT_DEADLINE, DetectedAt.AWAITING_HEAD, ANY, ResponsibleParty.CLIENT, _IGNORED),
+    Attribution(Cause.UPSTREAM_DEADLINE, DetectedAt.AWAITING_HEAD, ANY, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.SHARED_DEADLINE, DetectedAt.AWAITING_HEAD, ANY, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.ABORTED_BY_CLIENT, DetectedAt.AWAITING_HEAD, ANY, ResponsibleParty.CLIENT, _IGNORED),
+    Attribution(Cause.ABORTED_BY_GATEWAY, DetectedAt.AWAITING_HEAD, ANY, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.INTERIM, DetectedAt.AWAITING_HEAD, ANY, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.SERVER_ERROR, DetectedAt.HEAD, SENT, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.SERVER_ERROR, DetectedAt.HEAD, NOT_SENT, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.SLOW, DetectedAt.HEAD, ANY, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.STREAM_BEGUN, DetectedAt.HEAD, ANY, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.STREAM_ENDED, DetectedAt.STREAM, ANY, ResponsibleParty.NOBODY, _IGNORED),
+    Attribution(Cause.COMPLETE, DetectedAt.BODY, ANY, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.LOST, DetectedAt.BODY, PUNCTUAL, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.LOST, DetectedAt.BODY, NOT_PUNCTUAL, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.INVALID, DetectedAt.BODY, PUNCTUAL, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.INVALID, DetectedAt.BODY, NOT_PUNCTUAL, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.TIMEOUT, DetectedAt.BODY, NOT_AWAITED, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.TIMEOUT, DetectedAt.BODY, AWAITED, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.UNSENDABLE, DetectedAt.BODY, ANY, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.CLIENT_DEADLINE, DetectedAt.BODY, ANY, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.UPSTREAM_DEADLINE, DetectedAt.BODY, ANY, ResponsibleParty.UPSTREAM, _FAILURE),
+    Attribution(Cause.SHARED_DEADLINE, DetectedAt.BODY, ANY, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.ABORTED_BY_CLIENT, DetectedAt.BODY, ANY, ResponsibleParty.UPSTREAM, _SUCCESS),
+    Attribution(Cause.ABORTED_BY_GATEWAY, DetectedAt.BODY, ANY, ResponsibleParty.UPSTREAM, _SUCCESS),
 )
 _BY_KEY = {
     (row.cause, has_head, state): row

@@ -14,9 +14,9 @@ from api_gateway.limits.quota_decisions import refusal_of
 from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, ConcurrencySlot, Decision, Quota
 from api_gateway.proxy.admission import RequestPlan, StageResult, Wait
+from api_gateway.proxy.candidate_limits import CandidateLimits
 from api_gateway.proxy.limit_stage import LimitListStage, part_reader, values_of
 from api_gateway.proxy.route_table import RouteTable
-from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import RateLimiter, joint_refusal
 
 
@@ -33,7 +33,7 @@ class ConcurrencyStage(LimitListStage):
         concurrency: Sequence[Limit],
         routes: RouteTable,
         slots: LocalSlots,
-        shadow: ShadowLimits | None = None,
+        shadow: CandidateLimits | None = None,
     ) -> None:
         """See `LimitListStage`. `concurrency` are the limits of requests in flight, `slots` who holds them."""
         super().__init__(

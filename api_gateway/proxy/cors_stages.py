@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from api_gateway.errors import BadRequest, Forbidden, MethodNotAllowed, NoRoute
 from api_gateway.models import CorsFields
-from api_gateway.proxy.admission import DirectResponse, RequestPlan, StageResult
+from api_gateway.proxy.admission import RequestPlan, StageResponse, StageResult
 from api_gateway.proxy.cors import CorsPolicy, Preflight
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.route_conditions import FieldValues
@@ -64,7 +64,7 @@ class PreflightStage(ReadOnlyStage):
             return shedder.refusal(self._priority)
         if not policy.allows(origin):
             return Forbidden(f"CORS: pages of the origin {_shown(origin)} may not use the route {route.name!r}.")
-        return DirectResponse(204, policy.preflight_fields(origin, asked, methods))
+        return StageResponse(204, policy.preflight_fields(origin, asked, methods))
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`."""

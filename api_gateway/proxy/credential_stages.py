@@ -11,7 +11,7 @@ from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, Client, Decision
 from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
 from api_gateway.proxy.header_facts import HeaderFacts
-from api_gateway.proxy.identity_sources import Claim, Proof, Question, Verification, Work
+from api_gateway.proxy.identity_sources import Claim, CredentialCheck, CredentialQuery, Proof, Verification
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import PriorityClasses
@@ -101,20 +101,22 @@ class CredentialStage:
             return self._charge(plan, partial(self._proceed, plan, found, chain))
         return self._proceed(plan, found, chain)
 
-    def _proceed(self, plan: RequestPlan, found: GatewayError | Question | Work, chain: "_Chain") -> StageResult:
+    def _proceed(
+        self, plan: RequestPlan, found: GatewayError | CredentialQuery | CredentialCheck, chain: "_Chain"
+    ) -> StageResult:
         """Refuse, verify or ask, once the attempt has been charged to the address."""
         plan.exchange.decision = None
         result: Verification = found
-        while isinstance(result, Work):
+        while isinstance(result, CredentialCheck):
             result = result.do()
-        if isinstance(result, Question):
+        if isinstance(result, CredentialQuery):
             # What is proved is as old as the question: a change meanwhile may have revoked it.
             chain = chain._replace(version=self._clients.version)
-            return Wait.on(partial(_answer, result), partial(self._on_verified, chain=chain))
+            return Wait.on(partial(_result_of, result), partial(self._on_verified, chain=chain))
         return self._settle(plan, result, chain)
 
-    def _on_verified(self, plan: RequestPlan, answer: tuple[Proof | GatewayError], *, chain: "_Chain") -> StageResult:
-        return self._settle(plan, answer[0], chain)
+    def _on_verified(self, plan: RequestPlan, reply: tuple[Proof | GatewayError], *, chain: "_Chain") -> StageResult:
+        return self._settle(plan, reply[0], chain)
 
     def _settle(self, plan: RequestPlan, found: Proof | GatewayError, chain: "_Chain") -> StageResult:
         is_last = len(chain.claims) == 1
@@ -208,9 +210,9 @@ class _Chain(NamedTuple):
     version: int | None = None
 
 
-async def _answer(question: Question) -> tuple[Proof | GatewayError]:
-    """Return the result in a tuple: a bare error would be taken for a failure of the question (`Admission.resume`)."""
-    return (await question.ask(),)
+async def _result_of(query: CredentialQuery) -> tuple[Proof | GatewayError]:
+    """Return the result in a tuple: a bare error would be taken for a failure of the query (`Admission.resume`)."""
+    return (await query.ask(),)
 
 
 def _on_decision(plan: RequestPlan, decision: Decision, *, proceed: Callable[[], StageResult]) -> StageResult:

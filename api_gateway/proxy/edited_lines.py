@@ -6,7 +6,7 @@ EditedLines = tuple[object, bytes, bytes]  # the editor, the lines that it was g
 NOTHING_EDITED: EditedLines = None, b"", b""
 
 
-class KeepsEditedLines(Protocol):
+class EditedLinesCache(Protocol):
     """An object that belongs to a header set, such as `HeaderFacts`, and keeps the last edited lines."""
 
     edited: EditedLines

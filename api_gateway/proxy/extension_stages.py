@@ -15,7 +15,7 @@ from api_gateway.extensions.hooks import Hook, HookCall
 from api_gateway.extensions.interface import Identity, RequestClient, RequestView, Respond, ResponseView
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.models import Client
-from api_gateway.proxy.admission import DirectResponse, ExtensionCall, RequestPlan, Stage, StageResult, Wait
+from api_gateway.proxy.admission import ExtensionCall, RequestPlan, Stage, StageResponse, StageResult, Wait
 from api_gateway.proxy.cors import with_cors_fields
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.resilience.fair_shares import holder_of
@@ -96,10 +96,10 @@ class HookStage:
             step = outcome
         return self._end(plan, step)
 
-    def _resume(self, plan: RequestPlan, answer: "tuple[Any]", *, step: _Step) -> StageResult:
-        if isinstance(answer[0], ExtensionFailed):
-            return answer[0]
-        outcome = self._took(plan, step, answer[0])
+    def _resume(self, plan: RequestPlan, reply: "tuple[Any]", *, step: _Step) -> StageResult:
+        if isinstance(reply[0], ExtensionFailed):
+            return reply[0]
+        outcome = self._took(plan, step, reply[0])
         return self._go_on(plan, outcome) if isinstance(outcome, _Step) else outcome
 
     def _took(self, plan: RequestPlan, step: _Step, found: Any) -> "StageResult | _Step":
@@ -179,7 +179,7 @@ class ExtensionRequestStage(HookStage):
 
     def _take(self, plan: RequestPlan, step: _Step, found: Respond | list[FieldChange]) -> StageResult | _Step:
         if isinstance(found, Respond):
-            return DirectResponse(found.status, with_cors_fields(plan.exchange.cors, found.fields()), found.content)
+            return StageResponse(found.status, with_cors_fields(plan.exchange.cors, found.fields()), found.content)
         plan.headers = plan.headers._replace(sent=changed_lines(plan.headers.sent, found))
         return step._replace(view=replace(step.view, headers=step.view.headers.changed(found)))
 
@@ -222,26 +222,26 @@ class ResponseHooks:
                 on_end(error.with_traceback(None))
                 return True
             if isinstance(found, HookCall):
-                found.ask(partial(self._on_answer, request, response, changes, index, on_end))
+                found.ask(partial(self._on_reply, request, response, changes, index, on_end))
                 return False
             response, changes = _with(response, changes, found)
             index += 1
         on_end(changes)
         return True
 
-    def _on_answer(
+    def _on_reply(
         self,
         request: RequestView,
         response: ResponseView,
         changes: list[FieldChange],
         index: int,
         on_end: Callable[[list[FieldChange] | GatewayError], None],
-        answer: Any,
+        reply: Any,
     ) -> None:
-        if isinstance(answer[0], ExtensionFailed):
-            on_end(answer[0])
+        if isinstance(reply[0], ExtensionFailed):
+            on_end(reply[0])
             return
-        response, changes = _with(response, changes, answer[0])
+        response, changes = _with(response, changes, reply[0])
         self._go_on(request, response, changes, index + 1, on_end)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from api_gateway.http1.headers import cgi_form
 from api_gateway.models import Exchange, HeaderList
-from api_gateway.proxy.edited_lines import KeepsEditedLines
+from api_gateway.proxy.edited_lines import EditedLinesCache
 from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
 from api_gateway.proxy.value_template import ValueTemplate, path_parameters
 
@@ -92,7 +92,7 @@ class HeadEditor:
         """See `UrlRewriter`."""
         return b"" if self.urls is None else self.urls.request_line
 
-    def edited(self, lines: bytes, facts: KeepsEditedLines, exchange: Exchange, raw_target: bytes) -> bytes:
+    def edited(self, lines: bytes, facts: EditedLinesCache, exchange: Exchange, raw_target: bytes) -> bytes:
         """Return the header lines for the upstream, which begin and end with a line break.
 
         Clients repeat their fields, so what is the same for all requests with these lines is kept with their `facts`.

@@ -96,14 +96,14 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class CredentialQuery:
     """A credential that memory does not suffice to verify: `ask` returns the proof or the error."""
 
     ask: Callable[[], Awaitable[Proof | GatewayError]]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class CredentialCheck:
     """A verification that takes much CPU time but does not wait, such as that of a signature.
 
     `do` returns the proof, an error, or a question.
@@ -112,7 +112,7 @@ class Work:
     do: Callable[[], "Verification"]
 
 
-Verification = Proof | GatewayError | Question | Work
+Verification = Proof | GatewayError | CredentialQuery | CredentialCheck
 
 
 class CredentialSource(Protocol):

@@ -23,7 +23,7 @@ from api_gateway.http1.headers import Fields
 from api_gateway.models import Clock
 from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.proxy.header_facts import HeaderFacts
-from api_gateway.proxy.identity_sources import Claim, Proof, Question, Verification, Work
+from api_gateway.proxy.identity_sources import Claim, CredentialCheck, CredentialQuery, Proof, Verification
 from api_gateway.proxy.requirements import Requirement
 
 AUTHORIZATION = b"authorization"
@@ -104,7 +104,7 @@ class JwtSource:
         return None
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:
-        """Return the proof of a token that was verified before; for any other, the `Work` that verifies it."""
+        """Return the proof of a token that was verified before; for any other, its `CredentialCheck`."""
         token: ReadToken = claim.value
         if claim.fault is not None:
             return claim.error(claim.fault)
@@ -112,7 +112,7 @@ class JwtSource:
         if known is not None:
             return JwtProof(claim, known)
         fault = fault_of_time(token, self._verifier.issuer_of(token).terms.leeway, self._wall_clock())
-        return Work(partial(self._verify_signature, claim)) if fault is None else CredentialsInvalid(fault)
+        return CredentialCheck(partial(self._verify_signature, claim)) if fault is None else CredentialsInvalid(fault)
 
     def adopted(self, claim: Claim) -> Claim | None:
         """Return the claim of a source that this one has replaced; None if the issuer or its terms are others now."""
@@ -126,7 +126,7 @@ class JwtSource:
         found = self._result(claim)
         if isinstance(found, KeyNeeded):
             if self._keys_of(claim).may_find():
-                return Question(partial(self._verify_with_new_keys, claim))
+                return CredentialQuery(partial(self._verify_with_new_keys, claim))
             return self._unknown_key(claim, found)
         return found
 

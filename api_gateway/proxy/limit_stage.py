@@ -13,10 +13,10 @@ from api_gateway.limits.limit import Limit
 from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
+from api_gateway.proxy.candidate_limits import CandidateLimits
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.jwt_source import JwtProof
 from api_gateway.proxy.route_table import RouteTable
-from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 
 # Of described requests without a credential, in `HeaderFacts.keyed`; no header field has such a name.
@@ -37,7 +37,7 @@ class RateLimitStage:
         limiter: RateLimiter,
         address_quota: Quota | None,
         exempt: Collection[Any],
-        shadow: ShadowLimits | None = None,
+        shadow: CandidateLimits | None = None,
     ) -> None:
         """`address_quota` None disables the address limit; addresses in `exempt` networks have none.
 
@@ -143,7 +143,7 @@ class LimitListStage(RateLimitStage):
         exempt: Collection[Any],
         limits: Sequence[Limit],
         routes: RouteTable,
-        shadow: ShadowLimits | None = None,
+        shadow: CandidateLimits | None = None,
     ) -> None:
         """See `RateLimitStage`. `routes` finds out which routes a path with several readings may belong to."""
         super().__init__(limiter=limiter, address_quota=address_quota, exempt=exempt, shadow=shadow)

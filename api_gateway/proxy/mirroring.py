@@ -18,7 +18,7 @@ from api_gateway.errors import Unavailable
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.models import Clock
-from api_gateway.proxy.edited_lines import KeepsEditedLines
+from api_gateway.proxy.edited_lines import EditedLinesCache
 from api_gateway.proxy.head_editing import HeaderEdits
 from api_gateway.transport.discarded_response import DiscardedResponse
 from api_gateway.transport.pool import StaleConnection
@@ -61,7 +61,7 @@ class Mirroring:
     keeps_credentials: bool
     edits: HeaderEdits
 
-    def kept_lines(self, lines: bytes, facts: KeepsEditedLines) -> bytes:
+    def kept_lines(self, lines: bytes, facts: EditedLinesCache) -> bytes:
         """Return the header lines of a request that a copy has; they are kept with `facts`, see `HeadEditor`."""
         editor, known, kept = facts.edited
         if editor is not self or known is not lines:

@@ -10,7 +10,7 @@ from api_gateway.proxy.attribution import (
     NO_PROGRESS,
     Cause,
     ClientProgress,
-    Party,
+    ResponsibleParty,
     attribution,
     cause_of,
     cause_of_deadline,
@@ -132,7 +132,7 @@ class OutcomeReporter:
         """
         head_at, sent_at = exchange.head_at, exchange.sent_at
         row = attribution(cause, has_head=head_at is not None, client=client)
-        if row.party is Party.TARGET:
+        if row.party is ResponsibleParty.TARGET:
             attempt.principal = None  # no client can cause it
         took = 0.0 if sent_at is None else (now if head_at is None else head_at) - sent_at
         transition = attempt.settle(

@@ -13,7 +13,7 @@ PATH_PREFIX, EXACT_PATH, PATH_TEMPLATE = "prefix", "exact", "template"  # how th
 Pattern = tuple[str, str]  # how the path of a route is compared, and the path; placeholders have no names
 
 
-class Located(Protocol):
+class RoutePattern(Protocol):
     """The attributes of a route that a table needs."""
 
     @property
@@ -24,7 +24,7 @@ class Located(Protocol):
     def conditions(self) -> Sequence[object]: ...  # noqa: D102
 
 
-R = TypeVar("R", bound=Located)
+R = TypeVar("R", bound=RoutePattern)
 
 
 class _Node(Generic[R]):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from api_gateway.errors import BadRequest, BodyTooLarge, HeadersTooLarge
-from api_gateway.proxy.admission import DirectResponse, RequestPlan, Stage, StageResult
+from api_gateway.proxy.admission import RequestPlan, Stage, StageResponse, StageResult
 from api_gateway.proxy.cors import with_cors_fields
 from api_gateway.proxy.head_editing import HeadEditor
 from api_gateway.proxy.route_table import Route
@@ -80,20 +80,20 @@ def _head_size(plan: RequestPlan, lines: bytes) -> int:
     return len(plan.exchange.method) + len(plan.raw_target) + len("  HTTP/1.1") + len(lines) + len("\r\n")
 
 
-class DirectAnswerStage(ReadOnlyStage):
+class DirectResponseStage(ReadOnlyStage):
     """Responds in place of an upstream, on routes that say so. It comes last, so such requests are charged too."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Respond, or go on."""
         route = plan.route
-        answer = None if route is None else route.answer
-        if answer is None:
+        response = None if route is None else route.response
+        if response is None:
             return None
         try:
-            fields = answer.fields(plan.raw_target)
+            fields = response.fields(plan.raw_target)
         except BadRequest as error:
             return error.with_traceback(None)
-        return DirectResponse(answer.status, with_cors_fields(plan.exchange.cors, fields), answer.body)
+        return StageResponse(response.status, with_cors_fields(plan.exchange.cors, fields), response.body)
 
 
 def stages_of_routes(routes: Sequence[Route]) -> list[Stage]:

@@ -18,7 +18,7 @@ from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.compression import Compression
 from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
-from api_gateway.proxy.direct_answers import DirectAnswer
+from api_gateway.proxy.direct_responses import DirectResponse
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.head_editing import HeadEditor
 from api_gateway.proxy.mirroring import Mirroring
@@ -43,7 +43,7 @@ _FEW_SEGMENTS = 8  # segments that are cut off from the end; more are cut off by
 class CostRule:
     """The cost in tokens of matching requests, instead of the route's cost; None matches any.
 
-    `candidate_cost` is a cost that is evaluated but not charged, see `ShadowLimits`.
+    `candidate_cost` is a cost that is evaluated but not charged, see `CandidateLimits`.
     """
 
     methods: frozenset[str] | None
@@ -74,7 +74,7 @@ class Route:
     `split` chooses one of `variants`, which are the route with each of its upstreams. `rewriting` replaces the path
     for the upstream. `max_body_bytes`, `max_header_bytes` and `max_header_lines` None: the server's.
     `response_timeout` is the time in seconds until the head of the response to an attempt, None for the upstream's.
-    `answer` is the response in place of an upstream. `compression` None: responses pass as they are. `mirroring` None:
+    `response` is that in place of an upstream. `compression` None: responses pass as they are. `mirroring` None:
     requests are not copied.
     """
 
@@ -106,7 +106,7 @@ class Route:
     max_header_bytes: int | None = None
     max_header_lines: int | None = None
     response_timeout: float | None = None
-    answer: DirectAnswer | None = None
+    response: DirectResponse | None = None
     compression: Compression | None = None
     mirroring: Mirroring | None = None
 

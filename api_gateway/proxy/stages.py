@@ -20,7 +20,7 @@ from api_gateway.errors import (
 from api_gateway.http1.headers import address_key
 from api_gateway.http1.methods import KNOWN_METHODS, PROXIED_METHODS, REFUSED_METHODS
 from api_gateway.models import Client
-from api_gateway.proxy.admission import DirectResponse, RequestPlan, StageResult, Wait
+from api_gateway.proxy.admission import RequestPlan, StageResponse, StageResult, Wait
 from api_gateway.proxy.deadline import deadline_of
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, IdentitySources
@@ -281,7 +281,7 @@ class FinalRecipientStage(ReadOnlyStage):
         if not plan.facts.is_final_recipient:
             return None
         cors = plan.exchange.cors
-        return DirectResponse(204, [(b"allow", PROXIED_METHODS.encode()), *([] if cors is None else cors.pairs)])
+        return StageResponse(204, [(b"allow", PROXIED_METHODS.encode()), *([] if cors is None else cors.pairs)])
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`."""

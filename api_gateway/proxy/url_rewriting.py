@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from api_gateway.models import Exchange, HeaderList
-from api_gateway.proxy.edited_lines import KeepsEditedLines
+from api_gateway.proxy.edited_lines import EditedLinesCache
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
@@ -77,7 +77,7 @@ class UrlRewriter:
         object.__setattr__(self, "_lines", re.compile(pattern))
         object.__setattr__(self, "_domains", dict(self.domains))
 
-    def edited(self, lines: bytes, _facts: KeepsEditedLines, _exchange: Exchange, _raw_target: bytes) -> bytes:
+    def edited(self, lines: bytes, _facts: EditedLinesCache, _exchange: Exchange, _raw_target: bytes) -> bytes:
         """Return the header lines for the upstream, see `HeadEditor`."""
         return lines
 

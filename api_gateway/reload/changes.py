@@ -79,14 +79,14 @@ def _compare(path: str, old: Any, new: Any) -> Iterator[ChangedSetting]:
         for name in type(old).model_fields:
             yield from _compare(_join(path, name), getattr(old, name), getattr(new, name))
         return
-    ours, theirs = _items(old), _items(new)
-    if ours is not None and theirs is not None:
-        for name in dict.fromkeys((*ours, *theirs)):
-            yield from _compare(_join(path, name), ours.get(name, _ABSENT), theirs.get(name, _ABSENT))
-        if list(ours.values()) == list(theirs.values()):
+    before, after = _items(old), _items(new)
+    if before is not None and after is not None:
+        for name in dict.fromkeys((*before, *after)):
+            yield from _compare(_join(path, name), before.get(name, _ABSENT), after.get(name, _ABSENT))
+        if list(before.values()) == list(after.values()):
             return
-        if ours.keys() == theirs.keys() and list(ours) != list(theirs):
-            yield ChangedSetting(path, list(ours), list(theirs))
+        if before.keys() == after.keys() and list(before) != list(after):
+            yield ChangedSetting(path, list(before), list(after))
         return
     is_secret = isinstance(old, SecretStr) or isinstance(new, SecretStr)
     yield ChangedSetting(path, None if is_secret else _shown(old), None if is_secret else _shown(new), is_secret)

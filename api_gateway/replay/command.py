@@ -13,11 +13,11 @@ from api_gateway.errors import STARTUP_FAILED
 from api_gateway.printable_text import counted
 from api_gateway.replay.condition import ClientCondition
 from api_gateway.replay.errors import ReplayError
+from api_gateway.replay.log_replay import ReplayResult, replay_logs
 from api_gateway.replay.options import SHOWN_CLIENTS
 from api_gateway.replay.page import page_of
-from api_gateway.replay.pipeline import Replayed, replay_logs
 from api_gateway.replay.report import Document, document_of, text_of
-from api_gateway.replay.snapshot import read_snapshot
+from api_gateway.replay.saved_state import read_snapshot
 from api_gateway.settings.diagnostics import ConfigError
 
 MATCHED = 1  # exit code: the condition of --fail-if is true of a client
@@ -79,7 +79,7 @@ def _read(path: str) -> GatewayConfig:
     return config.model_validate({**config.model_dump(), **demo_sections(dict.fromkeys(DEMO_NAMES, "http://demo"))})
 
 
-def clients_that_match(condition: ClientCondition, replayed: Replayed) -> list[str]:
+def clients_that_match(condition: ClientCondition, replayed: ReplayResult) -> list[str]:
     """Return the ids of the clients of which the condition is true. Raises ReplayError."""
     found = [
         client_id

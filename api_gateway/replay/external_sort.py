@@ -18,7 +18,7 @@ RUN_EVENTS = 100_000
 BLOCK_EVENTS = 1024
 
 
-class Run(NamedTuple):
+class SortedRun(NamedTuple):
     """A file of sorted events, and the first of them."""
 
     first: LogEvent
@@ -33,7 +33,7 @@ class RunWriter:
         self._prefix = prefix
         self._size = size
         self._events: list[LogEvent] = []
-        self.runs: list[Run] = []
+        self.runs: list[SortedRun] = []
 
     def __repr__(self) -> str:
         return f"<RunWriter [{len(self.runs)} runs, {len(self._events)} events]>"
@@ -53,11 +53,11 @@ class RunWriter:
         with path.open("wb") as file:
             for begin in range(0, len(self._events), BLOCK_EVENTS):
                 pickle.dump(self._events[begin : begin + BLOCK_EVENTS], file, pickle.HIGHEST_PROTOCOL)
-        self.runs.append(Run(self._events[0], path))
+        self.runs.append(SortedRun(self._events[0], path))
         self._events = []
 
 
-def merged(runs: Sequence[Run]) -> Iterator[list[LogEvent]]:
+def merged(runs: Sequence[SortedRun]) -> Iterator[list[LogEvent]]:
     """Yield the events of all runs in order, in lists of one or more."""
     readers = [_blocks(run.path) for run in runs]
     blocks: list[list[LogEvent]] = [[run.first] for run in runs]

@@ -17,8 +17,8 @@ from api_gateway.replay.log_lines import (
     WAIT_NS,
     LogEvent,
 )
+from api_gateway.replay.log_replay import PartSummary, ReplayResult, span_of
 from api_gateway.replay.logged_routes import route_notes
-from api_gateway.replay.pipeline import PartSummary, Replayed, span_of
 from api_gateway.replay.simulation import SHARED, has_periods, logged_routes_of, unlogged_parts
 from api_gateway.replay.tally import EXACT, Agreement
 
@@ -50,7 +50,7 @@ _FROM = (
 
 
 def document_of(
-    replayed: Replayed, candidate: tuple[str, GatewayConfig], current: tuple[str, GatewayConfig] | None
+    replayed: ReplayResult, candidate: tuple[str, GatewayConfig], current: tuple[str, GatewayConfig] | None
 ) -> Document:
     """Return everything that the replay has found. Both configurations come with the name of their file."""
     tally = replayed.tally
@@ -159,7 +159,7 @@ def _client(figures: Mapping[str, Any]) -> Document:
 def _agreement(agreement: Agreement) -> Document:
     return {
         "compared": agreement.compared,
-        "same_outcome": agreement.same_outcome,
+        "same_decision": agreement.same_decision,
         "same": agreement.same,
         "first_difference": None if agreement.first_difference is None else _difference(*agreement.first_difference),
     }
@@ -176,7 +176,7 @@ def _difference(event: LogEvent, outcome: Decision | None) -> Document:
     }
 
 
-def _not_evaluable(replayed: Replayed, candidate: GatewayConfig, *, has_current: bool) -> Iterator[str]:
+def _not_evaluable(replayed: ReplayResult, candidate: GatewayConfig, *, has_current: bool) -> Iterator[str]:
     """Yield the settings of the candidate for which the log does not suffice."""
     yield from route_notes(logged_routes_of(candidate), replayed.tally.doubts, has_writer=has_current)
     quotas = Quotas.of(candidate)
@@ -198,7 +198,7 @@ def _not_evaluable(replayed: Replayed, candidate: GatewayConfig, *, has_current:
         )
 
 
-def _limits_not_evaluable(replayed: Replayed, quotas: Quotas) -> Iterator[str]:
+def _limits_not_evaluable(replayed: ReplayResult, quotas: Quotas) -> Iterator[str]:
     if replayed.snapshot is not None:
         known = {process for part in replayed.parts for process in part.spans} | {SHARED}
         for process in sorted(replayed.snapshot.buckets.keys() - known):
@@ -305,6 +305,6 @@ def _agreement_lines(agreements: Mapping[str, Any]) -> Iterator[str]:
     for name, agreement in agreements.items():
         if agreement is not None:
             yield (
-                f"The {name} configuration decides {agreement['same_outcome']} of {agreement['compared']} requests as"
+                f"The {name} configuration decides {agreement['same_decision']} of {agreement['compared']} requests as"
                 f" in the log, {agreement['same']} with the same limit, wait and remainder"
             )

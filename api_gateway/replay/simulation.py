@@ -13,8 +13,8 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import MICROSECONDS, PeriodQuota
 from api_gateway.limits.quota_limiter import QuotaLimiter
+from api_gateway.limits.quota_state import MICROSECONDS, PeriodQuota
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, ClientSource, Decision, Exchange, Quota
 from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
@@ -41,7 +41,7 @@ from api_gateway.replay.log_lines import (
     LogEvent,
 )
 from api_gateway.replay.logged_routes import LoggedRoutes, LoggedRouteStage
-from api_gateway.replay.snapshot import ReplaySnapshot
+from api_gateway.replay.saved_state import ReplaySnapshot
 
 MAX_PROCESSES = 64  # whose buckets are held at the same time; those of the least recent ones are dropped
 MAX_FACTS = 50_000  # clients whose charges are remembered

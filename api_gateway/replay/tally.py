@@ -101,13 +101,13 @@ class Agreement:
     """How many decisions of a configuration are the log's: the outcome alone, and with limit, wait and remainder."""
 
     def __init__(self) -> None:
-        self.compared = self.same_outcome = self.same = 0
+        self.compared = self.same_decision = self.same = 0
         self.first_difference: tuple[LogEvent, Decision | None] | None = None
 
     def add(self, other: "Agreement") -> None:
         """Add the counts of other clients."""
         self.compared += other.compared
-        self.same_outcome += other.same_outcome
+        self.same_decision += other.same_decision
         self.same += other.same
         if self.first_difference is None or (
             other.first_difference is not None and other.first_difference[0] < self.first_difference[0]
@@ -257,9 +257,9 @@ def _compare(agreement: Agreement, event: LogEvent, outcome: Decision | None) ->
     limit, wait_ns, remaining = event[LIMIT], event[WAIT_NS], event[REMAINING]
     agreement.compared += 1
     if outcome is None:
-        agreement.same_outcome += wait_ns != 0
+        agreement.same_decision += wait_ns != 0
     elif (wait_ns == 0) == outcome.allowed:
-        agreement.same_outcome += 1
+        agreement.same_decision += 1
         if outcome.wait_ns == wait_ns and outcome.remaining == remaining and outcome.quota.name == limit:
             agreement.same += 1
             return

@@ -14,7 +14,7 @@ class RequestRecord(Body):
     time: str = Field(description="End of the request, UTC, ISO 8601.")
     request_id: str
     trace_id: str | None = Field(description="Id of its trace (W3C Trace Context); null if tracing is off.")
-    outcome: Literal["success", "refusal", "error"]
+    result: Literal["success", "refusal", "error"]
     client_id: str | None = Field(description="null if the client was not identified.")
     client_address: str
     tier: str | None

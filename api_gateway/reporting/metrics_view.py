@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Protocol
 
-from api_gateway.eventloop.pacing import Steps, each
+from api_gateway.eventloop.steps import Steps, each
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.models import LimiterState
 from api_gateway.observability.latency_series import SLICE, WINDOWS, Tally, WindowedSeries, percentile
@@ -152,7 +152,7 @@ def metrics_view(
     latency = yield from latency_view(recorder, now)
     breakers = yield from each(upstreams.items(), _breaker_counts)
     concurrency = yield from each(upstreams.items(), partial(concurrency_view, recorder))
-    outcomes = yield from each(recorder.outcomes.items(), lambda _, counts: dict(counts))
+    results = yield from each(recorder.attempt_results.items(), lambda _, counts: dict(counts))
     shed = yield from each(recorder.shed.items(), lambda _, counts: dict(counts))
     counts = RequestCounts(
         total=recorder.requests.total(),
@@ -168,18 +168,18 @@ def metrics_view(
         rates=rates,
         route_rates=route_rates,
         latency=latency,
-        upstream_outcomes=outcomes,
+        upstream_results=results,
         retries=_nested(recorder.upstreams, recorder.retries),
         retries_denied=_nested(recorder.upstreams, recorder.retries_denied),
         fallbacks=_by_route(recorder.fallbacks),
         mirrored=_nested(recorder.mirrored_in_flight, recorder.mirrored),
-        rejections=dict(recorder.rejections),
-        operator_rejections=dict(recorder.operator_rejections),
+        refusals=dict(recorder.refusals),
+        operator_refusals=dict(recorder.operator_refusals),
         identity=_identity_counts(recorder, issuers or {}),
         rate_limiter=LimiterView(
             allowed=dict(recorder.allowed),
             limited=dict(recorder.limited),
-            would_limit=dict(recorder.would_limit),
+            would_refuse=dict(recorder.would_refuse),
             would_allow=dict(recorder.would_allow),
             settlements=dict(recorder.settlements),
             quota_warnings=dict(recorder.quota_warnings),
@@ -198,7 +198,7 @@ def metrics_view(
 
 def _identity_counts(recorder: Recorder, issuers: Mapping[str, IssuerView]) -> IdentityCounts:
     return IdentityCounts(
-        would_refuse=dict(recorder.would_refuse),
+        would_refuse=dict(recorder.identity_would_refuse),
         bare_client_ids=dict(recorder.bare_client_ids),
         issuers=dict(issuers),
     )

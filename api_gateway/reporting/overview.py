@@ -8,7 +8,7 @@ Times are seconds since the epoch, durations of requests milliseconds.
 from dataclasses import asdict
 from typing import Any
 
-from api_gateway.eventloop.pacing import Steps
+from api_gateway.eventloop.steps import Steps
 from api_gateway.metrics import Recorder
 from api_gateway.observability.latency_series import SLICE, Tally, WindowedSeries, percentile
 from api_gateway.reporting.snapshot import TargetSnapshot, UpstreamSnapshot, WorkerSnapshot
@@ -58,7 +58,7 @@ def upstream_row(recorder: Recorder, name: str, upstream: UpstreamSnapshot, now:
         "limit": None if upstream.concurrency.limit is None else round(upstream.concurrency.limit, 1),
         "calls": sum(tally.buckets.values()),
         **_percentiles(tally),
-        "outcomes": dict(recorder.outcomes.get(name, ())),
+        "results": dict(recorder.attempt_results.get(name, ())),
         "breaker": {
             "state": breaker.state.value,
             "mode": breaker.mode.value,

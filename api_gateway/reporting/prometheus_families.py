@@ -11,7 +11,7 @@ from prometheus_client.samples import Exemplar
 
 from api_gateway.metrics import Recorder
 from api_gateway.observability.latency_series import Tally, WindowedSeries, bucket_of, value_of
-from api_gateway.observability.request_record import REQUEST_OUTCOMES
+from api_gateway.observability.request_record import REQUEST_RESULTS
 from api_gateway.reporting.tls_snapshot import TlsSnapshot
 
 # Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
@@ -69,13 +69,13 @@ def mirror_families(recorder: Recorder) -> Iterator[Metric]:
 
 
 def access_families(recorder: Recorder) -> Iterator[Metric]:
-    """Yield the counters of rejected operators and their changes, and of client ids that were not proved."""
+    """Yield the counters of refused operators and their changes, and of client ids that were not proved."""
     for name, words, label, counts in (
         (
-            "gateway_operator_rejections",
-            "Rejected requests to operator endpoints, by reason.",
+            "gateway_operator_refusals",
+            "Refused requests to operator endpoints, by reason.",
             "reason",
-            recorder.operator_rejections,
+            recorder.operator_refusals,
         ),
         (
             "gateway_operator_changes",
@@ -87,7 +87,7 @@ def access_families(recorder: Recorder) -> Iterator[Metric]:
             "gateway_identity_would_refuse",
             "Requests that were admitted only because identity.mode is observe.",
             "reason",
-            recorder.would_refuse,
+            recorder.identity_would_refuse,
         ),
         (
             "gateway_identity_bare_client_ids",
@@ -103,20 +103,20 @@ def access_families(recorder: Recorder) -> Iterator[Metric]:
 
 
 def history_families(history: Mapping[str, int], not_kept: Mapping[str, int]) -> Iterator[Metric]:
-    """Yield the figures of the history of requests: its records by outcome, their bytes, and the requests without."""
+    """Yield the figures of the history of requests: its records by result, their bytes, and the requests without."""
     records = GaugeMetricFamily(
-        "gateway_history_records", "Records of the last requests in memory, by outcome.", labels=["outcome"]
+        "gateway_history_records", "Records of the last requests in memory, by result.", labels=["result"]
     )
-    for outcome in REQUEST_OUTCOMES:
-        records.add_metric([outcome], history.get(outcome, 0))
+    for result in REQUEST_RESULTS:
+        records.add_metric([result], history.get(result, 0))
     yield records
     without = CounterMetricFamily(
         "gateway_history_requests_not_kept",
-        "Requests without a record, as there were too many of them in a time, by outcome.",
-        labels=["outcome"],
+        "Requests without a record, as there were too many of them in a time, by result.",
+        labels=["result"],
     )
-    for outcome in REQUEST_OUTCOMES:
-        without.add_metric([outcome], not_kept.get(outcome, 0))
+    for result in REQUEST_RESULTS:
+        without.add_metric([result], not_kept.get(result, 0))
     yield without
     size = history.get("bytes", 0)
     yield GaugeMetricFamily("gateway_history_bytes", "Bytes of these records, at most.", value=size)
@@ -131,9 +131,9 @@ def limit_families(recorder: Recorder) -> Iterator[Metric]:
             recorder.refusals_by_limit,
         ),
         (
-            "gateway_rate_limit_would_refuse",
+            "gateway_rate_limit_candidate_refusals",
             "Allowed requests that the candidate of a limit would have refused.",
-            recorder.would_refuse_by_limit,
+            recorder.candidate_refusals,
         ),
     ):
         family = CounterMetricFamily(name, words, labels=["limit", "tier"])

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.eventloop.pacing import Steps, completed, each
+from api_gateway.eventloop.steps import Steps, each, run_at_once
 from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
 from api_gateway.observability.latency_series import SLICE
@@ -266,7 +266,7 @@ class WorkerSnapshot:
     points: list[Point] = field(default_factory=list)  # the traffic of the last hour, of all workers
     tls: TlsSnapshot = WITHOUT_TLS
     issuers: dict[str, IssuerSnapshot] = field(default_factory=dict)  # of tokens, by name
-    history: dict[str, int] = field(default_factory=dict)  # records of requests by outcome, and their `bytes`
+    history: dict[str, int] = field(default_factory=dict)  # records of requests by result, and their `bytes`
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "WorkerSnapshot":
@@ -277,7 +277,7 @@ class WorkerSnapshot:
 
     def state(self, since: int = 0) -> dict[str, Any]:
         """Return the state as JSON values, with slices from number `since` on; see `describing`."""
-        return completed(self.describing(since, {}))
+        return run_at_once(self.describing(since, {}))
 
     def describing(self, since: int, known: Mapping[str, UpstreamSnapshot]) -> Steps[dict[str, Any]]:
         """Return the state as JSON values, in steps, without what the receiver knows.
@@ -317,7 +317,7 @@ class WorkerSnapshot:
 
     def update(self, state: Mapping[str, Any]) -> None:
         """Apply a `state` of another snapshot. Every state since its first must have been applied, in order."""
-        completed(self.updating(state))
+        run_at_once(self.updating(state))
 
     def updating(self, state: Mapping[str, Any]) -> Steps[None]:
         """Apply a `state` as `update` does, in steps."""

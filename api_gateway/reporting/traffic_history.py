@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from api_gateway.eventloop.pacing import Steps
+from api_gateway.eventloop.steps import Steps
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.observability.latency_series import SLICE, Tally, percentile
 from api_gateway.observability.trace_exporter import EXPORTED
@@ -18,7 +18,7 @@ from api_gateway.observability.trace_exporter import EXPORTED
 POINT_SECONDS = 10.0  # between two points
 HISTORY_POINTS = 360  # an hour
 MAX_TIERS = 20  # with a number of their own in a point; the others are counted as `_other`
-REPORT_DELAY = 1.5  # seconds after which all workers have reported what happened before
+SNAPSHOT_DELAY = 1.5  # seconds after which all workers have reported what happened before
 UPSTREAM_ERROR = "upstream_5xx"  # the kind of an error status that an upstream sent
 OTHER_TIERS = "_other"
 PERCENTILES = (50, 90, 99)
@@ -107,19 +107,19 @@ class _Totals:
                     self.kinds[UPSTREAM_ERROR] += count
             elif source == "gateway" and 400 <= status != _DISCONNECTED:  # noqa: PLR2004 - as above
                 self.refused += count
-        for reason, count in recorder.rejections.items():
+        for reason, count in recorder.refusals.items():
             self.kinds[reason] += count
         self.lost["spans"] += recorder.trace_spans.total() - recorder.trace_spans[EXPORTED]
         self.lost["lines"] += recorder.dropped_lines["stdout"] + recorder.dropped_lines["stderr"]
 
 
 def seconds_to_next(now: float) -> float:
-    """Return the seconds until the next point is due: `REPORT_DELAY` after a multiple of `POINT_SECONDS`.
+    """Return the seconds until the next point is due: `SNAPSHOT_DELAY` after a multiple of `POINT_SECONDS`.
 
     A point that is due within a second counts as taken, because timers may end early.
     """
-    passed = math.floor((now - REPORT_DELAY + _EARLY) / POINT_SECONDS)
-    return (passed + 1) * POINT_SECONDS + REPORT_DELAY - now
+    passed = math.floor((now - SNAPSHOT_DELAY + _EARLY) / POINT_SECONDS)
+    return (passed + 1) * POINT_SECONDS + SNAPSHOT_DELAY - now
 
 
 def _latencies(recorders: Iterable[Recorder], now: float) -> Steps[dict[int, int]]:

@@ -235,7 +235,7 @@ class ResourceView(Body):
     upstream: str | None
     limit: int = Field(description="Sum over all workers and targets.")
     in_use: int
-    rejected: int = Field(description="Requests or connections refused since the start.")
+    refused: int = Field(description="Requests or connections refused since the start.")
     status: Literal["pass", "warn"] = Field(description="`warn` while the resource is nearly exhausted.")
 
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from api_gateway.errors import StartupError
-from api_gateway.eventloop.pacing import Steps, paced
+from api_gateway.eventloop.steps import Steps, run_in_steps
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, oldest_changed
 from api_gateway.reporting.snapshot_parts import joined
@@ -37,7 +37,7 @@ MAX_MESSAGE = 64 * 1024 * 1024  # bytes
 MAX_UNSENT = 8 * 1024 * 1024  # bytes unread by the supervisor from which no report is sent
 
 
-class Answers(NamedTuple):
+class QueryResults(NamedTuple):
     """The answers of all workers to a question. `is_complete` False: a worker did not respond in time."""
 
     values: list[Any]
@@ -76,7 +76,7 @@ class Aggregator(Protocol):
         """Set what answers questions in this process."""
         ...
 
-    async def query(self, question: dict[str, Any]) -> Answers:
+    async def query(self, question: dict[str, Any]) -> QueryResults:
         """Put a question, a JSON object, to all workers, and return their answers."""
         ...
 
@@ -105,9 +105,9 @@ class SingleProcess:
         """Set what answers questions."""
         self._answer = answer
 
-    async def query(self, question: dict[str, Any]) -> Answers:
+    async def query(self, question: dict[str, Any]) -> QueryResults:
         """Return the answer of this process."""
-        return Answers([await paced(self._answer(question))])
+        return QueryResults([await run_in_steps(self._answer(question))])
 
     def register(self, take_snapshot: TakeSnapshot, configured: Reconfigurable | None = None) -> None:
         """Set the source of snapshots, and the object that applies configurations."""
@@ -115,7 +115,7 @@ class SingleProcess:
 
     async def gather(self, *, with_histories: bool = False, with_points: bool = False) -> WorkerSnapshot:  # noqa: ARG002 - always included
         """Return the snapshot of this process, with histories and points."""
-        return await paced(self._take_snapshot())
+        return await run_in_steps(self._take_snapshot())
 
     async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration of this process."""
@@ -163,7 +163,7 @@ class SupervisorChannel:
     async def connect(self) -> None:
         """Begin to read messages from the supervisor."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_MESSAGE)
-        self._tasks.append(asyncio.create_task(self._listen(reader), name="crew"))
+        self._tasks.append(asyncio.create_task(self._listen(reader), name="supervisor channel"))
 
     def announce_ready(self) -> None:
         """Announce that this worker accepts requests, and begin to send reports."""
@@ -197,14 +197,14 @@ class SupervisorChannel:
             logger.warning("no response from the supervisor within %g s; figures may be out of date", GATHER_TIMEOUT)
         finally:
             del self._pending[number]
-        own = await paced(self._take_snapshot())
+        own = await run_in_steps(self._take_snapshot())
         if self._last is None:
             return own
         snapshot = WorkerSnapshot.blank(percentiles=own.recorder.percentiles)
-        await paced(snapshot.updating(self._last))
+        await run_in_steps(snapshot.updating(self._last))
         return snapshot
 
-    async def query(self, question: dict[str, Any]) -> Answers:
+    async def query(self, question: dict[str, Any]) -> QueryResults:
         """Have the supervisor put a question to all workers; if it does not respond, only this worker answers."""
         self._number = number = self._number + 1
         response = self._pending[number] = asyncio.get_running_loop().create_future()
@@ -213,14 +213,14 @@ class SupervisorChannel:
             async with asyncio.timeout(QUERY_TIMEOUT):
                 found = await response
         except TimeoutError:
-            return Answers([await paced(self._answer(question))], is_complete=False)
+            return QueryResults([await run_in_steps(self._answer(question))], is_complete=False)
         finally:
             del self._pending[number]
         values = []
         for text in found["answers"]:
             values.append(json.loads(text))
             await asyncio.sleep(0)
-        return Answers(values, found["is_complete"])
+        return QueryResults(values, found["is_complete"])
 
     async def reload(self, origin: str) -> ReloadOutcome:
         """Request a reload: the supervisor reads the configuration and applies it in all workers or none."""
@@ -257,7 +257,7 @@ class SupervisorChannel:
 
     async def _answer_query(self, message: dict[str, Any]) -> None:
         """Send the answer as text, which the supervisor passes on without parsing it."""
-        answer = json.dumps(await paced(self._answer(message["question"])), separators=(",", ":"))
+        answer = json.dumps(await run_in_steps(self._answer(message["question"])), separators=(",", ":"))
         self._send("answer", id=message["id"], answer=answer)
 
     def _receive_part(self, message: dict[str, Any]) -> None:
@@ -309,8 +309,8 @@ class SupervisorChannel:
         """Send a message with the changes since the last one."""
         async with self._send_lock:
             since = oldest_changed(time.monotonic())
-            snapshot = await paced(self._take_snapshot())
-            state = await paced(snapshot.describing(self._since, self._known))
+            snapshot = await run_in_steps(self._take_snapshot())
+            state = await run_in_steps(snapshot.describing(self._since, self._known))
             self._since, self._known = since, snapshot.upstreams
             self._send(kind, **fields, report=state)
 

@@ -34,7 +34,7 @@ DEPRECATED: tuple[Deprecation, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Renamed:
+class RenamedSettings:
     """Values with the new keys, and the place and message of each deprecated one.
 
     `errors` are places where both keys are set, and `moved` the places before and after.
@@ -46,9 +46,9 @@ class Renamed:
     moved: list[tuple[KeyPath, KeyPath]] = field(default_factory=list)
 
 
-def renamed(values: Mapping[str, Any], deprecations: Sequence[Deprecation] = DEPRECATED) -> Renamed:
+def renamed(values: Mapping[str, Any], deprecations: Sequence[Deprecation] = DEPRECATED) -> RenamedSettings:
     """Replace deprecated keys of one source."""
-    found = Renamed(dict(values))
+    found = RenamedSettings(dict(values))
     for one in deprecations:
         for place in list(_places(found.values, one.old)):
             _replace(found, place, one)
@@ -81,7 +81,7 @@ def _places(values: Any, path: KeyPath, above: KeyPath = ()) -> Iterator[KeyPath
             yield from _places(inner, path[1:], (*above, str(key)))
 
 
-def _replace(found: Renamed, place: KeyPath, one: Deprecation) -> None:
+def _replace(found: RenamedSettings, place: KeyPath, one: Deprecation) -> None:
     value = _at(found.values, place)
     until = f"deprecated since {one.since} and removed in {one.removed_in}"
     if one.new is None:

@@ -32,7 +32,7 @@ class DescribedRoute:
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class ApiDescription:
     """The content of a document: a name for the upstream, the URL of its server if there is one, and its routes."""
 
     name: str
@@ -40,7 +40,7 @@ class Described:
     routes: list[DescribedRoute]
 
 
-def read_openapi(path: Path) -> Described:
+def read_openapi(path: Path) -> ApiDescription:
     """Read an OpenAPI 3 document, in YAML or JSON. Raises DocumentError."""
     document = _parsed(path)
     version = document.get("openapi")
@@ -54,7 +54,7 @@ def read_openapi(path: Path) -> Described:
     routes = list(_routes(_mapping(document.get("paths")), base))
     if not routes:
         raise DocumentError(f"{path}: has no paths with operations")
-    return Described(
+    return ApiDescription(
         _identifier(str(title or "upstream")), f"{parts.scheme}://{parts.netloc}" if is_absolute else None, routes
     )
 

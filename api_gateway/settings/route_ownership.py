@@ -43,7 +43,7 @@ class IncludeSection(Section):
     )
 
 
-class Space(NamedTuple):
+class RequestSpace(NamedTuple):
     """The requests with a host and a path: `segments` of an exact path, or of a prefix with all paths below it."""
 
     host: str
@@ -53,7 +53,7 @@ class Space(NamedTuple):
     def __str__(self) -> str:
         return f"{self.host}/{'/'.join(self.segments)}"
 
-    def covers(self, other: "Space") -> bool:
+    def covers(self, other: "RequestSpace") -> bool:
         """Return whether all requests of the other space are in this one."""
         size = len(self.segments)
         if self.host not in (ANY_HOST, other.host) and not _is_below(other.host, self.host):
@@ -63,7 +63,7 @@ class Space(NamedTuple):
         pairs = zip(self.segments, other.segments[:size], strict=False)
         return len(other.segments) >= size and all(mine in (_PLACEHOLDER, theirs) for mine, theirs in pairs)
 
-    def overlaps(self, other: "Space") -> bool:
+    def overlaps(self, other: "RequestSpace") -> bool:
         """Return whether a request may be in both."""
         if ANY_HOST not in (self.host, other.host) and not _share_names(self.host, other.host):
             return False
@@ -74,18 +74,18 @@ class Space(NamedTuple):
         return all(one == another or _PLACEHOLDER in (one, another) for one, another in pairs)
 
 
-def space_of_owned(text: str) -> Space:
+def space_of_owned(text: str) -> RequestSpace:
     """Return the space of an entry of `owns`."""
     host, _, path = text.partition("/")
-    return Space(host.lower(), _segments(f"/{path}"), is_prefix=True)
+    return RequestSpace(host.lower(), _segments(f"/{path}"), is_prefix=True)
 
 
-def space_of_route(route: RouteSection) -> Space:
+def space_of_route(route: RouteSection) -> RequestSpace:
     """Return the requests that a route may get, whatever else it requires of them."""
     segments = _segments(route.path)
     if route.match.path == "template":
         segments = tuple(_PLACEHOLDER if one.startswith("{") and one.endswith("}") else one for one in segments)
-    return Space(route.host or ANY_HOST, segments, is_prefix=route.match.path == "prefix")
+    return RequestSpace(route.host or ANY_HOST, segments, is_prefix=route.match.path == "prefix")
 
 
 class _Owned(NamedTuple):
@@ -93,7 +93,7 @@ class _Owned(NamedTuple):
 
     number: int
     file: int
-    space: Space
+    space: RequestSpace
     route: RouteSection
 
 
@@ -114,7 +114,7 @@ def ownership_lines(routes: Sequence[RouteSection], file: SettingsFile) -> Itera
         inner, outer = (other, one) if one.space.covers(other.space) and other.file else (one, other)
         inner, outer = (inner, outer) if inner.file else (outer, inner)
         place = _place_of(outer, file).partition(": ")[0]
-        owned = Space(inner.space.host, _beginning(inner.space), is_prefix=True)
+        owned = RequestSpace(inner.space.host, _beginning(inner.space), is_prefix=True)
         yield (
             f"{_place_of(inner, file)}overlaps {str(outer.space)!r} of the route {outer.route.name!r} at {place}, got"
             f" {str(inner.space)!r}; files must not take requests from each other, unless {ownership.files[0]} says"
@@ -131,7 +131,7 @@ def _place_of(one: _Owned, file: SettingsFile) -> str:
     return f"{at}: {path_text(key_path[:-1])} ({one.route.name}).path: "
 
 
-def _misplaced(one: _Owned, owns: Mapping[int, Sequence[Space]], ownership: Ownership) -> str | None:
+def _misplaced(one: _Owned, owns: Mapping[int, Sequence[RequestSpace]], ownership: Ownership) -> str | None:
     """Return why a route of an included file may not be where it is, by what files own; None if it may."""
     if not one.file:
         return None
@@ -147,7 +147,7 @@ def _misplaced(one: _Owned, owns: Mapping[int, Sequence[Space]], ownership: Owne
     return None
 
 
-def _is_allowed(one: _Owned, other: _Owned, owns: Mapping[int, Sequence[Space]]) -> bool:
+def _is_allowed(one: _Owned, other: _Owned, owns: Mapping[int, Sequence[RequestSpace]]) -> bool:
     """Return whether two routes of different files that overlap may do so."""
     if not one.file or not other.file:
         main, team = (one, other) if not one.file else (other, one)
@@ -181,11 +181,11 @@ def _overlapping(routes: Iterable[_Owned]) -> Iterator[tuple[_Owned, _Owned]]:
                     yield other, one
 
 
-def _beginning(space: Space) -> tuple[str, ...]:
+def _beginning(space: RequestSpace) -> tuple[str, ...]:
     return space.segments[: space.segments.index(_PLACEHOLDER)] if _PLACEHOLDER in space.segments else space.segments
 
 
-def _deepest(spaces: Iterable[Space], space: Space) -> Space | None:
+def _deepest(spaces: Iterable[RequestSpace], space: RequestSpace) -> RequestSpace | None:
     """Return the most specific one of those that cover a space; None if none does."""
     covering = [one for one in spaces if one.covers(space)]
     return max(covering, key=lambda one: (len(one.segments), len(one.host)), default=None)

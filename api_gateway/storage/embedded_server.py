@@ -56,7 +56,7 @@ def find_server() -> str:
 
 
 class EmbeddedStore:
-    """The server process, its folder and its lifeline. `url` is the address of its socket.
+    """The server process, its folder and the pipe of its guardian. `url` is the address of its socket.
 
     States: not started, running, restarting (after the server has ended by itself), stopped.
     """
@@ -68,7 +68,7 @@ class EmbeddedStore:
         self._folder = Path(tempfile.mkdtemp(prefix="api-gateway-"))  # mode 0700
         self._socket = self._folder / "store.sock"
         self.url = f"unix://{self._socket}"
-        self._watched, self.lifeline = os.pipe()  # every process that needs the store holds `lifeline` open
+        self._watched, self.guardian_pipe = os.pipe()  # every process that needs the store holds `guardian_pipe` open
         self._process: asyncio.subprocess.Process | None = None
         self._last_lines: deque[str] = deque(maxlen=3)
         self._task: asyncio.Task[None] | None = None
@@ -96,7 +96,7 @@ class EmbeddedStore:
             await asyncio.wait({self._launching})
         if self._process is not None:
             await self._end(self._process)
-        os.close(self.lifeline)
+        os.close(self.guardian_pipe)
         os.close(self._watched)
         shutil.rmtree(self._folder, ignore_errors=True)
 

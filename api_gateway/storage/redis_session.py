@@ -102,7 +102,7 @@ class StoreSession:
                 connection, script, self.client if isinstance(self.client, RedisCluster) else None
             )
             try:
-                await connection.connect()  # type: ignore[no-untyped-call]  # theirs
+                await connection.connect()  # type: ignore[no-untyped-call]  # untyped in redis-py
                 await carrier.introduce()
                 check_cancelled()
             except BaseException:
@@ -129,7 +129,7 @@ class StoreSession:
 
     def _connection(self, node: str) -> AbstractConnection:
         if not isinstance(self.client, RedisCluster):
-            made: AbstractConnection = self.client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
+            made: AbstractConnection = self.client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # untyped in redis-py
             return made
         known = self.client.get_node(node_name=node)
         if known is None:
@@ -169,7 +169,7 @@ class StoreSession:
                 logger.debug("subscription to %s failed", channel, exc_info=True)
             finally:
                 on_state(False)
-                await pubsub.aclose()  # type: ignore[no-untyped-call]  # theirs
+                await pubsub.aclose()  # type: ignore[no-untyped-call]  # untyped in redis-py
             await asyncio.sleep(RESUBSCRIBE_DELAY)
 
     async def set_once(self, key: str, text: str) -> str:
@@ -314,7 +314,7 @@ def _client(place: StoreUrl, timeout: float) -> StoreClient:
             for key, value in options.items()
             if key not in ("db", "username", "password", "redis_connect_func")
         }
-        sentinel = Sentinel(list(place.hosts), sentinel_kwargs=watchers, **options)  # type: ignore[no-untyped-call]  # theirs
+        sentinel = Sentinel(list(place.hosts), sentinel_kwargs=watchers, **options)  # type: ignore[no-untyped-call]  # untyped in redis-py
         master: Redis = sentinel.master_for(place.master or "")
         return master
     ((host, port),) = place.hosts

@@ -23,7 +23,7 @@ class PromptConnection(AbstractConnection):
     async def _connect(self) -> None:
         """Open the socket. Raises the library's ConnectionError once the session is closed."""
         if not self.is_over:
-            await super()._connect()  # type: ignore[no-untyped-call, safe-super]  # theirs, see `_prompt`
+            await super()._connect()  # type: ignore[no-untyped-call, safe-super]  # untyped in redis-py, see `_prompt`
         if self.is_over:  # perhaps meanwhile
             self._close()
             raise Broken("the session is closed")
@@ -35,7 +35,7 @@ class PromptConnection(AbstractConnection):
 
     def _close(self) -> None:
         self._abort()
-        super()._close()  # type: ignore[no-untyped-call]  # theirs
+        super()._close()  # type: ignore[no-untyped-call]  # untyped in redis-py
 
     def _abort(self) -> None:
         if self._writer is not None:

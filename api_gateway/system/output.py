@@ -170,7 +170,7 @@ class LineWriter:
                 select.select((), (self._descriptor,), ())
 
 
-class Output:
+class ProcessOutput:
     """Both streams of this process, with the counts of dropped lines and failed writes by stream."""
 
     def __init__(self, delay: float = LOSS_REPORT_DELAY, interval: float = LOSS_REPORT_INTERVAL) -> None:
@@ -187,7 +187,7 @@ class Output:
         threading.Thread(target=self._report_losses, name="output losses", daemon=True).start()
 
     def __repr__(self) -> str:
-        return f"<Output [{self.dropped.total()} lines dropped, {self.errors.total()} errors]>"
+        return f"<ProcessOutput [{self.dropped.total()} lines dropped, {self.errors.total()} errors]>"
 
     @property
     def losses(self) -> tuple[Counter[str], Counter[str]]:
@@ -292,10 +292,10 @@ class LineHandler(logging.Handler):
 
 
 @cache
-def process_output() -> Output:
+def process_output() -> ProcessOutput:
     """Return the output of this process, which is flushed at its exit."""
     open_standard_descriptors()
-    output = Output()
+    output = ProcessOutput()
     atexit.register(output.flush)
     return output
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from api_gateway.system.socket_table import ESTABLISHED, LISTEN, Endpoint, Row, SocketTable
+from api_gateway.system.socket_table import ESTABLISHED, LISTEN, Endpoint, SocketRow, SocketTable
 
 PROC = Path("/proc")
 PORT_RANGE = "sys/net/ipv4/ip_local_port_range"
@@ -32,8 +32,8 @@ class NotEstablished(Exception):
 class EstablishedConnection:
     """A connection between two processes of this machine. `inode` is that of the gateway's socket, if known."""
 
-    ours: Endpoint
-    theirs: Endpoint
+    local: Endpoint
+    remote: Endpoint
     inode: int | None = None
 
 
@@ -75,17 +75,17 @@ class PeerProcesses:
         except OSError as error:
             raise NotEstablished(f"{error.filename}: {error.strerror}") from error
 
-    def _peer(self, connection: EstablishedConnection, table: SocketTable) -> Row:
+    def _peer(self, connection: EstablishedConnection, table: SocketTable) -> SocketRow:
         """Return the peer's socket if both ends are connected and the user who created the peer's qualifies."""
-        ours = table.between(connection.ours, connection.theirs)
-        theirs = table.between(connection.theirs, connection.ours)
-        if ours is None or theirs is None or not ours.state == theirs.state == ESTABLISHED:
+        local = table.between(connection.local, connection.remote)
+        remote = table.between(connection.remote, connection.local)
+        if local is None or remote is None or not local.state == remote.state == ESTABLISHED:
             raise NotEstablished("the peer's socket is not on this machine, or the connection has ended")
-        if connection.inode not in (None, ours.inode):
+        if connection.inode not in (None, local.inode):
             raise NotEstablished("the connection has ended, and another one uses its ports")
-        if theirs.uid not in self._users:
-            raise NotEstablished(f"the peer's socket belongs to user {theirs.uid}")
-        return theirs
+        if remote.uid not in self._users:
+            raise NotEstablished(f"the peer's socket belongs to user {remote.uid}")
+        return remote
 
     def _holders(self, inode: int) -> list[int]:
         """Return every visible process that holds the socket."""
@@ -121,7 +121,7 @@ class PeerProcesses:
         self, holders: list[int], table: SocketTable, connection: EstablishedConnection, inode: int
     ) -> None:
         for pid in holders:
-            self._examine(pid, table, connection.ours.port, holds=inode)
+            self._examine(pid, table, connection.local.port, holds=inode)
 
     def _examine(self, pid: int, table: SocketTable, port: int, *, holds: int | None = None) -> None:
         """Raise NotEstablished unless the process and its parent qualify, and it still holds the socket `holds`."""
@@ -194,7 +194,7 @@ class PeerProcesses:
             if one.is_accepted_unix(row):
                 raise NotEstablished(f"{name} holds a connection that it has accepted on a Unix socket")
 
-    def _is_accepted(self, row: Row, table: SocketTable, port: int) -> bool:
+    def _is_accepted(self, row: SocketRow, table: SocketTable, port: int) -> bool:
         """Return whether the connection may have been accepted.
 
         It was not if it leads to the gateway, or from a dynamic port without a listener to a server port.

@@ -32,7 +32,7 @@ class Endpoint(NamedTuple):
         return cls(b"".join(words).hex().upper().encode(), port)
 
 
-class Row(NamedTuple):
+class SocketRow(NamedTuple):
     """One TCP socket. `uid` is the user who created it; `inode` is its number in `/proc/<pid>/fd`."""
 
     local: Endpoint
@@ -71,14 +71,14 @@ class SocketTable:
             (process / "net/unix").read_bytes(),
         )
 
-    def between(self, local: Endpoint, remote: Endpoint) -> Row | None:
+    def between(self, local: Endpoint, remote: Endpoint) -> SocketRow | None:
         """Return the TCP socket with these two endpoints, or None."""
         plain = b" %b %b " % (_spelled(local), _spelled(remote))
         mapped = b" %b%b %b%b " % (_MAPPED, _spelled(local), _MAPPED, _spelled(remote))
         rows = (*_rows_with(self._tcp, plain), *_rows_with(self._tcp6, plain), *_rows_with(self._tcp6, mapped))
         return next((row for row in rows if (row.local, row.remote) == (local, remote)), None)
 
-    def socket(self, inode: int) -> Row | None:
+    def socket(self, inode: int) -> SocketRow | None:
         """Return the TCP socket with this inode; None if it is neither bound nor connected, or not a TCP socket."""
         rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, b" %d " % inode))
         return next((row for row in rows if row.inode == inode), None)
@@ -87,7 +87,7 @@ class SocketTable:
         """Return whether any socket listens on this port, at any address."""
         return self.listener(port) is not None
 
-    def listener(self, port: int) -> Row | None:
+    def listener(self, port: int) -> SocketRow | None:
         """Return a socket that listens on this port, at any address, or None."""
         cursor = b":%04X " % port
         rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, cursor))
@@ -117,7 +117,7 @@ class SocketTable:
         return any(row.is_listening and row.name == name for row in rows)
 
 
-def _rows_with(text: bytes, cursor: bytes) -> Iterator[Row]:
+def _rows_with(text: bytes, cursor: bytes) -> Iterator[SocketRow]:
     """Yield the rows whose line contains `cursor`."""
     return (row for line in _lines_with(text, cursor) if (row := _row(line)) is not None)
 
@@ -135,12 +135,12 @@ def _unix_row(fields: list[bytes]) -> UnixRow:
     return UnixRow(bool(int(fields[_UNIX_FLAGS], 16) & _ACCEPTS), fields[_UNIX_STATE] == _CONNECTED, name)
 
 
-def _row(line: bytes) -> Row | None:
+def _row(line: bytes) -> SocketRow | None:
     """Parse a line; return None for the heading."""
     fields = line.split()
     if len(fields) <= _INODE or not fields[_INODE].isdigit():
         return None
-    return Row(_endpoint(fields[1]), _endpoint(fields[2]), fields[3], int(fields[7]), int(fields[_INODE]))
+    return SocketRow(_endpoint(fields[1]), _endpoint(fields[2]), fields[3], int(fields[7]), int(fields[_INODE]))
 
 
 def _endpoint(spelled: bytes) -> Endpoint:

@@ -40,6 +40,6 @@ def translate(error: Exception, upstream: str) -> GatewayError:
         return BadRequest(f"The request cannot be forwarded: {error}.")
     if isinstance(error, ShareExceeded | AbortedCallsExceeded):
         return Overloaded(f"Upstream '{upstream}': {error}.", retry_after=1.0, extra={"upstream": upstream})
-    kind, words = next((ours, words) for theirs, ours, words in _TRANSLATION if isinstance(error, theirs))
+    kind, words = next((kind, words) for httpx_error, kind, words in _TRANSLATION if isinstance(error, httpx_error))
     retry_after = 1.0 if kind is Overloaded else None
     return kind(f"Upstream '{upstream}': {words}.", retry_after=retry_after, extra={"upstream": upstream})

@@ -21,13 +21,13 @@ import httpx
 
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.system.x509 import load_pair
-from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.happy_eyeballs import FailedAddresses, connect_to_name
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.protocol import UpstreamProtocol
 from api_gateway.transport.request import Origin
+from api_gateway.transport.upstream_connection import UpstreamConnection
 
 
 class UpstreamTransport:

@@ -207,7 +207,7 @@ class HttpxCall:
     async def _run(self, request: httpx.Request) -> None:
         """Send the request, and report its response or its failure."""
         try:
-            answer = await self._transport.handle_async_request(request)
+            received = await self._transport.handle_async_request(request)
         except asyncio.CancelledError:
             self._fail(httpx.ReadError(_CANCELLED))  # unless it was closed, which is what cancels it otherwise
             raise
@@ -215,7 +215,7 @@ class HttpxCall:
             self._fail(error)
             return
         try:
-            await self._relay(answer)
+            await self._relay(received)
         except asyncio.CancelledError:
             self._fail(httpx.ReadError(_CANCELLED))
             raise
@@ -224,25 +224,25 @@ class HttpxCall:
         except Exception as error:  # noqa: BLE001 - as above
             self._fail(httpx.ReadError(f"{type(error).__name__}: {error}"))
         finally:
-            await answer.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one
+            await received.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one
 
-    async def _relay(self, answer: httpx.Response) -> None:
+    async def _relay(self, received: httpx.Response) -> None:
         """Report the head, then each piece of the body. Raises httpx.TransportError."""
         response = self._response
         if response is None:
             return
-        status, headers = answer.status_code, answer.headers.raw
+        status, headers = received.status_code, received.headers.raw
         if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
             raise httpx.RemoteProtocolError(f"status {status}")
         fields = fields_of(headers)
-        reason = answer.extensions.get("reason_phrase") or httpx.codes.get_reason_phrase(status).encode()
+        reason = received.extensions.get("reason_phrase") or httpx.codes.get_reason_phrase(status).encode()
         length = _checked_length(headers, fields, reason)
         response.set_head(status, reason, headers, fields)
-        response.version, response.keeps_alive = answer.http_version.removeprefix("HTTP/"), True
+        response.version, response.keeps_alive = received.http_version.removeprefix("HTTP/"), True
         if not response.is_to_head and status not in BODILESS:
             response.is_counted = length is not None
             response.on_progress()
-            async for piece in _counted(answer, length):
+            async for piece in _counted(received, length):
                 if self._response is None:
                     return
                 self._response.append(piece)
@@ -328,10 +328,10 @@ def _checked_length(headers: HeaderList, fields: Fields, reason: bytes) -> int |
     return int(lengths.pop()) if lengths and b"transfer-encoding" not in fields else None
 
 
-async def _counted(answer: httpx.Response, length: int | None) -> AsyncIterator[bytes]:
+async def _counted(received: httpx.Response, length: int | None) -> AsyncIterator[bytes]:
     """Yield the body of a response. Raises RemoteProtocolError if it does not have `length` bytes."""
     left = length or 0
-    async for piece in answer.stream:  # type: ignore[union-attr]  # as above
+    async for piece in received.stream:  # type: ignore[union-attr]  # as above
         octets = plain_bytes(piece)
         left -= len(octets)
         if length is not None and left < 0:

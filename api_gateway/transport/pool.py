@@ -33,7 +33,7 @@ class StaleConnection(httpx.ReadError):
         super().__init__("a reused connection was closed before the response")
 
 
-class Pooled(Protocol):
+class PooledConnection(Protocol):
     """A connection as the pool uses it. `holder` is counted for it; None counts against the total only."""
 
     loop: asyncio.AbstractEventLoop
@@ -48,7 +48,7 @@ class Pooled(Protocol):
         ...
 
 
-C = TypeVar("C", bound=Pooled)
+C = TypeVar("C", bound=PooledConnection)
 
 
 def _nothing() -> None:

@@ -2,11 +2,11 @@
 
 import httpx
 
-from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import AnyTransport, UpstreamTransport
 from api_gateway.transport.pool import StaleConnection
 from api_gateway.transport.request import NO_BODY, Origin, render_get
 from api_gateway.transport.response import NO_LISTENER, TimeoutExtension, UpstreamResponse
+from api_gateway.transport.upstream_connection import UpstreamConnection
 
 
 async def probe(

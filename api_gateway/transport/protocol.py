@@ -7,7 +7,7 @@ of others. So the protocol is a shell: what the event loop calls are the methods
 import asyncio
 from typing import Final
 
-from api_gateway.transport.connection import UpstreamConnection
+from api_gateway.transport.upstream_connection import UpstreamConnection
 
 _CALLBACKS: Final = (
     "connection_made",

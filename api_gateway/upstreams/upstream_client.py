@@ -11,11 +11,11 @@ from api_gateway.http1.headers import Fields
 from api_gateway.models import Exchange
 from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.resilience.retry import RetryDecider, RetryPolicy
-from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import AnyTransport, UpstreamTransport
 from api_gateway.transport.httpx_call import HttpxCalls
 from api_gateway.transport.request import Origin
 from api_gateway.transport.upstream_call import UpstreamCall
+from api_gateway.transport.upstream_connection import UpstreamConnection
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 

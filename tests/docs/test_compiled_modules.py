@@ -25,7 +25,7 @@ INTERPRETED = {
         "errors.py",
         "limits/concurrency.py",
         "limits/limit_reached.py",
-        "limits/period_standing.py",
+        "limits/quota_state.py",
     ),
     "its classes have base classes of asyncio, httpx or collections": (
         "extensions/fields.py",
@@ -72,7 +72,7 @@ INTERPRETED = {
     ),
     "it runs once in a calendar period": ("limits/periods.py",),
     "it runs in a thread of its own, or for operators": (
-        "eventloop/pacing.py",
+        "eventloop/steps.py",
         "observability/trace_exporter.py",
     ),
     "it takes what JSON of other workers contains, which has lists instead of tuples": (

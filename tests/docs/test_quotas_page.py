@@ -13,8 +13,8 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 
 from api_gateway.limits.period_counters import OVERFLOW_COUNTERS
-from api_gateway.limits.period_standing import KEPT, KEPT_LONGER
 from api_gateway.limits.period_store import QUOTA_WRITE_INTERVAL, QUOTAS_FILE
+from api_gateway.limits.quota_state import KEPT, KEPT_LONGER
 from api_gateway.settings.limits import LimitSection
 from api_gateway.transport.webhook_events import MAX_QUEUED
 from api_gateway.transport.webhooks import FIRST_DELAY, MAX_ATTEMPTS, MAX_WEBHOOK_DELAY

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from api_gateway.eventloop.pacing import completed
+from api_gateway.eventloop.steps import run_at_once
 from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
 from api_gateway.reload.outcome import ReloadState
@@ -119,7 +119,7 @@ def scrapes(act: Callable[[Worker, int], None] | None, *, is_many: bool, workers
             act(crowd[0], minute)
         seen = [worker.seen() for worker in crowd]
         whole = seen[0] if workers == 1 else replace(merge(seen), configuration=seen[0].configuration)
-        text, _ = completed(PrometheusExposition(whole, "1.0").render("text/plain"))
+        text, _ = run_at_once(PrometheusExposition(whole, "1.0").render("text/plain"))
         yield {
             f'{name}{{job="gateway",instance="a"{labels and ","}{labels}}}': value
             for name, labels, value in _SAMPLE.findall(text.decode())

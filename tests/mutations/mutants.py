@@ -117,11 +117,11 @@ MUTANTS = (
         (
             "            quotas.append(earlier.quota_of(key, quotas[-1]))\n",
             "            quotas.append(quotas[-1])\n",
-            "tests/unit/test_requote.py",
+            "tests/unit/test_convert_buckets.py",
         ),
     ),
     *_of(
-        "limits/period_standing.py",
+        "limits/quota_state.py",
         ("        return end * MICROSECONDS - now_us\n", "        return end * MICROSECONDS - now_us - 1\n", _QUOTAS),
         (
             "if latest.start == end and cost > quota.burst_ns + latest.carried - latest.used:",
@@ -197,8 +197,8 @@ MUTANTS = (
             f"{_QUOTAS}::test_each_charge_in_the_short_way_is_to_be_stored",
         ),
         (
-            "            return decision\n        warned: list[Warned] = []\n        for (charge",
-            "        warned: list[Warned] = []\n        for (charge",
+            "            return decision\n        warned: list[QuotaWarning] = []\n        for (charge",
+            "        warned: list[QuotaWarning] = []\n        for (charge",
             f"{_QUOTAS}::test_every_decision_and_every_wait_is_that_of_a_plain_model",
         ),
         (
@@ -507,7 +507,7 @@ MUTANTS = (
         ),
     ),
     *_of(
-        "proxy/shadow_limits.py",
+        "proxy/candidate_limits.py",
         (
             "increment_ns, charge.own_cost, charge.is_unverified)",
             "increment_ns, charge.own_cost)",

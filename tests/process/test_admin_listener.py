@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from api_gateway.admin.operator_token import token_file
-from api_gateway.process.listeners import Sockets
+from api_gateway.process.listeners import WorkerSockets
 from tests.kit import PATIENCE, RawUpstream, RunningGateway, ask, eventually, free_port, in_front_of, running_gateway
 from tests.processes import START, config_file, process
 
@@ -37,7 +37,7 @@ def gateway(upstream: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def operators(gateway: RunningGateway) -> str:
-    sockets: Sockets = gateway.server._sockets
+    sockets: WorkerSockets = gateway.server._sockets
     return f"http://127.0.0.1:{sockets.admin[0].getsockname()[1]}"
 
 

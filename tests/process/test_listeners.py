@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from api_gateway.config import from_values
-from api_gateway.process.listeners import Sockets
+from api_gateway.process.listeners import WorkerSockets
 from api_gateway.process.startup_message import startup_banner
 from tests.kit import PATIENCE, RawUpstream, eventually, in_front_of, running_gateway
 from tests.processes import START, Running, config_file, process
@@ -84,7 +84,7 @@ def test_the_routes_at_the_start_differ_by_what_they_match() -> None:
     ]
     config = from_values({"upstreams": {"up": "http://a"}, "routes": [{**one, "upstream": "up"} for one in routes]})
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        lines = startup_banner(config, Sockets([listener])).splitlines()
+        lines = startup_banner(config, WorkerSockets([listener])).splitlines()
     assert lines[1:4] == [
         "  /api/x (header x-beta = '1', query v is present) -> up",
         "  /api/x (exact, POST, PUT) -> up",

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from api_gateway.system import output
-from api_gateway.system.output import LineHandler, LineWriter, Output, TextStream
+from api_gateway.system.output import LineHandler, LineWriter, ProcessOutput, TextStream
 from tests.forked import Fork
 from tests.kit import PATIENCE, RawClient, RawUpstream, ask, eventually, free_port
 from tests.processes import ROOT, START, WATCHED, config_file, is_alive, process
@@ -232,7 +232,7 @@ def test_flushing_a_handler_writes_what_was_logged(pipe: Callable[..., Pipe]) ->
 
 
 def test_what_was_lost_is_said_at_most_once_an_interval(caplog: pytest.LogCaptureFixture) -> None:
-    lossy = Output(delay=0.05, interval=3600)
+    lossy = ProcessOutput(delay=0.05, interval=3600)
     on_loss = lossy.out._on_loss
     with caplog.at_level(logging.WARNING, logger="api_gateway.system.output"):
         for _ in range(1000):
@@ -251,7 +251,7 @@ def test_what_was_lost_is_said_at_most_once_an_interval(caplog: pytest.LogCaptur
 def test_warnings_and_tracebacks_of_threads_pass_through_the_queue(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Output()
+    made = ProcessOutput()
     monkeypatch.setattr(output, "process_output", lambda: made)
     with output.redirected():
         print("printed")

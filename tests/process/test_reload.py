@@ -274,15 +274,15 @@ def test_targets_that_stay_keep_what_is_known_of_them(tmp_path: Path) -> None:
     with site(tmp_path, in_front_of(good.url, bad.url, **settings)) as one, RawClient(one.running.port) as client:
         for _ in range(30):
             client.get()
-        verdicts = one.operate("/circuit-breakers").json()["targets"]["up"]
-        assert verdicts[bad.url]["passive"]["ejected"]
+        targets = one.operate("/circuit-breakers").json()["targets"]["up"]
+        assert targets[bad.url]["passive"]["ejected"]
         one.sections["upstreams"]["up"]["targets"] = [{"url": url} for url in (bad.url, new.url, good.url)]
         one.reload()
-        verdicts = one.operate("/circuit-breakers").json()["targets"]["up"]
-        assert verdicts[bad.url]["passive"]["ejected"]
-        assert verdicts[bad.url]["passive"]["ejections_total"] == 1
-        assert verdicts[good.url]["slow_start_ratio"] == 1
-        assert verdicts[new.url]["slow_start_ratio"] < 0.5, "a new target starts slowly"
+        targets = one.operate("/circuit-breakers").json()["targets"]["up"]
+        assert targets[bad.url]["passive"]["ejected"]
+        assert targets[bad.url]["passive"]["ejections_total"] == 1
+        assert targets[good.url]["slow_start_ratio"] == 1
+        assert targets[new.url]["slow_start_ratio"] < 0.5, "a new target starts slowly"
         wires = len(good.wires)
         assert {client.get().status for _ in range(30)} == {200}
         assert len(good.wires) == wires, "its connection was kept"

@@ -20,8 +20,8 @@ import pytest
 
 from api_gateway.clients.api_keys import digest_of, new_key
 from api_gateway.config import load_config
-from api_gateway.replay.pipeline import replay_logs
-from api_gateway.replay.snapshot import read_snapshot
+from api_gateway.replay.log_replay import replay_logs
+from api_gateway.replay.saved_state import read_snapshot
 from api_gateway.usage.ledger import USAGE_FILE
 from tests.forked import Fork
 from tests.kit import PATIENCE, Answer, RawRequest, RawUpstream, Wire, ask, eventually, refusing_url, reply
@@ -120,9 +120,9 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
 
 FORKED_JOBS = """
 import multiprocessing
-from api_gateway.replay import pipeline
+from api_gateway.replay import log_replay
 
-pipeline.get_context = lambda _: multiprocessing.get_context("fork")  # a spawned one imports for a second of CPU time
+log_replay.get_context = lambda _: multiprocessing.get_context("fork")  # a spawned one imports for a second
 """
 
 

@@ -87,7 +87,7 @@ def check_the_start_with_a_file(one: Machine) -> None:
             assert (said["result"]["status"], said["result"]["reason"]) == REFUSED
             assert running.ask("/clients/acme").json()["verified_only"] is True
             said = post(running, "/explain", client_id="initech", path="/api/up")
-            assert (said["result"]["outcome"], said["client"]["registered"]) == ("allowed", False)
+            assert (said["result"]["decision"], said["client"]["registered"]) == ("allowed", False)
             assert "it is unknown whether it has a record of this client" in said["client"]["detail"]
             path = Path(one.config)
             path.write_text(path.read_text().replace("rate: 100000", "rate: 100001"))

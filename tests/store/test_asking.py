@@ -107,7 +107,7 @@ def test_a_client_that_disconnects_while_it_waits_is_recorded_and_goes_no_furthe
         eventually(lambda: running.live.recorder.requests.total() == before + 1, "it is recorded")
     time.sleep(WAIT)
     assert up.requests == []
-    assert running.live.recorder.rejections["client_disconnected"] == 1
+    assert running.live.recorder.refusals["client_disconnected"] == 1
     assert running.live.recorder.in_flight == 0
 
 

@@ -9,8 +9,8 @@ from zoneinfo import ZoneInfo
 import pytest
 from redis.crc import key_slot
 
-from api_gateway.limits.period_standing import UNITS_PER_TOKEN, PeriodQuota
 from api_gateway.limits.periods import Calendar
+from api_gateway.limits.quota_state import UNITS_PER_TOKEN, PeriodQuota
 from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.models import Charge, Decision, Quota

@@ -16,13 +16,13 @@ import pytest
 from api_gateway.limits.concurrency import ConcurrencyQuota, SlottedCharges, SlotUse
 from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL, LeasedSlots
 from api_gateway.limits.concurrency_ops import LEASE
-from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.limits.script_batcher import ScriptOp, _call
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Exchange, Quota
-from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.proxy.candidate_limits import CandidateLimits
 from tests.cases import each
 from tests.kit import turns
 from tests.lua_store import MICROSECOND, LuaLimiter, LuaStore, Wire
@@ -524,7 +524,7 @@ class Trial:
     def __init__(self, worker: Worker, most: int) -> None:
         self.worker = worker
         self.recorder = Recorder(["r"], ["up"], ["FREE"], [50], 0.0)
-        self.shadow = ShadowLimits(
+        self.shadow = CandidateLimits(
             limiter=worker.charging,
             clock_ns=lambda: worker.now_ns,
             recorder=self.recorder,
@@ -543,7 +543,7 @@ class Trial:
 
     @property
     def counted(self) -> tuple[int, int]:
-        return self.recorder.would_limit["FREE"], self.recorder.would_allow["FREE"]
+        return self.recorder.would_refuse["FREE"], self.recorder.would_allow["FREE"]
 
 
 @pytest.mark.parametrize("is_divided", [False, True], ids=["one server", "cluster"])

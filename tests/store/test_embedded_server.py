@@ -67,7 +67,7 @@ async def test_it_responds_when_started_and_is_gone_when_stopped() -> None:
     await store.stop()
     assert not folder.exists()
     with pytest.raises(OSError, match=r"."):
-        os.fstat(store.lifeline)
+        os.fstat(store.guardian_pipe)
 
 
 async def test_it_is_started_again_when_it_dies(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.limits.period_standing import MICROSECONDS, PeriodQuota
+from api_gateway.limits.quota_state import MICROSECONDS, PeriodQuota
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from tests.cases import each
 from tests.lua_store import LuaStore, Wire

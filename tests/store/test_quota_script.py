@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import MICROSECONDS, Adjustment, Counter, PeriodQuota, Warned, is_past
 from api_gateway.limits.periods import HOUR, UNITS, Calendar, Unit
 from api_gateway.limits.quota_book import StoreBook
 from api_gateway.limits.quota_limiter import QuotaLimiter
 from api_gateway.limits.quota_ops import CounterOp
+from api_gateway.limits.quota_state import MICROSECONDS, Adjustment, PeriodQuota, QuotaCounter, QuotaWarning, is_past
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter
@@ -48,7 +48,7 @@ class Machine:
         self, store: LuaStore, quotas: Sequence[Quota], skew: float = 0.0, processes: int = 1, **more: Any
     ) -> None:
         self.store, self.quotas, self.skew = store, quotas, skew
-        self.warned: list[Warned] = []
+        self.warned: list[QuotaWarning] = []
         buckets = [one for one in quotas if not isinstance(one, PeriodQuota)]
         self.buckets = LuaLimiter(store, buckets, processes=processes, **more)
         self.buckets.refunds.name = f"{id(self):x}"
@@ -93,7 +93,7 @@ class Machine:
         changes = [Charge(f"{one.name}:{key}", one, one.cost_ns(after) - one.cost_ns(before)) for one in self.quotas]
         return self.limiter.settle(changes, decision, self.now_ns, self.charges(after, key))
 
-    async def counter(self, key: str = "a", adjustment: Any = None) -> Counter | None:
+    async def counter(self, key: str = "a", adjustment: Any = None) -> QuotaCounter | None:
         """Return the counter of the first calendar quota."""
         period = next(one for one in self.quotas if isinstance(one, PeriodQuota))
         return (await self.limiter.counter(f"{period.name}:{key}", period, adjustment))[0]
@@ -424,7 +424,7 @@ def test_the_script_decides_as_the_counters_in_memory_do(seed: int) -> None:
     )
     store = LuaStore(NOW)
     machine = Machine(store, (FREE_OF_COST, period))
-    warned: list[Warned] = []
+    warned: list[QuotaWarning] = []
     memory = QuotaLimiter(
         MemoryLimiter([FREE_OF_COST]),
         PeriodCounters(100),
@@ -489,7 +489,7 @@ def _numbers(value: str) -> tuple[int, ...]:
     return (*map(int, digits), int("".join(str(ord(letter) - ord("a")) for letter in last)))
 
 
-def _kept(counter: Counter | None, store: LuaStore) -> tuple[int, ...] | None:
+def _kept(counter: QuotaCounter | None, store: LuaStore) -> tuple[int, ...] | None:
     """Return a counter of memory in the format of the store."""
     if counter is None:
         return None

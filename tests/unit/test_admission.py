@@ -23,7 +23,7 @@ from api_gateway.errors import (
 from api_gateway.http1.headers import fields_of
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Client, HeaderList, Quota
-from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan, Stage, StageResult, Wait
+from api_gateway.proxy.admission import Admission, RequestPlan, Stage, StageResponse, StageResult, Wait
 from api_gateway.proxy.header_facts import HeaderFacts, HeaderReader
 from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
@@ -493,7 +493,7 @@ async def decide(admission: Admission, plan: RequestPlan) -> GatewayError | None
     result = admission.decide(plan)
     while isinstance(result, Wait):
         result = admission.resume(plan, result, await result.reply(), plan.now_ns + 1)
-    assert not isinstance(result, DirectResponse)
+    assert not isinstance(result, StageResponse)
     return result
 
 

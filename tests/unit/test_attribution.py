@@ -21,7 +21,7 @@ from api_gateway.proxy.attribution import (
     Cause,
     ClientProgress,
     ClientState,
-    Party,
+    ResponsibleParty,
     attribution,
     attribution_table,
     cause_of,
@@ -99,7 +99,7 @@ def test_after_the_head_of_a_response_nothing_leaves_an_attempt_without_an_outco
 
 
 def test_only_what_happened_before_a_connection_is_attributed_to_the_target() -> None:
-    assert {row.cause for row in ATTRIBUTIONS if row.party is Party.TARGET} == {
+    assert {row.cause for row in ATTRIBUTIONS if row.party is ResponsibleParty.TARGET} == {
         Cause.CONNECT_ERROR,
         Cause.CONNECT_TIMEOUT,
     }
@@ -182,7 +182,7 @@ def test_an_error_settles_its_attempt_once_by_the_table(
         found = scene.reporter.on_failure(scene.exchange, scene.attempt, error("x"), client)
     row = attribution(cause_of(found), has_head=has_head, client=client)
     assert scene.counts() == EXPECTED[outcome]
-    assert scene.attempt.principal == (None if row.party is Party.TARGET else "client")
+    assert scene.attempt.principal == (None if row.party is ResponsibleParty.TARGET else "client")
     scene.reporter.release(scene.exchange, scene.attempt)
     assert scene.counts() == EXPECTED[outcome], "the first outcome counts"
     assert scene.upstream.targets[0].in_flight == 0

@@ -787,7 +787,7 @@ async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
 
 
 async def test_a_grant_ends_on_time_while_the_store_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.clients.grant_endings.CLEAR_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("api_gateway.clients.grant_timer.CLEAR_RETRY_DELAY", 0.02)
     clock = FakeClock(1000)
     store = HeldStore(clock)
     async with following(store, wall_clock=clock) as registry:

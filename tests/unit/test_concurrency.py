@@ -25,9 +25,9 @@ from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL
 from api_gateway.limits.concurrency_ops import LEASE
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import PeriodQuota
 from api_gateway.limits.periods import Calendar
 from api_gateway.limits.quota_limiter import QuotaLimiter
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, ConcurrencySlot, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog

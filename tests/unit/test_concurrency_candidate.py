@@ -9,7 +9,7 @@ import pytest
 from api_gateway.assembly.stores import Quotas
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.metrics import Recorder
-from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.proxy.candidate_limits import CandidateLimits
 from api_gateway.settings.diagnostics import ConfigError
 from tests.kit import in_front_of
 from tests.unit.test_concurrency import RICH, Slotted
@@ -21,7 +21,7 @@ def trying(limit: dict[str, Any]) -> tuple[Slotted, Recorder]:
     """Return a stage with this limit and its candidate, and what counts the candidate's decisions."""
     quotas = Quotas.of(GatewayConfig.model_validate({"limits": [limit]}))
     slotted, recorder = Slotted(*quotas.concurrency), Recorder(["r"], ["up"], ["FREE", "PREMIUM"], [50], 0.0)
-    slotted.stage.shadow = ShadowLimits(
+    slotted.stage.shadow = CandidateLimits(
         limiter=slotted.limiter,
         clock_ns=lambda: slotted.now_ns,
         recorder=recorder,
@@ -37,11 +37,11 @@ def test_a_candidate_counts_what_it_would_refuse_and_returns_to_zero() -> None:
     begun = [slotted.begin() for _ in range(6)]
     assert [error is None for _, error in begun] == [True] * 5 + [False], "the candidate refuses nothing"
     assert slotted.in_flight == {"five": 5, "five candidate": 2}
-    assert recorder.would_refuse_by_limit == {("five", "FREE"): 3}
+    assert recorder.candidate_refusals == {("five", "FREE"): 3}
     assert slotted.begin(client=RICH)[0].trial is None, "its tier has neither"
     slotted.end(begun[0][0])
     begun.append(slotted.begin())
-    assert recorder.would_refuse_by_limit == {("five", "FREE"): 3}, "one of its slots was free again"
+    assert recorder.candidate_refusals == {("five", "FREE"): 3}, "one of its slots was free again"
     for exchange, _ in begun:
         slotted.end(exchange)
     assert slotted.in_flight == {"five": 0, "five candidate": 0}
@@ -52,7 +52,7 @@ def test_a_higher_candidate_counts_what_it_would_admit() -> None:
     slotted, recorder = trying({"name": "two", "concurrent": 2, "candidate": {"concurrent": 3}})
     begun = [slotted.begin() for _ in range(3)]
     assert [error is None for _, error in begun] == [True, True, False]
-    assert (recorder.would_allow["FREE"], recorder.would_limit["FREE"]) == (1, 0)
+    assert (recorder.would_allow["FREE"], recorder.would_refuse["FREE"]) == (1, 0)
     assert slotted.in_flight == {"two": 2, "two candidate": 3}
     for exchange, _ in begun:
         slotted.end(exchange)
@@ -64,7 +64,7 @@ def test_a_candidate_without_tokens_takes_no_slot() -> None:
     for _ in range(12):  # the bucket of the tier has ten tokens
         slotted.begin()
     assert slotted.in_flight == {"many": 10, "many candidate": 10}
-    assert recorder.would_limit["FREE"] == recorder.would_allow["FREE"] == 0
+    assert recorder.would_refuse["FREE"] == recorder.would_allow["FREE"] == 0
 
 
 def test_names_of_candidates_have_figures_from_the_start() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.config import Loaded, load_config, read_config
+from api_gateway.config import LoadedConfig, load_config, read_config
 from api_gateway.process.config_watch import ConfigSource, contents_of
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.toml_file import toml_lines
@@ -21,7 +21,7 @@ def write(tmp_path: Path) -> Write:
     return writer(tmp_path)
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path) -> LoadedConfig:
     return read_config(path)
 
 

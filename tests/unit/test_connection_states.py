@@ -12,16 +12,16 @@ import pytest
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.states import (
     ILLEGAL_EVENTS,
+    INPUT,
+    INPUTS_BY_SERVICE,
     PERSISTENCE,
-    READING,
-    READINGS_BY_SERVICE,
     SERVICE,
     START,
     ConnectionEvent,
     ConnectionState,
     IllegalConnectionEvent,
+    InputState,
     Persistence,
-    Reading,
     Service,
 )
 from tests.downstream_kit import FakeBody, Harness
@@ -29,7 +29,7 @@ from tests.unit.test_architecture import PAGE
 
 BEGIN, END = "<!-- connection states: begin -->\n", "<!-- connection states: end -->"
 TABLES: dict[str, Mapping[IntEnum, Mapping[ConnectionEvent, IntEnum]]] = {
-    "Reading": READING,  # type: ignore[dict-item]  # the keys of a Mapping are invariant
+    "Input": INPUT,  # type: ignore[dict-item]  # the keys of a Mapping are invariant
     "Service": SERVICE,  # type: ignore[dict-item]
     "Persistence": PERSISTENCE,  # type: ignore[dict-item]
 }
@@ -50,8 +50,8 @@ STATES = reachable()
 
 
 def test_every_state_of_each_table_can_be_reached_in_every_combination() -> None:
-    assert {(state.reading, state.service) for state in STATES} == {
-        (reading, service) for service, readings in READINGS_BY_SERVICE.items() for reading in readings
+    assert {(state.input, state.service) for state in STATES} == {
+        (input_state, service) for service, input_states in INPUTS_BY_SERVICE.items() for input_state in input_states
     }
     assert {state.persistence for state in STATES} == set(Persistence)
 
@@ -89,7 +89,7 @@ def test_nothing_is_served_once_a_connection_is_ending() -> None:
 
 
 def test_a_state_says_what_it_is() -> None:
-    assert str(START) == "reading new, service idle, persistence persistent"
+    assert str(START) == "input new, service idle, persistence persistent"
 
 
 # Illegal events
@@ -104,7 +104,7 @@ def harness() -> Iterator[Harness]:
 def test_an_illegal_event_raises_in_tests(harness: Harness) -> None:
     try:
         with pytest.raises(
-            IllegalConnectionEvent, match="body_complete in state reading new, service idle, persistence pers"
+            IllegalConnectionEvent, match="body_complete in state input new, service idle, persistence pers"
         ):
             harness.connection.move(ConnectionEvent.BODY_COMPLETE)
     finally:
@@ -122,7 +122,7 @@ def test_in_production_an_illegal_event_ends_that_connection_alone(
         assert ILLEGAL_EVENTS.counts == {"body_complete": 1}
     finally:
         ILLEGAL_EVENTS.counts.clear()
-    assert "illegal event body_complete in state reading new, service idle" in caplog.text
+    assert "illegal event body_complete in state input new, service idle" in caplog.text
     harness.turn()
     assert harness.connection.state.is_lost
     assert not other.connection.state.is_ending
@@ -197,10 +197,10 @@ def diagram(name: str) -> str:
 def combinations() -> str:
     """Return the legal combinations as a table."""
     rows = [
-        f"| {service.name.lower()} | {', '.join(reading.name.lower() for reading in readings)} |"
-        for service, readings in READINGS_BY_SERVICE.items()
+        f"| {service.name.lower()} | {', '.join(input_state.name.lower() for input_state in input_states)} |"
+        for service, input_states in INPUTS_BY_SERVICE.items()
     ]
-    return "\n".join(["| service | combined with reading |", "|---|---|", *rows, ""])
+    return "\n".join(["| service | combined with input |", "|---|---|", *rows, ""])
 
 
 def page_with_diagrams() -> str:
@@ -217,7 +217,7 @@ def test_the_diagrams_in_the_docs_are_these() -> None:
 
 
 def test_readings_and_services_have_different_tables() -> None:
-    assert set(READING) == set(Reading)
+    assert set(INPUT) == set(InputState)
     assert set(SERVICE) == set(Service)
     assert set(PERSISTENCE) == set(Persistence)
 

@@ -15,7 +15,7 @@ from api_gateway.errors import LoadShed
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import fields_of
 from api_gateway.models import HeaderList
-from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
+from api_gateway.proxy.admission import Admission, RequestPlan, StageResponse
 from api_gateway.proxy.cors import (
     EXPOSED,
     CorsPolicy,
@@ -330,7 +330,7 @@ def test_preflights_are_shed_under_overload_as_requests_of_their_priority_are() 
     shedder = EventLoopShedder(0.1, PriorityClasses({"FREE": 0, "PAID": 1}), source=random.Random(1))
     stage = PreflightStage(policies, shedder=shedder, priority=0)
     plan = asked()
-    assert isinstance(stage.decide(plan), DirectResponse)
+    assert isinstance(stage.decide(plan), StageResponse)
     for _ in range(LAG_SAMPLES):
         shedder.observe(10.0)
     refused = stage.decide(plan)

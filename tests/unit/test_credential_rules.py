@@ -12,7 +12,7 @@ from api_gateway.clients.identity_rules import IdentityRules
 from api_gateway.clients.records import Change, KeyChange
 from api_gateway.clients.unusable_keys import warning_of
 from api_gateway.config import load_config
-from api_gateway.eventloop.pacing import completed
+from api_gateway.eventloop.steps import run_at_once
 from api_gateway.process import key_commands
 from api_gateway.process.key_commands import run_keys
 from api_gateway.settings.diagnostics import ConfigError
@@ -155,7 +155,7 @@ def test_stored_keys_that_cannot_be_used_are_named_within_bounds(
 ) -> None:
     terms = {"is_source": True, "is_complete": True} | options
     held = [KnownKey(*one) for one in keys]
-    assert completed(warning_of(held, 100.0, routes=frozenset({"all"}), **terms)) == expected
+    assert run_at_once(warning_of(held, 100.0, routes=frozenset({"all"}), **terms)) == expected
 
 
 def test_the_list_of_keys_marks_routes_that_do_not_exist(

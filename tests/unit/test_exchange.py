@@ -55,9 +55,9 @@ from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.priorities import SINGLE_PRIORITY
 from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.router import Router
-from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
 from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, UpstreamResponse
+from api_gateway.transport.upstream_connection import UpstreamConnection
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream

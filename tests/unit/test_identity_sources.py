@@ -27,9 +27,9 @@ from api_gateway.proxy.identity_sources import (
     HEADER_AND_ADDRESS,
     NO_EXPIRY,
     Claim,
+    CredentialQuery,
     IdentitySources,
     Proof,
-    Question,
     Verification,
 )
 from api_gateway.proxy.open_exchanges import OpenExchanges
@@ -47,14 +47,14 @@ HOST = b"\r\nhost: gw.test"
 
 
 class Tickets:
-    """A credential source of this test: `Authorization: Ticket <client>`, verified by `verdicts`."""
+    """A credential source of this test: `Authorization: Ticket <client>`, verified by `results`."""
 
     name = "ticket"
     fields = frozenset({b"authorization"})
     markers = (b"Ticket ",)
 
     def __init__(self) -> None:
-        self.verdicts: dict[str, Callable[[Claim], Verification]] = {}
+        self.results: dict[str, Callable[[Claim], Verification]] = {}
         self.verified = 0
 
     def claim(self, fields: Fields) -> Claim | None:
@@ -63,8 +63,8 @@ class Tickets:
 
     def verify(self, claim: Claim, now_ns: int) -> Verification:
         self.verified += 1
-        verdict = self.verdicts.get(claim.value)
-        return Proof(claim, claim.value) if verdict is None else verdict(claim)
+        result = self.results.get(claim.value)
+        return Proof(claim, claim.value) if result is None else result(claim)
 
 
 class Restricted(Proof):
@@ -217,7 +217,7 @@ def test_a_proof_is_remembered_until_the_registry_changes(setup: Setup) -> None:
     for _ in range(3):
         assert setup.client(TICKET) == "acme"
     assert setup.tickets.verified == 1
-    setup.tickets.verdicts["acme"] = lambda _: CredentialsInvalid("revoked")
+    setup.tickets.results["acme"] = lambda _: CredentialsInvalid("revoked")
     setup.clients.bump_version()
     for _ in range(3):
         assert isinstance(setup.decide(TICKET)[1], CredentialsInvalid)
@@ -225,16 +225,16 @@ def test_a_proof_is_remembered_until_the_registry_changes(setup: Setup) -> None:
 
 
 def test_a_proof_is_remembered_until_it_expires(setup: Setup) -> None:
-    setup.tickets.verdicts["acme"] = lambda claim: Proof(claim, "acme", expires_ns=5 * NANOSECONDS)
+    setup.tickets.results["acme"] = lambda claim: Proof(claim, "acme", expires_ns=5 * NANOSECONDS)
     assert setup.client(TICKET, now=0) == "acme"
-    setup.tickets.verdicts["acme"] = lambda _: CredentialsInvalid("expired")
+    setup.tickets.results["acme"] = lambda _: CredentialsInvalid("expired")
     assert setup.client(TICKET, now=4.99) == "acme"
     assert isinstance(setup.decide(TICKET, now=5)[1], CredentialsInvalid)
 
 
 def test_an_invalid_credential_never_falls_through(setup: Setup) -> None:
     """Also not to the id in the same request, nor after the proof was remembered."""
-    setup.tickets.verdicts["bad"] = lambda _: CredentialsInvalid("The ticket is not valid.")
+    setup.tickets.results["bad"] = lambda _: CredentialsInvalid("The ticket is not valid.")
     plan, result = setup.decide(b"authorization: Ticket bad", b"x-client-id: acme")
     assert isinstance(result, CredentialsInvalid)
     assert (result.status, result.reason) == (401, "credentials_invalid")
@@ -245,7 +245,7 @@ def test_an_invalid_credential_never_falls_through(setup: Setup) -> None:
 
 
 def test_invalid_credentials_are_charged_to_the_address(setup: Setup) -> None:
-    setup.tickets.verdicts["bad"] = lambda _: CredentialsInvalid("The ticket is not valid.")
+    setup.tickets.results["bad"] = lambda _: CredentialsInvalid("The ticket is not valid.")
     results = [type(setup.decide(b"authorization: Ticket bad")[1]) for _ in range(5)]
     assert results == [CredentialsInvalid] * 3 + [LimitReached] * 2
     assert setup.client(TICKET) == "acme", "who has a valid one is not affected"
@@ -254,15 +254,15 @@ def test_invalid_credentials_are_charged_to_the_address(setup: Setup) -> None:
 async def test_a_question_is_asked_after_the_address_was_charged(setup: Setup) -> None:
     asked = 0
 
-    def question(claim: Claim) -> Question:
+    def question(claim: Claim) -> CredentialQuery:
         async def ask() -> Proof | GatewayError:
             nonlocal asked
             asked += 1
             return Proof(claim, "initech")
 
-        return Question(ask)
+        return CredentialQuery(ask)
 
-    setup.tickets.verdicts["later"] = question
+    setup.tickets.results["later"] = question
     for number in range(5):
         plan, result = setup.decide(b"authorization: Ticket later", b"accept: %d" % number)
         if number < 3:
@@ -280,17 +280,17 @@ async def test_a_question_is_asked_after_the_address_was_charged(setup: Setup) -
 async def test_what_was_asked_before_a_change_is_not_remembered_after_it(setup: Setup) -> None:
     """The answer is on its way when the credential is revoked; the next request must not be served by it."""
 
-    def question(claim: Claim) -> Question:
+    def question(claim: Claim) -> CredentialQuery:
         async def ask() -> Proof | GatewayError:
             return Proof(claim, "initech")
 
-        return Question(ask)
+        return CredentialQuery(ask)
 
-    setup.tickets.verdicts["later"] = question
+    setup.tickets.results["later"] = question
     plan, result = setup.decide(b"authorization: Ticket later")
     assert isinstance(result, Wait)
     answer = await result.reply()
-    setup.tickets.verdicts["later"] = lambda _: CredentialsInvalid("revoked")
+    setup.tickets.results["later"] = lambda _: CredentialsInvalid("revoked")
     setup.clients.bump_version()
     assert Admission.resume(plan, result, answer, 0) is None, "it arrived before the change"
     assert isinstance(setup.decide(b"authorization: Ticket later")[1], CredentialsInvalid)
@@ -328,7 +328,7 @@ async def test_a_stream_ends_with_any_credential_of_its_request(setup: Setup, re
             plan.exchange.status = 200
         await watch.look()
         assert not stream.errors
-        setup.tickets.verdicts[revoked] = lambda _: CredentialsInvalid("revoked")
+        setup.tickets.results[revoked] = lambda _: CredentialsInvalid("revoked")
         setup.clients.bump_version()
         await watch.look()
         if begins == "after":
@@ -347,14 +347,14 @@ def test_an_id_that_contradicts_the_credential_is_refused(setup: Setup) -> None:
 
 
 def test_a_credential_may_state_a_tier(setup: Setup) -> None:
-    setup.tickets.verdicts["initech"] = lambda claim: Proof(claim, "initech", tier="PREMIUM")
+    setup.tickets.results["initech"] = lambda claim: Proof(claim, "initech", tier="PREMIUM")
     plan, _ = setup.decide(b"authorization: Ticket initech")
     assert plan.exchange.client is not None
     assert plan.exchange.client.quota is PREMIUM
 
 
 def test_a_credential_may_be_restricted_to_routes(setup: Setup) -> None:
-    setup.tickets.verdicts["acme"] = lambda claim: Restricted(claim, "acme", is_restricted=True)
+    setup.tickets.results["acme"] = lambda claim: Restricted(claim, "acme", is_restricted=True)
     stage = CredentialRouteStage()
     plan, _ = setup.decide(TICKET)
     assert plan.exchange.credential is not None
@@ -416,7 +416,7 @@ def test_observing_admits_and_counts_what_would_be_refused(tmp_path: Path, rules
 
 def test_observing_leaves_an_invalid_credential_to_the_next_source(tmp_path: Path) -> None:
     setup = Setup(tmp_path, is_enforced=False)
-    setup.tickets.verdicts["bad"] = lambda _: CredentialsInvalid("no")
+    setup.tickets.results["bad"] = lambda _: CredentialsInvalid("no")
     for _ in range(3):
         assert setup.client(b"authorization: Ticket bad", b"x-client-id: initech") == "initech"
         assert setup.client(b"authorization: Ticket bad") == PEER
@@ -435,7 +435,7 @@ def test_observing_admits_an_id_that_contradicts_the_credential(tmp_path: Path) 
 def test_a_refused_credential_stays_refused_while_its_id_is_looked_up_elsewhere(setup: Setup) -> None:
     """A proof that was remembered is not revived by another request with the same header set."""
     assert setup.client(TICKET) == "acme"
-    setup.tickets.verdicts["acme"] = lambda _: CredentialsInvalid("revoked")
+    setup.tickets.results["acme"] = lambda _: CredentialsInvalid("revoked")
     setup.clients.bump_version()
     assert isinstance(setup.decide(TICKET)[1], CredentialsInvalid)
     setup.client(b"x-client-id: acme")
@@ -486,7 +486,7 @@ def test_a_claim_and_a_proof_show_no_credential() -> None:
 
 def test_observing_an_expired_credential_forgets_the_client_that_it_proved(tmp_path: Path) -> None:
     setup = Setup(tmp_path, is_enforced=False)
-    setup.tickets.verdicts["acme"] = lambda claim: Proof(claim, "acme", expires_ns=5 * NANOSECONDS)
+    setup.tickets.results["acme"] = lambda claim: Proof(claim, "acme", expires_ns=5 * NANOSECONDS)
     assert setup.client(TICKET, now=1) == "acme"
-    setup.tickets.verdicts["acme"] = lambda _: CredentialsInvalid("expired")
+    setup.tickets.results["acme"] = lambda _: CredentialsInvalid("expired")
     assert setup.client(TICKET, now=6) == PEER

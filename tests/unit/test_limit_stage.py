@@ -18,12 +18,12 @@ from api_gateway.limits.script_ops import MultiNodeCharge
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import Admission, RequestPlan
+from api_gateway.proxy.candidate_limits import CandidateLimits
 from api_gateway.proxy.cost_settlement import CostSettlement, _settled_to
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.limit_stage import MOST_REMEMBERED, LimitListStage, RateLimitStage
 from api_gateway.proxy.problem_response import problem_body
 from api_gateway.proxy.route_table import Route, RouteTable
-from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import MemoryLimiter
 from tests.cases import each
 
@@ -144,7 +144,7 @@ def test_invented_ids_take_no_room_from_the_quotas_of_others_through_a_candidate
     limited, counters = Limited(*quotas.limits), PeriodCounters(4)
     limiter = QuotaLimiter(limited.limiter, counters, wall_clock=lambda: 1_800_000_000.0)
     recorder = Recorder((), (), ["FREE"], (50.0,), 0.0)
-    shadow = ShadowLimits(
+    shadow = CandidateLimits(
         limiter=limiter,
         clock_ns=lambda: limited.now_ns,
         recorder=recorder,
@@ -165,7 +165,7 @@ def test_invented_ids_take_no_room_from_the_quotas_of_others_through_a_candidate
     assert (len(counters), counters.unverified) == (4, 4)
     in_force, tried = "limit:monthly:client:acme", "candidate:limit:monthly:client:acme"
     assert limited.admitted(of=3) == 3
-    assert recorder.would_refuse_by_limit == {("monthly", "FREE"): 1}, "of two requests that the candidate admits"
+    assert recorder.candidate_refusals == {("monthly", "FREE"): 1}, "of two requests that the candidate admits"
     assert [counters.counters[key].count.used for key in (in_force, tried)] == [3 * 2_000, 2 * 2_000]
 
 

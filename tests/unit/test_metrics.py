@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
-from api_gateway.eventloop.pacing import completed
+from api_gateway.eventloop.steps import run_at_once
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.observability.label_counter import LabelCounter
@@ -41,7 +41,7 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 DURATION = st.floats(1e-6, 100)
 
 STATES = ("closed", "open", "half_open")
-OUTCOMES = {
+RESULTS = {
     *("2xx", "3xx", "4xx", "5xx"),
     *(cls.reason.value for cls in UpstreamFailed.__subclasses__()),
     Reason.OVERLOADED.value,
@@ -80,7 +80,7 @@ def exposition_of(recorder: Recorder, *upstreams: Upstream) -> PrometheusExposit
 
 def families(exposition: PrometheusExposition, accept: str = "text/plain") -> Iterator[Metric]:
     """Scrape, as Prometheus would."""
-    text, content_type = completed(exposition.render(accept))
+    text, content_type = run_at_once(exposition.render(accept))
     is_open = content_type.startswith("application/openmetrics-text")
     parse = openmetrics.text_string_to_metric_families if is_open else text_string_to_metric_families
     yield from parse(text.decode())
@@ -150,7 +150,7 @@ def test_percentiles_of_many_values_stay_within_one_percent(
 
 def test_nothing_has_no_percentile() -> None:
     assert percentile({}, 50) is None
-    assert completed(latency_view(recorder_of(), START)).overall.since_start.model_dump() == {
+    assert run_at_once(latency_view(recorder_of(), START)).overall.since_start.model_dump() == {
         "count": 0,
         "mean_ms": None,
         "percentiles_ms": {"p50": None, "p90": None, "p95": None, "p99": None},
@@ -172,7 +172,7 @@ def test_percentiles_are_as_configured() -> None:
     recorder = recorder_of([25, 99.9])
     for milliseconds in range(1, 1001):
         recorder.observe(ended(seconds=milliseconds / 1000))
-    found = completed(latency_view(recorder, START)).overall.last_60s.percentiles_ms
+    found = run_at_once(latency_view(recorder, START)).overall.last_60s.percentiles_ms
     assert found == {"p25": pytest.approx(250, rel=0.011), "p99.9": pytest.approx(999, rel=0.011)}
 
 
@@ -214,7 +214,7 @@ def test_overall_is_all_routes_together() -> None:
     recorder = recorder_of()
     for route, seconds in (("users", 0.1), ("users", 0.2), ("orders", 0.9)):
         recorder.observe(ended(route=route, seconds=seconds))
-    view = completed(latency_view(recorder, START))
+    view = run_at_once(latency_view(recorder, START))
     assert view.overall.since_start.count == 3
     assert view.overall.since_start.mean_ms == pytest.approx(400)
     assert {name: series.since_start.count for name, series in view.routes.items()} == {"users": 2, "orders": 1}
@@ -235,8 +235,8 @@ def test_a_window_forgets_what_is_older_and_holds_what_is_five_seconds_younger(a
     recorder.observe_attempt("people", "2xx", 0.01, at)
     now = at + age
     latency, rates = (
-        completed(latency_view(recorder, now)),
-        completed(
+        run_at_once(latency_view(recorder, now)),
+        run_at_once(
             metrics_view(recorder, now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
         ).rates,
     )
@@ -257,12 +257,12 @@ def test_a_window_can_be_filled_again_after_it_was_forgotten() -> None:
     recorder = recorder_of()
     for turn in range(3):
         recorder.observe(ended(START + 300 * turn))
-    latency = completed(latency_view(recorder, START + 600)).overall
+    latency = run_at_once(latency_view(recorder, START + 600)).overall
     assert (latency.last_60s.count, latency.last_5m.count, latency.since_start.count) == (1, 1, 3)
 
 
 def rates_at(recorder: Recorder, now: float) -> dict[str, RateWindow]:
-    rates = completed(
+    rates = run_at_once(
         metrics_view(recorder, now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
     ).rates
     return {"last_60s": rates.last_60s, "last_5m": rates.last_5m, "since_start": rates.since_start}
@@ -305,7 +305,7 @@ def test_an_exchange_counts_once_in_everything_it_is(
 ) -> None:
     recorder = recorder_of()
     recorder.observe(exchange)
-    view = completed(
+    view = run_at_once(
         metrics_view(recorder, START + 1, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
     )
     for window in (view.rates.last_60s, view.rates.last_5m, view.rates.since_start):
@@ -322,7 +322,7 @@ def test_an_exchange_counts_once_in_everything_it_is(
     assert view.requests.by_route == {route: 1}
     assert view.requests.by_status == {str(exchange.status): 1}
     assert view.requests.by_tier == {"FREE": 1}
-    assert view.rejections == ({exchange.reason: 1} if exchange.reason else {})
+    assert view.refusals == ({exchange.reason: 1} if exchange.reason else {})
     assert view.latency.overall.since_start.count == (exchange.sent_at is not None)
     decision = exchange.decision
     assert view.rate_limiter.allowed == {"FREE": int(decision is not None and decision.allowed), "PREMIUM": 0}
@@ -350,16 +350,16 @@ def test_rates_are_shares_of_all_requests() -> None:
     assert (window.error_rate, window.limited_rate) == (0.2, 0.3)
 
 
-def test_an_attempt_counts_its_outcome_and_its_time_if_there_was_a_response() -> None:
+def test_an_attempt_counts_its_result_and_its_time_if_there_was_a_response() -> None:
     recorder = recorder_of()
     recorder.observe_attempt("people", "2xx", 0.2, START)
     recorder.observe_attempt("people", "upstream_timeout", None, START)
-    view = completed(
+    view = run_at_once(
         metrics_view(recorder, START, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
     )
-    tried = {name: count for name, count in view.upstream_outcomes["people"].items() if count}
+    tried = {name: count for name, count in view.upstream_results["people"].items() if count}
     assert tried == {"2xx": 1, "upstream_timeout": 1}
-    assert not any(view.upstream_outcomes["shop"].values())
+    assert not any(view.upstream_results["shop"].values())
     assert view.latency.upstreams["people"].last_60s.count == 1
     assert view.latency.upstreams["people"].last_60s.mean_ms == 200
     assert view.latency.upstreams["shop"].last_60s.count == 0
@@ -371,7 +371,7 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
     upstream = people(BreakerPolicy(failure_threshold=1))
     trip(upstream)
     upstream.breaker.admit(START)
-    view = completed(
+    view = run_at_once(
         metrics_view(
             recorder,
             START + 12.5,
@@ -457,13 +457,13 @@ def test_a_target_that_no_check_has_asked_has_no_series_of_its_health() -> None:
 
 @each("accept", ["", "*/*", "text/plain", "text/plain; version=0.0.4"])
 def test_plain_text_is_the_default(accept: str) -> None:
-    text, content_type = completed(exposition_of(recorder_of()).render(accept))
+    text, content_type = run_at_once(exposition_of(recorder_of()).render(accept))
     assert content_type.startswith("text/plain; version=")
     assert b"# EOF" not in text
 
 
 def test_openmetrics_comes_where_it_is_asked_for() -> None:
-    text, content_type = completed(exposition_of(recorder_of()).render(OPENMETRICS))
+    text, content_type = run_at_once(exposition_of(recorder_of()).render(OPENMETRICS))
     assert content_type.startswith("application/openmetrics-text")
     assert text.endswith(b"# EOF\n")
 
@@ -491,9 +491,9 @@ def test_the_text_says_what_was_counted(busy: PrometheusExposition, accept: str)
         "gateway_rate_limit_decisions_total{decision=allowed,tier=FREE}": 6,
         "gateway_rate_limit_decisions_total{decision=limited,tier=FREE}": 1,
         "gateway_rate_limit_buckets{}": 7,
-        "gateway_rejections_total{reason=rate_limited}": 1,
-        "gateway_upstream_requests_total{outcome=2xx,upstream=people}": 6,
-        "gateway_upstream_requests_total{outcome=upstream_reset,upstream=people}": 1,
+        "gateway_refusals_total{reason=rate_limited}": 1,
+        "gateway_upstream_requests_total{result=2xx,upstream=people}": 6,
+        "gateway_upstream_requests_total{result=upstream_reset,upstream=people}": 1,
         "gateway_upstream_healthy{target=http://127.0.0.1:9001,upstream=people}": 1,
         "gateway_upstream_healthy{target=http://127.0.0.1:9002,upstream=people}": 0,
         f"gateway_build_info{{python={python_version()},variant={variant()},version=1.2.3}}": 1,
@@ -554,10 +554,10 @@ def test_every_series_known_from_the_configuration_exists_at_zero_from_the_start
             for decision in ("allowed", "limited")
             for tier in TIERS
         ),
-        *(f"gateway_rejections_total{{reason={reason}}}" for reason in Reason),
+        *(f"gateway_refusals_total{{reason={reason}}}" for reason in Reason),
         *(
-            f"gateway_upstream_requests_total{{outcome={outcome},upstream={name}}}"
-            for outcome in OUTCOMES
+            f"gateway_upstream_requests_total{{result={result},upstream={name}}}"
+            for result in RESULTS
             for name in ("people", "shop")
         ),
         *(f"gateway_http_request_duration_seconds_count{{route={route}}}" for route in ("users", "orders")),
@@ -572,11 +572,11 @@ def test_every_series_known_from_the_configuration_exists_at_zero_from_the_start
     assert {name: found.get(name) for name in expected} == dict.fromkeys(expected, 0)
 
 
-@each("outcome", ["1xx", "6xx", "9xx"])
-def test_an_outcome_that_nobody_foresaw_is_counted_all_the_same(outcome: str) -> None:
+@each("result", ["1xx", "6xx", "9xx"])
+def test_a_result_that_nobody_foresaw_is_counted_all_the_same(result: str) -> None:
     """An upstream may send any three digits as its status."""
     recorder = recorder_of()
-    recorder.observe_attempt("people", outcome, 0.1, START)
+    recorder.observe_attempt("people", result, 0.1, START)
     found = samples(exposition_of(recorder))
     tries = [value for name, value in found.items() if name.startswith("gateway_upstream_requests_total")]
     assert sum(tries) == 1
@@ -669,7 +669,7 @@ def test_of_many_routes_series_at_zero_are_omitted_but_not_the_health_of_a_targe
         "gateway_circuit_breaker_opened_total{upstream=people}": 1,
         "gateway_circuit_breaker_state{state=open,upstream=people}": 1,
         "gateway_http_requests_total{code=200,method=GET,route=route-1,source=upstream,tier=FREE}": 1,
-        "gateway_upstream_requests_total{outcome=5xx,upstream=people}": 1,
+        "gateway_upstream_requests_total{result=5xx,upstream=people}": 1,
     }
     bounds = {
         (name.partition("_request_")[0], float(name.partition("le=")[2].partition(",")[0].rstrip("}"))): value

@@ -8,7 +8,7 @@ import pytest
 
 from api_gateway.http1.asgi import FIELDS, ASGIApp, Message, Receive, Scope, Send
 from api_gateway.http1.headers import fields_of
-from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit
+from api_gateway.middleware import DataPlaneSplit, DataPlaneSwitch
 from api_gateway.models import HeaderList
 
 HOST = (b"host", b"gateway.test")
@@ -94,7 +94,7 @@ async def never(_scope: Scope, _receive: Receive, _send: Send) -> None:
 
 
 def split(inner: ASGIApp, data_plane: ASGIApp | None = None) -> DataPlaneSplit:
-    switch = DataPlaneSlot()
+    switch = DataPlaneSwitch()
     if data_plane is not None:
         switch.data_plane = data_plane
     return DataPlaneSplit(inner, switch=switch)

@@ -1,8 +1,8 @@
-"""A public name is defined in one module of the package, or there is a reason for two."""
+"""A public name is defined in one module of the package, and a module has a name of its own, or there is a reason."""
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,31 @@ REASONS = {
     "logger": "every module that logs has its own, by convention",
     "main": "the entry point of a program: the command line, a worker, the embedded store's guardian",
     "router": "each module of operator endpoints has its own FastAPI router, by convention",
+}
+
+# Modules of several packages with one name. Three packages divide one subject in the same way: `settings` has its
+# section of the configuration, `assembly` builds its live objects, `admin` has its operator endpoints.
+OF_ONE_SUBJECT = "one subject, by package: `settings` its section, `assembly` its construction, `admin` its endpoints"
+COMMAND = "`doctor` and `replay` are commands of one form: what runs the command, and its options"
+MODULE_REASONS = {
+    "__init__": "what a package is for",
+    "clients": OF_ONE_SUBJECT,
+    "cors": "the section of the configuration, and the policy by which the proxy decides",
+    "errors": "the errors of the gateway, and those of a replay, which runs without a gateway",
+    "extensions": OF_ONE_SUBJECT,
+    "history": OF_ONE_SUBJECT,
+    "identity": OF_ONE_SUBJECT + ", `clients` its decisions",
+    "limits": OF_ONE_SUBJECT,
+    "metrics": "the recorder that the brief names, and the endpoints that show it",
+    "command": COMMAND,
+    "options": COMMAND,
+    "quotas": OF_ONE_SUBJECT,
+    "route_actions": OF_ONE_SUBJECT,
+    "routes": OF_ONE_SUBJECT,
+    "server": "what a program starts in its own process, the server of a worker, and the section of the configuration",
+    "tracing": OF_ONE_SUBJECT + ", `observability` its decisions",
+    "upstreams": OF_ONE_SUBJECT,
+    "usage": OF_ONE_SUBJECT,
 }
 
 
@@ -55,6 +80,13 @@ def test_a_public_name_is_defined_once_or_has_a_reason() -> None:
 
 def test_every_reason_is_still_needed() -> None:
     assert not REASONS.keys() - duplicates_of_the_package().keys()
+
+
+def test_a_module_has_a_name_of_its_own_or_a_reason() -> None:
+    found = Counter(path.stem for path in sources.trees())
+    shared = {name for name, count in found.items() if count > 1}
+    assert not shared - MODULE_REASONS.keys(), "rename all but one of them, or state in MODULE_REASONS why"
+    assert not MODULE_REASONS.keys() - shared, "reasons that are no longer needed"
 
 
 def test_the_first_lines_of_test_modules_name_tests_that_exist() -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import MICROSECONDS, NEVER_US, UNITS_PER_TOKEN, PeriodQuota, Warned
 from api_gateway.limits.periods import HOUR, UNITS, Calendar, Unit
+from api_gateway.limits.quota_state import MICROSECONDS, NEVER_US, UNITS_PER_TOKEN, PeriodQuota, QuotaWarning
 
 DAY = 24 * HOUR
 
@@ -39,7 +39,7 @@ class Client:
     def __init__(self, quota: PeriodQuota, now_us: int = NOW, key: str = "a") -> None:
         self.quota, self.now_us, self.key = quota, now_us, key
         self.counters = PeriodCounters(1000)
-        self.warned: list[Warned] = []
+        self.warned: list[QuotaWarning] = []
 
     def spend(self, tokens: float = 1) -> bool:
         """Make a request; return whether it is admitted."""

@@ -10,9 +10,9 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import MICROSECONDS, Counter, PeriodQuota
 from api_gateway.limits.period_store import CounterRow, PeriodJournal, PeriodStore
 from api_gateway.limits.periods import HOUR, Calendar
+from api_gateway.limits.quota_state import MICROSECONDS, PeriodQuota, QuotaCounter
 from tests.kit import FakeClock, soon
 
 NOW = 1_801_440_000  # 1 February 2027
@@ -42,7 +42,7 @@ def spend(
     counters.charge(standing, cost, now * MICROSECONDS)
 
 
-async def stored(folder: Path, now: float = NOW, limit: int = 100) -> dict[str, Counter]:
+async def stored(folder: Path, now: float = NOW, limit: int = 100) -> dict[str, QuotaCounter]:
     """Return the counters in the file."""
     reading = journal(folder, now, limit)
     await reading.start()

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api_gateway.limits.period_counters import PeriodCounters
-from api_gateway.limits.period_standing import PeriodQuota, Warned
 from api_gateway.limits.periods import HOUR, Calendar, Unit
 from api_gateway.limits.quota_limiter import QuotaLimiter
+from api_gateway.limits.quota_state import PeriodQuota, QuotaWarning
 from api_gateway.models import NANOSECONDS, Charge, Decision, Notice, Quota
 from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter
 from tests.exact_buckets import ExactBuckets
@@ -36,7 +36,7 @@ class Gateway:
         self.quotas = quotas
         self.now_ns = 5_000 * NANOSECONDS
         self.wall_ns = int(wall) * NANOSECONDS
-        self.warned: list[Warned] = []
+        self.warned: list[QuotaWarning] = []
         self.limiter = QuotaLimiter(
             MemoryLimiter([one for one in quotas if not isinstance(one, PeriodQuota)]),
             PeriodCounters(1000),

@@ -25,19 +25,19 @@ from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.replay import log_lines, pipeline
+from api_gateway.replay import log_lines, log_replay
 from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.external_sort import RunWriter, merged
 from api_gateway.replay.log_files import blocks_of, log_parts
 from api_gateway.replay.log_lines import ForeignLine, LogEvent, NotDecided, events_of
+from api_gateway.replay.log_replay import ReplayResult, read_part, replay_logs
 from api_gateway.replay.logged_routes import LoggedRouteStage
 from api_gateway.replay.page import page_of
-from api_gateway.replay.pipeline import Replayed, read_part, replay_logs
 from api_gateway.replay.report import document_of, text_of
+from api_gateway.replay.saved_state import read_snapshot
 from api_gateway.replay.sharding import SharedBuckets, shards
 from api_gateway.replay.simulation import Simulation
-from api_gateway.replay.snapshot import read_snapshot
 from tests.cases import each
 from tests.unit.test_access_log import EXCHANGES, OfAnOrganisation, bare
 
@@ -94,7 +94,7 @@ def log_of(folder: Path, lines: Sequence[str], name: str = "access.log") -> Path
     return path
 
 
-def reported(found: Replayed, candidate: GatewayConfig, current: GatewayConfig | None = None) -> dict[str, Any]:
+def reported(found: ReplayResult, candidate: GatewayConfig, current: GatewayConfig | None = None) -> dict[str, Any]:
     return document_of(found, ("new.yaml", candidate), None if current is None else ("now.yaml", current))
 
 
@@ -578,7 +578,7 @@ def test_clients_are_held_once_however_many_parts_a_log_has(tmp_path: Path, monk
     traffic = Traffic()
     for index in range(60):
         traffic.request(f"client-{index % 3}")
-    monkeypatch.setattr(pipeline, "log_parts", partial(log_parts, size=4_000))
+    monkeypatch.setattr(log_replay, "log_parts", partial(log_parts, size=4_000))
     found = replay_logs([log_of(tmp_path, traffic.lines())], config(), None)
     assert found.tally.decisions == sum(part.lines for part in found.parts) == 60
     assert [part for part in found.parts if part.lines][1:]

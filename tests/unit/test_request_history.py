@@ -13,9 +13,9 @@ from api_gateway.observability.request_history import (
     FairRing,
     HistoryLimits,
     RequestHistory,
-    outcome_of,
+    request_result,
 )
-from api_gateway.observability.request_record import REQUEST_OUTCOMES, Record
+from api_gateway.observability.request_record import REQUEST_RESULTS, HistoryRecord
 from tests.cases import each
 
 QUOTA = Quota.per_second("FREE", 1, 10)
@@ -34,7 +34,7 @@ def ended(name: str = "acme", **fields: Any) -> Exchange:
     return exchange
 
 
-def kept(history: RequestHistory, now: float = 100.0, after: int = 0) -> list[Record]:
+def kept(history: RequestHistory, now: float = 100.0, after: int = 0) -> list[HistoryRecord]:
     found = [record for record in history.records(now, after) if record is not None]
     return sorted(found, key=lambda record: record.ended)
 
@@ -50,10 +50,10 @@ def test_each_outcome_has_a_ring_of_its_own() -> None:
     history.record(ended(id="unknown", status=404), 6)  # the upstream's, which is not a failure
     for number in range(100):
         history.record(ended(f"client-{number}", id=str(number)), 10 + number / 10)
-    outcomes = {record.id: record.outcome for record in kept(history, 20)}
-    assert [outcomes[name] for name in ("failed", "broken", "left", "own")] == ["error"] * 4
-    assert outcomes["refused"] == "refusal"
-    assert "unknown" not in outcomes
+    results = {record.id: record.result for record in kept(history, 20)}
+    assert [results[name] for name in ("failed", "broken", "left", "own")] == ["error"] * 4
+    assert results["refused"] == "refusal"
+    assert "unknown" not in results
     assert {name: count for name, (count, _) in history.sizes().items()} == {"success": 20, "refusal": 1, "error": 4}
 
 
@@ -111,7 +111,7 @@ def test_bytes_are_limited_also_if_each_record_is_large() -> None:
     records = kept(history, 1000)
     assert sum(size for _, size in history.sizes().values()) <= 900_000
     assert sum(len(one.path) + len(one.detail or "") for one in records) <= 900_000
-    assert {len(one.path) for one in records if one.outcome == "success"} == {MAX_SUCCESS_PATH + 3}
+    assert {len(one.path) for one in records if one.result == "success"} == {MAX_SUCCESS_PATH + 3}
     assert len(records) > 30
 
 
@@ -159,7 +159,7 @@ def test_a_kept_exchange_has_no_credential_but_its_organisation(organisation: st
 
 
 def test_what_the_budget_has_no_place_for_is_counted_by_its_outcome() -> None:
-    """Each outcome has a budget: a flood of refusals leaves that of successes as it is."""
+    """Each result has a budget: a flood of refusals leaves that of successes as it is."""
     history = RequestHistory(HistoryLimits(100, 8, 100, 1_000_000, 60, (10, 1, 10)))
     refused: dict[str, Any] = {"status": 429, "reason": "rate_limited", "source": "gateway"}
     taken = [history.takes(ended(id=str(number), **refused)) for number in range(10)]
@@ -181,7 +181,7 @@ def test_a_request_uses_the_budget_of_the_outcome_that_its_record_has(
     exchange = ended(status=status, reason=reason, source=source)
     assert [history.takes(exchange) for _ in range(2)] == [True, False]
     history.observer(lambda: 1)(exchange)
-    assert history.not_kept == {name: 2 * (name == outcome_of(exchange)) for name in REQUEST_OUTCOMES}
+    assert history.not_kept == {name: 2 * (name == request_result(exchange)) for name in REQUEST_RESULTS}
 
 
 def test_a_client_that_was_not_identified_is_held_by_its_address() -> None:

@@ -20,7 +20,7 @@ from api_gateway.http1.headers import fields_of
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.selected_lines import at_level, by_route
 from api_gateway.proxy.compression import GZIP, VARIES, ZSTD, Compression, GzipEncoder, weights_of
-from api_gateway.proxy.direct_answers import DirectAnswer
+from api_gateway.proxy.direct_responses import DirectResponse
 from api_gateway.proxy.edited_lines import NOTHING_EDITED
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
 from api_gateway.proxy.mirroring import BODY_TOO_LARGE, BUSY, INCOMPLETE, CopiedHead, Mirrors
@@ -79,7 +79,7 @@ def test_a_redirect_whose_host_a_request_could_choose_is_refused(to: str) -> Non
 )
 def test_no_request_chooses_the_host_of_a_redirect_or_ends_its_line(target: str, to: str) -> None:
     RedirectSection(to=to)
-    answer = DirectAnswer(308, location=ValueTemplate.of(to), path="/{id}")
+    answer = DirectResponse(308, location=ValueTemplate.of(to), path="/{id}")
     try:
         fields = dict(answer.fields(target.encode()))
     except BadRequest:
@@ -155,7 +155,7 @@ def test_fields_that_the_gateway_depends_on_cannot_be_changed(name: str) -> None
 
 
 class Facts:
-    """What belongs to the header fields of requests, see `KeepsEditedLines`."""
+    """What belongs to the header fields of requests, see `EditedLinesCache`."""
 
     edited = NOTHING_EDITED
 

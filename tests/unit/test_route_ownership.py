@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.config import load_config
-from api_gateway.settings.route_ownership import Space
+from api_gateway.settings.route_ownership import RequestSpace
 from tests.config_kit import UPSTREAM, Write, refused, writer
 
 ORDERS = "upstreams: {orders: http://127.0.0.1:2}\nroutes:\n- {name: orders, path: /api/orders, upstream: orders}\n"
@@ -149,7 +149,9 @@ def test_routes_of_the_environment_belong_to_no_file(write: Write, monkeypatch: 
 
 
 SEGMENTS = st.lists(st.sampled_from(["a", "b", "{}"]), max_size=3).map(tuple)
-SPACES = st.builds(Space, st.sampled_from(["", "x.test", "*.test", "*.x.test", "y.x.test"]), SEGMENTS, st.booleans())
+SPACES = st.builds(
+    RequestSpace, st.sampled_from(["", "x.test", "*.test", "*.x.test", "y.x.test"]), SEGMENTS, st.booleans()
+)
 REQUESTS = [
     (host, path)
     for host in ("x.test", "y.x.test", "z.y.x.test", "other")
@@ -158,7 +160,7 @@ REQUESTS = [
 ]
 
 
-def requests_in(space: Space) -> set[tuple[str, tuple[str, ...]]]:
+def requests_in(space: RequestSpace) -> set[tuple[str, tuple[str, ...]]]:
     """Return those of some requests that are in a space, by its definition."""
     return {
         (host, path)
@@ -170,7 +172,7 @@ def requests_in(space: Space) -> set[tuple[str, tuple[str, ...]]]:
 
 
 @given(SPACES, SPACES)
-def test_spaces_overlap_if_a_request_is_in_both_and_cover_if_all_are(one: Space, other: Space) -> None:
+def test_spaces_overlap_if_a_request_is_in_both_and_cover_if_all_are(one: RequestSpace, other: RequestSpace) -> None:
     assert one.overlaps(other) is bool(requests_in(one) & requests_in(other)) is other.overlaps(one)
     assert one.covers(other) is (requests_in(other) <= requests_in(one))
 
@@ -183,7 +185,7 @@ def test_routes_of_many_files_are_compared_with_few_others(write: Write) -> None
         text = f"upstreams: {{u{number}: http://127.0.0.1:1}}\nroutes:\n" + "\n".join(routes)
         write(text, f"conf.d/{number}.yaml")
     counted = 0
-    overlaps = Space.overlaps
+    overlaps = RequestSpace.overlaps
 
     def counting(self: Any, other: Any) -> bool:
         nonlocal counted
@@ -191,6 +193,6 @@ def test_routes_of_many_files_are_compared_with_few_others(write: Write) -> None
         return overlaps(self, other)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Space, "overlaps", counting)
+        patch.setattr(RequestSpace, "overlaps", counting)
         assert len(load_config(path).routes) == 401
     assert counted < 1000

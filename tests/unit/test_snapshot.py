@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from api_gateway.circuit_breaker import MAX_RECORDS, CircuitBreaker
-from api_gateway.eventloop.pacing import completed
+from api_gateway.eventloop.steps import run_at_once
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.observability.latency_series import SLICE
@@ -70,10 +70,10 @@ def count(one: Recorder, kind: str, seconds: float, at: float) -> None:
 def shown(report: WorkerSnapshot, now: float) -> tuple[Any, ...]:
     """Return all that is made of a recorder."""
     found = report.recorder
-    view = completed(
+    view = run_at_once(
         metrics_view(found, now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
     )
-    text, _ = completed(PrometheusExposition(WorkerSnapshot("", found, report.upstreams), "1").render("text/plain"))
+    text, _ = run_at_once(PrometheusExposition(WorkerSnapshot("", found, report.upstreams), "1").render("text/plain"))
     return view.model_dump(), sorted(text.decode().splitlines())
 
 
@@ -370,7 +370,7 @@ def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_
     found = [(target.key, target.is_healthy) for target in merged.targets]
     assert found == [("http://a.test:80 (http://10.0.0.1:80)", True), ("http://b.test:80 (http://10.0.0.1:80)", False)]
     assert [(name.host, name.port) for name in merged.names] == [("a.test", 80), ("a.test", 81)]
-    text, _ = completed(
+    text, _ = run_at_once(
         PrometheusExposition(WorkerSnapshot("", recorder(), {"people": merged}), "1.2.3").render("text/plain")
     )
     for key, is_healthy in found:

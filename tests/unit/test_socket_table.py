@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.system.socket_table import ESTABLISHED, LISTEN, Endpoint, Row, SocketTable
+from api_gateway.system.socket_table import ESTABLISHED, LISTEN, Endpoint, SocketRow, SocketTable
 from tests.cases import each
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="Linux lists them in /proc")
@@ -47,7 +47,7 @@ def test_both_ends_of_a_connection_are_found(
             table = SocketTable.read(Path("/proc/self"))
             for sock, local, remote in ((accepted, ours, theirs), (client, theirs, ours)):
                 inode = os.fstat(sock.fileno()).st_ino
-                expected = Row(local, remote, ESTABLISHED, os.geteuid(), inode)
+                expected = SocketRow(local, remote, ESTABLISHED, os.geteuid(), inode)
                 assert table.between(local, remote) == expected
                 assert table.socket(inode) == expected
             found = table.socket(os.fstat(listener.fileno()).st_ino)

@@ -12,7 +12,7 @@ from api_gateway.reporting.traffic_history import (
     MAX_TIERS,
     OTHER_TIERS,
     POINT_SECONDS,
-    REPORT_DELAY,
+    SNAPSHOT_DELAY,
     TrafficHistory,
     seconds_to_next,
 )
@@ -88,7 +88,7 @@ def test_an_hour_is_kept_in_less_than_a_megabyte_whatever_is_counted() -> None:
         for quota in quotas:
             source.requests["a", "GET", 200, "upstream", quota.name] += 1_000_000
         for reason in Reason:
-            source.rejections[reason.value] += 1_000_000
+            source.refusals[reason.value] += 1_000_000
         history.sample([source], at, 1_800_000_000 + number)
     points = history.points
     assert len(points) == HISTORY_POINTS
@@ -101,4 +101,4 @@ def test_an_hour_is_kept_in_less_than_a_megabyte_whatever_is_counted() -> None:
 @each(("now", "due"), [(1000.0, 1001.5), (1001.5, 1011.5), (1001.4, 1011.5), (1000.4, 1001.5), (1009.0, 1011.5)])
 def test_a_point_is_due_when_all_workers_have_reported_what_was_before(now: float, due: float) -> None:
     assert now + seconds_to_next(now) == pytest.approx(due)
-    assert (due - REPORT_DELAY) % POINT_SECONDS == pytest.approx(0)
+    assert (due - SNAPSHOT_DELAY) % POINT_SECONDS == pytest.approx(0)

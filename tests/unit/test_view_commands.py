@@ -22,7 +22,7 @@ ROW: dict[str, Any] = {
     "time": "2027-01-15T08:00:01.250+00:00",
     "request_id": EVIL,
     "trace_id": "0af7651916cd43dd8448eb211c80319c",
-    "outcome": "error",
+    "result": "error",
     "client_id": EVIL,
     "client_address": "10.0.0.1",
     "tier": "FREE",
@@ -187,7 +187,7 @@ def test_an_explained_request_shows_all_that_is_known(
 BUCKET = {"policy": "free", "tokens": 0.5, "cost": 1, "capacity": 1.5, "allowed": False, "retry_after_seconds": 1}
 SLOT = {"policy": "parallel", "in_flight": 2, "concurrent": 2, "allowed": False}
 PREDICTED: dict[str, Any] = {
-    "result": {"outcome": "limited", "detail": EVIL},
+    "result": {"decision": "limited", "detail": EVIL},
     "worker": "2",
     "address": {"address": "10.0.0.1", "detail": "the peer of the connection"},
     "client": {"id": "acme", "tier": {"name": "FREE"}, "detail": EVIL},

@@ -54,8 +54,8 @@ def test_sections_take_the_place_of_the_configuration_s_own() -> None:
 
 
 def test_a_brief_travels_as_json() -> None:
-    brief = json.loads(WorkerConfig(3, {"a": 1}, 7, [8, 9], [10], [11]).encode())
-    assert (brief["number"], brief["config"], brief["channel"]) == (3, {"a": 1}, 7)
-    assert (brief["listeners"], brief["admin_listeners"]) == ([8, 9], [10])
-    assert brief["redirect_listeners"] == [11]
-    assert brief["path"]
+    config = json.loads(WorkerConfig(3, {"a": 1}, 7, [8, 9], [10], [11]).encode())
+    assert (config["number"], config["config"], config["channel"]) == (3, {"a": 1}, 7)
+    assert (config["listeners"], config["admin_listeners"]) == ([8, 9], [10])
+    assert config["redirect_listeners"] == [11]
+    assert config["path"]

@@ -70,9 +70,9 @@ def test_a_route_has_rules_besides_those_for_all(client: RawClient, odd: tuple[s
 
 @BOTH_WAYS
 def test_a_refusal_is_counted_by_its_reason(running: RunningGateway, client: RawClient, odd: tuple[str, ...]) -> None:
-    before = running.live.recorder.rejections["address_denied"]
+    before = running.live.recorder.refusals["address_denied"]
     assert ask(client, "192.0.2.9", *odd).status == 403
-    assert running.live.recorder.rejections["address_denied"] == before + 1
+    assert running.live.recorder.refusals["address_denied"] == before + 1
 
 
 # Forwarded

@@ -37,9 +37,9 @@ from api_gateway.proxy.attribution import (
     SENT,
     Attribution,
     Cause,
-    Condition,
-    Party,
-    Phase,
+    ClientStates,
+    DetectedAt,
+    ResponsibleParty,
 )
 from tests.kit import (
     PATIENCE,
@@ -209,10 +209,10 @@ class Scene:
 
     name: str
     cause: Cause
-    phase: Phase
+    phase: DetectedAt
     behave: Behaviour = field(default_factory=reply)
     act: Act = asks
-    client: Condition = ANY
+    client: ClientStates = ANY
     upstream: str = "up"
     headers: tuple[str, ...] = ()
     ways: tuple[str, ...] = tuple(WAYS)
@@ -228,14 +228,14 @@ class Scene:
 
 
 GENERAL = ("general parser",)  # the fast path has no part in it
-BEFORE, AT, WITHIN = Phase.AWAITING_HEAD, Phase.HEAD, Phase.BODY
+BEFORE, AT, WITHIN = DetectedAt.AWAITING_HEAD, DetectedAt.HEAD, DetectedAt.BODY
 SUCCESS = Outcome.SUCCESS
 SCENES = (
-    Scene("no such id", Cause.NOT_ATTEMPTED, Phase.ADMISSION, headers=("X-Client-ID: \xff",)),
-    Scene("pool in use", Cause.NO_CONNECTION, Phase.CONNECTING, sends(), follows_another, upstream="narrow"),
-    Scene("refuses", Cause.CONNECT_ERROR, Phase.CONNECTING, upstream="absent"),
-    Scene("no TLS", Cause.CONNECT_ERROR, Phase.CONNECTING, upstream="plain"),
-    Scene("TLS hangs", Cause.CONNECT_TIMEOUT, Phase.CONNECTING, upstream="mute"),
+    Scene("no such id", Cause.NOT_ATTEMPTED, DetectedAt.ADMISSION, headers=("X-Client-ID: \xff",)),
+    Scene("pool in use", Cause.NO_CONNECTION, DetectedAt.CONNECTING, sends(), follows_another, upstream="narrow"),
+    Scene("refuses", Cause.CONNECT_ERROR, DetectedAt.CONNECTING, upstream="absent"),
+    Scene("no TLS", Cause.CONNECT_ERROR, DetectedAt.CONNECTING, upstream="plain"),
+    Scene("TLS hangs", Cause.CONNECT_TIMEOUT, DetectedAt.CONNECTING, upstream="mute"),
     # Before the head
     Scene("closes", Cause.LOST, BEFORE, sends(b"HTTP", then="closes"), client=PUNCTUAL),
     Scene("resets", Cause.LOST, BEFORE, sends(b"HTTP", then="resets"), client=PUNCTUAL),
@@ -267,7 +267,9 @@ SCENES = (
     Scene("event stream", Cause.STREAM_BEGUN, AT, sends(EVENTS), leaves_after_a_head),
     Scene("tunnel", Cause.STREAM_BEGUN, AT, sends(SWITCHED), leaves_after_a_head, headers=UPGRADE, ways=GENERAL),
     *(
-        Scene(name, Cause.STREAM_ENDED, Phase.STREAM, behave, act, upstream=upstream, headers=headers, more=SUCCESS)
+        Scene(
+            name, Cause.STREAM_ENDED, DetectedAt.STREAM, behave, act, upstream=upstream, headers=headers, more=SUCCESS
+        )
         for name, behave, act, upstream, headers in (
             ("quiet stream", sends(EVENTS), stays_to_the_end, "up", ()),
             ("reset stream", sends(EVENTS, then="resets"), stays_to_the_end, "up", ()),
@@ -389,7 +391,7 @@ class Stage:
         expected = (self.before[0] + calls, self.before[1] + failures, self.before[2] + (row.cause is Cause.SLOW))
         assert self.counts() == expected
         if row.outcome is Outcome.FAILURE:
-            assert (self.upstream.breaker._failing_principals.last is None) == (row.party is Party.TARGET)
+            assert (self.upstream.breaker._failing_principals.last is None) == (row.party is ResponsibleParty.TARGET)
         assert self.upstream.targets[0].in_flight == 0
 
 

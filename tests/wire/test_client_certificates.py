@@ -97,7 +97,7 @@ def test_a_described_certificate_is_explained_as_a_real_one_is_decided(
     jane = {"uri": "spiffe://test/jane", "common_name": "Jane Doe"}
     assert certified.get("/api/internal/x").status == 200
     found = explained(certificate=jane)
-    assert found["result"]["outcome"] == "allowed"
+    assert found["result"]["decision"] == "allowed"
     client = found["client"]
     assert (client["id"], client["proved_by"]) == ("spiffe://test/jane", "certificate")
     assert client["tier"]["name"] == "PREMIUM"
@@ -110,7 +110,7 @@ def test_a_described_certificate_is_explained_as_a_real_one_is_decided(
         result = explained(**described)["result"]
         assert (result["status"], result["reason"]) == (status, why), described
     without = explained(certificate={"common_name": "Jane Doe"})  # identity.certificate.by is uri
-    assert (without["client"]["tier_source"], without["result"]["outcome"]) == ("address", "allowed")
+    assert (without["client"]["tier_source"], without["result"]["decision"]) == ("address", "allowed")
     assert "certificate.ury" in explained(422, certificate={"ury": "x"})["detail"]
 
 

@@ -64,7 +64,7 @@ class Ledger:
     def _count(self) -> tuple[int, int]:
         recorder = self._gateway.live.recorder
         by_status = sum(count for key, count in recorder.requests.items() if key[2] == 499)
-        return by_status, recorder.rejections["client_disconnected"]
+        return by_status, recorder.refusals["client_disconnected"]
 
     def shows(self, count: int) -> bool:
         """Return whether so many are recorded, by status and by reason."""

@@ -209,7 +209,7 @@ def test_operators_see_what_is_in_flight_by_name(running: RunningGateway, held: 
             ("five", 2, True),
             ("exports", 2, False),
         ]
-        assert (told["result"]["outcome"], told["result"]["reason"]) == ("limited", "concurrency_exceeded")
+        assert (told["result"]["decision"], told["result"]["reason"]) == ("limited", "concurrency_exceeded")
         limits = {one["name"]: one for one in get("/limits").json()["limits"]}
         assert limits["five"]["allowances"][0] == {
             **dict.fromkeys(("rate", "capacity", "quota", "period", "time_zone")),
@@ -228,11 +228,11 @@ def test_operators_see_what_is_in_flight_by_name(running: RunningGateway, held: 
         assert 'gateway_rate_limit_refusals_total{limit="exports",tier="FREE"}' in scraped
         figures = get("/metrics").json()
         assert figures["rate_limiter"]["in_flight"] == {"five": 2, "exports": 2}
-        assert figures["rejections"]["concurrency_exceeded"] >= 1
+        assert figures["refusals"]["concurrency_exceeded"] >= 1
         held.set()
         assert {one.answer().status for one in open_} == {200}
     all_returned(running)
-    assert explained()["result"]["outcome"] == "allowed"
+    assert explained()["result"]["decision"] == "allowed"
 
 
 # Every way to end

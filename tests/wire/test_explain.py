@@ -27,12 +27,12 @@ from api_gateway.metrics import Recorder
 from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import NANOSECONDS, Exchange, Quota
 from api_gateway.proxy.admission import Admission
+from api_gateway.proxy.candidate_limits import CandidateLimits
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.limit_stage import RateLimitStage
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
-from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.proxy.stages import (
     AmbiguityStage,
     IdentityStage,
@@ -117,7 +117,7 @@ class Stage:
             on_cost=settlement.on_cost,
             on_fallback=settlement.on_fallback,
         )
-        shadow = ShadowLimits(
+        shadow = CandidateLimits(
             limiter=self.limiter,
             clock_ns=lambda: self.now_ns,
             recorder=self.recorder,
@@ -177,7 +177,7 @@ class Stage:
         limiter = self.limiter
         table = limiter._table
         tables = dict(table.current), dict(table.previous), dict(limiter._overflow), table.rotated_at_ns
-        return breakers, targets, tables, dict(self.recorder.would_limit), len(self.recorder.requests_by_client)
+        return breakers, targets, tables, dict(self.recorder.would_refuse), len(self.recorder.requests_by_client)
 
     async def request(self, question: ExplainRequest) -> dict[str, Any]:
         """Make the request that the question is about; return status and problem."""
@@ -243,12 +243,12 @@ def assert_predicted(told: Explanation, got: dict[str, Any], exchange: Exchange,
     assert exchange.client is not None
     assert (told.client.id, told.client.tier.name) == (exchange.client.id, exchange.client.quota.name)
     assert (told.route.name if told.route else None) == exchange.route
-    if result.outcome == "allowed":
+    if result.decision == "allowed":
         assert exchange.decision is not None
         assert exchange.decision.allowed
         assert got["status"] == (mood or (203 if exchange.fallback == "static" else 502))
         return
-    if result.outcome == "fallback":
+    if result.decision == "fallback":
         assert told.fallback is not None
         assert exchange.reason == result.reason
         assert got["status"] == (result.status or mood or 503)
@@ -262,7 +262,7 @@ def assert_predicted(told: Explanation, got: dict[str, Any], exchange: Exchange,
     expected = {"rate_limited": "limited", "cost_exceeds_capacity": "exceeds_capacity"}.get(
         problem["reason"], "refused"
     )
-    assert result.outcome == expected
+    assert result.decision == expected
     if exchange.decision is not None and not exchange.decision.allowed:
         assert told.limiting_bucket == exchange.decision.key
 
@@ -312,13 +312,13 @@ def test_what_is_limited_passes_the_limiter_when_it_was_said_to(
             await stage.request(other)
         told = await stage.explainer.explain(question)
         waits = [bucket.retry_after_seconds for bucket in told.buckets]
-        if told.result.outcome == "limited":
+        if told.result.decision == "limited":
             assert all(wait is not None for wait in waits)
             wait_ns = round(max(wait or 0 for wait in waits) * NANOSECONDS)
             stage.now_ns += wait_ns
-            assert (await stage.explainer.explain(question)).result.outcome != "limited"
+            assert (await stage.explainer.explain(question)).result.decision != "limited"
             stage.now_ns -= 1
-            assert (await stage.explainer.explain(question)).result.outcome == "limited"
+            assert (await stage.explainer.explain(question)).result.decision == "limited"
 
     asyncio.run(play())
 
@@ -340,14 +340,14 @@ async def test_it_shows_the_fallback_and_whether_it_would_respond(
     stage = Stage(tmp_path)
     question = ExplainRequest(client_id="a", path=path, address="192.0.2.7")
     told = await stage.explainer.explain(question)
-    assert told.result.outcome == "allowed"
+    assert told.result.decision == "allowed"
     assert told.fallback is not None
     assert told.fallback.model_dump() == fallback | {"used": False}
     for upstream in stage.upstreams[: 1 if pair_is_up else 2]:
         for target in upstream.targets:
             target.is_healthy = False
     told = await stage.explainer.explain(question)
-    assert (told.result.outcome, told.result.reason) == (outcome, "no_healthy_upstream")
+    assert (told.result.decision, told.result.reason) == (outcome, "no_healthy_upstream")
     assert told.fallback is not None
     assert told.fallback.model_dump() == fallback
 
@@ -359,7 +359,7 @@ async def test_it_has_every_figure(tmp_path: Path) -> None:
     stage.now_ns += NANOSECONDS // 4
     told = await stage.explainer.explain(question)
     assert told.result.model_dump() == {
-        "outcome": "limited",
+        "decision": "limited",
         "status": 429,
         "reason": "rate_limited",
         "retry_after_seconds": 0.25,
@@ -427,7 +427,7 @@ async def test_of_those_that_pass_the_one_that_will_bind_first_binds(tmp_path: P
     assert told.limiting_bucket == "client:a"
     await stage.request(ExplainRequest(client_id="b", path="/api/one", address="192.0.2.7"))
     told = await stage.explainer.explain(ExplainRequest(client_id="a", path="/api/one", address="192.0.2.7"))
-    assert (told.result.outcome, told.limiting_bucket) == ("allowed", "peer:192.0.2.7")
+    assert (told.result.decision, told.limiting_bucket) == ("allowed", "peer:192.0.2.7")
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ async def test_a_breaker_whose_time_has_come_is_shown_as_it_would_be_met(tmp_pat
     stage.now_ns += 4 * NANOSECONDS
     told = await stage.explainer.explain(question)
     assert told.upstream is not None
-    assert (told.result.outcome, told.upstream.circuit_breaker) == ("allowed", "HALF_OPEN")
+    assert (told.result.decision, told.upstream.circuit_breaker) == ("allowed", "HALF_OPEN")
     assert stage.upstreams[0].breaker.state is State.OPEN
 
 
@@ -482,7 +482,7 @@ def test_it_is_asked_by_post_and_costs_nothing(running: RunningGateway) -> None:
         answer = explained(running, {"client_id": "c", "method": "GET", "path": "/api/x"})
         assert answer.status == 200
         found = Explanation.model_validate(answer.json())
-        assert (found.result.outcome, found.buckets[0].tokens) == ("allowed", 2)
+        assert (found.result.decision, found.buckets[0].tokens) == ("allowed", 2)
 
 
 @pytest.mark.parametrize(

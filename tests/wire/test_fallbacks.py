@@ -393,9 +393,9 @@ def test_a_static_response_costs_nothing_where_nothing_was_sent_and_all_else_is_
 
 
 def test_the_metrics_count_it(running: RunningGateway, up: RawUpstream) -> None:
-    before = running.live.recorder.rejections["upstream_connect_error"]
+    before = running.live.recorder.refusals["upstream_connect_error"]
     assert get(running, "/api/plain").status == 200
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
     assert 'gateway_fallbacks_total{fallback="static",reason="upstream_connect_error",route="plain"}' in text
-    assert running.live.recorder.rejections["upstream_connect_error"] == before
+    assert running.live.recorder.refusals["upstream_connect_error"] == before
     assert ask(f"{running.url}/metrics").json()["fallbacks"]["plain"]["upstream_connect_error"] >= 1

@@ -404,7 +404,7 @@ def test_a_response_that_is_not_plain_is_served_all_the_same(
     up.behave = behave
     fast_path_spy.clear()
     done = finished(running)
-    before = running.live.recorder.outcomes["up"]["2xx"]
+    before = running.live.recorder.attempt_results["up"]["2xx"]
     for _ in range(2):
         client.request()
         if behave in (UNUSUAL["an interim answer"], UNUSUAL["an interim answer before"]):
@@ -416,7 +416,7 @@ def test_a_response_that_is_not_plain_is_served_all_the_same(
     eventually(lambda: is_calm(running, up), "nothing is held")
     assert [(one.status, one.attempts, one.bytes_out) for one in done] == [(200, 1, 2)] * 2
     assert len(up.requests) == 2
-    assert running.live.recorder.outcomes["up"]["2xx"] == before + 2
+    assert running.live.recorder.attempt_results["up"]["2xx"] == before + 2
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -1256,7 +1256,7 @@ def test_an_upstream_that_was_held_back_for_a_moment_goes_on(
     client: RawClient, up: RawUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when more than is held for a slow reader arrives at once; TLS can deliver that."""
-    monkeypatch.setattr("api_gateway.transport.connection.RESPONSE_HIGH_WATER", 10)
+    monkeypatch.setattr("api_gateway.transport.upstream_connection.RESPONSE_HIGH_WATER", 10)
     up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n" + b"x" * 20, b"x" * 20, b"x" * 20)
     assert client.get().body == b"x" * 60
 

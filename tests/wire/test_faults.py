@@ -230,7 +230,7 @@ class Scene:
         """Return the attempts so far by upstream and outcome."""
         text = self.running.ask("/metrics?format=prometheus").body.decode()
         found: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        pattern = r'gateway_upstream_requests_total\{outcome="(\w+)",upstream="([\w-]+)"\} (\d+)'
+        pattern = r'gateway_upstream_requests_total\{result="(\w+)",upstream="([\w-]+)"\} (\d+)'
         for outcome, upstream, count in re.findall(pattern, text):
             found[upstream][outcome] = int(count)
         return found

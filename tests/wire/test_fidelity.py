@@ -114,7 +114,7 @@ def test_trailers_of_a_response_reach_who_asked_for_them(
 def test_a_response_that_cannot_have_trailers_is_complete_without_them(
     running: RunningGateway, client: RawClient, up: RawUpstream, line: bytes
 ) -> None:
-    before = running.live.recorder.rejections["internal_error"]
+    before = running.live.recorder.refusals["internal_error"]
     answer = ANSWER_WITH_TRAILERS
     if b"HEAD" in line or b"304" in line:
         answer = answer[: answer.index(b"\r\n\r\n") + 4].replace(b"200 OK", b"304 No" if b"304" in line else b"200 OK")
@@ -123,7 +123,7 @@ def test_a_response_that_cannot_have_trailers_is_complete_without_them(
     got = client.answer("HEAD" if b"HEAD" in line else "GET")
     assert (got.status, got.body) in ((200, b""), (200, b"ok"), (304, b""))
     eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
-    assert running.live.recorder.rejections["internal_error"] == before
+    assert running.live.recorder.refusals["internal_error"] == before
 
 
 @pytest.mark.parametrize(

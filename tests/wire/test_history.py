@@ -72,7 +72,7 @@ def test_a_refusal_names_the_requests_that_had_spent_the_tokens(tmp_path: Path, 
         assert (refused.status, body["reason"]) == (429, "rate_limited")
         assert body["request_id"] == refused.headers["x-request-id"]
         request = explained(running, body["request_id"])
-        assert (request["status"], request["reason"], request["outcome"]) == (429, "rate_limited", "refusal")
+        assert (request["status"], request["reason"], request["result"]) == (429, "rate_limited", "refusal")
         assert request["detail"] == body["detail"]
         assert request["decision"] == {
             "allowed": False,
@@ -151,7 +151,7 @@ def test_each_attempt_is_shown_with_its_target_time_and_failure(tmp_path: Path, 
         starts = [one["started_after_ms"] for one in made]
         assert starts == sorted(starts)
         assert all(one["duration_ms"] >= 0 for one in made)
-        assert request["outcome"] == "success"
+        assert request["result"] == "success"
     down.close()
     broken.close()
 
@@ -161,10 +161,10 @@ def test_a_failed_request_shows_the_error_of_its_last_attempt(tmp_path: Path) ->
     with running_gateway(sections(down.url), tmp_path) as running:
         response = send(running)
         request = explained(running, response.json()["request_id"])
-        assert (request["outcome"], request["status"], request["reason"]) == ("error", 502, "upstream_reset")
+        assert (request["result"], request["status"], request["reason"]) == ("error", 502, "upstream_reset")
         made = [(one["target"], one["failure"], one["status"]) for one in request["upstream_attempts"]]
         assert made == [(down.url, "upstream_reset", None)] * request["attempts"]
-        assert [one["client_id"] for one in listed(running, "outcome=error")] == ["127.0.0.1"]
+        assert [one["client_id"] for one in listed(running, "result=error")] == ["127.0.0.1"]
     down.close()
 
 
@@ -389,9 +389,9 @@ def test_the_list_is_filtered(tmp_path: Path, up: RawUpstream) -> None:
         assert [row["status"] for row in listed(running, "status=4xx")] == [429, 400]
         assert [row["status"] for row in listed(running, "client=other")] == [200]
         assert [row["client_id"] for row in listed(running, "reason=client_id_invalid")] == [None]
-        assert [row["route"] for row in listed(running, "route=all&outcome=refusal")] == ["all"]
+        assert [row["route"] for row in listed(running, "route=all&result=refusal")] == ["all"]
         assert [row["status"] for row in listed(running, "limit=2")] == [200, 400]
-        for wrong in ("status=99", "outcome=bad", "limit=0", "after=-1"):
+        for wrong in ("status=99", "result=bad", "limit=0", "after=-1"):
             assert ask(f"{running.url}/history?{wrong}", headers=HEADERS).status == 422, wrong
 
 
@@ -438,8 +438,8 @@ def test_metrics_show_its_size(tmp_path: Path, up: RawUpstream) -> None:
             lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("gateway_history_")]
             return {name.removeprefix("gateway_history_"): float(value) for name, value in lines}
 
-        success, refusal, error = (f'records{{outcome="{name}"}}' for name in ("success", "refusal", "error"))
+        success, refusal, error = (f'records{{result="{name}"}}' for name in ("success", "refusal", "error"))
         eventually(lambda: (figures()[success], figures()[refusal]) == (3, 1), "it counts the records")
         assert figures()[error] == 0
-        assert figures()['requests_not_kept_total{outcome="success"}'] == 0
+        assert figures()['requests_not_kept_total{result="success"}'] == 0
         assert figures()["bytes"] > 1000

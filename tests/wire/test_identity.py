@@ -94,13 +94,13 @@ def test_explain_tells_which_ids_anyone_can_claim(gateway: Gateway, up: RawUpstr
     made = call(running, "POST", "/clients/acme/keys", {})
     for name, outcome, verified_only in (("acme", "refused", None), ("open", "allowed", False)):
         told = call(running, "POST", "/explain", {"path": "/api/x", "client_id": name})
-        assert told["result"]["outcome"] == outcome
+        assert told["result"]["decision"] == outcome
         assert told["client"]["proved_by"] is None
         assert ("a credential must prove" in told["client"]["detail"]) is (outcome == "refused")
         if verified_only is not None:
             assert told["client"]["verified_only"] is verified_only
     with_key = call(running, "POST", "/explain", {"path": "/api/x", "client_id": None, "key_id": made["id"]})
-    assert with_key["result"]["outcome"] == "allowed"
+    assert with_key["result"]["decision"] == "allowed"
     assert (with_key["client"]["id"], with_key["client"]["proved_by"]) == ("acme", "api_key")
     assert "identified by api_key" in with_key["client"]["detail"]
     assert made["key"] not in json.dumps(with_key)
@@ -460,7 +460,7 @@ def test_a_stream_ends_with_its_key(gateway: Gateway, up: RawUpstream, name: str
         released.set()
         assert slow.answer().status == 200
     live = running.live.recorder
-    eventually(lambda: live.rejections["credentials_invalid"] == 1, "the end has its reason")
+    eventually(lambda: live.refusals["credentials_invalid"] == 1, "the end has its reason")
 
 
 @pytest.mark.parametrize("name", ["an event stream", "an event stream on the ASGI path"])

@@ -342,7 +342,7 @@ def test_observing_admits_an_invalid_credential_beside_a_valid_one(
     for _ in range(2):
         assert get(running, BROKEN["algorithm none"][0], method=method, X_API_Key=key).status == 200
     assert "client:program" in clients_of(running)
-    assert running.live.recorder.would_refuse["credentials_invalid"] == 2
+    assert running.live.recorder.identity_would_refuse["credentials_invalid"] == 2
 
 
 OTHER_FORMS = {

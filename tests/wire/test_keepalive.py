@@ -226,14 +226,14 @@ def test_any_other_half_closed_client_has_disconnected(
         return False
 
     up.behave, up.reads_body = watch, False
-    counted = running.live.recorder.rejections["client_disconnected"]
+    counted = running.live.recorder.refusals["client_disconnected"]
     client.send(request_bytes)
     eventually(lambda: len(up.requests) == 1, "the request is with the upstream")
     client.sock.shutdown(socket.SHUT_WR)
     assert left.wait(PATIENCE)
     assert client.is_closed()
     eventually(
-        lambda: running.live.recorder.rejections["client_disconnected"] == counted + 1,
+        lambda: running.live.recorder.refusals["client_disconnected"] == counted + 1,
         "it is counted",
     )
 

@@ -44,11 +44,9 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
     return in_front_of(shared.url, timeouts={"response": RESPONSE}) | {"server": server}
 
 
-def rejections(gateway: RunningGateway, name: str) -> int:
+def refusals(gateway: RunningGateway, name: str) -> int:
     """Return what the operator is shown."""
-    found: int = (
-        ask(f"{gateway.url}/metrics", headers={"Accept": "application/json"}).json()["rejections"].get(name, 0)
-    )
+    found: int = ask(f"{gateway.url}/metrics", headers={"Accept": "application/json"}).json()["refusals"].get(name, 0)
     return found
 
 
@@ -67,12 +65,12 @@ def test_a_head_of_as_many_lines_as_allowed_is_served(client: RawClient, up: Raw
 
 def test_a_head_of_more_lines_is_refused(running: RunningGateway, client: RawClient, up: RawUpstream) -> None:
     """However short they are; what follows is not served."""
-    before = rejections(running, "headers_too_large")
+    before = refusals(running, "headers_too_large")
     client.request(headers=("X-Many: 1",) * LINES, body=b"GET /api/hidden HTTP/1.1\r\nHost: a\r\n\r\n")
     assert reason(client.answer()) == (431, "headers_too_large")
     assert client.is_closed()
     assert up.requests == []
-    assert rejections(running, "headers_too_large") == before + 1
+    assert refusals(running, "headers_too_large") == before + 1
 
 
 def test_trailers_are_as_bounded_as_a_head(client: RawClient, up: RawUpstream) -> None:
@@ -108,12 +106,12 @@ def test_an_address_may_have_so_many_connections(gateway: StartGateway, up: RawU
         eventually(lambda: len(running.server.server_state.connections) == PEERS - 2, "they are gone")
         fresh = [stack.enter_context(RawClient(ours)) for _ in range(2)]
         assert [client.get().status for client in fresh] == [200] * 2
-        assert rejections_of(running, "overloaded") == 3
+        assert refusals_of(running, "overloaded") == 3
 
 
-def rejections_of(gateway: RunningGateway, name: str) -> int:
+def refusals_of(gateway: RunningGateway, name: str) -> int:
     """Return what is counted, without a connection of our own."""
-    found: int = gateway.live.recorder.rejections[name]
+    found: int = gateway.live.recorder.refusals[name]
     return found
 
 
@@ -127,13 +125,13 @@ def rejections_of(gateway: RunningGateway, name: str) -> int:
 def test_a_body_that_stalls_is_a_408(
     running: RunningGateway, client: RawClient, framing: str, beginning: bytes
 ) -> None:
-    before = rejections(running, "request_timeout")
+    before = refusals(running, "request_timeout")
     begun = time.monotonic()
     client.request("POST", "/api/x", (framing,), beginning)
     assert reason(client.answer()) == (408, "request_timeout")
     assert IDLE / 2 < time.monotonic() - begun < PATIENCE
     assert client.is_closed()
-    assert rejections(running, "request_timeout") == before + 1
+    assert refusals(running, "request_timeout") == before + 1
     eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends")
 
 

@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from api_gateway.process import listeners
-from api_gateway.process.listeners import ACCEPTED_PER_TURN, Sockets, bind_for, bind_path, leave_group, watched
+from api_gateway.process.listeners import ACCEPTED_PER_TURN, WorkerSockets, bind_for, bind_path, leave_group, watched
 
 linux = pytest.mark.skipif(not listeners.IS_BALANCED, reason="the kernel does not balance there")
 
@@ -82,11 +82,11 @@ def test_a_name_without_an_address_is_refused() -> None:
 @linux
 def test_a_socket_that_left_the_group_gets_no_connection_until_it_listens_again() -> None:
     with bound(2) as ((one,), (other,)):
-        leave_group(Sockets([one]))  # it has not listened yet, which does no harm
+        leave_group(WorkerSockets([one]))  # it has not listened yet, which does no harm
         port = one.getsockname()[1]
         one.listen()
         other.listen()
-        leave_group(Sockets([one]))
+        leave_group(WorkerSockets([one]))
         connect(port, 20)
         assert accepted(other) == 20
         one.listen()
@@ -156,7 +156,7 @@ def test_all_workers_accept_from_one_unix_socket_of_the_given_permissions(tmp_pa
                 sock.listen()
             connect_to(path)
             assert accepted(sockets[2]) == 1
-            leave_group(Sockets(sockets[:1]))
+            leave_group(WorkerSockets(sockets[:1]))
             connect_to(path)
             assert accepted(sockets[1]) == 1, "one worker that leaves takes nothing from the others"
     finally:

@@ -52,7 +52,7 @@ def test_a_gateway_that_is_its_own_upstream_is_asked_twice_for_one_request(gatew
     answer = ask(f"{running.url}/api/x")
     assert (answer.status, answer.json()["reason"]) == (508, "loop_detected")
     eventually(lambda: sum(running.live.recorder.requests.values()) == 2, "both are recorded")
-    assert running.live.recorder.rejections["loop_detected"] == 1
+    assert running.live.recorder.refusals["loop_detected"] == 1
 
 
 def test_a_chain_of_gateways_is_no_loop_unless_they_have_one_name(gateway: Start, upstream: Any) -> None:

@@ -166,7 +166,7 @@ def test_what_the_mirror_does_is_counted_and_changes_nothing_else(
     client: RawClient, up: RawUpstream, mirrored: Mirrored, mirror: RawUpstream
 ) -> None:
     recorder = mirrored.running.live.recorder
-    before = recorder.outcomes["up"]["2xx"]
+    before = recorder.attempt_results["up"]["2xx"]
     for name, behave, result in (
         ("refuses", reply(status=b"503 Service Unavailable"), "5xx"),
         ("breaks off", breaks, "error"),
@@ -187,8 +187,8 @@ def test_what_the_mirror_does_is_counted_and_changes_nothing_else(
         eventually(partial(has_come, mirrored, "error", "dead", had), "the copy is counted")
     assert client.get("/api/none").status == client.get("/api/never").status == 200
     assert mirrored.counts("none") == mirrored.counts("never") == {}
-    assert recorder.outcomes["up"]["2xx"] == before + 15
-    assert not recorder.outcomes["next"] + recorder.outcomes["dead"]
+    assert recorder.attempt_results["up"]["2xx"] == before + 15
+    assert not recorder.attempt_results["next"] + recorder.attempt_results["dead"]
     for upstream in ("up", "next", "dead"):
         assert mirrored.running.live.upstreams[upstream].breaker.state.value == "CLOSED"
         assert sum(target.in_flight for target in mirrored.running.live.upstreams[upstream].targets) == 0

@@ -339,8 +339,8 @@ def test_health_shows_the_status_word_only_to_others(tokened: RunningGateway) ->
         ("GET", "/history?reason=none", "query.reason: must be one of rate_limited, "),
         (
             "GET",
-            "/history?outcome=none",
-            "query.outcome: must be one of success, refusal, error, got 'none'.",
+            "/history?result=none",
+            "query.result: must be one of success, refusal, error, got 'none'.",
         ),
     ],
 )

@@ -523,16 +523,16 @@ def test_refused_attempts_are_counted_and_a_few_are_logged(
     assert ask(f"{running.url}/clients/x", method="DELETE", headers=bearer(READ)).status == 403
     assert ask(f"{running.url}/health", headers=bearer("a-secret-mistyped")).status == 200
     told = ask(f"{running.url}/metrics", headers=AUTHORIZED).json()
-    assert told["operator_rejections"] == {
+    assert told["operator_refusals"] == {
         "invalid_token": 61,
         "missing_token": 1,
         "cross_site": 1,
         "insufficient_role": 1,
     }
-    assert told["rejections"]["unauthorized"] >= 50
-    assert told["rejections"]["rate_limited"] >= 1
+    assert told["refusals"]["unauthorized"] >= 50
+    assert told["refusals"]["rate_limited"] >= 1
     text = ask(f"{running.url}/metrics?format=prometheus", headers=AUTHORIZED).body
-    assert b'gateway_operator_rejections_total{reason="invalid_token"} 61.0' in text
+    assert b'gateway_operator_refusals_total{reason="invalid_token"} 61.0' in text
     lines = [record.getMessage() for record in caplog.records if "operator endpoint refused" in record.getMessage()]
     assert 1 <= len(lines) <= 7
     assert lines[0] == "operator endpoint refused: invalid_token: GET /clients/a%1b[1m from 127.0.0.1"
@@ -625,4 +625,4 @@ def test_a_defect_of_the_gateway_is_a_problem_too(plain: RunningGateway, monkeyp
     answer = ask(f"{plain.url}/clients/x")
     assert (answer.status, answer.json()["reason"]) == (500, "internal_error")
     assert answer.json()["detail"] == "Internal error: ZeroDivisionError."
-    assert ask(f"{plain.url}/metrics").json()["rejections"]["internal_error"] == 1
+    assert ask(f"{plain.url}/metrics").json()["refusals"]["internal_error"] == 1

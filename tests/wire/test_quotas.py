@@ -289,10 +289,10 @@ def test_explain_names_the_quota_that_would_refuse_and_charges_nothing(gateways:
     gateway.statuses(9)
     question = {"method": "GET", "path": "/api/x", "client_id": "acme", "address": "127.0.0.1"}
     for _ in range(2):
-        assert gateway.call("POST", "/explain", question).json()["result"]["outcome"] == "allowed"
+        assert gateway.call("POST", "/explain", question).json()["result"]["decision"] == "allowed"
     assert gateway.get().status == 200
     said = gateway.call("POST", "/explain", question).json()
-    assert said["result"]["outcome"] == "limited"
+    assert said["result"]["decision"] == "limited"
     assert said["result"]["retry_after_seconds"] == 11 * HOUR
 
 
@@ -301,12 +301,12 @@ def test_a_candidate_of_a_quota_is_counted_in_its_own_periods_and_refuses_nothin
     assert gateway.statuses(5) == [200] * 5
     assert gateway.statuses(2, "other") == [200] * 2
     recorder = gateway.running.live.recorder
-    assert recorder.would_limit["FREE"] == recorder.would_refuse_by_limit["monthly", "FREE"] == 2
+    assert recorder.would_refuse["FREE"] == recorder.candidate_refusals["monthly", "FREE"] == 2
     assert recorder.quota_warnings["monthly"] == 1, "of the quota in force alone"
     assert (gateway.quota()["used"], gateway.quota()["remaining"]) == (5, 5)
     gateway.clocks.advance(11 * HOUR)
     assert gateway.statuses(4) == [200] * 4
-    assert recorder.would_refuse_by_limit["monthly", "FREE"] == 3, "the period of the candidate has begun anew"
+    assert recorder.candidate_refusals["monthly", "FREE"] == 3, "the period of the candidate has begun anew"
 
 
 def test_quotas_survive_a_restart(gateways: Any) -> None:

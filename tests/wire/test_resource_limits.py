@@ -171,13 +171,13 @@ def test_health_warns_of_connections_that_are_nearly_exhausted_and_probes_are_se
             "upstream": None,
             "limit": 8,
             "in_use": 7,
-            "rejected": 4,
+            "refused": 4,
             "status": "warn",
         }
     eventually(lambda: connections(eight) == 0, "every place is given back")
     eventually(lambda: ask(f"{eight.url}/health").json()["status"] == "pass", "it is over")
     text = ask(f"{eight.url}/metrics?format=prometheus").body.decode()
-    assert 'gateway_resource_rejections_total{resource="connections",upstream=""} 4.0\n' in text
+    assert 'gateway_resource_refusals_total{resource="connections",upstream=""} 4.0\n' in text
     assert 'gateway_resource_used_ratio{resource="connections",upstream=""} 0.125\n' in text
 
 
@@ -442,7 +442,7 @@ def test_one_address_or_client_holds_half_of_the_connections_to_an_upstream(
         assert [holding.answer().status for holding in held] == [200, 200]
         assert client().get("/api/x", one).status == 200
     all_given_back(running)
-    eventually(lambda: resource(running, "requests")["rejected"] == 2, "it is shown")
+    eventually(lambda: resource(running, "requests")["refused"] == 2, "it is shown")
 
 
 def test_what_exceeds_a_share_waits_its_turn(gateway: StartGateway, gate: Gate) -> None:
@@ -551,7 +551,7 @@ def test_what_has_no_end_of_its_own_is_bounded_apart_from_requests(
             eventually(lambda: shares(running) == (0, 2), "their places are given back")
             opened(ONE).reset()
         all_given_back(running)
-    eventually(lambda: resource(running, "tunnels")["rejected"] == 2, "it is shown")
+    eventually(lambda: resource(running, "tunnels")["refused"] == 2, "it is shown")
 
 
 def test_an_event_stream_for_which_there_is_no_place_is_charged_for(gateway: StartGateway, gate: Gate) -> None:

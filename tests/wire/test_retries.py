@@ -125,10 +125,10 @@ def ask(gateway: RunningGateway, method: str, target: str, body: bytes = b"", *h
 
 def tries(gateway: RunningGateway, upstream: str) -> Callable[[], dict[str, int]]:
     """Return what counts the attempts since now, by outcome."""
-    before = dict(gateway.live.recorder.outcomes[upstream])
+    before = dict(gateway.live.recorder.attempt_results[upstream])
 
     def since() -> dict[str, int]:
-        now = gateway.live.recorder.outcomes[upstream]
+        now = gateway.live.recorder.attempt_results[upstream]
         return {
             outcome: count - before.get(outcome, 0) for outcome, count in now.items() if count > before.get(outcome, 0)
         }

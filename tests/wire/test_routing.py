@@ -115,7 +115,7 @@ def test_explain_names_what_responds_in_place_of_an_upstream(
     running: RunningGateway, explained: Explained, path: str, status: int | None, destination: str
 ) -> None:
     found = explained(path=path)
-    assert (found["result"]["outcome"], found["result"]["status"]) == ("allowed", status)
+    assert (found["result"]["decision"], found["result"]["status"]) == ("allowed", status)
     assert ("upstream accepts" in found["result"]["detail"]) is (status is None)
     assert found["route"]["destination"] == destination
     assert (found["route"]["upstream"] is None) is (found["upstream"] is None) is (status is not None)
@@ -126,7 +126,7 @@ def test_explain_names_what_responds_in_place_of_an_upstream(
 def test_explain_says_how_a_preflight_ends(running: RunningGateway, explained: Explained) -> None:
     fields = {"Origin": "https://a.test", "Access-Control-Request-Method": "PUT"}
     found = explained(path="/api/pages", method="OPTIONS", headers=fields)
-    assert (found["result"]["outcome"], found["result"]["status"]) == ("allowed", 204)
+    assert (found["result"]["decision"], found["result"]["status"]) == ("allowed", 204)
     with RawClient(running.port) as client:
         client.request("OPTIONS", "/api/pages", tuple(f"{name}: {value}" for name, value in fields.items()))
         assert client.answer().status == 204

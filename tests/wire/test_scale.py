@@ -16,16 +16,16 @@ import yaml
 
 from api_gateway.assembly import upstreams as assembly
 from api_gateway.assembly.gateway import Assembly, Gateway
-from api_gateway.assembly.installation import report_of
+from api_gateway.assembly.installation import snapshot_of
 from api_gateway.assembly.upstreams import Tls, TlsByFiles, plan_upstream
 from api_gateway.config import GatewayConfig, from_values, load_config
 from api_gateway.main import GatewayApp, create_app
 from api_gateway.settings.upstreams import UpstreamSection
 from api_gateway.system.build import variant
 from api_gateway.system.clocks import SYSTEM_CLOCKS
-from api_gateway.transport.connection import UpstreamConnection
+from api_gateway.transport.upstream_connection import UpstreamConnection
 from benchmarks.scale import as_yaml, configuration
-from tests.wire.test_pacing import LIMIT, longest
+from tests.wire.test_steps import LIMIT, longest
 
 RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 LINEAR = 4.0  # times the ratio of two sizes, by which the ratio of their times may differ on a busy machine
@@ -136,9 +136,9 @@ async def test_the_time_to_build_all_upstreams_grows_with_their_number(tmp_path:
 
 
 async def test_the_report_of_many_upstreams_is_made_in_short_steps(tmp_path: Path) -> None:
-    """See `test_pacing`; this is the step before the exposition."""
+    """See `test_steps`; this is the step before the exposition."""
     async with live(config_of(1000, tmp_path)) as gateway:
-        took, report = min((longest(report_of(gateway)) for _ in range(5)), key=lambda one: one[0])
+        took, report = min((longest(snapshot_of(gateway)) for _ in range(5)), key=lambda one: one[0])
     assert len(report.upstreams) == 1000
     assert took < LIMIT
 

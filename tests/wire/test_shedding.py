@@ -164,7 +164,7 @@ def test_one_client_alone_gets_half_of_the_permits(
             " are admitted below 6; 3 of them are yours, and one client can use at most as many as are free."
         )
         told = explained(running, "enterprise")
-        assert (told["result"]["outcome"], told["upstream"]["concurrency"]["allowed"]) == ("refused", False)
+        assert (told["result"]["decision"], told["upstream"]["concurrency"]["allowed"]) == ("refused", False)
         with RawClient(running.port) as other:
             assert other.get("/api/x", ("X-Client-ID: holder-0", *way)).status == 200
         assert get(running, "PREMIUM", way).status == 200
@@ -304,7 +304,7 @@ def test_nothing_is_retried_while_requests_are_shed(
     with ExitStack() as stack:
         hold(stack, running, held)
         assert get(running, "ENTERPRISE", way, "/api/broken").status == 502
-        assert running.live.recorder.outcomes["up"]["upstream_reset"] == tries
+        assert running.live.recorder.attempt_results["up"]["upstream_reset"] == tries
         stage.go_on.set()
 
 
@@ -386,9 +386,9 @@ def test_health_and_metrics_show_the_lag(late: Callable[[float], RunningGateway]
     assert "gateway_event_loop_lag_seconds 0.5\n" in text
     assert 'gateway_shed_requests_total{tier="FREE",upstream="_gateway"} 1.0\n' in text
     told = explained(running, "free")
-    assert (told["result"]["outcome"], told["result"]["reason"]) == ("refused", "overloaded")
+    assert (told["result"]["decision"], told["result"]["reason"]) == ("refused", "overloaded")
     assert told["event_loop"] == {"lag_seconds": 0.5, "shed_ratio": 1}
-    assert explained(running, "enterprise")["result"]["outcome"] == "allowed"
+    assert explained(running, "enterprise")["result"]["decision"] == "allowed"
 
 
 def test_a_real_lag_is_detected(stage: Stage, gateway: StartGateway) -> None:
@@ -437,10 +437,10 @@ def test_health_metrics_and_explanation_show_requests_in_flight_and_shed(
         ):
             assert f"{line}\n" in text
         told = explained(running, "basic")
-        assert (told["result"]["outcome"], told["result"]["reason"]) == ("refused", "overloaded")
+        assert (told["result"]["decision"], told["result"]["reason"]) == ("refused", "overloaded")
         assert told["upstream"]["concurrency"] == {"limit": 6, "tier_limit": 4, "in_flight": 4, "allowed": False}
         told = explained(running, "premium")
-        assert told["result"]["outcome"] == "allowed"
+        assert told["result"]["decision"] == "allowed"
         assert told["upstream"]["concurrency"] == {"limit": 6, "tier_limit": 5, "in_flight": 4, "allowed": True}
         stage.go_on.set()
 

@@ -13,7 +13,7 @@ from api_gateway.config import GatewayConfig, load_config
 from api_gateway.errors import StartupError
 from api_gateway.metrics import Recorder
 from api_gateway.process import supervisor
-from api_gateway.process.listeners import Sockets
+from api_gateway.process.listeners import WorkerSockets
 from api_gateway.process.supervisor import (
     MAX_RESPAWN_DELAY,
     MIN_RESPAWN_DELAY,
@@ -254,7 +254,7 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(
     """The others serve on meanwhile: nothing leaves the task that keeps the place."""
     monkeypatch.setattr(supervisor, "MIN_RESPAWN_DELAY", 0.001)
     boss = supervisor_of(Leaver(0), lack, lack, Leaver(30), monkeypatch=monkeypatch, drain_timeout=30)
-    post = WorkerSlot(1, Sockets([]))
+    post = WorkerSlot(1, WorkerSockets([]))
     first = post.worker = await boss._spawn(post)
     keeping = asyncio.create_task(boss._respawn(post))
     await soon(lambda: post.worker is not first, "another worker follows")
@@ -270,7 +270,7 @@ async def test_a_rolling_restart_that_cannot_start_a_worker_leaves_the_old_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     boss = supervisor_of(Leaver(30), OSError(errno.EAGAIN, "try again"), monkeypatch=monkeypatch, drain_timeout=30)
-    post = WorkerSlot(1, Sockets([]))
+    post = WorkerSlot(1, WorkerSockets([]))
     old = post.worker = await boss._spawn(post)
     assert not await boss._replace(post)
     assert post.worker is old
@@ -280,13 +280,13 @@ async def test_a_rolling_restart_that_cannot_start_a_worker_leaves_the_old_one(
 async def test_a_first_worker_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     boss = supervisor_of(OSError(errno.EAGAIN, "try again"), monkeypatch=monkeypatch, drain_timeout=30)
     with pytest.raises(StartupError, match="worker 1 could not be started"):
-        await boss._start(WorkerSlot(1, Sockets([])))
+        await boss._start(WorkerSlot(1, WorkerSockets([])))
 
 
 async def test_a_worker_has_the_drain_time_it_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reload may shorten it, but the worker does not know."""
     boss = supervisor_of(Leaver(0.05), monkeypatch=monkeypatch, drain_timeout=30)
-    worker = await boss._spawn(WorkerSlot(1, Sockets([])))
+    worker = await boss._spawn(WorkerSlot(1, WorkerSockets([])))
     boss._config = drains_in(0.01)
     await boss._drain_replaced(worker)
     assert worker.cut_off == boss._cut_off == 0
@@ -299,7 +299,7 @@ async def test_a_worker_that_is_killed_has_cut_off_what_it_served(
     leaver = Leaver(30)
     leaver.has_served = is_ready
     boss = supervisor_of(leaver, monkeypatch=monkeypatch, drain_timeout=30)
-    worker = await boss._spawn(WorkerSlot(1, Sockets([])))
+    worker = await boss._spawn(WorkerSlot(1, WorkerSockets([])))
     worker.kill()
     await boss._drain_replaced(worker)
     assert boss._cut_off == int(is_ready)
@@ -309,8 +309,8 @@ async def test_requests_cut_off_by_replaced_workers_are_added_to_those_of_the_la
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     boss = supervisor_of(Leaver(0, 2), Leaver(0, 3), monkeypatch=monkeypatch, drain_timeout=30)
-    await boss._drain_replaced(await boss._spawn(WorkerSlot(1, Sockets([]))))
-    await boss._spawn(WorkerSlot(1, Sockets([])))
+    await boss._drain_replaced(await boss._spawn(WorkerSlot(1, WorkerSockets([]))))
+    await boss._spawn(WorkerSlot(1, WorkerSockets([])))
     await boss._stop_all()
     assert boss._cut_off == 5
 

@@ -16,13 +16,13 @@ import httpx
 import pytest
 
 from api_gateway.transport import sending_connection
-from api_gateway.transport.connection import UpstreamConnection
 from api_gateway.transport.http1_transport import UpstreamTransport, tls_context
 from api_gateway.transport.pool import StaleConnection
 from api_gateway.transport.probe import probe
 from api_gateway.transport.request import Origin
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from api_gateway.transport.sending_connection import MAX_REST
+from api_gateway.transport.upstream_connection import UpstreamConnection
 from tests.cases import each
 from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, case, reply, soon, turns
 from tests.transport_kit import Outgoing, fetch, pieces_of, read, send

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import pytest
 
-from api_gateway.eventloop.pacing import Steps
+from api_gateway.eventloop.steps import Steps
 from api_gateway.metrics import Recorder
 from api_gateway.reporting import worker_channel
 from api_gateway.reporting.snapshot import WorkerSnapshot

@@ -6,7 +6,7 @@ import { badge, h, put } from "../dom.js";
 import { clock, duration, milliseconds, number, percent, plural, share } from "../format.js";
 
 const METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"].map((one) => [one, one]);
-const OUTCOMES = { allowed: ["ok", "Allowed"], limited: ["fail", "Refused: a limit"], exceeds_capacity: ["fail", "Refused: costs more than the limit can hold"], refused: ["fail", "Refused"], fallback: ["warn", "The fallback would respond"] };
+const DECISIONS = { allowed: ["ok", "Allowed"], limited: ["fail", "Refused: a limit"], exceeds_capacity: ["fail", "Refused: costs more than the limit can hold"], refused: ["fail", "Refused"], fallback: ["warn", "The fallback would respond"] };
 
 export function explain(main, argument, signal) {
   const path = field("Path and query", { value: "/api/", required: true, full: true });
@@ -91,7 +91,7 @@ function matched(route) {
 }
 
 function decisions(view) {
-  const [kind, word] = OUTCOMES[view.result.outcome] ?? ["none", view.result.outcome];
+  const [kind, word] = DECISIONS[view.result.decision] ?? ["none", view.result.decision];
   const steps = [];
   const isDenied = view.result.reason === "address_denied";
   steps.push(step(isDenied ? "fail" : "ok", "Address", view.address.address, view.address.detail));
@@ -128,7 +128,7 @@ function decisions(view) {
 
 /** Show what was decided on a request, in the order of the decisions, and each attempt. */
 function recorded(one, index) {
-  const kind = { success: "ok", refusal: "fail", error: "fail" }[one.outcome] ?? "none";
+  const kind = { success: "ok", refusal: "fail", error: "fail" }[one.result] ?? "none";
   const steps = [step("ok", "Request", `${one.method} ${one.path}`, `from ${one.client_address}, ${clock(one.time)}`)];
   steps.push(step(one.client_id === null ? "fail" : "ok", "Client", one.client_id === null ? "not identified" : one.tier ?? null,
     one.client_id !== null && h("p", {}, h("a", { href: `#/clients/${segment(one.client_id)}` }, one.client_id), h("span", { class: "muted" }, one.tier_source ? ` (its tier: ${one.tier_source})` : ""))));
@@ -147,7 +147,7 @@ function recorded(one, index) {
       h("p", { class: "muted" }, h("a", { href: `#/upstreams/${segment(attempt.upstream ?? "")}` }, attempt.upstream ?? ""), ` ${attempt.target ?? "no target"}: ${milliseconds(attempt.duration_ms)}, begun after ${milliseconds(attempt.started_after_ms)}`), attempt.detail));
   }
   for (const settled of one.settlements) steps.push(step("ok", "Cost settled", null, `${number(settled.cost_before)} to ${number(settled.cost_after)} tokens, after ${milliseconds(settled.after_ms)}`));
-  steps.push(step(kind, "Response", String(one.status), h("p", {}, badge(kind, one.reason ?? one.outcome)), one.detail, `request id ${one.request_id}${one.trace_id ? `, trace ${one.trace_id}` : ""}`, `${one.fallback ? `from the fallback ${one.fallback}, ` : ""}by the ${one.source}, in ${milliseconds(one.duration_ms)}; ${number(one.bytes_sent)} bytes`));
+  steps.push(step(kind, "Response", String(one.status), h("p", {}, badge(kind, one.reason ?? one.result)), one.detail, `request id ${one.request_id}${one.trace_id ? `, trace ${one.trace_id}` : ""}`, `${one.fallback ? `from the fallback ${one.fallback}, ` : ""}by the ${one.source}, in ${milliseconds(one.duration_ms)}; ${number(one.bytes_sent)} bytes`));
   return h("ol", { class: "steps" }, steps);
 }
 

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from api_gateway.config import GatewayConfig
-from api_gateway.replay.external_sort import Run, RunWriter, merged
+from api_gateway.replay.external_sort import RunWriter, SortedRun, merged
 from api_gateway.replay.log_files import BrokenFile, LogPart, blocks_of, log_parts
 from api_gateway.replay.log_lines import (
     AT_NS,
@@ -32,6 +32,7 @@ from api_gateway.replay.log_lines import (
     NotDecided,
     events_of,
 )
+from api_gateway.replay.saved_state import ReplaySnapshot
 from api_gateway.replay.sharding import (
     UNREGISTERED,
     SharedBuckets,
@@ -41,7 +42,6 @@ from api_gateway.replay.sharding import (
     shards,
 )
 from api_gateway.replay.simulation import Simulation
-from api_gateway.replay.snapshot import ReplaySnapshot
 from api_gateway.replay.tally import ReplayTally
 
 SMALL = 32 * 1024 * 1024  # bytes of logs up to which another process does not pay
@@ -81,12 +81,12 @@ class PartSummary:
     spans: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # by process: least, greatest, count
     numbers: dict[str, list[int]] = field(default_factory=dict)  # by process, of the events that are being counted
     clients: LoggedClients = field(default_factory=LoggedClients)
-    runs: list[Run] = field(default_factory=list)
+    runs: list[SortedRun] = field(default_factory=list)
     broken: str | None = None  # why the rest of the file could not be read
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
+class ReplayResult:
     """The result of a replay. `processes` have decided at the same time, in `seconds` for everything.
 
     `state` is that of the current configuration at the end, or else of the candidate.
@@ -109,7 +109,7 @@ def replay_logs(
     jobs: int | None = None,
     folder: Path | None = None,
     snapshot: ReplaySnapshot | None = None,
-) -> Replayed:
+) -> ReplayResult:
     """Replay access logs under a candidate and, if given, under the current configuration. Raises ReplayError.
 
     Begin with the state in `snapshot`, which is that of the current configuration, and after its time.
@@ -141,7 +141,7 @@ def replay_logs(
         tally.merge(other)
         unknown |= tiers
         state.add(states)
-    return Replayed(summaries, tally, frozenset(unknown), len(found), time.monotonic() - began, state, snapshot)
+    return ReplayResult(summaries, tally, frozenset(unknown), len(found), time.monotonic() - began, state, snapshot)
 
 
 @contextmanager
@@ -251,7 +251,7 @@ class ShardWork:
 
     candidate: GatewayConfig
     current: GatewayConfig | None
-    runs: Sequence[Run]
+    runs: Sequence[SortedRun]
     begin_ns: int
     end_ns: int
     shard_of: Mapping[str, int] | None = None

@@ -94,7 +94,7 @@ def test_requests_of_several_buckets_convert_each(emptied: MemoryLimiter) -> Non
     assert emptied.decide(charges, START + PAID.emission_ns).allowed
 
 
-def requoted(limiter: MemoryLimiter, pairs: Iterable[tuple[Quota, Quota]]) -> None:
+def converted(limiter: MemoryLimiter, pairs: Iterable[tuple[Quota, Quota]]) -> None:
     for old, new in pairs:
         limiter.change_quotas([new], lambda _key, _present, old=old: old, START)  # type: ignore[misc]
 
@@ -103,7 +103,7 @@ def test_changing_back_and_forth_gains_nothing() -> None:
     limiter = MemoryLimiter([FREE])
     for _ in range(7):
         limiter.decide([charge(FREE)], START)
-    requoted(limiter, [(FREE, PAID), (PAID, FREE)] * 3)
+    converted(limiter, [(FREE, PAID), (PAID, FREE)] * 3)
     assert limiter.decide([charge(FREE, 0)], START).remaining == 3
 
 

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.eventloop.pacing import Steps, completed, each, paced
+from api_gateway.eventloop.steps import Steps, each, run_at_once, run_in_steps
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Quota
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
@@ -48,12 +48,12 @@ async def test_the_loop_turns_between_steps() -> None:
         asyncio.get_running_loop().call_soon(turn)
 
     turn()
-    assert await paced(count_to(100), stretch=0.0) == 100
+    assert await run_in_steps(count_to(100), stretch=0.0) == 100
     assert turns >= 100
 
 
 def test_without_a_pause_the_result_is_the_same() -> None:
-    assert completed(count_to(3)) == 3
+    assert run_at_once(count_to(3)) == 3
 
 
 async def test_an_error_ends_the_computation() -> None:
@@ -62,7 +62,7 @@ async def test_an_error_ends_the_computation() -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        await paced(fails())
+        await run_in_steps(fails())
 
 
 def test_what_is_iterated_may_change_meanwhile() -> None:
@@ -70,7 +70,7 @@ def test_what_is_iterated_may_change_meanwhile() -> None:
     steps = each(counts.items(), lambda _, value: value * 2)
     next(steps)
     counts["c"] = 3
-    assert completed(steps) == {"a": 2, "b": 4}
+    assert run_at_once(steps) == {"a": 2, "b": 4}
 
 
 def large_report(*, is_used: bool) -> WorkerSnapshot:
@@ -107,7 +107,7 @@ def finished(route: str, seconds: float) -> Exchange:
 
 
 def exposition_of(report: WorkerSnapshot) -> bytes:
-    text, _ = completed(PrometheusExposition(report, "1").render("text/plain"))
+    text, _ = run_at_once(PrometheusExposition(report, "1").render("text/plain"))
     return text
 
 
@@ -195,7 +195,7 @@ def test_a_worker_reports_what_has_changed_and_what_is_gone() -> None:
     del upstreams["upstream-0001"]
     report.upstreams = upstreams | {"upstream-0002": replace(upstreams["upstream-0002"], status="fail")}
     report.recorder.observe_attempt("upstream-0005", "2xx", 0.1, NOW + 100)
-    changed = completed(report.describing(int(NOW / 5) + 1, known))
+    changed = run_at_once(report.describing(int(NOW / 5) + 1, known))
     assert (list(changed["upstreams"]), changed["gone"]) == (["upstream-0002"], ["upstream-0001"])
     assert list(changed["recorder"]["upstreams"]) == ["upstream-0005"]
     mirror.update(changed)

@@ -10,7 +10,7 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeRecords, proxied_paths
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.observability.tracing import Tracer
-from api_gateway.proxy.admission import Admission, DirectResponse, RequestPlan
+from api_gateway.proxy.admission import Admission, RequestPlan, StageResponse
 from api_gateway.proxy.cors_stages import CorsPolicies
 from api_gateway.proxy.extension_stages import ResponseHooks
 from api_gateway.proxy.header_facts import HeaderReader
@@ -70,11 +70,11 @@ class ExchangeContext:
         return f"<{type(self).__name__} [{self.headers!r}]>"
 
     def refusal(
-        self, plan: RequestPlan, error: GatewayError | DirectResponse, *, keep_alive: bool
+        self, plan: RequestPlan, error: GatewayError | StageResponse, *, keep_alive: bool
     ) -> tuple[bytes, bool]:
         """Record the failure; return the problem details as a response, and whether to keep the connection."""
         exchange = plan.exchange
-        if isinstance(error, DirectResponse):
+        if isinstance(error, StageResponse):
             return self._direct(exchange, error, keep_alive=keep_alive), keep_alive
         cors = None if self.cors is None else self.cors.of_refusal(plan)
         self.record.note_failure(exchange, error)
@@ -94,7 +94,7 @@ class ExchangeContext:
         exchange.bytes_out = len(body)
         return head if exchange.method == "HEAD" else head + body, keep_alive and not closes
 
-    def _direct(self, exchange: Exchange, response: DirectResponse, *, keep_alive: bool) -> bytes:
+    def _direct(self, exchange: Exchange, response: StageResponse, *, keep_alive: bool) -> bytes:
         """Record the status; return the response."""
         exchange.status, exchange.bytes_out = response.status, len(response.body)
         lines = [status_line(response.status, None), *map(COLON, response.headers)]

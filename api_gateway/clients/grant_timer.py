@@ -15,7 +15,7 @@ _CLEAR_SPREAD = 0.2  # seconds over which processes spread the removal of an exp
 _MAX_TIMER_DELAY = 30.0  # seconds; the wall clock may be changed, so timers are at most this long
 
 
-class EndingRecords(Protocol):
+class GrantRecords(Protocol):
     """The records as their ends are applied to them."""
 
     def held(self, client_id: str) -> ClientRecord | None:
@@ -35,11 +35,11 @@ class EndingRecords(Protocol):
         ...
 
 
-class GrantEndings:
+class GrantTimer:
     """Ends grants and keys by the clock of this process; one process then removes a grant from the store."""
 
     def __init__(
-        self, records: EndingRecords, store: ClientStore, limit: int, *, wall_clock: Clock, source: random.Random
+        self, records: GrantRecords, store: ClientStore, limit: int, *, wall_clock: Clock, source: random.Random
     ) -> None:
         """At most about `limit` ends are kept."""
         self.expiries = ExpiryQueue(limit)
@@ -51,7 +51,7 @@ class GrantEndings:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<GrantEndings [{len(self.expiries)} expected]>"
+        return f"<GrantTimer [{len(self.expiries)} expected]>"
 
     async def close(self) -> None:
         """Cancel the timer and the removals."""

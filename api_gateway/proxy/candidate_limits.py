@@ -14,7 +14,7 @@ from api_gateway.rate_limiter import RateLimiter
 _MOST_REMEMBERED = 4096  # charges in force, of some hundred bytes each
 
 
-class ShadowLimits:
+class CandidateLimits:
     """Charges candidate quotas and costs to separate buckets, whose keys have the prefix `candidate:`.
 
     All limits of a request are evaluated together, each with its candidate if it has one. Without a candidate among
@@ -47,7 +47,7 @@ class ShadowLimits:
         self._remembered: dict[int, tuple[Sequence[Charge], Sequence[Charge]]] = {}
 
     def __repr__(self) -> str:
-        return f"<ShadowLimits of {sorted(self._candidates)} and routes {sorted(self._routes)}>"
+        return f"<CandidateLimits of {sorted(self._candidates)} and routes {sorted(self._routes)}>"
 
     @property
     def is_empty(self) -> bool:
@@ -139,8 +139,8 @@ class ShadowLimits:
         assert client is not None  # noqa: S101 - as in `observe`
         assert decision is not None  # noqa: S101 - as in `observe`
         if decision.allowed and not trial.allowed:
-            self._recorder.would_limit[client.quota.name] += 1
+            self._recorder.would_refuse[client.quota.name] += 1
             for quota in trial.violated or (trial.quota,):
-                self._recorder.would_refuse_by_limit[quota.policy.removesuffix(" candidate"), client.quota.name] += 1
+                self._recorder.candidate_refusals[quota.policy.removesuffix(" candidate"), client.quota.name] += 1
         elif trial.allowed and not decision.allowed:
             self._recorder.would_allow[client.quota.name] += 1

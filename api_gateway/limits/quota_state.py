@@ -56,7 +56,7 @@ class PeriodQuota(Quota):
 
 
 @dataclass(slots=True)
-class Count:
+class QuotaCount:
     """The use in the period from `start`: of the allowance, and (`drawn`) of the balance of top-ups.
 
     `carried` was left over from the period before. `peak` is the highest use, before refunds.
@@ -70,7 +70,7 @@ class Count:
 
 
 @dataclass(slots=True)
-class Counter:
+class QuotaCounter:
     """The counts of one client and quota, and the balance of its top-ups, which can be used until `until`.
 
     `end` is that of the period of `count`. `began` is when the client's first period began. A counter of another unit
@@ -80,9 +80,9 @@ class Counter:
 
     unit: Unit
     began: int
-    count: Count
+    count: QuotaCount
     end: int
-    before: Count | None = None
+    before: QuotaCount | None = None
     balance: int = 0
     until: int = 0
     is_unverified: bool = False
@@ -106,7 +106,7 @@ class Adjustment(NamedTuple):
 
 
 @dataclass(slots=True)
-class Standing:
+class QuotaState:
     """A counter at one instant: the count that a request is charged to, the end of its period, and what is left.
 
     `is_new`: the count is not part of the counter until it is charged. `is_unverified`: see `Charge`.
@@ -114,14 +114,14 @@ class Standing:
 
     key: str
     quota: PeriodQuota
-    counter: Counter
-    count: Count
+    counter: QuotaCounter
+    count: QuotaCount
     end: int
     left: int
     is_new: bool
     is_unverified: bool = False
 
-    def kept(self, start: int) -> Count | None:
+    def kept(self, start: int) -> QuotaCount | None:
         """Return the count of the period from `start`; None if the counter does not have it."""
         counter = self.counter
         if self.is_new and self.count is counter.count:  # the counter itself is new
@@ -143,7 +143,7 @@ class Standing:
         return end * MICROSECONDS - now_us
 
 
-class Warned(NamedTuple):
+class QuotaWarning(NamedTuple):
     """A share of an allowance was reached for the first time in a period. Amounts are thousandths of a token."""
 
     key: str
@@ -155,35 +155,35 @@ class Warned(NamedTuple):
     resets: int = 0
 
 
-def is_past(counter: Counter, now: int) -> bool:
+def is_past(counter: QuotaCounter, now: int) -> bool:
     """Return whether a counter no longer has an effect, even if the clock steps back by a period."""
     return past_at(counter) < now
 
 
-def past_at(counter: Counter) -> int:
+def past_at(counter: QuotaCounter) -> int:
     """Return from when on a counter has no effect."""
     return max(counter.end + KEPT * (counter.end - counter.count.start) + KEPT_LONGER, counter.until)
 
 
-def standing_of(key: str, quota: PeriodQuota, counter: Counter | None, now: int) -> Standing:
+def standing_of(key: str, quota: PeriodQuota, counter: QuotaCounter | None, now: int) -> QuotaState:
     """Return the standing of a counter, or of a new one if there is none of the quota's unit; nothing is changed."""
     if counter is not None and (counter.unit != quota.calendar.unit or is_past(counter, now)):
         counter = None
     if counter is None:
         period = quota.period(now, now)
-        count = Count(period.start)
-        new = Counter(quota.calendar.unit, now, count, period.end)
-        return Standing(key, quota, new, count, period.end, quota.burst_ns, True)
+        count = QuotaCount(period.start)
+        new = QuotaCounter(quota.calendar.unit, now, count, period.end)
+        return QuotaState(key, quota, new, count, period.end, quota.burst_ns, True)
     count, end, is_new = counter.count, counter.end, False
     if not count.start <= now < end:
         count, end, is_new = _elsewhere(quota, counter, now)
     left = quota.burst_ns + count.carried - count.used
     if counter.balance:
         left = max(left, 0) + counter.valid_balance(now)
-    return Standing(key, quota, counter, count, end, left, is_new)
+    return QuotaState(key, quota, counter, count, end, left, is_new)
 
 
-def _elsewhere(quota: PeriodQuota, counter: Counter, now: int) -> tuple[Count, int, bool]:
+def _elsewhere(quota: PeriodQuota, counter: QuotaCounter, now: int) -> tuple[QuotaCount, int, bool]:
     """Return the count that is charged in another period than the latest, its end, and whether it is new."""
     period = quota.period(counter.began, now)
     latest, before = counter.count, counter.before
@@ -197,7 +197,7 @@ def _elsewhere(quota: PeriodQuota, counter: Counter, now: int) -> tuple[Count, i
     return count, quota.period(counter.began, count.start).end, False
 
 
-def attach(standing: Standing) -> bool:
+def attach(standing: QuotaState) -> bool:
     """Make the count of a standing a part of its counter; return whether the counter itself is new."""
     counter, count = standing.counter, standing.count
     if not standing.is_new:
@@ -212,7 +212,7 @@ def attach(standing: Standing) -> bool:
     return False
 
 
-def use(standing: Standing, cost: int, now: int) -> list[Warned]:
+def use(standing: QuotaState, cost: int, now: int) -> list[QuotaWarning]:
     """Charge a cost: first to what is free of the allowance, then to the top-ups, then to the allowance again."""
     counter, count, quota = standing.counter, standing.count, standing.quota
     free = max(quota.burst_ns + count.carried - count.used, 0)
@@ -228,7 +228,7 @@ def use(standing: Standing, cost: int, now: int) -> list[Warned]:
     return _warnings(standing, peak) if quota.warn_at else []
 
 
-def settle(standing: Standing, kept: Count | None, change: int, now: int) -> list[Warned]:
+def settle(standing: QuotaState, kept: QuotaCount | None, change: int, now: int) -> list[QuotaWarning]:
     """Charge or refund a difference in the count `kept`, else (only a charge) in that of the standing."""
     if change <= 0:
         if kept is not None:
@@ -240,17 +240,17 @@ def settle(standing: Standing, kept: Count | None, change: int, now: int) -> lis
     return use(replace(standing, count=count), min(change, most), now)
 
 
-def reached(quota: PeriodQuota, count: Count) -> int:
+def reached(quota: PeriodQuota, count: QuotaCount) -> int:
     """Return how many shares of the allowance were reached."""
     allowance = quota.burst_ns + count.carried
     return sum(count.peak >= share * allowance for share in quota.warn_at)
 
 
-def _warnings(standing: Standing, peak: int) -> list[Warned]:
+def _warnings(standing: QuotaState, peak: int) -> list[QuotaWarning]:
     quota, count = standing.quota, standing.count
     allowance = quota.burst_ns + count.carried
     return [
-        Warned(
+        QuotaWarning(
             standing.key,
             quota,
             share,
@@ -264,15 +264,15 @@ def _warnings(standing: Standing, peak: int) -> list[Warned]:
     ]
 
 
-def _next(quota: PeriodQuota, last: Count, period: CalendarPeriod) -> Count:
+def _next(quota: PeriodQuota, last: QuotaCount, period: CalendarPeriod) -> QuotaCount:
     """Return the count of a period that is not the first; `last` is the one before it that was used."""
     left = quota.burst_ns
     if last.start == period.earlier:
         left += last.carried - last.used
-    return Count(period.start, carried=min(max(left, 0), quota.carry_over * UNITS_PER_TOKEN))
+    return QuotaCount(period.start, carried=min(max(left, 0), quota.carry_over * UNITS_PER_TOKEN))
 
 
-def _give_back(counter: Counter, count: Count, amount: int, now: int) -> None:
+def _give_back(counter: QuotaCounter, count: QuotaCount, amount: int, now: int) -> None:
     """Refund in reverse order; what came from top-ups that have expired since is lost."""
     drawn = min(amount, count.drawn)
     count.drawn -= drawn

@@ -17,7 +17,7 @@ Steps = Generator[None, None, T]
 MAX_STRETCH = 0.003  # seconds of computation between two iterations of the event loop
 
 
-async def paced(steps: Steps[T], stretch: float = MAX_STRETCH) -> T:
+async def run_in_steps(steps: Steps[T], stretch: float = MAX_STRETCH) -> T:
     """Run a computation and return its result, yielding to the event loop after every `stretch` seconds."""
     until = time.perf_counter() + stretch
     try:
@@ -31,7 +31,7 @@ async def paced(steps: Steps[T], stretch: float = MAX_STRETCH) -> T:
         return result
 
 
-def completed(steps: Steps[T]) -> T:
+def run_at_once(steps: Steps[T]) -> T:
     """Run a computation without pauses and return its result."""
     try:
         while True:

@@ -16,8 +16,8 @@ from api_gateway.config import GatewayConfig, load_config
 from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota
+from api_gateway.proxy.candidate_limits import CandidateLimits
 from api_gateway.proxy.route_table import CostRule, Route
-from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.diagnostics import ConfigError
 from tests.cases import each
@@ -46,8 +46,8 @@ class Trying:
         self.candidates, self.routes = candidates or {}, routes
         self.shadow = self.shadow_with(self.limiter)
 
-    def shadow_with(self, limiter: Any) -> ShadowLimits:
-        return ShadowLimits(
+    def shadow_with(self, limiter: Any) -> CandidateLimits:
+        return CandidateLimits(
             limiter=limiter,
             clock_ns=lambda: self.now_ns,
             recorder=self.recorder,
@@ -67,7 +67,7 @@ class Trying:
 
     @property
     def counted(self) -> tuple[int, int]:
-        return self.recorder.would_limit.total(), self.recorder.would_allow.total()
+        return self.recorder.would_refuse.total(), self.recorder.would_allow.total()
 
 
 def test_a_lower_candidate_counts_requests_it_would_limit() -> None:
@@ -75,7 +75,7 @@ def test_a_lower_candidate_counts_requests_it_would_limit() -> None:
     for _ in range(10):
         trying.request()
     assert trying.counted == (6, 0)
-    assert trying.recorder.would_limit == {"FREE": 6, "PAID": 0}
+    assert trying.recorder.would_refuse == {"FREE": 6, "PAID": 0}
     trying.request()  # both refuse: nothing would change
     assert trying.counted == (6, 0)
 
@@ -92,7 +92,7 @@ def test_charges_that_are_remembered_have_their_own_candidate_charges(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gateway keeps the charges of a client's requests with its header set; others may take their place."""
-    monkeypatch.setattr("api_gateway.proxy.shadow_limits._MOST_REMEMBERED", most)
+    monkeypatch.setattr("api_gateway.proxy.candidate_limits._MOST_REMEMBERED", most)
     trying = Trying(candidates={"FREE": TIGHTER})
     clients = [Client(name, f"client:{name}", FREE, "default") for name in "ab"]
     charges = [[Charge(client.key, FREE, FREE.cost_ns(cost))] for client, cost in zip(clients, (1, 2), strict=True)]
@@ -155,16 +155,16 @@ def test_it_counts_exactly_what_the_candidate_would_have_decided_otherwise(
     """Against a limiter with the candidate in force; and the one in force decides as without a candidate."""
     candidate = Quota.per_second("FREE candidate", rate, capacity)
     trying, alone, other = Trying(candidates={"FREE": candidate}), MemoryLimiter([FREE]), MemoryLimiter([candidate])
-    would_limit = would_allow = 0
+    would_refuse = would_allow = 0
     for gap_ns, cost in steps:
         trying.now_ns += gap_ns
         exchange = trying.request(cost=cost)
         assert exchange.decision == alone.decide([Charge("client:c", FREE, FREE.cost_ns(cost))], trying.now_ns)
         tried = other.decide([Charge("k", candidate, candidate.cost_ns(cost))], trying.now_ns)
         assert exchange.decision is not None
-        would_limit += exchange.decision.allowed and not tried.allowed
+        would_refuse += exchange.decision.allowed and not tried.allowed
         would_allow += tried.allowed and not exchange.decision.allowed
-    assert trying.counted == (would_limit, would_allow)
+    assert trying.counted == (would_refuse, would_allow)
 
 
 class Waiting:
@@ -211,8 +211,8 @@ def test_a_candidate_of_a_limit_is_evaluated_with_all_limits_of_the_request() ->
     keys = [charge.key for charge in exchange.trial[0]]
     assert keys == ["candidate:client:c", "candidate:limit:login:192.0.2.7"]
     assert exchange.trial[1].quota is CANDIDATES["login"]
-    assert trying.recorder.would_limit == {"FREE": 4, "PAID": 0}
-    assert trying.recorder.would_refuse_by_limit == {("login", "FREE"): 4}
+    assert trying.recorder.would_refuse == {"FREE": 4, "PAID": 0}
+    assert trying.recorder.candidate_refusals == {("login", "FREE"): 4}
     assert request_of(trying).trial is None, "none of its limits has a candidate"
 
 
@@ -232,10 +232,10 @@ def test_a_candidate_refuses_nothing_and_is_not_sent_to_clients_and_the_metrics_
     assert [answer.status for answer in answers] == [200] * 10 + [429] * 2
     assert not [line for answer in answers for line in answer.head.split(b"\r\n") if b"candidate" in line]
     figures = ask(f"{running.url}/metrics").json()["rate_limiter"]
-    assert figures["would_limit"]["FREE"] == 6
+    assert figures["would_refuse"]["FREE"] == 6
     assert figures["would_allow"]["FREE"] == 0
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
-    assert 'gateway_rate_limit_would_limit_total{tier="FREE"} 6.0' in text
+    assert 'gateway_rate_limit_would_refuse_total{tier="FREE"} 6.0' in text
     assert 'gateway_rate_limit_would_allow_total{tier="FREE"} 0.0' in text
 
 
@@ -252,7 +252,7 @@ def test_what_is_settled_is_settled_for_the_candidate_too(
     with RawClient(running.port) as client:
         for _ in range(12):
             assert client.get("/api/x", ("X-Client-ID: c", *WAYS[way])).status == 200
-    assert ask(f"{running.url}/metrics").json()["rate_limiter"]["would_limit"]["FREE"] == 0
+    assert ask(f"{running.url}/metrics").json()["rate_limiter"]["would_refuse"]["FREE"] == 0
 
 
 def test_a_candidate_of_a_concurrency_limit_refuses_nothing_and_is_shown(
@@ -287,7 +287,7 @@ def test_a_candidate_of_a_concurrency_limit_refuses_nothing_and_is_shown(
     assert in_flight() == {"three": 0, "three candidate": 0}
     assert explained()["candidate_concurrency"][0]["allowed"]
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
-    assert 'gateway_rate_limit_would_refuse_total{limit="three",tier="FREE"} 2.0' in text
+    assert 'gateway_rate_limit_candidate_refusals_total{limit="three",tier="FREE"} 2.0' in text
 
 
 # Configuration

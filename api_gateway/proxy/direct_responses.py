@@ -9,7 +9,7 @@ from api_gateway.proxy.value_template import ValueTemplate, path_parameters
 
 
 @dataclass(frozen=True, slots=True)
-class DirectAnswer:
+class DirectResponse:
     """The response to all requests of a route. `location` is the template of a redirect, None if it is none.
 
     `path` is that of the route if it is a template whose placeholders the location uses, else empty.

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from api_gateway.limits.period_standing import Counter
 from api_gateway.limits.period_store import CounterRow, counter_of, row_of
+from api_gateway.limits.quota_state import QuotaCounter
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.log_lines import MAX_WHOLE
 
@@ -24,7 +24,7 @@ class ReplaySnapshot:
 
     at_ns: int = 0
     buckets: dict[str, dict[str, int]] = field(default_factory=dict)
-    counters: dict[str, Counter] = field(default_factory=dict)
+    counters: dict[str, QuotaCounter] = field(default_factory=dict)
 
     def add(self, other: "ReplaySnapshot") -> None:
         """Add the state of other clients."""
@@ -71,7 +71,7 @@ def _snapshot(document: Any) -> ReplaySnapshot:
     )
 
 
-def _counters(rows: Iterable[CounterRow]) -> Iterable[tuple[str, Counter]]:
+def _counters(rows: Iterable[CounterRow]) -> Iterable[tuple[str, QuotaCounter]]:
     for row in rows:
         key, counter = counter_of(row)
         if not all(-MAX_WHOLE < value < MAX_WHOLE for value in row[2:] if isinstance(value, int)):
