@@ -42,7 +42,7 @@ class LocalProcesses:
         self._peers = peers
         self._trusted = tuple(trusted_proxies)
         self._clock = clock
-        self._results: WeakKeyDictionary[asyncio.Transport, bool] = WeakKeyDictionary()  # by connection
+        self._results: WeakKeyDictionary[asyncio.Transport, bool] = WeakKeyDictionary()  # by TCP transport
         self._lock = asyncio.Lock()
         self._waiting = 0
         self._allowance, self._since = CPU_BURST, clock()  # seconds of processor time
@@ -58,12 +58,13 @@ class LocalProcesses:
         extension = scope.get(SERVER_EXTENSION)
         if extension is None:  # another ASGI server: nothing identifies the connection, so the result is not kept
             return await self._look_up(scope, None) is True
-        transport = extension.connection.transport
-        result = self._results.get(transport)
+        transport: asyncio.Transport = extension.connection.transport
+        carrier = transport.get_extra_info("tcp_transport", transport)  # that of TLS, compiled, has no weak references
+        result = self._results.get(carrier)
         if result is None and not transport.is_closing():
             result = await self._look_up(scope, transport)
             if result is not None:
-                self._results[transport] = result
+                self._results[carrier] = result
         return result is True
 
     def _may_be_local(self, scope: Mapping[str, Any]) -> bool:

@@ -412,7 +412,9 @@ class TlsConnection:
         return self._protocol
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Return a value about the connection by its name, as transports of asyncio do."""
+        """Return a value about the connection by its name, as transports of asyncio do; `tcp_transport` carries it."""
+        if name == "tcp_transport":
+            return self._transport
         connection = self._ssl
         if connection is not None:
             if name == "ssl_object":

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,42 @@ def test_all_workers_serve_tls_and_a_hangup_renews_the_certificates_of_all(
         eventually(lambda: served(port) == {"after"}, "every worker has the other certificate")
         assert running.terminate() == 0
     upstream.close()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("listener", ["server", "admin", "unix"])
+def test_a_local_request_over_tls_needs_no_token(authority: Authority, tmp_path: Path, listener: str) -> None:
+    """As the look-up of its process holds for the whole connection, a second request on it is local too."""
+    port = free_port()
+    config = Path(configuration(tmp_path, "http://127.0.0.1:9", authority.issue("pair", "localhost", HOST), port=port))
+    ways: list[str] = []
+    if listener != "server":
+        port = free_port()
+        place = f"127.0.0.1:{port}" if listener == "admin" else f"unix:{tmp_path}/admin.sock"
+        ways = [] if listener == "admin" else ["--unix-socket", f"{tmp_path}/admin.sock"]
+        config.write_text(config.read_text() + yaml.safe_dump({"admin": {"listen": place, "tls": True}}))
+    url = f"https://localhost:{port}/health"
+    with process("-m", "api_gateway", "--config", str(config), cwd=tmp_path) as running:
+        started(running)
+        command = ["curl", "-s", "-m", "10", "--noproxy", "*", "--cacert", str(authority.file), *ways, "-w"]
+        ran = subprocess.run(
+            ["sh", "-c", '"$@"; true', "sh", *command, " %{http_code} %{num_connects}\n", url, url],
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        lines = ran.stdout.splitlines()
+        assert [line.rsplit(" ", 2)[1:] for line in lines] == [["200", "1"], ["200", "0"]], ran.stdout + running.errors
+        assert all('"upstreams"' in line for line in lines), "an operator sees everything"
+        if listener != "unix":
+            upstream = RawUpstream()  # this process serves others, so its requests may be theirs
+            with TlsClient(port, authority.context()) as client:
+                answer = client.get("/metrics")
+            upstream.close()
+            assert answer.status == 401
+        assert "Traceback" not in running.errors
+        assert running.terminate() == 0
 
 
 def test_operator_commands_trust_the_configured_certificate(authority: Authority, tmp_path: Path) -> None:

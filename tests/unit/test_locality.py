@@ -52,9 +52,8 @@ class Transport:
     def is_closing(self) -> bool:
         return self.closing
 
-    def get_extra_info(self, name: str) -> socket.socket:
-        assert name == "socket"
-        return self._sock
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._sock if name == "socket" else default
 
     def __del__(self) -> None:
         self._sock.close()
