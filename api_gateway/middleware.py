@@ -130,6 +130,10 @@ class _Closed:
         """Return no fields."""
         return []
 
+    def below(self, _root: bytes) -> FastPathHandler:
+        """Return itself."""
+        return self
+
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
     await send_problem(not_started(), send, instance=scope["path"], request_id=None, headers=[])

@@ -75,6 +75,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         response_timeout=section.response_timeout,
         response=response_of(section),
         mirroring=mirroring_of(section.mirror),
+        rewrites_urls=section.rewrite_urls,
         compression=None if section.compression is None else compression_of(section.name, section.compression),
     )
     if not section.upstreams:

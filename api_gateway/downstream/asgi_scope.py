@@ -2,7 +2,7 @@
 
 import asyncio
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from uvicorn.protocols.utils import get_local_addr
 
@@ -30,10 +30,11 @@ def _plain(end: tuple[str, Any] | None) -> tuple[str, Any] | None:
 class ScopeBuilder:
     """Builds the scopes of one connection's requests."""
 
-    __slots__ = ("_app_state", "_root_path", "_template", "marks")
+    __slots__ = ("_app_state", "_raw_root", "_root_path", "_template", "marks")
 
     def __init__(self, root_path: str, app_state: dict[str, Any]) -> None:
         self._root_path = root_path
+        self._raw_root = quote(root_path).encode()
         self._app_state = app_state
         self.marks: dict[str, Any] = {}  # further keys, to be set before the first request
         self._template: dict[str, Any] | None = None  # what all requests have in common; None before the first one
@@ -44,7 +45,7 @@ class ScopeBuilder:
     def scope(
         self, head: RequestHead, transport: asyncio.Transport, client: tuple[str, int] | None, scheme: str
     ) -> dict[str, Any]:
-        """Return the scope of one request."""
+        """Return the scope of one request. The root path comes before its path, as with uvicorn's own protocols."""
         if self._template is None:
             self._template = {
                 "type": "http",
@@ -58,11 +59,14 @@ class ScopeBuilder:
             }
         raw_path, _, query = head.target.partition(b"?")
         path = raw_path.decode("ascii")
+        path = unquote(path) if "%" in path else path
+        if self._root_path and path[:1] == "/":  # not `*`
+            path, raw_path = self._root_path + path, self._raw_root + raw_path
         return {
             **self._template,
             "http_version": head.version,
             "method": head.method,
-            "path": unquote(path) if "%" in path else path,
+            "path": path,
             "raw_path": raw_path,
             "query_string": query,
             "headers": [(name.lower(), value) for name, value in head.headers],

@@ -21,6 +21,7 @@ from uvicorn.server import ServerState
 from api_gateway.downstream.connection_factory import ConnectionFactory, FirstProtocol
 from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.downstream.proxy_headers import RecordedProxyHeaders
+from api_gateway.downstream.rooted_app import RootedApp
 from api_gateway.http1.asgi import Receive
 from api_gateway.http1.headers import Fields
 from api_gateway.resilience.fair_shares import FairShares, default_connections
@@ -74,7 +75,7 @@ def protocol(
     listener: Listener = app.listener
     listener.connections = server_state.connections
     connection = listener.protocol.connection(config, server_state, app_state, _loop)
-    connection.app = app
+    connection.app = RootedApp(app, config.root_path) if config.root_path else app
     return listener.protocol.begin(connection, server_state)
 
 

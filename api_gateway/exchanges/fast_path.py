@@ -21,18 +21,57 @@ from api_gateway.http1.fast_parser import parse_request_head
 from api_gateway.http1.headers import fields_of, host_name
 from api_gateway.http1.plain_types import complete_scope
 from api_gateway.http1.request_head import RequestHead
+from api_gateway.http1.request_paths import raw_root
 from api_gateway.middleware import EXCHANGE
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.trace_context import split_lines, split_pairs
-from api_gateway.proxy.admission import RequestPlan, StageResponse, Wait
+from api_gateway.proxy.admission import Admission, RequestPlan, Stage, StageResponse, Wait
 from api_gateway.proxy.cors import origin_of
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, RewrittenHeaders
+from api_gateway.proxy.mounted_routes import MountedRouteStage
+from api_gateway.proxy.stages import RouteStage
+
+_MAX_ROOTS = 64  # that a fast path is kept for
 
 
 class FastPath(ExchangeContext):
     """Admits plain requests; see the module. Has no state but configuration."""
 
     exchange_kind: type[HttpExchange] = HttpExchange
+    _below: "dict[bytes, FastPath] | None" = None
+
+    def below(self, root: bytes) -> "FastPath":
+        """Return the same for requests from whose paths `root` was stripped: URLs in their responses get it.
+
+        It is kept for few roots: one may be a part of the request, as `{tenant}` of a mounting application.
+        """
+        known = self._below
+        if known is None:
+            known = self._below = {}
+        found = known.get(root)
+        if found is None:
+            stages: list[Stage] = [
+                MountedRouteStage(stage, root) if isinstance(stage, RouteStage) else stage
+                for stage in self.admission.stages
+            ]
+            found = FastPath(
+                record=self.record,
+                admission=Admission(stages),
+                headers=self.headers,
+                router=self.router,
+                limit_headers=self.limit_headers,
+                clock=self.clock,
+                clock_ns=self.clock_ns,
+                cors=self.cors,
+                open_exchanges=self.open_exchanges,
+                tracer=self.tracer,
+                added=self._added,
+            )
+            found.exchange_kind, found.response_hooks = self.exchange_kind, self.response_hooks
+            found.mirrors = self.mirrors
+            if len(known) < _MAX_ROOTS:
+                known[root] = found
+        return found
 
     def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901, PLR0911, PLR0912 - each branch is a reason
         """Start or refuse the received request and return True, or change nothing and return False.
@@ -110,11 +149,15 @@ class FastPath(ExchangeContext):
         scope[FIELDS] = fields_of(scope["headers"])
         client = AsgiDownstream(scope, receive, send, self.router.omit)
         extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
-        head = client.head_of(scope, _raw_target(scope) if extension is None else extension.target)
+        head = client.head_of(scope, _raw_target(scope, extension))
         trailers = [] if extension is None else extension.trailers
         mixes_trailers = extension is None and may_hold_trailers(scope[FIELDS], receive)
+        root = raw_root(scope.get("root_path") or "")
+        own = self.below(root) if root else self
         with self.open_exchanges.holding(client):
-            scope[EXCHANGE] = self._begin(client, head, scope["path"], trailers, mixes_trailers=mixes_trailers)
+            scope[EXCHANGE] = own._begin(  # noqa: SLF001 - of the same class
+                client, head, scope["path"], trailers, mixes_trailers=mixes_trailers
+            )
             await client.run()
 
     def _begin(
@@ -203,8 +246,9 @@ def _peer_of(client: Downstream) -> str:
     return client.client[0] if client.client else "unknown"
 
 
-def _raw_target(scope: Scope) -> bytes:
-    """Return path and query from the scope of another server than the gateway's own."""
+def _raw_target(scope: Scope, extension: ServerExtension | None) -> bytes:
+    """Return path and query from a scope, in which an empty query is none, and the path may be below a root."""
     query: bytes = scope["query_string"]
     path: bytes = scope["raw_path"]
-    return path + b"?" + query if query else path
+    has_query = bool(query) or (extension is not None and extension.target.endswith(b"?"))
+    return path + b"?" + query if has_query else path

@@ -134,11 +134,18 @@ class FastPathHandler(Protocol):
         """Return the CORS fields of a response with which the connection itself refuses a request."""
         ...
 
+    def below(self, root: bytes) -> "FastPathHandler":
+        """Return the same for requests whose paths begin with `root` for clients: URLs in responses get it."""
+        ...
+
 
 class FastPathProvider(Protocol):
     """Holds the current fast path, which a reload replaces; an application offers it as `fast_path`."""
 
-    current: FastPathHandler
+    @property
+    def current(self) -> FastPathHandler:
+        """The current one."""
+        ...
 
 
 class ServerExtension(Protocol):

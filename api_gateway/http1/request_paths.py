@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 MAX_READINGS = 32  # of one path; a path with more is refused
+_MOST_BYTES_OF_CHARACTER = len("%F0%9F%98%80")  # percent-encoded
 MAX_READ_BYTES = 8_192  # total length of the readings of one path, because each costs time
 
 # What servers may treat differently in a decoded path; `./` and a final `.` cover dot segments and trailing dots.
@@ -55,8 +56,18 @@ def below_root(scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     if not root or not path.startswith(f"{root}/"):
         return scope
     raw = path_as_sent(scope)
-    raw = raw[len(root) :] if raw.startswith(f"{root}/") else quote(path[len(root) :])
+    if raw.startswith(f"{root}/"):
+        raw = raw[len(root) :]
+    else:  # the root is spelt in another way
+        ends = (one.start() for one in re.finditer("/", raw[: _MOST_BYTES_OF_CHARACTER * len(root) + 1]))
+        end = next((one for one in ends if unquote(raw[:one]) == root), None)
+        raw = quote(path[len(root) :]) if end is None else raw[end:]
     return {**scope, "path": path[len(root) :], "raw_path": raw.encode("latin-1")}
+
+
+def raw_root(root: str) -> bytes:
+    """Return a root path as the beginning of URLs: it cannot begin a host."""
+    return quote("/" + root.strip("/\\"), safe="/").encode() if root.strip("/\\") else b""
 
 
 def first_segment(scope: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from api_gateway.proxy.value_template import ValueTemplate, path_parameters
 class DirectResponse:
     """The response to all requests of a route. `location` is the template of a redirect, None if it is none.
 
-    `path` is that of the route if it is a template whose placeholders the location uses, else empty.
+    `path` is that of the route if it is a template whose placeholders the location uses, else empty. `root` is what an
+    application that mounts the gateway has stripped from paths: it comes before a location without a host.
     """
 
     status: int
@@ -20,6 +21,7 @@ class DirectResponse:
     body: bytes = b""
     location: ValueTemplate | None = None
     path: str = ""
+    root: bytes = b""
 
     def fields(self, raw_target: bytes) -> HeaderList:
         """Return the header fields for a request, Content-Length included. Raises BadRequest for an unusual path."""
@@ -42,4 +44,5 @@ class DirectResponse:
         values = {"path": b"/" + raw_path.lstrip(b"/\\"), "query": question_mark + query}
         if self.path and any(is_placeholder(segment) for segment in self.path.split("/")):
             values |= path_parameters(self.path, raw_path)
-        return location.filled(values)
+        found = location.filled(values)
+        return self.root + found if found.startswith(b"/") else found

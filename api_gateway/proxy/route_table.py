@@ -75,7 +75,7 @@ class Route:
     for the upstream. `max_body_bytes`, `max_header_bytes` and `max_header_lines` None: the server's.
     `response_timeout` is the time in seconds until the head of the response to an attempt, None for the upstream's.
     `response` is that in place of an upstream. `compression` None: responses pass as they are. `mirroring` None:
-    requests are not copied.
+    requests are not copied. `rewrites_urls`: URLs in responses get what is stripped from paths.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Route:
     response: DirectResponse | None = None
     compression: Compression | None = None
     mirroring: Mirroring | None = None
+    rewrites_urls: bool = True
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""

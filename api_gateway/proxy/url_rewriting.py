@@ -52,28 +52,32 @@ NO_AUTHORITIES = Authorities(())
 class UrlRewriter:
     """Rewrites the fields of responses of one route.
 
-    `prefix` is the stripped prefix, without a slash at the end; if it is empty, URLs pass. `replacement` is what the
-    upstream gets in place of the prefix, likewise; empty: nothing. `domains` are pairs of a
-    `Domain` of cookies in lower case without a leading dot (`*`: any other one) and its replacement; an empty one
-    removes it.
+    `prefix` is the stripped prefix, without a slash at the end, and `root` what an application that mounts the gateway
+    strips before; if both are empty, URLs pass. `replacement` is what the upstream gets in place of the prefix,
+    likewise; empty: nothing. `domains` are pairs of a `Domain` of cookies in lower case without a leading dot (`*`:
+    any other one) and its replacement; an empty one removes it.
     """
 
     prefix: bytes
     cookies: bool = False
     domains: tuple[tuple[bytes, bytes], ...] = ()
     replacement: bytes = b""
+    root: bytes = b""
     needs_authorities: bool = field(init=False, repr=False)  # always
     request_line: bytes = field(init=False, repr=False)  # that is added to the request, with a line break before it
+    _whole: bytes = field(init=False, repr=False)  # `root` and `prefix`
     _lines: re.Pattern[bytes] = field(init=False, repr=False)
     _domains: dict[bytes, bytes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = (*(_NAMES if self.prefix else ()), *((b"set-cookie",) if self.cookies or self.domains else ()))
+        whole = self.root + self.prefix
+        names = (*(_NAMES if whole else ()), *((b"set-cookie",) if self.cookies or self.domains else ()))
         # Most lines fail on their first letter, which takes a third less time than to compare whole names.
         pattern = rb"\r\n(?=[LlCcRrSs])((?i:%b)): ([^\r]*)" % b"|".join(names)
-        line = b"\r\n%b: %b" % (FORWARDED_PREFIX, self.prefix) if self.prefix and not self.replacement else b""
+        line = b"\r\n%b: %b" % (FORWARDED_PREFIX, whole) if whole and not self.replacement else b""
         object.__setattr__(self, "needs_authorities", True)
         object.__setattr__(self, "request_line", line)
+        object.__setattr__(self, "_whole", whole)
         object.__setattr__(self, "_lines", re.compile(pattern))
         object.__setattr__(self, "_domains", dict(self.domains))
 
@@ -117,7 +121,7 @@ class UrlRewriter:
 
     def url(self, url: bytes, authorities: Authorities) -> bytes:
         """Return a reference as the client may use it; unchanged if it does not lead past the gateway."""
-        if not self.prefix:
+        if not self._whole:
             return url
         absolute = _ABSOLUTE.fullmatch(url)
         if absolute is None:
@@ -133,9 +137,12 @@ class UrlRewriter:
 
     def _below(self, path: bytes) -> bytes:
         if self.replacement:
-            is_known = _is_below(path, self.replacement)
-            return self.prefix + path[len(self.replacement) :] if is_known else path
-        return path if _is_below(path, self.prefix) else self.prefix + path
+            if _is_below(path, self.replacement):
+                return self._whole + path[len(self.replacement) :]
+            return self.root + path if self.root and not _is_below(path, self.root) else path
+        if _is_below(path, self._whole):
+            return path
+        return (self.root if self.root and self.prefix and _is_below(path, self.prefix) else self._whole) + path
 
     def _cookie(self, value: bytes, internal: tuple[bytes, ...]) -> bytes:
         first, *attributes = value.split(b";")

@@ -78,8 +78,8 @@ def config(up: RawUpstream, folder: Path, **server: Any) -> GatewayConfig:
     return GatewayConfig.model_validate(in_front_of(up.url) | options | {"server": limits})
 
 
-def mounted(gateway: GatewayApp) -> FastAPI:
-    """Return an application with the gateway at `/`, behind middleware that hides the server."""
+def mounted(gateway: GatewayApp, prefix: str = "") -> FastAPI:
+    """Return an application with the gateway at `prefix`, behind middleware that hides the server."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -90,7 +90,7 @@ def mounted(gateway: GatewayApp) -> FastAPI:
         return await call_next(request)
 
     outer = FastAPI(lifespan=lifespan)
-    outer.mount("/", gateway)
+    outer.mount(prefix or "/", gateway)
     outer.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     return outer
 
@@ -325,6 +325,89 @@ def test_the_gateways_protocol_has_the_fast_path_the_limits_and_the_shares(
         assert reason(client.answer()) == (431, "headers_too_large")
     assert app.listener is not None
     assert app.listener.shares.total == 4
+
+
+def below(prefix: str) -> Callable[[GatewayApp], FastAPI]:
+    """Return what mounts the gateway at a prefix."""
+    return lambda gateway: mounted(gateway, prefix)
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools", OWN])
+@pytest.mark.parametrize(
+    ("way", "root_path", "prefix", "public"),
+    [
+        (below("/gateway"), "", "/gateway", "/gateway"),
+        (below("/gateway"), "/v1", "/gateway", "/v1/gateway"),
+        (below("/a{tenant}"), "", "/a%20b%0D", "/a%20b%0D"),
+        (lambda gateway: gateway, "/v1", "", "/v1"),
+        (extended, "/v1", "", "/v1"),
+    ],
+    ids=["mounted", "mounted below a root", "mounted by a template", "root", "extended root"],
+)
+def test_below_a_prefix_the_upstream_gets_the_path_without_it_and_clients_get_urls_with_it(
+    up: RawUpstream,
+    tmp_path: Path,
+    serve: Serve,
+    http: str,
+    way: Callable[[GatewayApp], Any],
+    root_path: str,
+    prefix: str,
+    public: str,
+) -> None:
+    """A proxy in front has removed `root_path`. Requests of both paths, and one whose path is spelt oddly."""
+    routes = [
+        {"name": "plain", "path": "/api/plain", "upstream": "up"},
+        {"name": "kept", "path": "/api/kept", "upstream": "up", "rewrite_urls": False},
+        {"name": "cut", "path": "/api/cut", "upstream": "up", "strip_prefix": "/api", "rewrite_cookies": True},
+        {"name": "new", "path": "/api/new", "upstream": "up", "rewrite": {"prefix": "/v2"}},
+        {
+            "name": "split",
+            "path": "/api/split",
+            "upstreams": [{"name": "up"}],
+            "strip_prefix": "/api",
+            "response_headers": {"set": {"X-Edited": "1"}},
+        },
+        {"name": "moved", "path": "/api/moved", "redirect": {"to": "/shop{path}{query}"}},
+        {"name": "away", "path": "/api/away", "redirect": {"to": "https://a.example{path}"}},
+    ]
+    base = config(up, tmp_path).model_dump(exclude_unset=True)
+    app = way(create_app(GatewayConfig.model_validate(base | {"routes": routes})))
+    port = serve(app, http, **({"root_path": root_path} if root_path else {}))
+    rows: list[Any] = [
+        # request, what the upstream gets, its Location, the client's, X-Forwarded-Prefix
+        ("/api/plain/a%2Fb?x=1", "/api/plain/a%2Fb?x=1", "/api/plain/x", "P/api/plain/x", ["P"]),
+        ("/api/plain/x", "/api/plain/x", "P/api/plain/x", "P/api/plain/x", ["P"]),
+        ("/api/plain/x", "/api/plain/x", f"{up.url}/api/plain/x/", "P/api/plain/x/", ["P"]),
+        ("/api/plain/x", "/api/plain/x", "https://other.example/", "https://other.example/", ["P"]),
+        ("/api/kept/x", "/api/kept/x", "/api/kept/y", "/api/kept/y", []),
+        ("/api/cut/7", "/cut/7", "/cut/7", "P/api/cut/7", ["P/api"]),
+        ("/api/cut/7", "/cut/7", "/api/cut/7", "P/api/cut/7", ["P/api"]),
+        ("/api/cut/7", "/cut/7", "P/api/cut/7", "P/api/cut/7", ["P/api"]),
+        ("/api/split/7", "/split/7", "/split/7", "P/api/split/7", ["P/api"]),
+        ("/api/new/7", "/v2/7", "/v2/8", "P/api/new/8", []),
+        ("/api/new/7", "/v2/7", "/other", "P/other", []),
+    ]
+    with RawClient(port) as client:
+        for path, sent, *urls, prefixes in rows:
+            location, expected = (url.replace("P", public) for url in urls)
+            fields = ((b"Location", location.encode()), (b"Set-Cookie", b"a=b; Path=/cut"))
+            up.behave = reply(b"ok", b"302 Found", fields)
+            with case(f"{path} {location}"):
+                answer = client.get(f"{prefix}{path}")
+                assert (answer.status, answer.all("location")) == (302, [expected.encode()])
+                cookie = f"{public}/api/cut" if path.startswith("/api/cut") else "/cut"
+                assert answer.all("set-cookie") == [f"a=b; Path={cookie}".encode()]
+                assert up.requests[-1].line == f"GET {sent} HTTP/1.1".encode()
+                assert up.requests[-1].all("x-forwarded-prefix") == [
+                    one.replace("P", public).encode() for one in prefixes
+                ]
+        assert client.get(f"{prefix}/api/moved/x?q=1").all("location") == [f"{public}/shop/api/moved/x?q=1".encode()]
+        assert client.get(f"{prefix}/api/away/x").all("location") == [b"https://a.example/api/away/x"]
+        assert client.get(f"{prefix}/health").status == 200
+        assert reason(client.get(f"{prefix}/nothing"))[1] == "no_route"
+        client.send(f"GET {prefix}/api/cut/old HTTP/1.0\r\nHost: a\r\n\r\n".encode())
+        assert client.answer().all("location")
+        assert up.requests[-1].line == b"GET /cut/old HTTP/1.1"
 
 
 def reporting(gateway: GatewayApp) -> FastAPI:
