@@ -11,3 +11,12 @@ def parse_address(text: str) -> IPv4Address | IPv6Address:
 def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     """Return the IPv4 address for an IPv4-mapped IPv6 address, any other address as it is."""
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
+def is_address(text: str, version: int | None = None) -> bool:
+    """Return whether a text is an IP address, perhaps with a zone; of this version, if one is given."""
+    try:
+        found = ip_address(text)
+    except ValueError:
+        return False
+    return version in (None, found.version)

@@ -360,7 +360,7 @@ class Exchange:
     Times are monotonic seconds. Fields are set phase by phase: client, route, decision, attempts, response.
     `credential` is what proved the client's id, if anything (`proxy.identity_sources.Proof`).
     `status` is that of the response, 499 if the client disconnected before it; `source` is the origin of the response.
-    `charges` are those of `decision`; `trial` has charges and decision of the candidate limits. `has_begun`: a
+    `charges` are those of `decision`; `candidate` has charges and decision of the candidate limits. `has_begun`: a
     connection to an upstream was opened or attempted; `has_reached`: a part of the request may have reached an
     upstream that then failed. `shed_by` has the upstreams that refused because of load (None: the gateway). `retried`
     has the causes of retries. `fallback` is the fallback that responded instead of the route's upstream; `reason` and
@@ -392,7 +392,7 @@ class Exchange:
     bytes_out: int = 0
     finished: float = 0.0
     charges: Sequence[Charge] = ()
-    trial: tuple[Sequence[Charge], Decision] | None = None
+    candidate: tuple[Sequence[Charge], Decision] | None = None
     has_reached: bool = False
     has_begun: bool = False
     retried: tuple[str, ...] = ()

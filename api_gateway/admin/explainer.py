@@ -256,12 +256,12 @@ class Explainer:
 
     async def _candidate(self, client: Client, exchange: Exchange) -> tuple[BucketExplained | None, list[SlotUse]]:
         """Return the bucket and the slots of the candidates; neither if none concerns the request."""
-        shadow = self._limits.shadow
-        charges = [] if shadow is None else shadow.charges(exchange, client)
-        if shadow is None or not charges:
+        candidate_limits = self._limits.candidate_limits
+        charges = [] if candidate_limits is None else candidate_limits.charges(exchange, client)
+        if candidate_limits is None or not charges:
             return None, []
         decisions = await self._limiter.inspect(charges, self._clock_ns())
-        return explained_bucket(ChargeOutlook(charges[0], decisions[0])), await shadow.look(charges)
+        return explained_bucket(ChargeOutlook(charges[0], decisions[0])), await candidate_limits.look(charges)
 
     def _client_view(self, client: Client, plan: RequestPlan, error: GatewayError | None) -> ClientExplained:
         exchange = plan.exchange

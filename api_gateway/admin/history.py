@@ -62,20 +62,20 @@ async def recent_requests(
     long as the history has it.
     """
     _limits(context)
-    question = {"kind": "list", "after": after, "limit": limit, "status": status, "client_id": client}
-    question |= {"reason": reason, "route": route, "result": result}
-    answers = await context.aggregator.query(question)
-    until = min(answer["until"] for answer in answers.values)
-    rows = _rows(answers, "number")
+    query = {"kind": "list", "after": after, "limit": limit, "status": status, "client_id": client}
+    query |= {"reason": reason, "route": route, "result": result}
+    results = await context.aggregator.query(query)
+    until = min(one["until"] for one in results.values)
+    rows = _rows(results, "number")
     rows = [row for row in rows if row["number"] <= until]  # the others are among those of the next page
     if after is None:
         rows = rows[-limit:]
-    elif len(rows) > limit or any(len(answer["requests"]) == limit for answer in answers.values):
-        until = _last_complete(answers, limit, until)
+    elif len(rows) > limit or any(len(one["requests"]) == limit for one in results.values):
+        until = _last_complete(results, limit, until)
         rows = [row for row in rows if row["number"] <= until][:limit]
         until = rows[-1]["number"] if len(rows) == limit else until
-    not_kept = sum(answer["not_kept"] for answer in answers.values)
-    return _json({"requests": rows, "next": until, "complete": answers.is_complete, "not_kept": not_kept})
+    not_kept = sum(one["not_kept"] for one in results.values)
+    return _json({"requests": rows, "next": until, "complete": results.is_complete, "not_kept": not_kept})
 
 
 @router.get(
@@ -91,18 +91,16 @@ async def explain_request(request_id: str, context: Guarded) -> Response:
     and each attempt at an upstream.
     """
     limits = _limits(context)
-    answers = await context.aggregator.query({"kind": "find", "id": unescaped(request_id)})
-    rows = sorted(
-        (row for answer in answers.values for row in answer["requests"]), key=itemgetter("number"), reverse=True
-    )
+    results = await context.aggregator.query({"kind": "find", "id": unescaped(request_id)})
+    rows = sorted((row for one in results.values for row in one["requests"]), key=itemgetter("number"), reverse=True)
     if not rows:
-        raise _unknown(request_id, limits, answers, is_alone=not context.aggregator.worker)
-    is_complete = answers.is_complete
+        raise _unknown(request_id, limits, results, is_alone=not context.aggregator.worker)
+    is_complete = results.is_complete
     for row in rows[:MAX_FOUND]:
         keys, buckets, started = row.pop("_keys"), row.pop("_buckets"), row.pop("_started")
         for index, key in keys.items():
             spent = await context.aggregator.query({"kind": "spent", "key": key, "started": started})
-            found = spent_by([each for answer in spent.values for each in answer["requests"]], buckets[index])
+            found = spent_by([each for one in spent.values for each in one["requests"]], buckets[index])
             row["limits"][int(index)]["spent_by"] = found | {"complete": found["complete"] and spent.is_complete}
             is_complete = is_complete and spent.is_complete
     return _json({"requests": rows[:MAX_FOUND], "complete": is_complete})
@@ -116,16 +114,14 @@ def _limits(context: AdminContext) -> HistoryLimits:
     return limits
 
 
-def _rows(answers: QueryResults, order: str) -> list[Members]:
+def _rows(results: QueryResults, order: str) -> list[Members]:
     """Return the requests of all workers, sorted by a member."""
-    return sorted((row for answer in answers.values for row in answer["requests"]), key=itemgetter(order))
+    return sorted((row for one in results.values for row in one["requests"]), key=itemgetter(order))
 
 
-def _last_complete(answers: QueryResults, limit: int, until: int) -> int:
+def _last_complete(results: QueryResults, limit: int, until: int) -> int:
     """Return the number up to which no worker has left out a request: a full page ends with its last one."""
-    full: list[int] = [
-        answer["requests"][-1]["number"] for answer in answers.values if len(answer["requests"]) == limit
-    ]
+    full: list[int] = [one["requests"][-1]["number"] for one in results.values if len(one["requests"]) == limit]
     return min([until, *full])
 
 
@@ -137,12 +133,12 @@ def _in_words(numbers: list[int]) -> str:
     )
 
 
-def _unknown(request_id: str, limits: HistoryLimits, answers: QueryResults, *, is_alone: bool) -> NoRoute:
+def _unknown(request_id: str, limits: HistoryLimits, results: QueryResults, *, is_alone: bool) -> NoRoute:
     kept, not_kept = (
-        [sum(answer[member][name] for answer in answers.values) for name in REQUEST_RESULTS]
+        [sum(one[member][name] for one in results.values) for name in REQUEST_RESULTS]
         for member in ("kept", "not_kept")
     )
-    oldest = min((answer["oldest"] for answer in answers.values if answer["oldest"] is not None), default=None)
+    oldest = min((one["oldest"] for one in results.values if one["oldest"] is not None), default=None)
     since = "it is empty" if oldest is None else f"the oldest ended at {wall_time(oldest)}"
     left_out = ""
     if any(not_kept):

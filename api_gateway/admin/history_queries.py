@@ -1,7 +1,7 @@
-"""Answers to questions about the history of requests of one process, as JSON values.
+"""Queries of the history of requests of one process, as JSON values.
 
-The kinds of questions: `find` a request by its id, `list` those that ended after a number, `spent` by which requests
-the tokens of a bucket were spent. A process is asked by itself or, if there are several, through the supervisor.
+The kinds of queries: `find` a request by its id, `list` those that ended after a number, `spent` by which requests
+the tokens of a bucket were spent. A process is queried by itself or, if there are several, through the supervisor.
 """
 
 import os
@@ -34,7 +34,7 @@ Members = dict[str, Any]
 
 
 class HistoryQueries:
-    """Answers questions about the history of this process. Holds no state of its own."""
+    """Runs queries of the history of this process. Holds no state of its own."""
 
     def __init__(self, history: RequestHistory, wall_clock: Clock) -> None:
         self._history = history
@@ -43,14 +43,14 @@ class HistoryQueries:
     def __repr__(self) -> str:
         return f"<HistoryQueries on {self._history!r}>"
 
-    def answer(self, question: Mapping[str, Any]) -> Steps[Members]:
-        """Return the answer to one question, in steps."""
-        kind = question["kind"]
+    def run(self, query: Mapping[str, Any]) -> Steps[Members]:
+        """Return the result of one query, in steps."""
+        kind = query["kind"]
         if kind == "find":
-            return self._find(question["id"])
+            return self._find(query["id"])
         if kind == "spent":
-            return self._spent(question["key"], question["started"])
-        return self._list(question)
+            return self._spent(query["key"], query["started"])
+        return self._list(query)
 
     def _find(self, request_id: str) -> Steps[Members]:
         kept = {result: count for result, (count, _) in self._history.sizes().items()}
@@ -69,14 +69,14 @@ class HistoryQueries:
         requests = [_explained(record) for record in latest]
         return {"requests": requests, "kept": kept, "not_kept": not_kept, "oldest": oldest}
 
-    def _list(self, question: Mapping[str, Any]) -> Steps[Members]:
+    def _list(self, query: Mapping[str, Any]) -> Steps[Members]:
         """Return the first requests after a number or, without one, the last ones; oldest first.
 
         `until` is the number up to which none is missing.
         """
         until = self._history.number_at(self._wall_clock())
-        after, most = question["after"], question["limit"]
-        matches = _filter(question)
+        after, most = query["after"], query["limit"]
+        matches = _filter(query)
         found = yield from self._select(matches, after or 0)
         if after is None:
             chosen = sorted(nlargest(most, found, key=_ended), key=_ended)
@@ -107,9 +107,9 @@ def _ended(record: HistoryRecord) -> float:
     return record.ended
 
 
-def _filter(question: Mapping[str, Any]) -> Callable[[HistoryRecord], bool]:
+def _filter(query: Mapping[str, Any]) -> Callable[[HistoryRecord], bool]:
     """Return the predicate of a query: whether a record matches its filters."""
-    status, wanted = question["status"], {name: question[name] for name in ("client_id", "reason", "route", "result")}
+    status, wanted = query["status"], {name: query[name] for name in ("client_id", "reason", "route", "result")}
     exact = {name: value for name, value in wanted.items() if value is not None}
 
     def matches(record: HistoryRecord) -> bool:
@@ -178,7 +178,7 @@ def _explained(record: HistoryRecord) -> Members:
     """Return all that is known about a request.
 
     `_keys` are those of the limits that refused it, by the index of the limit, `_buckets` the state of their buckets,
-    and `_started` its arrival: the process that was asked puts the questions for the requests that have spent the
+    and `_started` its arrival: the process that got the request queries all for the requests that have spent the
     tokens.
     """
     decision = record.decision

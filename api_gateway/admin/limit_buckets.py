@@ -15,7 +15,7 @@ from api_gateway.admin.request_schema import RequestBody
 from api_gateway.clients.api_keys import has_key
 from api_gateway.errors import InvalidValue
 from api_gateway.http1.headers import address_key, is_visible_ascii
-from api_gateway.ip_addresses import parse_address
+from api_gateway.ip_addresses import is_address
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import Limit
 from api_gateway.limits.quota_state import PeriodQuota
@@ -235,16 +235,8 @@ def _check(context: AdminContext, limit: Limit, part: str, value: str, place: st
         routes = list(context.route_names) if limit.routes is None else sorted(limit.routes)
         if value not in routes:
             raise InvalidValue(f"{place}: must be a route of the limit: {', '.join(routes)}; got {shown}.")
-    if part == "address" and not _is_address(value):
+    if part == "address" and not is_address(value):
         raise InvalidValue(f"{place}: must be an IPv4 or IPv6 address, got {shown}.")
-
-
-def _is_address(value: str) -> bool:
-    try:
-        parse_address(value)
-    except ValueError:
-        return False
-    return True
 
 
 def _allowance(

@@ -143,13 +143,13 @@ def hsts_fields(config: GatewayConfig) -> HeaderList:
 
 
 def _limits(gateway: Gateway) -> RateLimitStage:
-    exempt, shadow = gateway.config.address_limit.exempt, _shadow(gateway)
+    exempt, candidate_limits = gateway.config.address_limit.exempt, _candidate_limits(gateway)
     if gateway.quotas.concurrency:
         return ConcurrencyStage(
             limiter=gateway.charging,
             address_quota=gateway.address_quota,
             exempt=exempt,
-            shadow=shadow,
+            candidate_limits=candidate_limits,
             limits=gateway.quotas.limits,
             concurrency=gateway.quotas.concurrency,
             routes=gateway.table,
@@ -157,13 +157,16 @@ def _limits(gateway: Gateway) -> RateLimitStage:
         )
     if not gateway.quotas.limits:
         return RateLimitStage(
-            limiter=gateway.charging, address_quota=gateway.address_quota, exempt=exempt, shadow=shadow
+            limiter=gateway.charging,
+            address_quota=gateway.address_quota,
+            exempt=exempt,
+            candidate_limits=candidate_limits,
         )
     return LimitListStage(
         limiter=gateway.charging,
         address_quota=gateway.address_quota,
         exempt=exempt,
-        shadow=shadow,
+        candidate_limits=candidate_limits,
         limits=gateway.quotas.limits,
         routes=gateway.table,
     )
@@ -373,8 +376,8 @@ def _unnumbered() -> int:
     return 0
 
 
-def _shadow(gateway: Gateway) -> CandidateLimits | None:
-    shadow = CandidateLimits(
+def _candidate_limits(gateway: Gateway) -> CandidateLimits | None:
+    candidate_limits = CandidateLimits(
         limiter=gateway.charging,
         clock_ns=gateway.clocks.monotonic_ns,
         recorder=gateway.recorder,
@@ -382,4 +385,4 @@ def _shadow(gateway: Gateway) -> CandidateLimits | None:
         routes=gateway.routes,
         slots=gateway.slots,
     )
-    return None if shadow.is_empty else shadow
+    return None if candidate_limits.is_empty else candidate_limits

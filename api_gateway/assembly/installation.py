@@ -106,7 +106,7 @@ class Installation:
         self._app.state.traffic_history = self._history
         self._app.state.admin_context = context(gateway, make_explainer, aggregator)
         aggregator.register(self.snapshot, self)
-        aggregator.answer_by(HistoryQueries(gateway.history, gateway.clocks.wall).answer)
+        aggregator.respond_by(HistoryQueries(gateway.history, gateway.clocks.wall).run)
 
     async def prepare(self, values: dict[str, Any]) -> None:
         """See `worker_channel.Configured`."""

@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import available_timezones
@@ -13,7 +13,6 @@ from zoneinfo import available_timezones
 from pydantic import BaseModel
 
 from api_gateway.config import GatewayConfig
-from api_gateway.doctor.certificate_dates import end_of_validity_in
 from api_gateway.doctor.checks import CheckResult, broken, doubtful, good
 from api_gateway.process.start_check import file_errors, startup_errors
 from api_gateway.resilience.fair_shares import default_connections
@@ -24,6 +23,7 @@ from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.peer_process import PROC
 from api_gateway.system.socket_table import SocketTable
 from api_gateway.system.state_folder import lock_holder, own_folder
+from api_gateway.system.x509 import facts_of_pem
 
 _PRIVILEGED = 1024
 _CERTIFICATES = ("cert_file", "certificate")  # settings of all sections that name one
@@ -49,12 +49,12 @@ def check_certificates(config: GatewayConfig, now: datetime) -> Iterator[CheckRe
     """Check until when the certificates are valid that any section names."""
     for place, path in _certificate_files(config, ()):
         try:
-            end = end_of_validity_in(path)
+            facts = facts_of_pem(path.read_bytes())
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             yield broken(place, f"'{path}' cannot be used: {reason.lower()}", "Name a PEM file with the certificate.")
         else:
-            yield validity(place, end, now)
+            yield validity(place, datetime.fromtimestamp(facts.not_after, UTC), now)
 
 
 def validity(about: str, end: datetime, now: datetime) -> CheckResult:

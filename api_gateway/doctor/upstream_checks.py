@@ -13,11 +13,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from api_gateway.config import GatewayConfig
-from api_gateway.doctor.certificate_dates import end_of_validity
 from api_gateway.doctor.checks import Check, CheckResult, Level, broken, doubtful, good
 from api_gateway.doctor.machine_checks import validity
 from api_gateway.settings.jwt import IssuerSection
 from api_gateway.settings.upstreams import HealthCheckSection, UpstreamSection
+from api_gateway.system.x509 import facts_of_der
 from api_gateway.transport.document_fetch import DocumentUnavailable, fetch_document
 from api_gateway.transport.http1_transport import tls_context
 
@@ -82,7 +82,8 @@ def _connected(about: str, writer: asyncio.StreamWriter, took: float) -> CheckRe
     certificate = None if tls is None else tls.getpeercert(binary_form=True)
     if certificate is None:
         return good(about, detail)
-    found = validity(about, end_of_validity(certificate), datetime.now(UTC))
+    end = datetime.fromtimestamp(facts_of_der(certificate).not_after, UTC)
+    found = validity(about, end, datetime.now(UTC))
     return CheckResult(about, found.level, f"{detail}; {found.detail}", found.remedy)
 
 

@@ -112,11 +112,11 @@ class LocalSlots:
         now_ns: int,
         on_decision: Callable[[Decision], None],
         *,
-        is_trial: bool = False,
+        is_candidate: bool = False,
     ) -> None:
         """Have the limiter charge a request and count it. Only for shared slots: others are decided at once.
 
-        `is_trial`: of candidates, which are decided on also if the exchange has ended meanwhile.
+        `is_candidate`: of candidates, which are decided on also if the exchange has ended meanwhile.
         """
         raise NotImplementedError
 

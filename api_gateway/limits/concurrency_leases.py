@@ -97,14 +97,14 @@ class LeasedSlots(LocalSlots):
         now_ns: int,
         on_decision: Callable[[Decision], None],
         *,
-        is_trial: bool = False,
+        is_candidate: bool = False,
     ) -> None:
         """Have the store charge a request and count it, and let the exchange hold the slots if that is allowed."""
         if self._buckets.is_divided:
             charge = partial(limiter.decide_async, charges, now_ns)
             refusal = partial(limiter.refusal, charges, now_ns)
             claim = MultiNodeClaim(
-                self, exchange, charges.slots, charge, refusal, now_ns, on_decision, is_trial=is_trial
+                self, exchange, charges.slots, charge, refusal, now_ns, on_decision, is_candidate=is_candidate
             )
             claim.submit()
             return

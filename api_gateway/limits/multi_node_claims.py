@@ -128,12 +128,12 @@ class MultiNodeClaim:
         now_ns: int,
         on_decision: OnDecision,
         *,
-        is_trial: bool = False,
+        is_candidate: bool = False,
     ) -> None:
         """`charge` has the charges of the request decided on, and calls back with the decision.
 
         `refusal` returns the refusal of the charges by what this process knows, None if that allows them.
-        A trial is charged also if the exchange has ended: its decision is counted.
+        `is_candidate`: it is charged also if the exchange has ended: its decision is counted.
         """
         self._port = port
         self._exchange = exchange
@@ -142,7 +142,7 @@ class MultiNodeClaim:
         self._refusal_of_charges = refusal
         self._now_ns = now_ns
         self._callback = on_decision
-        self._is_trial = is_trial
+        self._is_candidate = is_candidate
         self._uses: list[SlotUse | None] = [None] * len(slots)
         self._source: DecisionSource = "local_share"  # of a refusal
 
@@ -180,7 +180,7 @@ class MultiNodeClaim:
         if not all(use.is_free for use in uses):
             self._port.give_back(self._exchange, self._slots)
             self._callback(self._refusal(uses))
-        elif self._exchange.finished and not self._is_trial:  # the decision has no reader, and nothing was charged
+        elif self._exchange.finished and not self._is_candidate:  # the decision has no reader, and nothing was charged
             first = self._slots[0]
             self._callback(Decision(first.key, first.quota, False, 0, 0, 0, self._now_ns))
         else:

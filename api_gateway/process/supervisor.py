@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 DRAIN_MARGIN = 3.5  # seconds that a worker may take after its drain time; its own watchdog ends it sooner
 SUPERVISOR_STOP_MARGIN = 4.5  # seconds that the supervisor may take after that time
 REPORT_MARGIN = 3.0  # seconds that a blocked worker has, after `worker_timeout`, to log its stack and exit
-QUERY_ROUND_TIMEOUT = 1.5  # seconds for the workers to answer a question
+QUERY_ROUND_TIMEOUT = 1.5  # seconds for the workers to respond to a query
 GATHER_ROUND_TIMEOUT = 0.5  # seconds for the workers to report; after that their last reports are used
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
 COMMIT_TIMEOUT = 5.0  # seconds for a worker to apply it
@@ -76,7 +76,7 @@ class CounterLedger:
     configuration: Callable[[], ReloadState] = ReloadState
     history: TrafficHistory = field(default_factory=TrafficHistory)
     _requested: int = 0
-    _asked: int = 0
+    _queried: int = 0
     _running: "asyncio.Task[dict[str, Any]] | None" = None
     _next: "asyncio.Task[dict[str, Any]] | None" = None
 
@@ -89,16 +89,16 @@ class CounterLedger:
             self._next = asyncio.create_task(self._round(self._running), name="gathering")
         return await asyncio.shield(self._next)
 
-    async def query(self, question: dict[str, Any]) -> tuple[list[str], bool]:
+    async def query(self, query: dict[str, Any]) -> tuple[list[str], bool]:
         """Send a query to all serving workers; return their results as JSON, and whether all responded."""
-        self._asked += 1
-        replies = [worker.ask(self._asked, question) for worker in self.workers if worker.is_serving]
+        self._queried += 1
+        replies = [worker.query(self._queried, query) for worker in self.workers if worker.is_serving]
         if replies:
             await asyncio.wait(replies, timeout=QUERY_ROUND_TIMEOUT)
-        answers = [reply.result() for reply in replies if reply.done()]
+        results = [reply.result() for reply in replies if reply.done()]
         for reply in replies:
             reply.cancel()
-        return [answer for answer in answers if answer is not None], len(answers) == len(replies)
+        return [result for result in results if result is not None], len(results) == len(replies)
 
     def retire(self, worker: WorkerHandle) -> None:
         """Keep the counters of a worker that has exited, and drop the rest of its snapshot."""

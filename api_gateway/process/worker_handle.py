@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Gather = Callable[[], Awaitable[dict[str, Any]]]
 Reload = Callable[[str], Awaitable[ReloadOutcome]]  # takes the origin of the request
-Query = Callable[[dict[str, Any]], Awaitable[tuple[list[str], bool]]]  # the answers of all workers; are they complete
+Query = Callable[[dict[str, Any]], Awaitable[tuple[list[str], bool]]]  # the results of all workers; are they complete
 
 WORKER_START_TIMEOUT = 30.0  # seconds for a worker to become ready
 MAX_SILENT_CHECKS = 10  # consecutive checks without a message, after which a worker counts as hanging
@@ -67,7 +67,7 @@ class WorkerHandle:
         self._gather = gather
         self._reload = reload
         self._query = query
-        self._asked: dict[int, asyncio.Future[str | None]] = {}
+        self._queried: dict[int, asyncio.Future[str | None]] = {}
         self._ready = asyncio.get_running_loop().create_future()
         self._pending: dict[int, asyncio.Future[None]] = {}
         self._configuring: asyncio.Future[Objection | None] | None = None  # the reply to a phase of a reload
@@ -121,16 +121,16 @@ class WorkerHandle:
             reply.set_result(None)
         else:
             self._pending[number] = reply
-            self._writer.write(encode("report", id=number))
+            self._writer.write(encode("snapshot", id=number))
         return reply
 
-    def ask(self, number: int, question: dict[str, Any]) -> asyncio.Future[str | None]:
-        """Put a question; the future has the answer as JSON, None if the worker does not serve."""
+    def query(self, number: int, query: dict[str, Any]) -> asyncio.Future[str | None]:
+        """Run a query in the worker; the future has the result as JSON, None if the worker does not serve."""
         reply: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         if self.is_serving:
-            self._asked[number] = reply
-            reply.add_done_callback(lambda _: self._asked.pop(number, None))
-            self._writer.write(encode("query", id=number, question=question))
+            self._queried[number] = reply
+            reply.add_done_callback(lambda _: self._queried.pop(number, None))
+            self._writer.write(encode("query", id=number, query=query))
         else:
             reply.set_result(None)
         return reply
@@ -175,9 +175,9 @@ class WorkerHandle:
             if not self._ready.done():
                 self._ready.set_result(False)
             self._resolve(None)
-            for asked in list(self._asked.values()):
-                if not asked.done():
-                    asked.set_result(None)
+            for queried in list(self._queried.values()):
+                if not queried.done():
+                    queried.set_result(None)
 
     async def _watch(self, silence_timeout: float) -> None:
         """Kill the worker if it sends no message in MAX_SILENT_CHECKS checks.
@@ -204,18 +204,18 @@ class WorkerHandle:
                 objection = message["objection"]
                 self._configuring.set_result(None if objection is None else Objection(*objection))
             return
-        if message["kind"] == "answer":
-            asked = self._asked.get(message["id"])
-            if asked is not None and not asked.done():
-                asked.set_result(message["answer"])
+        if message["kind"] == "result":
+            queried = self._queried.get(message["id"])
+            if queried is not None and not queried.done():
+                queried.set_result(message["result"])
             return
         if message["kind"] == "query":
-            self._reply_later(self._reply_to_query(message["id"], message["question"]))
+            self._reply_later(self._reply_to_query(message["id"], message["query"]))
             return
         if message["kind"] == "reload":
             self._reply_later(self._reply_to_reload(message["id"], message["origin"]))
             return
-        self.snapshot.update(message["report"])
+        self.snapshot.update(message["snapshot"])
         if message["kind"] == "left":
             self.cut_off = message["cut_off"]
             self._resolve(None)
@@ -245,10 +245,10 @@ class WorkerHandle:
         if not self._writer.is_closing():
             self._writer.write(encode("reloaded", id=number, outcome=outcome.state()))
 
-    async def _reply_to_query(self, number: int, question: dict[str, Any]) -> None:
-        answers, is_complete = await self._query(question)
+    async def _reply_to_query(self, number: int, query: dict[str, Any]) -> None:
+        results, is_complete = await self._query(query)
         if not self._writer.is_closing():
-            self._writer.write(encode("answers", id=number, answers=answers, is_complete=is_complete))
+            self._writer.write(encode("results", id=number, results=results, is_complete=is_complete))
 
     async def _reply_to_gather(self, message: Mapping[str, Any]) -> None:
         number, snapshot = message["id"], await self._gather()
@@ -260,12 +260,12 @@ class WorkerHandle:
         for count, part in enumerate(parts, 1):
             if self._writer.is_closing():
                 return
-            self._writer.write(encode("gathered", id=number, report=part, is_last=count == len(parts)))
+            self._writer.write(encode("gathered", id=number, snapshot=part, is_last=count == len(parts)))
 
     def _resolve(self, number: int | None) -> None:
         """Complete the requests for this snapshot and earlier ones; None completes all."""
-        for asked in [asked for asked in self._pending if number is None or asked <= number]:
-            reply = self._pending.pop(asked)
+        for queried in [queried for queried in self._pending if number is None or queried <= number]:
+            reply = self._pending.pop(queried)
             if not reply.done():
                 reply.set_result(None)
 

@@ -42,7 +42,7 @@ class CandidateLimits:
         self._candidates = dict(candidates)
         self._routes = {route.name: route for route in routes if route.has_candidate}
         self._slots = slots
-        self._quota_of_slots = lru_cache(maxsize=1024)(self._tried_quota)
+        self._quota_of_slots = lru_cache(maxsize=1024)(self._candidate_quota)
         # By the identity of the charges in force, which are kept beside the candidate's.
         self._remembered: dict[int, tuple[Sequence[Charge], Sequence[Charge]]] = {}
 
@@ -66,24 +66,24 @@ class CandidateLimits:
         if isinstance(charges, SlottedCharges):
             self._observe_slots(exchange, charges, now_ns, count)
             return
-        trial = self._limiter.decide(charges, now_ns)
-        if trial is None:
+        result = self._limiter.decide(charges, now_ns)
+        if result is None:
             self._limiter.decide_async(charges, now_ns, count)
         else:
-            count(trial)
+            count(result)
 
     def _observe_slots(
         self, exchange: Exchange, charges: SlottedCharges, now_ns: int, count: Callable[[Decision], None]
     ) -> None:
-        trial = self._slots.refusal_by_all(charges, self._limiter, now_ns) or self._limiter.decide(charges, now_ns)
-        if trial is None:
-            self._slots.ask(exchange, self._limiter, charges, now_ns, count, is_trial=True)
+        result = self._slots.refusal_by_all(charges, self._limiter, now_ns) or self._limiter.decide(charges, now_ns)
+        if result is None:
+            self._slots.ask(exchange, self._limiter, charges, now_ns, count, is_candidate=True)
             return
-        if trial.allowed:
+        if result.allowed:
             self._slots.take(exchange, charges.slots)
             if exchange.finished:  # while the store was asked about the limits in force
                 self._slots.release(exchange)
-        count(trial)
+        count(result)
 
     async def look(self, charges: Sequence[Charge]) -> list[SlotUse]:
         """Return the candidate slots of such charges as they are now."""
@@ -112,35 +112,35 @@ class CandidateLimits:
         quotas = [client.quota, *(charge.quota for charge in further), *(slot.quota for slot in held)]
         if not self._routes and all(quota.name not in self._candidates for quota in quotas):
             return []
-        cost, tried = exchange.cost, self._routes.get(exchange.route or "")
-        if tried is not None:
-            candidate = tried.candidate_cost_of(exchange.method.upper(), exchange.path)
+        cost, route = exchange.cost, self._routes.get(exchange.route or "")
+        if route is not None:
+            candidate = route.candidate_cost_of(exchange.method.upper(), exchange.path)
             cost = cost if candidate is None else candidate
         own = Charge(client.key, client.quota, 0)
-        charges = [self._tried(charge, cost) for charge in (own, *further)]
+        charges = [self._candidate_charge(charge, cost) for charge in (own, *further)]
         if not held:
             return charges
         slots = [ConcurrencySlot(f"candidate:{one.key}", self._quota_of_slots(one.quota)) for one in held]
         return SlottedCharges(charges, tuple(slots))
 
-    def _tried_quota(self, quota: Quota) -> Quota:
+    def _candidate_quota(self, quota: Quota) -> Quota:
         """Return the quota of the candidate's slots, which are counted apart from those in force."""
-        tried = self._candidates.get(quota.name) or quota
-        return replace(tried, policy=f"{quota.policy} candidate")
+        candidate = self._candidates.get(quota.name) or quota
+        return replace(candidate, policy=f"{quota.policy} candidate")
 
-    def _tried(self, charge: Charge, cost: float) -> Charge:
+    def _candidate_charge(self, charge: Charge, cost: float) -> Charge:
         quota = self._candidates.get(charge.quota.name) or charge.quota
         increment_ns = quota.cost_ns(cost if charge.own_cost is None else charge.own_cost)
         return Charge(f"candidate:{charge.key}", quota, increment_ns, charge.own_cost, charge.is_unverified)
 
-    def _count(self, exchange: Exchange, charges: Sequence[Charge], trial: Decision) -> None:
-        exchange.trial = charges, trial
+    def _count(self, exchange: Exchange, charges: Sequence[Charge], result: Decision) -> None:
+        exchange.candidate = charges, result
         client, decision = exchange.client, exchange.decision
         assert client is not None  # noqa: S101 - as in `observe`
         assert decision is not None  # noqa: S101 - as in `observe`
-        if decision.allowed and not trial.allowed:
+        if decision.allowed and not result.allowed:
             self._recorder.would_refuse[client.quota.name] += 1
-            for quota in trial.violated or (trial.quota,):
+            for quota in result.violated or (result.quota,):
                 self._recorder.candidate_refusals[quota.policy.removesuffix(" candidate"), client.quota.name] += 1
-        elif trial.allowed and not decision.allowed:
+        elif result.allowed and not decision.allowed:
             self._recorder.would_allow[client.quota.name] += 1

@@ -33,11 +33,16 @@ class ConcurrencyStage(LimitListStage):
         concurrency: Sequence[Limit],
         routes: RouteTable,
         slots: LocalSlots,
-        shadow: CandidateLimits | None = None,
+        candidate_limits: CandidateLimits | None = None,
     ) -> None:
         """See `LimitListStage`. `concurrency` are the limits of requests in flight, `slots` who holds them."""
         super().__init__(
-            limiter=limiter, address_quota=address_quota, exempt=exempt, limits=limits, routes=routes, shadow=shadow
+            limiter=limiter,
+            address_quota=address_quota,
+            exempt=exempt,
+            limits=limits,
+            routes=routes,
+            candidate_limits=candidate_limits,
         )
         self._concurrency = tuple([(limit, tuple([part_reader(part) for part in limit.key])) for limit in concurrency])
         self._is_by_route = self._is_by_route or any(limit.routes is not None for limit in concurrency)

@@ -25,7 +25,7 @@ class CostSettlement:
     """Charges or refunds the difference between the charged and the actual cost of a request.
 
     Settlement never refuses a request: a bucket may go into debt, which delays the client's next request. The
-    candidate's buckets (`exchange.trial`) are settled in the same manner, so that the results remain comparable.
+    candidate's buckets (`exchange.candidate`) are settled in the same manner, so that the results remain comparable.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class CostSettlement:
             exchange.settlements += (Settlement(now_ns, self._next_number(), decision, exchange.cost, cost),)
         exchange.cost, exchange.charges = cost, charges
         exchange.decision = self._limiter.settle(changes, decision, now_ns, charges)
-        if exchange.trial is not None and exchange.trial[1].allowed:
-            trial, tried = exchange.trial
-            charges, changes = _settled_to(trial, cost, is_whole=is_whole)
-            exchange.trial = charges, self._limiter.settle(changes, tried, now_ns, charges)
+        if exchange.candidate is not None and exchange.candidate[1].allowed:
+            of_candidate, decision = exchange.candidate
+            charges, changes = _settled_to(of_candidate, cost, is_whole=is_whole)
+            exchange.candidate = charges, self._limiter.settle(changes, decision, now_ns, charges)
 
 
 def _settled_to(charges: Sequence[Charge], cost: float, *, is_whole: bool) -> tuple[list[Charge], list[Charge]]:

@@ -37,17 +37,17 @@ class RateLimitStage:
         limiter: RateLimiter,
         address_quota: Quota | None,
         exempt: Collection[Any],
-        shadow: CandidateLimits | None = None,
+        candidate_limits: CandidateLimits | None = None,
     ) -> None:
         """`address_quota` None disables the address limit; addresses in `exempt` networks have none.
 
-        `shadow` evaluates candidate limits.
+        `candidate_limits` evaluates candidate limits.
         """
         self._limiter = limiter
         self._decide_at_once = limiter.decide
         self.address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
-        self.shadow = shadow
+        self.candidate_limits = candidate_limits
 
     @property
     def limits(self) -> Sequence[Limit]:
@@ -73,7 +73,7 @@ class RateLimitStage:
         decision = self._decide_at_once(charges, plan.now_ns)
         if decision is None:
             return Wait(partial(self._ask, charges, plan.now_ns), self._on_decision)
-        if decision.allowed and self.shadow is None:
+        if decision.allowed and self.candidate_limits is None:
             exchange.decision = decision
             return None
         return self._on_decision(plan, decision)
@@ -122,8 +122,8 @@ class RateLimitStage:
     def _on_decision(self, plan: RequestPlan, decision: Decision) -> StageResult:
         exchange = plan.exchange
         exchange.decision = decision
-        if self.shadow is not None:
-            self.shadow.observe(exchange)
+        if self.candidate_limits is not None:
+            self.candidate_limits.observe(exchange)
         return None if decision.allowed else refusal(exchange, decision)
 
     def _on_inspected(self, plan: RequestPlan, decisions: list[Decision]) -> StageResult:
@@ -143,10 +143,12 @@ class LimitListStage(RateLimitStage):
         exempt: Collection[Any],
         limits: Sequence[Limit],
         routes: RouteTable,
-        shadow: CandidateLimits | None = None,
+        candidate_limits: CandidateLimits | None = None,
     ) -> None:
         """See `RateLimitStage`. `routes` finds out which routes a path with several readings may belong to."""
-        super().__init__(limiter=limiter, address_quota=address_quota, exempt=exempt, shadow=shadow)
+        super().__init__(
+            limiter=limiter, address_quota=address_quota, exempt=exempt, candidate_limits=candidate_limits
+        )
         self._limits = tuple([(limit, tuple([part_reader(part) for part in limit.key])) for limit in limits])
         self._routes = routes
         self._is_by_route = any(limit.routes is not None for limit in limits)

@@ -1,10 +1,10 @@
 """The channel between a worker and the supervisor, for snapshots and reloads; and its counterpart in a single process.
 
-Messages are lines of JSON over a socket pair. A worker sends `ready` once; `report` every second and on request;
-`gather` to request the merged snapshot; `reload` to request a reload in all workers; `query` to put a question to all
-workers; `configured` in response to `prepare` and `commit`, `answer` in response to `query`; and `left` as its last
-message. The supervisor sends `report` to request a report; `prepare` and `commit` for the two phases of a reload;
-`query` to put a question; and `gathered`, `reloaded` and `answers` in response.
+Messages are lines of JSON over a socket pair. A worker sends `ready` once; `snapshot` every second and on request;
+`gather` to request the merged snapshot; `reload` to request a reload in all workers; `query` to have all workers
+queried; `configured` in response to `prepare` and `commit`, `result` in response to `query`; and `left` as its last
+message. The supervisor sends `snapshot` to request a snapshot; `prepare` and `commit` for the two phases of a reload;
+`query`; and `gathered`, `reloaded` and `results` in response.
 """
 
 import asyncio
@@ -26,19 +26,19 @@ from api_gateway.reporting.snapshot_parts import joined
 logger = logging.getLogger(__name__)
 
 TakeSnapshot = Callable[[], Steps[WorkerSnapshot]]
-AnswerQuery = Callable[[dict[str, Any]], Steps[Any]]  # a question and its answer, as JSON values
+RunQuery = Callable[[dict[str, Any]], Steps[Any]]  # a query and its result, as JSON values
 
 REPLACED_SIGNAL = signal.SIGUSR1  # sent to a worker that another one replaces
 
 SNAPSHOT_INTERVAL = 1.0  # seconds; counts of the last interval are lost if a worker is killed
-QUERY_TIMEOUT = 2.0  # seconds for the supervisor to respond with the answers of all workers
+QUERY_TIMEOUT = 2.0  # seconds for the supervisor to respond with the results of all workers
 GATHER_TIMEOUT = 5.0  # seconds for the supervisor to respond, half of what Prometheus waits by default
 MAX_MESSAGE = 64 * 1024 * 1024  # bytes
-MAX_UNSENT = 8 * 1024 * 1024  # bytes unread by the supervisor from which no report is sent
+MAX_UNSENT = 8 * 1024 * 1024  # bytes unread by the supervisor from which no snapshot is sent
 
 
 class QueryResults(NamedTuple):
-    """The answers of all workers to a question. `is_complete` False: a worker did not respond in time."""
+    """The results of a query in all workers. `is_complete` False: a worker did not respond in time."""
 
     values: list[Any]
     is_complete: bool = True
@@ -61,7 +61,7 @@ class Reconfigurable(Protocol):
 
 
 class Aggregator(Protocol):
-    """Access to all workers of the gateway: their merged snapshot, questions to each, and reloads.
+    """Access to all workers of the gateway: their merged snapshot, queries of each, and reloads.
 
     `worker` is the name of this process among several workers; empty if it is the only one.
     """
@@ -72,12 +72,12 @@ class Aggregator(Protocol):
         """Set the source of this process's snapshots, and the object that applies configurations."""
         ...
 
-    def answer_by(self, answer: AnswerQuery) -> None:
-        """Set what answers questions in this process."""
+    def respond_by(self, run_query: RunQuery) -> None:
+        """Set the function that runs queries in this process."""
         ...
 
-    async def query(self, question: dict[str, Any]) -> QueryResults:
-        """Put a question, a JSON object, to all workers, and return their answers."""
+    async def query(self, query: dict[str, Any]) -> QueryResults:
+        """Run a query, a JSON object, in all workers, and return their results."""
         ...
 
     async def reload(self, origin: str) -> ReloadOutcome:
@@ -98,16 +98,16 @@ class SingleProcess:
     def __init__(self) -> None:
         self.worker = ""
         self._take_snapshot: TakeSnapshot = _nothing
-        self._answer: AnswerQuery = _no_answer
+        self._run_query: RunQuery = _no_result
         self._reconfigurable: Reconfigurable | None = None
 
-    def answer_by(self, answer: AnswerQuery) -> None:
-        """Set what answers questions."""
-        self._answer = answer
+    def respond_by(self, run_query: RunQuery) -> None:
+        """Set the function that runs queries."""
+        self._run_query = run_query
 
-    async def query(self, question: dict[str, Any]) -> QueryResults:
-        """Return the answer of this process."""
-        return QueryResults([await run_in_steps(self._answer(question))])
+    async def query(self, query: dict[str, Any]) -> QueryResults:
+        """Return the result of this process."""
+        return QueryResults([await run_in_steps(self._run_query(query))])
 
     def register(self, take_snapshot: TakeSnapshot, configured: Reconfigurable | None = None) -> None:
         """Set the source of snapshots, and the object that applies configurations."""
@@ -126,8 +126,8 @@ class SingleProcess:
 class SupervisorChannel:
     """A worker's end of the channel: sends its snapshots to the supervisor, and requests merged ones and reloads.
 
-    States, in this order: created; connected (`connect`: messages are read); ready (`announce_ready`: a report is sent
-    every second); closed (`close`). `gather` and `reload` require a connected channel.
+    States, in this order: created; connected (`connect`: messages are read); ready (`announce_ready`: a snapshot is
+    sent every second); closed (`close`). `gather` and `reload` require a connected channel.
     """
 
     def __init__(self, channel: socket.socket, on_orphaned: Callable[[], None], worker: str = "1") -> None:
@@ -136,8 +136,8 @@ class SupervisorChannel:
         self._channel = channel
         self._on_orphaned = on_orphaned
         self._take_snapshot: TakeSnapshot = _nothing
-        self._answer: AnswerQuery = _no_answer
-        self._answering: set[asyncio.Task[None]] = set()
+        self._run_query: RunQuery = _no_result
+        self._queries: set[asyncio.Task[None]] = set()
         self._reconfigurable: Reconfigurable | None = None
         self._since = 0  # number of the first slice that may have changed since the last message
         self._known: dict[str, UpstreamSnapshot] = {}  # upstreams as in the last message
@@ -156,9 +156,9 @@ class SupervisorChannel:
         """Set the source of this worker's snapshots, and the object that applies configurations."""
         self._take_snapshot, self._reconfigurable = take_snapshot, configured
 
-    def answer_by(self, answer: AnswerQuery) -> None:
-        """Set what answers questions in this worker."""
-        self._answer = answer
+    def respond_by(self, run_query: RunQuery) -> None:
+        """Set the function that runs queries in this worker."""
+        self._run_query = run_query
 
     async def connect(self) -> None:
         """Begin to read messages from the supervisor."""
@@ -166,12 +166,12 @@ class SupervisorChannel:
         self._tasks.append(asyncio.create_task(self._listen(reader), name="supervisor channel"))
 
     def announce_ready(self) -> None:
-        """Announce that this worker accepts requests, and begin to send reports."""
+        """Announce that this worker accepts requests, and begin to send snapshots."""
         self._send("ready", clock=time.monotonic())
-        self._tasks.append(asyncio.create_task(self._report_periodically(), name="reports"))
+        self._tasks.append(asyncio.create_task(self._send_periodically(), name="snapshots"))
 
     async def close(self, cut_off: int = 0) -> None:
-        """Send the last report and close the channel. `cut_off` is the number of exchanges aborted at the stop."""
+        """Send the last snapshot and close the channel. `cut_off` is the number of exchanges aborted at the stop."""
         for task in self._tasks:
             task.cancel()
         await self._send_snapshot("left", cut_off=cut_off)
@@ -204,20 +204,20 @@ class SupervisorChannel:
         await run_in_steps(snapshot.updating(self._last))
         return snapshot
 
-    async def query(self, question: dict[str, Any]) -> QueryResults:
-        """Have the supervisor put a question to all workers; if it does not respond, only this worker answers."""
+    async def query(self, query: dict[str, Any]) -> QueryResults:
+        """Have the supervisor query all workers; if it does not respond, return the result of this worker only."""
         self._number = number = self._number + 1
         response = self._pending[number] = asyncio.get_running_loop().create_future()
-        self._send("query", id=number, question=question)
+        self._send("query", id=number, query=query)
         try:
             async with asyncio.timeout(QUERY_TIMEOUT):
                 found = await response
         except TimeoutError:
-            return QueryResults([await run_in_steps(self._answer(question))], is_complete=False)
+            return QueryResults([await run_in_steps(self._run_query(query))], is_complete=False)
         finally:
             del self._pending[number]
         values = []
-        for text in found["answers"]:
+        for text in found["results"]:
             values.append(json.loads(text))
             await asyncio.sleep(0)
         return QueryResults(values, found["is_complete"])
@@ -236,17 +236,17 @@ class SupervisorChannel:
         with suppress(OSError):
             while (line := await reader.readline()).endswith(b"\n"):
                 message = json.loads(line)
-                if message["kind"] == "report":
-                    await self._report(replies=message["id"])
+                if message["kind"] == "snapshot":
+                    await self._send_next(replies=message["id"])
                 elif message["kind"] == "prepare":
                     self._preparing = asyncio.create_task(self._prepare(message), name="configuration")
                 elif message["kind"] == "commit":
                     self._commit(message["id"])
                 elif message["kind"] == "query":
-                    answering = asyncio.create_task(self._answer_query(message), name="answer")
-                    self._answering.add(answering)
-                    answering.add_done_callback(self._answering.discard)
-                elif message["kind"] == "answers":
+                    running = asyncio.create_task(self._send_result(message), name="query")
+                    self._queries.add(running)
+                    running.add_done_callback(self._queries.discard)
+                elif message["kind"] == "results":
                     self._resolve(message["id"], message)
                 elif message["kind"] == "gathered":
                     self._receive_part(message)
@@ -255,15 +255,15 @@ class SupervisorChannel:
                 await asyncio.sleep(0)  # `readline` does not yield to the loop while lines are buffered
         self._on_orphaned()
 
-    async def _answer_query(self, message: dict[str, Any]) -> None:
-        """Send the answer as text, which the supervisor passes on without parsing it."""
-        answer = json.dumps(await run_in_steps(self._answer(message["question"])), separators=(",", ":"))
-        self._send("answer", id=message["id"], answer=answer)
+    async def _send_result(self, message: dict[str, Any]) -> None:
+        """Send the result of a query as text, which the supervisor passes on without parsing it."""
+        result = json.dumps(await run_in_steps(self._run_query(message["query"])), separators=(",", ":"))
+        self._send("result", id=message["id"], result=result)
 
     def _receive_part(self, message: dict[str, Any]) -> None:
         """Store one part of a response; the last part completes it."""
         parts = self._parts.setdefault(message["id"], [])
-        parts.append(message["report"])
+        parts.append(message["snapshot"])
         if message["is_last"]:
             self._resolve(message["id"], joined(self._parts.pop(message["id"])))
 
@@ -296,14 +296,14 @@ class SupervisorChannel:
             objection = f"it failed: {type(error).__name__}", False
         self._send("configured", id=number, objection=objection)
 
-    async def _report_periodically(self) -> None:
+    async def _send_periodically(self) -> None:
         while True:
             await asyncio.sleep(SNAPSHOT_INTERVAL)
-            await self._report()
+            await self._send_next()
 
-    async def _report(self, replies: int = 0) -> None:
+    async def _send_next(self, replies: int = 0) -> None:
         if self._writer.transport.get_write_buffer_size() < MAX_UNSENT:
-            await self._send_snapshot("report", replies=replies)
+            await self._send_snapshot("snapshot", replies=replies)
 
     async def _send_snapshot(self, kind: str, **fields: Any) -> None:
         """Send a message with the changes since the last one."""
@@ -312,7 +312,7 @@ class SupervisorChannel:
             snapshot = await run_in_steps(self._take_snapshot())
             state = await run_in_steps(snapshot.describing(self._since, self._known))
             self._since, self._known = since, snapshot.upstreams
-            self._send(kind, **fields, report=state)
+            self._send(kind, **fields, snapshot=state)
 
     def _send(self, kind: str, **fields: Any) -> None:
         if not self._writer.is_closing():
@@ -324,7 +324,7 @@ def _nothing() -> Steps[WorkerSnapshot]:
     return WorkerSnapshot.blank()
 
 
-def _no_answer(_question: dict[str, Any]) -> Steps[Any]:
+def _no_result(_query: dict[str, Any]) -> Steps[Any]:
     yield from ()
     return None
 

@@ -7,10 +7,10 @@ expected, and quote nothing.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from api_gateway.ip_addresses import is_address
 from api_gateway.settings.bind_address import MAX_PORT
 
 MEMORY = "memory://"
@@ -122,22 +122,12 @@ def _host(place: str, default_port: int) -> tuple[str, int]:
     if not place or place.startswith(":"):
         raise ValueError("must name a host")
     found = _HOST.fullmatch(place)
-    if found is None or not _is_address(found["ipv6"]):
+    if found is None or not (found["ipv6"] is None or is_address(found["ipv6"], version=6)):
         raise ValueError(f"must name hosts by name or address, an IPv6 address in brackets; {_RESERVED}")
     port = found["port"] or str(default_port)
     if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT):
         raise ValueError(f"has a port that is not a number from 1 to {MAX_PORT}; {_RESERVED}")
     return (found["ipv6"] or found["name"]).lower(), int(port)
-
-
-def _is_address(ipv6: str | None) -> bool:
-    if ipv6 is None:
-        return True
-    try:
-        IPv6Address(ipv6)
-    except ValueError:
-        return False
-    return True
 
 
 def _number(text: str, what: str) -> int:

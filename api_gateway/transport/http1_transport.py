@@ -14,11 +14,11 @@ import asyncio
 import math
 import ssl
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
 
+from api_gateway.ip_addresses import is_address
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.system.x509 import load_pair
 from api_gateway.transport.happy_eyeballs import FailedAddresses, connect_to_name
@@ -163,7 +163,7 @@ async def _connect(
     try:
         async with asyncio.timeout(seconds):
             server_name = None if tls is None else origin.host
-            if _is_address(origin.address):
+            if is_address(origin.address):
                 await loop.create_connection(
                     protocol, origin.address, origin.port, ssl=tls, server_hostname=server_name
                 )
@@ -189,14 +189,6 @@ async def _connect(
     if connection.is_closed:
         raise httpx.ConnectError(f"{place} closed the connection immediately")
     return connection
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def tls_context(

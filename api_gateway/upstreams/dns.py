@@ -4,13 +4,13 @@ While a name cannot be resolved, its known addresses are kept; before the first 
 """
 
 import asyncio
-import ipaddress
 import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from api_gateway.ip_addresses import is_address
 from api_gateway.upstreams.target import Target
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]  # (host, port) -> addresses; raises OSError
@@ -47,7 +47,7 @@ class HostName:
         self.url = url
         self.host = parts.hostname
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.is_address = _is_address(self.host)
+        self.is_address = is_address(self.host)
         self.error: str | None = None
         self.asked_at: float | None = None
         self._scheme = parts.scheme
@@ -143,11 +143,3 @@ async def _resolve_name(
     while True:
         on_resolution(await resolve_once(name, interval, resolve, clock))
         await asyncio.sleep(interval * source.uniform(1 - _JITTER, 1 + _JITTER))
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -524,7 +524,7 @@ class Trial:
     def __init__(self, worker: Worker, most: int) -> None:
         self.worker = worker
         self.recorder = Recorder(["r"], ["up"], ["FREE"], [50], 0.0)
-        self.shadow = CandidateLimits(
+        self.candidate_limits = CandidateLimits(
             limiter=worker.charging,
             clock_ns=lambda: worker.now_ns,
             recorder=self.recorder,
@@ -538,7 +538,7 @@ class Trial:
         exchange = Exchange("", "GET", "/api/x", "192.0.2.7", self.worker.now_ns / 1e9, client)
         exchange.charges = SlottedCharges([Charge("client:acme", PLENTY, PLENTY.cost_ns(1))], (FIVE,))
         exchange.decision, exchange.finished = Decision("", FIVE.quota, is_allowed, 0, 0, 0), finished
-        self.shadow.observe(exchange)
+        self.candidate_limits.observe(exchange)
         return exchange
 
     @property
@@ -589,7 +589,7 @@ def test_a_candidate_is_decided_on_while_the_store_is_unavailable(store: LuaStor
     for exchange in begun:
         trial.worker.end(exchange)
     ended = trial.request(finished=trial.worker.now_ns / 1e9)
-    assert (ended.trial is not None, ended.slots) == (True, ()), "a request that has ended keeps no slots"
+    assert (ended.candidate is not None, ended.slots) == (True, ()), "a request that has ended keeps no slots"
     assert trial.worker.in_flight["five candidate"] == 0
 
 

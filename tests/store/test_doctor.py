@@ -19,7 +19,6 @@ import pytest
 
 from api_gateway.config import GatewayConfig, from_values
 from api_gateway.doctor.access_checks import check_exposure, check_tokens
-from api_gateway.doctor.certificate_dates import end_of_validity_in
 from api_gateway.doctor.checks import Check, CheckResult, Level, good, run_checks
 from api_gateway.doctor.machine_checks import (
     check_certificates,
@@ -34,6 +33,7 @@ from api_gateway.doctor.options import run_doctor
 from api_gateway.doctor.store_checks import store_checks, store_results
 from api_gateway.doctor.upstream_checks import issuer_checks, upstream_checks
 from api_gateway.storage.store_probe import StoreFacts
+from api_gateway.system.x509 import facts_of_pem
 from tests.cases import each
 from tests.kit import RawUpstream, reply
 from tests.store_kit import SERVERS, StoreServer
@@ -174,7 +174,8 @@ def test_the_end_of_a_certificate_is_the_one_that_openssl_reports(certificates: 
     path = certificates / "here.pem"
     said = subprocess.run(["openssl", "x509", "-enddate", "-noout", "-in", path], capture_output=True, check=True)
     text = said.stdout.decode().strip().removeprefix("notAfter=")
-    assert end_of_validity_in(path) == datetime.strptime(text, "%b %d %H:%M:%S %Y GMT").replace(tzinfo=UTC)
+    end = datetime.strptime(text, "%b %d %H:%M:%S %Y GMT").replace(tzinfo=UTC)
+    assert facts_of_pem(path.read_bytes()).not_after == end.timestamp()
 
 
 def test_the_certificates_of_all_sections_are_checked(tmp_path: Path, certificates: Path) -> None:
@@ -185,7 +186,7 @@ def test_the_certificates_of_all_sections_are_checked(tmp_path: Path, certificat
     assert found[0].startswith("warning  upstreams.users.tls.cert_file: the certificate expires at ")
     assert found[1:] == [
         (
-            f"failed   upstreams.orders.tls.cert_file: '{tmp_path}/broken.pem' cannot be used: is no certificate. Name a"
+            f"failed   upstreams.orders.tls.cert_file: '{tmp_path}/broken.pem' cannot be used: is not a certificate. Name a"
             " PEM file with the certificate."
         ),
         (

@@ -21,7 +21,7 @@ def trying(limit: dict[str, Any]) -> tuple[Slotted, Recorder]:
     """Return a stage with this limit and its candidate, and what counts the candidate's decisions."""
     quotas = Quotas.of(GatewayConfig.model_validate({"limits": [limit]}))
     slotted, recorder = Slotted(*quotas.concurrency), Recorder(["r"], ["up"], ["FREE", "PREMIUM"], [50], 0.0)
-    slotted.stage.shadow = CandidateLimits(
+    slotted.stage.candidate_limits = CandidateLimits(
         limiter=slotted.limiter,
         clock_ns=lambda: slotted.now_ns,
         recorder=recorder,
@@ -38,7 +38,7 @@ def test_a_candidate_counts_what_it_would_refuse_and_returns_to_zero() -> None:
     assert [error is None for _, error in begun] == [True] * 5 + [False], "the candidate refuses nothing"
     assert slotted.in_flight == {"five": 5, "five candidate": 2}
     assert recorder.candidate_refusals == {("five", "FREE"): 3}
-    assert slotted.begin(client=RICH)[0].trial is None, "its tier has neither"
+    assert slotted.begin(client=RICH)[0].candidate is None, "its tier has neither"
     slotted.end(begun[0][0])
     begun.append(slotted.begin())
     assert recorder.candidate_refusals == {("five", "FREE"): 3}, "one of its slots was free again"

@@ -144,7 +144,7 @@ def test_invented_ids_take_no_room_from_the_quotas_of_others_through_a_candidate
     limited, counters = Limited(*quotas.limits), PeriodCounters(4)
     limiter = QuotaLimiter(limited.limiter, counters, wall_clock=lambda: 1_800_000_000.0)
     recorder = Recorder((), (), ["FREE"], (50.0,), 0.0)
-    shadow = CandidateLimits(
+    candidate_limits = CandidateLimits(
         limiter=limiter,
         clock_ns=lambda: limited.now_ns,
         recorder=recorder,
@@ -153,14 +153,19 @@ def test_invented_ids_take_no_room_from_the_quotas_of_others_through_a_candidate
         slots=LocalSlots(Counter()),
     )
     limited.stage = LimitListStage(
-        limiter=limiter, address_quota=None, exempt=(), limits=quotas.limits, routes=ROUTES, shadow=shadow
+        limiter=limiter,
+        address_quota=None,
+        exempt=(),
+        limits=quotas.limits,
+        routes=ROUTES,
+        candidate_limits=candidate_limits,
     )
     settlement = CostSettlement(limiter=limiter, clock_ns=lambda: limited.now_ns, recorder=recorder)
     for index in range(50):
         invented = Client(f"new-{index}", f"client:new-{index}", FREE, "default")
         exchange = limited.ask(client=invented)[0].exchange
-        assert exchange.trial is not None
-        assert [charge.is_unverified for charge in exchange.trial[0]] == [False, True]
+        assert exchange.candidate is not None
+        assert [charge.is_unverified for charge in exchange.candidate[0]] == [False, True]
         settlement.settle(exchange, 0.0, is_whole=True)
     assert (len(counters), counters.unverified) == (4, 4)
     in_force, tried = "limit:monthly:client:acme", "candidate:limit:monthly:client:acme"

@@ -37,21 +37,21 @@ ROUTE = Route("r", "/api/x", "up", costs=(CostRule(frozenset({"POST"}), "/api/x/
 
 
 class Trying:
-    """A shadow and the limit it stands beside, on one clock."""
+    """Candidate limits and the limits in force beside them, on one clock."""
 
     def __init__(self, routes: tuple[Route, ...] = (), candidates: dict[str, Quota] | None = None) -> None:
         self.now_ns = 1_000 * NANOSECONDS
         self.limiter = MemoryLimiter([FREE, TIGHTER, PAID])
         self.recorder = Recorder(["r"], ["up"], ["FREE", "PAID"], [50], 0.0)
-        self.candidates, self.routes = candidates or {}, routes
-        self.shadow = self.shadow_with(self.limiter)
+        self.quotas, self.routes = candidates or {}, routes
+        self.candidates = self.candidates_with(self.limiter)
 
-    def shadow_with(self, limiter: Any) -> CandidateLimits:
+    def candidates_with(self, limiter: Any) -> CandidateLimits:
         return CandidateLimits(
             limiter=limiter,
             clock_ns=lambda: self.now_ns,
             recorder=self.recorder,
-            candidates=self.candidates,
+            candidates=self.quotas,
             routes=self.routes,
             slots=LocalSlots(Counter()),
         )
@@ -62,7 +62,7 @@ class Trying:
         exchange = Exchange("id", method, path, "192.0.2.7", 0.0, Client(client, f"client:{client}", quota, "default"))
         exchange.route, exchange.cost = "r", cost
         exchange.decision = self.limiter.decide([Charge(f"client:{client}", quota, quota.cost_ns(cost))], self.now_ns)
-        self.shadow.observe(exchange)
+        self.candidates.observe(exchange)
         return exchange
 
     @property
@@ -101,18 +101,18 @@ def test_charges_that_are_remembered_have_their_own_candidate_charges(
             exchange = Exchange("id", "GET", "/api/x", "192.0.2.7", 0.0, client)
             exchange.cost, exchange.charges = float(own[0].increment_ns // FREE.emission_ns), own
             exchange.decision = trying.limiter.decide(own, trying.now_ns)
-            trying.shadow.observe(exchange)
-            assert exchange.trial is not None
-            assert exchange.trial[0][0].key == f"candidate:{client.key}"
-            assert exchange.trial[1].remaining == max(4 - (number + 1) * exchange.cost, 0)
-        assert len(trying.shadow._remembered) == min(most, 2)
+            trying.candidates.observe(exchange)
+            assert exchange.candidate is not None
+            assert exchange.candidate[0][0].key == f"candidate:{client.key}"
+            assert exchange.candidate[1].remaining == max(4 - (number + 1) * exchange.cost, 0)
+        assert len(trying.candidates._remembered) == min(most, 2)
     assert trying.counted == (1, 0)  # the third request of two tokens
 
 
 def test_a_tier_without_a_candidate_is_not_looked_at() -> None:
     trying = Trying(candidates={"FREE": TIGHTER})
     before = len(trying.limiter)
-    assert trying.request(PAID).trial is None
+    assert trying.request(PAID).candidate is None
     assert len(trying.limiter) == before + 1  # the enforced bucket
 
 
@@ -124,7 +124,7 @@ def test_a_candidate_cost_counts_what_the_bucket_would_no_longer_hold(path: str)
         trying.request()
     assert trying.request(cost=5, method="POST", path=path).decision.allowed  # type: ignore[union-attr]  # as above
     assert trying.counted == (1, 0)  # 3 + 8 of 10
-    assert trying.request(cost=5, method="GET", path=path).trial is not None
+    assert trying.request(cost=5, method="GET", path=path).candidate is not None
 
 
 @each(
@@ -182,9 +182,9 @@ class Waiting:
 
 def test_a_decision_of_the_store_counts_once_the_store_has_responded() -> None:
     trying, store = Trying(candidates={"FREE": TIGHTER}), Waiting()
-    trying.shadow = trying.shadow_with(store)
+    trying.candidates = trying.candidates_with(store)
     exchange = trying.request()
-    assert (exchange.trial, trying.counted) == (None, (0, 0))
+    assert (exchange.candidate, trying.counted) == (None, (0, 0))
     store.replies[0](Decision("candidate:client:c", TIGHTER, allowed=False, remaining=0, wait_ns=1, reset_ns=1))
     assert trying.counted == (1, 0)
 
@@ -198,7 +198,7 @@ def request_of(trying: Trying, *further: Charge) -> Exchange:
     exchange.route, exchange.cost = "r", 1
     exchange.charges = [Charge("client:c", FREE, FREE.cost_ns(1)), *further]
     exchange.decision = trying.limiter.decide(exchange.charges, trying.now_ns)
-    trying.shadow.observe(exchange)
+    trying.candidates.observe(exchange)
     return exchange
 
 
@@ -207,13 +207,13 @@ def test_a_candidate_of_a_limit_is_evaluated_with_all_limits_of_the_request() ->
     login = Charge("limit:login:192.0.2.7", LOGIN, LOGIN.cost_ns(1), 1)
     for _ in range(12):
         exchange = request_of(trying, login)
-    assert exchange.trial is not None
-    keys = [charge.key for charge in exchange.trial[0]]
+    assert exchange.candidate is not None
+    keys = [charge.key for charge in exchange.candidate[0]]
     assert keys == ["candidate:client:c", "candidate:limit:login:192.0.2.7"]
-    assert exchange.trial[1].quota is CANDIDATES["login"]
+    assert exchange.candidate[1].quota is CANDIDATES["login"]
     assert trying.recorder.would_refuse == {"FREE": 4, "PAID": 0}
     assert trying.recorder.candidate_refusals == {("login", "FREE"): 4}
-    assert request_of(trying).trial is None, "none of its limits has a candidate"
+    assert request_of(trying).candidate is None, "none of its limits has a candidate"
 
 
 # Seen from outside

@@ -117,7 +117,7 @@ class Stage:
             on_cost=settlement.on_cost,
             on_fallback=settlement.on_fallback,
         )
-        shadow = CandidateLimits(
+        candidate_limits = CandidateLimits(
             limiter=self.limiter,
             clock_ns=lambda: self.now_ns,
             recorder=self.recorder,
@@ -125,7 +125,9 @@ class Stage:
             routes=routes,
             slots=LocalSlots(Counter()),
         )
-        limits = RateLimitStage(limiter=self.limiter, address_quota=ADDRESS, exempt=(), shadow=shadow)
+        limits = RateLimitStage(
+            limiter=self.limiter, address_quota=ADDRESS, exempt=(), candidate_limits=candidate_limits
+        )
         tiers = {"FREE": FREE, "PAID": PAID}
         registry = ClientRegistry(tiers, "FREE", {"paid": "PAID"}, SqliteClientStore(tmp_path / "unused"))
         shedder = EventLoopShedder(None, source=random.Random(1))

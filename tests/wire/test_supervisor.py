@@ -89,7 +89,7 @@ async def nothing(*_: object) -> Any:
 
 @pytest.mark.parametrize(
     "message",
-    [b"{}\n", b"no JSON\n", b'{"kind": "configured"}\n', b'{"kind": "report", "report": []}\n', b"x" * 100_000],
+    [b"{}\n", b"no JSON\n", b'{"kind": "configured"}\n', b'{"kind": "snapshot", "snapshot": []}\n', b"x" * 100_000],
     ids=["no kind", "no JSON", "no id", "no snapshot", "no end"],
 )
 async def test_a_worker_whose_message_cannot_be_processed_is_killed_and_reported(

@@ -65,12 +65,12 @@ async def test_a_worker_says_that_it_is_ready_reports_when_asked_and_at_the_end(
     async with Peer() as peer:
         peer.member.announce_ready()
         assert abs((await peer.heard("ready"))["clock"] - time.monotonic()) < 5
-        peer.writer.write(encode("report", id=3))
-        asked = await peer.heard("report")
-        assert (asked["replies"], asked["report"]["buckets"]) == (3, 7)
+        peer.writer.write(encode("snapshot", id=3))
+        asked = await peer.heard("snapshot")
+        assert (asked["replies"], asked["snapshot"]["buckets"]) == (3, 7)
         await peer.member.close(cut_off=2)
         left = await peer.heard("left")
-        assert (left["cut_off"], left["report"]["buckets"]) == (2, 7)
+        assert (left["cut_off"], left["snapshot"]["buckets"]) == (2, 7)
         peer.writer.close()
 
 
@@ -79,17 +79,17 @@ async def test_a_worker_reports_by_itself(monkeypatch: pytest.MonkeyPatch) -> No
     async with Peer() as peer:
         peer.member.announce_ready()
         for _ in range(3):
-            assert (await peer.heard("report"))["replies"] == 0
+            assert (await peer.heard("snapshot"))["replies"] == 0
 
 
 async def test_the_merged_snapshots_are_those_of_the_supervisor() -> None:
     async with Peer() as peer:
         gathering = asyncio.create_task(peer.member.gather())
         asked = await peer.heard("gather")
-        assert asked["report"]["buckets"] == 7, "what it shows may be asked for before it is shown"
+        assert asked["snapshot"]["buckets"] == 7, "what it shows may be asked for before it is shown"
         all_together = look()
         all_together.buckets = 21
-        peer.writer.write(encode("gathered", id=asked["id"], report=all_together.state(), is_last=True))
+        peer.writer.write(encode("gathered", id=asked["id"], snapshot=all_together.state(), is_last=True))
         report = await gathering
         assert report.buckets == 21
         assert report.recorder.percentiles == (50,)
@@ -106,12 +106,12 @@ async def test_a_supervisor_that_is_silent_is_replaced_by_its_last_reply(
         late = look()
         late.buckets = 20
         await peer.heard("gather")
-        peer.writer.write(encode("gathered", id=1, report=late.state(), is_last=True))  # nobody waits for it by now
+        peer.writer.write(encode("gathered", id=1, snapshot=late.state(), is_last=True))  # nobody waits for it by now
         monkeypatch.setattr(worker_channel, "GATHER_TIMEOUT", PATIENCE)
         gathering = asyncio.create_task(peer.member.gather())
         await peer.heard("gather")
         late.buckets = 21
-        peer.writer.write(encode("gathered", id=2, report=late.state(), is_last=True))
+        peer.writer.write(encode("gathered", id=2, snapshot=late.state(), is_last=True))
         assert (await gathering).buckets == 21
         monkeypatch.setattr(worker_channel, "GATHER_TIMEOUT", 0.05)
         assert (await peer.member.gather()).buckets == 21
@@ -135,7 +135,7 @@ async def test_a_supervisor_that_does_not_read_is_sent_nothing_new(monkeypatch: 
         peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         peer.reader._transport.pause_reading()  # type: ignore[attr-defined]  # as if it hung
         for _ in range(3000):
-            await peer.member._report()
+            await peer.member._send_next()
         unsent = peer.member._writer.transport.get_write_buffer_size()
         assert unsent < 5000
         peer.reader._transport.resume_reading()  # type: ignore[attr-defined]
