@@ -46,7 +46,8 @@ function connected() {
   const words = { connecting: "Connecting", live: "Live", refused: "Not authorised" };
   const lost = stream.lostAt ? `Connection lost ${duration((Date.now() - stream.lostAt) / 1000)} ago` : "Connection lost";
   connection.dataset.state = stream.state;
-  say(connection, words[stream.state] ?? lost);
+  const text = words[stream.state] ?? (stream.error ? "Not connected" : lost);
+  say(connection, stream.error ? `${text}: ${stream.error.message}` : text);
 }
 
 function greet() {

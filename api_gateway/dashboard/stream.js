@@ -11,6 +11,7 @@ class Stream extends EventTarget {
     super();
     this.state = "connecting"; // connecting, live, lost, refused
     this.lostAt = null;
+    this.error = null; // the error response to the last attempt to connect
     this.hello = null;
     this.overview = null;
     this.problems = [];
@@ -25,6 +26,7 @@ class Stream extends EventTarget {
   connect() {
     this.abort?.abort();
     this.run += 1;
+    this.error = null;
     this.#set("connecting");
     this.#follow(this.run);
   }
@@ -35,10 +37,9 @@ class Stream extends EventTarget {
       try {
         await this.#read(abort);
       } catch (error) {
-        if (error instanceof ApiError && [401, 403].includes(error.status)) {
-          if (run === this.run) { this.error = error; this.#set("refused"); }
-          return;
-        }
+        if (run !== this.run) return;
+        this.error = error instanceof ApiError ? error : null;
+        if (this.error && [401, 403].includes(error.status)) { this.#set("refused"); return; }
       }
       if (run !== this.run) return;
       if (this.state !== "lost") this.lostAt = Date.now();
@@ -98,6 +99,7 @@ class Stream extends EventTarget {
       for (const one of this.gone ?? []) { this.upstreams.delete(one); this.changed.add(one); }
       this.gone = null;
       this.failures = 0;
+      this.error = null;
       this.#set("live");
       this.dispatchEvent(new Event("frame"));
       this.changed.clear();

@@ -236,7 +236,8 @@ def test_without_a_token_the_page_asks_for_one_and_keeps_it_out_of_urls_and_cook
         page.on("request", lambda request: sent.append(request))  # noqa: PLW0108 - the driver asks for a function
         page.get_by_role("dialog").get_by_label("Token").fill("not-the-right-token")
         page.keyboard.press("Enter")
-        page.get_by_text("The bearer token is not valid.").wait_for()
+        page.get_by_role("dialog").get_by_text("The bearer token is not valid.").wait_for()
+        assert page.locator("#connection").inner_text() == "Not authorised: The bearer token is not valid."
         page.get_by_role("dialog").get_by_label("Token").fill(READER)
         page.keyboard.press("Enter")
         live(page)
@@ -899,6 +900,102 @@ def test_everything_works_by_keyboard(browser: Any, site: Site) -> None:
         page.keyboard.press("Escape")
         page.get_by_role("dialog").wait_for(state="detached")
         assert page.evaluate("document.activeElement.textContent") == "Observe", "the focus returns"
+
+
+KEEP = "window.kept = [...document.querySelectorAll('main a, main button, main summary, main input, main select')]"
+LOST = "window.kept.filter((one) => !one.isConnected).map((one) => one.textContent)"
+
+
+def next_answers(page: Any, *paths: str) -> None:
+    """Wait until each of these paths has been read twice more, and what was read is shown."""
+    for path in paths * 2:
+        with page.expect_response(lambda response, end=path: response.url.endswith(end)):
+            pass
+    page.wait_for_timeout(200)
+
+
+def test_the_focus_and_open_disclosures_survive_what_a_page_reads_anew(browser: Any, site: Site) -> None:
+    """Controls stay in the page while nothing changes; a changed row gives its focus to the row in its place."""
+    made = [site.ask("/clients/held/keys", "POST", {"label": f"key {number}"}).json() for number in range(2)]
+    active = "document.activeElement"
+    with dashboard(browser, site, "#/clients/held") as page:
+        keys = page.get_by_role("region", name="API keys")
+        quotas = page.locator(".bucket", has_text="monthly")
+        quotas.wait_for()
+        for one in page.locator("main details").all():
+            one.evaluate("(one) => { one.open = true; }")
+        page.evaluate(KEEP)
+        row = keys.locator("tr", has_text=made[1]["id"])
+        row.get_by_role("button", name="Revoke").focus()
+        next_answers(page, "/clients?sort=limited&limit=100", "/quotas")
+        assert page.evaluate(LOST) == []
+        assert row.get_by_role("button", name="Revoke").evaluate(f"(one) => one === {active}")
+        assert page.locator("main details:not([open])").count() == 0
+
+        site.ask(f"/clients/held/keys/{made[1]['id']}/rotate", "POST", {"overlap_seconds": 3600})
+        row.get_by_text("replaced").wait_for()
+        row.get_by_role("button", name="Revoke").wait_for()
+        assert page.evaluate(f"{active}.closest('tr').textContent").startswith(made[1]["id"]), "not that of another"
+        quotas.get_by_role("button", name="Top up").focus()
+        site.ask("/clients/held/quotas/monthly/top-up", "POST", {"amount": 5})
+        quotas.get_by_text("5 of top-ups").wait_for()
+        assert page.evaluate(f"{active}.textContent") == "Top up"
+
+        confirm(page, "Create a key", close=True)
+        eventually(lambda: keys.locator("tbody tr").count() == 4, "the key is listed")
+        assert page.evaluate(f"{active}.textContent") == "Create a key"
+        confirm(page, "Accept the bare id")
+        page.get_by_role("button", name="Require a credential").wait_for()
+        assert page.evaluate(f"{active}.textContent") == "Require a credential"
+        while keys.is_visible():
+            left = keys.locator("tbody tr").count()
+            confirm(page, "Revoke")
+            eventually(lambda: keys.locator("tbody tr").count() < left or not keys.is_visible(), "it is gone")  # noqa: B023 - it is awaited
+            assert page.evaluate(f"{active} !== document.body"), "the focus is somewhere"
+        assert page.evaluate(f"{active}.textContent") == "Create a key"
+
+
+def test_the_focus_stays_on_what_moves_or_gets_another_text(browser: Any, site: Site, filled: str) -> None:
+    """A transition that is added closes no disclosure; rows that are sorted anew keep the focus."""
+    assert filled, "a breaker has transitions with failed calls"
+    active = "document.activeElement"
+    with dashboard(browser, site, "#/upstreams/flaky") as page:
+        failures = page.locator(".transitions details").last
+        failures.locator("summary").click()
+        failures.locator("summary").focus()
+        site.ask("/circuit-breakers/flaky", "POST", {"mode": "observe"})
+        page.evaluate(KEEP)
+        before = page.locator(".transitions li").count()
+
+        def is_longer() -> bool:
+            site.ask("/api/flaky/1", **{"X-Client-ID": f"caller-{time.monotonic_ns()}"})
+            return bool(page.locator(".transitions li").count() > before)
+
+        eventually(is_longer, "a transition was added", 60)
+        assert page.evaluate(LOST) == []
+        assert failures.evaluate("(one) => one.open")
+        assert failures.locator("summary").evaluate(f"(one) => one === {active}")
+        page.get_by_role("link", name="users", exact=True).focus()
+        site.ask("/circuit-breakers/users", "POST", {"mode": "forced_open"})
+        page.locator(".list tbody tr:first-child a", has_text="users").wait_for()
+        assert page.evaluate(f"{active}.textContent") == "users", "a row that moves keeps the focus"
+        page.goto(f"{site.gateway.url}/dashboard#/")
+        page.get_by_role("link", name=re.compile("forced the breaker of 'users' open")).focus()
+        site.ask("/circuit-breakers/flaky", "POST", {"mode": "auto"})
+        page.get_by_text("The breaker of 'flaky' only observes").wait_for(state="detached")
+        assert "'users'" in page.evaluate(f"{active}.textContent")
+    site.ask("/circuit-breakers/users", "POST", {"mode": "auto"})
+
+
+def test_a_page_that_is_not_served_says_why(browser: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_gateway.admin.dashboard.MAX_WATCHERS", 0)
+    with opened(browser, f"{site.gateway.url}/dashboard", viewport=NARROW) as page:
+        state = page.locator("#connection", has_text="Not connected: 0 pages watch this process already")
+        state.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        monkeypatch.undo()
+        live(page)
+        assert page.locator("#connection").inner_text() == "Live"
 
 
 def test_the_theme_follows_the_system_and_the_switch(browser: Any, site: Site) -> None:

@@ -2,7 +2,7 @@
 
 import { call } from "../api.js";
 import { action, curlOf, failure } from "../controls.js";
-import { badge, h, put, say } from "../dom.js";
+import { badge, h, list, put, say } from "../dom.js";
 import { clock, plural } from "../format.js";
 import { stream, watch } from "../stream.js";
 
@@ -14,7 +14,7 @@ export function configuration(main, argument, signal) {
   const filter = h("input", { type: "search", placeholder: "Filter by setting, value or origin", "aria-label": "Filter settings" });
   const defaults = h("input", { type: "checkbox", id: "defaults" });
   const facts = h("p", { class: "muted" }), reloads = h("ol", { class: "transitions" }), settings = h("div", { class: "stack" }), problem = h("div", {}), command = h("div", {});
-  let view = null, sections = [], loadedAt = null;
+  let view = null, loadedAt = null;
   const reload = action("Reload", { title: "Reload the configuration", text: "The files are read again and applied in every worker, or nothing changes.", request: () => ({ method: "POST", path: "/reload" }),
     done: (found) => { load(); return h("div", { class: "stack" }, h("p", { class: "notice ok" }, found.result === "unchanged" ? "Nothing has changed." : `${plural(found.changes.length, "setting")} changed.`), differences(found.changes)); } });
   put(main, h("div", { class: "head" }, h("h1", {}, "Configuration"), facts, h("span", { class: "push" }, reload)), problem,
@@ -32,8 +32,8 @@ export function configuration(main, argument, signal) {
     }
     put(problem, view.errors.length > 0 && h("div", { class: "notice fail", role: "alert" }, h("b", {}, "The last reload failed; the former configuration is in force."), h("ul", {}, view.errors.map((one) => h("li", { class: "mono" }, one)))));
     say(facts, `in force since ${clock(view.loaded_at)}`);
-    put(reloads, view.reloads.length ? view.reloads.map(reloaded) : h("li", { class: "empty" }, "None since the start."));
-    put(command, curlOf("GET", path));
+    list(reloads, view.reloads.length ? view.reloads : [null], (one) => one?.at ?? "", (one) => (one ? reloaded(one) : h("li", { class: "empty" }, "None since the start.")));
+    list(command, [path], () => "", (given) => curlOf("GET", given));
     draw();
   };
   const draw = () => {
@@ -45,8 +45,8 @@ export function configuration(main, argument, signal) {
       if (!groups.has(name)) groups.set(name, []);
       groups.get(name).push(one);
     }
-    sections = [...groups].map(([name, found]) => section(name, found, found.length < MANY || Boolean(text)));
-    put(settings, sections.length ? sections : h("p", { class: "empty" }, text ? "No setting matches." : "Nothing is configured; the defaults apply."));
+    list(settings, groups.size ? [...groups].map(([name, found]) => [name, found, found.length < MANY || Boolean(text)]) : [["", text ? "No setting matches." : "Nothing is configured; the defaults apply."]], ([name]) => name,
+      ([name, found, isOpen]) => (name ? section(name, found, isOpen) : h("p", { class: "empty" }, found)));
     reveal();
   };
   const section = (name, found, isOpen) => {
@@ -59,7 +59,7 @@ export function configuration(main, argument, signal) {
     return element;
   };
   const reveal = () => {
-    const found = sections.find((one) => one.dataset.section === wanted);
+    const found = [...settings.children].find((one) => one.dataset.section === wanted);
     if (found) { found.open = true; found.scrollIntoView({ block: "start" }); }
   };
   filter.addEventListener("input", () => view && draw());

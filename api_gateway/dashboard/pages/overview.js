@@ -1,7 +1,7 @@
 // What happens now, what is wrong, and the last hour.
 
 import { chart } from "../charts.js";
-import { badge, h, put, say } from "../dom.js";
+import { badge, h, list, put, say } from "../dom.js";
 import { latency, milliseconds, number, percent } from "../format.js";
 import { stream, watch } from "../stream.js";
 
@@ -27,7 +27,7 @@ export function overview(main, _, signal) {
   ], (value) => milliseconds(value), signal);
   const count = h("span", {}), problems = h("ul", { class: "problems" });
   let isWhole = false;
-  const whole = h("button", { type: "button", class: "quiet", onclick: () => { isWhole = !isWhole; list(); } });
+  const whole = h("button", { type: "button", class: "quiet", onclick: () => { isWhole = !isWhole; show(); } });
   const share = h("div", { class: "share", "aria-hidden": "true" }), tiers = h("div", { class: "bars" }), kinds = h("div", { class: "bars" });
   const status = h("span", {});
 
@@ -46,24 +46,24 @@ export function overview(main, _, signal) {
   const update = () => {
     const now = stream.overview;
     const words = { pass: ["ok", "Nothing is wrong"], warn: ["warn", "Something needs attention"], fail: ["fail", "Something is failing"] };
-    put(status, badge(...words[now.status]));
+    list(status, [words[now.status]], String, (one) => badge(...one));
     figures.Requests.set(number(now.requests_per_second), "/s", `${number(now.total)} since the start`);
     figures.Refused.set(percent(now.limited, now.requests), "", `${number(now.limited)} by rate limits`);
     figures.Errors.set(percent(now.errors, now.requests), "", `${number(now.errors)} with status 5xx`);
     for (const name of ["p50", "p90", "p99"]) figures[name].set(...latency(now[name]), "last minute");
     figures["In flight"].set(number(now.in_flight), "", `${now.workers} ${now.workers === 1 ? "worker" : "workers"}${now.workers === 1 && now.processes > 1 ? `; the store had ${number(now.processes)} gateway processes, each with a view of its own` : ""}`);
-    if (stream.problems !== said) { said = stream.problems; list(); }
+    if (stream.problems !== said) { said = stream.problems; show(); }
     const last = stream.points.at(-1)?.at;
     if (last !== drawn || !drawn) { drawn = last ?? null; draw(); }
   };
-  const list = () => {
+  const show = () => {
     const found = stream.problems;
     put(count, found.length ? h("span", { class: "muted small" }, String(found.length)) : "");
     whole.hidden = found.length <= SHOWN;
     say(whole, isWhole ? "Show fewer" : `Show all ${found.length}`);
-    put(problems, found.length
-      ? found.slice(0, isWhole ? found.length : SHOWN).map((one) => h("li", {}, h("a", { href: one.link }, badge(one.severity, one.severity === "fail" ? "Failing" : "Warning"), h("span", {}, one.text))))
-      : h("li", { class: "row" }, badge("ok", "Nothing"), h("span", { class: "muted" }, "Every breaker is closed, every target in rotation, and no share of refusals or errors is high.")));
+    list(problems, found.length ? found.slice(0, isWhole ? found.length : SHOWN) : [null], (one) => (one ? `${one.link} ${one.text.replace(/[\d.]+/g, "#")}` : ""), (one) => (one
+      ? h("li", {}, h("a", { href: one.link }, badge(one.severity, one.severity === "fail" ? "Failing" : "Warning"), h("span", {}, one.text)))
+      : h("li", { class: "row" }, badge("ok", "Nothing"), h("span", { class: "muted" }, "Every breaker is closed, every target in rotation, and no share of refusals or errors is high."))));
   };
   const draw = () => {
     const points = stream.points;

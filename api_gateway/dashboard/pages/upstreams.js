@@ -2,8 +2,8 @@
 
 import { call, segment } from "../api.js";
 import { action, curlOf, failure, field } from "../controls.js";
-import { badge, h, put, say, svg } from "../dom.js";
-import { clock, duration, milliseconds, number, percent, plural } from "../format.js";
+import { arrange, badge, h, list, put, say, svg } from "../dom.js";
+import { clock, duration, milliseconds, number, percent, plural, seconds } from "../format.js";
 import { stream, watch } from "../stream.js";
 
 const KINDS = { pass: "ok", warn: "warn", fail: "fail" };
@@ -34,26 +34,21 @@ export function upstreams(main, argument, signal) {
   };
   const write = (row, one) => {
     const serving = one.targets.filter((target) => target.healthy !== false && !target.ejected).length;
-    put(row.cells.state, badge(KINDS[one.status], WORDS[one.status]));
+    list(row.cells.state, [one.status], String, (status) => badge(KINDS[status], WORDS[status]));
     say(row.cells.targets, `${serving}/${one.targets.length}`);
     say(row.cells.flight, one.limit === null ? number(one.in_flight) : `${number(one.in_flight)}/${number(one.limit)}`);
     say(row.cells.p50, milliseconds(one.p50));
     say(row.cells.p99, milliseconds(one.p99));
-    put(row.cells.breaker, stateWord(one.breaker));
+    list(row.cells.breaker, [[one.breaker.state, one.breaker.mode]], () => "", () => stateWord(one.breaker));
     row.text = [one.name, ...one.targets.map((target) => target.key)].join("\n").toLowerCase();
     row.status = one.status;
   };
   const isShown = (row) => row.text.includes(filter.value.trim().toLowerCase()) && (only.value === "all" || row.status !== "pass");
-  const arrange = () => {
+  const sort = () => {
     const order = [...rows].sort(([one, row], [other, next]) => GRAVITY[row.status] - GRAVITY[next.status] || one.localeCompare(other, "en", { numeric: true }));
-    let before = null, shown = 0;
-    for (const [, row] of order) { // moves only what is not in its place
-      const right = before ? before.nextSibling : body.firstChild;
-      if (row.element !== right) body.insertBefore(row.element, right);
-      before = row.element;
-      row.element.hidden = !isShown(row);
-      shown += row.element.hidden ? 0 : 1;
-    }
+    for (const [, row] of order) row.element.hidden = !isShown(row);
+    arrange(body, order.map(([, row]) => row.element));
+    const shown = order.filter(([, row]) => !row.element.hidden).length;
     say(count, shown === rows.size ? `${rows.size}` : `${shown} of ${rows.size}`);
   };
   let isArranged = false;
@@ -62,7 +57,7 @@ export function upstreams(main, argument, signal) {
     const names = isArranged ? stream.changed : stream.upstreams.keys();
     for (const name of names) {
       const one = stream.upstreams.get(name);
-      if (!one) { rows.get(name)?.element.remove(); rows.delete(name); mustArrange = true; continue; }
+      if (!one) { rows.delete(name); mustArrange = true; continue; }
       let row = rows.get(name);
       if (!row) { row = make(name); rows.set(name, row); mustArrange = true; }
       const was = row.status;
@@ -70,7 +65,7 @@ export function upstreams(main, argument, signal) {
       if (was !== row.status) mustArrange = true;
     }
     isArranged = true;
-    if (mustArrange) arrange();
+    if (mustArrange) sort();
     if (!selected && rows.size && !detail && matchMedia("(min-width: 1081px)").matches) select(body.querySelector("tr:not([hidden]) a")?.title ?? "", false);
     mark();
     detail?.update();
@@ -86,8 +81,8 @@ export function upstreams(main, argument, signal) {
     mark();
     detail?.update();
   };
-  filter.addEventListener("input", arrange);
-  only.addEventListener("change", arrange);
+  filter.addEventListener("input", sort);
+  only.addEventListener("change", sort);
   signal.addEventListener("abort", () => detail?.abort.abort());
   if (argument) select(argument);
   watch(signal, update);
@@ -125,12 +120,13 @@ function detailOf(place, name) {
       h("thead", {}, h("tr", {}, h("th", {}, "Target"), h("th", {}, "State"), h("th", { class: "num" }, "In flight"), h("th", { class: "num", title: "Mean time to the head of the last responses" }, "Responds in"), h("th", { class: "num narrow-off" }, "Share"), h("th", { class: "num" }, "Ejections"), h("th", { class: "num" }, "Check took"), h("th", { class: "narrow-off" }, "Last check"))), targets)), names),
     h("section", { class: "panel" }, h("header", {}, h("h2", {}, "Last transitions")), transitions, curlOf("GET", `${path}/history`)));
 
-  let loaded = null, shownTargets = "";
+  let loaded = null, known = []; // transitions
   const load = async (key) => {
     loaded = key;
     try {
       const { history } = await call("GET", `${path}/history`, undefined, { signal: abort.signal });
-      put(transitions, history.length ? history.slice(0, 30).map(transition) : h("li", { class: "empty" }, "None since the start."));
+      known = history.slice(0, 30).map((one) => known.find((other) => isSame(one, other)) ?? one);
+      list(transitions, known.length ? known : [null], transitionKey, (one) => (one ? transition(one) : h("li", { class: "empty" }, "None since the start.")));
       lastTransition = history.find((one) => one.target_url === null) ?? null;
       draw(true);
     } catch (error) {
@@ -150,8 +146,8 @@ function detailOf(place, name) {
     const one = stream.upstreams.get(name);
     if (!one) { put(status, badge("none", "not configured")); return; }
     const breaker = one.breaker, policy = breaker.policy, now = stream.now();
-    put(status, badge(KINDS[one.status], WORDS[one.status]));
-    put(mode, h("span", { class: "tag" }, `mode: ${MODES[breaker.mode]}`));
+    list(status, [one.status], String, (word) => badge(KINDS[word], WORDS[word]));
+    list(mode, [breaker.mode], String, (word) => h("span", { class: "tag" }, `mode: ${MODES[word]}`));
     say(latency, `${number(one.calls)} calls in the last minute · p50 ${milliseconds(one.p50)} · p90 ${milliseconds(one.p90)} · p99 ${milliseconds(one.p99)}`);
     const rows = [["Since", `${clock(breaker.since)} (${duration(now - breaker.since)})`],
       ["Consecutive failures", `${breaker.consecutive_failures} of ${policy.failure_threshold}`],
@@ -165,11 +161,10 @@ function detailOf(place, name) {
     if (Object.keys(breaker.workers).length > 1) rows.push(["By worker", Object.entries(breaker.workers).map(([worker, state]) => `${worker}: ${STATES[state][1]}`).join(", ")]);
     const override = one.override;
     if (override) rows.unshift(["Set by", `${override.set_by}, ${override.until ? `until ${clock(override.until)} (${duration(override.until - now)} left)` : "until it is changed"}${override.comment ? `: ${override.comment}` : ""}`]);
-    put(facts, rows.map(([label, text]) => [h("dt", {}, label), h("dd", {}, text)]));
+    list(facts, rows, ([label]) => label, ([label, text]) => [h("dt", {}, label), h("dd", {}, text)]);
     draw();
-    const text = JSON.stringify(one.targets);
-    if (text !== shownTargets) { shownTargets = text; put(targets, one.targets.map(target)); }
-    put(names, one.names.map((host) => h("p", { class: "small muted wrap" }, `${host.host}:${host.port} resolves to ${host.addresses.join(", ") || "nothing yet"}${host.error ? `; the last query failed: ${host.error}` : ""}`)));
+    list(targets, one.targets, (each) => each.key, target);
+    list(names, one.names, (host) => `${host.host}:${host.port}`, (host) => h("p", { class: "small muted wrap" }, `${host.host}:${host.port} resolves to ${host.addresses.join(", ") || "nothing yet"}${host.error ? `; the last query failed: ${host.error}` : ""}`));
     const history = JSON.stringify([breaker.state, breaker.opened_total, one.targets.map((each) => [each.breaker, each.ejections])]);
     if (history !== loaded) load(history);
   };
@@ -186,14 +181,23 @@ function target(one) {
     h("td", { class: "num" }, milliseconds(one.response_ms)), h("td", { class: "num narrow-off" }, percent(one.share, 1)), h("td", { class: "num" }, number(one.ejections)), h("td", { class: "num" }, milliseconds(one.check_ms)), h("td", { class: "narrow-off wrap" }, one.checked ?? "not checked"));
 }
 
-function transition(one, index) {
+/** Tell whether two responses mean the same transition: its time is that of two clocks, so it differs by a little. */
+function isSame(one, other) {
+  return ["from", "to", "target_url", "worker"].every((name) => one[name] === other[name]) && Math.abs(seconds(one.at) - seconds(other.at)) < 0.05;
+}
+
+function transitionKey(one) {
+  return one ? `${STATES[one.from][1]} to ${STATES[one.to][1]} at ${one.at}${one.target_url ? ` of ${one.target_url}` : ""}${one.worker ? ` in worker ${one.worker}` : ""}` : "";
+}
+
+function transition(one) {
   const states = h("b", {}, `${STATES[one.from][1]} → ${STATES[one.to][1]}`);
   const counts = `${one.window_failures} of ${one.window_calls} calls in the window had failed${one.window_slow_calls ? `, ${one.window_slow_calls} were slow` : ""}`;
   return h("li", {},
     h("div", { class: "what" }, badge(STATES[one.to][0], ""), states, one.target_url && h("span", { class: "tag wrap" }, one.target_url), one.worker && h("span", { class: "tag" }, `worker ${one.worker}`), h("time", { datetime: one.at }, clock(one.at))),
     h("p", { class: "small wrap" }, one.detail, h("span", { class: "muted" }, ` · ${counts}`)),
     one.last_failures.length > 0 && h("details", { class: "small" }, h("summary", {}, `${one.last_failures.length} calls that failed before`),
-      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Failed calls before transition ${index + 1}` }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Failure"), h("th", {}, "Route"), h("th", { class: "num" }, "Took"), h("th", {}, "Request"))),
+      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Failed calls before ${transitionKey(one)}` }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Failure"), h("th", {}, "Route"), h("th", { class: "num" }, "Took"), h("th", {}, "Request"))),
         h("tbody", {}, one.last_failures.map((call) => h("tr", {}, h("td", { class: "num" }, clock(call.at)), h("td", { class: "wrap" }, call.detail), h("td", {}, call.route ?? "–"), h("td", { class: "num" }, call.duration_seconds === null ? "–" : milliseconds(call.duration_seconds * 1000)),
           h("td", { class: "wrap" }, call.request_id ? h("a", { href: `#/explain/${segment(call.request_id)}` }, call.request_id) : "–"))))))));
 }
