@@ -21,7 +21,7 @@ Label = TypeVar("Label")
 
 # The recorder's counters with one label.
 _COUNTERS = (
-    "refusals",
+    "unproxied_refusals",
     "allowed",
     "limited",
     "sources",
@@ -49,6 +49,7 @@ _COUNTERS = (
 # The recorder's counters with several labels.
 _TABLES = (
     "requests",
+    "reasons",
     "retries",
     "retries_denied",
     "fallbacks",
@@ -129,7 +130,8 @@ class Recorder:
     ) -> None:
         """Create all series with the value zero, so that each exists before its first event.
 
-        `refusals`, by reason, may be shared with the server, which counts requests that never become an exchange;
+        `refusals`, by reason, may be shared with the server and the operator endpoints, which count requests that
+        never become an exchange;
         `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`), with the output of the process; the former
         also has the stream `audit`;
         `parsed_heads`, by parser, and `illegal_events`, by event, with the connections of clients.
@@ -152,7 +154,8 @@ class Recorder:
         self.hook_ns: Counter[tuple[str, str]] = Counter()  # nanoseconds, by extension and hook
         self.mirrored: Counter[tuple[str, str]] = Counter()  # copies of requests, by route and result
         self.mirrored_in_flight: Counter[str] = Counter()  # by route
-        self.refusals: Counter[str] = LabelCounter() if refusals is None else refusals
+        self.reasons: Counter[tuple[str, int]] = LabelCounter()  # of proxied requests: reason, status
+        self.unproxied_refusals: Counter[str] = LabelCounter() if refusals is None else refusals
         self.allowed: Counter[str] = LabelCounter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = LabelCounter(dict.fromkeys(tiers, 0))
         self.sources: Counter[str] = LabelCounter()  # decisions by source
@@ -199,6 +202,14 @@ class Recorder:
 
     def __repr__(self) -> str:
         return f"<Recorder [{self.requests.total()} requests, {self.in_flight} in flight]>"
+
+    @property
+    def refusals(self) -> Counter[str]:
+        """Responses that the gateway generated, by reason: to proxied requests, to others, and to operators."""
+        total = Counter(self.unproxied_refusals)
+        for (reason, _), count in self.reasons.items():
+            total[reason] += count
+        return total
 
     def state(self, since: int = 0) -> dict[str, Any]:
         """Return the state as JSON values; see `describing`."""
@@ -292,7 +303,7 @@ class Recorder:
         running = self.routes[route].at(exchange.finished)
         running.count(exchange)
         if exchange.reason is not None and exchange.fallback is None:
-            self.refusals[exchange.reason] += 1
+            self.reasons[exchange.reason, exchange.status] += 1
         for upstream in exchange.shed_by:
             self.shed[upstream or GATEWAY][tier] += 1
         if client is not None:

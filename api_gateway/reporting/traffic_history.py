@@ -34,9 +34,9 @@ class TrafficHistory:
 
     A point has, in JSON's types: `at` (seconds since the epoch, its end), `seconds` (its length), `requests`,
     `refused` (responses 4xx that the gateway generated, without 499), `errors` (responses 5xx), `p50`, `p90` and
-    `p99` (milliseconds, or null), `tiers` (requests by tier), and `kinds` (refusals and errors by reason;
-    `upstream_5xx` for error statuses of upstreams), and `lost` (`spans` of traces, and `lines` of the gateway's own
-    output). Values of zero are left out of the last three.
+    `p99` (milliseconds, or null), `tiers` (requests by tier), `kinds` (what `refused` and `errors` count, by
+    reason; `upstream_5xx` for error statuses of upstreams), and `lost` (`spans` of traces, and `lines` of the
+    gateway's own output). Values of zero are left out of the last three.
     """
 
     def __init__(self) -> None:
@@ -107,8 +107,9 @@ class _Totals:
                     self.kinds[UPSTREAM_ERROR] += count
             elif source == "gateway" and 400 <= status != _DISCONNECTED:  # noqa: PLR2004 - as above
                 self.refused += count
-        for reason, count in recorder.refusals.items():
-            self.kinds[reason] += count
+        for (reason, status), count in recorder.reasons.items():
+            if 400 <= status != _DISCONNECTED:  # noqa: PLR2004 - as above
+                self.kinds[reason] += count
         self.lost["spans"] += recorder.trace_spans.total() - recorder.trace_spans[EXPORTED]
         self.lost["lines"] += recorder.dropped_lines["stdout"] + recorder.dropped_lines["stderr"]
 

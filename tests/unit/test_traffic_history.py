@@ -45,6 +45,7 @@ def test_a_point_has_what_was_counted_since_the_one_before() -> None:
     observe(one, START + 5, 429, "rate_limited")
     observe(one, START + 5, 503, "circuit_open")
     observe(one, START + 5, 499, "client_disconnected")
+    one.unproxied_refusals.update({"credentials_invalid": 50, "overloaded": 50})  # of operator endpoints
     one.trace_spans.update({"exported": 9, "failed": 3, "rejected": 1})
     other.dropped_lines.update({"stdout": 2, "stderr": 5, "audit": 1})
     history.sample([one, other], START + 11.5, 1_800_000_000)
@@ -53,7 +54,8 @@ def test_a_point_has_what_was_counted_since_the_one_before() -> None:
     assert point["seconds"] == POINT_SECONDS
     assert (point["requests"], point["refused"], point["errors"]) == (13, 1, 2)
     assert point["tiers"] == {"FREE": 12, "PAID": 1}
-    assert point["kinds"] == {"rate_limited": 1, "circuit_open": 1, "client_disconnected": 1, "upstream_5xx": 1}
+    assert point["kinds"] == {"rate_limited": 1, "circuit_open": 1, "upstream_5xx": 1}
+    assert sum(point["kinds"].values()) == point["refused"] + point["errors"], "nothing else gives a false cause"
     assert point["lost"] == {"spans": 4, "lines": 7}
     assert point["p50"] == pytest.approx(20, rel=0.01)
     assert point["p99"] == pytest.approx(200, rel=0.01)
@@ -88,7 +90,7 @@ def test_an_hour_is_kept_in_less_than_a_megabyte_whatever_is_counted() -> None:
         for quota in quotas:
             source.requests["a", "GET", 200, "upstream", quota.name] += 1_000_000
         for reason in Reason:
-            source.refusals[reason.value] += 1_000_000
+            source.reasons[reason.value, 503] += 1_000_000
         history.sample([source], at, 1_800_000_000 + number)
     points = history.points
     assert len(points) == HISTORY_POINTS
