@@ -11,7 +11,9 @@
     │   ├── RateLimited, ConcurrencyExceeded
     │   └── CostExceedsCapacity, AddressDenied
     ├── Unavailable         no attempt was made: 503
-    │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable, IssuerUnavailable
+    │   ├── CircuitOpen, NoHealthyUpstream, Draining, IssuerUnavailable
+    │   ├── StoreUnavailable
+    │   │   └── ChangeUnconfirmed   the change of an operator may have been made
     │   └── Overloaded
     │       └── LoadShed    refused to protect the upstream or the gateway
     ├── UpstreamFailed      an attempt failed: 502, 504
@@ -322,6 +324,14 @@ class StoreUnavailable(Unavailable):
     """The store is unavailable: a change was not confirmed, or the policy `deny` refuses all requests."""
 
     reason = Reason.STORE_UNAVAILABLE
+
+
+class ChangeUnconfirmed(StoreUnavailable):
+    """A change by an operator was not confirmed, and may have been made. The message says so."""
+
+    def __init__(self, detail: str = "", *, retry_after: float | None) -> None:
+        detail = detail or "The change may or may not have been made: no response from the store."
+        super().__init__(detail, retry_after=retry_after)
 
 
 class IssuerUnavailable(Unavailable):

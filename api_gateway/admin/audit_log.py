@@ -63,6 +63,10 @@ class AuditEntry(Body):
     subject: str | None = Field(description="The client or circuit breaker; null for the configuration.")
     before: Any = Field(description="What was in force, without secrets.")
     after: Any
+    confirmed: bool = Field(
+        default=True,
+        description="False if the store did not confirm the change, which may have been made: `after` is null.",
+    )
 
 
 class AuditView(Body):
@@ -89,7 +93,7 @@ class AuditFile:
             size = os.fstat(descriptor).st_size
             is_whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
             start = (b"" if is_whole else b"\n") if size else _HEADER
-            line = start + entry.model_dump_json().encode() + b"\n"
+            line = start + _line_of(entry).encode() + b"\n"
             written = os.write(descriptor, line)
             if written < len(line):  # the disk is full; what has been written is not a whole entry
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -133,6 +137,11 @@ class AuditFile:
                 os.close(descriptor)
 
 
+def _line_of(entry: AuditEntry) -> str:
+    """Return an entry as JSON; `confirmed` only if it is false, as earlier gateways do not know it."""
+    return entry.model_dump_json(exclude_defaults=True)
+
+
 def _version_of(line: str | bytes) -> int:
     """Return the version that the first line of a file states; `AUDIT_VERSION` if it is an entry."""
     try:
@@ -160,7 +169,7 @@ class AuditLog:
     async def record(self, entry: AuditEntry) -> None:
         """Record a change. It has been made, so a file that cannot be written is an error in the log alone."""
         self._counts[entry.action.value] += 1
-        logger.info("audit: %s", entry.model_dump_json())
+        logger.info("audit: %s", _line_of(entry))
         try:
             await asyncio.to_thread(self._file.append, entry)
         except OSError as error:

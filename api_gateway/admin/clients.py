@@ -85,7 +85,9 @@ async def set_tier(client_id: ClientId, change: TierChange, context: Guarded, au
     effect at once, and changing back and forth gains no tokens.
     """
     tier = _tier(context, change.tier)
-    changed = await _move_bucket(context, *await context.clients.set_tier(client_id, tier))
+    async with audit.change(AuditAction.TIER_SET, client_id, _tier_of(context, client_id)):
+        written = await context.clients.set_tier(client_id, tier)
+    changed = await _move_bucket(context, *written)
     await audit(AuditAction.TIER_SET, client_id, *_tiers_of(changed, {}, {}))
     return changed
 
@@ -98,7 +100,9 @@ async def grant(client_id: ClientId, request: GrantRequest, context: Guarded, au
     """
     tier, until = _tier(context, request.tier), _until(request, context.clocks.wall())
     before = await _grant_of(context, client_id)
-    changed = await _regrant(context, until, *await context.clients.grant(client_id, tier, until))
+    async with audit.change(AuditAction.GRANT_SET, client_id, _tier_of(context, client_id) | before):
+        written = await context.clients.grant(client_id, tier, until)
+    changed = await _regrant(context, until, *written)
     await audit(AuditAction.GRANT_SET, client_id, *_tiers_of(changed, before, {"until": changed.until}))
     return changed
 
@@ -107,7 +111,9 @@ async def grant(client_id: ClientId, request: GrantRequest, context: Guarded, au
 async def revoke(client_id: ClientId, context: Guarded, audit: Audited) -> GrantChanged:
     """End the client's grant; its own tier applies again. Without a grant nothing changes."""
     before = await _grant_of(context, client_id)
-    changed = await _regrant(context, None, *await context.clients.revoke(client_id))
+    async with audit.change(AuditAction.GRANT_ENDED, client_id, _tier_of(context, client_id) | before):
+        written = await context.clients.revoke(client_id)
+    changed = await _regrant(context, None, *written)
     await audit(AuditAction.GRANT_ENDED, client_id, *_tiers_of(changed, before, {"until": None}))
     return changed
 
@@ -122,8 +128,16 @@ async def reset(client_id: ClientId, context: Guarded, audit: Audited) -> Bucket
     found = (await context.clients.inspect(client_id)).client
     buckets = _own_buckets(context, found)
     before = await _inspected(context, buckets)
-    for bucket in buckets:
-        await context.limiter.refill(bucket.key)
+    held = {
+        "tokens": [
+            tokens_of(own.quota, one.reset_ns, sharing_processes(one))
+            for own, one in zip(buckets, before, strict=True)
+        ]
+    }
+    shown_at = f"GET /clients/{client_id} shows the tokens"
+    async with audit.change(AuditAction.BUCKETS_FILLED, client_id, held, shown_at):
+        for bucket in buckets:
+            await context.limiter.refill(bucket.key)
     after = await _inspected(context, buckets)
     own, *others = tokens = [
         _tokens_at(bucket.quota, one, bucket.quota, other)
@@ -149,14 +163,11 @@ async def forget(client_id: ClientId, context: Guarded, audit: Audited) -> TierC
     The client then has the tier that the configuration gives it, else the default tier.
     """
     record, _ = await context.clients.record_of(client_id)
-    before, after = await context.clients.delete(client_id)
+    held = {"registered": record.tier, "until": _grant_end(context, record), "keys": [key.id for key in record.keys]}
+    async with audit.change(AuditAction.CLIENT_REMOVED, client_id, _tier_of(context, client_id) | held):
+        before, after = await context.clients.delete(client_id)
     changed = await _move_bucket(context, before, after)
-    removed = {
-        "registered": record.tier,
-        "until": _grant_end(context, record),
-        "keys": [key.id for key in record.keys],
-        "verified_only": before.is_verified_only,
-    }
+    removed = {**held, "verified_only": before.is_verified_only}
     left: dict[str, Any] = {"registered": None, "until": None, "keys": [], "verified_only": after.is_verified_only}
     await audit(AuditAction.CLIENT_REMOVED, client_id, *_tiers_of(changed, removed, left))
     return changed
@@ -293,6 +304,11 @@ def _tiers_of(
         {"tier": changed.previous.name, "tokens": changed.tokens_before, **shared, **before},
         {"tier": changed.current.name, "tokens": changed.tokens_after, **shared, **after},
     )
+
+
+def _tier_of(context: AdminContext, client_id: str) -> dict[str, Any]:
+    """Return the tier in force as far as it is known in memory, for the audit log."""
+    return {"tier": context.clients.by_id(client_id).quota.name}
 
 
 async def _grant_of(context: AdminContext, client_id: str) -> dict[str, str | None]:

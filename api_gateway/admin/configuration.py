@@ -51,8 +51,10 @@ async def reload(request: Request, context: Guarded, audit: Audited) -> Reloaded
     settings, and those that take effect only after a restart.
     """
     outcome = await context.aggregator.reload(f"POST /reload by {who(request)}")
-    if outcome.result is ReloadResult.SUCCESS:
-        changes = [change for change in outcome.changes if not change.is_secret]
-        views = ({change.setting: getattr(change, when) for change in changes} for when in ("old", "new"))
+    if outcome.result is ReloadResult.SUCCESS and outcome.changes:
+        views = (
+            {one.setting: f"the {when} secret" if one.is_secret else getattr(one, when) for one in outcome.changes}
+            for when in ("old", "new")
+        )
         await audit(AuditAction.CONFIGURATION_RELOADED, None, *views)
     return reload_view(outcome)

@@ -1,6 +1,7 @@
 """The context of the operator endpoints, and the FastAPI dependencies through which endpoints obtain it."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +20,13 @@ from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import has_key
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
-from api_gateway.errors import ClientIdInvalid, Forbidden, InvalidValue
+from api_gateway.errors import ChangeUnconfirmed, ClientIdInvalid, Forbidden, InvalidValue
 from api_gateway.eventloop.late_imports import late_import
 from api_gateway.http1.headers import is_visible_ascii
 from api_gateway.http1.request_paths import unescaped
 from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.limits.quota_book import QuotaBook
+from api_gateway.models import Clock
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.observability.request_history import RequestHistory
 from api_gateway.rate_limiter import RateLimiter
@@ -141,31 +143,58 @@ def _address(request: Request) -> str:
     return request.client.host if request.client is not None else "unknown"
 
 
-Audit = Callable[[AuditAction, str | None, Any, Any], Awaitable[None]]
+class Audit:
+    """Records the changes of one request of an operator."""
+
+    def __init__(self, log: AuditLog, clock: Clock, request_id: str, operator: str, address: str) -> None:
+        self._log = log
+        self._clock = clock
+        self._request_id = request_id
+        self._operator = operator
+        self._address = address
+
+    def __repr__(self) -> str:
+        return f"<Audit of {self._request_id} by {self._operator}>"
+
+    async def __call__(
+        self, action: AuditAction, subject: str | None, before: Any, after: Any, *, is_confirmed: bool = True
+    ) -> None:
+        """Record a change, with what was in force before and what is now."""
+        entry = AuditEntry(
+            time=wall_time(self._clock()),
+            request_id=self._request_id,
+            operator=self._operator,
+            address=self._address,
+            action=action,
+            subject=subject,
+            before=before,
+            after=after,
+            confirmed=is_confirmed,
+        )
+        await self._log.record(entry)
+
+    @asynccontextmanager
+    async def change(
+        self, action: AuditAction, subject: str, before: Any, shown_at: str | None = None
+    ) -> AsyncIterator[None]:
+        """Make a change within this block, and record it if it is not confirmed, as it may have been made.
+
+        `shown_at` is where the operator can see that, if the error does not say so.
+        """
+        try:
+            yield
+        except ChangeUnconfirmed as error:
+            await self(action, subject, before, None, is_confirmed=False)
+            if shown_at is None:
+                raise
+            detail = f"{error.detail} {shown_at} when the store is available again."
+            raise ChangeUnconfirmed(detail, retry_after=error.retry_after) from error
 
 
 def _audit(request: Request) -> Audit:
-    """Return a function that records a change by this request.
-
-    Its arguments: action, subject, the values before and after.
-    """
     operator, context = _operator(request), _context(request)
-
-    def record(action: AuditAction, subject: str | None, before: Any, after: Any) -> Awaitable[None]:
-        return context.audit.record(
-            AuditEntry(
-                time=wall_time(context.clocks.wall()),
-                request_id=request.scope[REQUEST_ID],
-                operator=operator.name,
-                address=_address(request),
-                action=action,
-                subject=subject,
-                before=before,
-                after=after,
-            )
-        )
-
-    return record
+    request_id: str = request.scope[REQUEST_ID]
+    return Audit(context.audit, context.clocks.wall, request_id, operator.name, _address(request))
 
 
 Audited = Annotated[Audit, Depends(_audit)]

@@ -58,7 +58,8 @@ async def create_key(
     verified_only = UNCHANGED if body.verified_only is None else body.verified_only
     before = _proof_of(context, client_id)
     try:
-        await context.clients.keys.create(client_id, key, verified_only=verified_only)
+        async with audit.change(AuditAction.KEY_CREATED, client_id, before):
+            await context.clients.keys.create(client_id, key, verified_only=verified_only)
     except KeyNotAdded as error:
         raise _too_many(error.record, "revoke one first") from error
     await audit(AuditAction.KEY_CREATED, client_id, before, {**_terms_of(key), **_proof_of(context, client_id)})
@@ -125,7 +126,8 @@ async def rotate_key(
     until = until if old.expires_at is None else min(until, old.expires_at)
     secret, key = _new(old.label, now, expires_at, old.routes)
     try:
-        await context.clients.keys.rotate(client_id, old.digest, key, until)
+        async with audit.change(AuditAction.KEY_ROTATED, client_id, _terms_of(old)):
+            await context.clients.keys.rotate(client_id, old.digest, key, until)
     except KeyNotAdded as error:
         raise _not_rotated(error, key_id, now) from error
     after = {**_terms_of(key), "previous_expires_at": wall_time(until)}
@@ -147,7 +149,8 @@ async def revoke_key(client_id: ClientId, key_id: str, context: Guarded, audit: 
     record, _ = await context.clients.record_of(client_id)
     key = _stored(context, record, key_id, None)
     before = {**_terms_of(key), **_proof_of(context, client_id)}
-    after = await context.clients.keys.revoke(client_id, key.digest)
+    async with audit.change(AuditAction.KEY_REVOKED, client_id, before):
+        after = await context.clients.keys.revoke(client_id, key.digest)
     await audit(AuditAction.KEY_REVOKED, client_id, before, _proof_of(context, client_id))
     now = context.clocks.wall()
     left = sum(one.is_valid_at(now) for one in (*after.keys, *context.clients.keys.configured_of(client_id)))
@@ -160,7 +163,8 @@ async def revoke_key(client_id: ClientId, key_id: str, context: Guarded, audit: 
 async def require_proof(client_id: ClientId, body: ProofRequest, context: Guarded, audit: Audited) -> ProofChanged:
     """Set whether the client's id alone identifies the client, or only a credential does."""
     before = _proof_of(context, client_id)
-    await context.clients.keys.require_proof(client_id, verified_only=body.verified_only)
+    async with audit.change(AuditAction.PROOF_SET, client_id, before):
+        await context.clients.keys.require_proof(client_id, verified_only=body.verified_only)
     after = _proof_of(context, client_id)
     await audit(AuditAction.PROOF_SET, client_id, before, after)
     return ProofChanged(client_id=client_id, verified_only=after["verified_only"])

@@ -1,7 +1,7 @@
 """The endpoints at `/limits/{name}/buckets`: what one key of any limit has left, its reset, top-up and carry-over."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from pydantic import Field
@@ -97,7 +97,9 @@ class _Place:
             raise InvalidValue(
                 f"path.name: only calendar quotas have top-ups and carry-over; '{self.limit}' has {what}, {remedy}."
             )
-        return HeldQuota(context, self.limit, self.key, self.quota, is_unverified=self.is_unverified)
+        return HeldQuota(
+            context, self.limit, self.key, self.quota, _shown_at(self.limit), is_unverified=self.is_unverified
+        )
 
     async def view(self, context: AdminContext) -> KeyedBucket:
         """Return the state of the key. Nothing is charged."""
@@ -152,11 +154,11 @@ async def reset_bucket(name: str, request: KeyOfBucket, context: Guarded, audit:
         )
     if isinstance(place.quota, PeriodQuota):
         return place.shown(quota=await place.held(context).reset(audit, place.subject))
-    before = await place.view(context)
-    await context.limiter.refill(place.key)
+    before = _tokens(await place.view(context))
+    async with audit.change(AuditAction.BUCKETS_FILLED, place.subject, before, _shown_at(name)):
+        await context.limiter.refill(place.key)
     after = await place.view(context)
-    views = ({"limit": name, "tokens": one.bucket.tokens} for one in (before, after) if one.bucket is not None)
-    await audit(AuditAction.BUCKETS_FILLED, place.subject, *views)
+    await audit(AuditAction.BUCKETS_FILLED, place.subject, before, _tokens(after))
     return after
 
 
@@ -178,6 +180,15 @@ async def carry_over_bucket(name: str, request: KeyedCarryOver, context: Guarded
     """
     place = await _place(context, name, request.key, request.tier, "body")
     return place.shown(quota=await place.held(context).carry_over(request, audit, place.subject))
+
+
+def _tokens(state: KeyedBucket) -> dict[str, Any]:
+    """Return the tokens of a bucket, for the audit log."""
+    return {"limit": state.limit, "tokens": None if state.bucket is None else state.bucket.tokens}
+
+
+def _shown_at(name: str) -> str:
+    return f"GET /limits/{name}/buckets shows what the key has left"
 
 
 async def _place(context: AdminContext, name: str, given: list[str], tier: str | None, where: str) -> _Place:

@@ -1,6 +1,6 @@
 """Changes of one calendar quota by operators: top-up, carry-over, reset; and its view."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -61,15 +61,20 @@ class HeldQuota:
         limit: str,
         key: str,
         quota: PeriodQuota,
+        shown_at: str,
         *,
         route: str | None = None,
         is_unverified: bool = False,
     ) -> None:
-        """`route`: of a client's quota by client and route. `is_unverified`: anyone could have invented the key."""
+        """`shown_at` says which endpoint shows the quota.
+
+        `route`: of a client's quota by client and route. `is_unverified`: anyone could have invented the key.
+        """
         self._book = context.quotas()
         self._limit = limit
         self._key = key
         self._quota = quota
+        self._shown_at = shown_at
         self._route = route
         self._is_unverified = is_unverified
 
@@ -113,10 +118,11 @@ class HeldQuota:
 
     async def _adjust(self, before: QuotaView, adjustment: Adjustment, audit: Audit, subject: str) -> QuotaView:
         """Make a change, write it to the audit log, and return what is in force."""
-        after = self._view(*await self._book.adjust(self._key, self._quota, adjustment))
-        shown = ("route", "used", "carried_over", "top_up", "top_up_expires")
-        views = ({"limit": view.limit, **{name: getattr(view, name) for name in shown}} for view in (before, after))
-        await audit(AuditAction.QUOTA_CHANGED, subject, *views)
+        held = _recorded(before)
+        async with audit.change(AuditAction.QUOTA_CHANGED, subject, held, self._shown_at):
+            adjusted = await self._book.adjust(self._key, self._quota, adjustment)
+        after = self._view(*adjusted)
+        await audit(AuditAction.QUOTA_CHANGED, subject, held, _recorded(after))
         return after
 
     def _view(self, standing: QuotaState, now: int) -> QuotaView:
@@ -137,3 +143,10 @@ class HeldQuota:
             period_start=wall_time(count.start),
             period_end=wall_time(standing.end),
         )
+
+
+def _recorded(view: QuotaView) -> dict[str, Any]:
+    """Return what the audit log has of a quota."""
+    return {
+        name: getattr(view, name) for name in ("limit", "route", "used", "carried_over", "top_up", "top_up_expires")
+    }

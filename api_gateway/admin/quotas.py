@@ -86,6 +86,7 @@ async def _quotas(context: AdminContext, client_id: str) -> dict[tuple[str, str 
             own.limit or "",
             own.key,
             own.quota,
+            f"GET /clients/{client_id}/quotas shows the quota",
             route=own.route,
             is_unverified=not client.is_registered,
         )

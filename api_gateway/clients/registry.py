@@ -39,7 +39,7 @@ from api_gateway.clients.records import (
     WriteResult,
     key_entry,
 )
-from api_gateway.errors import StoreUnavailable
+from api_gateway.errors import ChangeUnconfirmed, StoreUnavailable
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Client, Clock, Quota
 
@@ -396,7 +396,7 @@ class ClientRegistry:
     async def set_tier(self, client_id: str, tier: str) -> tuple[Client, Client]:
         """Register a client for `tier`, a configured name, durably. Returns the client before and after.
 
-        Raises StoreUnavailable; the message states whether the change may have been made.
+        Raises ChangeUnconfirmed if the change may have been made, else StoreUnavailable.
         """
         return await self._write(client_id, Change(tier=tier))
 
@@ -482,7 +482,7 @@ class ClientRegistry:
         try:
             return await self._store.write(client_id, change)
         except OutcomeUnknown as error:
-            raise StoreUnavailable(
+            raise ChangeUnconfirmed(
                 f"The change may or may not have been made: no response from {self._store.name}."
                 f" {_shown_at(client_id, change)} when the store is available again.",
                 retry_after=5,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from api_gateway.errors import StoreUnavailable
+from api_gateway.errors import ChangeUnconfirmed
 from api_gateway.limits.period_counters import PeriodCounters
 from api_gateway.limits.period_store import CounterRow, PeriodJournal, row_of
 from api_gateway.limits.quota_state import MICROSECONDS, Adjustment, PeriodQuota, QuotaCounter, QuotaState, standing_of
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class QuotaBook(Protocol):
-    """Counters by key. A change is stored when it is confirmed. `look` and `adjust` raise StoreUnavailable."""
+    """Counters by key. A change is stored when it is confirmed. `look` and `adjust` raise StoreUnavailable.
+
+    `adjust` raises ChangeUnconfirmed if the change may have been made.
+    """
 
     def keys(self) -> list[str]:
         """Return the keys of the counters in this process; empty if they are in the store."""
@@ -70,7 +73,9 @@ class LocalBook:
             self._counters.reset(key, quota, now_us)
         await self._journal.write()
         if self._journal.error is not None:
-            raise StoreUnavailable(f"The change applies, but is not stored yet: {self._journal.error}", retry_after=1)
+            raise ChangeUnconfirmed(
+                f"The change applies, but is not stored yet: {self._journal.error}.", retry_after=1
+            )
         return await self.look(key, quota)
 
 

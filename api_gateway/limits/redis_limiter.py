@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Literal
 
-from api_gateway.errors import StoreUnavailable
+from api_gateway.errors import ChangeUnconfirmed
 from api_gateway.eventloop.tasks import cancel_and_wait, check_cancelled
 from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
 from api_gateway.limits.deny_cache import DenyCache
@@ -223,13 +223,13 @@ class RedisLimiter:
         return decision_after(decision, settled_to or changes, debts_ns, at_ns, is_chosen_anew=bool(settled_to))
 
     async def refill(self, key: str) -> None:
-        """Fill a bucket. Raises StoreUnavailable, after which the bucket may or may not be full."""
+        """Fill a bucket. Raises ChangeUnconfirmed, after which the bucket may or may not be full."""
         try:
             await self._session.client.delete(self.store_key(key))
             await self._session.client.publish(self.channel, invalidation(key))  # for gateways of earlier versions
             await self.publish_reset(key)
         except StoreError as error:
-            raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
+            raise ChangeUnconfirmed(retry_after=1) from error
         self.forget(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 
-from api_gateway.errors import StoreUnavailable
+from api_gateway.errors import ChangeUnconfirmed, StoreUnavailable
 from api_gateway.limits.fallback_limiter import decided_by
 from api_gateway.limits.multi_node_quotas import MultiNodeQuotaCharge
 from api_gateway.limits.quota_decisions import (
@@ -188,7 +188,7 @@ class StoreQuotaLimiter:
     ) -> tuple[QuotaCounter | None, int]:
         """Return a counter, after an adjustment, and the store's time in microseconds.
 
-        Raises StoreUnavailable.
+        Raises StoreUnavailable: ChangeUnconfirmed if there is an adjustment, which may have been made.
         """
         found: asyncio.Future[tuple[QuotaCounter | None, int]] = asyncio.get_running_loop().create_future()
 
@@ -199,7 +199,9 @@ class StoreQuotaLimiter:
         self.buckets.batcher.submit(CounterOp(self, key, quota, on_counter, adjustment))
         counter, clock_us = await found
         if clock_us < 0:
-            raise StoreUnavailable("The store did not confirm the state of the quota.", retry_after=1)
+            if adjustment is not None:
+                raise ChangeUnconfirmed(retry_after=1)
+            raise StoreUnavailable("The store did not return the state of the quota.", retry_after=1)
         return counter, clock_us
 
     async def publish_reset(self, key: str, resets: int) -> None:

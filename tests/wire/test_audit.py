@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from api_gateway.admin.audit_log import AuditAction
+from api_gateway.clients.records import OutcomeUnknown
+from api_gateway.errors import ChangeUnconfirmed
 from tests.kit import Answer, RunningGateway, ask, in_front_of, running_gateway
 
 TOKEN, READER = "correct-horse-battery-staple", "correct-horse-battery-reader"
@@ -86,6 +88,10 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
     sections["admin"] = {
         "tokens": {"alice": {"token": TOKEN, "role": "operate"}, "bob": {"token": READER, "role": "read"}}
     }
+    sections["limits"] = [
+        {"name": "monthly", "key": "client", "quota": 1000, "period": "month"},
+        {"name": "by-route", "key": "route", "rate": 5, "capacity": 50},
+    ]
     sections["identity"] = {"sources": ["api_key", "header", "address"]}
     with running_gateway(sections, tmp_path_factory.mktemp("audit")) as running:
         yield running
@@ -165,6 +171,49 @@ def test_what_changes_nothing_is_not_recorded(gateway: RunningGateway, method: s
     before = last(gateway)
     call(gateway, method, path, body)
     assert last(gateway) == before
+
+
+UNCONFIRMED: list[tuple[str, str, dict[str, Any] | None, AuditAction, str]] = [
+    *((method, path, body, action, "") for method, path, body, action in CHANGES[:-1]),
+    ("POST", "/clients/acme/quotas/monthly/reset", None, AuditAction.QUOTA_CHANGED, ""),
+    ("POST", "/clients/acme/quotas/monthly/top-up", {"amount": 5}, AuditAction.QUOTA_CHANGED, ""),
+    ("POST", "/clients/acme/quotas/monthly/carry-over", {"amount": 5}, AuditAction.QUOTA_CHANGED, ""),
+    ("POST", "/limits/monthly/buckets/reset", {"key": ["acme"]}, AuditAction.QUOTA_CHANGED, "monthly: acme"),
+    ("POST", "/limits/by-route/buckets/reset", {"key": ["all"]}, AuditAction.BUCKETS_FILLED, "by-route: all"),
+]
+
+
+def test_a_change_that_may_have_been_made_is_recorded_as_unconfirmed(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The response says so, too, and names the endpoint that shows what is in force."""
+    key = call(gateway, "POST", "/clients/acme/keys", {"label": "before"}).json()["id"]
+    context = gateway.server._app.state.admin_context
+
+    async def lost(*_: Any, **__: Any) -> None:
+        raise OutcomeUnknown("no response")
+
+    async def unconfirmed(*_: Any, **__: Any) -> None:
+        raise ChangeUnconfirmed(retry_after=1)
+
+    monkeypatch.setattr(context.clients._store, "write", lost)
+    monkeypatch.setattr(context.limiter, "refill", unconfirmed)
+    monkeypatch.setattr(type(context.quotas()), "adjust", unconfirmed)
+    for method, path, body, action, subject in UNCONFIRMED:
+        answer = call(gateway, method, path.format(key=key), body)
+        assert answer.status == 503, path
+        assert "retry-after" in answer.headers
+        words = answer.json()["detail"]
+        assert words.startswith("The change may or may not have been made: no response from "), words
+        assert " GET /" in words
+        assert words.endswith(" when the store is available again.")
+        (entry,) = last(gateway)
+        assert (entry["action"], entry["subject"]) == (action, subject or "acme")
+        assert (entry["after"], entry["confirmed"]) == (None, False)
+        assert entry["before"]
+    monkeypatch.undo()
+    assert call(gateway, "POST", "/clients/acme/verified-only", {"verified_only": False}).status == 200
+    assert last(gateway)[0]["confirmed"] is True
 
 
 def test_refused_operators_change_nothing_and_readers_may_read(gateway: RunningGateway) -> None:
