@@ -181,8 +181,7 @@ class Recorder:
         # The last exported trace by route and bucket of its histogram: id, seconds, and time since the epoch.
         self.exemplars: dict[tuple[str, int], tuple[str, float, float]] = {}
         self.requests_by_client, self.limited_by_client = HeavyHitters(), HeavyHitters()  # by the client's key
-        self.limited_by_bucket = HeavyHitters()  # by the key of each bucket, counter or slot that refuses
-        self.bare_by_client = HeavyHitters()  # claims of an id that should have been proved
+        self.limited_by_bucket, self.bare_by_client = HeavyHitters(), HeavyHitters()  # by what refuses; unproved ids
         self.percentiles = tuple(percentiles)
 
     def extend(

@@ -561,7 +561,6 @@ def test_a_reload_by_an_operator_is_in_the_audit_log_of_every_worker(tmp_path: P
         one.write()  # nothing has changed
         assert one.operate("/reload", "POST").status == 200
         for _ in range(4):  # each worker responds to some
-            same, changed = one.operate("/audit").json()["entries"]
-            assert {same["action"], changed["action"]} == {"configuration_reloaded"}
+            (changed,) = one.operate("/audit").json()["entries"]
+            assert changed["action"] == "configuration_reloaded"
             assert (changed["before"], changed["after"]) == ({"tiers.POOR.capacity": 10}, {"tiers.POOR.capacity": 20})
-            assert (same["before"], same["after"]) == ({}, {})
