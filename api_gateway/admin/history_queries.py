@@ -13,6 +13,7 @@ from typing import Any
 from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.eventloop.steps import Steps
+from api_gateway.limits.concurrency import slot_share
 from api_gateway.models import NANOSECONDS, Clock
 from api_gateway.observability.request_history import RequestHistory
 from api_gateway.observability.request_record import (
@@ -268,10 +269,13 @@ def _limits(decision: DecisionRecord) -> list[Members]:
 
 def _slot(decision: DecisionRecord, name: str, concurrent: int | None) -> Members:
     """Return the row of a concurrency limit: of the requests in flight, nothing is kept."""
-    names = ("capacity", "refill_per_second", "tokens_before", "tokens_after", "processes", "spent_by")
+    names = ("capacity", "refill_per_second", "tokens_before", "tokens_after", "spent_by")
+    processes = decision.processes if decision.source == "local_share" else None
+    if processes is not None and concurrent is not None:
+        concurrent = slot_share(concurrent, processes)
     wait = _seconds_to_wait(decision.wait_ns) if name == decision.limit else None
     row = {"limit": name, "cost": 1, "allowed": name not in decision.refusing, "retry_after_seconds": wait}
-    return row | {"concurrent": concurrent} | dict.fromkeys(names)
+    return row | {"concurrent": concurrent, "processes": processes} | dict.fromkeys(names)
 
 
 def _wait_ns(charged: ChargeRecord, state: LimitState) -> int:

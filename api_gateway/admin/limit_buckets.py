@@ -71,6 +71,10 @@ class KeyedBucket(Body):
     bucket: BucketView | None
     quota: QuotaView | None
     concurrency: KeyInFlight | None
+    confirmed: bool | None = Field(
+        default=None,
+        description="False if the client store is unavailable, see `GET /clients/{id}`; null without a client.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class _Place:
     key: str
     quota: Quota
     is_unverified: bool
+    is_confirmed: bool | None
 
     @property
     def subject(self) -> str:
@@ -122,7 +127,13 @@ class _Place:
     ) -> KeyedBucket:
         """Return the key with its state."""
         return KeyedBucket(
-            limit=self.limit, key=self.values, tier=self.tier, bucket=bucket, quota=quota, concurrency=concurrency
+            limit=self.limit,
+            key=self.values,
+            tier=self.tier,
+            bucket=bucket,
+            quota=quota,
+            concurrency=concurrency,
+            confirmed=self.is_confirmed,
         )
 
 
@@ -200,12 +211,14 @@ async def _place(context: AdminContext, name: str, given: list[str], tier: str |
             f" {'value' if len(limit.key) == 1 else 'values in this order'}, got {len(given)}."
         )
     client: Client | None = None
+    is_confirmed: bool | None = None
     values, shown = list[str](), list[str]()
     for index, (part, value) in enumerate(zip(limit.key, given, strict=True)):
         place = f"{where}.key[{index}]"
         _check(context, limit, part, value, place)
         if part == "client":
-            client = (await context.clients.inspect(value)).client
+            found = await context.clients.inspect(value)
+            client, is_confirmed = found.client, found.is_confirmed
             values.append(client.key)
             shown.append(value)
         else:
@@ -213,7 +226,7 @@ async def _place(context: AdminContext, name: str, given: list[str], tier: str |
             shown.append(values[-1])
     owner, quota = _allowance(context, limit, client, tier, where)
     key = f"peer:{values[0]}" if limit.index < 0 else limit.bucket_key(values, owner or "")
-    return _Place(name, shown, owner, key, quota, limit.is_unverified(client))
+    return _Place(name, shown, owner, key, quota, limit.is_unverified(client), is_confirmed)
 
 
 def _limit(context: AdminContext, name: str) -> Limit:

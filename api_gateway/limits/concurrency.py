@@ -40,6 +40,11 @@ class SlottedCharges(list[Charge]):
         self.policies = "".join([f", {policy_of(slot.quota)}" for slot in slots]).encode()
 
 
+def slot_share(concurrent: int, processes: int) -> int:
+    """Return how many requests in flight each of so many processes admits while the store is unavailable."""
+    return max(concurrent // processes, 1)
+
+
 def policy_of(quota: Quota) -> str:
     """Return the item of a concurrency limit for `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-11)."""
     return f'"{quota.policy}";q={quota.capacity};qu="concurrent-requests"'

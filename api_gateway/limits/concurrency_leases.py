@@ -26,7 +26,7 @@ from math import ceil
 from typing import Literal
 
 from api_gateway.eventloop.tasks import cancel_and_wait, check_cancelled
-from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse, refusal_of_slots
+from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse, refusal_of_slots, slot_share
 from api_gateway.limits.concurrency_ops import LEASE, ClaimOp, HeldOp, HoldOp, RenewOp, ReturnOp
 from api_gateway.limits.multi_node_claims import MultiNodeClaim
 from api_gateway.limits.redis_limiter import RedisLimiter
@@ -160,6 +160,8 @@ class LeasedSlots(LocalSlots):
         """Return the refusal of a request, one of whose slots is not free."""
         refused = refusal_of_slots(uses, self, now_ns)
         refused.source = source
+        if source == "local_share":
+            refused.processes = self._buckets.fallback.processes
         if source == "store":
             refused.at_ns = now_ns + self._buckets.offset_ns
         return refused
@@ -182,7 +184,7 @@ class LeasedSlots(LocalSlots):
 
     def _share(self, slot: ConcurrencySlot) -> int:
         """Return how many requests this worker may have in flight while the store is unavailable."""
-        return max(slot.quota.capacity // self._buckets.fallback.processes, 1)
+        return slot_share(slot.quota.capacity, self._buckets.fallback.processes)
 
     def _refusal_by_share(self, slots: Sequence[ConcurrencySlot], now_ns: int) -> Decision:
         used = [slot for slot in slots if self.in_flight(slot.key) >= self._share(slot)]

@@ -4,7 +4,7 @@ from typing import Final
 
 from api_gateway.errors import ConcurrencyExceeded, CostExceedsCapacity, GatewayError, StoreUnavailable
 from api_gateway.http1.headers import address_key
-from api_gateway.limits.concurrency import ConcurrencyQuota
+from api_gateway.limits.concurrency import ConcurrencyQuota, slot_share
 from api_gateway.limits.limit import LIMIT_PREFIX
 from api_gateway.limits.limit_reached import (
     LimitReached,
@@ -14,7 +14,7 @@ from api_gateway.limits.limit_reached import (
     members_of,
 )
 from api_gateway.limits.quota_state import PeriodQuota
-from api_gateway.models import Client, Decision, Exchange, Quota
+from api_gateway.models import Client, Decision, Exchange, Quota, sharing_processes
 from api_gateway.rate_limiter import NEVER_NS
 
 # Used last, by the name of the quota; names are those of the configuration.
@@ -35,11 +35,15 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
     cost, remaining, key = exchange.cost, decision.remaining, decision.key
     if isinstance(quota, ConcurrencyQuota):
         wait = decision.retry_after or 0.0
-        allowed = allowance_in_words(quota)
+        allowed, extra = allowance_in_words(quota), members_of(quota, client, cost, 0, decision.violated)
+        processes = sharing_processes(decision)
+        if processes is not None:
+            extra["in_flight"] = share = slot_share(quota.capacity, processes)
+            allowed += f"; the store is unavailable, so each of {processes} processes admits its share of {share}"
         return ConcurrencyExceeded(
             f"Limit '{quota.policy}' allows {allowed}. Retry in about {wait:.0f} s, when one has ended.",
             retry_after=wait,
-            extra=members_of(quota, client, cost, 0, decision.violated),
+            extra=extra,
         )
     is_named = key.startswith(LIMIT_PREFIX)
     if is_named:

@@ -40,7 +40,16 @@ def bucket_line(found: JsonObject) -> str:
     else:
         left = f"{concurrency['in_flight']} of {concurrency['concurrent']} requests in flight"
     shares = share_lines([one for one in (bucket, concurrency) if one is not None])
-    return "; ".join([f"{found['limit']} {', '.join(found['key'])}{tier}: {left}", *shares])
+    return "; ".join([f"{found['limit']} {', '.join(found['key'])}{tier}: {left}", *shares, *doubt_lines(found)])
+
+
+def doubt_lines(found: JsonObject) -> list[str]:
+    """Return the line that says that a client's record is not known; no line if the store has confirmed it."""
+    if found.get("confirmed") is not False:
+        return []
+    return [
+        "the client store is unavailable, so it is unknown whether it has a record of this client with another tier"
+    ]
 
 
 def share_lines(limits: Sequence[JsonObject], verb: str = "is") -> list[str]:

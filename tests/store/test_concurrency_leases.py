@@ -21,7 +21,7 @@ from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.limits.script_batcher import ScriptOp, _call
 from api_gateway.limits.store_quota_limiter import StoreQuotaLimiter
 from api_gateway.metrics import Recorder
-from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Exchange, Quota
+from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Exchange, Quota, sharing_processes
 from api_gateway.proxy.candidate_limits import CandidateLimits
 from tests.cases import each
 from tests.kit import turns
@@ -403,7 +403,8 @@ def test_while_the_store_is_unavailable_each_worker_has_its_share(store: LuaStor
     for worker in (one, two):
         worker.wire.is_up = False
     assert (one.admitted(5, FIVE), two.admitted(5, FIVE)) == (0, 2)
-    assert {decision.source for decision in (*one.refused, *two.refused)} == {"local_share"}
+    refused = (*one.refused, *two.refused)
+    assert {(decision.source, sharing_processes(decision)) for decision in refused} == {("local_share", 2)}
     one.end(one.open[0])
     one.end(one.open[0])
     assert one.admitted(5, FIVE) == 1

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from api_gateway.errors import BadRequest, GatewayError, MethodNotAllowed, RateLimited, Unavailable, problem
 from api_gateway.http1.serializer import refuse_hidden_lines, render_response_head
+from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.refusal import _BY_BUCKET, MOST_REMEMBERED_REFUSALS, refusal
 from api_gateway.models import NANOSECONDS, Client, Decision, Exchange, Quota
 from api_gateway.proxy.problem_response import problem_body, problem_message, send_problem
@@ -38,6 +39,22 @@ def refused(
     key = f"peer:{exchange.client_address}" if by_address else exchange.client.key
     decision = Decision(key, quota, allowed=False, remaining=remaining, wait_ns=wait_ns, reset_ns=wait_ns)
     return refusal(exchange, decision)
+
+
+@each("processes", [None, 2, 8])
+def test_a_refusal_by_the_share_of_a_concurrency_limit_states_the_share(processes: int | None) -> None:
+    quota = ConcurrencyQuota.of("few", 4, "few")
+    exchange = Exchange("id", "GET", "/", "192.0.2.7", 0.0, client=Client("acme", "client:acme", FREE, "default"))
+    decision = Decision("few:acme", quota, allowed=False, remaining=0, wait_ns=NANOSECONDS, reset_ns=NANOSECONDS)
+    if processes is not None:
+        decision.processes, decision.source = processes, "local_share"
+    error = refusal(exchange, decision)
+    share = {None: 4, 2: 2, 8: 1}[processes]
+    words = f"; the store is unavailable, so each of {processes} processes admits its share of {share}"
+    assert error.detail == (
+        f"Limit 'few' allows 4 requests in flight{words if processes else ''}. Retry in about 1 s, when one has ended."
+    )
+    assert (error.extra["limit"], error.extra["in_flight"]) == (4, share)
 
 
 def rendered_each_time(error: GatewayError, path: str, request_id: str | None) -> bytes:

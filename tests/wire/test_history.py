@@ -181,7 +181,11 @@ def test_a_settlement_is_shown_with_the_decision_before_it(tmp_path: Path, up: R
         assert [one["cost"] for one in refused["limits"][0]["spent_by"]["requests"]] == [3]
 
 
-def test_a_refusal_by_a_concurrency_limit_names_it_without_tokens(tmp_path: Path, up: RawUpstream) -> None:
+@pytest.mark.parametrize("is_out", [False, True], ids=["alone", "by share"])
+def test_a_refusal_by_a_concurrency_limit_names_it_without_tokens(
+    tmp_path: Path, up: RawUpstream, *, is_out: bool
+) -> None:
+    """Without the store, a limit of 2 is 1 for each of two gateways: the response and the history say so."""
     held = threading.Event()
 
     def hold(wire: Any, _request: Any) -> None:
@@ -189,8 +193,8 @@ def test_a_refusal_by_a_concurrency_limit_names_it_without_tokens(tmp_path: Path
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
     up.behave = hold
-    limits = [{"name": "parallel", "key": "client", "concurrent": 1}]
-    with running_gateway(sections(up.url, limits=limits), tmp_path) as running:
+    limits = [{"name": "parallel", "key": "client", "concurrent": 2 if is_out else 1}]
+    with running_gateway((outage if is_out else sections)(up.url, limits=limits), tmp_path) as running:
         first = threading.Thread(target=send, args=(running,), kwargs={"X_Client_ID": "acme"})
         first.start()
         eventually(lambda: bool(up.requests), "the first request is in flight")
@@ -200,9 +204,17 @@ def test_a_refusal_by_a_concurrency_limit_names_it_without_tokens(tmp_path: Path
         request = explained(running, refused.headers["x-request-id"])
         assert (refused.status, request["decision"]["limit"]) == (429, "parallel")
         found = {one["limit"]: one for one in request["limits"]}
-        assert (found["free"]["allowed"], found["free"]["tokens_before"]) == (True, None)
+        if not is_out:  # else the share of the tier refuses, too
+            assert (found["free"]["allowed"], found["free"]["tokens_before"]) == (True, None)
         assert (found["parallel"]["allowed"], found["parallel"]["spent_by"]) == (False, None)
-        assert (found["parallel"]["concurrent"], found["parallel"]["tokens_before"]) == (1, None)
+        assert figures(found["parallel"], "concurrent", "tokens_before", "processes") == [
+            1,
+            None,
+            2 if is_out else None,
+        ]
+        assert figures(found["free"], "capacity", "processes") == ([1.5, 2] if is_out else [3, None])
+        assert refused.json()["in_flight"] == 1
+        assert ("each of 2 processes admits its share of 1" in refused.json()["detail"]) is is_out
         assert found["parallel"]["retry_after_seconds"] is not None
 
 
