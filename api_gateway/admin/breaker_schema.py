@@ -1,8 +1,10 @@
 """The body of the endpoint that sets the mode of a circuit breaker."""
 
-from pydantic import Field
+from typing import Annotated
 
-from api_gateway.admin.request_schema import RequestBody
+from pydantic import AfterValidator, Field
+
+from api_gateway.admin.request_schema import RequestBody, one_line
 from api_gateway.models import BreakerMode
 
 
@@ -11,4 +13,6 @@ class ModeChange(RequestBody):
 
     mode: BreakerMode = Field(description="`auto` removes the operator's mode.", examples=["forced_open"])
     duration_seconds: float | None = Field(default=None, gt=0, le=3_200_000_000, examples=[600])
-    comment: str = Field(default="", max_length=500, examples=["the database is being moved"])
+    comment: Annotated[str, Field(max_length=500), AfterValidator(one_line)] = Field(
+        default="", examples=["the database is being moved"]
+    )

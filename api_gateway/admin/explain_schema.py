@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from api_gateway.admin.client_schema import SharingProcesses, SharingWorkers, TierView
 from api_gateway.admin.request_schema import RequestBody
+from api_gateway.ip_addresses import parse_address
 from api_gateway.models import Body, ClientSource, DecisionSource, Instant
 
 
@@ -18,6 +19,14 @@ class DescribedCertificate(RequestBody):
     common_name: str | None = Field(default=None, description="Common name of the subject.", examples=["Jane Doe"])
     subject: str | None = Field(default=None, description="The whole subject.", examples=["CN=Jane Doe,O=Example"])
     not_after: Instant | None = Field(default=None, description="End of its validity; null: it is valid.")
+
+
+def _address(text: str) -> str:
+    try:
+        parse_address(text)
+    except ValueError:
+        raise ValueError("must be an IPv4 or IPv6 address") from None
+    return text
 
 
 class ExplainRequest(RequestBody):
@@ -35,7 +44,9 @@ class ExplainRequest(RequestBody):
         examples=["/api/users"],
     )
     host: str = Field(default="", max_length=255, description="Value of Host, for routes that require one.")
-    address: str = Field(default="127.0.0.1", max_length=64, description="Address of the peer.")
+    address: Annotated[str, Field(max_length=64), AfterValidator(_address)] = Field(
+        default="127.0.0.1", description="Address of the peer."
+    )
     forwarded: str | None = Field(
         default=None,
         max_length=8_192,

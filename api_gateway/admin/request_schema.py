@@ -9,6 +9,13 @@ from api_gateway.models import Body
 from api_gateway.settings.boolean_refusal import without_booleans
 
 
+def one_line(text: str) -> str:
+    """Return the text. Raises ValueError if a terminal would execute a part of it, or show it on several lines."""
+    if not text.isprintable():
+        raise ValueError("must have no control characters or line breaks")
+    return text
+
+
 class RequestBody(Body):
     """Base of request bodies. The limit on text also makes pydantic refuse lone surrogates."""
 

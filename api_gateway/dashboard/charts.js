@@ -60,7 +60,7 @@ export function chart(title, series, format, signal) {
     write(null);
     if (table.open) list();
   };
-  const list = () => put(body, points.slice(-60).reverse().map((point) => h("tr", {}, h("td", { class: "num" }, clock(point.at)), series.map((one) => h("td", { class: "num" }, format(one.value(point)))))));
+  const list = () => put(body, points.slice(-60).reverse().map((point) => h("tr", {}, h("td", {}, h("time", {}, clock(point.at))), series.map((one) => h("td", { class: "num" }, format(one.value(point)))))));
   table.addEventListener("toggle", () => { if (table.open) list(); });
   const sizes = new ResizeObserver(() => plot?.setSize({ width: place.clientWidth, height: place.clientHeight }));
   sizes.observe(place);

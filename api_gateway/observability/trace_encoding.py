@@ -22,7 +22,7 @@ from api_gateway.models import NANOSECONDS, SPAN_ID, TRACE_FLAGS, TRACE_ID, Exch
 from api_gateway.observability.span_format import SpanHeads, TextHeads, heads_of_number, varint
 from api_gateway.printable_text import OTHER_METHOD, shown_method
 
-SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.45.0"
 TRACED_METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"}  # of the conventions
 )

@@ -2,11 +2,18 @@
 
 import argparse
 from collections.abc import Sequence
-from urllib.parse import quote
 
 from api_gateway.printable_text import counted, table
 from api_gateway.process.limits_view import share_lines
-from api_gateway.process.operator_client import CommandFailed, JsonObject, OperatorClient, print_json, show, show_all
+from api_gateway.process.operator_client import (
+    CommandFailed,
+    JsonObject,
+    OperatorClient,
+    print_json,
+    segment,
+    show,
+    show_all,
+)
 
 CERTIFICATE_NAMES = ("uri", "dns", "email", "common_name", "subject")  # of `DescribedCertificate`
 
@@ -43,7 +50,7 @@ def run_explanation(client: OperatorClient, options: argparse.Namespace) -> None
     if options.path is not None:
         found = client.call("POST", "/explain", _described(options))
     else:
-        found = client.get(f"/explain/{quote(options.request_id, safe='')}")
+        found = client.get(f"/explain/{segment(options.request_id, 'request id')}")
     if options.json:
         print_json(found)
     elif options.path is not None:

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
-from urllib.parse import quote
 
 from api_gateway.printable_text import table
-from api_gateway.process.operator_client import add_access_options, client_of, run_action, show
+from api_gateway.process.operator_client import add_access_options, client_of, run_action, segment, show
 from api_gateway.system.command_line import CommandParser
 
 
@@ -95,14 +94,14 @@ def _routes(key: Mapping[str, Any]) -> list[str]:
 
 
 def _rotate(options: argparse.Namespace) -> None:
-    path = f"{_path(options.client)}/{quote(options.key_id, safe='')}/rotate"
+    path = f"{_path(options.client)}/{segment(options.key_id, 'key id')}/rotate"
     made = client_of(options).call("POST", path, {"overlap_seconds": options.overlap})
     _show_created(made)
     print(f"Key {made['previous_id']} is valid until {made['previous_expires_at']}.", file=sys.stderr)
 
 
 def _revoke(options: argparse.Namespace) -> None:
-    gone = client_of(options).call("DELETE", f"{_path(options.client)}/{quote(options.key_id, safe='')}")
+    gone = client_of(options).call("DELETE", f"{_path(options.client)}/{segment(options.key_id, 'key id')}")
     print(f"Key {gone['id']} is revoked; valid keys left: {gone['keys_left']}.", file=sys.stderr)
 
 
@@ -121,4 +120,4 @@ def _show_created(made: Mapping[str, Any]) -> None:
 
 
 def _path(client_id: str) -> str:
-    return f"/clients/{quote(client_id, safe='')}/keys"
+    return f"/clients/{segment(client_id, 'client id')}/keys"

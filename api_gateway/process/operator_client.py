@@ -6,6 +6,7 @@ Only light modules are imported, so that `--help` is fast; the configuration is 
 import argparse
 import http.client
 import json
+import math
 import os
 import ssl
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from api_gateway._version import __version__
 from api_gateway.printable_text import printable
@@ -30,6 +31,7 @@ NOT_REACHED = 6  # no gateway responds
 NOT_AUTHORIZED = 7  # the gateway does not accept the token
 INTERRUPTED = 130  # by SIGINT, as shells count
 _LONGEST_INTERVAL = 86_400  # seconds
+_MOST_DIGITS = 9
 _REFUSALS = (401, 403)  # statuses
 
 
@@ -159,10 +161,27 @@ def client_of(options: argparse.Namespace) -> OperatorClient:
 
 def seconds_between(text: str) -> float:
     """Return the time between two questions, for an option."""
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 <= seconds <= _LONGEST_INTERVAL:  # nor is it not a number
-        raise argparse.ArgumentTypeError(f"must be from 0 to {_LONGEST_INTERVAL} seconds, got {text}")
+        raise argparse.ArgumentTypeError(f"must be from 0 to {_LONGEST_INTERVAL} seconds, got {text!r}")
     return seconds
+
+
+def whole_number(text: str) -> int:
+    """Return a number that is not negative, for an option."""
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at most {_MOST_DIGITS} digits, got {text!r}")
+    return int(text)
+
+
+def segment(text: str, name: str) -> str:
+    """Return a value as a segment of a path; `name` says what it is. Raises CommandFailed if it is empty."""
+    if not text:
+        raise CommandFailed(f"{name}: must not be empty, got ''")
+    return quote(text, safe="")
 
 
 def run_action(action: Callable[[], None]) -> int:

@@ -19,6 +19,7 @@ from api_gateway.process.operator_client import (
     client_of,
     run_action,
     seconds_between,
+    whole_number,
 )
 from api_gateway.process.view_commands import line_of
 from api_gateway.system.command_line import CommandParser
@@ -40,7 +41,9 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--interval", type=seconds_between, default=2.0, metavar="SECONDS", help="seconds between screens (default: 2)"
     )
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N screens (default: 0, never)")
+    parser.add_argument(
+        "--count", type=whole_number, default=0, metavar="N", help="end after N screens (default: 0, never)"
+    )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each screen")
     add_access_options(parser)
     return parser

@@ -5,11 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from urllib.parse import quote
 
 from api_gateway.printable_text import counted, printable, table
 from api_gateway.process.explain_command import add_explain_options, run_explanation
-from api_gateway.process.limits_view import bucket_line, limit_lines, share_lines
+from api_gateway.process.limits_view import bucket_line, doubt_lines, limit_lines, share_lines
 from api_gateway.process.operator_client import (
     NOT_REACHED,
     CommandFailed,
@@ -20,6 +19,7 @@ from api_gateway.process.operator_client import (
     print_json,
     run_action,
     seconds_between,
+    segment,
     show,
     show_all,
 )
@@ -103,7 +103,7 @@ def _parser() -> CommandParser:
 
 def _clients(client: OperatorClient, options: argparse.Namespace) -> None:
     if options.client is not None:
-        place = f"/clients/{quote(options.client, safe='')}"
+        place = f"/clients/{segment(options.client, 'client id')}"
         found = client.get(place)
         found["quotas"] = _quotas(client, f"{place}/quotas")
     else:
@@ -133,6 +133,7 @@ def _quotas(client: OperatorClient, path: str) -> list[JsonObject] | None:
 def _show_client(found: JsonObject) -> None:
     tier, grant = found["tier"], found["grant"]
     show(f"{found['client_id']}: {tier['name']} ({tier['rate']:g}/s, {tier['capacity']}), {found['tier_source']}")
+    show_all(doubt_lines(found))
     if grant is not None:
         show(f"granted until {grant['until']}, then {grant['tier_after']}")
     buckets = [{"limit": tier["name"].lower(), "route": None, **found["bucket"]}, *found["limits"]]
@@ -196,7 +197,7 @@ def _limits(client: OperatorClient, options: argparse.Namespace) -> None:
     if options.limit is None and options.tier:
         raise CommandFailed(f"limits: --tier belongs to a limit: give its name and a key, too, got {options.tier!r}")
     if options.limit is not None:
-        path = f"/limits/{quote(options.limit, safe='')}/buckets"
+        path = f"/limits/{segment(options.limit, 'limit')}/buckets"
         found = client.get(path, key=options.values, tier=options.tier)
     else:
         found = client.get("/limits")
@@ -268,6 +269,7 @@ def line_of(request: JsonObject) -> str:
         parts.append(f"{request['attempts']} attempts")
     if request["reason"] is not None:
         parts.append(request["reason"])
+    if request["reason"] is not None or request["status"] >= HTTPStatus.BAD_REQUEST:
         trace = f" trace {request['trace_id']}" if request.get("trace_id") else ""
         parts.append(f"[{request['request_id']}{trace}]")
     return "  ".join(parts)

@@ -113,6 +113,9 @@ def run(monkeypatch: pytest.MonkeyPatch, gateway: Gateway, *arguments: str) -> i
 
 
 SHARED = {"tokens": 1.5, "capacity": 2.5, "processes": 2}
+UNCONFIRMED = (
+    "the client store is unavailable, so it is unknown whether it has a record of this client with another tier"
+)
 OF_A_SHARE = "the store is unavailable: the figures are those of the share of one of 2 processes"
 
 
@@ -146,6 +149,10 @@ def is_inert(text: str) -> bool:
         (
             {"concurrency": {"in_flight": 1, "concurrent": 2, "processes": 2}},
             f"1 of 2 requests in flight; {OF_A_SHARE}",
+        ),
+        (
+            {"concurrency": {"in_flight": 1, "concurrent": 2}, "confirmed": False},
+            f"1 of 2 requests in flight; {UNCONFIRMED}",
         ),
     ],
 )
@@ -314,6 +321,11 @@ def test_one_client_is_shown_with_its_quotas_and_what_is_in_flight(
     assert shown.err == "quotas: 503: unavailable\n"
     assert run(monkeypatch, gateway, "clients", "a/b", "--json") == 0
     assert json.loads(capsys.readouterr().out)["quotas"] is None
+    for is_confirmed in (True, False):
+        assert (
+            run(monkeypatch, Gateway(clients=client | {"confirmed": is_confirmed, "quotas": []}), "clients", "a") == 0
+        )
+        assert (UNCONFIRMED in capsys.readouterr().out) is not is_confirmed
     gateway = Gateway(clients=[client, CommandFailed("403: refused", NOT_AUTHORIZED, 403)])
     assert run(monkeypatch, gateway, "clients", "a/b") == NOT_AUTHORIZED
 
@@ -330,6 +342,9 @@ def test_a_followed_request_is_one_inert_line(
     assert out.startswith("08:00:01.250  502  GET  /api/a\\x1b")
     assert "2 attempts  upstream_reset  [a\\x1b" in out
     assert " trace 0af7651916cd43dd8448eb211c80319c]" in out
+    for status, is_shown in ((200, False), (404, True), (502, True)):  # those of an upstream, which have no reason
+        row = ROW | {"status": status, "reason": None}
+        assert ("[a\\x1b" in view_commands.line_of(row).replace("\x1b", "\\x1b")) is is_shown
     assert run(monkeypatch, gateway, "tail", "--no-follow", "--json") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line) for line in lines] == [ROW, ROW]
@@ -499,7 +514,29 @@ def test_an_interval_is_a_number_of_seconds(text: str, capsys: pytest.CaptureFix
     for run_command in (partial(run_view, ["tail", "--interval", text]), partial(run_top, ["--interval", text])):
         with pytest.raises(SystemExit):
             run_command()
-        assert "argument --interval" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"argument --interval: must be from 0 to 86400 seconds, got '{text}'" in error
+
+
+@pytest.mark.parametrize("text", ["-3", "1.5", "many", "", "9" * 10])
+def test_a_count_is_a_whole_number(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_top([f"--count={text}"])
+    assert f"argument --count: must be a whole number of at most 9 digits, got '{text}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [(("clients", ""), "client id"), (("limits", ""), "limit"), (("explain", ""), "request id")],
+)
+def test_a_name_in_a_path_is_not_empty(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], name: str
+) -> None:
+    """An empty one would ask another endpoint."""
+    gateway = Gateway()
+    assert run(monkeypatch, gateway, *arguments) == operator_client.FAILED
+    assert capsys.readouterr().err == f"{name}: must not be empty, got ''\n"
+    assert gateway.asked == []
 
 
 def test_top_goes_on_through_a_restart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -499,6 +499,8 @@ def test_it_is_asked_by_post_and_costs_nothing(running: RunningGateway) -> None:
         ({"client_id": "c", "path": "/api", "method": "get it"}, 422, "invalid_value"),
         ({"path": "/api"}, 422, "invalid_value"),
         ({"client_id": "c", "path": "/api", "more": 1}, 422, "invalid_value"),
+        ({"client_id": "c", "path": "/api", "address": "999.1.1.1"}, 422, "invalid_value"),
+        ({"client_id": "c", "path": "/api", "address": ""}, 422, "invalid_value"),
     ],
 )
 def test_an_invalid_explain_request_is_refused_with_the_reason(

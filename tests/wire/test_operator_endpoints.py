@@ -260,6 +260,8 @@ def test_the_history_shows_the_cause_of_each_transition(gateway: StartGateway, u
         ({"mode": "observe", "duration_seconds": 1e300}, ["body.duration_seconds", "got 1e+300"]),
         ({"mode": "auto", "duration_seconds": 60}, ["body.duration_seconds", "got 60"]),
         ({"mode": "observe", "comment": "x" * 501}, ["body.comment", "500"]),
+        ({"mode": "observe", "comment": "a\x1b[31m"}, ["body.comment", "no control characters or line breaks"]),
+        ({"mode": "observe", "comment": "a\nb"}, ["body.comment", "no control characters or line breaks"]),
         ({"mode": "observe", "minutes": 5}, ["body.minutes", "got 5"]),
     ],
 )

@@ -137,7 +137,7 @@ function recorded(one, index) {
     const isKnown = limit.tokens_before !== null && limit.capacity !== null;
     steps.push(step(limit.allowed ? "ok" : "fail", `Limit ${limit.limit}`, limit.allowed ? "allowed" : "refused",
       isKnown && h("div", { class: "bar" }, h("i", { class: limit.allowed ? "" : "fail", style: { width: `${Math.max(0, Math.min(1, limit.tokens_before / limit.capacity)) * 100}%` } })),
-      isKnown ? `had ${number(limit.tokens_before)} of ${number(limit.capacity)} tokens${share(limit.processes, "was")}, the request ${limit.allowed ? "took" : "costs"} ${number(limit.cost)}` : limit.concurrent ? `allows ${plural(limit.concurrent, "request")} in flight; how many there were is not kept` : "its state is not kept with this decision",
+      isKnown ? `had ${number(limit.tokens_before)} of ${number(limit.capacity)} tokens${share(limit.processes, "was")}, the request ${limit.allowed ? "took" : "costs"} ${number(limit.cost)}` : limit.concurrent ? `allows ${plural(limit.concurrent, "request")} in flight${share(limit.processes, "was")}; how many there were is not kept` : "its state is not kept with this decision",
       limit.retry_after_seconds ? `It would have been allowed ${duration(limit.retry_after_seconds)} later.` : null,
       limit.spent_by && spenders(limit.spent_by, `${limit.limit}${index ? `, request ${index + 1}` : ""}`)));
   }
@@ -155,5 +155,5 @@ function spenders(spent, limit) {
   if (!spent.requests.length) return h("p", { class: "muted" }, "The requests that had spent the tokens are not remembered.");
   return h("details", { class: "small" }, h("summary", {}, `${plural(spent.requests.length, "request")} had spent the tokens${spent.missing_tokens ? `, and others that were not kept ${number(spent.missing_tokens)}` : spent.complete ? "" : ", and earlier ones"}`),
     h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Requests that had spent the tokens of ${limit}` }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Request"), h("th", { class: "num" }, "Status"), h("th", { class: "num" }, "Cost"))),
-      h("tbody", {}, spent.requests.map((one) => h("tr", {}, h("td", { class: "num" }, clock(one.time)), h("td", { class: "wrap" }, h("a", { href: `#/explain/${segment(one.request_id)}` }, `${one.method} ${one.path}`)), h("td", { class: "num" }, String(one.status)), h("td", { class: "num" }, number(one.cost))))))));
+      h("tbody", {}, spent.requests.map((one) => h("tr", {}, h("td", {}, h("time", {}, clock(one.time))), h("td", { class: "wrap" }, h("a", { href: `#/explain/${segment(one.request_id)}` }, `${one.method} ${one.path}`)), h("td", { class: "num" }, String(one.status)), h("td", { class: "num" }, number(one.cost))))))));
 }

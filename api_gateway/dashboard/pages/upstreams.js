@@ -198,7 +198,7 @@ function transition(one) {
     h("p", { class: "small wrap" }, one.detail, h("span", { class: "muted" }, ` · ${counts}`)),
     one.last_failures.length > 0 && h("details", { class: "small" }, h("summary", {}, `${one.last_failures.length} calls that failed before`),
       h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Failed calls before ${transitionKey(one)}` }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Failure"), h("th", {}, "Route"), h("th", { class: "num" }, "Took"), h("th", {}, "Request"))),
-        h("tbody", {}, one.last_failures.map((call) => h("tr", {}, h("td", { class: "num" }, clock(call.at)), h("td", { class: "wrap" }, call.detail), h("td", {}, call.route ?? "–"), h("td", { class: "num" }, call.duration_seconds === null ? "–" : milliseconds(call.duration_seconds * 1000)),
+        h("tbody", {}, one.last_failures.map((call) => h("tr", {}, h("td", {}, h("time", {}, clock(call.at))), h("td", { class: "wrap" }, call.detail), h("td", {}, call.route ?? "–"), h("td", { class: "num" }, call.duration_seconds === null ? "–" : milliseconds(call.duration_seconds * 1000)),
           h("td", { class: "wrap" }, call.request_id ? h("a", { href: `#/explain/${segment(call.request_id)}` }, call.request_id) : "–"))))))));
 }
 
