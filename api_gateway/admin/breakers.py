@@ -27,7 +27,7 @@ from api_gateway.reporting.upstream_schema import (
 )
 from api_gateway.resilience.breaker_history import TransitionRecord
 from api_gateway.resilience.breaker_policy import Mode, State
-from api_gateway.settings.diagnostics import nearest
+from api_gateway.settings.suggestions import nearest
 from api_gateway.system.clocks import Moment
 
 router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])

@@ -31,7 +31,7 @@ from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.observability.request_history import RequestHistory
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reporting.worker_channel import Aggregator
-from api_gateway.settings.diagnostics import nearest
+from api_gateway.settings.suggestions import nearest
 from api_gateway.system.clocks import Clocks
 from api_gateway.usage.ledger import UsageLedger
 

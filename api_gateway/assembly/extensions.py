@@ -26,7 +26,7 @@ class LoadedExtension(NamedTuple):
 def extension_problems(config: GatewayConfig) -> Iterator[tuple[int, str]]:
     """Yield the number of each extension that another process could not load, and why. Blocks."""
     for number, section in enumerate(config.extensions):
-        problem = try_extension(section.name, section.use, section.options, section.load_timeout)
+        problem = try_extension(section.name, section.use, section.options, section.load_timeout, section.hooks)
         if problem is not None:
             yield number, f"the extension '{section.name}' cannot be loaded: {problem}, got {section.use!r}"
 
@@ -38,7 +38,7 @@ def load_extensions(config: GatewayConfig) -> tuple[LoadedExtension, ...]:
     loaded = []
     for number, section in enumerate(config.extensions):
         try:
-            extension = load_extension(section.name, section.use, section.options)
+            extension = load_extension(section.name, section.use, section.options, section.hooks)
         except ExtensionError as error:
             raise StartupError(
                 f"extensions.{number}.use: the extension '{section.name}' cannot be loaded: {error}"

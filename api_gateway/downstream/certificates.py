@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from api_gateway.settings.tls import CertificateSection, ServerTlsSection
-from api_gateway.system.x509 import CertificateFacts, facts_of_pem, load_pair
+from api_gateway.system.x509 import PRIVATE_KEY, CertificateFacts, facts_of_pem, load_pair
 
 ALPN = ["http/1.1"]
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -150,8 +150,12 @@ def _facts_of(pair: CertificateSection, place: tuple[str, ...]) -> CertificateFa
 def _load_pair(context: ssl.SSLContext, pair: CertificateSection, place: tuple[str, ...]) -> None:
     key = pair.key or pair.certificate
     setting = (*place, "certificate" if pair.key is None else "key")
-    if b"ENCRYPTED" in _read(setting, key):
+    text = _read(setting, key)
+    if b"ENCRYPTED" in text:
         raise CertificateError(setting, f"is encrypted; the gateway cannot ask for a passphrase, got '{key}'")
+    if PRIVATE_KEY not in text:
+        remedy = "" if pair.key is not None else "; name the file of its key in 'key'"
+        raise CertificateError(setting, f"contains no private key{remedy}, got '{key}'")
     try:
         load_pair(context, pair.certificate, pair.key)
     except ssl.SSLError as error:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from api_gateway.extensions.loading import ExtensionError, load_extension
 _LONGEST = 400  # characters of a message
 
 
-def try_extension(name: str, use: str, options: Mapping[str, Any], seconds: float) -> str | None:
+def try_extension(
+    name: str, use: str, options: Mapping[str, Any], seconds: float, configured: Collection[str] = ()
+) -> str | None:
     """Return why an extension cannot be loaded; None if it can. Blocks for `seconds` at most.
 
-    The process has the environment, the working directory and the import path of this one.
+    `configured` are the hooks that have settings. The process has the environment, the working directory and the
+    import path of this one.
     """
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "api_gateway.extensions.trial"],  # -P: the import path is exactly this one
@@ -30,7 +33,7 @@ def try_extension(name: str, use: str, options: Mapping[str, Any], seconds: floa
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
         start_new_session=True,
     )
-    given = json.dumps([name, use, dict(options)], default=str).encode()
+    given = json.dumps([name, use, dict(options), list(configured)], default=str).encode()
     try:
         reported, complaints = child.communicate(given, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -49,10 +52,10 @@ def main() -> None:
     """Load what standard input asks for."""
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the extension prints is not the report
-    name, use, options = json.load(sys.stdin)
+    given = json.load(sys.stdin)
     problem = None
     try:
-        load_extension(name, use, options)
+        load_extension(*given)
     except ExtensionError as error:
         problem = str(error)
     output.write(json.dumps(problem))

@@ -1,6 +1,7 @@
 """The command `api-gateway init`: writes a first configuration file, from upstreams or an OpenAPI 3 document."""
 
 import argparse
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -60,4 +61,7 @@ def _check(text: str, file: Path) -> None:
         try:
             load_config(path)
         except ConfigError as error:
-            raise CommandFailed(str(error).replace(str(path), str(file))) from None
+            lines = str(error).replace(str(path), str(file))  # no file is written, so its lines mean nothing
+            raise CommandFailed(
+                re.sub(rf"^{re.escape(str(file))}:\d+: ", f"{file}: ", lines, flags=re.MULTILINE)
+            ) from None

@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
@@ -27,7 +28,7 @@ from api_gateway.settings.rules import Finding
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.embedded_server import NoServer, find_server
 from api_gateway.system.state_folder import StateError, check_folder_version, lock_holder, own_folder
-from api_gateway.system.x509 import load_pair
+from api_gateway.system.x509 import PRIVATE_KEY, load_pair
 
 _PRIVILEGED = 1024
 _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
@@ -166,6 +167,10 @@ def _pem_problems(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
             if key != "ca_file" and b"ENCRYPTED" in text:
                 unreadable = True
                 yield key, f"is encrypted; the gateway cannot ask for a passphrase, got '{path}'"
+            elif key == ("key_file" if "key_file" in files else "cert_file") and PRIVATE_KEY not in text:
+                unreadable = True
+                remedy = "" if key == "key_file" else "; name the file of its key in 'key_file'"
+                yield key, f"contains no private key{remedy}, got '{path}'"
     if "key_file" in files and "cert_file" not in files:
         yield "key_file", f"needs the cert_file that it belongs to, got '{files['key_file']}' alone"
     if not unreadable:
@@ -259,8 +264,19 @@ def _socket_path_problems(path: Path) -> Iterator[str]:
         yield f"the folder '{path.parent}' does not exist"
     elif not os.access(path.parent, os.W_OK | os.X_OK):
         yield f"the folder '{path.parent}' is not writable"
+    elif not _takes_files(path.parent):
+        yield f"no file can be created in the folder '{path.parent}'"
     elif path.exists() and not path.is_socket():
         yield "the path exists and is not a socket"
+
+
+def _takes_files(folder: Path) -> bool:
+    """Return whether a file can be created in a folder, which its permissions alone do not say: see /proc."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 # State
@@ -280,6 +296,8 @@ def _state_errors(state_dir: Path) -> Iterator[Finding]:
         yield Finding(key_path, f"'{existing}' is not a folder, got '{state_dir}'")
     elif not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         yield Finding(key_path, f"'{existing}' is not writable for this user, got '{state_dir}'")
+    elif not _takes_files(existing):
+        yield Finding(key_path, f"no file can be created in '{existing}', got '{state_dir}'")
     elif existing == own:
         try:
             check_folder_version(own)

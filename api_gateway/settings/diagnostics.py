@@ -3,11 +3,10 @@
 Handles places in files, environment variables and pydantic's errors; depends on no particular section.
 """
 
-import difflib
 import json
 import re
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from api_gateway.settings.secret import (
     shown_path,
     without_pem,
 )
+from api_gateway.settings.suggestions import HINT, nearest, nearest_at_top
 
 KeyPath = tuple[str, ...]
 
@@ -34,7 +34,6 @@ DELIMITER = "__"  # between the levels of a setting, in the name of a variable
 
 # The URL of a target, valid or not, in which no part can be a password.
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
-_HINT = "; did you mean "
 _LONGEST_SHOWN = 200
 _LIKE_CREDENTIAL = re.compile(  # an API key, a JSON Web Token, a private key: see `clients.api_keys`
     rf"agw_[0-9A-Za-z]{{20}}|eyJ[0-9A-Za-z_-]{{8,}}\.[0-9A-Za-z_-]{{8}}|{PEM_BEGINNING}"
@@ -276,6 +275,8 @@ def describe_errors(
     if kind == "extra_forbidden":
         known = _keys_at(model, key_path[:-1])
         hint, shown = nearest(key_path[-1], known), ""
+        if len(key_path) == 1:
+            hint = nearest_at_top(key_path[0], {name: _keys_at(model, (name,)) for name in known})
         message = "unknown key" + (hint or "; known are " + ", ".join(known))
         section = type_at(model, key_path[:-1])
         is_below_root = len(key_path) > 1
@@ -292,7 +293,7 @@ def describe_errors(
     if path is not None:  # the secret was read from a file
         names_file = ", got " in message or (isinstance(detail["input"], Unusable) and detail["input"].names_file)
         key_path, shown = other_form, "" if names_file else f", read from {shown_path(path)}"
-    message, mark, hint = message.partition(_HINT)
+    message, mark, hint = message.partition(HINT)
     return f"{sources.origin(key_path)}{path_text(key_path) or 'the configuration'}: {message}{shown}{mark}{hint}"
 
 
@@ -342,12 +343,6 @@ def shown_value(value: Any, annotation: Any) -> str:
     if "@" in text or (may_hold_password(annotation) and not _PLAIN_URL.fullmatch(text)):
         return ", got a value that is not shown because it may contain a password"
     return f", got {text}"
-
-
-def nearest(word: str, known: Collection[str]) -> str:
-    """Return a suggestion if one of `known` is similar to `word`, else ""."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"{_HINT}{close[0]!r}?" if close else ""
 
 
 def path_text(key_path: KeyPath) -> str:

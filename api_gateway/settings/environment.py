@@ -18,12 +18,12 @@ from api_gateway.settings.diagnostics import (
     DELIMITER,
     KeyPath,
     is_section,
-    nearest,
     path_of_variable,
     path_text,
     type_at,
     unwrapped,
 )
+from api_gateway.settings.suggestions import nearest
 
 
 def read_env_file(path: str) -> dict[str, str | None]:

@@ -5,10 +5,11 @@ from typing import Protocol
 
 from api_gateway.http1.methods import REFUSED_METHODS
 from api_gateway.settings.clients import TierSection
-from api_gateway.settings.diagnostics import KeyPath, nearest
+from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limits import AllowanceSection, LimitSection
 from api_gateway.settings.routes import RouteSection
+from api_gateway.settings.suggestions import nearest
 
 ADDRESS_POLICY = "address"  # the name of the address limit
 _CREDENTIALS = ("authorization", "proxy-authorization", "cookie")

@@ -6,8 +6,8 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from api_gateway.settings.diagnostics import nearest
 from api_gateway.settings.setting_types import LIMIT_KEY, Cost, Identifier, Methods, Rate, Section, TierName
+from api_gateway.settings.suggestions import nearest
 from api_gateway.settings.value_checks import ValueCheck, ValueReader
 
 Names = Annotated[list[str], Field(min_length=1)]

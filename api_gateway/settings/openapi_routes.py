@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import yaml
 
 from api_gateway.printable_text import printable
-from api_gateway.settings.route_rules import API
+from api_gateway.settings.route_rules import API, path_problem
 
 _METHODS = ("get", "put", "post", "delete", "options", "head", "patch")  # TRACE is never proxied
 _MAX_TEXT = 80  # characters of a description
@@ -46,9 +46,8 @@ def read_openapi(path: Path) -> ApiDescription:
     version = document.get("openapi")
     if not isinstance(version, str) or not version.startswith("3."):
         raise DocumentError(f"{path}: must be an OpenAPI 3 document, with openapi: 3.x at its top")
-    server = next((one.get("url") for one in _mappings(document.get("servers"))), None)
-    parts = urlsplit(server) if isinstance(server, str) and "{" not in server else urlsplit("")
-    is_absolute = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    parts = _server_url(next(iter(_mappings(document.get("servers"))), {}))
+    is_absolute = parts.scheme in ("http", "https") and bool(parts.hostname) and not set("@{") & set(parts.netloc)
     base = parts.path.rstrip("/")
     title = _mapping(document.get("info")).get("title")
     routes = list(_routes(_mapping(document.get("paths")), base))
@@ -57,6 +56,20 @@ def read_openapi(path: Path) -> ApiDescription:
     return ApiDescription(
         _identifier(str(title or "upstream")), f"{parts.scheme}://{parts.netloc}" if is_absolute else None, routes
     )
+
+
+def _server_url(server: Mapping[str, Any]) -> SplitResult:
+    """Return the parts of a server's URL, with the defaults of its variables; those without one stay in braces."""
+    url = server.get("url")
+    text = url if isinstance(url, str) else ""
+    for name, variable in _mapping(server.get("variables")).items():
+        default = _mapping(variable).get("default")
+        if default is not None:
+            text = text.replace(f"{{{name}}}", str(default))
+    try:
+        return urlsplit(text)
+    except ValueError:  # an invalid IPv6 address
+        return urlsplit("")
 
 
 def _parsed(path: Path) -> Mapping[str, Any]:
@@ -97,10 +110,10 @@ def _routes(paths: Mapping[str, Any], base: str) -> Iterator[DescribedRoute]:
 
 
 def _literal(template: str) -> str:
-    """Return the segments before the first one with a parameter."""
+    """Return the segments before the first one with a parameter, or that no route can have."""
     segments: list[str] = []
     for segment in template.split("/")[1:]:
-        if "{" in segment or not segment:
+        if not segment or set("{?#") & set(segment) or path_problem(f"{API}/{segment}") is not None:
             break
         segments.append(segment)
     return "/" + "/".join(segments)

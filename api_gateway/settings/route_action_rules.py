@@ -3,12 +3,12 @@
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
-from api_gateway.settings.diagnostics import nearest
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.route_actions import named_in
 from api_gateway.settings.route_match_rules import WrongSetting
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.server import ServerSection
+from api_gateway.settings.suggestions import nearest
 
 _OF_ANY_REQUEST = frozenset({"client", "request_id"})
 _OF_TARGETS = frozenset({"path", "query"})

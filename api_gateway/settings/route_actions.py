@@ -6,14 +6,24 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from api_gateway.http1.headers import BODILESS, COST, FORWARDING, HOP_BY_HOP, PROTECTED, REQUEST_TIMEOUT
-from api_gateway.settings.setting_types import HEADER_NAME, HeaderName, HeaderValue, Seconds, Section, Size, WholePath
+from api_gateway.settings.setting_types import (
+    HEADER_NAME,
+    MEDIA_TYPE,
+    TEMPLATE_TEXT,
+    UPSTREAM_PATH,
+    HeaderName,
+    HeaderValue,
+    Seconds,
+    Section,
+    Size,
+    WholePath,
+)
 from api_gateway.settings.value_checks import ValueCheck
 
 _LOWEST, _HIGHEST = 200, 599  # statuses of static responses
 _OF_REQUESTS = HOP_BY_HOP | PROTECTED | FORWARDING | {b"x-request-id", b"proxy", REQUEST_TIMEOUT, COST}
 _OF_RESPONSES = (HOP_BY_HOP - {b"proxy-authenticate"}) | {b"content-length", b"via", b"date", b"content-encoding"}
 _CREDENTIALS = frozenset({"authorization", "cookie", "proxy-authorization", "set-cookie"})
-_TEXT = r"^[\x20-\x7e]{0,4096}$"
 _NAMED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _OF_ANY_REQUEST = ("client", "request_id")
 # A scheme and a host that end before the first placeholder, or a path that cannot begin a host.
@@ -57,7 +67,7 @@ def _of_response(name: str) -> str:
     return name
 
 
-_Template = Annotated[str, Field(pattern=_TEXT), ValueCheck(_sound)]
+_Template = Annotated[str, Field(pattern=TEMPLATE_TEXT), ValueCheck(_sound)]
 _RequestName = Annotated[HeaderName, ValueCheck(_of_request)]
 _ResponseName = Annotated[HeaderName, ValueCheck(_of_response)]
 _Removable = Annotated[str, Field(pattern=HEADER_NAME)]
@@ -91,7 +101,7 @@ class RewriteSection(Section):
     """The path that the upstream gets: `prefix` in place of the route's path, or `path` as a whole."""
 
     prefix: WholePath | None = Field(default=None, description="What replaces the route's path.")
-    path: Annotated[str, Field(pattern=r"^/[\x21\x24-\x3e\x40-\x7e]*$"), ValueCheck(_sound)] | None = Field(
+    path: Annotated[str, Field(pattern=UPSTREAM_PATH), ValueCheck(_sound)] | None = Field(
         default=None, description="The whole path, in which {name} is a segment of the route's template."
     )
 
@@ -176,7 +186,7 @@ class CompressionSection(Section):
     codings: list[Literal["zstd", "gzip"]] = Field(
         default=["gzip"], min_length=1, description="In the order of preference among those that a client likes alike."
     )
-    types: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9.+-]+/([A-Za-z0-9.+-]+|\*)$")]] = Field(
+    types: list[Annotated[str, Field(pattern=MEDIA_TYPE)]] = Field(
         default=[
             *("text/*", "application/json", "application/problem+json", "application/javascript"),
             *("application/xml", "application/x-ndjson", "image/svg+xml"),

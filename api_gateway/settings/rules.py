@@ -11,7 +11,7 @@ from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
 from api_gateway.settings.cors import CorsSection, cors_findings, cors_warnings
 from api_gateway.settings.credential_rules import key_findings, unused_credentials
-from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
+from api_gateway.settings.diagnostics import KeyPath, path_text
 from api_gateway.settings.extensions import ExtensionSection
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limit_rules import allowances, limit_findings, unpaid_by_tier
@@ -22,6 +22,7 @@ from api_gateway.settings.route_rules import never_reached, path_problem, unused
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.server import ServerSection
 from api_gateway.settings.store import StoreSection
+from api_gateway.settings.suggestions import nearest
 from api_gateway.settings.upstreams import UpstreamSection
 
 MAX_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
@@ -101,7 +102,20 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
         if upstream.hash_on != "client" and upstream.balance != "hash":
             message = f"needs balance: hash, got {upstream.hash_on!r} with {upstream.balance!r}"
             yield Finding((*key_path, "hash_on"), message, depends_on=((*key_path, "balance"),))
+    yield from _extension_findings(config)
     yield from _route_findings(config)
+
+
+def _extension_findings(config: ConfigSections) -> Iterator[Finding]:
+    names: dict[str, int] = {}
+    for index, extension in enumerate(config.extensions):
+        first = names.setdefault(extension.name, index)
+        if first != index:
+            place = ("extensions", str(first), "name")
+            message = (
+                f"already the name of extensions[{first}] ({config.extensions[first].use}), got {extension.name!r}"
+            )
+            yield Finding(("extensions", str(index), "name"), message, depends_on=(place,))
 
 
 def access_warnings(config: ConfigSections) -> Iterator[Finding]:

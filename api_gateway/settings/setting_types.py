@@ -44,6 +44,11 @@ CLIENT_ID = r"^[\x21-\x7e]{1,128}$"
 CLAIM_PATH = r"^[\x21-\x7e]{1,256}$"
 CLAIM_PREFIX = r"^[\x21-\x7e]{0,64}$"
 LIMIT_KEY = r"^(client|address|organisation|route|header:[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}|claim:[\x21-\x7e]{1,256})$"
+HSTS = r'^max-age="?[0-9]{1,10}"?(;[ ]?(includeSubDomains|preload))*$'
+CIPHERS = r"^[A-Za-z0-9_:+!@=.-]{1,1024}$"
+TEMPLATE_TEXT = r"^[\x20-\x7e]{0,4096}$"
+UPSTREAM_PATH = r"^/[\x21\x24-\x3e\x40-\x7e]*$"
+MEDIA_TYPE = r"^[A-Za-z0-9.+-]+/([A-Za-z0-9.+-]+|\*)$"
 SCOPE = r"^[\x21\x23-\x5b\x5d-\x7e]{1,256}$"  # RFC 6749 section 3.3
 # Descriptions of the texts that match each pattern, for messages.
 PATTERNS = {
@@ -63,6 +68,11 @@ PATTERNS = {
     ),
     CLAIM_PATH: "must be the path of a claim, as in realm_access.roles or /https:~1~1example.com~1tier",
     CLAIM_PREFIX: "must be at most 64 visible ASCII characters",
+    HSTS: "must be max-age= with seconds, then optionally '; includeSubDomains' and '; preload', as in max-age=86400",
+    CIPHERS: "must be names of cipher suites as OpenSSL has them, separated by ':', as in ECDHE+AESGCM",
+    TEMPLATE_TEXT: "must be at most 4096 printable ASCII characters",
+    UPSTREAM_PATH: "must begin with '/', and have neither '?' nor '#', nor spaces or characters that are not ASCII",
+    MEDIA_TYPE: "must be a media type such as application/json, or text/* for all of one kind",
     SCOPE: "must be one scope, without spaces, quotes and backslashes",
     CLIENT_ID: "must be a client's identifier of 1 to 128 visible ASCII characters",
 }

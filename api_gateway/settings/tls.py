@@ -4,10 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from api_gateway.settings.setting_types import FilePath, Listen, Seconds, Section
-
-HSTS = r'^max-age="?[0-9]{1,10}"?(;[ ]?(includeSubDomains|preload))*$'
-CIPHERS = r"^[A-Za-z0-9_:+!@=.-]{1,1024}$"
+from api_gateway.settings.setting_types import CIPHERS, HSTS, FilePath, Listen, Seconds, Section
 
 
 class CertificateSection(Section):

@@ -15,6 +15,7 @@ from os import PathLike
 
 StrPath = str | PathLike[str]
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", re.DOTALL)
+PRIVATE_KEY = b"PRIVATE KEY-----"  # in a PEM file of any kind of key
 _OID, _UTC_TIME = 0x06, 0x17
 _VERSION, _EXTENSIONS = 0xA0, 0xA3
 _DNS, _ADDRESS = 0x82, 0x87  # kinds of a GeneralName

@@ -29,6 +29,12 @@ class Reply:
     piece_delay: float = 0.0
     disconnect: Literal["before", "within"] | None = None
 
+    def __post_init__(self) -> None:
+        if self.disconnect not in (None, "before", "within"):
+            raise ValueError(f"disconnect must be 'before', 'within' or None, got {self.disconnect!r}")
+        if self.pieces < 1 or min(self.delay, self.piece_delay) < 0:
+            raise ValueError(f"pieces must be at least 1, and times at least 0, got {self}")
+
 
 @dataclass(frozen=True, slots=True)
 class ReceivedRequest:

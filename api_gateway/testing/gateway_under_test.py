@@ -25,6 +25,10 @@ class GatewayUnderTest:
     def __init__(self, sections: Mapping[str, Any], folder: Path, *, is_virtual: bool = False) -> None:
         """Start a gateway with these sections of the configuration, which keeps its state in `folder`."""
         server = {"host": "127.0.0.1", "port": 0, "max_event_loop_lag": None, **sections.get("server", {})}
+        if server.get("workers", 1) != 1:
+            raise ValueError(
+                f"server.workers: a gateway in a test is one process, so leave it out, got {server['workers']}"
+            )
         defaults: dict[str, Any] = {"state_dir": folder, "log": {"access": False}}
         self._passed_ns: int | None = 0 if is_virtual else None
         clocks = self._virtual_clocks() if is_virtual else SYSTEM_CLOCKS
@@ -37,7 +41,7 @@ class GatewayUnderTest:
             if not self._thread.is_alive() or time.monotonic() > end:
                 raise RuntimeError("the gateway did not start; its messages say why")
         self.port: int = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'' if config.server.tls is None else 's'}://127.0.0.1:{self.port}"
 
     def __repr__(self) -> str:
         return f"<GatewayUnderTest {self.url} [{'running' if self._thread.is_alive() else 'stopped'}]>"

@@ -16,11 +16,13 @@ FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CACHE = ROOT / ".mypy_cache" / "examples"
 WRONG = """
 from api_gateway import CostHook, GatewayConfig, RequestView, Respond, Route, Upstream
+from api_gateway.sections import ServerSection
 
 Route(name="users", path=5, upstream="users")
 Upstream(targets=[7])
 Respond("200")
 Route(name="users", path="/api", upstream="users", costt=5)
+ServerSection(port=[])
 
 class Cost:
     def cost(self, request: RequestView) -> int:
@@ -50,5 +52,5 @@ def test_mypy_in_strict_mode_accepts_the_examples_and_finds_mistakes(tmp_path: P
     )
     errors = [line for line in found.stdout.splitlines() if ": error:" in line]
     lines = sorted({int(line.split(":")[1]) for line in errors if line.startswith("wrong.py")})
-    assert lines == [4, 5, 6, 7, 11, 13], found.stdout
+    assert lines == [5, 6, 7, 8, 9, 13, 15], found.stdout
     assert not [line for line in errors if not line.startswith("wrong.py")]

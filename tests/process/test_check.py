@@ -261,6 +261,9 @@ upstreams:
   c:
     targets: [{{url: "https://c"}}]
     tls: {{key_file: {one}.key}}
+  d:
+    targets: [{{url: "https://d"}}]
+    tls: {{cert_file: {one}.pem}}
 """,
     )
     assert code == 3
@@ -273,6 +276,7 @@ upstreams:
         ":12: upstreams.b.tls.ca_file: contains no PEM certificate",
         f":12: upstreams.b.tls.key_file: does not belong to '{one}.pem', got '{other}.key'",
         ":15: upstreams.c.tls.key_file: needs the cert_file that it belongs to",
+        ":18: upstreams.d.tls.cert_file: contains no private key; name the file of its key in 'key_file', got ",
     ):
         assert sum(line.startswith(start) for line in errors) == 1, (start, errors)
 

@@ -40,6 +40,18 @@ def test_tiers_on_a_virtual_clock(start_gateway, faulty_upstream):
     assert users.requests[0].headers["x-client-id"] == "me"
 
 
+def test_what_has_no_effect_is_refused(start_gateway):
+    import pytest
+
+    from api_gateway.testing.faulty_upstream import Reply
+
+    for wrong in ({"disconnect": "afterwards"}, {"pieces": 0}, {"delay": -1}):
+        with pytest.raises(ValueError, match="disconnect must be|must be at least"):
+            Reply(**wrong)
+    with pytest.raises(ValueError, match="server.workers: a gateway in a test is one process"):
+        start_gateway(server={"workers": 3})
+
+
 def test_statuses_disconnects_and_slow_bodies(start_gateway, faulty_upstream):
     from api_gateway.testing.faulty_upstream import Reply
 
@@ -77,4 +89,4 @@ def test_a_suite_of_its_own(pytester: pytest.Pytester) -> None:
     options = [] if is_installed else ["-p", "api_gateway.testing.plugin"]
     others = ("-p", "no:asyncio", "-p", "no:cacheprovider")
     result = pytester.runpytest_subprocess("-q", *others, "-W", "error", *options, timeout=150)
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=4)

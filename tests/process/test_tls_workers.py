@@ -123,13 +123,15 @@ def test_operator_commands_trust_the_configured_certificate(authority: Authority
         assert running.terminate() == 0
 
 
-@pytest.mark.parametrize("fault", ["missing", "mismatch", "expired", "readable", "soon", "none"])
+@pytest.mark.parametrize("fault", ["missing", "keyless", "mismatch", "expired", "readable", "soon", "none"])
 def test_the_check_names_the_file_and_the_remedy(authority: Authority, tmp_path: Path, fault: str) -> None:
     good = authority.issue("good", HOST)
     days = {"expired": -1.0, "soon": 2.0}.get(fault, 90.0)
     pair = authority.issue("pair", "b.test", days=days)
     if fault == "missing":
         pair.certificate.unlink()
+    elif fault == "keyless":
+        pair.key.write_bytes(good.certificate.read_bytes())
     elif fault == "mismatch":
         pair.key.write_bytes(good.key.read_bytes())
     elif fault == "readable":
@@ -140,13 +142,14 @@ def test_the_check_names_the_file_and_the_remedy(authority: Authority, tmp_path:
     place = "server.tls.certificates.1."
     expected = {
         "missing": f"{place}certificate: cannot be read: no such file or directory, got '{pair.certificate}'",
+        "keyless": f"{place}key: contains no private key, got '{pair.key}'",
         "mismatch": f"{place}key: does not belong to '{pair.certificate}', got '{pair.key}'",
         "expired": f"{place}certificate: has expired; renew it, got '{pair.certificate}'",
         "readable": f"others than its owner have access to the key; use chmod 600, got '{pair.key}' with 0644",
         "soon": f"The certificate for b.test ('{pair.certificate}') expires in 2.0 days",
         "none": "",
     }[fault]
-    assert code == (3 if fault in ("missing", "mismatch", "expired") else 0), running.errors
+    assert code == (3 if fault in ("missing", "keyless", "mismatch", "expired") else 0), running.errors
     text = running.errors.replace("certificates[1]", "certificates.1")
     assert expected in text, text
     if fault == "none":

@@ -104,6 +104,9 @@ def test_a_state_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         )
     ]
     assert lines(check_state(made(tmp_path))) == [f"ok       state_dir: '{tmp_path}' can be written"]
+    if os.access("/proc", os.W_OK):  # for root, whom the permissions of /proc do not stop
+        (line,) = lines(check_state(made(Path("/proc/nope"))))
+        assert line.startswith("failed   state_dir: no file can be created in '/proc', got '/proc/nope'.")
 
 
 def test_a_port_in_use_names_the_process_that_uses_it(tmp_path: Path) -> None:

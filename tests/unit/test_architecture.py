@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "demo", "errors", "eventloop", "ip_addresses", "models", "pacing", "printable_text"),
     ("http1", "observability", "rate_limiter", "system"),
     ("extensions", "resilience", "settings"),
-    ("circuit_breaker", "config", "downstream", "metrics", "storage", "transport"),
+    ("circuit_breaker", "config", "downstream", "metrics", "sections", "storage", "transport"),
     ("clients", "limits", "reload", "upstreams", "usage"),
     ("proxy", "reporting"),
     ("router",),

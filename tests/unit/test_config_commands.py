@@ -13,6 +13,7 @@ from api_gateway.config import load_config
 from api_gateway.process.config_command import run_config
 from api_gateway.process.init_command import run_init
 from api_gateway.process.running_settings import difference
+from api_gateway.settings.openapi_routes import read_openapi
 from tests.cases import each
 
 Write = Callable[..., str]
@@ -210,6 +211,44 @@ def test_the_paths_and_methods_of_an_openapi_document_become_routes(form: str, t
 
 
 @pytest.mark.parametrize(
+    ("server", "url", "path"),
+    [
+        (
+            {
+                "url": "https://{host}.example.com/{base}",
+                "variables": {"host": {"default": "a"}, "base": {"default": "v1"}},
+            },
+            "https://a.example.com",
+            "/api/v1/files",
+        ),
+        ({"url": "https://{host}/v1"}, None, "/api/v1/files"),
+        ({"url": "https://[{host}/v1"}, None, "/api/files"),
+        ({"url": "https://a/{base}"}, "https://a", "/api"),
+    ],
+)
+def test_a_server_with_variables_keeps_its_base_path(
+    server: dict[str, Any], url: str | None, path: str, tmp_path: Path
+) -> None:
+    document = tmp_path / "openapi.json"
+    document.write_text(json.dumps({**DOCUMENT, "servers": [server], "paths": {"/files/{id}": {"get": {}}}}))
+    found = read_openapi(document)
+    assert (found.url, [route.path for route in found.routes]) == (url, [path])
+
+
+def test_segments_that_no_route_can_have_end_its_path(tmp_path: Path) -> None:
+    document, path = tmp_path / "openapi.json", tmp_path / "gateway.yaml"
+    paths: dict[str, Any] = {
+        "/x/*": {"get": {}},
+        "/y/:id/z": {"get": {}},
+        "/z/a?b=1": {"get": {}},
+        "/q/a%20b": {"get": {}},
+    }
+    document.write_text(json.dumps({**DOCUMENT, "paths": paths}))
+    assert run_init([str(path), "--from-openapi", str(document)]) == 0
+    assert [route.path for route in load_config(path).routes] == [f"/api/v1/{name}" for name in "xyzq"]
+
+
+@pytest.mark.parametrize(
     ("document", "problem"),
     [
         ({"swagger": "2.0"}, "must be an OpenAPI 3 document, with openapi: 3.x at its top"),
@@ -234,7 +273,10 @@ def test_a_document_that_cannot_be_used_writes_nothing(
 def test_an_upstream_of_init_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given, problem in (
         ("users", "--upstream: must be NAME=URL"),
-        ("users=ftp://a", "upstreams.users.targets[0].url: must be http://host[:port] or https://host[:port]"),
+        (
+            "users=ftp://a",
+            "out.yaml: upstreams.users.targets[0].url: must be http://host[:port] or https://host[:port]",
+        ),
         ("a b=http://a", "must be 1 to 64 letters"),
     ):
         assert run_init([str(tmp_path / "out.yaml"), "--upstream", given]) == 1

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from api_gateway.config import load_config
-from api_gateway.settings.diagnostics import ConfigError, SettingsFile, Sources, nearest
+from api_gateway.settings.diagnostics import ConfigError, SettingsFile, Sources
+from api_gateway.settings.suggestions import nearest
 from api_gateway.settings.yaml_file import read_yaml
 from tests.cases import each
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from api_gateway.errors import ExtensionFailed
+from api_gateway.assembly.extensions import load_extensions
+from api_gateway.config import from_values
+from api_gateway.errors import ExtensionFailed, StartupError
 from api_gateway.extensions.fields import (
     REQUEST_FIXED,
     RESPONSE_FIXED,
@@ -267,6 +270,14 @@ BAD = {
     "no object": ("x = 1\n", "has no make"),
     "not callable": ("make = 5\n", "is not callable"),
     "no hook": ("make = dict\n", "dict has no hook; an extension has one or more of identify, cost"),
+    "misspelt hook": (
+        "class make:\n    def __init__(self, _): ...\n    def cost(self, r, n): ...\n    on_reponse = cost\n",
+        "make has 'on_reponse', which is no hook; did you mean 'on_response'?",
+    ),
+    "misspelt hook alone": (
+        "class make:\n    def __init__(self, options): ...\n    def identfy(self, request): ...\n",
+        "make has 'identfy', which is no hook; did you mean 'identify'?",
+    ),
     "signature": (
         "class make:\n    def __init__(self, options): ...\n    def cost(self, request): ...\n",
         "cost must take 2 positional arguments",
@@ -286,6 +297,28 @@ def test_a_bad_extension_is_found_in_another_process(tmp_path: Path, case: str) 
     path.write_text(code)
     limit = 1.5 if "within" in message else 60.0
     assert message in (try_extension("bad", f"{path}:make", {}, limit) or "it was loaded")
+
+
+def test_settings_of_a_hook_that_the_extension_lacks_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "only_cost.py"
+    path.write_text(
+        "class make:\n    def __init__(self, options): ...\n    def cost(self, request, route): ...\n"
+        "    costs = {'cost': 1}\n    def on_end(self): ...\n"
+    )
+    problem = try_extension("x", f"{path}:make", {}, 60, ["cost", "identify"])
+    assert problem == "hooks has settings of 'identify', and make has only cost"
+    hooks: dict[str, Any] = {"identify": {"budget": 1}}
+    section = {"name": "x", "use": f"{path}:make", "hooks": hooks}
+    with pytest.raises(StartupError, match=r"extensions\[0\].use: .*hooks has settings of 'identify'"):
+        load_extensions(from_values({"extensions": [section], "state_dir": tmp_path}))
+    del hooks["identify"]
+    assert try_extension("x", f"{path}:make", {}, 60, ["cost"]) is None
+
+
+def test_two_extensions_have_different_names() -> None:
+    sections = [{"name": "one", "use": "a:b"}, {"name": "two", "use": "a:b"}, {"name": "one", "use": "c:d"}]
+    with pytest.raises(ValidationError, match=r"extensions\[2\].name: already the name of extensions\[0\] \(a:b\)"):
+        from_values({"extensions": sections})
 
 
 def test_a_good_extension_may_print_and_start_threads(tmp_path: Path) -> None:

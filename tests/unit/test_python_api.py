@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import httpx
 import pytest
+from pydantic import BaseModel
 
 import api_gateway
+from api_gateway import sections
 from api_gateway.settings.upstream_object import TypedUpstream
 from api_gateway.settings.upstreams import UpstreamSection
 from tests.kit import RawUpstream, reply
@@ -21,6 +24,22 @@ PAGE = ROOT / "docs" / "python-api.md"
 def test_every_public_name_is_documented_and_no_other() -> None:
     documented = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE)
     assert sorted(documented) == sorted(api_gateway.__all__)
+
+
+def reachable(annotation: Any) -> set[type[BaseModel]]:
+    """Return the sections that a type has, with all sections below them."""
+    found: set[type[BaseModel]] = set()
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        found = {annotation}.union(*(reachable(one.annotation) for one in annotation.model_fields.values()))
+    return found.union(*map(reachable, get_args(annotation)))
+
+
+def test_every_section_is_public_and_documented() -> None:
+    named = {api_gateway.Client, api_gateway.Extension, api_gateway.Route, api_gateway.Target, api_gateway.Tier}
+    others = reachable(api_gateway.GatewayConfig) - named - {api_gateway.GatewayConfig, UpstreamSection}
+    assert {getattr(sections, name) for name in sections.__all__} == others
+    rows = re.findall(r"^\| in `[a-z_]+` \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"\w+", " ".join(rows))) == sorted(sections.__all__)
 
 
 def test_every_public_name_exists_and_says_what_it_is() -> None:

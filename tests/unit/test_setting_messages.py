@@ -1,11 +1,15 @@
 """Mistakes in settings that are easily made: the exact message, with place, value and remedy."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.quantities import DURATION_TEXT, RATE_TEXT, SIZE_TEXT
+from api_gateway.settings.setting_types import HSTS, PATTERNS
 from tests.cases import each
 
 WHOLE, NUMBER = "must be a whole number, got True", "must be a number, got True"
@@ -74,10 +78,24 @@ def message_of(folder: Path, yaml: str) -> str:
         ("server: {host: '0.0.0.0:80'}", f"{ONLY_ADDRESS} '0.0.0.0:80'"),
         ("server: {host: '[::1]:80'}", f"{ONLY_ADDRESS} '[::1]:80'"),
         ("server: {host: 'localhost:'}", f"{ONLY_ADDRESS} 'localhost:'"),
+        ("port: 8443", "port: unknown key; did you mean 'server.port'?"),
+        ("prefix: a", "prefix: unknown key; did you mean 'store.prefix'?"),
+        ("limit: []", "limit: unknown key; did you mean 'limits'?"),
+        (
+            "server: {tls: {certificates: [{certificate: a.pem}], hsts: 86400s}}",
+            f"server.tls.hsts: {PATTERNS[HSTS]}, got '86400s'",
+        ),
     ],
 )
 def test_a_mistake_has_place_value_and_remedy(yaml: str, message: str, tmp_path: Path) -> None:
     assert message_of(tmp_path, yaml) == message
+
+
+def test_no_message_shows_a_regular_expression() -> None:
+    """Each pattern that a setting must match is described, or that of another spelling, for which messages exist."""
+    schema = json.dumps(GatewayConfig.model_json_schema())
+    patterns = {json.loads(f'"{text}"') for text in re.findall(r'"pattern": "((?:[^"\\]|\\.)*)"', schema)}
+    assert patterns - PATTERNS.keys() == {DURATION_TEXT, SIZE_TEXT, RATE_TEXT, "^[Hh][Tt][Tt][Pp][Ss]?://"}
 
 
 def test_an_entry_of_include_is_a_file_other_than_the_one_that_includes_it(tmp_path: Path) -> None:
