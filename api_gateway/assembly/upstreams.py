@@ -91,8 +91,8 @@ def plan_upstream(
     with the same files share, because loading the system's certificates takes milliseconds. Raises StartupError.
     """
     tls = _tls(name, section, live, created)
-    is_new = live is None or section.http2 != live.section.http2
-    if live is not None and section.http2:  # httpx's transport cannot be changed
+    is_new = live is None or section.uses_http2 != live.section.uses_http2
+    if live is not None and section.uses_http2:  # httpx's transport cannot be changed
         is_new |= live.is_retired or section.pool != live.section.pool or tls is not live.tls
     transport: Transport | None = None
     if override is not None:
@@ -369,7 +369,7 @@ def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None, created
         ).digest()
         if live is not None and live.tls.digest == digest:
             return live.tls
-        key = (digest, section.http2)
+        key = (digest, section.uses_http2)
         if key not in created:
             created[key] = Tls(tls_context(*files), digest)
         return created[key]
@@ -379,7 +379,7 @@ def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None, created
 
 def _transport(name: str, section: UpstreamSection, tls: Tls) -> Transport:
     pool = section.pool
-    if not section.http2:
+    if not section.uses_http2:
         return UpstreamTransport(
             max_connections=pool.max_connections,
             max_tunnels=pool.max_tunnels,

@@ -143,8 +143,8 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
     for name, upstream in config.upstreams.items():
         key_path = ("upstreams", name)
         is_tls = any(target.url.startswith("https:") for target in upstream.targets)
-        if upstream.http2 and not is_tls:
-            yield Finding((*key_path, "http2"), "has no effect without an https target")
+        if upstream.http2 and not upstream.uses_http2:
+            yield Finding((*key_path, "http2"), "has no effect, as not all targets are https")
         if not is_tls and any((upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file)):
             yield Finding((*key_path, "tls"), "has no effect without an https target")
         if name not in used:

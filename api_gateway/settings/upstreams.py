@@ -186,7 +186,7 @@ class TlsSection(Section):
 class UpstreamSection(Section):
     """An upstream, or the URL of its only target.
 
-    `http2` uses HTTP/2 with https targets that offer it, and requires the package h2.
+    `http2` requires the package h2, and targets that offer HTTP/2: there is no fall-back to HTTP/1.1.
     """
 
     shorthand: ClassVar[Shorthand | None] = Shorthand(lambda url: {"targets": [{"url": url}]}, _URL, _EXAMPLE)
@@ -218,8 +218,13 @@ class UpstreamSection(Section):
     timeouts: TimeoutsSection = TimeoutsSection.defaults()
     pool: PoolSection = PoolSection.defaults()
     tls: TlsSection = TlsSection.defaults()
-    http2: bool = Field(default=False, description="Whether https targets that offer HTTP/2 are used with it.")
+    http2: bool = Field(default=False, description="Whether targets get HTTP/2, which all must offer by TLS.")
     health_check: HealthCheckSection | None = None
     circuit_breaker: CircuitBreakerSection = CircuitBreakerSection.defaults()
     retry: RetrySection = RetrySection.defaults()
     concurrency: ConcurrencySection | None = None
+
+    @property
+    def uses_http2(self) -> bool:
+        """True if `http2` has an effect: it needs TLS, by which a target offers HTTP/2."""
+        return self.http2 and all(target.url.startswith("https:") for target in self.targets)

@@ -15,11 +15,13 @@ from api_gateway.errors import (
 from api_gateway.transport.httpx_call import AbortedCallsExceeded
 from api_gateway.transport.local_resources import LocalResourcesExhausted
 from api_gateway.transport.pool import ShareExceeded
+from api_gateway.transport.shielded import NoHttp2
 
 # From httpx's error to the gateway's and its detail, most specific first. Details contain no addresses.
 _TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
     (LocalResourcesExhausted, Overloaded, "the gateway has no descriptor or port for another connection"),
     (httpx.PoolTimeout, Overloaded, "no connection became available in time"),
+    (NoHttp2, UpstreamConnectError, "its target does not offer HTTP/2, which http2: true requires"),
     (httpx.ConnectTimeout, UpstreamConnectTimeout, "no connection was established in time"),
     (httpx.TimeoutException, UpstreamTimeout, "it sent no data in time"),
     (httpx.ConnectError, UpstreamConnectError, "no connection could be established"),

@@ -14,9 +14,9 @@ FIELD_ERRORS = frozenset(
     }
 )
 _CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not NUL, which is dangerous (RFC 9110 section 5.5)
-_CONTROL_IN_FRAMING = re.compile(
-    rb"\r\n(?i:content-length|transfer-encoding|connection)[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
-)
+_FRAMING = (b"content-length", b"transfer-encoding", b"connection")
+_CONTROL_IN_FRAMING = re.compile(rb"\r\n(?i:%b)[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]" % b"|".join(_FRAMING))
+_DANGEROUS = re.compile(rb"[\x00\r\n]")
 _INTERIM_LINE = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
 
 
@@ -34,3 +34,14 @@ def without_control_characters(received: bytes) -> bytes | None:
     if _CONTROL.search(head) is None or _CONTROL_IN_FRAMING.search(head) is not None:
         return None
     return _CONTROL.sub(b" ", head) + received[end:]
+
+
+def repaired_value(name: bytes, value: bytes) -> bytes | None:
+    """Return the value of a field with spaces for control characters; None if it may not be repaired.
+
+    What is the end of a line or of the head in HTTP/1.1, NUL, and fields that determine the framing are not repaired.
+    """
+    repaired = _CONTROL.sub(b" ", value)
+    if _DANGEROUS.search(repaired) is not None or (repaired != value and name.lower() in _FRAMING):
+        return None
+    return repaired

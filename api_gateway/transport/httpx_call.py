@@ -19,12 +19,12 @@ from api_gateway.http1.headers import BODILESS, Fields, fields_of, framing
 from api_gateway.http1.plain_types import plain_bytes
 from api_gateway.models import HeaderList
 from api_gateway.transport.abilities import CallAbilities
+from api_gateway.transport.head_repair import repaired_value
 from api_gateway.transport.request import NO_BODY, Origin
 from api_gateway.transport.response import UpstreamResponse
 from api_gateway.transport.shielded import ShieldedTransport
 
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _CANCELLED = "the transport was cancelled"
 QUEUE_HIGH_WATER = 65_536  # bytes of a request body that are queued before reading from the client pauses
@@ -231,12 +231,13 @@ class HttpxCall:
         response = self._response
         if response is None:
             return
-        status, headers = received.status_code, received.headers.raw
+        status, headers = received.status_code, _checked_fields(received.headers.raw)
         if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
             raise httpx.RemoteProtocolError(f"status {status}")
         fields = fields_of(headers)
         reason = received.extensions.get("reason_phrase") or httpx.codes.get_reason_phrase(status).encode()
-        length = _checked_length(headers, fields, reason)
+        length = _checked_length(fields)
+        reason = _repaired(b"", reason, "reason phrase")
         response.set_head(status, reason, headers, fields)
         response.version, response.keeps_alive = received.http_version.removeprefix("HTTP/"), True
         if not response.is_to_head and status not in BODILESS:
@@ -311,21 +312,37 @@ class HttpxCall:
             self._calls.on_aborted(self._task)
 
 
-def _checked_length(headers: HeaderList, fields: Fields, reason: bytes) -> int | None:
-    """Return the length of the body, None if the head states none.
+def _checked_fields(headers: HeaderList) -> HeaderList:
+    """Return the fields of a head, with spaces for control characters as the gateway's own transport has them.
 
-    Raises RemoteProtocolError for a head that a client would read differently. Not every transport checks it: HTTP/2
+    Raises RemoteProtocolError for a field that a client would read differently. Not every transport checks it: HTTP/2
     permits what would be the end of a line or of the head in HTTP/1.1.
     """
-    for name, value in headers:
-        if _NAME.fullmatch(name) is None or _CONTROL.search(value) is not None:
+    for name, _ in headers:
+        if _NAME.fullmatch(name) is None:
             raise httpx.RemoteProtocolError(f"an invalid header field {name[:50]!r}")
-    if _CONTROL.search(reason) is not None:
-        raise httpx.RemoteProtocolError("an invalid reason phrase")
+    return [(name, _repaired(name, value, f"header field {name[:50]!r}")) for name, value in headers]
+
+
+def _repaired(name: bytes, value: bytes, place: str) -> bytes:
+    repaired = repaired_value(name, value)
+    if repaired is None:
+        raise httpx.RemoteProtocolError(f"an invalid {place}")
+    return repaired
+
+
+def _checked_length(fields: Fields) -> int | None:
+    """Return the length of the body, None if the head states none.
+
+    Raises RemoteProtocolError if it is invalid or not the only framing (RFC 9112 section 6.3), as the own transport
+    does.
+    """
     lengths = set(fields.get(b"content-length", ()))
     if len(lengths) > 1 or any(_LENGTH.fullmatch(length) is None for length in lengths):
         raise httpx.RemoteProtocolError("an invalid Content-Length")
-    return int(lengths.pop()) if lengths and b"transfer-encoding" not in fields else None
+    if lengths and b"transfer-encoding" in fields:
+        raise httpx.RemoteProtocolError("an invalid framing: Content-Length and Transfer-Encoding")
+    return int(lengths.pop()) if lengths else None
 
 
 async def _counted(received: httpx.Response, length: int | None) -> AsyncIterator[bytes]:

@@ -38,7 +38,9 @@ class Origin:
         if self.address != self.host:
             url = url.copy_with(host=self.address)
             options["extensions"] = {**options["extensions"], "sni_hostname": self.host}
-        return httpx.Request(method, url, headers=headers, **options)
+        request = httpx.Request(method, url, headers=headers, **options)
+        request.method = method  # methods are case-sensitive (RFC 9110 section 9.1); httpx writes them in capitals
+        return request
 
 
 class NoBody(httpx.AsyncByteStream):

@@ -9,7 +9,7 @@ import asyncio
 import importlib.util
 import ssl
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
@@ -128,8 +128,49 @@ class _Body(httpx.AsyncByteStream):
         await self._stream.aclose()
 
 
+_H2: Final = "h2"  # the name of HTTP/2 in ALPN (RFC 9113 section 3.2)
+
+
+class NoHttp2(httpx.ConnectError):
+    """The TLS handshake with a target did not choose HTTP/2."""
+
+
+class Http2Transport(httpx.AsyncBaseTransport):
+    """httpx's transport with HTTP/2 alone, for https targets.
+
+    There is no fall-back to HTTP/1.1: httpx's connections of HTTP/1.1 take bytes that follow a response for the
+    response to the next request, which may be another client's.
+    """
+
+    def __init__(self, limits: httpx.Limits, tls: ssl.SSLContext | None) -> None:
+        self._inner = httpx.AsyncHTTPTransport(
+            http1=False, http2=True, limits=limits, verify=True if tls is None else tls
+        )
+
+    def __repr__(self) -> str:
+        return "<Http2Transport>"
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send `request`. Raises NoHttp2 if the target does not offer HTTP/2."""
+        request.extensions = {**request.extensions, "trace": _check_protocol}
+        return await self._inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._inner.aclose()
+
+
+async def _check_protocol(event: str, info: dict[str, Any]) -> None:
+    """Close a new connection whose handshake did not choose HTTP/2, and raise NoHttp2 (httpcore's trace)."""
+    if event == "connection.start_tls.complete":
+        stream = info["return_value"]
+        if stream.get_extra_info("ssl_object").selected_alpn_protocol() != _H2:
+            await stream.aclose()
+            raise NoHttp2("the handshake did not choose HTTP/2")
+
+
 def http2_transport(max_connections: int, idle_timeout: float, tls: ssl.SSLContext | None) -> ShieldedTransport:
-    """Return httpx's transport, which uses HTTP/2 if the upstream supports it. `idle_timeout` is in seconds.
+    """Return a transport with HTTP/2. `idle_timeout` is in seconds.
 
     Raises ImportError if the package h2 is not installed.
     """
@@ -138,5 +179,4 @@ def http2_transport(max_connections: int, idle_timeout: float, tls: ssl.SSLConte
     )
     if importlib.util.find_spec("h2") is None:  # httpx checks this only when it connects
         raise ImportError("the package h2 is not installed")
-    verify = tls if tls is not None else True
-    return ShieldedTransport(httpx.AsyncHTTPTransport(http2=True, limits=limits, verify=verify))
+    return ShieldedTransport(Http2Transport(limits, tls))

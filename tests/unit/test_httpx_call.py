@@ -160,6 +160,9 @@ async def test_a_body_of_another_length_than_announced_is_an_error(
         ),
         ([(b"content-length", b"1"), (b"content-length", b"2")], b"OK"),
         ([(b"transfer-encoding", b"chunked"), (b"content-length", b"\xb2")], b"OK"),
+        ([(b"Transfer-Encoding", b"chunked"), (b"Content-Length", b"1")], b"OK"),
+        ([(b"Content-Length", b"\x011")], b"OK"),
+        ([(b"connection", b"x\x7f")], b"OK"),
         ([], b"OK\r\nx-a: 1"),
     ],
 )
@@ -174,6 +177,25 @@ async def test_a_head_that_a_client_would_read_differently_is_an_error(
         await turns()
         assert not response.is_head_complete
         assert "an invalid" in str(response.error)
+
+
+async def test_a_control_character_becomes_a_space_and_a_method_keeps_its_letters() -> None:
+    """As with the gateway's own transport, which sends the bytes of the request line itself."""
+    seen: list[str] = []
+
+    class Noting(Scripted):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            seen.append(request.method)
+            return await super().handle_async_request(request)
+
+    for method in ("get", "version-control", "M_x", "GET"):
+        transport = Noting([b"1"], [(b"X-A", b"1\x012\x7f3\t4\xe9")], reason=b"O\x0bK")
+        call, response = call_on(transport)
+        transport.gate.set()
+        call.start(response, method.encode() + b" /x HTTP/1.1\r\nhost: a\r\n\r\n")
+        await turns()
+        assert (response.headers, response.reason) == ([(b"X-A", b"1 2 3\t4\xe9")], b"O K")
+        assert seen.pop() == method
 
 
 async def test_closing_returns_at_once_and_reports_nothing() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import ssl
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from api_gateway import GatewayConfig, create_app
 from api_gateway.errors import StartupError
-from api_gateway.transport.shielded import ShieldedTransport
+from api_gateway.settings.upstreams import UpstreamSection
+from api_gateway.transport.error_mapping import translate
+from api_gateway.transport.shielded import NoHttp2, ShieldedTransport, http2_transport
 from tests.kit import RawRequest, RawUpstream, Wire, in_front_of, reply, turns
 
 
@@ -191,7 +194,7 @@ async def test_a_response_left_anywhere_gives_its_connection_back() -> None:
 
 
 def app_config(tmp_path: Path, **upstream: object) -> GatewayConfig:
-    sections = in_front_of("http://app.test", **upstream)
+    sections = in_front_of("https://app.test", **upstream)
     return GatewayConfig.model_validate(sections | {"state_dir": tmp_path, "log": {"access": False}})
 
 
@@ -227,7 +230,7 @@ async def test_another_transport_gets_the_request_as_ours_would_and_is_closed_at
         assert not inner.is_closed
     assert (answer.status_code, answer.content, answer.headers["x-up"]) == (201, b"made", "1")
     ((method, url, headers, body),) = inner.seen
-    assert (method, url, body) == ("PUT", "http://app.test/api/a%2Fb?c=%20", b"body")
+    assert (method, url, body) == ("PUT", "https://app.test/api/a%2Fb?c=%20", b"body")
     assert (headers["host"], headers["x-forwarded-host"]) == ("app.test", "gateway.test")
     assert "x-hop" not in headers
     assert inner.is_closed
@@ -241,3 +244,44 @@ async def test_http2_without_its_package_does_not_start_and_says_what_to_install
     with pytest.raises(StartupError, match=r"upstreams\.up\.http2: .*pip install 'httpx\[http2\]'"):
         async with gateway.router.lifespan_context(gateway):
             pass
+
+
+@pytest.mark.parametrize("offered", [None, ["http/1.1"], ["http/1.1", "h2"]], ids=["nothing", "http/1.1", "both"])
+async def test_http2_does_not_fall_back_to_http1(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch, offered: list[str] | None
+) -> None:
+    """Connections of HTTP/1.1 in httpx would give surplus bytes of one response to the next client."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: True)  # h2 is imported after the handshake
+    received: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.read(24))  # up to the end, or the preface of HTTP/2
+        writer.close()
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "here.pem", certificates / "here.key")
+    if offered is not None:
+        context.set_alpn_protocols(offered)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    guard = http2_transport(1, 5, ssl.create_default_context(cafile=str(certificates / "here.pem")))
+    port = server.sockets[0].getsockname()[1]
+    request = httpx.Request("GET", f"https://127.0.0.1:{port}/")
+    if offered is not None and "h2" in offered:
+        pytest.importorskip("h2")
+        with pytest.raises(httpx.RemoteProtocolError):  # the server closes at the preface
+            await guard.handle_async_request(request)
+        assert received == [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
+    else:
+        with pytest.raises(NoHttp2) as raised:
+            await guard.handle_async_request(request)
+        assert "does not offer HTTP/2, which http2: true requires" in str(translate(raised.value, "up"))
+        assert received == [b""]
+    await guard.aclose()
+    server.close()
+
+
+@pytest.mark.parametrize(("urls", "uses"), [("https", True), ("http", False), ("https http", False)])
+def test_http2_is_for_https_targets(urls: str, *, uses: bool) -> None:
+    targets = [{"url": f"{scheme}://{scheme}.test"} for scheme in urls.split()]
+    assert UpstreamSection.model_validate({"targets": targets, "http2": True}).uses_http2 is uses
+    assert not UpstreamSection.model_validate({"targets": targets}).uses_http2
