@@ -75,7 +75,7 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         response_timeout=section.response_timeout,
         response=response_of(section),
         mirroring=mirroring_of(section.mirror),
-        rewrites_urls=section.rewrite_urls,
+        rewrites_urls=section.rewrite_urls is not False,
         compression=None if section.compression is None else compression_of(section.name, section.compression),
     )
     if not section.upstreams:
@@ -101,14 +101,13 @@ def _url_rewriter(section: RouteSection, prefix: str) -> UrlRewriter | None:
     replacement = ""
     if section.rewrite is not None and section.rewrite.prefix is not None:
         prefix, replacement = section.path.rstrip("/"), section.rewrite.prefix.rstrip("/")
-    rewrites = bool(prefix) and section.rewrite_urls
-    if not rewrites and not section.cookie_domains:
+    urls = bool(prefix) if section.rewrite_urls is None else section.rewrite_urls
+    if not (urls or section.rewrite_cookies or section.cookie_domains):
         return None
     domains = tuple(
         (domain.lstrip(".").lower().encode(), new.encode()) for domain, new in section.cookie_domains.items()
     )
-    cookies = rewrites and section.rewrite_cookies
-    return UrlRewriter(prefix.encode() if rewrites else b"", cookies, domains, replacement.encode())
+    return UrlRewriter(prefix.encode(), section.rewrite_cookies, domains, replacement.encode(), urls)
 
 
 def _content_cost(section: CostFromSection) -> ContentCost:

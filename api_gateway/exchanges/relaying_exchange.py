@@ -195,7 +195,7 @@ class RelayingExchange(ExchangeLife):
             rewriter = route.url_rewriter.bound(exchange, self.plan.raw_target)
             if route.url_rewriter.needs_authorities:
                 upstream_client = context.router.upstream_clients[attempt.upstream.name]
-                authorities = Authorities.of(upstream_client, attempt.target, self.plan.facts.host_field)
+                authorities = Authorities.of(upstream_client, self.plan.facts.host_field)
         if self.compression is not None:
             self._begin_compression(self.compression)
         if self.head:

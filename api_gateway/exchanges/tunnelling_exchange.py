@@ -80,21 +80,19 @@ class TunnellingExchange(HttpExchange):
             self.timer = None
         self.move(SWITCH)
         upstream_client = context.router.upstream_clients[attempt.upstream.name]
-        transport, from_client = client.switch_protocols(
-            self.reason, self._fields_for_client(upstream_client, attempt)
-        )
+        transport, from_client = client.switch_protocols(self.reason, self._fields_for_client(upstream_client))
         self.tunnel = tunnel = Tunnel(client.loop, transport, upstream, upstream_client.tunnel_timeout)
         if client.is_draining:
             tunnel.request_close()
         self.is_pending = True
         self.task = client.loop.create_task(self._run(tunnel, from_client, from_upstream))
 
-    def _fields_for_client(self, upstream_client: UpstreamClient, attempt: Attempt) -> HeaderList:
+    def _fields_for_client(self, upstream_client: UpstreamClient) -> HeaderList:
         """Return the header fields of the 101; settle the cost that it reports."""
         context, exchange, headers, route = self._context, self.exchange, self.headers, self.plan.route
         if route is not None and route.url_rewriter is not None:
             host = self.plan.facts.host_field
-            authorities = Authorities.of(upstream_client, attempt.target, host)
+            authorities = Authorities.of(upstream_client, host)
             rewriter = route.url_rewriter.bound(exchange, self.plan.raw_target)
             headers = headers if rewriter is None else rewriter.rewrite(headers, authorities)
         if COST in self.fields:

@@ -45,7 +45,7 @@ def route_below(route: Route, root: bytes) -> Route:
     editor = route.url_rewriter
     urls = editor.urls if isinstance(editor, HeadEditor) else editor
     if route.rewrites_urls:
-        urls = replace(urls or _NOTHING_STRIPPED, root=root)
+        urls = replace(urls or _NOTHING_STRIPPED, root=root, urls=True)
         editor = replace(editor, urls=urls) if isinstance(editor, HeadEditor) else urls
     return replace(
         route,

@@ -1,11 +1,13 @@
-"""Rewrites URLs in response header fields, where a route strips or replaces a prefix. Pure.
+"""Rewrites URLs in response header fields, above all where a route strips or replaces a prefix. Pure.
 
-`Location`, `Content-Location` and `Refresh` (RFC 9110 sections 10.2.2 and 8.7; HTML standard) that name the target, or
-a path without the prefix, become paths below the prefix, so that the client stays behind the gateway. References to
-other hosts, relative paths, and whatever is not a URL stay as they are. If the prefix is replaced by another one,
-paths below the other one get the prefix back; all other paths stay unchanged, because no path of the route leads to
-them. In `Set-Cookie` (RFC 6265), if enabled, `Path` gets the prefix, and a `Domain` that is the target's host is
-removed, so that the cookie belongs to the gateway. Other domains are replaced as configured, with or without a prefix.
+`Location`, `Content-Location` and `Refresh` (RFC 9110 sections 10.2.2 and 8.7; HTML standard) that name a target of
+the upstream, or a path without the prefix, become paths below the prefix, so that the client stays behind the gateway.
+References to other hosts, relative paths, and whatever is not a URL stay as they are. If the prefix is replaced by another
+one, paths below the other one get the prefix back; all other paths stay unchanged, because no path of the route leads
+to them. Without a prefix, only URLs that name a target become paths. In `Set-Cookie` (RFC 6265), if enabled, `Path` gets the
+prefix, and a `Domain` that is a target's host is removed, so that the cookie belongs to the gateway. Other domains are
+replaced as configured, with or without a prefix. Browsers accept a `__Host-` cookie with `Path=/` and without `Domain`
+alone, so it stays as it is.
 """
 
 import re
@@ -14,35 +16,34 @@ from typing import NamedTuple
 
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.edited_lines import EditedLinesCache
-from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
 FORWARDED_PREFIX = b"x-forwarded-prefix"  # of the request to the upstream
 _NAMES = (b"location", b"content-location", b"refresh")
 # Scheme and authority (or the authority alone), then the path: RFC 3986 appendix B, with a host.
 _ABSOLUTE = re.compile(rb"(?:(https?):)?//([^/?#\\]*)([^\\]*)", re.IGNORECASE | re.DOTALL)
-_REFRESH = re.compile(rb"([ \t]*[0-9.]+[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?)([\"']?)(.*?)(\2[ \t]*)", re.IGNORECASE)
+# The time and its separator, which may be a blank, and the opening quote, before the URL.
+_REFRESH = re.compile(rb"[ \t]*[0-9.]+(?:[ \t]*[;,]|(?=[ \t]))[ \t]*(?:url[ \t]*=[ \t]*)?([\"']?)", re.IGNORECASE)
 _PORTS = {b"http": b"80", b"https": b"443"}
 _ANY_DOMAIN = b"*"
+_HOST_PREFIX = b"__host-"  # of the name of a cookie, in any letter case (RFC 6265bis section 4.1.3.2)
 
 
 class Authorities(NamedTuple):
     """Hosts with ports by which an upstream may refer to itself.
 
-    `internal` are of the target and, if another one is configured, of `Host`; `public` is the `Host` of the client if
-    the upstream gets that, else empty.
+    `internal` are of all targets and, if another one is configured, of `Host`: an upstream may name another target
+    than that of the attempt. `public` is the `Host` of the client, which the upstream gets in `X-Forwarded-Host` at least;
+    empty if there is none.
     """
 
     internal: tuple[bytes, ...]
     public: bytes = b""
 
     @classmethod
-    def of(cls, upstream_client: UpstreamClient, target: Target, client_host: bytes) -> "Authorities":
-        """Return the authorities of a request to `target`; `client_host` is the client's `Host`."""
-        authority, host = upstream_client.origins[target].netloc, upstream_client.hosts[target]
-        if not host:
-            return cls((authority,), client_host)
-        return cls((authority,) if host == authority else (authority, host))
+    def of(cls, upstream_client: UpstreamClient, client_host: bytes) -> "Authorities":
+        """Return the authorities of a request to an upstream; `client_host` is the client's `Host`."""
+        return cls(upstream_client.authorities, client_host)
 
 
 NO_AUTHORITIES = Authorities(())
@@ -53,15 +54,17 @@ class UrlRewriter:
     """Rewrites the fields of responses of one route.
 
     `prefix` is the stripped prefix, without a slash at the end, and `root` what an application that mounts the gateway
-    strips before; if both are empty, URLs pass. `replacement` is what the upstream gets in place of the prefix,
-    likewise; empty: nothing. `domains` are pairs of a `Domain` of cookies in lower case without a leading dot (`*`:
-    any other one) and its replacement; an empty one removes it.
+    strips before; if both are empty, paths pass. `replacement` is what the upstream gets in place of the prefix,
+    likewise; empty: nothing. `urls` and `cookies`: whether URLs, and `Path` and `Domain` of cookies, are rewritten.
+    `domains` are pairs of a `Domain` of cookies in lower case without a leading dot (`*`: any other one) and its
+    replacement; an empty one removes it.
     """
 
     prefix: bytes
     cookies: bool = False
     domains: tuple[tuple[bytes, bytes], ...] = ()
     replacement: bytes = b""
+    urls: bool = True
     root: bytes = b""
     needs_authorities: bool = field(init=False, repr=False)  # always
     request_line: bytes = field(init=False, repr=False)  # that is added to the request, with a line break before it
@@ -71,10 +74,11 @@ class UrlRewriter:
 
     def __post_init__(self) -> None:
         whole = self.root + self.prefix
-        names = (*(_NAMES if whole else ()), *((b"set-cookie",) if self.cookies or self.domains else ()))
+        names = (*(_NAMES if self.urls else ()), *((b"set-cookie",) if self.cookies or self.domains else ()))
         # Most lines fail on their first letter, which takes a third less time than to compare whole names.
         pattern = rb"\r\n(?=[LlCcRrSs])((?i:%b)): ([^\r]*)" % b"|".join(names)
-        line = b"\r\n%b: %b" % (FORWARDED_PREFIX, whole) if whole and not self.replacement else b""
+        is_told = self.urls and whole and not self.replacement
+        line = b"\r\n%b: %b" % (FORWARDED_PREFIX, whole) if is_told else b""
         object.__setattr__(self, "needs_authorities", True)
         object.__setattr__(self, "request_line", line)
         object.__setattr__(self, "_whole", whole)
@@ -110,24 +114,23 @@ class UrlRewriter:
         )
 
     def _value(self, name: bytes, value: bytes, authorities: Authorities) -> bytes:
-        if name in (b"location", b"content-location"):
-            return self.url(value, authorities)
-        if name == b"refresh":
-            found = _REFRESH.fullmatch(value)
-            return value if found is None else found[1] + found[2] + self.url(found[3], authorities) + found[4]
+        if name in _NAMES:
+            if not self.urls:
+                return value
+            return self._refresh(value, authorities) if name == b"refresh" else self.url(value, authorities)
         if name == b"set-cookie" and (self.cookies or self.domains):
             return self._cookie(value, authorities.internal)
         return value
 
     def url(self, url: bytes, authorities: Authorities) -> bytes:
         """Return a reference as the client may use it; unchanged if it does not lead past the gateway."""
-        if not self._whole:
-            return url
         absolute = _ABSOLUTE.fullmatch(url)
         if absolute is None:
             return self._below(url) if url.startswith(b"/") else url
         scheme, host, rest = absolute.groups()
-        own = (*authorities.internal, authorities.public) if authorities.public else authorities.internal
+        own = authorities.internal
+        if self._whole and authorities.public:
+            own = (*own, authorities.public)
         if not any(_is_same(scheme, host, authority) for authority in own):
             return url
         path = rest if rest.startswith(b"/") else b"/" + rest
@@ -135,17 +138,36 @@ class UrlRewriter:
             return url
         return self._below(path)
 
+    def _refresh(self, value: bytes, authorities: Authorities) -> bytes:
+        """Return a `Refresh` with its URL rewritten: up to the closing quote, if it begins with a quote."""
+        found = _REFRESH.match(value)
+        if found is None:
+            return value
+        given, end = value[found.end() :], b""
+        if found[1]:
+            given, end, text = given.partition(found[1])
+            end += text
+        url = given.strip(b" \t")
+        new = self.url(url, authorities)
+        return value if new == url else found[0] + new + end
+
     def _below(self, path: bytes) -> bytes:
         if self.replacement:
             if _is_below(path, self.replacement):
-                return self._whole + path[len(self.replacement) :]
-            return self.root + path if self.root and not _is_below(path, self.root) else path
-        if _is_below(path, self._whole):
-            return path
-        return (self.root if self.root and self.prefix and _is_below(path, self.prefix) else self._whole) + path
+                path = path[len(self.replacement) :]
+            else:
+                return self.root + path if self.root and not _is_below(path, self.root) else path
+        elif self._whole:
+            if _is_below(path, self._whole):
+                return path
+            if self.root and self.prefix and _is_below(path, self.prefix):
+                return self.root + path
+        return self._whole + path if self._whole else _rooted(path)
 
     def _cookie(self, value: bytes, internal: tuple[bytes, ...]) -> bytes:
         first, *attributes = value.split(b";")
+        if first.lstrip().lower().startswith(_HOST_PREFIX):
+            return value
         kept = [first]
         for attribute in attributes:
             name, equals, given = attribute.partition(b"=")
@@ -167,6 +189,11 @@ class UrlRewriter:
         if new is None and self.cookies and domain in map(_host_of, internal):
             return b""
         return self._domains.get(_ANY_DOMAIN) if new is None else new
+
+
+def _rooted(path: bytes) -> bytes:
+    """Return a path that is no reference to a host, such as `//host`."""
+    return b"/" + path.lstrip(b"/\\")
 
 
 def _is_below(path: bytes, prefix: bytes) -> bool:

@@ -112,14 +112,14 @@ class RouteSection(Section):
     strip_prefix: WholePath | None = Field(
         default=None, description="The beginning of the path that the upstream does not get."
     )
-    rewrite_urls: bool = Field(
-        default=True,
-        description="With strip_prefix or rewrite.prefix: Location, Content-Location and Refresh of responses get the"
-        " prefix.",
+    rewrite_urls: bool | None = Field(
+        default=None,
+        description="Whether Location, Content-Location and Refresh of responses lead back to the gateway."
+        " None: with strip_prefix or rewrite.prefix.",
     )
     rewrite_cookies: bool = Field(
         default=False,
-        description="With rewrite_urls: Path of cookies gets the prefix; Domain of the target is removed.",
+        description="Whether Path of cookies gets the stripped or replaced prefix, and Domain of a target is removed.",
     )
     cookie_domains: CookieDomains = Field(
         default={},

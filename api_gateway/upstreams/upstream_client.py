@@ -72,7 +72,8 @@ class UpstreamClient:
     no route of it is one that an exchange has to look at.
 
     `hash_header` (lower case) is the header field whose value is the key for load balancing, instead of the client.
-    `host_header` is the `Host` that the upstream gets: see `HostFields`. `max_aborted` limits the calls that another
+    `host_header` is the `Host` that the upstream gets: see `HostFields`. `authorities` are those of all targets and of
+    `host_header`. `max_aborted` limits the calls that another
     transport has not ended although they were aborted.
     """
 
@@ -80,6 +81,7 @@ class UpstreamClient:
         "_acquire_idle",
         "_removed",
         "_timeouts_by_response",
+        "authorities",
         "calls",
         "hash_header",
         "hosts",
@@ -124,6 +126,7 @@ class UpstreamClient:
         self, timeouts: Timeouts, retries: RetryDecider, hash_header: bytes | None, host_header: str
     ) -> None:
         self.hosts = HostFields(host_header, self.origins)
+        self._list_authorities()
         retry = retries.policy
         self.total_timeout = timeouts.total
         self.retries = retries
@@ -133,6 +136,10 @@ class UpstreamClient:
         self.tunnel_timeout = timeouts.tunnel
         self.timeouts = _timeouts_by_operation(timeouts)
         self._timeouts_by_response = ResponseTimeouts(timeouts)
+
+    def _list_authorities(self) -> None:
+        own = () if self.hosts.setting in (TARGET, CLIENT) else (self.hosts.setting.encode(),)
+        self.authorities = tuple(dict.fromkeys((*(origin.netloc for origin in self.origins.values()), *own)))
 
     def __repr__(self) -> str:
         return f"<UpstreamClient {self.upstream!r}>"
@@ -183,6 +190,7 @@ class UpstreamClient:
                 self.origins[target] = _origin(target)
                 if isinstance(self.transport, UpstreamTransport):
                     self.transport.pool(self.origins[target]).revive()
+        self._list_authorities()
         self.upstream.set_targets(targets, now)
         self._removed.update(target for target in before if target not in targets)
         self.sweep()

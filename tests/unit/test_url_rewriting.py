@@ -1,5 +1,7 @@
 """URLs in responses of a route that strips a prefix: what leads past the gateway is rewritten, the rest is left."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,8 +82,55 @@ def test_a_replaced_prefix_comes_back_and_paths_that_the_route_does_not_reach_st
 def test_a_route_for_all_paths_or_without_rewriting_leaves_urls_alone() -> None:
     """Else `/v2//evil.test` would become a reference to another host."""
     for more in ({"path": "/"}, {"rewrite_urls": False}, {"rewrite": {"path": "/v2"}}):
-        section = {"name": "v1", "path": "/api/v1", "upstream": "up", "rewrite": {"prefix": "/v2"}, **more}
-        assert route_of(RouteSection.model_validate(section)).url_rewriter is None
+        assert rewriter_of(**{"rewrite": {"prefix": "/v2"}, **more}) is None
+
+
+def rewriter_of(**more: Any) -> UrlRewriter | None:
+    section = {"name": "v1", "path": "/api/v1", "upstream": "up", **more}
+    rewriter = route_of(RouteSection.model_validate(section)).url_rewriter
+    assert rewriter is None or isinstance(rewriter, UrlRewriter)
+    return rewriter
+
+
+@each("more", [{}, {"rewrite": {"path": "/v2"}}, {"path": "/"}])
+@each(
+    ("url", "expected"),
+    [
+        ("http://10.0.0.1:8080/login?a", "/login?a"),
+        ("http://10.0.0.1:8080", "/"),
+        ("http://10.0.0.1:8080//evil.test/x", "/evil.test/x"),
+        *((url, url) for url in ("/login", "login", "//evil.test/x", "http://shop.test/x", "http://10.0.0.2:8080/x")),
+    ],
+)
+def test_without_a_prefix_a_url_that_names_a_target_becomes_a_path_by_the_setting(
+    more: dict[str, Any], url: str, expected: str
+) -> None:
+    rewriter = rewriter_of(rewrite_urls=True, **more)
+    assert rewriter is not None
+    assert rewriter.rewrite([(b"Location", url.encode())], TARGET._replace(public=b"shop.test")) == [
+        (b"Location", expected.encode())
+    ]
+    assert rewriter.request_line == b""
+    assert rewriter_of(**more) is None
+
+
+def test_a_prefix_that_replaces_no_path_comes_back_by_the_setting() -> None:
+    rewriter = rewriter_of(path="/", rewrite={"prefix": "/v2"}, rewrite_urls=True)
+    assert rewriter is not None
+    for url, expected in (("/v2/x", "/x"), ("/v2", "/"), ("/v2//evil.test", "/evil.test"), ("/v2/\\evil", "/evil")):
+        assert rewriter.url(url.encode(), TARGET) == expected.encode()
+
+
+@each("urls", [None, True, False])
+def test_cookies_are_rewritten_by_their_own_setting(*, urls: bool | None) -> None:
+    given = [(b"Set-Cookie", b"a=b; Domain=10.0.0.1; Path=/x"), (b"Location", b"/x")]
+    for more, path, location in (({}, b"/x", b"/x"), ({"strip_prefix": "/api/v1"}, b"/api/v1/x", b"/api/v1/x")):
+        rewriter = rewriter_of(rewrite_cookies=True, rewrite_urls=urls, **more)
+        assert rewriter is not None
+        assert rewriter.rewrite(given, TARGET) == [
+            (b"Set-Cookie", b"a=b; Path=" + path),
+            (b"Location", b"/x" if urls is False else location),
+        ]
 
 
 @given(url=st.binary(max_size=40), authority=st.sampled_from([b"up", b"up:80", AUTHORITY]))
@@ -92,7 +141,7 @@ def test_rewriting_twice_changes_nothing_more(url: bytes, authority: bytes) -> N
 
 
 @each("host", ["users.internal", "users.internal:9000"])
-@each("is_public", [True, False])
+@each("is_public", [True, False])  # the client's `Host`, or one of the upstream
 def test_a_url_that_names_the_host_that_the_upstream_got_leads_past_the_gateway_too(
     host: str, *, is_public: bool
 ) -> None:
@@ -112,6 +161,13 @@ def test_a_url_that_names_the_host_that_the_upstream_got_leads_past_the_gateway_
         ("0;URL='/x'", "0;URL='/api/x'"),
         ('1, url = "http://10.0.0.1:8080/x"', '1, url = "/api/x"'),
         ("3;/x", "3;/api/x"),
+        ("3 /x", "3 /api/x"),
+        ("3 url=/x", "3 url=/api/x"),
+        ("3;\t'/x' and text", "3;\t'/api/x' and text"),
+        ('3; url="/x', '3; url="/api/x'),
+        ('3; url="http://10.0.0.1:8080";\'', '3; url="/api/";\''),
+        (".5;url=http://10.0.0.1:8080 ", ".5;url=/api/"),
+        *((value, value) for value in ("3/x", "3 ", "3; url /x", "3; ur=/x", "x; /x", "3;; /x")),
         ("5", "5"),
         ("5; url=https://example.com/", "5; url=https://example.com/"),
     ],
@@ -130,6 +186,9 @@ def test_the_url_of_refresh(value: str, expected: str) -> None:
         ("a=b; Domain=example.com", "a=b; Domain=example.com"),
         ("a=b", "a=b"),
         ("Path=/x; Secure", "Path=/x; Secure"),
+        ("__Host-a=b; Path=/; Secure", "__Host-a=b; Path=/; Secure"),
+        (" __host-a=b; Secure; Path=/", " __host-a=b; Secure; Path=/"),
+        ("__Secure-a=b; Path=/; Secure", "__Secure-a=b; Path=/api; Secure"),
     ],
 )
 def test_cookies(value: str, expected: str) -> None:
@@ -165,7 +224,8 @@ def test_domains_of_cookies(
 
 
 def test_without_a_prefix_urls_and_paths_pass() -> None:
-    rewriter = UrlRewriter(b"", domains=((b"*", b""),))
+    rewriter = rewriter_of(cookie_domains={"*": ""})
+    assert rewriter is not None
     fields = [(b"Location", b"http://10.0.0.1:8080/x"), (b"Refresh", b"5; url=/x"), (b"Set-Cookie", b"a=b; Path=/x")]
     assert rewriter.rewrite(fields, TARGET) == fields
     assert rewriter.request_line == b""

@@ -246,16 +246,16 @@ async def test_http2_without_its_package_does_not_start_and_says_what_to_install
             pass
 
 
-@pytest.mark.parametrize("offered", [None, ["http/1.1"], ["http/1.1", "h2"]], ids=["nothing", "http/1.1", "both"])
+@pytest.mark.parametrize("offered", [None, ["http/1.1"], ["h2", "http/1.1"]], ids=["nothing", "http/1.1", "both"])
 async def test_http2_does_not_fall_back_to_http1(
     certificates: Path, monkeypatch: pytest.MonkeyPatch, offered: list[str] | None
 ) -> None:
     """Connections of HTTP/1.1 in httpx would give surplus bytes of one response to the next client."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: True)  # h2 is imported after the handshake
-    received: list[bytes] = []
+    received: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        received.append(await reader.read(24))  # up to the end, or the preface of HTTP/2
+        received.put_nowait(await reader.read(24))  # up to the end, or the preface of HTTP/2
         writer.close()
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -270,12 +270,12 @@ async def test_http2_does_not_fall_back_to_http1(
         pytest.importorskip("h2")
         with pytest.raises(httpx.RemoteProtocolError):  # the server closes at the preface
             await guard.handle_async_request(request)
-        assert received == [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
+        assert await received.get() == b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     else:
         with pytest.raises(NoHttp2) as raised:
             await guard.handle_async_request(request)
         assert "does not offer HTTP/2, which http2: true requires" in str(translate(raised.value, "up"))
-        assert received == [b""]
+        assert await received.get() == b""
     await guard.aclose()
     server.close()
 

@@ -111,6 +111,40 @@ def test_the_upstream_gets_the_host_that_is_set(
 
 
 @both_ways
+def test_any_target_of_the_upstream_and_the_client_s_host_count_as_its_own(
+    gateway: StartGateway, upstream: StartUpstream, way: tuple[str, ...]
+) -> None:
+    """Upstreams that redirect to one fixed target, or to X-Forwarded-Host without X-Forwarded-Prefix."""
+    first, second = upstream(), upstream()
+    sections = in_front_of(first.url)
+    sections["upstreams"]["up"]["targets"] = [{"url": first.url}, {"url": second.url}]
+    sections["routes"] = [
+        {"name": "cut", "path": "/api/cut", "upstream": "up", "strip_prefix": "/api"},
+        {"name": "whole", "path": "/api/whole", "upstream": "up", "rewrite_urls": True, "rewrite_cookies": True},
+    ]
+    running = gateway(sections)
+    fields = (
+        (b"Location", first.url.encode() + b"/y"),
+        (b"Content-Location", b"http://pub.test/y"),
+        (b"Set-Cookie", b"a=b; Domain=127.0.0.1; Path=/"),
+    )
+    first.behave = second.behave = reply(b"ok", b"302 Found", fields)
+    with RawClient(running.port) as client:
+        for path, expected in (
+            ("cut", [b"/api/y", b"/api/y", fields[2][1]]),
+            ("whole", [b"/y", fields[1][1], b"a=b; Path=/"]),
+        ):
+            for _ in range(4):
+                lines = (f"GET /api/{path}/x HTTP/1.1", "Host: pub.test", *way, "\r\n")
+                client.send("\r\n".join(lines).encode())
+                answer = client.answer()
+                assert [answer.all(name.lower().decode())[0] for name, _ in fields] == expected
+    assert first.requests
+    assert second.requests
+    assert first.requests[-1].all("x-forwarded-prefix") == second.requests[-1].all("x-forwarded-prefix") == []
+
+
+@both_ways
 @pytest.mark.parametrize(("host_header", "expected"), [("client", "{target}"), ("users.internal", "users.internal")])
 def test_without_a_host_of_the_client_the_upstream_gets_that_of_the_target(
     gateway: StartGateway, upstream: StartUpstream, way: tuple[str, ...], host_header: str, expected: str
