@@ -36,7 +36,12 @@ class ExplainRequest(RequestBody):
     key_id: str | None = Field(
         default=None, description="Id of an API key, as if the request had that key; null: it has none."
     )
-    method: str = Field(default="GET", pattern=r"^[A-Z][A-Z-]{0,31}$")
+    method: str = Field(
+        default="GET",
+        max_length=255,
+        pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$",
+        description="A token; upper and lower case differ (RFC 9110 section 9.1).",
+    )
     path: str = Field(
         max_length=65_536,
         pattern=r"^/[\x21-\x7e]*$",

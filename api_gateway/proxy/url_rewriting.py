@@ -2,12 +2,12 @@
 
 `Location`, `Content-Location` and `Refresh` (RFC 9110 sections 10.2.2 and 8.7; HTML standard) that name a target of
 the upstream, or a path without the prefix, become paths below the prefix, so that the client stays behind the gateway.
-References to other hosts, relative paths, and whatever is not a URL stay as they are. If the prefix is replaced by another
-one, paths below the other one get the prefix back; all other paths stay unchanged, because no path of the route leads
-to them. Without a prefix, only URLs that name a target become paths. In `Set-Cookie` (RFC 6265), if enabled, `Path` gets the
-prefix, and a `Domain` that is a target's host is removed, so that the cookie belongs to the gateway. Other domains are
-replaced as configured, with or without a prefix. Browsers accept a `__Host-` cookie with `Path=/` and without `Domain`
-alone, so it stays as it is.
+References to other hosts, relative paths, and whatever is not a URL stay as they are. If the prefix is replaced by
+another one, paths below the other one get the prefix back; all other paths stay unchanged, because no path of the
+route leads to them. Without a prefix, only URLs that name a target become paths. In `Set-Cookie` (RFC 6265), if
+enabled, `Path` gets the prefix, and a `Domain` that is a target's host is removed, so that the cookie belongs to the
+gateway. Other domains are replaced as configured, with or without a prefix. Browsers accept a `__Host-` cookie with
+`Path=/` and without `Domain` alone, so it stays as it is.
 """
 
 import re
@@ -33,8 +33,8 @@ class Authorities(NamedTuple):
     """Hosts with ports by which an upstream may refer to itself.
 
     `internal` are of all targets and, if another one is configured, of `Host`: an upstream may name another target
-    than that of the attempt. `public` is the `Host` of the client, which the upstream gets in `X-Forwarded-Host` at least;
-    empty if there is none.
+    than that of the attempt. `public` is the `Host` of the client, which the upstream gets in `X-Forwarded-Host` at
+    least; empty if there is none.
     """
 
     internal: tuple[bytes, ...]

@@ -11,7 +11,7 @@ import re
 IDLE_MARGIN = 1.0  # seconds before the announced timeout: the upstream's clock starts earlier, and a request travels
 _SHARE_OF_MARGIN = 0.5  # of a timeout that is shorter than twice the margin
 _MAX_VALUE = 128  # bytes; a longer value is ignored
-_PARAMETER = re.compile(rb"(?:^|[\s,;])(timeout|max)\s*=\s*\"?([0-9]{1,9})(?![0-9.])", re.IGNORECASE)
+_PARAMETER = re.compile(rb"(?:^|[\s,;])(timeout|max)\s*=\s*\"?([0-9]{1,9})(?:\.[0-9]*)?(?![0-9.])", re.IGNORECASE)
 
 
 class ConnectionLifetime:
@@ -33,16 +33,23 @@ class ConnectionLifetime:
         return f"<ConnectionLifetime [{self.requests_left} requests, idle for {self.idle_timeout} s]>"
 
     def announce(self, value: bytes) -> None:
-        """Apply the value of a response's `Keep-Alive` field; parameters that are not valid are ignored."""
+        """Apply the value of a response's `Keep-Alive` fields: the smallest numbers, and of a fraction the integer.
+
+        Parameters that are not valid are ignored.
+        """
         if value == self._announced or len(value) > _MAX_VALUE:
             return
         self._announced = value
+        timeouts = []
         for name, digits in _PARAMETER.findall(value):
             number = int(digits)
             if name.lower() == b"timeout":
-                self.idle_timeout = number - min(IDLE_MARGIN, number * _SHARE_OF_MARGIN)
+                timeouts.append(number)
             else:
                 self.requests_left = min(self.requests_left, number + 1)
+        if timeouts:
+            timeout = min(timeouts)
+            self.idle_timeout = timeout - min(IDLE_MARGIN, timeout * _SHARE_OF_MARGIN)
 
     def is_over(self, now: float) -> bool:
         """Return whether the connection must not be used for another request; call it once after each request."""

@@ -324,7 +324,7 @@ class UpstreamConnection(SendingConnection):
         response.set_head(status, reason, headers, fields)
         response.version, response.keeps_alive = self._parser.get_http_version(), self._parser.should_keep_alive()
         if b"keep-alive" in fields:
-            self._obey_keep_alive(fields[b"keep-alive"][0])
+            self._obey_keep_alive(b",".join(fields[b"keep-alive"]))
         self.timer.clear()
         if response.is_to_head:
             # The parser would wait for the body that these fields describe.

@@ -480,8 +480,8 @@ def explained(running: RunningGateway, body: Any, **headers: str) -> Any:
 
 
 def test_it_is_asked_by_post_and_costs_nothing(running: RunningGateway) -> None:
-    for _ in range(5):
-        answer = explained(running, {"client_id": "c", "method": "GET", "path": "/api/x"})
+    for method in ("GET", "get", "FOO1", "M_X", "!#"):  # any token is forwarded
+        answer = explained(running, {"client_id": "c", "method": method, "path": "/api/x"})
         assert answer.status == 200
         found = Explanation.model_validate(answer.json())
         assert (found.result.decision, found.buckets[0].tokens) == ("allowed", 2)
@@ -497,6 +497,8 @@ def test_it_is_asked_by_post_and_costs_nothing(running: RunningGateway) -> None:
         ({"client_id": "c", "path": "/api/ü"}, 422, "invalid_value"),
         ({"client_id": "c", "path": "api"}, 422, "invalid_value"),
         ({"client_id": "c", "path": "/api", "method": "get it"}, 422, "invalid_value"),
+        ({"client_id": "c", "path": "/api", "method": "G,T"}, 422, "invalid_value"),
+        ({"client_id": "c", "path": "/api", "method": ""}, 422, "invalid_value"),
         ({"path": "/api"}, 422, "invalid_value"),
         ({"client_id": "c", "path": "/api", "more": 1}, 422, "invalid_value"),
         ({"client_id": "c", "path": "/api", "address": "999.1.1.1"}, 422, "invalid_value"),

@@ -347,9 +347,13 @@ async def test_an_idle_connection_expires(upstream: StartUpstream) -> None:
 @pytest.mark.parametrize(
     "framing", [b"Content-Length: 2\r\n\r\nok", b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"]
 )
-async def test_an_announced_idle_timeout_is_obeyed(upstream: StartUpstream, framing: bytes) -> None:
-    """By responses with plain and with other heads."""
-    up = upstream(raw(b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nKeep-Alive: timeout=1, max=9\r\n" + framing))
+@pytest.mark.parametrize(
+    "announced",
+    [b"Keep-Alive: timeout=1, max=9\r\n", b"Keep-Alive: timeout=900\r\nKeep-Alive: timeout=1.9, max=9\r\n"],
+)
+async def test_an_announced_idle_timeout_is_obeyed(upstream: StartUpstream, announced: bytes, framing: bytes) -> None:
+    """By responses with plain and with other heads; of two fields, the shorter timeout."""
+    up = upstream(raw(b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\n" + announced + framing))
     async with aclosing(UpstreamTransport(idle_timeout=3600)) as transport:
         assert [await fetch(transport, request_to(up)) for _ in range(2)] == [b"ok"] * 2
         assert len(up.wires) == 1
