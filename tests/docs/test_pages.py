@@ -43,7 +43,7 @@ FILE = re.compile(r"\.?[\w.-]+(/[\w.-]+)+/?|[\w.-]+\.(py|md|lock|yaml)")
 SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)(?:: .+)?")
 NAME = re.compile(r"(_?[A-Z]+[a-z]+[A-Z]\w+|_[A-Z]{3,}|[A-Z]+_[A-Z_]+)(\.\w+)?(\(.*\))?|[A-Z][a-z]+\.[a-z_]+")
 OURS = ("api_gateway/", "benchmarks/", "docs/", "examples/", "tests/", ".ci/")
-FOREIGN = {"AsyncClient", "AsyncBaseTransport", "AsyncHTTPTransport"}  # names of httpx
+FOREIGN = {"AsyncClient", "AsyncBaseTransport", "AsyncHTTPTransport", "BaseHTTPMiddleware"}  # of httpx and Starlette
 
 
 def prose(name: str) -> str:

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,13 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import ExchangeRecords
 from api_gateway.models import NANOSECONDS, Exchange, Quota
+from api_gateway.proxy.address_rules import AddressRules
+from api_gateway.proxy.address_stages import AddressStage, RouteAddressStage
 from api_gateway.proxy.admission import Admission, Stage
 from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.jwt_source import RequirementStage
 from api_gateway.proxy.limit_stage import LimitListStage, RateLimitStage
+from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.proxy.stages import (
     AmbiguityStage,
@@ -56,7 +61,10 @@ ROUTES = [
     ),
     Route("never", "/api/never", "up", cost=50),
     Route("cut", "/api/cut", "up", cost=2, strip_prefix="/api/cut", host="cut.test"),
+    Route("office", "/api/office", "up", addresses=AddressRules(deny=[ip_network("192.0.2.8/32")])),
+    Route("scoped", "/api/scoped", "up", requirement=Requirement(("read",))),
 ]
+DENIED = AddressRules(deny=[ip_network("198.51.100.0/24")])
 LIMITS = (
     Limit("team", ("header:x-team",), Quota.per_second("team", 3, 9)),
     Limit(
@@ -70,7 +78,10 @@ LIMITS = (
     ),
     Limit("all", ("route",), Quota.per_second("all", 30, 60), routes=frozenset({"plain"})),
 )
-ORDER = ("ambiguity", "identity", "route", "deadline", "shedding", "limits")
+ORDER = (
+    *("ambiguity", "identity", "addresses", "route", "route addresses", "requirement"),
+    *("deadline", "shedding", "limits"),
+)
 
 
 class InstantCall:
@@ -122,7 +133,10 @@ class Paths:
         stages: dict[str, Stage] = {
             "ambiguity": AmbiguityStage(),
             "identity": IdentityStage(clients=clients, priorities=priorities),
+            "addresses": AddressStage(DENIED),
             "route": RouteStage(router.routes),
+            "route addresses": RouteAddressStage(),
+            "requirement": RequirementStage(),
             "deadline": DeadlineStage({}),
             "shedding": LoadSheddingStage(self.shedder),
             "limits": limits,
@@ -131,7 +145,7 @@ class Paths:
         limit_headers = RateLimitHeaders()
         self.seen: list[Exchange] = []
         record = ExchangeRecords(
-            recorder=Recorder(["plain", "never", "cut"], ["up"], ["FREE", "PAID"], [50], 0.0),
+            recorder=Recorder([route.name for route in ROUTES], ["up"], ["FREE", "PAID"], [50], 0.0),
             observers=[self.seen.append],
         )
         self.fast_path = FastPath(
@@ -257,10 +271,10 @@ async def test_thousands_of_requests_are_decided_alike_on_all_paths(tmp_path: Pa
     protocol, asgi = Paths(tmp_path, further=further), Paths(tmp_path, further=further)
     reasons: Counter[str | None] = Counter()
     charged: Counter[int] = Counter()
-    for number in range(1_000):
+    for number in range(5_000):  # 10,000 by both variants
         if number % 250 == 0:
             for one in (protocol, asgi):
-                one.shed(is_on=number == 0)
+                one.shed(is_on=number % 1_000 == 0)
         gap_ns = choose.choice((0, 0, 1, NANOSECONDS // 100, NANOSECONDS // 10))
         for one in (protocol, asgi):
             one.now_ns += gap_ns
@@ -279,10 +293,12 @@ async def test_thousands_of_requests_are_decided_alike_on_all_paths(tmp_path: Pa
                     "/api/cut/x",
                     "/api/never",
                     "/api/none",
+                    "/api/office",
+                    "/api/scoped/x",
                 )
             ),
             host=choose.choice(("cut.test", "cut.test", "cut.test:80", "other.test", "other.test", "not/valid")),
-            address=choose.choice(("192.0.2.7", "192.0.2.8", "2001:db8::1")),
+            address=choose.choice(("192.0.2.7", "192.0.2.8", "2001:db8::1", "198.51.100.7")),
             headers=choose.choice(({}, {"X-Team": "red"}, {"X-Team": "blue"})),
         )
         told = await protocol.explained(request)
@@ -293,6 +309,7 @@ async def test_thousands_of_requests_are_decided_alike_on_all_paths(tmp_path: Pa
     everything = {
         *("bad_request", "client_id_invalid", "no_route", "method_not_allowed"),
         *("overloaded", "rate_limited", "cost_exceeds_capacity"),
+        *("address_denied", "credentials_required"),
     }
     assert reasons.keys() == {None, *everything}
     assert min(reasons.values()) > 10, reasons
@@ -310,6 +327,8 @@ async def test_thousands_of_requests_are_decided_alike_on_all_paths(tmp_path: Pa
         ),
         ("identity", "route", {"client_id": "not valid", "path": "/api/none"}, ("client_id_invalid", "no_route")),
         ("shedding", "limits", {"path": "/api/never"}, ("overloaded", "cost_exceeds_capacity")),
+        ("addresses", "route", {"path": "/api/none", "address": "198.51.100.7"}, ("address_denied", "no_route")),
+        ("requirement", "shedding", {"path": "/api/scoped"}, ("credentials_required", "overloaded")),
     ],
 )
 async def test_another_order_of_two_stages_is_another_order_on_all_paths(
