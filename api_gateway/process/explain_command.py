@@ -72,34 +72,24 @@ def _described(options: argparse.Namespace) -> JsonObject:
     pairs = {
         "headers": _pairs("--header", "NAME: VALUE", ":", options.header),
         "claims": _pairs("--claim", "PATH=VALUE", "=", options.claim),
-        "certificate": _certificate_names(options.certificate),
+        "certificate": _pairs("--certificate", "KIND=NAME", "=", options.certificate, CERTIFICATE_NAMES),
     }
     return body | {name: value for name, value in pairs.items() if value}
 
 
-def _pairs(option: str, form: str, separator: str, given: Sequence[str]) -> dict[str, str]:
-    """Return values by name. Raises CommandFailed."""
+def _pairs(option: str, form: str, separator: str, given: Sequence[str], known: Sequence[str] = ()) -> dict[str, str]:
+    """Return values by name; names must be among the `known` ones, if there are any. Raises CommandFailed."""
     pairs: dict[str, str] = {}
     for one in given:
         name, is_pair, value = (part.strip() for part in one.partition(separator))
-        if not is_pair or not name or name in pairs:
-            fault = f"'{name}' twice" if name in pairs else f"one without '{separator}'"  # a value may be a secret
-            raise CommandFailed(f"{option}: must be '{form}', each name once, got {fault}")
+        if not is_pair or not name or name in pairs or (known and name not in known):
+            fault = f"'{name}'" if is_pair else f"one without '{separator}'"  # a value may be a secret
+            if name in pairs:
+                fault = f"'{name}' twice"
+            among = f" with one of {', '.join(known)}" if known else ""
+            raise CommandFailed(f"{option}: must be '{form}'{among}, each name once, got {fault}")
         pairs[name] = value
     return pairs
-
-
-def _certificate_names(given: Sequence[str]) -> dict[str, str]:
-    """Return names of a certificate by kind. Raises CommandFailed."""
-    names: dict[str, str] = {}
-    for one in given:
-        kind, is_pair, name = one.partition("=")
-        if not is_pair or kind not in CERTIFICATE_NAMES or kind in names:
-            raise CommandFailed(
-                f"--certificate: must be KIND=NAME with one of {', '.join(CERTIFICATE_NAMES)}, each once, got '{one}'"
-            )
-        names[kind] = name
-    return names
 
 
 def _show_prediction(found: JsonObject) -> None:

@@ -117,9 +117,12 @@ def test_commands_say_what_they_need(
         "key of another": (("--cert", str(folder / "pair.pem"), "--key", key), 1, "pair.pem with "),
         "plain": (("--url", f"http://127.0.0.1:{port}", "--ca", key), 1, "begin --url with https://"),
     }
-    for wrong in ("uri", "ip=::1", "=x"):
+    for wrong, got in (("uri", "one without '='"), ("ip=::1", "'ip'"), ("=x", "''")):
         code, _, errors = command("explain", "--path", "/api/x", "--certificate", wrong, *place)
-        assert (code, f"each once, got '{wrong}'" in errors) == (1, True), errors
+        message = (
+            "--certificate: must be 'KIND=NAME' with one of uri, dns, email, common_name, subject, each name once"
+        )
+        assert (code, f"{message}, got {got}" in errors) == (1, True), errors
     locked = authority.issue("locked")
     secret = serialization.load_pem_private_key(locked.key.read_bytes(), None)
     form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
