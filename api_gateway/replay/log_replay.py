@@ -140,7 +140,7 @@ def replay_logs(
     for other, tiers, states in found[1:]:
         tally.merge(other)
         unknown |= tiers
-        state.add(states)
+        state.add(states, snapshot)
     return ReplayResult(summaries, tally, frozenset(unknown), len(found), time.monotonic() - began, state, snapshot)
 
 

@@ -26,12 +26,22 @@ class ReplaySnapshot:
     buckets: dict[str, dict[str, int]] = field(default_factory=dict)
     counters: dict[str, QuotaCounter] = field(default_factory=dict)
 
-    def add(self, other: "ReplaySnapshot") -> None:
-        """Add the state of other clients."""
-        self.at_ns = max(self.at_ns, other.at_ns)
+    def add(self, other: "ReplaySnapshot", before: "ReplaySnapshot | None") -> None:
+        """Add the state of other clients at the same time.
+
+        Both have begun with the state `before`, which has all clients: what is still as it was then is not theirs.
+        """
         for process, buckets in other.buckets.items():
-            self.buckets.setdefault(process, {}).update(buckets)
-        self.counters.update(other.counters)
+            held = self.buckets.get(process)
+            if held is None:
+                self.buckets[process] = buckets
+                continue
+            was = {} if before is None else before.buckets.get(process, {})
+            held.update({key: full_at_ns for key, full_at_ns in buckets.items() if was.get(key) != full_at_ns})
+            for key in [key for key, full_at_ns in was.items() if full_at_ns > other.at_ns and key not in buckets]:
+                held.pop(key, None)  # full by a refund
+        was_counted = {} if before is None else before.counters
+        self.counters.update({key: one for key, one in other.counters.items() if was_counted.get(key) != one})
 
     def write(self, path: Path) -> None:
         """Write it to a file. Raises ReplayError."""

@@ -9,6 +9,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,15 @@ from hypothesis import strategies as st
 
 from api_gateway.cli import main
 from api_gateway.config import GatewayConfig, from_values
+from api_gateway.http1.headers import address_key
+from api_gateway.metrics import Recorder
 from api_gateway.models import Charge, Client, Decision, Exchange, Quota
 from api_gateway.observability.access_log import AccessLog
 from api_gateway.observability.decision_numbers import DecisionNumbers
 from api_gateway.proxy.admission import RequestPlan, StageResult
+from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.replay import log_lines, log_replay
+from api_gateway.replay import log_files, log_lines, log_replay
 from api_gateway.replay.condition import MAX_LENGTH, ClientCondition
 from api_gateway.replay.errors import ReplayError
 from api_gateway.replay.external_sort import RunWriter, merged
@@ -77,6 +81,21 @@ class Traffic:
         exchange.charges = [Charge(client.key, quota, quota.cost_ns(cost))]
         exchange.number = self.numbers.next()
         exchange.decision = self.limiter.decide(exchange.charges, self.now_ns)
+        exchange.finished = exchange.started + 1
+        self.exchanges.append(exchange)
+        return exchange
+
+    def check(self, address: str, *, is_refused: bool = False) -> Exchange:
+        """Charge an address for the verification of a credential, which is wrong."""
+        quota = Quota.per_second("address", 1, 2)
+        exchange = Exchange("1", "GET", "/api/up/x", address, self.now_ns / SECOND, None, route="up")
+        decision = Decision(f"peer:{address}", quota, not is_refused, 0, int(is_refused), 0, self.now_ns)
+        exchange.number = self.numbers.next()
+        if is_refused:
+            exchange.client = Client(address_key(address), f"peer:{address}", self.quotas["FREE"], "address")
+            exchange.charges, exchange.decision = [Charge(decision.key, quota, quota.emission_ns)], decision
+        else:
+            exchange.credential_check = exchange.number, decision
         exchange.finished = exchange.started + 1
         self.exchanges.append(exchange)
         return exchange
@@ -291,13 +310,14 @@ def test_what_is_remembered_of_a_client_and_a_path_changes_no_decision(
         exchange.method = rng.choice(["GET", "POST"])
         if rng.random() < 0.5:
             assert exchange.client is not None
-            exchange.client = replace(exchange.client, source=rng.choice(["default", "granted", "configured"]))
+            source: Any = rng.choice(["default", "granted", "configured"])
+            exchange.client = replace(exchange.client, source=source, has_keys=rng.random() < 0.2)
     log = log_of(tmp_path, traffic.lines())
     routes = [
         {"name": "up", "path": "/api/up", "upstream": "up", "costs": [{"methods": ["POST"], "cost": 2}]},
         {"name": "dear", "path": "/api/dear", "upstream": "up", "cost": 3},
     ]
-    candidate = config(routes=routes, address_limit={"rate": 5, "capacity": 10, "exempt": []})
+    candidate = config(routes=routes, address_limit={"rate": 2, "capacity": 5, "exempt": []})
 
     def figures() -> dict[str, Any]:
         found = reported(replay_logs([log], candidate, config()), candidate, config())
@@ -331,6 +351,104 @@ def test_each_process_of_a_gateway_without_a_store_has_buckets_of_its_own(tmp_pa
     assert found["totals"]["limited"] == 9 == found["totals"]["limited_in_log"]
     assert found["log"]["missing_decisions"] == 1
     assert found["log"]["processes"] == 2
+
+
+def test_processes_with_a_store_share_its_buckets(tmp_path: Path) -> None:
+    one, other = Traffic("a"), Traffic("b")
+    other.limiter = one.limiter
+    for index in range(60):
+        traffic, before = (one, other) if index % 2 else (other, one)
+        traffic.now_ns = before.now_ns
+        decision = traffic.request("acme", after=0.1).decision
+        assert decision is not None
+        decision.source = "store"
+    agreement = replay_logs([log_of(tmp_path, one.lines() + other.lines())], config(), None).tally.agreement
+    assert agreement.same == agreement.compared == 60
+
+
+def test_each_settlement_is_made_again_at_its_time(tmp_path: Path) -> None:
+    """Also several of one request, and of requests that are open at the same time."""
+    traffic, rng, open_ones = Traffic(), random.Random(8), list[Exchange]()
+    settlement = CostSettlement(
+        limiter=traffic.limiter,
+        clock_ns=lambda: traffic.now_ns,
+        recorder=Recorder((), (), (), (50.0,), 0.0),
+        next_number=traffic.numbers.next,
+    )
+    for _ in range(1_000):
+        open_ones.append(traffic.request(f"client-{rng.randrange(4)}", "BASIC", after=rng.random() * 0.2, cost=3))
+        while len(open_ones) > 5:
+            traffic.now_ns += rng.randrange(SECOND // 50)
+            place = rng.randrange(5)
+            settlement.settle(open_ones[place], rng.randrange(9))
+            if rng.random() < 0.6:
+                del open_ones[place]
+    settled = [len(exchange.settlements) for exchange in traffic.exchanges]
+    assert min(settled.count(1), settled.count(2), settled.count(3)) > 10
+    found = replay_logs([log_of(tmp_path, traffic.lines())], config(routes=[PLAIN | {"cost": 3}]), None)
+    assert found.tally.agreement.same == found.tally.agreement.compared == 1_000
+    assert found.tally.limited > 100
+
+
+@each(
+    ("source", "has_keys", "limited"),
+    [
+        ("default", False, 3),
+        ("configured", False, 3),  # the candidate does not have it
+        ("default", True, 0),
+        ("registered", False, 0),
+        ("granted", False, 0),
+        ("credential", False, 0),
+    ],
+)
+def test_who_is_registered_is_not_charged_to_its_address(
+    tmp_path: Path,
+    source: Any,
+    has_keys: bool,  # noqa: FBT001
+    limited: int,
+) -> None:
+    traffic = Traffic()
+    for _ in range(5):
+        exchange = traffic.request("acme", "BASIC")
+        assert exchange.client is not None
+        exchange.client = replace(exchange.client, source=source, has_keys=has_keys)
+    candidate = config(address_limit={"rate": 0.001, "capacity": 2, "exempt": []}, default_tier="BASIC")
+    found = replay_logs([log_of(tmp_path, traffic.lines())], candidate, None)
+    assert found.tally.newly_limited_by == ({"address": limited} if limited else {})
+
+
+def test_an_id_that_looks_like_an_address_is_another_client_than_that_address(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for source in ("default", "address"):
+        exchange = traffic.request("192.0.2.1")
+        assert exchange.client is not None
+        exchange.client = replace(exchange.client, source=source)
+    assert len(replay_logs([log_of(tmp_path, traffic.lines())], config(), None).tally.clients) == 2
+
+
+def test_verifications_of_credentials_charge_their_address(tmp_path: Path) -> None:
+    """IPv6 addresses of one network are one, and what the address is refused for is a decision on it alone."""
+    traffic = Traffic()
+    for index in range(5):
+        traffic.check(f"2001:db8::{index}")
+    refused = traffic.check("2001:db8::9", is_refused=True)
+    limited = config(address_limit={"rate": 0.001, "capacity": 2, "exempt": []})
+    log = log_of(tmp_path, traffic.lines())
+    found = reported(replay_logs([log], limited, limited), limited, limited)
+    assert (found["totals"]["credential_checks_refused"], found["totals"]["decisions"]) == (3, 1)
+    assert (found["totals"]["limited_in_log"], found["totals"]["limited"], refused.status) == (1, 1, 0)
+    clients = read_part(log_parts([log])[0], 0, tmp_path, SharedBuckets([limited])).clients
+    assert clients.counts == {"a:2001:db8::/64": 6}
+
+
+def test_clients_that_the_candidate_refuses_less_are_listed(tmp_path: Path) -> None:
+    traffic = Traffic()
+    for _ in range(15):
+        traffic.request("acme")
+    candidate = config(tiers={"FREE": {"rate": 1, "capacity": 12}})
+    found = reported(replay_logs([log_of(tmp_path, traffic.lines())], candidate, None), candidate)
+    assert (found["totals"]["newly_allowed"], found["totals"]["limited"]) == (2, 3)
+    assert re.search(r"^acme +FREE +15 +5 +3 +0 +2 ", text_of(found, 5), re.MULTILINE)
 
 
 def test_what_is_newly_limited_says_who_when_how_long_and_by_which_limit(tmp_path: Path) -> None:
@@ -566,6 +684,11 @@ def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path:
     traffic.request("acme", path="/api/elsewhere")
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], config(), None), config())
     assert (found["totals"]["refused_otherwise"], found["totals"]["limited"]) == (1, 0)
+    assert found["agreement"]["candidate"]["same_outcome"] == 0
+    for _ in range(11):
+        traffic.request("acme", path="/api/elsewhere")
+    found = reported(replay_logs([log_of(tmp_path, traffic.lines())], config(), None), config())
+    assert (found["totals"]["limited_in_log"], found["agreement"]["candidate"]["same_outcome"]) == (2, 2)
 
 
 # Snapshots
@@ -583,6 +706,21 @@ def test_clients_are_held_once_however_many_parts_a_log_has(tmp_path: Path, monk
     assert found.tally.decisions == sum(part.lines for part in found.parts) == 60
     assert [part for part in found.parts if part.lines][1:]
     assert not any(part.clients.counts or part.clients.links for part in found.parts)
+    broken = log_of(tmp_path, [*traffic.lines(), "no line\n", *traffic.lines()[:20], '{"cut'])
+    log = reported(replay_logs([broken], config(), None), config())["log"]
+    assert log["messages"][0] == f"{broken}, line 61: is not JSON"
+    assert (log["lines"], log["foreign_lines"], log["incomplete_lines"]) == (82, 1, 1)
+
+
+def test_a_line_that_is_cut_off_is_recognised_after_any_number_of_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_files, "BLOCK_BYTES", 700)
+    traffic = Traffic()
+    for _ in range(20):
+        traffic.request("acme")
+    found = replay_logs([log_of(tmp_path, [*traffic.lines(), '{"cut'])], config(), None)
+    assert [(part.lines, part.foreign, part.incomplete) for part in found.parts] == [(21, 0, 1)]
 
 
 def test_a_log_in_two_parts_is_replayed_from_the_state_at_the_end_of_the_first(tmp_path: Path) -> None:
@@ -666,6 +804,56 @@ def test_a_snapshot_that_cannot_be_used_is_named_with_the_cause(
 
 
 # Clients divided among processes
+
+
+def test_the_figures_of_all_shards_together_are_those_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_replay, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    traffic, rng = Traffic(), random.Random(6)
+    of_team = Quota.per_second("team", 0.001, 2)
+    for index in range(600):
+        number = rng.randrange(30)
+        route = rng.choice(["up", "beta", "up"])
+        exchange = traffic.request(f"client-{number}", "BASIC" if number % 3 else "FREE", after=0.02, route=route)
+        assert exchange.client is not None
+        exchange.client_address = f"192.0.2.{number}"
+        if number % 5 == 0:
+            exchange.client = replace(exchange.client, source="default")
+        if number in (3, 4, 5) and index > 200:
+            exchange.charges = [*exchange.charges, Charge("limit:team:a", of_team, of_team.cost_ns(1))]
+            exchange.decision = Decision("limit:team:a", of_team, False, 0, 7, 7, traffic.now_ns)
+        if index % 4 == 0:
+            traffic.check(f"192.0.2.{100 + number}")
+    team = {"name": "team", "key": "header:x-team", "rate": 0.001, "capacity": 2, "cost": 1}
+    current = config(routes=[BETA, PLAIN], limits=[team, *QUOTAS["limits"]])
+    candidate = config(
+        routes=[BETA | {"cost": 2}, PLAIN],
+        limits=[team, *QUOTAS["limits"]],
+        address_limit={"rate": 0.1, "capacity": 2, "exempt": []},
+        tiers={"BASIC": {"rate": 1, "capacity": 5}},
+    )
+    first = Traffic()
+    first.exchanges = traffic.exchanges[:200]
+    snapshot = replay_logs([log_of(tmp_path, first.lines(), "1.log")], current, None, jobs=1).state
+    log = log_of(tmp_path, traffic.lines())
+    documents, states = [], []
+    for jobs, before in ((1, current), (3, current), (1, None), (3, None)):
+        found = replay_logs([log], candidate, before, jobs=jobs, snapshot=snapshot)
+        assert found.processes == jobs
+        document = reported(found, candidate, before)
+        documents.append({name: document[name] for name in document if name not in ("seconds", "processes")})
+        states.append(found.state)
+    assert documents[0] == documents[1]
+    assert documents[2] == documents[3]
+    assert states[0] == states[1]
+    assert states[2] == states[3]
+    for name in ("before_snapshot", "newly_limited", "not_evaluable", "credential_checks_refused"):
+        assert documents[2]["totals"][name], name
+    notes = "; ".join(documents[2]["not_evaluable"])
+    assert "requests that may have had this route" in notes
+    assert "requests that it refused in the log" in notes
+    assert documents[2]["agreement"]["candidate"]["first_difference"] is not None
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40), st.integers(1, 4))
