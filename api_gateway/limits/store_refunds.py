@@ -5,6 +5,7 @@ from collections.abc import Callable
 from api_gateway.models import NANOSECONDS
 from api_gateway.rate_limiter import Refund, Refunds
 
+_MOST_DIGITS = 20  # of a number of resets; `int` refuses thousands
 KEPT_NS = 600 * NANOSECONDS  # usually longer than the time between a charge and its settlement
 
 
@@ -46,7 +47,8 @@ class StoreRefunds:
         kind, _, rest = message.partition(" ")
         name, _, rest = rest.partition(" ")
         resets, _, key = rest.partition(" ")
-        return (key, int(resets)) if kind == "reset" and name != self.name and resets.isdecimal() and key else None
+        is_other = kind == "reset" and name != self.name and key
+        return (key, int(resets)) if is_other and resets.isdecimal() and len(resets) <= _MOST_DIGITS else None
 
     def read(self, message: str) -> str | None:
         """Return the key of the bucket that a notification is about, None if it is invalid; record the refund.

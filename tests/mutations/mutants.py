@@ -1,6 +1,7 @@
-"""The kept list of mutations: what is changed, and which tests must fail."""
+"""The kept list of mutations: what is changed, and which tests must fail. Here those of the limiters."""
 
-from typing import NamedTuple
+from tests.mutations.accounting import ACCOUNTING
+from tests.mutations.mutant import of
 
 _MEMORY = "tests/test_rate_limiter.py"
 _INVARIANTS = "tests/store/test_limiter_invariants.py"
@@ -27,22 +28,8 @@ _NO_SLOT = "test_what_a_share_admits_is_charged_if_a_late_reply_tells_that_no_sl
 _STAGE = "tests/unit/test_limit_stage.py"
 
 
-class Mutant(NamedTuple):
-    """A change of one file: `old`, which it has exactly once, becomes `new`; then one of `tests` must fail."""
-
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
-
-def _of(file: str, *mutants: tuple[str, str, str]) -> tuple[Mutant, ...]:
-    """Return the mutants of a file, each given as old text, new text, and tests separated by spaces."""
-    return tuple(Mutant(f"api_gateway/{file}", old, new, tuple(tests.split())) for old, new, tests in mutants)
-
-
 MUTANTS = (
-    *_of(
+    *of(
         "rate_limiter.py",
         ("        base = now_ns + burst_ns\n", "        base = now_ns\n", _MEMORY),
         (
@@ -120,7 +107,7 @@ MUTANTS = (
             "tests/unit/test_convert_buckets.py",
         ),
     ),
-    *_of(
+    *of(
         "limits/quota_state.py",
         ("        return end * MICROSECONDS - now_us\n", "        return end * MICROSECONDS - now_us - 1\n", _QUOTAS),
         (
@@ -161,7 +148,7 @@ MUTANTS = (
             f"{_COUNTERS}::test_each_share_is_reported_once_in_a_period",
         ),
     ),
-    *_of(
+    *of(
         "limits/period_counters.py",
         (
             "return (self.unverified if is_unverified else len(self.counters) - self.unverified) < self.limit",
@@ -179,7 +166,7 @@ MUTANTS = (
             f"{_QUOTAS}::test_a_charge_from_before_a_change_of_the_period_does_not_begin_counts_anew",
         ),
     ),
-    *_of(
+    *of(
         "limits/quota_limiter.py",
         (
             "if used > allowance or not count.start <= now < counter.end:",
@@ -207,7 +194,7 @@ MUTANTS = (
             f"{_QUOTAS}::test_a_settlement_corrects_buckets_and_counters_and_names_the_tightest_again",
         ),
     ),
-    *_of(
+    *of(
         "limits/quota_decisions.py",
         (
             "if standing.left * cost < left * charge.increment_ns:",
@@ -220,7 +207,7 @@ MUTANTS = (
             f"{_QUOTAS}::test_never_is_the_longest_wait_of_a_bucket_and_a_quota",
         ),
     ),
-    *_of(
+    *of(
         "limits/period_store.py",
         (
             'for condition in ("NOT is_unverified", "is_unverified"):',
@@ -233,7 +220,7 @@ MUTANTS = (
             f"{_QUOTA_FILE}::test_what_could_not_be_written_is_written_later",
         ),
     ),
-    *_of(
+    *of(
         "limits/periods.py",
         ("day=min(first.day, calendar.monthrange(years, month)[1])", "day=min(first.day, 28)", _PERIODS),
         (
@@ -242,7 +229,7 @@ MUTANTS = (
             _PERIODS,
         ),
     ),
-    *_of(
+    *of(
         "limits/token_bucket.lua",
         (
             "if debt > 2 * written_under then",
@@ -283,7 +270,7 @@ MUTANTS = (
         ("(q.cost == 0 or q.cost <= left_of", "(q.cost <= left_of", _QUOTA_SCRIPT),
         ("math.min(math.max(left, 0), q.carry)", "math.max(left, 0)", _QUOTA_SCRIPT),
     ),
-    *_of(
+    *of(
         "limits/share_debts.py",
         (
             "held_ns = min(max(debt.held_ns, now_ns) + cost_ns, owed_ns) if is_held else debt.held_ns",
@@ -308,7 +295,7 @@ MUTANTS = (
         ("min(end_ns, debt.owed_ns) - max", "debt.owed_ns - max", f"{_REFUNDS}::{_NO_ORDER}"),
         ("debt.held_ns - charge.increment_ns * processes", "debt.held_ns", f"{_LOST}::{_LATE}"),
     ),
-    *_of(
+    *of(
         "limits/store_refunds.py",
         ("        if name != self.name:", "        if name:", f"{_REFUNDS}::{_HEARD}"),
         (
@@ -317,7 +304,7 @@ MUTANTS = (
             f"{_REFUNDS}::{_HEARD}",
         ),
     ),
-    *_of(
+    *of(
         "limits/script_ops.py",
         (
             "        self._refund.given_ns = next(reply)\n",
@@ -341,7 +328,7 @@ MUTANTS = (
             f"tests/store/test_concurrency_leases.py::{_NO_SLOT}",
         ),
     ),
-    *_of(
+    *of(
         "models.py",
         (
             "min(increment_ns * processes, burst_ns)",
@@ -349,7 +336,7 @@ MUTANTS = (
             f"{_SHARES}::test_a_client_at_its_limit_gets_no_more_by_an_outage",
         ),
     ),
-    *_of(
+    *of(
         "limits/fallback_limiter.py",
         ("        if may_be_charged:\n            self.lose(charges, now_ns)\n", "", f"{_LOST}::{_REFUSED_BY_OTHER}"),
         (
@@ -359,7 +346,7 @@ MUTANTS = (
         ),
         ("if not is_charged and not self._debts.release", "if not self._debts.release", f"{_LOST}::{_LATE}"),
     ),
-    *_of(
+    *of(
         "limits/quota_ops.py",
         (
             "self._limiter.settle_owed(charge.key, admitted, is_charged=is_charged)",
@@ -383,7 +370,7 @@ MUTANTS = (
             f"{_LOST}::test_a_settlement_that_the_store_does_not_get_is_charged_afterwards",
         ),
     ),
-    *_of(
+    *of(
         "limits/concurrency.py",
         (
             "return None if refused is None else joint_refusal(refused, limiter.refusal(charges, now_ns))",
@@ -391,7 +378,7 @@ MUTANTS = (
             f"{_SLOTS}::test_a_refusal_for_lack_of_a_slot_names_the_limits_without_tokens_and_has_their_wait",
         ),
     ),
-    *_of(
+    *of(
         "limits/concurrency_ops.py",
         (
             "self._on_full(totals, refused)",
@@ -399,7 +386,7 @@ MUTANTS = (
             f"tests/store/test_concurrency_leases.py::{_NAMES_ALL}",
         ),
     ),
-    *_of(
+    *of(
         "rate_limiter.py",
         (
             "key=lambda refused: (refused.wait_ns == NEVER_NS, refused.wait_ns)",
@@ -407,7 +394,7 @@ MUTANTS = (
             f"{_SLOTS}::test_a_refusal_has_the_hint_of_the_slots_if_that_is_the_longer_wait",
         ),
     ),
-    *_of(
+    *of(
         "limits/store_quota_limiter.py",
         ("held._replace(amount=amount, sent=held.sent - sent.amount)", "held._replace(amount=amount, sent=0)", _LOST),
         (
@@ -431,7 +418,7 @@ MUTANTS = (
             f"{_LOST}::{_NO_REPLIES}",
         ),
     ),
-    *_of(
+    *of(
         "limits/redis_limiter.py",
         (
             "        self.fallback.reset(key)\n",
@@ -439,7 +426,7 @@ MUTANTS = (
             f"{_SHARES}::test_a_refill_ends_what_gateways_admitted_without_the_store",
         ),
     ),
-    *_of(
+    *of(
         "limits/deny_cache.py",
         (
             "        for table in self._earlier.values():\n            table.drop(key)\n",
@@ -452,7 +439,7 @@ MUTANTS = (
             f"{_INVARIANTS}::test_a_reply_in_progress_while_a_bucket_is_filled_otherwise_is_not_remembered",
         ),
     ),
-    *_of(
+    *of(
         "limits/ratelimit_headers.py",
         (
             "effective = (until_ns + _UP) // NANOSECONDS or 1",
@@ -460,7 +447,7 @@ MUTANTS = (
             "tests/wire/test_ratelimit_headers.py",
         ),
     ),
-    *_of(
+    *of(
         "limits/limit.py",
         (
             'return value.replace("%", "%25").replace("|", "%7C") if "%" in value or "|" in value else value',
@@ -478,7 +465,7 @@ MUTANTS = (
             f"{_STAGE}::test_a_key_that_anyone_could_have_invented_is_charged_as_such",
         ),
     ),
-    *_of(
+    *of(
         "proxy/limit_stage.py",
         (
             "increment_ns = quota.cost_ns(cost if limit.cost is None else limit.cost)",
@@ -506,7 +493,7 @@ MUTANTS = (
             f"{_STAGE}::test_only_clients_that_are_not_registered_are_charged_to_their_address",
         ),
     ),
-    *_of(
+    *of(
         "proxy/candidate_limits.py",
         (
             "increment_ns, charge.own_cost, charge.is_unverified)",
@@ -514,7 +501,7 @@ MUTANTS = (
             f"{_STAGE}::test_invented_ids_take_no_room_from_the_quotas_of_others_through_a_candidate",
         ),
     ),
-    *_of(
+    *of(
         "proxy/cost_settlement.py",
         (
             "own = cost if charge.own_cost is None or is_whole else charge.own_cost",
@@ -537,4 +524,5 @@ MUTANTS = (
             f"{_STAGE}::test_a_refusal_gives_back_no_tokens_that_it_has_not_taken",
         ),
     ),
+    *ACCOUNTING,
 )

@@ -91,6 +91,7 @@ def test_it_finds_what_json_loads_finds_wherever_the_text_is_cut(
         (b'\xef\xbb\xbf{"usage":{"total_tokens":7}}', 7),
         (b'{"usage":{"total_tokens":1' + b"0" * 80 + b"}}", None),
         (b'{"usage":{"total_tokens":1e999}}', None),
+        (b'{"usage":7}', None),
     ],
 )
 def test_the_last_member_of_a_name_counts_and_only_a_number(text: bytes, expected: float | None) -> None:

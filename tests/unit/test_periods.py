@@ -81,6 +81,9 @@ def _text(instant: int) -> str:
         ("day", "America/Havana", "2027-11-07 05:30:00", "2027-11-07 04:00:00", "2027-11-08 05:00:00"),
         # In Newfoundland, clocks were set from 0:01 back to the day before.
         ("day", "America/St_Johns", "2010-11-07 02:45:00", "2010-11-07 02:30:00", "2010-11-08 03:30:00"),
+        # So the hour that had begun then has one minute.
+        ("hour", "America/St_Johns", "2010-11-07 02:30:30", "2010-11-07 02:30:00", "2010-11-07 02:31:00"),
+        ("hour", "America/St_Johns", "2010-11-07 02:31:00", "2010-11-07 02:31:00", "2010-11-07 03:30:00"),
         ("hour", "Asia/Kathmandu", "2027-01-01 00:20:00", "2027-01-01 00:15:00", "2027-01-01 01:15:00"),
     ],
 )

@@ -480,13 +480,16 @@ def test_what_is_newly_limited_says_who_when_how_long_and_by_which_limit(tmp_pat
 
 def test_a_bucket_keeps_its_filled_fraction_when_the_tier_changes_in_the_log(tmp_path: Path) -> None:
     traffic = Traffic()
+    traffic.quotas["BASIC"] = Quota.per_second("BASIC", 5, 100)  # which takes twice as long to fill
+    traffic.limiter = MemoryLimiter(traffic.quotas.values())
     for _ in range(5):
         traffic.request("acme")
     traffic.limiter.change_quota("client:acme", traffic.quotas["FREE"], traffic.quotas["BASIC"], traffic.now_ns)
-    for _ in range(40):
+    for _ in range(60):
         traffic.request("acme", "BASIC")
-    agreement = replay_logs([log_of(tmp_path, traffic.lines())], config(), None).tally.agreement
-    assert agreement.same == 45
+    candidate = config(tiers={"BASIC": {"rate": 5, "capacity": 100}})
+    tally = replay_logs([log_of(tmp_path, traffic.lines())], candidate, None).tally
+    assert (tally.agreement.same, tally.limited) == (65, 10)
 
 
 def test_what_the_log_does_not_suffice_for_is_reported(tmp_path: Path) -> None:
@@ -684,11 +687,11 @@ def test_requests_that_the_candidate_refuses_otherwise_are_not_limited(tmp_path:
     traffic.request("acme", path="/api/elsewhere")
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], config(), None), config())
     assert (found["totals"]["refused_otherwise"], found["totals"]["limited"]) == (1, 0)
-    assert found["agreement"]["candidate"]["same_outcome"] == 0
+    assert found["agreement"]["candidate"]["same_decision"] == 0
     for _ in range(11):
         traffic.request("acme", path="/api/elsewhere")
     found = reported(replay_logs([log_of(tmp_path, traffic.lines())], config(), None), config())
-    assert (found["totals"]["limited_in_log"], found["agreement"]["candidate"]["same_outcome"]) == (2, 2)
+    assert (found["totals"]["limited_in_log"], found["agreement"]["candidate"]["same_decision"]) == (2, 2)
 
 
 # Snapshots
@@ -825,7 +828,7 @@ def test_the_figures_of_all_shards_together_are_those_of_one_process(
             exchange.decision = Decision("limit:team:a", of_team, False, 0, 7, 7, traffic.now_ns)
         if index % 4 == 0:
             traffic.check(f"192.0.2.{100 + number}")
-    team = {"name": "team", "key": "header:x-team", "rate": 0.001, "capacity": 2, "cost": 1}
+    team = {"name": "team", "key": ["client", "header:x-team"], "rate": 0.001, "capacity": 2, "cost": 1}
     current = config(routes=[BETA, PLAIN], limits=[team, *QUOTAS["limits"]])
     candidate = config(
         routes=[BETA | {"cost": 2}, PLAIN],
@@ -837,6 +840,9 @@ def test_the_figures_of_all_shards_together_are_those_of_one_process(
     first.exchanges = traffic.exchanges[:200]
     snapshot = replay_logs([log_of(tmp_path, first.lines(), "1.log")], current, None, jobs=1).state
     log = log_of(tmp_path, traffic.lines())
+    clients = read_part(log_parts([log])[0], 0, tmp_path, SharedBuckets([candidate, current])).clients
+    shard_of, _ = shards(clients.counts, clients.links, 3)
+    assert {shard for key, shard in shard_of.items() if key.startswith("c:")} == {0, 1, 2}
     documents, states = [], []
     for jobs, before in ((1, current), (3, current), (1, None), (3, None)):
         found = replay_logs([log], candidate, before, jobs=jobs, snapshot=snapshot)
@@ -894,6 +900,9 @@ FIGURES = {
         ("0 < newly_limited <= 2 or longest_wait_seconds > 2", True),
         ('client != "acme"', False),
         ("-newly_limited * 2 < -5 - newly_allowed", True),
+        ("0 < newly_limited <= 2", False),
+        ("newly_limited <= 3 and limited >= 4", True),
+        ("requests < 10 or limited > 4", False),
     ],
 )
 def test_a_condition_is_evaluated(text: str, holds: object) -> None:

@@ -36,7 +36,13 @@ def test_a_reset_is_heard_of_by_others_and_is_no_refund(key: str) -> None:
     message = one.reset_message(key, 7)
     assert (one.read_reset(message), other.read_reset(message)) == (None, (key, 7))
     assert other.read(message) is None, "gateways of earlier versions ignore it"
-    for no_reset in (invalidation(key), f"300 5 {one.message(key, Refund(1, 2, 0, 0))}", "reset one 1 ", "reset"):
+    for no_reset in (
+        invalidation(key),
+        f"300 5 {one.message(key, Refund(1, 2, 0, 0))}",
+        "reset one 1 ",
+        "reset",
+        f"reset one {'1' * 5000} a",
+    ):
         assert other.read_reset(no_reset) is None
 
 

@@ -29,10 +29,19 @@ def test_an_exchange_is_counted_once_with_what_was_charged() -> None:
     counts.count(ended(), NOW)
     refused = Decision("k", FREE, allowed=False, remaining=0, wait_ns=1, reset_ns=0)
     counts.count(ended(decision=refused, status=429), NOW)
-    counts.count(ended(status=503, decision=None), NOW)
+    counts.count(ended(status=500, decision=None), NOW)
     counts.count(ended(None, route=None, decision=None, status=404), NOW + DAY)
     assert counts.take() == {(20_000, "acme", "up"): [3, 1, 1, 2.5, 9, 15], (20_001, "", ""): [1, 0, 0, 0, 3, 5]}
     assert counts.take() == {}
+
+
+def test_what_is_counted_during_a_write_that_fails_is_added_to_it() -> None:
+    counts = UsageCounts(10)
+    counts.count(ended(), NOW)
+    unwritten = counts.take()
+    counts.count(ended(), NOW)
+    counts.put_back(unwritten)
+    assert counts.take() == {(20_000, "acme", "up"): [2, 0, 0, 5.0, 6, 10]}
 
 
 def test_invented_ids_are_bounded_each_day_and_registered_ones_are_not() -> None:
@@ -105,6 +114,17 @@ async def test_a_write_that_fails_is_made_later_and_nothing_is_lost(
     await one.open()
     assert (await one.ask(question()))[0]["requests"] == 2
     await one.close()
+
+
+async def test_what_was_counted_is_written_at_the_end(tmp_path: Path) -> None:
+    one = ledger(tmp_path)
+    await one.open()
+    one.count(ended(), NOW)
+    await one.close()
+    again = ledger(tmp_path)
+    await again.open()
+    assert (await again.ask(question()))[0]["requests"] == 1
+    await again.close()
 
 
 async def test_days_beyond_the_retention_are_deleted(tmp_path: Path) -> None:

@@ -4,16 +4,20 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import http_sf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api_gateway.limits.periods import Calendar
+from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.rules import MAX_FILL
+from tests.cases import each
 from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
 
 ODD = "X-Odd:  two blanks"  # which the general parser reads
@@ -166,6 +170,54 @@ def test_a_response_without_a_decision_has_no_rate_limit_fields(get: Get, way: s
 
 
 # The fields by themselves
+
+BRISK = Quota.per_second("BRISK", 2, 10)  # half a second for each token, and five for all
+UNEVEN = Quota.per_second("UNEVEN", 3, 10)
+DAILY = PeriodQuota.of("daily", 100, Calendar("day", ZoneInfo("UTC")))
+
+
+@each(
+    ("quota", "allowed", "remaining", "wait", "reset", "limit", "left", "full"),
+    [
+        (BRISK, True, 7, 0.0, 1.2, "r=7;t=4", 7, 2),  # 3.5 seconds refill seven tokens
+        (BRISK, True, 10, 0.0, 0.0, "r=10;t=5", 10, 0),
+        (BRISK, True, 0, 0.0, 4.7, "r=0;t=1", 0, 5),
+        (BRISK, True, 0, 0.0, 6.6, "r=0;t=3", 0, 7),  # in debt by 1.6 seconds, and half a second more for a token
+        (BRISK, False, 3, 2.3, 3.2, "r=0;t=3", 3, 4),  # three are too few for this request
+        (DAILY, True, 40, 0.0, 7200.5, "r=40;t=7201", 40, 7201),  # until the period ends
+        (DAILY, True, 40, 0.0, 0.0, "r=40;t=1", 40, 0),
+    ],
+)
+def test_the_fields_of_a_decision(
+    quota: Quota,
+    allowed: bool,  # noqa: FBT001
+    remaining: int,
+    wait: float,
+    reset: float,
+    limit: str,
+    left: int,
+    full: int,
+) -> None:
+    wait_ns, reset_ns = (round(seconds * NANOSECONDS) for seconds in (wait, reset))
+    fields = RateLimitHeaders()
+    found = dict(fields.headers(Decision("k", quota, allowed, remaining, wait_ns, reset_ns)))
+    assert found[b"ratelimit"].decode() == f'"{quota.policy}";{limit}'
+    assert (found[b"x-ratelimit-remaining"], found[b"x-ratelimit-reset"]) == (b"%d" % left, b"%d" % full)
+    assert found[b"x-ratelimit-limit"] == b"%d" % quota.capacity
+
+
+def test_all_policies_are_listed_with_the_seconds_in_which_they_fill_rounded_up() -> None:
+    fields = RateLimitHeaders()
+    decision = Decision("k", BRISK, True, 1, 0, 0)
+
+    def policies(*quotas: Quota) -> bytes:
+        charges = [Charge(quota.name, quota, 1) for quota in quotas]
+        return dict(fields.headers(decision, charges))[b"ratelimit-policy"]
+
+    for _ in range(2):
+        assert policies(BRISK, UNEVEN) == b'"brisk";q=10;w=5, "uneven";q=10;w=4'
+        assert policies(BRISK, DAILY) == b'"brisk";q=10;w=5, "daily";q=100;w=86400'
+    assert policies(BRISK) == b'"brisk";q=10;w=5'
 
 
 quotas = st.builds(

@@ -57,6 +57,7 @@ def test_operators_see_all_clients_in_three_forms(gateway: RunningGateway) -> No
     assert [json.loads(line) for line in lines] == view["rows"]
     statement = ask(f"{gateway.url}/usage?month={today()[:7]}&by=route&client=keyed", headers=OPERATOR).json()
     assert [(row["route"], row["requests"], row["tokens"]) for row in statement["rows"]] == [("all", 3, 3)]
+    assert statement["total"]["requests"] == 3 < view["total"]["requests"], "of the client alone"
     assert ask(f"{gateway.url}/usage?month=1999-02&by=", headers=OPERATOR).json()["total"]["requests"] == 0
     last = ask(f"{gateway.url}/usage?month=9999-12&by=", headers=OPERATOR).json()
     assert (last["from"], last["to"]) == ("9999-12-01", "9999-12-31")
