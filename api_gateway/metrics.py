@@ -211,10 +211,10 @@ class Recorder:
         return total
 
     def state(self, since: int = 0) -> dict[str, Any]:
-        """Return the state as JSON values; see `describing`."""
-        return run_at_once(self.describing(since))
+        """Return the state as JSON values; see `state_in_steps`."""
+        return run_at_once(self.state_in_steps(since))
 
-    def describing(self, since: int) -> Steps[dict[str, Any]]:
+    def state_in_steps(self, since: int) -> Steps[dict[str, Any]]:
         """Return the state as JSON values, in steps, without series and slices unchanged since slice `since`."""
         routes = yield from each(_changed(self.routes, since), lambda _, series: series.state(since))
         upstreams = yield from each(_changed(self.upstreams, since), lambda _, series: series.state(since))
@@ -237,9 +237,9 @@ class Recorder:
 
     def update(self, state: Mapping[str, Any]) -> None:
         """Apply a `state` of another recorder. Every state since its first must have been applied, in order."""
-        run_at_once(self.updating(state))
+        run_at_once(self.update_in_steps(state))
 
-    def updating(self, state: Mapping[str, Any]) -> Steps[None]:
+    def update_in_steps(self, state: Mapping[str, Any]) -> Steps[None]:
         """Apply a `state` as `update` does, in steps."""
         self.started, self.in_flight = state["started"], state["in_flight"]
         self.waiting_traces = state["waiting_traces"]

@@ -62,7 +62,7 @@ class ChargeOutlook:
         return float("inf") if self.decision.wait_ns == NEVER_NS else self.decision.wait_ns
 
     @property
-    def more(self) -> float:
+    def charges_left(self) -> float:
         """The number of such charges that the bucket allows after this one."""
         left_ns = self.charge.quota.burst_ns - self.decision.reset_ns
         if isinstance(self.charge.quota, PeriodQuota):

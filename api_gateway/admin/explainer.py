@@ -172,7 +172,9 @@ class Explainer:
             assert error is not None  # noqa: S101 - the client id is invalid
             raise error
         buckets = [ChargeOutlook(*pair) for pair in zip(exchange.charges, plan.inspected, strict=True)]
-        binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
+        binding = max(
+            buckets, key=lambda bucket: (bucket.wait_ns, -bucket.charges_left if bucket.decision.allowed else 0)
+        )
         if plan.direct is not None:
             error = None
         elif error is None and route is not None:

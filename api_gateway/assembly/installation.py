@@ -180,7 +180,9 @@ class Installation:
         while True:
             await asyncio.sleep(seconds_to_next(time.monotonic()))
             now = clocks.now()
-            await run_in_steps(self._history.sampling([self._assembly.gateway.recorder], now.monotonic, now.wall))
+            await run_in_steps(
+                self._history.sample_in_steps([self._assembly.gateway.recorder], now.monotonic, now.wall)
+            )
 
 
 def snapshot_of(gateway: Gateway) -> Steps[WorkerSnapshot]:

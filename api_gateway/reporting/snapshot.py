@@ -276,16 +276,16 @@ class WorkerSnapshot:
         return cls(worker, recorder)
 
     def state(self, since: int = 0) -> dict[str, Any]:
-        """Return the state as JSON values, with slices from number `since` on; see `describing`."""
-        return run_at_once(self.describing(since, {}))
+        """Return the state as JSON values, with slices from number `since` on; see `state_in_steps`."""
+        return run_at_once(self.state_in_steps(since, {}))
 
-    def describing(self, since: int, known: Mapping[str, UpstreamSnapshot]) -> Steps[dict[str, Any]]:
+    def state_in_steps(self, since: int, known: Mapping[str, UpstreamSnapshot]) -> Steps[dict[str, Any]]:
         """Return the state as JSON values, in steps, without what the receiver knows.
 
-        Omitted are slices and transitions before slice number `since` (see `Recorder.describing`), and upstreams that
-        are equal to those in `known`.
+        Omitted are slices and transitions before slice number `since` (see `Recorder.state_in_steps`), and upstreams
+        that are equal to those in `known`.
         """
-        recorder = yield from self.recorder.describing(since)
+        recorder = yield from self.recorder.state_in_steps(since)
         changed = [(name, upstream) for name, upstream in self.upstreams.items() if known.get(name) != upstream]
         yield
         upstreams = yield from each(changed, lambda _, upstream: asdict(upstream))
@@ -317,11 +317,11 @@ class WorkerSnapshot:
 
     def update(self, state: Mapping[str, Any]) -> None:
         """Apply a `state` of another snapshot. Every state since its first must have been applied, in order."""
-        run_at_once(self.updating(state))
+        run_at_once(self.update_in_steps(state))
 
-    def updating(self, state: Mapping[str, Any]) -> Steps[None]:
+    def update_in_steps(self, state: Mapping[str, Any]) -> Steps[None]:
         """Apply a `state` as `update` does, in steps."""
-        yield from self.recorder.updating(state["recorder"])
+        yield from self.recorder.update_in_steps(state["recorder"])
         self.upstreams |= yield from each(state["upstreams"].items(), lambda _, one: UpstreamSnapshot.from_state(one))
         for name in state["gone"]:
             self.upstreams.pop(name, None)

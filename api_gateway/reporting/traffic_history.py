@@ -58,10 +58,10 @@ class TrafficHistory:
 
     def sample(self, recorders: Sequence[Recorder], now: float, wall: float) -> None:
         """Add a point from the counters of all workers; `now` is monotonic seconds, `wall` since the epoch."""
-        for _ in self.sampling(recorders, now, wall):
+        for _ in self.sample_in_steps(recorders, now, wall):
             pass
 
-    def sampling(self, recorders: Sequence[Recorder], now: float, wall: float) -> Steps[None]:
+    def sample_in_steps(self, recorders: Sequence[Recorder], now: float, wall: float) -> Steps[None]:
         """Add a point as `sample` does, in steps."""
         totals = _Totals()
         for recorder in recorders:

@@ -201,7 +201,7 @@ class SupervisorChannel:
         if self._last is None:
             return own
         snapshot = WorkerSnapshot.blank(percentiles=own.recorder.percentiles)
-        await run_in_steps(snapshot.updating(self._last))
+        await run_in_steps(snapshot.update_in_steps(self._last))
         return snapshot
 
     async def query(self, query: dict[str, Any]) -> QueryResults:
@@ -310,7 +310,7 @@ class SupervisorChannel:
         async with self._send_lock:
             since = oldest_changed(time.monotonic())
             snapshot = await run_in_steps(self._take_snapshot())
-            state = await run_in_steps(snapshot.describing(self._since, self._known))
+            state = await run_in_steps(snapshot.state_in_steps(self._since, self._known))
             self._since, self._known = since, snapshot.upstreams
             self._send(kind, **fields, snapshot=state)
 

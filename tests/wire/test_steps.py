@@ -115,7 +115,7 @@ def updating(report: WorkerSnapshot) -> Steps[None]:
     """Apply a report to a snapshot; both are kept, so that no step frees them, which takes milliseconds."""
     blank, state = WorkerSnapshot.blank(), report.state()
     _kept[:] = [blank, state]
-    return blank.updating(state)
+    return blank.update_in_steps(state)
 
 
 def longest(steps: Steps[Any]) -> tuple[float, Any]:
@@ -144,7 +144,7 @@ def longest(steps: Steps[Any]) -> tuple[float, Any]:
             report.recorder, NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
         ),
         lambda report: latency_view(report.recorder, NOW),
-        lambda report: report.describing(0, {}),
+        lambda report: report.state_in_steps(0, {}),
         updating,
     ],
     ids=["exposition", "metrics", "latency", "describing", "updating"],
@@ -195,7 +195,7 @@ def test_a_worker_reports_what_has_changed_and_what_is_gone() -> None:
     del upstreams["upstream-0001"]
     report.upstreams = upstreams | {"upstream-0002": replace(upstreams["upstream-0002"], status="fail")}
     report.recorder.observe_attempt("upstream-0005", "2xx", 0.1, NOW + 100)
-    changed = run_at_once(report.describing(int(NOW / 5) + 1, known))
+    changed = run_at_once(report.state_in_steps(int(NOW / 5) + 1, known))
     assert (list(changed["upstreams"]), changed["gone"]) == (["upstream-0002"], ["upstream-0001"])
     assert list(changed["recorder"]["upstreams"]) == ["upstream-0005"]
     mirror.update(changed)
