@@ -2,6 +2,7 @@
 
 The probe is both upstream and client, on loopback; it starts and stops the gateway itself. Some of its cases need a
 gateway with a small limit, with a breaker that opens, or with a small limit of bodies, so there are several passes.
+Another is under uvicorn with h11, whose parser forwards framing that the gateway's own refuses.
 """
 
 import argparse
@@ -25,14 +26,16 @@ BURST, FAILURES, OPEN_SECONDS, MAX_BODY = 60, 5, 2, 1_048_576
 
 
 class Pass(NamedTuple):
-    """One run of the probe: its options, and what differs from the configuration of `configuration`."""
+    """One run of the probe: its options, what differs from `configuration`, and the command of the server."""
 
     options: tuple[str, ...] = ()
     tier: dict[str, float] = {"rate": 1000, "capacity": 100_000}  # noqa: RUF012 - replaced, never modified
     breaker: dict[str, float] = {"failure_threshold": _NEVER, "minimum_calls": _NEVER}  # noqa: RUF012 - as above
     max_body: int = 104_857_600
+    server: str = "{python} {root}/run_gateway.py --config {config} --port {port}"
 
 
+_H11 = "env GATEWAY_CONFIG={config} {python} -m uvicorn api_gateway.main:app --http h11 --port {port} --app-dir {root}"
 PASSES = {
     "cases": Pass(),
     "slow": Pass(("--only", "SLOW", "--slow")),
@@ -51,6 +54,7 @@ PASSES = {
         },
     ),
     "bodies": Pass(("--only", "BODY-12", "--max-body", str(MAX_BODY)), max_body=MAX_BODY),
+    "h11": Pass(("--only", "SMUG"), server=_H11),
 }
 
 
@@ -87,7 +91,7 @@ def _run(probe: Path, kind: Pass, options: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, _other_upstream() as other:
         config = Path(folder) / "gateway.yaml"
         config.write_text(json.dumps(configuration(kind, folder, upstream, other, token)))
-        start = f"{sys.executable} {ROOT / 'run_gateway.py'} --config {config} --port {gateway}"
+        start = kind.server.format(python=sys.executable, root=ROOT, config=config, port=gateway)
         command = [sys.executable, "-B", str(probe), "--gateway", f"http://127.0.0.1:{gateway}/api"]
         command += ["--gateway2", f"http://127.0.0.1:{gateway}/other"]
         command += ["--listen", f"127.0.0.1:{upstream}", "--start-cmd", start]

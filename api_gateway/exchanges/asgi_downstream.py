@@ -28,7 +28,7 @@ from api_gateway.http1.asgi import (
     ServerExtension,
 )
 from api_gateway.http1.fast_parser import pairs_of
-from api_gateway.http1.headers import BODILESS, Fields, framing
+from api_gateway.http1.headers import BODILESS, Fields, content_length, framing
 from api_gateway.http1.plain_types import plain_bytes
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import ClientCertificate, Exchange, HeaderList
@@ -394,7 +394,5 @@ class AsgiDownstream:
 
 
 def _length(fields: Fields, kind: bytes | None) -> int | None:
-    """Return the length of a request body in bytes, None if it is chunked."""
-    if kind is None:
-        return 0
-    return None if kind == b"chunked" else int(fields[b"content-length"][0])
+    """Return the length of a request body in bytes, None if it is chunked; `ambiguity` refuses what is no number."""
+    return None if kind == b"chunked" else content_length(fields) or 0

@@ -81,6 +81,7 @@ _AUTHORITY = re.compile(
     rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[(?P<six>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{0,5}))?"
 )
 _MAX_PORT = 65_535
+_MAX_DIGITS = 19  # of a Content-Length; one of 2^63 bytes or more is too large for any limit
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -128,20 +129,35 @@ def is_visible_ascii(value: bytes) -> bool:
 def ambiguity(fields: Fields, version: str) -> str | None:
     """Return why servers may interpret a request differently, in words, or None if it is unambiguous.
 
-    A request has exactly one `Host` (RFC 9112 section 3.2; optional in HTTP/1.0). Its only transfer coding is
-    `chunked`: with any other, servers may disagree about the end of the body (RFC 9112 section 6.1).
+    A request has exactly one `Host` (RFC 9112 section 3.2; optional in HTTP/1.0). With another transfer coding than
+    `chunked`, with a length besides, or with several lengths, servers may disagree about the end of the body (RFC 9112
+    sections 6.1 and 6.3). The general parser refuses such lengths itself, other servers and middleware do not.
     """
     hosts = fields.get(b"host", ())
     if len(hosts) != 1 and (hosts or version != "1.0"):
         return f"it has {len(hosts)} Host fields"
     if hosts and not _is_authority(hosts[0]):
         return "its Host is not a valid host with an optional port"
-    codings = fields.get(b"transfer-encoding")
+    return _framing_ambiguity(fields, version)
+
+
+def _framing_ambiguity(fields: Fields, version: str) -> str | None:
+    codings, has_length = fields.get(b"transfer-encoding"), b"content-length" in fields
     if codings and version == "1.0":
         return "Transfer-Encoding is not defined for HTTP/1.0"
     if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
         return "its Transfer-Encoding is not chunked"
-    return None
+    if codings and has_length:
+        return "it has both Content-Length and Transfer-Encoding"
+    return "its Content-Length is not one number" if has_length and content_length(fields) is None else None
+
+
+def content_length(fields: Fields) -> int | None:
+    """Return the value of `Content-Length` in bytes, or None unless it is one number."""
+    lengths = fields.get(b"content-length", ())
+    if len(lengths) != 1 or len(lengths[0]) > _MAX_DIGITS or not lengths[0].isdigit():
+        return None
+    return int(lengths[0])
 
 
 def connection_options(connection: Iterable[bytes]) -> set[bytes]:

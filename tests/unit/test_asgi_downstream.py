@@ -355,6 +355,14 @@ async def test_a_body_that_middleware_has_given_another_length_is_refused(world:
     assert world.stub.bodies == []
 
 
+@pytest.mark.parametrize("length", [b"+2", b"2_0", b"two", b"2, 2", b"9" * 5_000])
+async def test_a_length_that_is_no_number_is_refused(world: World, length: bytes) -> None:
+    """No parser passes one; middleware may."""
+    client = await ask(world, http("POST", (b"content-length", length)), piece(b"ab", more=False))
+    assert (client.status, world.exchange.reason) == (400, "bad_request")
+    assert world.stub.bodies == []
+
+
 async def test_an_early_response_ends_the_body(tmp_path: Path) -> None:
     world = World(tmp_path, Stub("early"))
     client = await ask(world, http("POST", (b"content-length", b"9")), piece(b"ab", more=True))

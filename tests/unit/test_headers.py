@@ -302,6 +302,13 @@ def test_a_plain_request_has_no_flaw(headers: HeaderList) -> None:
         ([(b"host", b"a"), (b"transfer-encoding", b"identity")], "Transfer-Encoding"),
         ([(b"host", b"a"), (b"transfer-encoding", b"chunked"), (b"Transfer-Encoding", b"chunked")], "Transfer"),
         ([(b"host", b"a"), (b"transfer-encoding", b"")], "Transfer-Encoding"),
+        ([(b"host", b"a"), (b"transfer-encoding", b"chunked"), (b"Content-Length", b"4")], "both Content-Length and"),
+        ([(b"host", b"a"), (b"content-length", b"4"), (b"Content-Length", b"5")], "Content-Length"),
+        ([(b"host", b"a"), (b"content-length", b"4"), (b"content-length", b"4")], "Content-Length"),
+        *[
+            ([(b"host", b"a"), (b"content-length", value)], "Content-Length")
+            for value in (b"", b"+4", b"4_0", b"-1", b"4, 4", b"0x4", b"9" * 5_000)
+        ],
     ],
 )
 def test_what_servers_read_in_different_ways_is_a_flaw(headers: HeaderList, telling: str) -> None:

@@ -158,6 +158,51 @@ def test_h11_discards_trailers_so_chunked_requests_are_served(
     assert request.all("x-forwarded-for") == [b"127.0.0.1"]
 
 
+class Reframing:
+    """Middleware that adds the header fields of the request field `X-Framing` (`name=value;…`) to the request."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        given = dict(scope.get("headers", ())).get(b"x-framing", b"")
+        added = [tuple(field.split(b"=")) for field in given.split(b";") if field]
+        await self.app({**scope, "headers": [*scope.get("headers", ()), *added]}, receive, send)
+
+
+def reframing(gateway: GatewayApp) -> FastAPI:
+    """Return the gateway with middleware that changes the framing of requests."""
+    gateway.add_middleware(Reframing)
+    return gateway
+
+
+@pytest.mark.parametrize(
+    ("http", "way", "fields"),
+    [
+        ("h11", lambda gateway: gateway, "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n"),
+        ("h11", mounted, "Transfer-Encoding: chunked\r\nContent-Length: 4\r\n"),
+        ("h11", reframing, "Transfer-Encoding: chunked\r\nX-Framing: content-length=4\r\n"),
+        ("httptools", reframing, "Content-Length: 5\r\nX-Framing: transfer-encoding=chunked\r\n"),
+        (OWN, reframing, "Transfer-Encoding: chunked\r\nX-Framing: content-length=4\r\n"),
+        (OWN, reframing, "Content-Length: 5\r\nX-Framing: content-length=4\r\n"),
+    ],
+)
+def test_a_request_with_two_framings_is_refused_whatever_server_or_middleware_leaves_them(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, http: str, way: Callable[..., Any], fields: str
+) -> None:
+    """An upstream that takes the length would serve the rest of the body as the next request."""
+    port = serve(way(build()), http)
+    paths = ("/api/x",) if way is reframing else ("/api/x", "/clients/c/tier", "/health")
+    for path in paths:  # middleware of the program is in front of what is proxied only
+        with RawClient(port) as client:
+            client.send(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n".encode())
+            client.send(b"0\r\n\r\n")
+            answer = client.answer()
+            assert answer.status in (400, 411), path
+            assert answer.all("connection") == [b"close"]
+    assert not up.requests
+
+
 class PassingOn:
     """Middleware that replaces `receive` and `send`, and hides the server from the gateway."""
 
