@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from api_gateway.assembly.route_actions import compression_of, editor_of, mirroring_of, response_of, rewriting_of
+from api_gateway.http1.methods import with_head
 from api_gateway.proxy.address_rules import AddressRules
 from api_gateway.proxy.content_cost import ContentCost
 from api_gateway.proxy.cors import CorsPolicy
@@ -48,14 +49,13 @@ def route_of(section: RouteSection, cors: CorsPolicy | None = None) -> Route:
         path=section.path,
         upstream=names[0] if names else "",
         strip_prefix=prefix,
-        methods=frozenset(section.methods) if section.methods else None,
+        methods=frozenset(section.methods) if section.methods else None,  # `RouteTable` adds HEAD
         host=section.host,
         match=section.match.path,
         conditions=conditions_of(section.match),
         cost=section.cost,
         costs=tuple(
-            CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost, rule.candidate_cost)
-            for rule in section.costs
+            CostRule(with_head(rule.methods), rule.path, rule.cost, rule.candidate_cost) for rule in section.costs
         ),
         candidate_cost=section.candidate_cost,
         content_cost=None if section.cost_from is None else _content_cost(section.cost_from),

@@ -22,6 +22,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
+from api_gateway.http1.methods import with_head
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.limit import Limit, limit_of, moved_buckets
 from api_gateway.limits.periods import Calendar
@@ -185,7 +186,7 @@ def _limit(section: LimitSection, index: int) -> Limit:
         quotas=quotas,
         tiers=None if section.tiers is None else frozenset(section.tiers),
         routes=None if section.routes is None else frozenset(section.routes),
-        methods=None if section.methods is None else frozenset(section.methods),
+        methods=with_head(section.methods),
         cost=section.cost,
         candidates={
             name: tried

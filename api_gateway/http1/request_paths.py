@@ -7,7 +7,8 @@ equal.
 Servers differ in what they do with unusual paths, and in which order: they remove the parameters of a segment (Tomcat,
 Jetty), take a backslash for a slash and remove trailing dots and blanks of a segment (IIS), merge slashes before they
 resolve dot segments (nginx, Go), afterwards or not at all, and decode once or twice. `readings` returns the results of
-all such steps in any order.
+all such steps in any order. A path with control characters is ambiguous: some servers cut it there or remove them, and
+`$` in a regular expression, with which frameworks compare paths, also matches before a line break at the end.
 """
 
 import posixpath
@@ -21,7 +22,8 @@ _MOST_BYTES_OF_CHARACTER = len("%F0%9F%98%80")  # percent-encoded
 MAX_READ_BYTES = 8_192  # total length of the readings of one path, because each costs time
 
 # What servers may treat differently in a decoded path; `./` and a final `.` cover dot segments and trailing dots.
-_UNUSUAL = re.compile(r"%|;|\\|\x00| |\?|#|//|\./|\.\Z")
+_UNUSUAL = re.compile(r"%|;|\\|[\x00-\x20\x7f\x85\u2028\u2029]|\?|#|//|\./|\.\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # with what Java takes for the end of a line
 _ENCODED_DOT = re.compile("%2[eE]")
 _PARAMETERS = re.compile(r";[^/]*")
 _TRAILING = re.compile(r"(?:(?<=[^/. ])|(?<=/)(?!\.{1,2}(?:/|\Z)))[. ]++(?=/|\Z)")
@@ -128,8 +130,8 @@ def readings(path: str, *, is_decoded: bool = False) -> list[str]:
     """Return all paths as which servers may read a path: as it is and by any sequence of `_STEPS`.
 
     If `path` contains escapes, each reading is decoded at least once, unless it `is_decoded` already. Raises
-    ValueError, with the cause in words, if the path is ambiguous: it contains NUL or a disputed dot segment, or has
-    too many readings.
+    ValueError, with the cause in words, if the path is ambiguous: it contains a control character or a disputed dot
+    segment, or has too many readings.
     """
     first = path, is_decoded or "%" not in path
     found, pending, size = {first}, [first], len(path)
@@ -137,8 +139,8 @@ def readings(path: str, *, is_decoded: bool = False) -> list[str]:
         raise ValueError("it is too long to consider how servers may read it")
     while pending:
         path, is_decoded = pending.pop()
-        if "\0" in path:
-            raise ValueError("it contains NUL")
+        if _CONTROL.search(path) is not None:
+            raise ValueError("it contains a control character")
         if _DISPUTED_DOTS.search(path) is not None:
             raise ValueError("a dot segment is next to parameters, a backslash or a space")
         for step in _STEPS:

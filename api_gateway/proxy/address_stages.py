@@ -29,9 +29,11 @@ class RouteAddressStage(ReadOnlyStage):
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse a request whose address is denied or not allowed."""
-        route = plan.route
-        if route is None or route.addresses is None:
+        if plan.route is None:
             return None
-        address = plan.facts.client_address
-        cause = route.addresses.cause(address)
-        return None if cause is None else AddressDenied(f"The address {address} {cause} on the route {route.name!r}.")
+        for route in (plan.route, *plan.route.others):
+            cause = None if route.addresses is None else route.addresses.cause(plan.facts.client_address)
+            if cause is not None:
+                address = plan.facts.client_address
+                return AddressDenied(f"The address {address} {cause} on the route {route.name!r}.")
+        return None

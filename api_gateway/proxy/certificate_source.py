@@ -63,10 +63,12 @@ class CertificateStage:
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse the request, or go on."""
-        route = plan.route
-        if route is None or not route.requires_certificate or plan.facts.certificate is not None:
+        if plan.route is None or plan.facts.certificate is not None:
             return None
-        return CertificateRequired(f"The route '{route.name}' requires a certificate of the client, by TLS.")
+        for route in (plan.route, *plan.route.others):
+            if route.requires_certificate:
+                return CertificateRequired(f"The route '{route.name}' requires a certificate of the client, by TLS.")
+        return None
 
     def inspect(self, plan: RequestPlan) -> StageResult:
         """See `Stage`."""

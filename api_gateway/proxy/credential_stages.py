@@ -242,6 +242,8 @@ class CredentialRouteStage:
         if not isinstance(proof, Proof) or not proof.is_restricted:
             return None
         error = None if plan.route is None else proof.refusal(plan.route)
+        for other in () if plan.route is None else plan.route.others:
+            error = error or proof.refusal(other)
         if error is None or self._is_enforced:
             return error
         if self.on_observed is not None:

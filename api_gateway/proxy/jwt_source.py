@@ -25,6 +25,7 @@ from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import Claim, CredentialCheck, CredentialQuery, Proof, Verification
 from api_gateway.proxy.requirements import Requirement
+from api_gateway.proxy.route_table import Route
 
 AUTHORIZATION = b"authorization"
 _BEARER = b"bearer"
@@ -176,8 +177,17 @@ class RequirementStage:
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse the request, or go on."""
-        route = plan.route
-        if route is None or route.requirement is None:
+        if plan.route is None:
+            return None
+        for route in (plan.route, *plan.route.others):
+            error = self._refusal(plan, route)
+            if error is not None:
+                return error
+        return None
+
+    @staticmethod
+    def _refusal(plan: RequestPlan, route: Route) -> GatewayError | None:
+        if route.requirement is None:
             return None
         requirement, proof = route.requirement, plan.exchange.credential
         if proof is None:

@@ -1,17 +1,21 @@
 """Routes: the upstream, cost and upstream path of a request.
 
 Pure. Paths are compared percent-decoded and by whole segments, and forwarded as they were sent. A path that servers
-may read differently (see `http1.request_paths`) costs as much as its most expensive reading.
+may read differently (see `http1.request_paths`), or whose letter case some servers ignore, costs as much as its most
+expensive reading.
+
+The module is long because a route's rules of costs and the table read paths in the same ways.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import unquote
 
 from api_gateway.clients.api_keys import quoted_path
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
+from api_gateway.http1.methods import with_head
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
 from api_gateway.printable_text import shown_method
 from api_gateway.proxy.address_rules import AddressRules
@@ -23,7 +27,7 @@ from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.head_editing import HeadEditor
 from api_gateway.proxy.mirroring import Mirroring
 from api_gateway.proxy.path_rewriting import PathRewriting
-from api_gateway.proxy.path_table import PATH_PREFIX, PathTable, Pattern
+from api_gateway.proxy.path_table import PATH_PREFIX, PATH_TEMPLATE, PathTable, Pattern, is_placeholder
 from api_gateway.proxy.requirements import Requirement
 from api_gateway.proxy.route_conditions import NO_FIELDS, FieldValues, RouteCondition, meets
 from api_gateway.proxy.upstream_split import UpstreamSplit
@@ -31,6 +35,7 @@ from api_gateway.proxy.url_rewriting import UrlRewriter
 
 UNKNOWN_TARGET = b"%unknown"  # in place of a request target, by identity: only the decoded path is known
 MAX_KNOWN_HOSTS = 4_096  # whose tables are remembered
+MAX_COMBINED = 1_024  # routes with the rules of others that are remembered
 MAX_SHOWN = 100  # characters of a host in a message
 
 _PERCENT = ord("%")  # `in` finds an integer in bytes at once; for bytes it raises and drops an error first
@@ -75,7 +80,8 @@ class Route:
     for the upstream. `max_body_bytes`, `max_header_bytes` and `max_header_lines` None: the server's.
     `response_timeout` is the time in seconds until the head of the response to an attempt, None for the upstream's.
     `response` is that in place of an upstream. `compression` None: responses pass as they are. `mirroring` None:
-    requests are not copied. `rewrites_urls`: URLs in responses get what is stripped from paths.
+    requests are not copied. `rewrites_urls`: URLs in responses get what is stripped from paths. `others` are the
+    routes of other readings of the path of a request, whose rules of access apply to it too.
     """
 
     name: str
@@ -110,6 +116,7 @@ class Route:
     compression: Compression | None = None
     mirroring: Mirroring | None = None
     rewrites_urls: bool = True
+    others: tuple["Route", ...] = field(default=(), repr=False, compare=False)
 
     def cost_of(self, method: str, path: str) -> float:
         """Return the cost of a request in tokens; `path` is decoded and normalised."""
@@ -128,14 +135,16 @@ class Route:
 
     def candidate_cost_of(self, method: str, path: str) -> float | None:
         """Return the candidate cost of a request's most expensive reading, in tokens; None if no reading has one."""
-        if not is_unusual(path):
-            return self._costs_of(method, path)[1]
-        costs = [self._costs_of(method, one) for one in (matching_path(path), *readings(path, is_decoded=True))]
+        found = [matching_path(path), *readings(path, is_decoded=True)] if is_unusual(path) else [path]
+        costs = [self.both_costs(method, one) for one in found]
+        folded = without_case(self)
+        costs += [folded.both_costs(method, one.casefold()) for one in found]
         if all(candidate is None for _, candidate in costs):
             return None
         return max(cost if candidate is None else candidate for cost, candidate in costs)
 
-    def _costs_of(self, method: str, path: str) -> tuple[float, float | None]:
+    def both_costs(self, method: str, path: str) -> tuple[float, float | None]:
+        """Return cost and candidate cost of one reading of a path."""
         rule = self._rule_of(method, path)
         return (self.cost, self.candidate_cost) if rule is None else (rule.cost, rule.candidate_cost)
 
@@ -172,6 +181,18 @@ class Route:
         return self.candidate_cost is not None or any(rule.candidate_cost is not None for rule in self.costs)
 
 
+def without_case(route: Route) -> Route:
+    """Return a route as a server has it that ignores letter case: with paths in lower case."""
+    is_template = route.match == PATH_TEMPLATE
+    segments = [one if is_template and is_placeholder(one) else one.casefold() for one in route.path.split("/")]
+    path, costs = "/".join(segments), tuple([_rule_without_case(rule) for rule in route.costs])
+    return route if path == route.path and costs == route.costs else replace(route, path=path, costs=costs)
+
+
+def _rule_without_case(rule: CostRule) -> CostRule:
+    return rule if rule.path is None else replace(rule, path=rule.path.casefold())
+
+
 class RouteTable:
     """Finds the route of a request by precedence.
 
@@ -181,9 +202,9 @@ class RouteTable:
     4. The order in the configuration.
 
     The first path with a route whose conditions hold decides which methods are allowed: routes of the same path for
-    other hosts may add some, other paths do not. The route is selected by `matching_path`. No spelling of a path
-    selects a cheaper cost rule or avoids a route that is restricted to some methods. The path is forwarded as it was
-    sent.
+    other hosts may add some, other paths do not. HEAD has the route of GET where no route of the path takes HEAD. The
+    route is selected by `matching_path`. No spelling of a path selects a cheaper cost rule, or avoids the rules of
+    access of a route or its methods. The path is forwarded as it was sent.
     """
 
     def __init__(self, routes: Sequence[Route]) -> None:
@@ -196,6 +217,10 @@ class RouteTable:
         self._hosts = {host: table for host, table in tables.items() if host is not None and not host.startswith("*")}
         self._suffixes = {host[1:]: table for host, table in tables.items() if host is not None and host[0] == "*"}
         self._has_hosts = bool(tables)
+        folded = [without_case(route) for route in routes]
+        self._has_case = any(one is not route for one, route in zip(folded, routes, strict=True))
+        self._folded: RouteTable = RouteTable(folded) if self._has_case else self  # without letter case
+        self._combined: dict[tuple[str, ...], Route] = {}
         self._known: dict[str, tuple[PathTable[Route], ...]] = {}  # the tables for hosts that were asked for
 
     def __repr__(self) -> str:
@@ -205,7 +230,7 @@ class RouteTable:
         """Return all routes."""
         return iter(self._routes)
 
-    def find(
+    def find(  # noqa: C901 - a call for each part would cost every request
         self,
         host: str,
         method: str,
@@ -229,31 +254,41 @@ class RouteTable:
             prefix = "/".join(path.split("/", depth + 1)[: depth + 1])
         elif surplus > 0:  # the usual case, in one call
             prefix = path.rsplit("/", surplus)[0]
+        longest = prefix
         while prefix:
             found = plain.get(prefix)
             if found is not None:
                 for route in found:
                     if route.methods is None or method in route.methods:
+                        # Without rules and without longer prefixes, nothing depends on the letter case of the rest.
+                        if (route.costs or prefix is not longest or self._has_case) and self._has_other_case(path):
+                            break
                         return route, route.cost_of(method, path) if route.costs else route.cost
                 break
             prefix = prefix.rpartition("/")[0]
         if _PERCENT in raw_target and self._is_by_segments(host, raw_target):
             return self._find_dearest(host, method, path, raw_target, fields)
-        return self._find_reading(host, method, path, raw_target.partition(b"?")[2], fields)
+        query = raw_target.partition(b"?")[2]
+        if self._has_other_case(path):
+            return self._dearest_of(host, method, path, [path], query, fields)
+        return self.route_of_reading(host, method, path, query, fields)
 
     def read_as(
         self, host: str, method: str, path: str, raw_target: bytes, fields: FieldValues = NO_FIELDS
     ) -> frozenset[str]:
         """Return the names of the routes of all readings of a path; empty if it has only one reading."""
         is_plain = not ("//" in path or "." in path or ";" in path or "\\" in path or _PERCENT in raw_target)
-        if is_plain or not (is_unusual(path) or self._is_by_segments(host, raw_target)):
+        found, names, query = [path], set(), raw_target.partition(b"?")[2]
+        if not is_plain and (is_unusual(path) or self._is_by_segments(host, raw_target)):
+            try:
+                found = self._readings(host, path, raw_target)
+            except ValueError:
+                return frozenset()
+        elif not self._has_other_case(path):
             return frozenset()
-        names = set()
-        with suppress(ValueError):
-            for reading in self._readings(host, path, raw_target):
-                with suppress(NoRoute, MethodNotAllowed, BadRequest):
-                    query = raw_target.partition(b"?")[2]
-                    names.add(self._find_reading(host, method, reading, query, fields)[0].name)
+        for table, reading in self._with_other_case(found):
+            with suppress(NoRoute, MethodNotAllowed, BadRequest):
+                names.add(table.route_of_reading(host, method, reading, query, fields)[0].name)
         return frozenset(names)
 
     def at(
@@ -290,7 +325,7 @@ class RouteTable:
                         return found
                     else:
                         found.append((route, f"takes {', '.join(sorted(route.methods))}, not {method}"))
-        return found
+        return self.passed_over(host, "GET", path, raw_target, fields) if method == "HEAD" else found
 
     def _tables(self, host: str) -> tuple[PathTable[Route], ...]:
         """Return the tables for a host, the most specific one first. Raises BadRequest for an ambiguous host."""
@@ -330,7 +365,29 @@ class RouteTable:
             found += readings(_segment_wise(raw))
         return found
 
-    def _find_reading(
+    def _has_other_case(self, path: str) -> bool:
+        """Return whether a path, or that of a route, has upper-case letters, which some servers ignore."""
+        return self._has_case or path.casefold() != path
+
+    def _with_other_case(self, found: Sequence[str]) -> list[tuple["RouteTable", str]]:
+        """Return readings of a path, each as it is and without letter case, with the table that has its route."""
+        folded = dict.fromkeys(one.casefold() for one in found)
+        known = () if self._has_case else found
+        return [*((self, one) for one in found), *((self._folded, one) for one in folded if one not in known)]
+
+    def _combined_with(self, route: Route, others: dict[str, Route]) -> Route:
+        """Return a route with others whose rules of access apply, too."""
+        key = (route.name, *others)
+        known = self._combined.get(key)
+        if known is None:
+            if len(self._combined) >= MAX_COMBINED:
+                self._combined.clear()
+            further = tuple(others.values())
+            variants = {name: replace(one, others=further) for name, one in route.variants.items()}
+            known = self._combined[key] = replace(route, others=further, variants=variants)
+        return known
+
+    def route_of_reading(
         self, host: str, method: str, path: str, query: bytes, fields: FieldValues
     ) -> tuple[Route, float]:
         """Return the route and the cost of one reading, see `find`."""
@@ -344,8 +401,11 @@ class RouteTable:
                 if route.methods is None or method in route.methods:
                     return route, route.cost_of(method, path) if route.costs else route.cost
                 allowed, first = allowed | route.methods, pattern
+        if method == "HEAD" and "GET" in allowed:
+            route = self.route_of_reading(host, "GET", path, query, fields)[0]
+            return route, route.cost_of(method, path)
         if allowed:
-            names = ", ".join(sorted(allowed))
+            names = ", ".join(sorted(with_head(allowed) or ()))
             detail = f"{quoted_path(path)} allows {names}, not {shown_method(method)}."
             raise MethodNotAllowed(detail, headers={"allow": names})
         raise NoRoute(f"No route matches {quoted_path(path)}.")
@@ -355,29 +415,42 @@ class RouteTable:
     ) -> tuple[Route, float]:
         """Return the route of a path with several readings, and the cost of the most expensive one.
 
-        Each reading must be allowed. Whether an encoded slash ends a segment must not decide about the route, which
-        decides about more than the cost. A reading without a route is refused, unless it is one of a server that does
-        not resolve dot segments. Readings with repeated slashes cost no more than those without.
+        Whether an encoded slash ends a segment must not decide about the route, which decides about more than the
+        cost.
         """
         try:
             found = self._readings(host, path, raw_target)
         except ValueError as error:
             raise BadRequest(f"The path is ambiguous: {error}.") from None
-        query = raw_target.partition(b"?")[2]
-        route, cost = self._find_reading(host, method, matching_path(path), query, fields)
+        query, path = raw_target.partition(b"?")[2], matching_path(path)
         if self._is_by_segments(host, raw_target):
             whole = matching_path(unquote(_segment_wise(raw_target.partition(b"?")[0])))
-            if self._find_reading(host, method, whole, query, fields)[0] is not route:
+            route = self.route_of_reading(host, method, path, query, fields)[0]
+            if self.route_of_reading(host, method, whole, query, fields)[0] is not route:
                 raise BadRequest("The path is ambiguous: whether an encoded slash ends a segment decides its route.")
-        for reading in found:
-            if "//" in reading:
-                continue
+        return self._dearest_of(host, method, path, found, query, fields)
+
+    def _dearest_of(
+        self, host: str, method: str, path: str, found: Sequence[str], query: bytes, fields: FieldValues
+    ) -> tuple[Route, float]:
+        """Return the route of a path in the form for matching, with those of its other readings, and the highest cost.
+
+        Each reading must be allowed. A reading without a route is refused, unless it is one of a server that does not
+        resolve dot segments. Readings with repeated slashes cost no more than those without.
+        """
+        route, cost = self.route_of_reading(host, method, path, query, fields)
+        others: dict[str, Route] = {}
+        for table, reading in self._with_other_case([one for one in found if "//" not in one]):
             try:
-                cost = max(cost, self._find_reading(host, method, reading, query, fields)[1])
+                other, price = table.route_of_reading(host, method, reading, query, fields)
             except NoRoute:
                 if not has_dot_segment(reading):
                     raise
-        return route, cost
+                continue
+            cost = max(cost, price)
+            if other.name != route.name:
+                others[other.name] = other
+        return (self._combined_with(route, others) if others else route), cost
 
 
 def _segment_wise(raw_path: bytes) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from api_gateway.http1.methods import with_head
 from api_gateway.limits.limit import Limit
 from api_gateway.proxy.admission import RequestPlan, StageResult
 from api_gateway.proxy.header_facts import HeaderFacts
@@ -129,7 +130,7 @@ class LoggedRoutes:
     def _is_alike(self, one: Route, other: Route, method: str, path: str) -> bool:
         """Return whether a request is charged in the same way with either route."""
         return (
-            (one.methods is None or method in one.methods)
+            method in (with_head(one.methods) or {method})
             and one.addresses == other.addresses
             and one.cost_of(method, path) == other.cost_of(method, path)
             and all(_of_route(limit, one, method) == _of_route(limit, other, method) for limit in self._limits)

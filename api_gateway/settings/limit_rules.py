@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from api_gateway.http1.methods import REFUSED_METHODS
+from api_gateway.http1.methods import REFUSED_METHODS, with_head
 from api_gateway.settings.clients import TierSection
 from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.identity import IdentitySection
@@ -143,7 +143,7 @@ def _reference_findings(config: LimitedSections, limit: LimitSection, place: Key
         if method in REFUSED_METHODS:
             message = f"is never proxied, so it is never limited, got {method!r}"
             yield (*place, "methods", str(number)), message, ()
-        elif chosen and all(route.methods is not None and method not in route.methods for route in chosen):
+        elif chosen and all(method not in (with_head(route.methods) or {method}) for route in chosen):
             names = ", ".join(route.name for route in chosen)
             message = f"none of the routes ({names}) takes this method, got {method!r}"
             yield (*place, "methods", str(number)), message, (("routes",), (*place, "routes"))

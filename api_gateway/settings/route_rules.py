@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv6Address
 from urllib.parse import unquote
 
+from api_gateway.http1.methods import with_head
 from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.settings.routes import CostSection, RouteSection
 
@@ -158,7 +159,8 @@ def unused_cost_rules(costs: Sequence[CostSection]) -> Iterator[tuple[int, int]]
     """Yield the index of each rule that is never applied, and of the earlier rule that matches all its requests."""
     for number, rule in enumerate(costs):
         for other, earlier in enumerate(costs[:number]):
-            takes_methods = earlier.methods is None or set(rule.methods or ["any"]) <= set(earlier.methods)
+            methods = with_head(earlier.methods)
+            takes_methods = methods is None or set(rule.methods or ["any"]) <= methods
             if takes_methods and (earlier.path is None or is_below(rule.path or "/", earlier.path)):
                 yield number, other
                 break

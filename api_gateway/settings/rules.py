@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pydantic import SecretStr
 
+from api_gateway.http1.methods import with_head
 from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
@@ -382,8 +383,9 @@ def _cost_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wro
                 problem = f"never matches: it must be below the route's path {own!r}"
             if problem is not None:
                 yield (*key_path, "path"), f"{problem}, got {rule.path!r}", ()
-        if route.methods and rule.methods and not set(route.methods) & set(rule.methods):
-            message = f"never match: the route takes {', '.join(route.methods)} only, got {', '.join(rule.methods)}"
+        methods = with_head(route.methods)
+        if methods and rule.methods and methods.isdisjoint(rule.methods):
+            message = f"never match: the route takes {', '.join(sorted(methods))} only, got {', '.join(rule.methods)}"
             yield (*key_path, "methods"), message, ()
     if route.cost_from is not None:
         costs.append((("cost_from", "otherwise"), route.cost_from.otherwise))

@@ -12,8 +12,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NoRoute
+from api_gateway.http1.methods import with_head
 from api_gateway.http1.request_paths import MAX_READINGS, is_below, is_unusual, matching_path, readings
 from api_gateway.middleware import is_proxied
+from api_gateway.proxy.path_table import EXACT_PATH
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from tests.cases import each
 from tests.examples import examples
@@ -57,6 +59,11 @@ def windows(path: str) -> str:
     return "/".join(one if one in (".", "..") else one.rstrip(". ") for one in segments)
 
 
+def matched(path: str) -> str:
+    found = re.match("(.*)$", path)
+    return path if found is None else found[1]
+
+
 def upto_nul(path: str) -> str:
     return path.partition("\0")[0]
 
@@ -80,6 +87,11 @@ SERVERS: dict[str, Callable[[str], str]] = {
     "WSGI, merging": lambda raw: merged(unquote(raw)),
     "WSGI behind a rewriting proxy": lambda raw: re.split("[?#]", unquote(unquote(raw)))[0],
     "C strings": lambda raw: resolved(merged(upto_nul(unquote(raw)))),
+    "Express, ignoring letter case": lambda raw: raw.lower(),
+    "IIS, ignoring letter case": lambda raw: merged(windows(resolved(unquote(raw).replace("\\", "/")))).lower(),
+    "Starlette, whose $ matches before a line break at the end": lambda raw: matched(unquote(raw)),
+    "Rails, whose $ matches before each line break": lambda raw: unquote(raw).partition("\n")[0],
+    "Java, with $ and trim": lambda raw: re.sub("(\r\n|[\n\r\x85\u2028\u2029])\\Z", "", unquote(raw)).strip(),
     "decoding thrice": lambda raw: resolved(merged(unquote(unquote(unquote(raw))))),
 }
 
@@ -98,6 +110,7 @@ PIECES = [
     *("orders", "export", "free", "read", "x", "api"),
     *("/", "/", "/", "//", "/./", "/../", "/..", "..", ".", "\\", "%5C", "%5c", "%2F", "%2f", "%252F", "%255C"),
     *(";", ";v=1", "%3B", "%3Bv", "%253B", "..;", "..%3B", "..\\", "%2e", "%2E%2e", "%252e%252e", "%2e%2e%2f"),
+    *("%0a", "%0D", "%09", "%250a", "%7f", "%c2%85", "%E2%80%A8", "EXPORT", "Orders", "%45xport", "%4frders"),
     *("%20", "%2520", "...", ". ", "%00", "%2500", "%3F", "%23", "%253F", "%65xport", "%6frders", "%2565xport"),
 ]
 ANY = st.lists(st.sampled_from(PIECES), max_size=8).map(lambda pieces: "/api" + "".join(pieces).replace(" ", "%20"))
@@ -122,6 +135,11 @@ ENDS = [
     "%00",
     "%3Fx",
     "%5C",
+    "%0a",
+    "%0A%0d",
+    "%250a",
+    "%09",
+    "%c2%85",
 ]
 
 
@@ -136,8 +154,8 @@ def escape(word: str, at: int, times: int) -> str:
 
 
 WORDS = (
-    st.builds(escape, st.sampled_from(["orders"]), st.integers(0, 9), st.integers(0, 3)),
-    st.builds(escape, st.sampled_from(["export"]), st.integers(0, 9), st.integers(0, 3)),
+    st.builds(escape, st.sampled_from(["orders", "Orders"]), st.integers(0, 9), st.integers(0, 3)),
+    st.builds(escape, st.sampled_from(["export", "EXPORT", "exporT"]), st.integers(0, 9), st.integers(0, 3)),
 )
 NEAR = st.builds(
     lambda first, orders, second, export, end: f"/api{first}{orders}{second}{export}{end}",
@@ -168,6 +186,16 @@ NAMED = [
     "/api/orders/export%3Fx",
     "/api/x%5C..%5Corders/export",
     "/api/orders/free/../export;x",
+    "/api/orders/export%0a",
+    "/api/orders/export%0A",
+    "/api/orders/export%0d%0a",
+    "/api/orders/export%0ax",
+    "/api/orders/export%09",
+    "/api/orders/export%E2%80%A9",
+    "/api/orders/EXPORT",
+    "/api/Orders/export/1",
+    "/api/orders/e%58port",
+    "/api/ORDERS/x/../EXPORT.",
 ]
 
 
@@ -203,6 +231,7 @@ def test_the_spellings_that_are_known_from_attacks_cost_as_much_or_are_refused(r
     [
         *("/api/x/..;/orders", "/api/x/..%3B/orders", "/api/x/..%253B/orders", "/api/x/.;/orders", "/api/x/..;v"),
         *("/api/x\\..\\orders", "/api/x%5C../orders", "/api/x/..%5Corders", "/api/x%5C..", "/api/x/%2e%2e%5C"),
+        *("/api/%0a", "/api/x%0Ay", "/api/x%1b", "/api/x%7F", "/api/x%c2%85", "/api/x/%250a/y", "/api/%0d/x"),
         *("/api/%00", "/api/orders%00x", "/api/orders/%2500", "/api/x/..%20/orders", "/api/x/.%20"),
     ],
 )
@@ -225,6 +254,9 @@ def test_an_ambiguous_path_is_refused_with_400(raw: str) -> None:
         ("/api/orders/.well-known/x", 1),
         ("/api/orders/j%40example.com", 1),
         ("/api/x/../orders/free", 1),
+        ("/api/orders/FREE", 1),  # with letter case it is not the free path
+        ("/api/orders/Ab1", 1),
+        ("/api/x/Orders", 1),
     ],
 )
 def test_paths_that_only_look_unusual_keep_their_cost(raw: str, expected: float) -> None:
@@ -241,6 +273,65 @@ def test_no_spelling_avoids_a_route_that_is_restricted_to_some_methods(raw: str)
 def test_the_readings_are_compared_for_the_host_of_the_request(raw: str) -> None:
     assert cost_of(raw, host="internal.test") == 7
     assert cost_of(raw, host="other.test") == 1
+
+
+@each(
+    ("raw", "names"),
+    [
+        ("/api/denied/keys", ["all", "denied"]),  # the route has an upper-case letter
+        ("/api/denied/KEYS/", ["all", "denied"]),
+        ("/api/x//../denied/Keys", ["denied", "all"]),
+        ("/api/denied/Keys//..", ["all", "denied"]),
+        ("/api/denied/Keys", ["denied"]),
+        ("/api/denied/x", ["all"]),
+        ("/api/Orders/Free", ["all", "orders"]),
+        ("/api/orders/Free", ["orders"]),
+    ],
+)
+def test_the_routes_of_other_readings_are_known_as_their_rules_of_access_apply(raw: str, names: list[str]) -> None:
+    exact = Route("denied", "/api/denied/Keys", "up", match=EXACT_PATH)
+    table = RouteTable([*TABLE, exact])
+    for _ in range(2):
+        route, _ = table.find("h", "GET", unquote(raw), raw.encode())
+        assert [route.name, *(one.name for one in route.others)] == names
+    assert table.read_as("h", "GET", unquote(raw), raw.encode()) | {names[0]} == set(names)
+
+
+@each(
+    ("method", "path", "expected"),
+    [
+        ("HEAD", "/api/read", 1),  # has the route of GET
+        ("POST", "/api/READ", MethodNotAllowed),
+        ("HEAD", "/api/both", 2),
+        ("HEAD", "/api/named", 4),
+        ("GET", "/api/named", 3),
+        ("HEAD", "/api/post", MethodNotAllowed),
+    ],
+)
+def test_head_has_the_route_of_get_unless_one_names_it(method: str, path: str, expected: object) -> None:
+    """Servers run the handlers of GET for HEAD."""
+    cases = [
+        ("both", {"GET", "POST"}, 2.0),
+        ("named", {"GET"}, 3.0),
+        ("named", {"HEAD"}, 4.0),
+        ("post", {"POST"}, 5.0),
+        ("read", {"GET"}, 1.0),
+    ]
+    routes = [
+        Route(f"{name}{cost:g}", f"/api/{name}", "up", methods=frozenset(one), cost=cost) for name, one, cost in cases
+    ]
+    table = RouteTable([*routes, Route("all", "/api", "up")])
+    try:
+        found: object = table.find("h", method, path, path.encode())[1]
+    except MethodNotAllowed:
+        found = MethodNotAllowed
+    assert found == expected
+
+
+def test_a_rule_for_get_is_one_for_head() -> None:
+    assert sorted(with_head(["GET", "POST"]) or ()) == ["GET", "HEAD", "POST"]
+    assert sorted(with_head(["POST"]) or ()) == ["POST"]
+    assert with_head(None) is with_head([]) is None
 
 
 @each("raw", ["/api/../secret", "/api/x/%252e%252e/%252e%252e/secret", "/api/..%2Fsecret", "/api/x//../../../s"])

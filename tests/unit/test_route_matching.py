@@ -179,10 +179,10 @@ BY_METHOD = RouteTable(
     ("method", "target", "host", "fields", "expected"),
     [
         ("PUT", "/api/1/doc", "h", (), "write"),
-        ("POST", "/api/1/doc", "h", (), "GET, PUT"),
-        ("POST", "/api/one", "h", (), "GET"),
+        ("POST", "/api/1/doc", "h", (), "GET, HEAD, PUT"),
+        ("POST", "/api/one", "h", (), "GET, HEAD"),
         ("POST", "/api/one/x", "h", (), "all"),
-        ("POST", "/api/beta", "h", (b"x-b: 1",), "GET"),
+        ("POST", "/api/beta", "h", (b"x-b: 1",), "GET, HEAD"),
         ("POST", "/api/beta", "h", (), "all"),
         ("POST", "/api/x", "a.test", (), "all"),
         ("POST", "/api/users", "a.test", (), "all"),

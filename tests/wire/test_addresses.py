@@ -21,6 +21,7 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
     sections["routes"] = [
         {"name": "all", "path": "/api/x", "upstream": "up"},
         {"name": "inner", "path": "/api/inner", "upstream": "up", "addresses": {"allow": ["10.0.0.0/8"]}},
+        {"name": "below", "path": "/api/x/inner", "upstream": "up", "addresses": {"allow": ["10.0.0.0/8"]}},
         {"name": "none", "path": "/api/some", "upstream": "up", "addresses": {"deny": ["198.51.100.7"]}},
     ]
     sections["addresses"] = {"deny": ["192.0.2.0/24", "2001:db8:bad::/48"]}
@@ -66,6 +67,28 @@ def test_a_route_has_rules_besides_those_for_all(client: RawClient, odd: tuple[s
     assert reason_of(answer) == (403, "address_denied")
     assert "not allowed on the route 'inner'" in json.loads(answer.body)["detail"]
     assert reason_of(ask(client, "198.51.100.7", *odd, target="/api/some")) == (403, "address_denied")
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("/api/x/INNER", (403, "address_denied")),
+        ("/api/x/Inner/y", (403, "address_denied")),
+        ("/api/x/inner//..", (403, "address_denied")),
+        ("/api/x/inner%0a", (400, "bad_request")),
+        ("/api/x/%49nner", (403, "address_denied")),
+    ],
+)
+def test_no_spelling_avoids_the_rules_of_a_route(
+    client: RawClient, up: RawUpstream, odd: tuple[str, ...], target: str, expected: tuple[int, str]
+) -> None:
+    """Servers may ignore letter case, resolve dot segments before they merge slashes, or cut off a line break."""
+    assert reason_of(ask(client, "198.51.100.7", *odd, target=target)) == expected
+    assert up.requests == []
+    if expected[0] == 403:
+        assert ask(client, "10.1.2.3", *odd, target=target).status == 200
+        assert f"GET {target} HTTP/1.1".encode() == up.requests[-1].line, "what travels stays as it is"
 
 
 @BOTH_WAYS
