@@ -25,6 +25,7 @@ IS_BALANCED = sys.platform == "linux"
 ACCEPTED_PER_TURN = 4
 ADMIN_SOCKET = "admin"  # the name of a passed socket that is for operators
 REDIRECT_SOCKET = "redirect"  # of one for plain HTTP that is redirected
+REDIRECT_SETTING = "server.tls.redirect_from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ class WorkerSockets:
         yield from self.public
         yield from self.admin
         yield from self.redirect
+
+    @property
+    def by_setting(self) -> Iterator[tuple[str, list[socket.socket]]]:
+        """The sockets of each listener, after the setting of its address."""
+        yield from (("server", self.public), ("admin.listen", self.admin), (REDIRECT_SETTING, self.redirect))
 
 
 class Listeners:
@@ -74,7 +80,7 @@ class Listeners:
             redirect_from = None if server.tls is None else server.tls.redirect_from
             if redirect_from is not None:
                 address = BindAddress.parse(redirect_from, server.socket_mode)
-                listeners._bind("server.tls.redirect_from", address, lambda sockets: sockets.redirect)
+                listeners._bind(REDIRECT_SETTING, address, lambda sockets: sockets.redirect)
         except BaseException:
             listeners.close()
             raise
@@ -124,8 +130,12 @@ class Listeners:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise StartupError(f"{setting}: cannot listen on {address}: {reason}") from error
+        taken = {sock.getsockname()[:2] for sock in self.sets[0] if sock.family != socket.AF_UNIX}
+        is_twice = any(sock.family != socket.AF_UNIX and sock.getsockname()[:2] in taken for sock in bound[0])
         for sockets, own in zip(self.sets, bound, strict=True):
             choose(sockets).extend(own)
+        if is_twice:  # by another name of the host; the rules of the configuration know the rest
+            raise StartupError(f"{setting}: cannot listen on {address}: another listener of the gateway does")
 
     def close(self) -> None:
         """Close the sockets in this process, and remove the files of Unix sockets."""

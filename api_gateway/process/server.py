@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
+import os
 import signal
 import socket
 import threading
@@ -24,7 +26,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.https_redirect import HttpsRedirect
 from api_gateway.downstream.listener import change_protocol, protocol_of
-from api_gateway.errors import DRAIN_INCOMPLETE
+from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.main import create_app
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.printable_text import counted
@@ -130,13 +132,19 @@ class GatewayServer(uvicorn.Server):
             super().run(public)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start serving, the watchdog and the watch of files, and announce it."""
+        """Start serving, the watchdog and the watch of files, and announce it. Raises StartupError."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+            if self.started:
+                await self._open_listener(self._sockets.admin, self._admin_config)
+                if self._redirect_config is not None:
+                    await self._open_listener(self._sockets.redirect, self._redirect_config)
+                _check_listening(self._sockets)
+        except OSError as error:  # another program has begun to listen since the sockets were bound
+            await self._close(sockets)
+            raise StartupError(f"cannot listen: {(error.strerror or str(error)).lower()}") from error
         if self.started:
-            await self._open_listener(self._sockets.admin, self._admin_config)
-            if self._redirect_config is not None:
-                await self._open_listener(self._sockets.redirect, self._redirect_config)
             self._watchdog.watch()
             settle_objects()
             self.announce()
@@ -318,6 +326,13 @@ class GatewayServer(uvicorn.Server):
             self._loop.call_soon_threadsafe(self.begin_reload, "SIGHUP")
         else:
             self._is_reload_due = True
+
+
+def _check_listening(sockets: WorkerSockets) -> None:
+    """Raise OSError for the first socket on which uvloop could not listen: it closes those, and reports nothing."""
+    for setting, found in sockets.by_setting:
+        if any(sock.fileno() < 0 for sock in found):
+            raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)} ({setting})")
 
 
 def _on_unused(number: int, _frame: FrameType | None) -> None:

@@ -39,7 +39,11 @@ def _serve(worker_config: dict[str, Any]) -> int:
         [socket.socket(fileno=one) for one in worker_config[key]]
         for key in ("listeners", "admin_listeners", "redirect_listeners")
     )
-    server.run_on(WorkerSockets(public, admin, redirect))
+    try:
+        server.run_on(WorkerSockets(public, admin, redirect))
+    except StartupError as error:
+        logger.error("%s", error)  # noqa: TRY400 - another program listens on its address
+        return STARTUP_FAILED
     return server.exit_code if server.started else STARTUP_FAILED
 
 

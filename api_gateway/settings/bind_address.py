@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 UNIX_PREFIX = "unix:"
 MAX_PATH = 107  # bytes in the path of a Unix socket (unix(7))
@@ -44,8 +45,33 @@ class BindAddress:
             raise ValueError("needs brackets around an IPv6 address, as in [::1]:9901")
         return cls.of(host, int(port), mode)
 
+    def collides_with(self, other: "BindAddress") -> bool:
+        """Return whether the two cannot be listeners of one machine, as far as is known without resolving names."""
+        if self.path or other.path:
+            return self.path == other.path
+        if self.port != other.port or self.port == 0:  # 0: any free one
+            return False
+        ours, theirs = _hosts(self.host), _hosts(other.host)
+        return any(_covers(one, two) or _covers(two, one) for one in ours for two in theirs)
+
     def __str__(self) -> str:
         return f"{UNIX_PREFIX}{self.path}" if self.path else authority(self.host, self.port)
+
+
+def _hosts(host: str) -> tuple[str, ...]:
+    """Return the addresses that a host stands for; a name that is not known here stands for itself."""
+    low = host.lower()
+    if low == "localhost":
+        return ("127.0.0.1", "::1")
+    try:
+        return (str(ip_address(low)),)
+    except ValueError:
+        return (low,)
+
+
+def _covers(host: str, other: str) -> bool:
+    """Return whether a listener on `host` has the connections to `other` too."""
+    return host in (other, "::") or (host == "0.0.0.0" and ":" not in other)  # noqa: S104 - compared, not bound
 
 
 def authority(host: str, port: int) -> str:

@@ -17,6 +17,7 @@ from api_gateway.settings.extensions import ExtensionSection
 from api_gateway.settings.identity import IdentitySection
 from api_gateway.settings.limit_rules import allowances, limit_findings, unpaid_by_tier
 from api_gateway.settings.limits import AllowanceSection, LimitCandidateSection, LimitSection
+from api_gateway.settings.listener_rules import listener_findings
 from api_gateway.settings.route_action_rules import action_findings
 from api_gateway.settings.route_match_rules import match_findings
 from api_gateway.settings.route_rules import never_reached, path_problem, unused_cost_rules
@@ -85,7 +86,7 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _store_findings(config)
     yield from _token_findings(config)
     yield from _tier_findings(config)
-    for key_path, message, depends_on in key_findings(config):
+    for key_path, message, depends_on in (*listener_findings(config), *key_findings(config)):
         yield Finding(key_path, message, depends_on=depends_on)
     for key_path, message, depends_on in limit_findings(config):
         yield _of_limit(config, key_path, message, depends_on)

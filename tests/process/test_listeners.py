@@ -197,6 +197,12 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, workers: str) -> None:
         assert said == f"admin.listen: cannot listen on 127.0.0.1:{port}: address already in use"
 
 
+def test_two_listeners_of_one_address_are_a_mistake_in_the_configuration(tmp_path: Path) -> None:
+    for arguments in (("--check",), (), ("--workers", "2")):
+        said = cannot_listen(tmp_path, *arguments, "--port", "9901", GATEWAY_ADMIN__LISTEN="0.0.0.0:9901")
+        assert "admin.listen: needs another address than server.host and server.port (127.0.0.1:9901)" in said
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_unknown_host_is_one_line(tmp_path: Path, workers: str) -> None:
     said = cannot_listen(tmp_path, "--host", "no-such-host.invalid", "--workers", workers)

@@ -9,12 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
 
+from api_gateway.config import GatewayConfig
+from api_gateway.errors import StartupError
 from api_gateway.process import listeners
-from api_gateway.process.listeners import ACCEPTED_PER_TURN, WorkerSockets, bind_for, bind_path, leave_group, watched
+from api_gateway.process.listeners import (
+    ACCEPTED_PER_TURN,
+    Listeners,
+    WorkerSockets,
+    bind_for,
+    bind_path,
+    leave_group,
+    watched,
+)
+from api_gateway.process.server import GatewayServer
+from tests.kit import free_port
 
 linux = pytest.mark.skipif(not listeners.IS_BALANCED, reason="the kernel does not balance there")
 
@@ -67,6 +80,36 @@ def test_a_port_that_another_would_share_is_refused() -> None:
         other.listen()
         with pytest.raises(OSError, match="in use"):
             bind_for(2, "127.0.0.1", other.getsockname()[1])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_names_of_one_address_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int) -> None:
+    """With several workers, the kernel would divide connections between both listeners."""
+    resolve = socket.getaddrinfo
+
+    def resolved(host: Any, *arguments: Any, **options: Any) -> Any:
+        return resolve("127.0.0.1" if host == "other.test" else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    port = free_port()
+    sections = {"server": {"port": port}, "admin": {"listen": f"other.test:{port}"}, "state_dir": tmp_path}
+    with pytest.raises(StartupError, match=r"admin\.listen: cannot listen on other\.test:\d+: another listener"):
+        Listeners.of(GatewayConfig.model_validate(sections), workers)
+
+
+@pytest.mark.parametrize("listener", ["server", "admin.listen"])
+def test_a_program_that_listens_after_the_sockets_were_bound_makes_the_start_fail(
+    tmp_path: Path, listener: str
+) -> None:
+    """Such as a second gateway that is started at the same moment. uvloop does not report it."""
+    with bound(1) as ((ours,),), bound(1) as ((other,),), socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        theirs.bind(ours.getsockname())
+        theirs.listen()
+        sections = {"server": {"port": 0}, "admin": {"listen": "127.0.0.1:0"}, "state_dir": tmp_path}
+        public, admin = ([ours], [other]) if listener == "server" else ([other], [ours])
+        with pytest.raises(StartupError, match="cannot listen: address already in use"):
+            GatewayServer(GatewayConfig.model_validate(sections)).run_on(WorkerSockets(public, admin))
 
 
 def test_a_host_that_is_not_ours_is_refused() -> None:
