@@ -271,7 +271,7 @@ def read_config(
     for line in ignored_variables(given, ENV_PREFIX, GatewayConfig, besides={CONFIG_VARIABLE}):
         warn(f"environment: {line}")
     deprecated += [f"{sources.origin(place)}{path_text(place)}: {message}" for place, message in current.warnings]
-    for line in deprecated:
+    for line in (*deprecated, *file.warnings):
         warn(line)
     read = _Read(file.path, (current.values, file.values))
     merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, current.values, sources.overrides)])

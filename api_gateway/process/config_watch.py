@@ -8,6 +8,7 @@ after two checks with the same contents, so that a partly written file is not re
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,24 @@ logger = logging.getLogger(__name__)
 CONFIG_POLL_INTERVAL = 1.0  # seconds between checks
 _PIECE = 1_048_576  # bytes
 
+_CLOCK_TICK_NS = 20_000_000  # by which the times of files may lag behind
+_UNKNOWN = b""  # in place of a digest
+
 Contents = Mapping[Path, bytes | None]
 
 
 class ConfigSource:
-    """Reads the configuration from its sources. `files`: those of the last success, and of failures since."""
+    """Reads the configuration from its sources. `files`: those of the last success, and of failures since.
+
+    `contents` are those of the last success, as far as they are known: no file that has changed meanwhile is equal.
+    """
 
     def __init__(self, path: str | None, overrides: Mapping[str, Any]) -> None:
         """`path` and `overrides` are as in `load_config`."""
         self._path = path
         self._overrides = overrides
         self.files: frozenset[Path] = frozenset()
+        self.contents: Contents = {}
         self._warnings: set[str] = set()
 
     def __repr__(self) -> str:
@@ -59,6 +67,7 @@ class ConfigSource:
         chosen = config_path(self._path)
         if chosen is not None:
             found.add(chosen)
+        began, before = time.time_ns(), contents_of(found | self.files)
         try:
             with noting_files(found):
                 loaded = read_config(self._path, self._overrides, warn=self._warn)
@@ -66,6 +75,10 @@ class ConfigSource:
             self.files |= found
             raise
         self.files = frozenset(found | _tls_files(loaded.config))
+        self.contents = {
+            path: _UNKNOWN if before.get(path, digest) != digest or _has_changed_since(path, began) else digest
+            for path, digest in contents_of(self.files).items()
+        }
         return loaded
 
 
@@ -83,9 +96,8 @@ class ConfigWatch:
         return f"<ConfigWatch of {self._source!r}>"
 
     async def run(self) -> None:
-        """Watch until cancelled."""
-        seen = await self._check()
-        changed = seen
+        """Watch until cancelled, for changes since the configuration was read."""
+        seen = changed = self._source.contents
         while True:
             await asyncio.sleep(self._interval)
             found = await self._check()
@@ -98,6 +110,14 @@ class ConfigWatch:
 
     async def _check(self) -> Contents:
         return await asyncio.to_thread(contents_of, self._source.files)
+
+
+def _has_changed_since(path: Path, time_ns: int) -> bool:
+    """Return whether a file has been written, or put in its place, since about that time."""
+    try:
+        return path.stat().st_ctime_ns >= time_ns - _CLOCK_TICK_NS
+    except OSError:
+        return False
 
 
 def contents_of(files: Iterable[Path]) -> Contents:

@@ -82,6 +82,7 @@ class SettingsFile:
     variables: Mapping[KeyPath, str] = field(default_factory=dict)
     unset: frozenset[KeyPath] = frozenset()
     included: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
     ownership: Ownership | None = None  # None without included files
 
     def place(self, key_path: KeyPath) -> str:

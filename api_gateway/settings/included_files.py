@@ -9,6 +9,7 @@ requests a file may have is the subject of `route_ownership`.
 import glob
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ def read_settings(path: Path, variables: Mapping[str, str], shared: Collection[s
         whole = Path(glob.escape(str(path.parent))) / pattern
         found = matching_files(whole)
         note_file(whole)
-        if not found and not any(one in pattern for one in WILDCARDS):
-            fault = "no such file"
-            if (path.parent / pattern).is_dir():
-                fault = f"is a folder; include the files in it, as in {Path(pattern) / '*.yaml'}"
+        fault = None if found else _fault_of(path.parent, pattern)
+        if fault is not None:
             unreadable.append(f"{merged.place_of_include(index)}: {INCLUDE}[{index}]: {fault}, got {pattern!r}")
+        elif not found:
+            merged.unmatched[index] = pattern
         for one in found:
             if one.samefile(path):
                 fault = "a file cannot include itself; name others, as in teams/*.yaml"
@@ -65,6 +66,17 @@ def _pattern_of(entry: Any) -> str | None:
     owns = entry.get("owns", []) if isinstance(entry, Mapping) else []
     is_valid = isinstance(found, str) and isinstance(owns, list) and all(isinstance(one, str) for one in owns)
     return str(found) if is_valid else None
+
+
+def _fault_of(folder: Path, pattern: str) -> str | None:
+    """Return why a path stands for no file; None if it has wildcards, and the folder before them exists."""
+    if any(one in pattern for one in WILDCARDS):
+        plain = list(takewhile(lambda part: not any(one in part for one in WILDCARDS), Path(pattern).parts))
+        place = folder.joinpath(*plain)
+        return None if place.is_dir() else f"no such folder as {str(Path(*plain))!r}"
+    if (folder / pattern).is_dir():
+        return f"is a folder; include the files in it, as in {Path(pattern) / '*.yaml'}"
+    return "no such file"
 
 
 def _owns(entry: Any) -> list[str]:
@@ -101,6 +113,7 @@ class _Merged:
     route_files: list[int] = field(default_factory=list)  # the number of each route's file, see `Ownership`
     owns: dict[int, list[str]] = field(default_factory=dict)
     granted_at: dict[int, str] = field(default_factory=dict)
+    unmatched: dict[int, str] = field(default_factory=dict)  # entries of `include` without a file, by index
 
     def __post_init__(self) -> None:
         self.values, self.places = dict(self.main.values), dict(self.main.places)
@@ -147,6 +160,10 @@ class _Merged:
             self.variables,
             frozenset(self.unset),
             tuple(self.included),
+            tuple(
+                f"{self.place_of_include(index)}: {INCLUDE}[{index}]: no file matches, got {pattern!r}"
+                for index, pattern in self.unmatched.items()
+            ),
             Ownership([str(self.main.path), *map(str, self.included)], self.route_files, self.owns, self.granted_at),
         )
 

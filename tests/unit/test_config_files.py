@@ -1,6 +1,8 @@
 """Configuration files: TOML beside YAML, variables in values, and files of teams that are included."""
 
+import asyncio
 import itertools
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +11,12 @@ from typing import Any
 import pytest
 
 from api_gateway.config import LoadedConfig, load_config, read_config
-from api_gateway.process.config_watch import ConfigSource, contents_of
+from api_gateway.process.config_watch import ConfigSource, ConfigWatch, contents_of
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.toml_file import toml_lines
 from api_gateway.settings.yaml_file import read_yaml
 from tests.config_kit import UPSTREAM, Write, refused, writer
+from tests.kit import soon
 
 
 @pytest.fixture
@@ -359,6 +362,7 @@ def test_a_file_that_is_named_must_exist_and_only_a_file_can_include(
 
 def test_a_watch_notices_files_that_are_added_changed_and_removed(write: Write) -> None:
     path = write(f"include: conf.d/*.yaml\n{UPSTREAM}")
+    (path.parent / "conf.d").mkdir()
     source = ConfigSource(str(path), {})
     source.load()
     states = [contents_of(source.files)]
@@ -372,6 +376,73 @@ def test_a_watch_notices_files_that_are_added_changed_and_removed(write: Write) 
     states.append(contents_of(source.files))
     assert all(one != other for one, other in itertools.pairwise(states))
     assert set(source.load().config.upstreams) == {"users"}
+
+
+def test_an_include_that_matches_nothing_is_a_warning_and_without_its_folder_an_error(write: Write) -> None:
+    """With the folder gone, a reload would drop the routes of all teams."""
+    path = write(f"include: [conf.d/*.yaml, 'conf.d/[a-c]/**/*.yaml']\n{UPSTREAM}")
+    warned: list[str] = []
+    (path.parent / "conf.d").mkdir()
+    assert set(read_config(path, warn=warned.append).config.upstreams) == {"users"}
+    assert [line.removeprefix(f"{path.parent}/") for line in warned] == [
+        "gateway.yaml:1: include[0]: no file matches, got 'conf.d/*.yaml'",
+        "gateway.yaml:1: include[1]: no file matches, got 'conf.d/[a-c]/**/*.yaml'",
+    ]
+    write(TEAM, "conf.d/team.yaml")
+    (path.parent / "conf.d/a").mkdir()
+    write("upstreams: {}\n", "conf.d/a/team.yaml")
+    source, warned = ConfigSource(str(path), {}), []
+    assert set(read_config(path, warn=warned.append).config.upstreams) == {"users", "orders"}
+    assert not warned
+    source.load()
+    shutil.rmtree(path.parent / "conf.d")
+    with pytest.raises(ConfigError) as caught:
+        source()
+    assert [line.removeprefix(f"{path.parent}/") for line in caught.value.problems] == [
+        f"gateway.yaml:1: include[{number}]: no such folder as 'conf.d', got {pattern!r}"
+        for number, pattern in enumerate(["conf.d/*.yaml", "conf.d/[a-c]/**/*.yaml"])
+    ]
+
+
+async def test_a_watch_applies_what_has_changed_since_the_configuration_was_read(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the watch began, as while workers start; also a file that changed while it was read."""
+    path = write(f"include: conf.d/*.yaml\n{UPSTREAM}")
+    team = write(TEAM, "conf.d/team.yaml")
+    reloads: list[LoadedConfig] = []
+
+    async def reload() -> None:
+        reloads.append(source.load())
+
+    async def watched() -> None:
+        watching = asyncio.create_task(ConfigWatch(source, reload, 0.01).run())
+        await soon(lambda: len(reloads) > 0, "it is reloaded")
+        watching.cancel()
+
+    changes = (
+        lambda: team.write_text(TEAM.replace("9002", "9009")),
+        team.unlink,
+        lambda: write(TEAM, "conf.d/z.yaml"),
+    )
+    for change in changes:
+        source = ConfigSource(str(path), {})
+        source.load()
+        change()
+        reloads.clear()
+        await watched()
+    source = ConfigSource(str(path), {})
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        loaded = read_config(*arguments, **options)
+        path.write_text(path.read_text().replace("9001", "9003"))
+        return loaded
+
+    monkeypatch.setattr("api_gateway.process.config_watch.read_config", slowly)
+    source.load()
+    monkeypatch.undo()
+    reloads.clear()
+    await watched()
 
 
 def test_aliases_that_multiply_end_the_reading(tmp_path: Path) -> None:
