@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -114,12 +113,6 @@ def test_hadolint_has_no_finding() -> None:
         [program, str(DEPLOY / "docker" / "Dockerfile")], capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stdout) == (0, "")
-
-
-def test_the_manifests_match_the_schemas_of_kubernetes() -> None:
-    validate: Any = pytest.importorskip("kubernetes_validate")
-    for manifest in MANIFESTS.values():
-        validate.validate(manifest, validate.latest_version(), strict=True)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,47 @@ PAGE = (ROOT / "docs/tutorial.md").read_text()
 STEP = re.compile(r"```sh\n(.*?)\n```(?:\n\n```text\n(.*?)\n```)?", re.DOTALL)
 END = "=== end of a step ==="
 PORTS = ("8000", "8443", "9001", "9002")
+
+
+def final_configuration() -> str:
+    """Return the configuration file at the end of the page, as its commands have written it."""
+    return "".join(re.findall(r"gateway\.yaml <<'EOF'\n(.*?)EOF\n", PAGE, flags=re.DOTALL))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the tutorial needs openssl")
+def test_what_the_section_on_systemd_leaves_is_accepted_in_the_folder_of_a_service(tmp_path: Path) -> None:
+    (section,) = re.findall(r"\n## With systemd\n.*?```text\n(.*?)```", PAGE, flags=re.DOTALL)
+    commands = [line for line in section.splitlines() if not line.startswith(("python3 -m venv", "systemctl"))]
+    assert len(commands) == len(section.splitlines()) - 2
+    etc, credentials, state = (tmp_path / name for name in ("etc", "credentials", "var"))
+    places = {"/etc/": f"{etc}/", "/run/credentials/api-gateway.service": str(credentials)}
+    script = re.sub("|".join(places), lambda found: places[found[0]], "\n".join(commands))
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "gateway.yaml").write_text(final_configuration())
+    (making,) = re.findall(r"^(openssl req .*?)$", PAGE, flags=re.MULTILINE)
+    for folder in (etc / "systemd" / "system", credentials, state):
+        folder.mkdir(parents=True)
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
+    run(["bash", "-ec", making], cwd=tmp_path / "shop")
+    run(["bash", "-euc", script], cwd=tmp_path)
+    units = etc / "systemd" / "system"
+    for name, file in re.findall(
+        r"LoadCredential=([\w-]+):(\S+)", (units / "api-gateway.service.d/key.conf").read_text()
+    ):
+        shutil.copy(file, credentials / name)  # as systemd does
+    assert "ListenStream=0.0.0.0:8443" in (units / "api-gateway.socket.d/port.conf").read_text()
+    service = (units / "api-gateway.service").read_text()
+    assert "Environment=GATEWAY_STATE_DIR=%S/api-gateway\n" in service
+    config = f"{etc}/api-gateway/gateway.yaml"
+    assert f"--config {config.removeprefix(str(tmp_path))}\n" in service
+    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "GATEWAY_STATE_DIR": str(state)}
+    check = [sys.executable, "-m", "api_gateway", "--check", "--config", config]
+    found = subprocess.run(check, cwd="/", env=variables, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "The configuration is valid: 2 routes, 2 upstreams, 4 tiers.\n"), (
+        found
+    )
+    assert "warning" not in found.stderr
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("curl", "openssl"))), reason="the tutorial needs curl and openssl")
