@@ -16,6 +16,7 @@ _PARSERS = f"{_REPLAY}::test_both_parsers_read_the_same_of_every_line"
 _TWO_PARTS = f"{_REPLAY}::test_a_log_in_two_parts_is_replayed_from_the_state_at_the_end_of_the_first"
 _PARTS = f"{_REPLAY}::test_each_line_belongs_to_one_part"
 _ORDER = f"{_REPLAY}::test_events_are_merged_in_the_order_of_time_and_number"
+_REMEMBERED = f"{_REPLAY}::test_what_is_remembered_of_a_client_and_a_path_changes_no_decision"
 _USAGE = "tests/unit/test_usage.py"
 _COUNTED = f"{_USAGE}::test_an_exchange_is_counted_once_with_what_was_charged"
 _INVENTED = f"{_USAGE}::test_invented_ids_are_bounded_each_day_and_registered_ones_are_not"
@@ -36,6 +37,8 @@ _POLICIES = f"{_FIELDS}::test_all_policies_are_listed_with_the_seconds_in_which_
 ACCOUNTING = (
     *of(
         "replay/simulation.py",
+        ("                and event[HAS_KEYS] is has_keys\n", "", _REMEMBERED),
+        ("                and (address is None or address == event[ADDRESS])\n", "", _REMEMBERED),
         ("self._set_wall(wall_us or -(-at_ns // 1000))", "self._set_wall(-(-at_ns // 1000))", _CALENDAR),
         ("            buckets.open[number] = exchange, count - 1\n", "            pass\n", _SETTLED),
         ("        self.now_ns = event[AT_NS]\n", "", _SETTLED),
@@ -169,6 +172,7 @@ ACCOUNTING = (
     ),
     *of(
         "proxy/json_scanner.py",
+        ("len(self._indices) < len(self._path) or", "False or", _SCANNERS),
         ("        if is_on_path:\n            self.value = None\n", "", _SCANNERS),
         (
             "self._path[len(self._indices) - 1] == str(index)",
@@ -190,6 +194,7 @@ ACCOUNTING = (
     ),
     *of(
         "limits/periods.py",
+        ("if self._offset(end - 1) != offset:", "if False:", _DATES),
         ("zone, fold=0))\n", "zone, fold=1))\n", _DATES),
         ("while earlier == start:", "while False:", _NO_GAP),
         ("return began if count == 0 else self.instant", "return self.instant", _SINCE),

@@ -414,6 +414,9 @@ def test_while_the_store_is_unavailable_each_worker_has_its_share(store: LuaStor
         worker.wire.all_at_once()
     assert total(one) == 4
     assert (one.admitted(5, FIVE), two.admitted(5, FIVE)) == (1, 0)
+    single = slot("single", 1)
+    one.wire.is_up = False
+    assert one.admitted(3, single) == 1, "a share is not less than one request"
 
 
 def test_leases_that_end_during_an_outage_are_forgotten(store: LuaStore) -> None:

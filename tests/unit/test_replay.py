@@ -302,16 +302,26 @@ def test_what_is_remembered_of_a_client_and_a_path_changes_no_decision(
 ) -> None:
     """Most decisions repeat the ones before of the same client, path and method; all stages give the same."""
     traffic, rng = Traffic(), random.Random(9)
+    paths = ["/api/up/x", "/api/up/y", "/api/dear/z", "/api/nowhere", "/api/up/../dear"]
+    clients = [dict[str, Any](tier="BASIC", path="/api/up/x", method="GET", source="default") for _ in range(6)]
     for _ in range(4_000):
-        name, after = f"client-{rng.randrange(6)}", rng.random() * 0.02
-        path = rng.choice(["/api/up/x", "/api/up/y", "/api/dear/z", "/api/nowhere", "/api/up/../dear"])
-        exchange = traffic.request(name, rng.choice(["FREE", "BASIC", "BASIC"]), after=after, path=path)
-        exchange.client_address = f"192.0.2.{rng.randrange(3)}"
-        exchange.method = rng.choice(["GET", "POST"])
-        if rng.random() < 0.5:
-            assert exchange.client is not None
-            source: Any = rng.choice(["default", "granted", "configured"])
-            exchange.client = replace(exchange.client, source=source, has_keys=rng.random() < 0.2)
+        number = rng.randrange(6)
+        is_as_before, own = rng.random() < 0.7, clients[number]
+        if not is_as_before:
+            changed: dict[str, Any] = {
+                "tier": rng.choice(["FREE", "BASIC", "BASIC"]),
+                "path": rng.choice(paths),
+                "method": rng.choice(["GET", "POST"]),
+                "source": rng.choice(["default", "granted", "configured"]),
+                "has_keys": rng.random() < 0.5,
+                "address": f"192.0.2.{rng.randrange(3)}",
+            }
+            name = rng.choice(list(changed))
+            own[name] = changed[name]
+        exchange = traffic.request(f"client-{number}", own["tier"], after=rng.random() * 0.4, path=own["path"])
+        exchange.client_address, exchange.method = own.get("address", "192.0.2.1"), own["method"]
+        assert exchange.client is not None
+        exchange.client = replace(exchange.client, source=own["source"], has_keys=own.get("has_keys", False))
     log = log_of(tmp_path, traffic.lines())
     routes = [
         {"name": "up", "path": "/api/up", "upstream": "up", "costs": [{"methods": ["POST"], "cost": 2}]},
