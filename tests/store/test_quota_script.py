@@ -1,5 +1,6 @@
 """Calendar quotas in a shared store: the real script decides as the counters in memory do, on a virtual clock."""
 
+import asyncio
 import random
 import re
 from collections.abc import Sequence
@@ -7,9 +8,11 @@ from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from api_gateway.errors import ChangeUnconfirmed
 from api_gateway.limits.period_counters import PeriodCounters
 from api_gateway.limits.periods import HOUR, UNITS, Calendar, Unit
 from api_gateway.limits.quota_book import StoreBook
@@ -290,6 +293,21 @@ async def test_a_reset_ends_what_processes_admitted_without_the_store() -> None:
         machine.buckets.wire.is_up = True
         machine.decide(0)
     assert await used(one) == 90
+
+
+async def test_a_change_whose_reply_is_lost_may_have_been_made_and_says_so() -> None:
+    machine = Machine(LuaStore(NOW), (ROOMY, quota(90)))
+    wire = machine.buckets.wire
+    wire.is_slow = True
+    change = asyncio.create_task(machine.counter(adjustment=Adjustment(carried=3000)))
+    await asyncio.sleep(0)
+    wire.lose_replies()
+    with pytest.raises(ChangeUnconfirmed, match="may or may not have been made: no response from the store"):
+        await change
+    wire.is_slow = False
+    counter = await machine.counter()
+    assert counter is not None
+    assert counter.count.carried == 3000
 
 
 async def test_a_reset_that_a_process_does_not_hear_of_leaves_what_it_admitted_to_be_charged() -> None:

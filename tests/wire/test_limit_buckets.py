@@ -154,6 +154,19 @@ def test_addresses_count_by_the_limit_that_needs_no_entry_too(subject: Subject) 
     assert (shown["key"], shown["quota"]["used"]) == (["2001:db8::/64"], 0)
 
 
+def test_a_key_with_a_client_says_whether_the_clients_record_was_read(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any) -> None:
+        raise OSError("no response")
+
+    path = "/limits/routeq/buckets?key=acme&key=small"
+    assert subject.get(path).json()["confirmed"] is True
+    assert subject.get("/limits/team/buckets?key=blue").json()["confirmed"] is None
+    monkeypatch.setattr(subject.running.server._app.state.admin_context.clients._store, "look_up", fail)
+    assert subject.get(path).json()["confirmed"] is False
+
+
 def test_requests_in_flight_are_shown_and_not_reset(subject: Subject) -> None:
     held, plain = threading.Event(), reply()
     assert subject.statuses(1, X_Held="other") == [200], "the gateway has a connection"

@@ -323,7 +323,7 @@ def test_quotas_survive_a_restart(gateways: Any) -> None:
     [
         ({"quota": 5}, "limits[0]", "a quota needs a period: hour, day, week or month"),
         ({"period": "day"}, "limits[0]", "a period needs a quota, in tokens in each day"),
-        ({"quota": 5, "period": "year"}, "limits[0].period", "'hour', 'day', 'week' or 'month'"),
+        ({"quota": 5, "period": "year"}, "limits[0].period", "must be one of hour, day, week, month, got 'year'"),
         (
             {"quota": 5, "period": "day", "time_zone": "Europe/Berln"},
             "limits[0].time_zone",
