@@ -12,6 +12,11 @@ from api_gateway.settings.suggestions import nearest
 
 _OF_ANY_REQUEST = frozenset({"client", "request_id"})
 _OF_TARGETS = frozenset({"path", "query"})
+_OF_FORWARDING = (  # settings that apply to what an upstream gets or sends
+    *("rewrite", "strip_prefix", "rewrite_urls", "rewrite_cookies", "cookie_domains", "request_headers"),
+    *("response_headers", "compression", "cost_from", "timeout", "response_timeout", "fallback", "mirror"),
+    "forward_credentials",
+)
 
 
 class ActingSections(Protocol):
@@ -28,6 +33,7 @@ class ActingSections(Protocol):
 def action_findings(config: ActingSections, route: RouteSection, upstreams: Collection[str]) -> Iterator[WrongSetting]:
     """Yield the errors in the actions of a route: where, the message, and what else must be right for it."""
     yield from _destination_findings(route, upstreams)
+    yield from _forwarding_findings(route)
     yield from _mirror_findings(config, route, upstreams)
     yield from _placeholder_findings(route)
     if route.rewrite is not None and route.strip_prefix is not None:
@@ -48,13 +54,19 @@ def _limit_findings(server: ServerSection, route: RouteSection) -> Iterator[Wron
         own, most = getattr(route, name), getattr(server, name)
         if own is not None and own > most:
             yield (name,), f"must be at most server.{name}, {most}, got {own}", (("server", name),)
-    if route.response_timeout is None:
-        return
-    if not route.upstream_names:
-        yield ("response_timeout",), "needs a route with an upstream, as the gateway itself responds", ()
-    elif route.timeout is not None and route.response_timeout > route.timeout:
+    if route.response_timeout is not None and route.timeout is not None and route.response_timeout > route.timeout:
         message = f"must be at most the route's timeout, {route.timeout:g}, got {route.response_timeout:g}"
         yield ("response_timeout",), message, (("timeout",),)
+
+
+def _forwarding_findings(route: RouteSection) -> Iterator[WrongSetting]:
+    """Yield the settings of a route without an upstream that need one."""
+    if route.respond is None and route.redirect is None:
+        return
+    for name in _OF_FORWARDING:
+        if getattr(route, name) != RouteSection.model_fields[name].default:
+            hint = "; set respond.headers" if name == "response_headers" and route.respond is not None else ""
+            yield (name,), f"needs a route with an upstream, as the gateway itself responds{hint}", ()
 
 
 def _destination_findings(route: RouteSection, upstreams: Collection[str]) -> Iterator[WrongSetting]:
@@ -78,8 +90,6 @@ def _mirror_findings(
     name, where = route.mirror.upstream, ("mirror", "upstream")
     if name not in upstreams:
         yield where, f"no such upstream, got {name!r}{nearest(name, upstreams)}", (("upstreams",),)
-    if not route.upstream_names:
-        yield ("mirror",), "needs a route with an upstream, as the gateway itself responds", ()
     for other in config.routes:
         if name in other.upstream_names or (other.fallback is not None and name == other.fallback.upstream):
             message = f"must be an upstream for copies alone, but route {other.name!r} sends requests to {name!r}"

@@ -451,6 +451,40 @@ def test_limits_of_a_route_that_have_no_effect_are_errors(route: dict[str, Any],
         )
 
 
+OF_FORWARDING: dict[str, Any] = {
+    "rewrite": {"prefix": "/v2"},
+    "strip_prefix": "/api",
+    "rewrite_urls": False,
+    "rewrite_cookies": True,
+    "cookie_domains": {"a.test": ""},
+    "request_headers": {"set": {"X-A": "1"}},
+    "response_headers": {"set": {"X-A": "1"}},
+    "compression": {},
+    "cost_from": {"pointer": "/a"},
+    "timeout": 1,
+    "response_timeout": 1,
+    "fallback": {"status": 200},
+    "mirror": {"upstream": "users"},
+    "forward_credentials": True,
+}
+
+
+@each("setting", list(OF_FORWARDING))
+@each("destination", [{"respond": {"body": "x"}}, {"redirect": {"to": "/y"}}])
+def test_what_applies_to_forwarding_is_an_error_where_the_gateway_itself_responds(
+    setting: str, destination: dict[str, Any]
+) -> None:
+    """Otherwise it would be ignored. With its default value, as in a complete configuration, it is none."""
+    sections: dict[str, Any] = {"upstreams": {"users": {"targets": [{"url": "http://users.test"}]}}}
+    route = {"name": "a", "path": "/api", **destination}
+    whole = GatewayConfig.model_validate(sections | {"routes": [route]}).model_dump()
+    GatewayConfig.model_validate(whole)
+    hint = "; set respond.headers" if setting == "response_headers" and "respond" in destination else ""
+    message = f"routes[0] (a).{setting}: needs a route with an upstream, as the gateway itself responds{hint}"
+    with pytest.raises(ValidationError, match=re.escape(f"{message} ")):
+        GatewayConfig.model_validate(sections | {"routes": [route | {setting: OF_FORWARDING[setting]}]})
+
+
 # The access log
 
 
