@@ -34,7 +34,7 @@ from api_gateway.downstream.uvicorn_server import COMMAND, Listener, UvicornServ
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.http1.asgi import ADMIN, FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
-from api_gateway.middleware import DataPlaneSplit, DataPlaneSwitch, respond_to_server_options
+from api_gateway.middleware import DataPlaneSplit, DataPlaneSwitch
 from api_gateway.models import HeaderList
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess, SupervisorChannel
@@ -117,9 +117,7 @@ class GatewayApp(FastAPI):
         is_proxied = scope["type"] == "http" and ADMIN not in scope and self._switch.is_proxied(scope["path"])
         if is_proxied and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] == "*" and scope["method"] == "OPTIONS":
-            await respond_to_server_options(send)
-        elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
+        elif scope["type"] == "http" and (_asks_server(scope) or self.gate.guards(scope) or not self._is_extended):
             await self.gate(scope, receive, send)
         elif scope["type"] == "lifespan":
             self.server = UvicornServer.behind(receive)
@@ -347,3 +345,8 @@ def _admin_context(
         usage=gateway.usage,
         configuration=gateway.config,
     )
+
+
+def _asks_server(scope: Scope) -> bool:
+    """Return whether a request is `OPTIONS *`, which the gate responds to."""
+    return bool(scope["path"] == "*" and scope["method"] == "OPTIONS")

@@ -38,6 +38,7 @@ from api_gateway.http1.forwarded import X_FORWARDED_FOR, client_address
 from api_gateway.http1.headers import Fields, Network, ambiguity, fields_of, framing
 from api_gateway.http1.plain_types import complete_scope
 from api_gateway.http1.request_paths import RequestTarget, first_segment, path_as_sent, target_of
+from api_gateway.middleware import respond_to_server_options
 from api_gateway.proxy.cors import CorsPolicy
 from api_gateway.proxy.problem_response import send_problem
 from api_gateway.proxy.request_id import given_request_id, new_request_id
@@ -156,10 +157,14 @@ class OperatorGate:
         target = target_of(scope)
         view = self._views.get(target.segments[0]) if len(target.segments) == 1 else None
         fault = ambiguity(fields, scope["http_version"])
-        if fault is not None and (view is None or framing(fields) is not None):  # simple health checks omit Host
+        is_simple = view is not None and b"host" not in fields and framing(fields) is None
+        if fault is not None and not is_simple:  # simple health checks omit Host
             raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         if SERVER_EXTENSION not in scope and may_hold_trailers(fields, receive):
             raise LengthRequired(TRAILERS_MIXED)
+        if scope["path"] == "*" and scope["method"] == "OPTIONS":
+            await respond_to_server_options(send)
+            return
         if view is not None:
             await self._show(view, scope, fields, send)
             return

@@ -291,7 +291,8 @@ class DownstreamConnection:
 
     def cycle_of(self, head: RequestHead) -> RequestResponseCycle:
         """Return the request cycle of a head."""
-        self.raw_headers, self.expects_continue = head.headers, head.expects_continue
+        self.raw_headers = head.headers
+        self.expects_continue = head.expects_continue and not head.has_body_begun
         scope = self.scopes.scope(head, self.transport, self.client, self.scheme)
         scope[SERVER_EXTENSION] = cycle = RequestResponseCycle(self, scope, head.target)
         cycle.is_http10 = head.version == "1.0"

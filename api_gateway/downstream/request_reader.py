@@ -17,7 +17,7 @@ from api_gateway.downstream.request_target import origin_form
 from api_gateway.downstream.states import IllegalConnectionEvent
 from api_gateway.errors import BadRequest, GatewayError, HeadersTooLarge, InternalError
 from api_gateway.http1.chunked import MAX_CHUNK_BYTES, ChunkedEnd
-from api_gateway.http1.headers import fields_of, framing
+from api_gateway.http1.headers import fields_of, framing, is_authority
 from api_gateway.http1.methods import KNOWN_METHODS, REFUSED_METHODS
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import HeaderList
@@ -117,6 +117,7 @@ class RequestReader:
         "_chunks",
         "_content",
         "_expects_continue",
+        "_has_more",
         "_head_end",
         "_headers",
         "_is_chunked",
@@ -150,6 +151,7 @@ class RequestReader:
         self._line_begun: bytes | None = b""  # the last bytes of an incomplete request line; None behind it
         self._body_left: int | None = None  # bytes of the body still to come; None if its length is unknown
         self._chunks: ChunkedEnd | None = None  # of the body, if it is chunked
+        self._has_more = False  # bytes follow the piece that is being parsed
         self._head_end = b""  # the last bytes of a head whose end has not arrived
         self._overhead = 0  # bytes of a chunked body's framing, above CHUNK_OVERHEAD for each byte of content
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
@@ -178,7 +180,9 @@ class RequestReader:
             view = view[taken:]
             if not view or self._is_stopped:
                 return taken
-        taken += self._feed(self._next_piece(view))
+        piece = self._next_piece(view)
+        self._has_more = len(view) > len(piece)
+        taken += self._feed(piece)
         if self._chunks is not None and self._part is ExpectedPart.BODY and not self._is_stopped:
             self._check_chunk(self._chunks)
         return taken
@@ -430,11 +434,14 @@ class RequestReader:
             raise BadRequest(_OTHER_VERSION)
         target, authority = origin_form(method, self._url)
         if authority is not None:
+            if not all(is_authority(value) for name, value in headers if name.lower() == b"host"):
+                raise BadRequest("The request is ambiguous: its Host is not a valid host with an optional port.")
             headers = [(name, authority if name.lower() == b"host" else value) for name, value in headers]
         keep_alive = version != "1.0" and parser.should_keep_alive()
         length = None if self._is_chunked else self._body_left or 0
         head = RequestHead(method, target, headers, version, length, keep_alive=keep_alive)
         head.expects_continue = self._expects_continue
+        head.has_body_begun = self._has_more and length != 0
         if parser.should_upgrade():
             head.upgrade = WEBSOCKET
         return head

@@ -28,7 +28,7 @@ from api_gateway.http1.asgi import (
     ServerExtension,
 )
 from api_gateway.http1.fast_parser import pairs_of
-from api_gateway.http1.headers import BODILESS, Fields, content_length, framing
+from api_gateway.http1.headers import BODILESS, Fields, content_length, framing, without_expectation
 from api_gateway.http1.plain_types import plain_bytes
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.models import ClientCertificate, Exchange, HeaderList
@@ -98,8 +98,9 @@ class AsgiDownstream:
         if extension is not None and headers == [(name.lower(), value) for name, value in extension.headers]:
             headers = extension.headers
         is_expected = b"expect" in fields and fields[b"expect"][0].lower() == b"100-continue"
-        if extension is None and is_expected:  # the server sends 100 (Continue) itself
-            headers = [pair for pair in headers if pair[0].lower() != b"expect"]
+        # Another server sends 100 (Continue) itself; on the own one, a part of the body may have come meanwhile.
+        if is_expected and (extension is None or not extension.awaits_continue):
+            headers, is_expected = without_expectation(headers), False
         self._left = _length(fields, kind)
         head = RequestHead(scope["method"], target, headers, scope["http_version"], self._left, keep_alive=True)
         if extension is not None:

@@ -152,13 +152,15 @@ class ServerExtension(Protocol):
     """Features of the server for one request, in addition to ASGI's `receive` and `send`.
 
     `target` and `headers` are the request target and the header fields as received, `trailers` the trailer fields
-    after its body. `upgrade` is the requested protocol in lower case, or empty.
+    after its body. `upgrade` is the requested protocol in lower case, or empty. `awaits_continue`: the client waits
+    for 100 (Continue), and no part of the body has come.
     """
 
     target: bytes
     headers: HeaderList
     trailers: HeaderList
     upgrade: bytes
+    awaits_continue: bool
     is_disconnected: bool
     on_disconnect: Callable[[], object] | None  # called when the client disconnects before the response is complete
     on_shutdown: Callable[[], object] | None  # called when the server begins to stop, not if it is stopping already

@@ -111,7 +111,8 @@ def _host_name(value: bytes) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _is_authority(value: bytes) -> bool:
+def is_authority(value: bytes) -> bool:
+    """Return whether a value is a valid host with an optional port."""
     found = _AUTHORITY.fullmatch(value)
     if found is None or int(found["port"] or 0) > _MAX_PORT:
         return False
@@ -136,7 +137,7 @@ def ambiguity(fields: Fields, version: str) -> str | None:
     hosts = fields.get(b"host", ())
     if len(hosts) != 1 and (hosts or version != "1.0"):
         return f"it has {len(hosts)} Host fields"
-    if hosts and not _is_authority(hosts[0]):
+    if hosts and not is_authority(hosts[0]):
         return "its Host is not a valid host with an optional port"
     return _framing_ambiguity(fields, version)
 
@@ -158,6 +159,11 @@ def content_length(fields: Fields) -> int | None:
     if len(lengths) != 1 or len(lengths[0]) > _MAX_DIGITS or not lengths[0].isdigit():
         return None
     return int(lengths[0])
+
+
+def without_expectation(headers: HeaderList) -> HeaderList:
+    """Return header fields without `Expect: 100-continue`, of a client that does not wait for the response."""
+    return [pair for pair in headers if pair[0].lower() != b"expect" or pair[1].lower() != b"100-continue"]
 
 
 def connection_options(connection: Iterable[bytes]) -> set[bytes]:

@@ -9,10 +9,21 @@ class RequestHead:
     `target` is in origin form (path and query) or `*`; `Host` in `headers` has replaced the authority of an absolute
     form (RFC 9112 section 3.2.2). `version` is "1.0" or "1.1". `length` is that of the body in bytes, None if it is
     chunked. `keep_alive` is whether the client may send another request. `upgrade` is the requested protocol if the
-    gateway supports it, otherwise empty.
+    gateway supports it, otherwise empty. `expects_continue`: the client asks for 100 (Continue) before it sends the
+    body. `has_body_begun`: it has not waited, as bytes of the body have come with the head.
     """
 
-    __slots__ = ("expects_continue", "headers", "keep_alive", "length", "method", "target", "upgrade", "version")
+    __slots__ = (
+        "expects_continue",
+        "has_body_begun",
+        "headers",
+        "keep_alive",
+        "length",
+        "method",
+        "target",
+        "upgrade",
+        "version",
+    )
 
     def __init__(
         self, method: str, target: bytes, headers: HeaderList, version: str, length: int | None, *, keep_alive: bool
@@ -23,7 +34,7 @@ class RequestHead:
         self.version = version
         self.length = length
         self.keep_alive = keep_alive
-        self.expects_continue = False
+        self.expects_continue = self.has_body_begun = False
         self.upgrade = b""
 
     def __repr__(self) -> str:

@@ -34,6 +34,7 @@ from api_gateway.http1.headers import (
     is_visible_ascii,
     is_within,
     stripped_headers,
+    without_expectation,
 )
 from api_gateway.http1.request_head import RequestHead
 from api_gateway.http1.via import Via
@@ -355,6 +356,8 @@ class HeaderReader:
             headers, facts.is_final_recipient = _decremented(headers, fields[b"max-forwards"][0])
         facts.length, facts.keep_alive = head.length, head.keep_alive
         is_expected = head.expects_continue and head.length != 0
+        if is_expected and head.has_body_begun:
+            headers, is_expected = without_expectation(headers), False
         facts.expectation = [pair for pair in headers if pair[0].lower() == b"expect"] if is_expected else []
         facts.accepts_trailers = (
             head.method != "HEAD"

@@ -17,23 +17,30 @@ _CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not NUL, which is
 _FRAMING = (b"content-length", b"transfer-encoding", b"connection")
 _CONTROL_IN_FRAMING = re.compile(rb"\r\n(?i:%b)[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]" % b"|".join(_FRAMING))
 _DANGEROUS = re.compile(rb"[\x00\r\n]")
-_INTERIM_LINE = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
+_CONTROL_IN_REASON = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_INTERIM_LINE = re.compile(rb"HTTP/1\.[01] 1(?!01)[0-9][0-9]")  # behind 101 (Switching Protocols) there is no head
+_HEAD_END = b"\r\n\r\n"
 
 
 def without_control_characters(received: bytes) -> bytes | None:
-    """Return the input from an unfinished final head on, with spaces for control characters in its field values.
+    """Return the input from the first head with control characters on, with spaces for those in its field values.
 
-    RFC 9110 section 5.5 permits the spaces. Preceding interim responses, which have been processed, are left out. None
-    if there are no such characters, or if one is in a field that determines the framing.
+    RFC 9110 section 5.5 permits the spaces. The interim responses before that head have been processed, and are left
+    out; the heads behind it, up to the final one, get spaces too. None if there are no such characters, or if one is
+    in a field that determines the framing.
     """
-    start, end = 0, received.find(b"\r\n\r\n")
-    while end >= 0 and _INTERIM_LINE.match(received, start):
-        start, end = end + 4, received.find(b"\r\n\r\n", end + 4)
-    end = len(received) if end < 0 else end
-    head = received[start:end]
-    if _CONTROL.search(head) is None or _CONTROL_IN_FRAMING.search(head) is not None:
-        return None
-    return _CONTROL.sub(b" ", head) + received[end:]
+    heads: list[bytes] = []
+    start = end = 0
+    while start >= 0:
+        following = received.find(_HEAD_END, start)
+        head = received[start:] if following < 0 else received[start:following]
+        if _CONTROL_IN_FRAMING.search(head) is not None:
+            break
+        if heads or _CONTROL.search(head) is not None:
+            heads.append(_CONTROL.sub(b" ", head))
+        end = start + len(head)
+        start = end + len(_HEAD_END) if following >= 0 and _INTERIM_LINE.match(head) else -1
+    return _HEAD_END.join(heads) + received[end:] if heads else None
 
 
 def repaired_value(name: bytes, value: bytes) -> bytes | None:
@@ -45,3 +52,8 @@ def repaired_value(name: bytes, value: bytes) -> bytes | None:
     if _DANGEROUS.search(repaired) is not None or (repaired != value and name.lower() in _FRAMING):
         return None
     return repaired
+
+
+def plain_reason(phrase: bytes) -> bytes:
+    """Return a reason phrase with spaces for control characters (RFC 9112 section 4)."""
+    return _CONTROL_IN_REASON.sub(b" ", phrase)

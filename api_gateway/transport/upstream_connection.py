@@ -18,7 +18,7 @@ from api_gateway.http1.chunked import ENDED, INVALID, NOT_PLAIN, ChunkedBody
 from api_gateway.http1.fast_parser import parse_response_head
 from api_gateway.http1.headers import BODILESS, fields_of, framing
 from api_gateway.models import HeaderList
-from api_gateway.transport.head_repair import CONTROL_CHARACTER, FIELD_ERRORS, without_control_characters
+from api_gateway.transport.head_repair import CONTROL_CHARACTER, FIELD_ERRORS, plain_reason, without_control_characters
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.pool import StaleConnection
 from api_gateway.transport.response import SWITCHING, UpstreamResponse
@@ -300,7 +300,7 @@ class UpstreamConnection(SendingConnection):
         """Process the head of a final or interim response (parser callback)."""
         self._unparsed = 0
         headers, self._headers = self._headers, []
-        reason, self._reason = self._reason, b""
+        reason, self._reason = plain_reason(self._reason), b""
         response = self._response
         if response is None or response.is_complete or response.error is not None:
             return

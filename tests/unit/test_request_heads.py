@@ -146,7 +146,7 @@ def by_fast_grammar(received: bytes) -> tuple[RequestHead, bytes] | None:
         return None
     facts = headers.facts
     head = RequestHead(method, path + query, pairs_of(lines), "1.1", facts.length, keep_alive=facts.keep_alive)
-    head.expects_continue = bool(facts.expectation)
+    head.expects_continue, head.has_body_begun = bool(facts.expectation), bool(body)
     return head, body
 
 

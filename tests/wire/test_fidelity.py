@@ -158,7 +158,17 @@ def test_no_trailer_spoils_a_response(client: RawClient, up: RawUpstream, te: tu
 # Heads on their way
 
 
-@pytest.mark.parametrize("interim", [b"", b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"])
+@pytest.mark.parametrize(
+    "interim",
+    [
+        b"",
+        b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n",
+        b"HTTP/1.1 103 Early\x01Hints\r\nLink: a\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: \x01a\x1b\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\x7f\r\n\r\n",
+    ],
+    ids=["none", "plain", "reason", "field", "second"],
+)
 @pytest.mark.parametrize("cut", [0, 30, 64, 90])
 def test_control_characters_in_a_field_of_a_response_become_spaces(
     client: RawClient, up: RawUpstream, cut: int, interim: bytes
@@ -175,7 +185,7 @@ def test_control_characters_in_a_field_of_a_response_become_spaces(
     up.behave = behave
     for _ in range(2):
         client.request()
-        if interim:
+        for _ in range(interim.count(b"103")):
             assert (client.read_until(b"\r\n\r\n") or b"").startswith(b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n")
         answer = client.answer()
         assert (answer.status, answer.body) == (200, b"\x01ok")
@@ -215,6 +225,21 @@ def test_names_keep_their_spelling_in_both_directions(client: RawClient, up: Raw
     answer = client.get(headers=("X-mIxEd: 1", "ACCEPT: */*", "user-agent: me"))
     assert {(b"X-mIxEd", b"1"), (b"ACCEPT", b"*/*"), (b"user-agent", b"me")} <= set(up.requests[0].headers)
     assert {(b"X-pOwErEd", b"1"), (b"ETAG", b'"x"'), (b"x-lower", b"2")} <= set(answer.headers)
+
+
+def test_control_characters_in_the_head_of_a_switch_and_in_a_reason_phrase_become_spaces(
+    client: RawClient, up: RawUpstream
+) -> None:
+    up.behave = reply(status=b"200 O\x01K\x1b[1m\x7f")
+    assert client.get().head.startswith(b"HTTP/1.1 200 O K [1m \r\n")
+    lines = b"Upgrade: websocket\r\nX-C: a\x01b\r\nConnection: Upgrade\r\n\r\n"
+    up.behave = lambda wire, _: wire.send(b"HTTP/1.1 101 Switching\x02Protocols\r\n" + lines + b"\x01\r\n\r\n\x02")
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    client.request("GET", "/api/ws", ("Upgrade: websocket", "Connection: Upgrade", key, "Sec-WebSocket-Version: 13"))
+    head = client.read_until(b"\r\n\r\n") or b""
+    assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+    assert b"\r\nX-C: a b\r\n" in head
+    assert client.read_exactly(6) == b"\x01\r\n\r\n\x02", "what follows the switch is no head"
 
 
 @pytest.mark.parametrize("status", [b"200 Fine By Me", b"299 Odd", b"404 Nothing Here", b"503 Later"])

@@ -391,6 +391,32 @@ def test_the_upstream_is_asked_for_its_continue_once(
     eventually(lambda: is_calm(running), "nothing is held")
 
 
+EXPECTING = b"PUT /api/x HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /api/first HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["alone", "pipelined"])
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [
+        (b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", b"3\r\ndef\r\n0\r\n\r\n"),
+        (b"Transfer-Encoding: chunked\r\n\r\n6\r\n", b"abcdef\r\n0\r\n\r\n"),
+        (b"Content-Length: 6\r\n\r\nabc", b"def"),
+        (b"X-General:  1\r\nContent-Length: 6\r\n\r\na", b"bcdef"),
+    ],
+    ids=["chunk", "size of a chunk", "part", "general parser"],
+)
+def test_no_expectation_goes_upstream_with_a_body_that_has_begun(
+    client: RawClient, up: RawUpstream, before: bytes, first: bytes, rest: bytes
+) -> None:
+    """The client does not wait, so an upstream that sent 100 (Continue) would delay the body for nothing."""
+    client.send(before + EXPECTING + first)
+    if before:
+        assert client.answer().status == 200
+    client.send(rest)
+    assert client.answer().status == 200
+    assert (up.requests[-1].body, up.requests[-1].all("expect")) == (b"abcdef", [])
+
+
 @ALL_WAYS
 def test_a_body_that_is_not_asked_for_costs_the_connection(
     running: RunningGateway, client: RawClient, up: RawUpstream, headers: tuple[str, ...]

@@ -1,5 +1,6 @@
 """The gateway under uvicorn: no trailer becomes a header field, and its own protocol has what its own server has."""
 
+import asyncio
 import json
 import logging
 import select
@@ -23,6 +24,7 @@ from api_gateway.assembly import credential_watch
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream import listener as listener_module
 from api_gateway.downstream.uvicorn_server import COMMAND
+from api_gateway.http1.asgi import SERVER_EXTENSION
 from api_gateway.main import GatewayApp, create_app
 from api_gateway.settings.addresses import AddressesSection
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, case, eventually, in_front_of, reason, reply
@@ -247,6 +249,28 @@ EVERY_WAY = pytest.mark.parametrize(
     [lambda gateway: gateway, mounted, extended, wrapped, dropping],
     ids=["alone", "mounted", "extended", "wrapped", "dropping"],
 )
+
+
+class AwaitingBody(PassingOn):
+    """Middleware that waits until a part of the body has come."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        while scope["type"] == "http" and scope[SERVER_EXTENSION].awaits_continue:  # noqa: ASYNC110 - there is none
+            await asyncio.sleep(0)
+        await self.app(scope, receive, send)
+
+
+def test_no_expectation_goes_upstream_if_a_part_of_the_body_has_come_while_middleware_waited(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve
+) -> None:
+    gateway = build()
+    gateway.add_middleware(AwaitingBody)
+    with RawClient(serve(gateway, OWN)) as client:
+        for first, rest in ((b"", b"abc"), (b"a", b"bc"), (b"abc", b"")):
+            client.send(b"PUT /api/x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n" + first)
+            client.send(rest)
+            assert client.answer().status == 200
+            assert (up.requests[-1].body, up.requests[-1].all("expect")) == (b"abc", [])
 
 
 @EVERY_WAY
