@@ -105,17 +105,17 @@ def counted(feature: Feature, folder: Path, origin: int) -> float:
                 if number == _WARM_UP:
                     counter.count = 0
                 client.sendall(head)
-                _receive(client)
+                _receive(client, feature.status)
             return counter.count / _COUNTED
 
 
-def _receive(client: socket.socket) -> None:
-    """Receive a whole response."""
+def _receive(client: socket.socket, status: int) -> None:
+    """Receive a whole response with this status."""
     received = b""
     while b"\r\n\r\n" not in received:
         received += client.recv(65_536)
     head, _, body = received.partition(b"\r\n\r\n")
-    if not head.startswith(b"HTTP/1.1 200"):
+    if not head.startswith(b"HTTP/1.1 %d" % status):
         raise SystemExit(head.decode())
     lines = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
     length = lines.get(b"content-length")

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,13 @@ class Feature(NamedTuple):
     headers: Mapping[str, str] = {}
     path: str = "small"
     others: Sequence[Mapping[str, Any]] = ()  # further routes
-    body: bytes | None = b""  # what the response has, if it is another one than that of the upstream
+    body: bytes | None = b""  # what the response has, if it is another one than that of the upstream; None: unknown
+    status: int = 200
+    more: Mapping[str, Any] = {}  # further sections
 
 
 _COMPRESSED = {"types": ["application/json", "application/octet-stream", "text/*"], "min_bytes": 1}
+_LOGGED = {"log": {"access": True, "format": "json"}}
 FEATURES: Mapping[str, Feature] = {
     "another route with conditions": Feature(
         {}, 0.5, others=[{"path": "/api/else", "match": {"headers": {"X-A": "1"}}}]
@@ -55,9 +59,20 @@ FEATURES: Mapping[str, Feature] = {
     "another route with a mirror": Feature({}, 4, others=[{"path": "/api/else", "mirror": {"upstream": "other"}}]),
     "mirror, all requests": Feature({"mirror": {"upstream": "other"}}, 120),
     "limit of the body": Feature({"max_body_bytes": 1000}, 0.5),
+    "limit of header bytes": Feature({"max_header_bytes": 4096}, 2),
+    "limit of header lines": Feature({"max_header_lines": 50}, 2),
+    "response timeout": Feature({"response_timeout": 5}, 0.5),
     "static response": Feature({"upstream": None, "respond": {"body": "ready"}}, 0, body=b"ready"),
+    "redirect": Feature(
+        {"upstream": None, "redirect": {"to": "https://new.test{path}{query}"}}, 0, body=None, status=308
+    ),
+    "access log, all requests": Feature({}, 20, more=_LOGGED),
+    "access log, errors": Feature({"access_log": "errors"}, 2, more=_LOGGED),
     "compression, not accepted": Feature({"compression": _COMPRESSED}, 15),
     "compression, gzip": Feature({"compression": _COMPRESSED}, 60, {"Accept-Encoding": "gzip"}),
+    "compression, zstd": Feature(
+        {"compression": {**_COMPRESSED, "codings": ["zstd"]}}, 60, {"Accept-Encoding": "zstd"}, body=None
+    ),
 }
 CLAIMS = [Claim(name, f"{name}: {name}", f"{PLAIN}: {PLAIN}", feature.limit) for name, feature in FEATURES.items()]
 
@@ -67,13 +82,13 @@ def sections(feature: Feature, origin: int) -> dict[str, Any]:
     route = {"name": "all", "path": "/api", "upstream": "up", **feature.route}
     further = [{"name": f"other-{number}", "upstream": "up", **one} for number, one in enumerate(feature.others)]
     upstreams = {name: {"targets": [{"url": f"http://127.0.0.1:{origin}"}]} for name in ("up", "other")}
-    return {"upstreams": upstreams, "routes": [route, *further]}
+    return {"upstreams": upstreams, "routes": [route, *further], **feature.more}
 
 
 def case_of(name: str, feature: Feature) -> Case:
     """Return what is requested for a feature."""
-    case = Case(name, path=feature.path, headers=feature.headers)
-    return case if feature.body == b"" else Case(name, path=feature.path, headers=feature.headers, body=feature.body)
+    case = Case(name, path=feature.path, headers=feature.headers, status=feature.status)
+    return case if feature.body == b"" else replace(case, body=feature.body)
 
 
 def measure(seconds: float, rounds: int, before: Path | None) -> dict[str, list[float]]:
