@@ -61,17 +61,17 @@ FEATURES: Mapping[str, Feature] = {
     "limit of the body": Feature({"max_body_bytes": 1000}, 0.5),
     "limit of header bytes": Feature({"max_header_bytes": 4096}, 2),
     "limit of header lines": Feature({"max_header_lines": 50}, 2),
-    "response timeout": Feature({"response_timeout": 5}, 0.5),
+    "response timeout": Feature({"response_timeout": 5}, 2),
     "static response": Feature({"upstream": None, "respond": {"body": "ready"}}, 0, body=b"ready"),
     "redirect": Feature(
         {"upstream": None, "redirect": {"to": "https://new.test{path}{query}"}}, 0, body=None, status=308
     ),
     "access log, all requests": Feature({}, 20, more=_LOGGED),
-    "access log, errors": Feature({"access_log": "errors"}, 2, more=_LOGGED),
+    "access log, errors": Feature({"access_log": "errors"}, 4, more=_LOGGED),
     "compression, not accepted": Feature({"compression": _COMPRESSED}, 15),
     "compression, gzip": Feature({"compression": _COMPRESSED}, 60, {"Accept-Encoding": "gzip"}),
     "compression, zstd": Feature(
-        {"compression": {**_COMPRESSED, "codings": ["zstd"]}}, 60, {"Accept-Encoding": "zstd"}, body=None
+        {"compression": {**_COMPRESSED, "codings": ["zstd"]}}, 110, {"Accept-Encoding": "zstd"}, body=None
     ),
 }
 CLAIMS = [Claim(name, f"{name}: {name}", f"{PLAIN}: {PLAIN}", feature.limit) for name, feature in FEATURES.items()]
