@@ -39,7 +39,8 @@ def sources() -> list[str]:
         ".hypothesis",
     }
     files = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
-    return sorted(str(path) for path in files if ignored.isdisjoint(path.parts) and str(path) not in ADDED)
+    kept = (path for path in files if ignored.isdisjoint(path.parts) and not path.name.startswith(".coverage"))
+    return sorted(str(path) for path in kept if str(path) not in ADDED)
 
 
 def copied(folder: Path, umask: int) -> Path:
