@@ -329,7 +329,7 @@ class StoreUnavailable(Unavailable):
 class ChangeUnconfirmed(StoreUnavailable):
     """A change by an operator was not confirmed, and may have been made. The message says so."""
 
-    def __init__(self, detail: str = "", *, retry_after: float | None) -> None:
+    def __init__(self, detail: str = "", *, retry_after: float | None = None) -> None:
         detail = detail or "The change may or may not have been made: no response from the store."
         super().__init__(detail, retry_after=retry_after)
 

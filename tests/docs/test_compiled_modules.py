@@ -153,7 +153,7 @@ SLICES = {
     "piece[at:end]": "the end is that of a match from `at` on",
     "piece[at:end if found is None else found.start()]": "the end is searched from `at` on, which is before the last",
     "received[start:end + 2]": "the end is searched from the start on",
-    "received[start:end]": "the end is searched from the start on",
+    "received[start:following]": "the end is searched from the start on, and -1 excluded",
     "lines[start:end]": "the order is checked before",
     "path[len(prefix):len(prefix) + 1]": "of one byte, behind a prefix that the path has",
     "raw_path[len(own):len(own) + 1]": "of one byte, behind a prefix that the path has",

@@ -386,7 +386,7 @@ def test_the_access_log_names_no_limit_as_charged_by_a_refused_request() -> None
 
 def test_the_numbers_of_the_page_are_those_of_the_code() -> None:
     page = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
-    section = " ".join(page.split("## Five at a time\n")[1].split("\n## ")[0].split())
+    section = " ".join(page.split("## Requests in flight\n")[1].split("\n## ")[0].split())
     assert f"the last {DURATIONS} requests of the same key" in section
     assert f"from {SHORTEST_HINT:g} s to {LONGEST_HINT:g} s" in section
     assert f"renews it every {RENEWAL_INTERVAL:g} s" in section

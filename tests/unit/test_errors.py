@@ -74,6 +74,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     errors.LengthRequired: (411, "length_required"),
     errors.LoopDetected: (508, "loop_detected"),
     errors.InternalError: (500, "internal_error"),
+    errors.ChangeUnconfirmed: (503, "store_unavailable"),
     errors.ExtensionFailed: (500, "extension_failed"),
     errors.ClientDisconnected: (499, "client_disconnected"),
 }

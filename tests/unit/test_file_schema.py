@@ -78,6 +78,7 @@ def values_of(text: str) -> Any:
 def is_loaded(text: str, folder: Path) -> bool:
     path = folder / "gateway.yaml"
     path.write_text(text)
+    (folder / "conf.d").mkdir(exist_ok=True)  # for `include`
     try:
         load_config(path)
     except ConfigError:

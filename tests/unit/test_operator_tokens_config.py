@@ -64,7 +64,7 @@ def test_tokens_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch, t
         ({"tokens": {"reader": {"token": "short"}}}, ["admin.tokens.reader.token", "at least 8 characters"]),
         (
             {"tokens": {"reader": {"token": SECRET, "role": "admin"}}},
-            ["admin.tokens.reader.role", "'read' or 'operate'"],
+            ["admin.tokens.reader.role", "must be one of read, operate"],
         ),
         ({"tokens": {"rea der": {"token": SECRET}}}, ["admin.tokens", "rea der"]),
         ({"tokens": {"reader": {"token_file": "/nowhere/token"}}}, ["admin.tokens.reader.token", "/nowhere/token"]),

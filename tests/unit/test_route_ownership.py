@@ -137,6 +137,7 @@ def test_the_route_of_an_upstream_without_routes_belongs_to_its_file_too(write: 
     ],
 )
 def test_what_a_file_owns_is_a_path_or_a_host(owns: str, message: str, write: Write) -> None:
+    write("{}", "x/a.yaml")
     assert message in "".join(refused(write(f"include: [{{path: 'x/*.yaml', owns: {owns}}}]\n{UPSTREAM}")))
 
 

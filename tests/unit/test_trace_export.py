@@ -493,7 +493,7 @@ def test_the_resource_is_merged_and_headers_are_not(caplog: pytest.LogCaptureFix
         ("endpoint", "http://c:99999", "port must be 1 to 65535"),
         ("endpoint", "http://c d", "must be visible ASCII characters without '#'"),
         ("ratio", 1.5, "less than or equal to 1"),
-        ("parent", "trust", "'obey', 'ignore' or 'restart'"),
+        ("parent", "trust", "must be one of obey, ignore, restart"),
         ("max_queue", 0, "greater than or equal to 1"),
         ("keep_slower_than", 0, "greater than 0"),
         ("rate", 1, "ratio"),
