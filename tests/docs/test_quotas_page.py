@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-import pytest
 import yaml
 from joserfc import jwt
 from joserfc.jwk import OctKey
@@ -154,10 +153,3 @@ def test_the_months_of_the_page_are_those_of_the_calendar() -> None:
     event = json.loads(re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[0])["data"]
     assert datetime.fromtimestamp(event["period_start"], UTC) == datetime(2026, 12, 31, 23, tzinfo=UTC)
     assert datetime.fromtimestamp(event["period_end"], UTC) == datetime(2027, 1, 31, 23, tzinfo=UTC)
-
-
-@pytest.fixture
-def up() -> Any:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.close()

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,6 @@ from tests.processes import Running, process
 
 QUOTA = 100_000
 CLIENT = {"X-Client-ID": "acme"}
-
-
-@pytest.fixture
-def up() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.close()
 
 
 def written(folder: Path, url: str, **more: Any) -> list[str]:

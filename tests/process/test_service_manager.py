@@ -78,13 +78,6 @@ class Notifications:
         self._sock.close()
 
 
-@pytest.fixture
-def up() -> Iterator[RawUpstream]:
-    raw = RawUpstream()
-    yield raw
-    raw.close()
-
-
 @pytest.mark.parametrize(("workers", "kind"), [(1, "path"), (2, "abstract")])
 def test_the_states_of_the_gateway_are_told(up: RawUpstream, tmp_path: Path, workers: int, kind: str) -> None:
     address = str(tmp_path / "notify") if kind == "path" else f"@{os.getpid()}-{tmp_path.name}"[:100]

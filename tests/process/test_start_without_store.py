@@ -8,9 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.kit import RawAnswer, RawClient, RawUpstream, eventually, reason, reply
+from tests.kit import RawAnswer, RawClient, RawUpstream, eventually, reason
 from tests.processes import Running, children, config_file, process
 from tests.store_kit import StoreServer
 
@@ -18,13 +16,6 @@ GENEROUS = "tiers: {FREE: {rate: 100000, capacity: 1000000}}\naddress_limit: {ra
 CONNECTIONS = 16  # to a gateway with two workers, so that both have some
 REFUSED, ADMITTED = (401, "credentials_required"), (200, "")
 UNKNOWN = (503, "store_unavailable")
-
-
-@pytest.fixture(scope="module")
-def up() -> Iterator[RawUpstream]:
-    upstream = RawUpstream(reply(b"fine"))
-    yield upstream
-    upstream.close()
 
 
 class Machine:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import RawUpstream, ask, eventually, reply
+from tests.kit import RawUpstream, ask, eventually
 from tests.process.test_reload import LONG, Site, in_front_of, site
 from tests.trace_kit import SERVER, Collector, collector
 
@@ -14,13 +14,6 @@ from tests.trace_kit import SERVER, Collector, collector
 def receiver() -> Iterator[Collector]:
     with collector() as found:
         yield found
-
-
-@pytest.fixture
-def up() -> Iterator[RawUpstream]:
-    found = RawUpstream(reply(b"fine"))
-    yield found
-    found.close()
 
 
 def send(one: Site, count: int = 8) -> None:

@@ -6,19 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
-
 from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of
 from tests.store_kit import StoreServer
 
 GatewayStarter = Callable[[dict[str, Any]], RunningGateway]
 WAIT = 0.4  # seconds: the deadline here, so that there is time to do something while a request waits
 HOT = ("X-Client-ID: hot",)
-
-
-@pytest.fixture
-def up(upstream: Callable[..., RawUpstream]) -> RawUpstream:
-    return upstream()
 
 
 def started(

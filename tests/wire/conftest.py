@@ -11,15 +11,7 @@ import pytest
 
 from api_gateway.exchanges.asgi_downstream import AsgiDownstream
 from api_gateway.exchanges.fast_path import FastPath
-from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of, reply, running_gateway
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    """An upstream that answers `ok`."""
-    server = RawUpstream()
-    yield server
-    server.close()
+from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of, running_gateway
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +25,6 @@ def running(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     """A gateway with the configuration of the module."""
     with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
         yield gateway
-
-
-@pytest.fixture
-def up(shared: RawUpstream) -> RawUpstream:
-    """The upstream of the module as if it were new."""
-    shared.behave, shared.reads_body = reply(), True
-    shared.requests.clear()
-    return shared
 
 
 @pytest.fixture

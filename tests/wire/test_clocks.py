@@ -17,16 +17,11 @@ def time() -> FakeClocks:
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[RawUpstream]:
-    server = RawUpstream(reply())
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def gateway(time: FakeClocks, up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def gateway(
+    time: FakeClocks, shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningGateway]:
     breaker = {"failure_threshold": 2, "recovery_timeout": HOUR}
-    sections = in_front_of(up.url, circuit_breaker=breaker, retry={"attempts": 1})
+    sections = in_front_of(shared.url, circuit_breaker=breaker, retry={"attempts": 1})
     sections["tiers"] = {"FREE": {"rate": 1, "capacity": 10}, "BASIC": {"rate": 5, "capacity": 50}}
     with running_gateway(sections, tmp_path_factory.mktemp("state"), time.clocks) as running:
         yield running

@@ -27,15 +27,8 @@ def bearer(token: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.close()
-
-
-@pytest.fixture(scope="module")
-def gateway(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    sections = in_front_of(up.url) | {"admin": {"tokens": TOKENS}}
+def gateway(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    sections = in_front_of(shared.url) | {"admin": {"tokens": TOKENS}}
     with running_gateway(sections, tmp_path_factory.mktemp("dashboard")) as running:
         yield running
 

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,6 @@ TOKEN, READER = "t" * 40, "r" * 40
 HEADERS = {"Authorization": f"Bearer {READER}"}
 PATHS = ["fast", "asgi"]
 SECRET = "s3cret-value"
-
-
-@pytest.fixture
-def up() -> Iterator[RawUpstream]:
-    upstream = RawUpstream(reply(b"fine"))
-    yield upstream
-    upstream.close()
 
 
 def sections(*urls: str, **more: Any) -> dict[str, Any]:

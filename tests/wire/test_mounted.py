@@ -1,6 +1,6 @@
 """The gateway inside another application: it works with its lifespan, and reports that it is missing otherwise."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,13 +22,6 @@ def gateway_of(up: RawUpstream, folder: Path) -> GatewayApp:
 async def get(app: ASGIApp, path: str) -> httpx.Response:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         return await client.get(path)
-
-
-@pytest.fixture
-def up() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("outer", [FastAPI, Starlette])

@@ -73,11 +73,6 @@ def resource(running: RunningGateway, name: str) -> dict[str, Any]:
     return next(one for one in found if one["resource"] == name)
 
 
-@pytest.fixture
-def up(upstream: Callable[..., RawUpstream]) -> RawUpstream:
-    return upstream()
-
-
 # Connections
 
 

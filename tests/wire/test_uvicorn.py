@@ -38,13 +38,6 @@ Serve = Callable[..., int]
 
 
 @pytest.fixture
-def up() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def serve() -> Iterator[Serve]:
     """Run applications in uvicorn with one of its protocols, or another one."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
