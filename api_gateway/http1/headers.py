@@ -240,8 +240,13 @@ def rewrite_response(
 
 def _with_one_date(headers: HeaderList) -> HeaderList:
     """Return the fields with the first `Date` only; it is a field that the gateway itself may add."""
-    first = next((pair for pair in headers if pair[0].lower() == b"date"), None)
-    return [pair for pair in headers if pair is first or pair[0].lower() != b"date"]
+    kept, has_date = [], False
+    for pair in headers:  # by position: in the compiled variant a pair is another object each time
+        is_date = pair[0].lower() == b"date"
+        if not (is_date and has_date):
+            kept.append(pair)
+        has_date = has_date or is_date
+    return kept
 
 
 def forwardable_interim(headers: HeaderList, via: tuple[bytes, bytes]) -> HeaderList:
