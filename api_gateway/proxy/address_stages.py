@@ -29,11 +29,9 @@ class RouteAddressStage(ReadOnlyStage):
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse a request whose address is denied or not allowed."""
-        if plan.route is None:
-            return None
-        for route in (plan.route, *plan.route.others):
-            cause = None if route.addresses is None else route.addresses.cause(plan.facts.client_address)
+        address = plan.facts.client_address
+        for route in plan.ruling_routes:
+            cause = None if route.addresses is None else route.addresses.cause(address)
             if cause is not None:
-                address = plan.facts.client_address
                 return AddressDenied(f"The address {address} {cause} on the route {route.name!r}.")
         return None

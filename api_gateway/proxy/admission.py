@@ -76,6 +76,11 @@ class RequestPlan:
     def __repr__(self) -> str:
         return f"<RequestPlan of {self.exchange.method} {self.exchange.path}>"
 
+    @property
+    def ruling_routes(self) -> tuple[Route, ...]:
+        """The routes whose rules of access apply: that of the request, and those of other readings of its path."""
+        return () if self.route is None else (self.route, *self.route.others)
+
 
 class StageResponse:
     """A response of a stage that is not a refusal.

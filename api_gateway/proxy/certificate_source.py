@@ -63,9 +63,9 @@ class CertificateStage:
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse the request, or go on."""
-        if plan.route is None or plan.facts.certificate is not None:
+        if plan.facts.certificate is not None:
             return None
-        for route in (plan.route, *plan.route.others):
+        for route in plan.ruling_routes:
             if route.requires_certificate:
                 return CertificateRequired(f"The route '{route.name}' requires a certificate of the client, by TLS.")
         return None

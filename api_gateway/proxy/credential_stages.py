@@ -241,9 +241,8 @@ class CredentialRouteStage:
         proof = plan.exchange.credential
         if not isinstance(proof, Proof) or not proof.is_restricted:
             return None
-        error = None if plan.route is None else proof.refusal(plan.route)
-        for other in () if plan.route is None else plan.route.others:
-            error = error or proof.refusal(other)
+        errors = map(proof.refusal, plan.ruling_routes)
+        error = next((one for one in errors if one is not None), None)
         if error is None or self._is_enforced:
             return error
         if self.on_observed is not None:

@@ -177,9 +177,7 @@ class RequirementStage:
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Refuse the request, or go on."""
-        if plan.route is None:
-            return None
-        for route in (plan.route, *plan.route.others):
+        for route in plan.ruling_routes:
             error = self._refusal(plan, route)
             if error is not None:
                 return error

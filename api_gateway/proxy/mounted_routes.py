@@ -18,18 +18,22 @@ class MountedRouteStage:
     def __init__(self, stage: RouteStage, root: bytes) -> None:
         self._stage = stage
         self._root = root
-        self._mounted: dict[str, Route] = {}  # by name
+        self._mounted: dict[str, Route] = {}  # by name, of routes without `others`
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """See `RouteStage`."""
         error = self._stage.decide(plan)
-        route = plan.route if error is None else None
-        if route is not None:
-            mounted = self._mounted.get(route.name)
-            if mounted is None:
-                mounted = self._mounted[route.name] = route_below(route, self._root)
-            plan.route = mounted
+        if error is None and plan.route is not None:
+            plan.route = self._below(plan.route)
         return error
+
+    def _below(self, route: Route) -> Route:
+        if route.others:  # which depend on the spelling of the path, and not only on the name
+            return route_below(route, self._root)
+        mounted = self._mounted.get(route.name)
+        if mounted is None:
+            mounted = self._mounted[route.name] = route_below(route, self._root)
+        return mounted
 
     def inspect(self, plan: RequestPlan) -> StageResult:
         """See `Stage`."""

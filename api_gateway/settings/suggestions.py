@@ -14,7 +14,7 @@ def nearest(word: str, known: Collection[str]) -> str:
 
 
 def nearest_at_top(key: str, sections: Mapping[str, Collection[str]]) -> str:
-    """Return a suggestion for an unknown key beside sections with these keys: one of theirs, or a similar section."""
+    """Return a suggestion for an unknown key at the top level: a similar section, or a section that has the key."""
     homes = [f"'{name}.{key}'" for name, keys in sections.items() if key in keys]
     if not homes or difflib.get_close_matches(key, sections, n=1, cutoff=_MISSPELT):
         return nearest(key, sections)

@@ -394,6 +394,25 @@ def below(prefix: str) -> Callable[[GatewayApp], FastAPI]:
     return lambda gateway: mounted(gateway, prefix)
 
 
+@pytest.mark.parametrize("http", ["h11", OWN])
+def test_below_a_prefix_no_spelling_avoids_the_rules_of_a_route(
+    up: RawUpstream, tmp_path: Path, serve: Serve, http: str
+) -> None:
+    """Whether the route has served a usual path before, or an unusual one, makes no difference."""
+    routes = [
+        {"name": "all", "path": "/api", "upstream": "up"},
+        {"name": "keys", "path": "/api/keys", "upstream": "up", "addresses": {"deny": ["127.0.0.0/8"]}},
+    ]
+    base = config(up, tmp_path).model_dump(exclude_unset=True)
+    app = below("/gateway")(create_app(GatewayConfig.model_validate(base | {"routes": routes})))
+    port = serve(app, http)
+    rows = [("/api/x", 200), ("/api/KEYS/1", 403), ("/api/x", 200), ("/api/Keys", 403), ("/api/X", 200)]
+    for path, status in rows:
+        with RawClient(port) as client:
+            answer = client.get(f"/gateway{path}")
+        assert answer.status == status, path
+
+
 @pytest.mark.parametrize("http", ["h11", "httptools", OWN])
 @pytest.mark.parametrize(
     ("way", "root_path", "prefix", "public"),
