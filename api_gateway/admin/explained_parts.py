@@ -133,13 +133,13 @@ def explained_slots(uses: Iterable[SlotUse]) -> list[SlotExplained]:
     ]
 
 
-def explained_concurrency(limit: ConcurrencyLimit, priority: int, holder: str | None) -> ConcurrencyExplained:
+def explained_concurrency(limit: ConcurrencyLimit, priority: int, principal: str | None) -> ConcurrencyExplained:
     """Return the concurrency limit of an upstream, as it applies to this request."""
     return ConcurrencyExplained(
         limit=round(limit.limit, 1),
         tier_limit=limit.class_limits[priority],
         in_flight=limit.in_flight,
-        allowed=not limit.is_full_for(priority, holder),
+        allowed=not limit.is_full_for(priority, principal),
     )
 
 

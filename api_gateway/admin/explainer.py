@@ -241,7 +241,7 @@ class Explainer:
         """Return the error with which the upstream would refuse an admitted request; None if it accepts it."""
         upstream = self._router.upstream_clients[route.upstream].upstream
         is_safe = plan.exchange.method in IDEMPOTENT
-        return upstream.refusal(self._clock(), plan.priority, holder=plan.principal, is_safe=is_safe)
+        return upstream.refusal(self._clock(), plan.priority, principal=plan.principal, is_safe=is_safe)
 
     def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
         """Return the route's fallback, and whether `error` would make the gateway use it."""

@@ -13,7 +13,7 @@ from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.proxied_connection import ProxiedConnection
 from api_gateway.downstream.server_context import ServerContext
-from api_gateway.downstream.slots import ConnectionSlots, no_holder
+from api_gateway.downstream.slots import ConnectionSlots, no_principal
 from api_gateway.downstream.tls_connection import TlsConnection
 from api_gateway.downstream.tls_terminator import TlsTerminator
 from api_gateway.http1.network_set import NetworkSet
@@ -30,10 +30,10 @@ class ConnectionFactory(ListenerState):
         limits: ConnectionLimits,
         refused: Counter[str],
         shares: FairShares | None = None,
-        share_holder: Callable[[str], str | None] = no_holder,
+        share_principal: Callable[[str], str | None] = no_principal,
     ) -> None:
-        """`refused` counts refusals by reason. `shares` limits the connections, divided by `share_holder`."""
-        super().__init__(limits, refused, ConnectionSlots(shares, share_holder))
+        """`refused` counts refusals by reason. `shares` limits the connections, divided by `share_principal`."""
+        super().__init__(limits, refused, ConnectionSlots(shares, share_principal))
         self.knows_proxy_protocol = True  # False on listeners that clients use directly
         # The addresses whose connections begin with a PROXY protocol header; None if there are none.
         self.header_senders: NetworkSet | None = None

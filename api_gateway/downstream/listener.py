@@ -30,7 +30,7 @@ def protocol_of(
 def change_protocol(factory: ConnectionFactory, section: ServerSection) -> None:
     """Apply other settings to new connections. Open ones keep their limits."""
     factory.limits = connection_limits(section)
-    factory.slots.share_holder = _share_holder(section.trusted_proxies)
+    factory.slots.share_principal = _share_principal(section.trusted_proxies)
     senders = section.proxy_protocol if factory.knows_proxy_protocol else ()
     factory.header_senders = NetworkSet(senders) if senders else None
 
@@ -50,15 +50,15 @@ def connection_limits(section: ServerSection) -> ConnectionLimits:
     )
 
 
-def _share_holder(trusted: Collection[Network]) -> Callable[[str], str | None]:
-    """Return a function from the address of a connection to the holder whose share it uses, or None.
+def _share_principal(trusted: Collection[Network]) -> Callable[[str], str | None]:
+    """Return a function from the address of a connection to the principal whose share it uses, or None.
 
-    Connections from trusted proxies have no holder, because their clients are unknown until a head has arrived; nor
+    Connections from trusted proxies have no principal, because their clients are unknown until a head has arrived; nor
     have those from Unix sockets.
     """
 
     @lru_cache(maxsize=4096)
-    def holder(address: str) -> str | None:
+    def principal(address: str) -> str | None:
         return None if not address or is_within(address, trusted) else address_key(address)
 
-    return holder
+    return principal

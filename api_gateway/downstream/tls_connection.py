@@ -72,7 +72,6 @@ class TlsConnection:
 
     __slots__ = (
         "_has_ended",
-        "_holder",
         "_incoming",
         "_inner",
         "_is_draining",
@@ -82,6 +81,7 @@ class TlsConnection:
         "_loop",
         "_outgoing",
         "_peer_ended",
+        "_principal",
         "_protocol",
         "_reply_bytes",
         "_server_state",
@@ -109,8 +109,8 @@ class TlsConnection:
         self._outgoing = ssl.MemoryBIO()
         self._ssl: ssl.SSLObject | None = None  # created with the first bytes
         self._slot: Slot | None = None
-        self._shares: FairShares | None = None  # of handshakes, while this one has a slot, as one of `_holder`
-        self._holder: str | None = None
+        self._shares: FairShares | None = None  # of handshakes, while this one has a slot, as one of `_principal`
+        self._principal: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self._is_reading = True
@@ -133,12 +133,12 @@ class TlsConnection:
         peer = client[0] if client and client != UNIX_PEER else ""
         limits, terminator = self._listener.limits, self._terminator
         self._slot = slot = self._listener.slots.acquire(peer, limits.connections_per_peer)
-        holder = self._listener.slots.share_holder(peer) if peer else None
-        if slot.is_excess or not terminator.handshakes.try_acquire(holder):
+        principal = self._listener.slots.share_principal(peer) if peer else None
+        if slot.is_excess or not terminator.handshakes.try_acquire(principal):
             self._fail("too_many")
             transport.abort()
             return
-        self._holder, self._shares = holder, terminator.handshakes
+        self._principal, self._shares = principal, terminator.handshakes
         limit = terminator.section.handshake_timeout
         self._set_timer(min(limit, SURPLUS_TIMEOUT) if slot.surplus else limit)
 
@@ -188,7 +188,7 @@ class TlsConnection:
             slot.release()
         shares, self._shares = self._shares, None
         if shares is not None:
-            shares.release(self._holder)
+            shares.release(self._principal)
 
     # The protocol of the TCP transport: input
 

@@ -127,7 +127,7 @@ class RelayingExchange(ExchangeLife):
     def _leave_pool(self, attempt: Attempt) -> bool:
         """Settle an attempt with a tunnel or an event stream, because its end shows nothing about the upstream.
 
-        Its connection is counted apart from those of requests. Return False if the holder's share of those is used up.
+        Its connection is counted apart from those of requests. Return False if the principal's share is used up.
         """
         self._context.router.outcomes.settle_success(attempt)
         try:

@@ -32,18 +32,18 @@ class RecordBudget:
         self._interval = 1 / rate
         self._half = most / 4 * self._interval
 
-    def takes(self, holder: str, now: float) -> bool:
+    def takes(self, principal: str, now: float) -> bool:
         """Charge a record of a client, and return whether it is kept."""
         if now < self._due:
             if now < self.full_until:
                 return False
-            due = self._dues.get(holder)
+            due = self._dues.get(principal)
             if due is not None and now < due:
                 return False
-        self._charge(holder, now)
+        self._charge(principal, now)
         return True
 
-    def _charge(self, holder: str, now: float) -> None:
+    def _charge(self, principal: str, now: float) -> None:
         self._due = max(self._due, now - self._half) + self._interval
         self.full_until = self._due - self._half
         if len(self._dues) >= _MAX_HOLDERS:
@@ -51,5 +51,5 @@ class RecordBudget:
             if len(self._dues) >= _MAX_HOLDERS:
                 self._dues.clear()
         # Its part is an eighth of rate and burst. What a client uses of the parts of others is not charged to it.
-        due = min(max(self._dues.get(holder, 0.0), now - 2 * self._half), now)
-        self._dues[holder] = due + _SHARES * self._interval
+        due = min(max(self._dues.get(principal, 0.0), now - 2 * self._half), now)
+        self._dues[principal] = due + _SHARES * self._interval

@@ -84,11 +84,11 @@ class FairRing:
         while self.count and (self.count > most or self.size > max_bytes):
             self._drop_former()
 
-    def add(self, holder: str, record: Kept) -> None:
+    def add(self, principal: str, record: Kept) -> None:
         """Add a record of a client."""
-        held = self._recent.get(holder)
+        held = self._recent.get(principal)
         if held is None:
-            held = self._recent[holder] = self._former.pop(holder) if holder in self._former else deque()
+            held = self._recent[principal] = self._former.pop(principal) if principal in self._former else deque()
         held.append(record)
         self.count += 1
         self.size += record[2]
@@ -97,7 +97,7 @@ class FairRing:
                 self.count -= 1
                 self.size -= held.popleft()[2]
             else:
-                self._drop_former(holder)
+                self._drop_former(principal)
 
     def lists(self) -> list[deque[Kept]]:
         """Return the records of each client, oldest first."""
@@ -113,12 +113,12 @@ class FairRing:
             if adding in self._former and len(self._former) > 1:
                 self._recent[adding] = self._former.pop(adding)
             self._order = list(reversed(self._former))
-        holder = self._order[-1]
-        held = self._former[holder]
+        principal = self._order[-1]
+        held = self._former[principal]
         self.count -= 1
         self.size -= held.popleft()[2]
         if not held:
-            del self._former[holder]
+            del self._former[principal]
 
 
 class RequestHistory:

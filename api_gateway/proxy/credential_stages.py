@@ -13,7 +13,7 @@ from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import Claim, CredentialCheck, CredentialQuery, Proof, Verification
 from api_gateway.rate_limiter import RateLimiter
-from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.resilience.fair_shares import principal_of
 from api_gateway.resilience.priorities import PriorityClasses
 
 ChargesOf = Callable[[str], list[Charge]]
@@ -164,7 +164,7 @@ class CredentialStage:
     def _set_client(self, plan: RequestPlan, proof: Proof, client: Client) -> Client:
         client = self._clients.proved(client, proof.tier)
         plan.exchange.client, plan.exchange.credential = client, proof
-        plan.principal = holder_of(client, plan.facts.client_address)
+        plan.principal = principal_of(client, plan.facts.client_address)
         plan.priority = self._priorities.of(client.quota.name)
         if plan.now_ns >= proof.note_after_ns:
             proof.note_use(plan.now_ns)

@@ -18,7 +18,7 @@ from api_gateway.models import Client
 from api_gateway.proxy.admission import ExtensionCall, RequestPlan, Stage, StageResponse, StageResult, Wait
 from api_gateway.proxy.cors import with_cors_fields
 from api_gateway.proxy.header_facts import HeaderFacts
-from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.resilience.fair_shares import principal_of
 from api_gateway.resilience.priorities import PriorityClasses
 
 NO_RESULT = "no result"
@@ -148,7 +148,7 @@ class ExtensionIdentityStage(HookStage):
     def _set(self, plan: RequestPlan, client: Client, *, tier: str | None) -> StageResult:
         client = self._clients.proved(client, None if tier is None else tier.upper())
         plan.exchange.client = client
-        plan.principal = holder_of(client, plan.facts.client_address)
+        plan.principal = principal_of(client, plan.facts.client_address)
         plan.priority = self._priorities.of(client.quota.name)
         return None
 

@@ -26,7 +26,7 @@ from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import HEADER_AND_ADDRESS, IdentitySources
 from api_gateway.proxy.route_table import Route, RouteTable, upstream_target
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
-from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.resilience.fair_shares import principal_of
 from api_gateway.resilience.priorities import PriorityClasses
 
 _RETRY_AFTER = 1.0  # seconds
@@ -123,7 +123,7 @@ class IdentityStage(ReadOnlyStage):
             if facts.claim is not None or self._is_bare(client) or not (name or self._sources.accepts_address):
                 return self._resume(plan, client)  # decided anew for each request
             facts.client, facts.cost = client, -1.0
-            facts.principal = holder_of(client, facts.client_address)
+            facts.principal = principal_of(client, facts.client_address)
             facts.priority = self._priorities.of(client.quota.name)
             facts.version = self._clients.version
         plan.exchange.client = facts.client
@@ -152,7 +152,7 @@ class IdentityStage(ReadOnlyStage):
             if self.on_observed is not None:
                 self.on_observed(plan, error)
         plan.exchange.client = client
-        plan.principal = holder_of(client, plan.facts.client_address)
+        plan.principal = principal_of(client, plan.facts.client_address)
         plan.priority = self._priorities.of(client.quota.name)
         return None
 

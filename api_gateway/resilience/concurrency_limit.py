@@ -25,8 +25,8 @@ class ConcurrencyState:
 class ConcurrencyLimit:
     """The limit of requests in flight of this process at one upstream: fixed, or adaptive.
 
-    `class_limits` is the limit for each priority: its share of the whole limit, rounded up. Within it a holder can use
-    at most as many slots as are free, see `fair_shares`.
+    `class_limits` is the limit for each priority: its share of the whole limit, rounded up. Within it a principal can
+    use at most as many slots as are free, see `fair_shares`.
     """
 
     __slots__ = (
@@ -98,32 +98,32 @@ class ConcurrencyLimit:
         """The number of requests in flight."""
         return self._slots.in_use
 
-    def admits(self, priority: int, holder: str | None = None) -> bool:
-        """Return whether a request of this priority and holder is admitted now; a refusal is recorded."""
+    def admits(self, priority: int, principal: str | None = None) -> bool:
+        """Return whether a request of this priority and principal is admitted now; a refusal is recorded."""
         places = self._slots
-        if places.held(holder) < self.class_limits[priority] - places.in_use:  # `is_full_for`, inlined
+        if places.held(principal) < self.class_limits[priority] - places.in_use:  # `is_full_for`, inlined
             return True
         self._lowest_refused = min(self._lowest_refused, priority)
         return False
 
-    def is_full_for(self, priority: int, holder: str | None = None) -> bool:
+    def is_full_for(self, priority: int, principal: str | None = None) -> bool:
         """Return whether `admits` would refuse, without recording it."""
         places = self._slots
-        return places.held(holder) >= self.class_limits[priority] - places.in_use
+        return places.held(principal) >= self.class_limits[priority] - places.in_use
 
-    def acquire(self, priority: int, holder: str | None = None) -> None:
+    def acquire(self, priority: int, principal: str | None = None) -> None:
         """Take a slot for a request that `admits` has admitted."""
         places = self._slots
-        places.acquire(holder)
+        places.acquire(principal)
         taken = places.in_use
         if taken > self._peak:
             self._peak = taken
             if taken >= self.class_limits[priority] and priority < self._lowest_refused:
                 self._lowest_refused = priority
 
-    def release(self, holder: str | None = None) -> None:
+    def release(self, principal: str | None = None) -> None:
         """Release a slot."""
-        self._slots.release(holder)
+        self._slots.release(principal)
 
     def observe(self, seconds: float, now: float) -> None:
         """Record the time from a request to the head of its response, for an adaptive limit."""
@@ -140,16 +140,15 @@ class ConcurrencyLimit:
             ):  # the lower priorities bear the cost of the measurement, if they have enough requests
                 self._set_class_limits([*self.class_limits[: priorities - 1], math.ceil(gradient.unqueued)])
 
-    def refusal(self, upstream: str, priority: int, holder: str | None = None) -> LoadShed:
-        """Return the error for a refused request of this priority and holder."""
+    def refusal(self, upstream: str, priority: int, principal: str | None = None) -> LoadShed:
+        """Return the error for a refused request of this priority and principal."""
         bound = self.class_limits[priority]
         tier = self._priorities.name(priority)
         whose = f"requests of tier {tier} are admitted" if tier else "requests are admitted"
         share = ""
         if self.in_flight < bound:
-            share = (
-                f"; {self._slots.held(holder)} of them are yours, and one client can use at most as many as are free"
-            )
+            held = self._slots.held(principal)
+            share = f"; {held} of them are yours, and one client can use at most as many as are free"
         return LoadShed(
             f"Upstream '{upstream}' is overloaded: {self.in_flight} of at most {self.limit:.4g} requests are in"
             f" flight, and {whose} below {bound}{share}.",

@@ -1,7 +1,7 @@
-"""Fair shares of a limited resource: a holder can use at most as much as is free.
+"""Fair shares of a limited resource: a principal can use at most as much as is free.
 
-So one holder alone gets at most half, two get a third each, and n get 1/(n + 1) each: some slots are always left for
-the next holder. Pure arithmetic: no clock, no waiting.
+So one principal alone gets at most half, two get a third each, and n get 1/(n + 1) each: some slots are always left
+for the next principal. Pure arithmetic: no clock, no waiting.
 """
 
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ _RESERVED = 256  # descriptors for listeners, files, the store and idle connecti
 
 
 class FairShares:
-    """The slots of one resource in use, in total and by holder.
+    """The slots of one resource in use, in total and by principal.
 
-    Every `acquire` must be followed by one `release` with the same holder. The table has entries only for holders with
-    slots, so it is never larger than `total`. Slots of the holder None count only for the total. `refused` counts
-    refusals for the metrics; the caller that refuses increments it.
+    Every `acquire` must be followed by one `release` with the same principal. The table has entries only for
+    principals with slots, so it is never larger than `total`. Slots of the principal None count only for the total.
+    `refused` counts refusals for the metrics; the caller that refuses increments it.
     """
 
     __slots__ = ("_held", "in_use", "refused", "total")
@@ -34,54 +34,54 @@ class FairShares:
         self._held: dict[str, int] = {}
 
     def __repr__(self) -> str:
-        return f"<FairShares [{self.in_use} of {self.total}, {len(self._held)} holders]>"
+        return f"<FairShares [{self.in_use} of {self.total}, {len(self._held)} principals]>"
 
-    def held(self, holder: str | None) -> int:
-        """Return the number of slots of a holder."""
-        return 0 if holder is None else self._held.get(holder, 0)
+    def held(self, principal: str | None) -> int:
+        """Return the number of slots of a principal."""
+        return 0 if principal is None else self._held.get(principal, 0)
 
-    def admits(self, holder: str | None) -> bool:
-        """Return whether the holder can get one more slot."""
+    def admits(self, principal: str | None) -> bool:
+        """Return whether the principal can get one more slot."""
         free = self.total - self.in_use
-        return free > 0 if holder is None else self._held.get(holder, 0) < free
+        return free > 0 if principal is None else self._held.get(principal, 0) < free
 
-    def acquire(self, holder: str | None) -> None:
+    def acquire(self, principal: str | None) -> None:
         """Take a slot that `admits` has admitted."""
         self.in_use += 1
-        if holder is not None:
-            self._held[holder] = self._held.get(holder, 0) + 1
+        if principal is not None:
+            self._held[principal] = self._held.get(principal, 0) + 1
 
-    def try_acquire(self, holder: str | None) -> bool:
+    def try_acquire(self, principal: str | None) -> bool:
         """Take a slot if `admits` would admit it; return whether it was taken."""
         free = self.total - self.in_use
-        if holder is None:
+        if principal is None:
             if free <= 0:
                 return False
         else:
-            held = self._held.get(holder, 0)
+            held = self._held.get(principal, 0)
             if held >= free:
                 return False
-            self._held[holder] = held + 1
+            self._held[principal] = held + 1
         self.in_use += 1
         return True
 
-    def release(self, holder: str | None) -> None:
+    def release(self, principal: str | None) -> None:
         """Release a slot."""
         self.in_use -= 1
-        if holder is not None:
-            left = self._held[holder] - 1
+        if principal is not None:
+            left = self._held[principal] - 1
             if left:
-                self._held[holder] = left
+                self._held[principal] = left
             else:
-                del self._held[holder]
+                del self._held[principal]
 
-    def refusal(self, holder: str | None, what: str) -> str:
-        """Return why the holder got no slot; `what` names the resource, such as "connections"."""
-        return share_refusal(self.held(holder), self.in_use, self.total, what)
+    def refusal(self, principal: str | None, what: str) -> str:
+        """Return why the principal got no slot; `what` names the resource, such as "connections"."""
+        return share_refusal(self.held(principal), self.in_use, self.total, what)
 
 
 def share_refusal(held: int, in_use: int, total: int, what: str) -> str:
-    """Return why a holder with `held` slots got no other one."""
+    """Return why a principal with `held` slots got no other one."""
     if held == 0 or in_use >= total:
         return f"all {total} {what} are in use"
     return (
@@ -148,8 +148,8 @@ def merge_states(states: Iterable[ResourceState]) -> list[ResourceState]:
     return list(merged.values())
 
 
-def holder_of(client: Client | None, address: str) -> str | None:
-    """Return the holder of a request: a registered client, else its address (for IPv6, the /64).
+def principal_of(client: Client | None, address: str) -> str | None:
+    """Return the principal of a request: a registered client, else its address (for IPv6, the /64).
 
     None if the address is unknown, for instance behind a proxy on a Unix socket that does not send it.
     """

@@ -1,4 +1,4 @@
-"""Principals: the clients or addresses that a circuit breaker attributes calls to (see `holder_of`)."""
+"""Principals: the clients or addresses that a circuit breaker attributes calls to (see `principal_of`)."""
 
 from dataclasses import dataclass
 

@@ -99,12 +99,12 @@ class HttpxCalls:
         transport = self._transport
         return len(self._aborted) + (transport.abandoned if isinstance(transport, ShieldedTransport) else 0)
 
-    def begin(self, origin: Origin, holder: str | None) -> "HttpxCall | None":
+    def begin(self, origin: Origin, principal: str | None) -> "HttpxCall | None":
         """Begin a call; return None, upon which `refusal` says why, while too many have not ended."""
         assert self._transport is not None  # noqa: S101 - only called for a transport of httpx
         if self.aborted >= self.limit:
             return None
-        return HttpxCall(self._transport, origin, self, holder)
+        return HttpxCall(self._transport, origin, self, principal)
 
     def refusal(self) -> AbortedCallsExceeded:
         """Count a call that was not begun, and return the error."""
@@ -127,16 +127,16 @@ class HttpxCall:
     abilities: ClassVar[CallAbilities] = CallAbilities(interim=False, trailers=False, upgrade=False)
 
     def __init__(
-        self, transport: httpx.AsyncBaseTransport, origin: Origin, calls: HttpxCalls, holder: str | None
+        self, transport: httpx.AsyncBaseTransport, origin: Origin, calls: HttpxCalls, principal: str | None
     ) -> None:
-        """`holder` has a share of the transport's connections, if it knows shares."""
+        """`principal` has a share of the transport's connections, if it knows shares."""
         self.loop = asyncio.get_running_loop()
         self.timer = DeadlineTimer(self.loop, self.close)  # never set
         self.is_write_paused = False
         self._transport = transport
         self._origin = origin
         self._calls = calls
-        self._holder = holder
+        self._principal = principal
         self._response: UpstreamResponse | None = None
         self._body = QueuedBody(self)
         self._task: asyncio.Task[None] | None = None
@@ -179,7 +179,7 @@ class HttpxCall:
             headers,
             target,
             stream=NO_BODY if framing(fields_of(headers)) is None else self._body,
-            extensions={"target": target, "timeout": response.timeouts, "holder": self._holder},
+            extensions={"target": target, "timeout": response.timeouts, "principal": self._principal},
         )
         self._task = task = self.loop.create_task(self._run(outgoing))
         RUNNING.add(task)

@@ -3,8 +3,8 @@
 Last in first out lets connections that are no longer needed expire. Acquiring and releasing an idle connection take
 constant time and do not wait; a closed connection leaves the pool at once.
 
-Connections in use are divided into fair shares, see `FairShares`: requests of a holder that has used up its share wait
-in the holder's own queue. Connections of tunnels and event streams have a separate limit and separate shares.
+Connections in use are divided into fair shares, see `FairShares`: requests of a principal that has used up its share
+wait in a queue of their own. Connections of tunnels and event streams have a separate limit and separate shares.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ SWEEP_INTERVAL = 0.05  # seconds between two sweeps at least, because each visit
 
 
 class ShareExceeded(httpx.PoolTimeout):
-    """No connection became available in time for a holder that uses others; the message says how many."""
+    """No connection became available in time for a principal that uses others; the message says how many."""
 
 
 class StaleConnection(httpx.ReadError):
@@ -34,14 +34,14 @@ class StaleConnection(httpx.ReadError):
 
 
 class PooledConnection(Protocol):
-    """A connection as the pool uses it. `holder` is counted for it; None counts against the total only."""
+    """A connection as the pool uses it. `principal` is counted for it; None counts against the total only."""
 
     loop: asyncio.AbstractEventLoop
     is_closed: bool
     is_reused: bool
     idle_since: float
     lifetime: ConnectionLifetime | None
-    holder: str | None
+    principal: str | None
 
     def close(self) -> None:
         """Close the connection and call the pool's `discard`."""
@@ -101,7 +101,7 @@ class Pool(Generic[C]):
         self._open: set[C] = set()
         self._idle: dict[C, None] = {}  # the longest idle first
         self._tunnels_open: set[C] = set()  # carry tunnels and event streams, and have no slot
-        self._waiters: dict[str | None, deque[asyncio.Future[C | None]]] = {}  # by holder, in the order of turns
+        self._waiters: dict[str | None, deque[asyncio.Future[C | None]]] = {}  # by principal, in the order of turns
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._sweep_due = math.inf  # loop time of the timer
         self._is_closed = False
@@ -112,12 +112,12 @@ class Pool(Generic[C]):
         waiting = sum(map(len, self._waiters.values()))
         return f"<Pool [{busy} busy, {len(self._idle)} idle, {waiting} waiting]>"
 
-    def acquire_idle(self, holder: str | None = None) -> C | None:
-        """Return the most recently used idle connection, or None if there is none or the holder's share is used up."""
-        if not self._idle or not self.shares.try_acquire(holder):
+    def acquire_idle(self, principal: str | None = None) -> C | None:
+        """Return the most recently used idle connection; None if there is none or the principal's share is used up."""
+        if not self._idle or not self.shares.try_acquire(principal):
             return None
         connection, _ = self._idle.popitem()
-        connection.holder = holder
+        connection.principal = principal
         connection.is_reused = True
         return connection
 
@@ -126,7 +126,7 @@ class Pool(Generic[C]):
         connect: float | None,
         wait: float | None,
         *,
-        holder: str | None = None,
+        principal: str | None = None,
         is_fresh: bool = False,
         on_connect: Callable[[], None] = _nothing,
     ) -> C:
@@ -138,26 +138,26 @@ class Pool(Generic[C]):
         while True:
             if self._is_closed:
                 raise httpx.ConnectError("the transport is closed")
-            if not is_fresh and (idle := self.acquire_idle(holder)) is not None:
+            if not is_fresh and (idle := self.acquire_idle(principal)) is not None:
                 return idle
-            if self.shares.admits(holder):
+            if self.shares.admits(principal):
                 if self._slots < self._limit:
                     self._slots += 1
-                    self.shares.acquire(holder)
+                    self.shares.acquire(principal)
                     on_connect()
-                    return await self._fill_slot(connect, holder)
+                    return await self._fill_slot(connect, principal)
                 if self._idle:  # replace the longest idle one; it is removed here too, so that the loop terminates
                     idle = next(iter(self._idle))
                     idle.close()
                     self._idle.pop(idle, None)
                     continue
-            granted = await self._queue(wait, holder)
+            granted = await self._queue(wait, principal)
             if granted is None:
                 on_connect()
-                return await self._fill_slot(connect, holder)
+                return await self._fill_slot(connect, principal)
             if not granted.is_closed:
                 if is_fresh:
-                    return await self._replace(granted, connect, holder)
+                    return await self._replace(granted, connect, principal)
                 granted.is_reused = True
                 return granted
 
@@ -171,11 +171,11 @@ class Pool(Generic[C]):
         if lifetime is not None and lifetime.is_over(now):
             connection.close()
             return
-        self.shares.release(connection.holder)
+        self.shares.release(connection.principal)
         if self._waiters:
-            holder, waiter = self._next_waiter()
+            principal, waiter = self._next_waiter()
             if waiter is not None:
-                connection.holder = holder
+                connection.principal = principal
                 waiter.set_result(connection)
                 return
         self._idle[connection] = None
@@ -191,7 +191,7 @@ class Pool(Generic[C]):
         """Remove a closed connection, and give its slot to the next waiter."""
         if connection in self._tunnels_open:
             self._tunnels_open.remove(connection)
-            self.tunnels.release(connection.holder)
+            self.tunnels.release(connection.principal)
             return
         if connection not in self._open:  # it failed while connecting: `_fill_slot` frees the slot
             return
@@ -199,26 +199,26 @@ class Pool(Generic[C]):
         if connection in self._idle:
             del self._idle[connection]
         else:
-            self.shares.release(connection.holder)
+            self.shares.release(connection.principal)
         self._free_slot()
 
     def move_to_tunnels(self, connection: C) -> None:
         """Count a connection as a tunnel and free its slot. Raises ShareExceeded, and then changes nothing."""
-        holder = connection.holder
-        self.admit_tunnel(holder)
+        principal = connection.principal
+        self.admit_tunnel(principal)
         if connection not in self._open:  # closed already
             return
         self._open.remove(connection)
         self._tunnels_open.add(connection)
-        self.tunnels.acquire(holder)
-        self.shares.release(holder)
+        self.tunnels.acquire(principal)
+        self.shares.release(principal)
         self._free_slot()
 
-    def admit_tunnel(self, holder: str | None) -> None:
-        """Raise ShareExceeded if the holder's share of tunnels is used up."""
-        if not self.tunnels.admits(holder):
+    def admit_tunnel(self, principal: str | None) -> None:
+        """Raise ShareExceeded if the principal's share of tunnels is used up."""
+        if not self.tunnels.admits(principal):
             self.tunnels.refused += 1
-            raise ShareExceeded(self.tunnels.refusal(holder, "WebSockets and event streams"))
+            raise ShareExceeded(self.tunnels.refusal(principal, "WebSockets and event streams"))
 
     def change(self, limit: int, max_tunnels: int, idle_timeout: float) -> None:
         """Apply other limits. Connections above a lower limit are kept until they close."""
@@ -263,80 +263,80 @@ class Pool(Generic[C]):
         for connection in [*self._open, *self._tunnels_open]:
             connection.close()
 
-    async def _fill_slot(self, seconds: float | None, holder: str | None) -> C:
-        """Open a connection in a slot that is already counted for the holder."""
+    async def _fill_slot(self, seconds: float | None, principal: str | None) -> C:
+        """Open a connection in a slot that is already counted for the principal."""
         try:
             connection = await self._connect(seconds)
         except BaseException:
-            self.shares.release(holder)
+            self.shares.release(principal)
             self._free_slot()
             raise
-        connection.holder = holder
+        connection.principal = principal
         self._open.add(connection)
         if self._is_closed:
             connection.close()
         return connection
 
-    async def _replace(self, used: C, seconds: float | None, holder: str | None) -> C:
-        """Close a connection and open another one in its slot, which is counted for the holder."""
+    async def _replace(self, used: C, seconds: float | None, principal: str | None) -> C:
+        """Close a connection and open another one in its slot, which is counted for the principal."""
         self._open.remove(used)
         used.close()
-        return await self._fill_slot(seconds, holder)
+        return await self._fill_slot(seconds, principal)
 
-    async def _queue(self, seconds: float | None, holder: str | None) -> C | None:
-        """Wait for a connection or a slot (None), which is then counted for the holder. Raises PoolTimeout."""
+    async def _queue(self, seconds: float | None, principal: str | None) -> C | None:
+        """Wait for a connection or a slot (None), which is then counted for the principal. Raises PoolTimeout."""
         waiter: asyncio.Future[C | None] = asyncio.get_running_loop().create_future()
-        self._waiters.setdefault(holder, deque()).append(waiter)
+        self._waiters.setdefault(principal, deque()).append(waiter)
         try:
             async with asyncio.timeout(seconds):
                 return await waiter
         except BaseException as error:
             if waiter.cancelled():
-                self._forget(waiter, holder)
+                self._forget(waiter, principal)
             elif waiter.done() and waiter.exception() is None:
-                self._pass_on(waiter.result(), holder)
+                self._pass_on(waiter.result(), principal)
             if isinstance(error, TimeoutError):
-                raise self._timeout_error(holder, seconds) from error
+                raise self._timeout_error(principal, seconds) from error
             raise
 
-    def _forget(self, waiter: "asyncio.Future[C | None]", holder: str | None) -> None:
+    def _forget(self, waiter: "asyncio.Future[C | None]", principal: str | None) -> None:
         """Remove a waiter from its queue; it is near the head, because all waiters have the same timeout."""
-        queue = self._waiters.get(holder)
+        queue = self._waiters.get(principal)
         if queue is not None:
             with suppress(ValueError):
                 queue.remove(waiter)
             if not queue:
-                del self._waiters[holder]
+                del self._waiters[principal]
 
-    def _timeout_error(self, holder: str | None, seconds: float | None) -> httpx.PoolTimeout:
+    def _timeout_error(self, principal: str | None, seconds: float | None) -> httpx.PoolTimeout:
         self.shares.refused += 1
-        if self.shares.held(holder):
-            return ShareExceeded(self.shares.refusal(holder, "connections to it"))
+        if self.shares.held(principal):
+            return ShareExceeded(self.shares.refusal(principal, "connections to it"))
         return httpx.PoolTimeout(f"no connection became available within {seconds} s")
 
     def _next_waiter(self) -> "tuple[str | None, asyncio.Future[C | None] | None]":
-        """Remove and return the next waiter whose holder is admitted, and count a connection for it.
+        """Remove and return the next waiter whose principal is admitted, and count a connection for it.
 
-        Holders take turns. Returns (None, None) if there is no such waiter.
+        Principals take turns. Returns (None, None) if there is no such waiter.
         """
-        for holder, queue in self._waiters.items():
+        for principal, queue in self._waiters.items():
             while queue and queue[0].done():  # cancelled, but not yet removed
                 queue.popleft()
-            if queue and self.shares.admits(holder):
+            if queue and self.shares.admits(principal):
                 break
         else:
             return None, None
-        del self._waiters[holder]
+        del self._waiters[principal]
         waiter = queue.popleft()
         if queue:
-            self._waiters[holder] = queue
-        self.shares.acquire(holder)
-        return holder, waiter
+            self._waiters[principal] = queue
+        self.shares.acquire(principal)
+        return principal, waiter
 
-    def _pass_on(self, granted: C | None, holder: str | None) -> None:
+    def _pass_on(self, granted: C | None, principal: str | None) -> None:
         """Release a connection or slot that a cancelled waiter has received."""
         if granted is None:
-            self.shares.release(holder)
+            self.shares.release(principal)
             self._free_slot()
         elif not granted.is_closed:
             self.release(granted)

@@ -54,13 +54,13 @@ class SendingConnection:
         "_stall",
         "_timeout",
         "_transport",
-        "holder",
         "idle_since",
         "is_closed",
         "is_reused",
         "lifetime",
         "loop",
         "pool",
+        "principal",
         "timer",
     )
 
@@ -71,7 +71,7 @@ class SendingConnection:
         self.lifetime: ConnectionLifetime | None = None  # None: no limits but those of the pool
         self.is_closed = False
         self.is_reused = False
-        self.holder: str | None = None
+        self.principal: str | None = None
         self.timer = DeadlineTimer(loop, self._on_timeout)
         self._timeout = 0.0  # seconds to which the alarm was last set
         self._transport: Any = None  # an asyncio.Transport, from connection_made on

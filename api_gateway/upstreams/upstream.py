@@ -38,9 +38,9 @@ class Attempt:
     """
 
     __slots__ = (
-        "_holder",
         "_is_settled",
         "_limit",
+        "_slot_of",
         "_target_breaker",
         "is_probe",
         "principal",
@@ -69,7 +69,7 @@ class Attempt:
         self.target_ticket = target_ticket
         self.is_probe = ticket.is_probe or (target_ticket is not None and target_ticket.is_probe)  # of either breaker
         self.principal = principal or ""  # all unknown principals count as one
-        self._holder = principal
+        self._slot_of = principal  # whose slot in the concurrency limit it has
         self.target_transition = None
         self._target_breaker = target.breaker  # the one that issued the ticket; the target may get another
         self.slow: SlowResponse | None = None
@@ -139,13 +139,13 @@ class Attempt:
         limit = self._limit
         if limit is not None:  # `release_slot`, inlined
             self._limit = None
-            limit.release(self._holder)
+            limit.release(self._slot_of)
 
     def release_slot(self) -> None:
         """Release the slot in the concurrency limit, once. Called early for tunnels, which must not occupy it."""
         limit, self._limit = self._limit, None
         if limit is not None:
-            limit.release(self._holder)
+            limit.release(self._slot_of)
 
 
 class Upstream:
@@ -273,13 +273,13 @@ class Upstream:
         return any(self.outliers.admits(target, now) for target in others)
 
     def refusal(
-        self, now: float, priority: int = 0, *, holder: str | None = None, is_safe: bool = True
+        self, now: float, priority: int = 0, *, principal: str | None = None, is_safe: bool = True
     ) -> Unavailable | None:
         """Return the error that `acquire` would raise now, or None; acquires nothing."""
         if not any(target.is_healthy for target in self.targets):
             return self._unhealthy()
-        if self.limit is not None and self.limit.is_full_for(priority, holder):
-            return self.limit.refusal(self.name, priority, holder)
+        if self.limit is not None and self.limit.is_full_for(priority, principal):
+            return self.limit.refusal(self.name, priority, principal)
         return None if self.breaker.would_admit(now, is_safe=is_safe) else self._refusal(now)
 
     def _unhealthy(self) -> NoHealthyUpstream:

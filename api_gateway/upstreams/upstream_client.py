@@ -223,8 +223,8 @@ class UpstreamClient:
             return []
         return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
 
-    def idle_connection(self, target: Target, holder: str | None) -> UpstreamCall | None:
-        """Take an idle connection to `target` if there is one and the holder's share permits it, else None.
+    def idle_connection(self, target: Target, principal: str | None) -> UpstreamCall | None:
+        """Take an idle connection to `target` if there is one and the principal's share permits it, else None.
 
         If the transport is another one than the gateway's own, begin a call on that, which is possible unless too many
         that were aborted have not ended.
@@ -236,12 +236,12 @@ class UpstreamClient:
             else:
                 take = partial(self.calls.begin, self.origins[target])
             self._acquire_idle[target] = take
-        return take(holder)
+        return take(principal)
 
-    def admit_tunnel(self, target: Target, holder: str | None) -> None:
-        """Refuse a tunnel before its handshake: raises ShareExceeded if the holder's share is used up."""
+    def admit_tunnel(self, target: Target, principal: str | None) -> None:
+        """Refuse a tunnel before its handshake: raises ShareExceeded if the principal's share is used up."""
         assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
-        self.transport.pool(self.origins[target]).admit_tunnel(holder)
+        self.transport.pool(self.origins[target]).admit_tunnel(principal)
 
     def timeouts_within(self, response: float | None) -> dict[str, float]:
         """Return the timeouts with another one until the head of the response; None: the upstream's."""
@@ -250,7 +250,7 @@ class UpstreamClient:
     async def connection(
         self,
         target: Target,
-        holder: str | None,
+        principal: str | None,
         connect: float,
         on_connect: Callable[[], None],
         *,
@@ -265,7 +265,7 @@ class UpstreamClient:
             raise self.calls.refusal()
         pool = self.transport.pool(self.origins[target])
         return await pool.acquire(
-            connect, self.timeouts["pool"], holder=holder, is_fresh=is_fresh, on_connect=on_connect
+            connect, self.timeouts["pool"], principal=principal, is_fresh=is_fresh, on_connect=on_connect
         )
 
 

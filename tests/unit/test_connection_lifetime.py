@@ -56,7 +56,7 @@ class FakeConnection:
 
     is_closed = is_reused = False
     idle_since = 0.0
-    holder: str | None = None
+    principal: str | None = None
     pool: "Pool[FakeConnection]"
 
     def __init__(self, loop: FakeLoop, lifetime: ConnectionLifetime | None) -> None:

@@ -10,10 +10,10 @@ from api_gateway.observability.record_budget import RecordBudget
 RATE, MOST = 10.0, 400  # a burst of 200 records
 
 
-def kept(budget: RecordBudget, holder: str, start: float, seconds: float, rate: float) -> list[float]:
+def kept(budget: RecordBudget, principal: str, start: float, seconds: float, rate: float) -> list[float]:
     """Send records of a client at a rate; return the times of those that were kept."""
     times = [start + number / rate for number in range(round(seconds * rate))]
-    return [now for now in times if budget.takes(holder, now)]
+    return [now for now in times if budget.takes(principal, now)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(0, 3)), max_size=300), st.floats(1, 100), st.integers(8, 60))
@@ -21,9 +21,9 @@ def test_no_span_of_time_has_more_records_than_the_rate_and_one_burst(
     arrivals: list[tuple[int, float]], rate: float, most: int
 ) -> None:
     budget, now, times = RecordBudget(rate, most), 1000.0, []
-    for holder, gap in arrivals:
+    for principal, gap in arrivals:
         now += gap / rate
-        if budget.takes(str(holder), now):
+        if budget.takes(str(principal), now):
             times.append(now)
     for first, begin in enumerate(times):
         for last, end in enumerate(times[first:], first):
@@ -48,9 +48,9 @@ def test_a_client_with_few_records_is_kept_beside_a_flood() -> None:
     floods: dict[str, list[float]] = {"a": [], "b": []}
     for number in range(20_000):  # 100 seconds, in which each flood sends 100 records a second
         now = 1000.0 + number / 200
-        holder = "ab"[number % 2]
-        if budget.takes(holder, now):
-            floods[holder].append(now)
+        principal = "ab"[number % 2]
+        if budget.takes(principal, now):
+            floods[principal].append(now)
         if number % 200 == 100:
             quiet.append(budget.takes("quiet", now))
     assert all(quiet)

@@ -1,4 +1,4 @@
-"""Fair shares of a limited resource: one holder alone gets half at most, and everything is returned."""
+"""Fair shares of a limited resource: one principal alone gets half at most, and everything is returned."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,19 +11,19 @@ from api_gateway.resilience.fair_shares import (
     FairShares,
     ResourceState,
     default_connections,
-    holder_of,
     merge_states,
+    principal_of,
 )
 from tests.cases import each
 
 QUOTA = Quota.per_second("FREE", 1, 10)
 
 
-def fill(shares: FairShares, holder: str | None) -> int:
-    """Take as much as the holder may have; return how much that was."""
+def fill(shares: FairShares, principal: str | None) -> int:
+    """Take as much as the principal may have; return how much that was."""
     taken = 0
-    while shares.admits(holder):
-        shares.acquire(holder)
+    while shares.admits(principal):
+        shares.acquire(principal)
         taken += 1
     return taken
 
@@ -58,7 +58,7 @@ def test_slots_without_a_holder_count_towards_the_total_only(total: int) -> None
     assert not shares.admits("somebody")
 
 
-class Holders(RuleBasedStateMachine):
+class Principals(RuleBasedStateMachine):
     """Any sequence of taking and giving back, beside a plain list of who holds what."""
 
     places = Bundle("places")
@@ -68,20 +68,20 @@ class Holders(RuleBasedStateMachine):
         self.shares = FairShares(9)
         self.model: list[str | None] = []
 
-    @rule(target=places, holder=st.sampled_from(["a", "b", "c", "d", None]))
-    def take(self, holder: str | None) -> object:
+    @rule(target=places, principal=st.sampled_from(["a", "b", "c", "d", None]))
+    def take(self, principal: str | None) -> object:
         free = 9 - len(self.model)
-        may = free > 0 if holder is None else self.model.count(holder) < free
-        assert self.shares.admits(holder) is may
+        may = free > 0 if principal is None else self.model.count(principal) < free
+        assert self.shares.admits(principal) is may
         if not may:
-            assert not self.shares.try_acquire(holder)
+            assert not self.shares.try_acquire(principal)
             return "refused"
         if len(self.model) % 2:
-            self.shares.acquire(holder)
+            self.shares.acquire(principal)
         else:
-            assert self.shares.try_acquire(holder)
-        self.model.append(holder)
-        return holder
+            assert self.shares.try_acquire(principal)
+        self.model.append(principal)
+        return principal
 
     @precondition(lambda self: self.model)
     @rule(place=consumes(places))
@@ -93,15 +93,15 @@ class Holders(RuleBasedStateMachine):
     @invariant()
     def the_table_is_exact_and_bounded(self) -> None:
         assert self.shares.in_use == len(self.model) <= 9
-        holders = {holder for holder in self.model if holder is not None}
-        assert self.shares._held == {holder: self.model.count(holder) for holder in holders}
+        principals = {principal for principal in self.model if principal is not None}
+        assert self.shares._held == {principal: self.model.count(principal) for principal in principals}
 
 
-TestHolders = Holders.TestCase
+TestPrincipals = Principals.TestCase
 
 
 @each(
-    ("client", "address", "holder"),
+    ("client", "address", "principal"),
     [
         (Client("acme", "client:acme", QUOTA, "configured"), "10.0.0.1", "client:acme"),
         (Client("acme", "client:acme", QUOTA, "registered"), "10.0.0.1", "client:acme"),
@@ -118,10 +118,10 @@ TestHolders = Holders.TestCase
     ],
 )
 def test_a_registered_client_has_a_share_of_its_own_and_all_others_their_addresses(
-    client: Client | None, address: str, holder: str | None
+    client: Client | None, address: str, principal: str | None
 ) -> None:
     """An invented id gets nobody another share, nor does another address of the same /64."""
-    assert holder_of(client, address) == holder
+    assert principal_of(client, address) == principal
 
 
 @each(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from api_gateway.circuit_breaker import PROBE_HEAD_START, CircuitBreaker, Ticket
 from api_gateway.models import Client, Outcome, Quota
 from api_gateway.resilience.breaker_policy import BreakerPolicy, State
-from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.resilience.fair_shares import principal_of
 from api_gateway.resilience.principals import RecentPrincipals
 from tests.cases import each
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, ask, eventually, in_front_of, reply
@@ -37,7 +37,7 @@ StartUpstream = Callable[..., RawUpstream]
     ],
 )
 def test_a_principal_is_a_registered_client_or_an_address(source: Any, address: str, principal: str) -> None:
-    assert holder_of(Client("c", "client:c", FREE, source), address) == principal
+    assert principal_of(Client("c", "client:c", FREE, source), address) == principal
 
 
 # The rule, against a model that keeps everything

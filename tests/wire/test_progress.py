@@ -161,7 +161,7 @@ class FakeConnection:
     is_closed = is_reused = False
     idle_since = 0.0
     lifetime: ConnectionLifetime | None = None
-    holder: str | None = None
+    principal: str | None = None
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()

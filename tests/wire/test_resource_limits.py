@@ -457,7 +457,7 @@ def test_what_exceeds_a_share_waits_its_turn(gateway: StartGateway, gate: Gate) 
 
 
 def test_the_holder_that_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gate: Gate) -> None:
-    """Holders take turns: many requests of one do not delay another's by more than one."""
+    """Principals take turns: many requests of one do not delay another's by more than one."""
     running = gateway(narrow(gate, max_connections=1) | {})
     with ExitStack() as stack:
         client = Held(running.port, stack)
