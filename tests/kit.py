@@ -9,6 +9,7 @@ import copy
 import itertools
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -269,11 +270,10 @@ class Wire:
         table = Path("/proc/net/tcp")
         if not table.exists():
             return 0
-        ours, theirs = (f":{port:04X}" for port in (self.sock.getsockname()[1], self.sock.getpeername()[1]))
-        for local, remote, _, queues in (line.split()[1:5] for line in table.read_text().splitlines()[1:]):
-            if local.endswith(theirs) and remote.endswith(ours):
-                return int(queues.split(":")[1], 16)
-        return 0
+        ours, theirs = self.sock.getsockname()[1], self.sock.getpeername()[1]
+        # A search in bytes: the table has a line for each connection of the machine, and they may be many thousand.
+        peer = re.search(rb":%04X [0-9A-F]+:%04X [0-9A-F]+ [0-9A-F]+:([0-9A-F]+)" % (theirs, ours), table.read_bytes())
+        return 0 if peer is None else int(peer[1], 16)
 
     def fill(self, most: int = 65_536) -> bool:
         """Read more into the buffer; False at the end of the connection."""
