@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-from api_gateway.admin.endpoints import ROUTERS
+from api_gateway.admin.routers import ROUTERS
 from tests import spare_workers
 from tests.loop_watch import watch_for
 from tests.measured import VARIABLE, measure_into

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from api_gateway.admin.audit_log import AuditView
-from api_gateway.admin.context import Guarded
+from api_gateway.admin.dependencies import Guarded
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 
 router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request, Response
 from api_gateway.admin.audit_log import AuditAction
 from api_gateway.admin.breaker_overrides import Override
 from api_gateway.admin.breaker_schema import ModeChange
-from api_gateway.admin.context import AdminContext, Audited, Guarded, who
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Audited, Guarded, who
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TOKEN, rendered
 from api_gateway.admin.utc_times import utc, wall_time
 from api_gateway.admin.views import target_health_view

@@ -25,7 +25,8 @@ from api_gateway.admin.client_schema import (
     TierView,
     tokens_of,
 )
-from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
 from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.records import ClientRecord

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from api_gateway.admin.audit_log import AuditAction
-from api_gateway.admin.context import Audited, Guarded, who
+from api_gateway.admin.dependencies import Audited, Guarded, who
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN, rendered
 from api_gateway.admin.reload_views import record_view, reload_view
 from api_gateway.admin.settings_view import settings_of

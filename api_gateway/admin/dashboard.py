@@ -12,7 +12,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 
-from api_gateway.admin.context import AdminContext, Guarded, Lifecycle
+from api_gateway.admin.context import AdminContext, Lifecycle
+from api_gateway.admin.dependencies import Guarded
 from api_gateway.admin.feed import FRAME_SECONDS, Watcher, event
 from api_gateway.admin.gate import OPERATOR, SERVER
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
@@ -80,7 +81,7 @@ async def events(request: Request, context: Guarded) -> StreamingResponse:
 
 
 async def _stream(request: Request, context: AdminContext) -> AsyncIterator[bytes]:
-    operator, access = request.scope[OPERATOR], request.app.gate.access
+    operator, access = request.scope[OPERATOR], request.app.state.gate.access
     feed, watcher = context.feed, Watcher()
     end = context.clocks.monotonic() + MAX_STREAM_SECONDS
     feed.watchers += 1
@@ -106,4 +107,4 @@ async def _stream(request: Request, context: AdminContext) -> AsyncIterator[byte
 def _must_end(request: Request, context: AdminContext, access: Any) -> bool:
     server = request.scope.get(SERVER)
     is_stopping = context.lifecycle is not Lifecycle.SERVING or (server is not None and server.is_stopping)
-    return is_stopping or request.app.gate.access is not access
+    return is_stopping or request.app.state.gate.access is not access

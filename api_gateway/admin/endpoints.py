@@ -5,18 +5,22 @@ The modules of endpoints, whose models take a third of the time of a start, are 
 
 import asyncio
 import json
-import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+from api_gateway._version import __version__
 from api_gateway.admin.gate import no_endpoint
+from api_gateway.admin.late_framework import imported_in_thread
+from api_gateway.admin.routers import ROUTERS, SCHEMA
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.errors import (
     BadRequest,
@@ -31,27 +35,6 @@ from api_gateway.http1.asgi import ASGIApp, Receive, Scope, Send
 from api_gateway.http1.request_paths import first_segment, path_as_sent
 from api_gateway.settings.error_words import error_words
 
-logger = logging.getLogger(__name__)
-
-# In the order of the schema: module of this package, name of the router there, first segments of its paths.
-ROUTERS: tuple[tuple[str, str, frozenset[str]], ...] = (
-    ("health", "router", frozenset({"health", "healthz", "readyz"})),
-    ("configuration", "router", frozenset({"configuration", "reload"})),
-    ("audit", "router", frozenset({"audit"})),
-    ("dashboard", "router", frozenset({"dashboard"})),
-    ("metrics", "router", frozenset({"metrics"})),
-    ("breakers", "router", frozenset({"circuit-breakers"})),
-    ("explain", "router", frozenset({"explain"})),
-    ("history", "router", frozenset({"explain", "history"})),
-    ("clients", "overview_router", frozenset({"clients"})),
-    ("clients", "router", frozenset({"clients"})),
-    ("limits", "router", frozenset({"limits", "tiers"})),
-    ("limit_buckets", "router", frozenset({"limits"})),
-    ("keys", "router", frozenset({"clients"})),
-    ("quotas", "router", frozenset({"clients"})),
-    ("usage", "router", frozenset({"usage"})),
-)
-_SCHEMA = "openapi.json"
 # Words for mistakes in bodies and parameters that differ from those for mistakes in files.
 _WORDS = {
     "string_type": "must be text",
@@ -61,6 +44,16 @@ _WORDS = {
     "dict_type": "must be an object",
     "missing": "is missing",
     "extra_forbidden": "unknown key",
+}
+# Of the application, as its schema states them; the gateway has a page of its own at /docs.
+APPLICATION: Mapping[str, Any] = {
+    "title": "API Gateway",
+    "version": __version__,
+    "description": "The operator endpoints. Requests below `/api/` are proxied and not described here.",
+    "redirect_slashes": False,
+    "license_info": {"name": "MIT", "identifier": "MIT"},
+    "docs_url": None,
+    "redoc_url": None,
 }
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Why a body that the framework cannot read is not JSON; mistakes within JSON text have an error of their own.
@@ -91,16 +84,11 @@ class Endpoints:
         app.add_exception_handler(RequestValidationError, _error_response)
         app.add_exception_handler(HTTPException, _error_response)
         app.add_exception_handler(Exception, _error_response)  # the framework re-raises it, and the server logs it
-        self._routes.insert(0, Route(f"/{_SCHEMA}", _schema))
+        self._routes.insert(0, Route(f"/{SCHEMA}", _schema))
         self._first = len(self._routes)  # index of the first route of a router
 
     def __repr__(self) -> str:
         return f"<Endpoints [{len(self._counts)} of {len(ROUTERS)} routers present]>"
-
-    @property
-    def first_segments(self) -> frozenset[str]:
-        """The first segments of all paths."""
-        return frozenset({"docs", _SCHEMA}).union(*(segments for _, _, segments in ROUTERS))
 
     @property
     def present_routes(self) -> int:
@@ -111,7 +99,8 @@ class Endpoints:
         """Add what the path of a request needs. Raises InternalError."""
         absent = self._absent(first_segment(scope))
         if absent:
-            await self._load(absent)
+            await imported_in_thread(partial(_import, absent))
+            self._add(absent)
 
     def complete(self) -> None:
         """Add all routes that are absent. Blocks."""
@@ -124,23 +113,8 @@ class Endpoints:
         return [
             place
             for place, (_, _, segments) in enumerate(ROUTERS)
-            if place not in self._counts and (segment in segments or segment == _SCHEMA)
+            if place not in self._counts and (segment in segments or segment == SCHEMA)
         ]
-
-    async def _load(self, places: Collection[int]) -> None:
-        """Import routers in a thread.
-
-        Raises InternalError if that fails: the files may be those of another release by now.
-        """
-        try:
-            await asyncio.to_thread(_import, places)
-        except Exception as error:  # whatever a module that does not fit the others raises
-            logger.exception("the operator endpoint cannot be imported")
-            raise InternalError(
-                f"The endpoint cannot be imported: {type(error).__name__}. If the package was replaced since the"
-                " start, restart the gateway."
-            ) from error
-        self._add(places)
 
     def _add(self, places: Collection[int]) -> None:
         """Add the routes of imported routers that are absent, in the order of ROUTERS, before the embedding program's.
@@ -153,6 +127,15 @@ class Endpoints:
                 first = self._first + sum(count for other, count in self._counts.items() if other < place)
                 self._routes[first:first] = routes  # `include_router` would build their models for each application
                 self._counts[place] = len(routes)
+
+
+def operator_app(state: dict[str, Any], refused: Counter[str]) -> FastAPI:
+    """Return an application that has the operator endpoints alone, ready for its first request."""
+    app = FastAPI(**APPLICATION)
+    app.state = State(state)
+    Endpoints(app, refused)
+    app.middleware_stack = app.build_middleware_stack()
+    return app
 
 
 class LazyRoutes:

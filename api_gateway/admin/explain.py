@@ -2,7 +2,8 @@
 
 from fastapi import APIRouter
 
-from api_gateway.admin.context import AdminContext, Guarded
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Guarded
 from api_gateway.admin.explain_schema import ExplainRequest, Explanation
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 

@@ -3,7 +3,8 @@
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
-from api_gateway.admin.context import Lifecycle, Open
+from api_gateway.admin.context import Lifecycle
+from api_gateway.admin.dependencies import Open
 from api_gateway.admin.openapi import PROBLEM
 from api_gateway.reporting.upstream_schema import HealthView
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Response
 from pydantic import AfterValidator
 
-from api_gateway.admin.context import AdminContext, Guarded
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Guarded
 from api_gateway.admin.history_queries import MAX_FOUND, STATUS, Members
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 from api_gateway.admin.spent_tokens import spent_by

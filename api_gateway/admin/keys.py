@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from api_gateway.admin.audit_log import AuditAction
-from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Audited, ClientId, Guarded
 from api_gateway.admin.key_schema import (
     ClientKeys,
     KeyCreated,

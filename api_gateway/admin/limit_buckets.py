@@ -8,7 +8,8 @@ from pydantic import Field
 
 from api_gateway.admin.audit_log import AuditAction
 from api_gateway.admin.client_schema import BucketView, SharingWorkers
-from api_gateway.admin.context import AdminContext, Audited, Guarded
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Audited, Guarded
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TOKEN
 from api_gateway.admin.quota_changes import CarryOverRequest, HeldQuota, QuotaView, TopUpRequest
 from api_gateway.admin.request_schema import RequestBody

@@ -8,7 +8,8 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from api_gateway.admin.context import AdminContext, Guarded
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Guarded
 from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from api_gateway.admin.context import Guarded
+from api_gateway.admin.dependencies import Guarded
 from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN, rendered
 from api_gateway.admin.views import issuer_views
 from api_gateway.eventloop.steps import run_in_steps

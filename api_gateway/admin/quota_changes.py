@@ -5,7 +5,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from api_gateway.admin.audit_log import AuditAction
-from api_gateway.admin.context import AdminContext, Audit
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Audit
 from api_gateway.admin.request_schema import RequestBody
 from api_gateway.admin.utc_times import wall_time
 from api_gateway.errors import InvalidValue

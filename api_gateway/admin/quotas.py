@@ -5,7 +5,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api_gateway.admin.context import AdminContext, Audited, ClientId, Guarded
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Audited, ClientId, Guarded
 from api_gateway.admin.openapi import CLIENT_REFUSALS, TIER_REFUSALS, TOKEN
 from api_gateway.admin.quota_changes import CarryOverRequest, HeldQuota, QuotaView, TopUpRequest
 from api_gateway.errors import InvalidValue

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from api_gateway.admin.context import AdminContext, Guarded, Open
+from api_gateway.admin.context import AdminContext
+from api_gateway.admin.dependencies import Guarded, Open
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 from api_gateway.clients.api_keys import has_key
 from api_gateway.errors import InvalidValue, NoRoute, StoreUnavailable

@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
-from starlette.datastructures import State
-
 from api_gateway.admin.context import AdminContext, Lifecycle
 from api_gateway.admin.gate import Access, OperatorGate
 from api_gateway.admin.history_queries import HistoryQueries
@@ -34,7 +32,7 @@ class Application(Protocol):
     """The application that configurations are applied to: its operator gate, and the state of its endpoints."""
 
     gate: OperatorGate
-    state: State
+    state: Any  # has the attributes that are set below, and those that the endpoints add
 
 
 class ServerTls(Protocol):

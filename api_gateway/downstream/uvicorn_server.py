@@ -18,7 +18,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.server import ServerState
 
-from api_gateway.downstream.connection_factory import ConnectionFactory, FirstProtocol
+from api_gateway.downstream.connection_factory import FirstProtocol
 from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.downstream.proxy_headers import RecordedProxyHeaders
 from api_gateway.downstream.rooted_app import RootedApp
@@ -108,11 +108,6 @@ class UvicornServer:
     def has_own_protocol(self) -> bool:
         """True if its connections have the gateway's own protocol."""
         return getattr(self.config, "http_protocol_class", None) is protocol
-
-    @property
-    def is_gateways(self) -> bool:
-        """True if it is the gateway's own server."""
-        return isinstance(getattr(self.config, "http_protocol_class", None), ConnectionFactory)
 
     @property
     def mixes_trailers(self) -> bool:

@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -21,18 +22,23 @@ import uvicorn
 from api_gateway.admin.admin_listener import AdminListener
 from api_gateway.admin.context import Lifecycle
 from api_gateway.admin.locality import Locality
+from api_gateway.assembly.access import operator_access
 from api_gateway.assembly.data_plane import hsts_fields
+from api_gateway.assembly.gateway import Assembly
+from api_gateway.assembly.installation import Installation
+from api_gateway.assembly.serving import serving
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream.connection import DownstreamConnection
 from api_gateway.downstream.https_redirect import HttpsRedirect
 from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
-from api_gateway.main import create_app
+from api_gateway.middleware import DataPlaneSwitch
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.printable_text import counted
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, WorkerSockets, watched
 from api_gateway.process.message_log import change_logging
+from api_gateway.process.server_app import ServerApp
 from api_gateway.process.server_certificates import ServerCertificates
 from api_gateway.process.startup_message import announce_start
 from api_gateway.process.stop_times import stop_within, watchdog_of
@@ -45,6 +51,7 @@ from api_gateway.system.collection import settle_objects
 from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.held_signals import unblocked_signals
 from api_gateway.system.service_manager import ServiceManager
+from api_gateway.upstreams.dns import resolve_host
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +100,14 @@ class GatewayServer(uvicorn.Server):
         self._is_reload_due = False  # requested before the start was complete
         self._certificates = ServerCertificates(config)
         self._following: asyncio.Task[None] | None = None
-        self._app = create_app(
-            config,
-            refused=refused,
-            aggregator=self._aggregator,
-            connections=self.connections,
-            open_connections=lambda: self.server_state.connections,
-            read=read,
-            on_change=self._apply_configuration,
-            tls=self._certificates,
-            locality=locality,
+        self._assembly = Assembly(refused, {}, resolve_host, clocks)
+        self._switch = DataPlaneSwitch()
+        self._app = ServerApp(
+            self._switch,
+            refused,
+            partial(self._serving, read=read, locality=locality),
             clocks=clocks,
+            has_admin_listener=config.admin.listen is not None,
         )
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
@@ -113,6 +117,33 @@ class GatewayServer(uvicorn.Server):
         )
         self._redirect_config = self._redirection(config, refused)
         self._apply_tls(config)
+
+    @asynccontextmanager
+    async def _serving(
+        self, app: ServerApp, *, read: Callable[[], GatewayConfig] | None, locality: Locality | None
+    ) -> AsyncIterator[None]:
+        """Serve within this block, which is the lifespan of the application."""
+        async with self._assembly.live(self._settings):
+            installation = Installation(
+                app,
+                self._assembly,
+                self._switch,
+                server_headers=frozenset(),
+                access=partial(operator_access, locality=locality),
+                connections=self.connections,
+                read=read,
+                on_change=self._apply_configuration,
+                tls=self._certificates,
+            )
+            async with serving(
+                app,
+                self._assembly,
+                installation,
+                self._settings,
+                self._aggregator,
+                lambda: self.server_state.connections,
+            ):
+                yield
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve on these sockets, by default on those of the configuration. Raises StartupError."""

@@ -15,7 +15,11 @@ import pytest
 from fastapi import APIRouter, FastAPI
 
 from api_gateway.admin import endpoints as endpoints_module
-from api_gateway.admin.endpoints import ROUTERS, Endpoints
+from api_gateway.admin import late_framework
+from api_gateway.admin.endpoints import Endpoints
+from api_gateway.admin.late_framework import LateFramework
+from api_gateway.admin.routers import ROUTERS
+from api_gateway.errors import InternalError
 from api_gateway.eventloop import late_imports
 from tests.processes import ROOT, START
 
@@ -68,6 +72,11 @@ LEFT_OUT = {
     "websockets": "nothing: the protocol serves WebSockets itself",
     "pydantic.v1": "routes of the framework, which looks for models of its former version",
     "textual": "the command top",
+    "fastapi": "operators, and programs that embed the gateway",
+    "starlette": "as the framework, which is built on it",
+    "api_gateway.main": "as the framework",
+    "api_gateway.admin.dependencies": "operators",
+    "api_gateway.admin.endpoints": "operators",
     "api_gateway.assembly.shared_store": "a shared store",
     "api_gateway.assembly.store_schema": "a shared store",
     "api_gateway.clients.jose": "tokens",
@@ -161,6 +170,27 @@ async def test_an_endpoint_that_cannot_be_imported_names_the_remedy_and_is_tried
         assert (await client.get("/metrics")).status_code == 403, (
             "the route is there, and refuses a request without operator"
         )
+
+
+async def test_a_framework_that_cannot_be_imported_is_tried_again_and_then_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    framework = LateFramework({}, Counter())
+
+    def broken(name: str) -> Any:
+        raise ImportError(f"{name} is gone")
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(framework), base_url="http://gateway") as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(late_framework, "import_gently", broken)
+            with pytest.raises(InternalError, match=r"ImportError.* restart the gateway"):
+                await client.get("/metrics")
+        assert "admin.endpoints is gone" in caplog.text
+        answers = await asyncio.gather(*(client.get("/metrics") for _ in range(3)))
+        assert [answer.status_code for answer in answers] == [403] * 3, "it is there, and refuses who is no operator"
+        present = framework._app
+        await client.get("/metrics")
+        assert framework._app is present
 
 
 @pytest.mark.parametrize("module", sorted({module for module, _, _ in ROUTERS}))

@@ -49,7 +49,7 @@ LIBRARIES = {
     "pydantic_settings": {"config"},
     "redis": {"storage"},
     "sqlite3": {"storage"},
-    "starlette": {"admin", "assembly"},
+    "starlette": {"admin"},
     "uvicorn": {"demo", "downstream", "process"},
     "yaml": {"settings"},
 }

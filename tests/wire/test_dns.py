@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from api_gateway.main import create_app
 from api_gateway.upstreams.dns import (
     MAX_ADDRESSES,
     HostName,
@@ -238,9 +237,7 @@ def places() -> Iterator[Places]:
 def zone(monkeypatch: pytest.MonkeyPatch) -> Zone:
     """What names stand for, asked for a hundred times as often as configured."""
     found = Zone("127.0.0.1", "127.0.0.2")
-    monkeypatch.setattr(
-        "api_gateway.process.server.create_app", lambda *args, **options: create_app(*args, **options, resolve=found)
-    )
+    monkeypatch.setattr("api_gateway.process.server.resolve_host", found)
     sleep = asyncio.sleep
     monkeypatch.setattr("api_gateway.upstreams.dns.asyncio.sleep", lambda seconds: sleep(seconds / 100))
     return found
