@@ -19,6 +19,9 @@ from api_gateway.observability.trace_exporter import RESULTS
 
 Label = TypeVar("Label")
 
+# Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
+DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+
 # The recorder's counters with one label.
 _COUNTERS = (
     "unproxied_refusals",

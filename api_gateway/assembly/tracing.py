@@ -14,12 +14,11 @@ from api_gateway._version import __version__
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
-from api_gateway.metrics import NO_ROUTE, Recorder, is_timed
+from api_gateway.metrics import DURATION_BOUNDS, NO_ROUTE, Recorder, is_timed
 from api_gateway.models import Exchange
 from api_gateway.observability.trace_exporter import TraceExporter
 from api_gateway.observability.trace_sender import OtlpSender
 from api_gateway.observability.tracing import Parent, Sampling, Tracer
-from api_gateway.reporting.prometheus_families import DURATION_BOUNDS
 from api_gateway.settings.tracing import TRACES_PATH, TracingSection, collector_url, decoded_pairs, header_pairs
 from api_gateway.system.clocks import Clocks
 

@@ -18,12 +18,10 @@ from prometheus_client.exposition import choose_encoder
 
 from api_gateway.errors import Reason
 from api_gateway.eventloop.steps import Steps
-from api_gateway.metrics import ATTEMPT_RESULTS, RETRY_CAUSES
+from api_gateway.metrics import ATTEMPT_RESULTS, DURATION_BOUNDS, RETRY_CAUSES
 from api_gateway.models import DecisionSource
 from api_gateway.observability.latency_series import WindowedSeries
-from api_gateway.reporting.process_figures import process_families
 from api_gateway.reporting.prometheus_families import (
-    DURATION_BOUNDS,
     SingleMetric,
     access_families,
     duration_histogram,
@@ -32,6 +30,7 @@ from api_gateway.reporting.prometheus_families import (
     hook_families,
     limit_families,
     mirror_families,
+    process_families,
     tls_families,
     trace_families,
     without_head,

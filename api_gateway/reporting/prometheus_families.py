@@ -9,13 +9,12 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.samples import Exemplar
 
-from api_gateway.metrics import Recorder
+from api_gateway.metrics import DURATION_BOUNDS, Recorder
 from api_gateway.observability.latency_series import Tally, WindowedSeries, bucket_of, value_of
 from api_gateway.observability.request_record import REQUEST_RESULTS
+from api_gateway.reporting.process_figures import CPU, FIGURES
 from api_gateway.reporting.tls_snapshot import TlsSnapshot
 
-# Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
-DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 NO_EXEMPLARS: Mapping[tuple[str, int], tuple[str, float, float]] = {}
 _PIECE = 50  # rows of a family that are rendered at once
 _DIGITS = 6  # decimals of a sum of seconds
@@ -275,3 +274,11 @@ def _last_buckets(bounds: tuple[float, ...]) -> tuple[int, ...]:
         bucket = bucket_of(bound)
         found.append(bucket if value_of(bucket) <= bound else bucket - 1)
     return tuple(found)
+
+
+def process_families(figures: Mapping[str, float]) -> Iterator[Metric]:
+    """Yield a family for each figure that there is."""
+    for name, words in FIGURES.items():
+        if name in figures:
+            kind = CounterMetricFamily if name == CPU else GaugeMetricFamily
+            yield kind(name, words, value=figures[name])

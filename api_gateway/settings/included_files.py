@@ -9,15 +9,14 @@ requests a file may have is the subject of `route_ownership`.
 import glob
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from api_gateway.settings.diagnostics import ConfigError, KeyPath, Ownership, SettingsFile, path_text
 from api_gateway.settings.secret import note_file
-from api_gateway.settings.toml_file import read_toml
 from api_gateway.settings.variables import expanded
-from api_gateway.settings.yaml_file import read_yaml
 
 INCLUDE = "include"
 WILDCARDS = "*?["
@@ -90,7 +89,11 @@ def matching_files(pattern: Path) -> list[Path]:
 
 def _read(path: Path, variables: Mapping[str, str] | None) -> SettingsFile:
     """Read one file and replace its variables."""
-    read = read_toml(path) if path.suffix.lower() == ".toml" else read_yaml(path)
+    read: SettingsFile
+    if path.suffix.lower() == ".toml":  # what reads a format is imported for a file, as many starts have none
+        read = import_module("api_gateway.settings.toml_file").read_toml(path)
+    else:
+        read = import_module("api_gateway.settings.yaml_file").read_yaml(path)
     found = expanded(read.values, variables)
     lower = {tuple(map(str.lower, place)): names for place, names in found.variables.items()}
     problems = [f"{read.place(place)}{path_text(place)}: {problem}" for place, problem in found.problems.items()]

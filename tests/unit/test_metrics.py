@@ -18,14 +18,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
 from api_gateway.eventloop.steps import run_at_once
-from api_gateway.metrics import Recorder
+from api_gateway.metrics import DURATION_BOUNDS, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.observability.label_counter import LabelCounter
 from api_gateway.observability.latency_series import Tally, bucket_of, percentile
 from api_gateway.reporting.metrics_schema import RateWindow
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
 from api_gateway.reporting.prometheus import MAX_DETAILED, PrometheusExposition
-from api_gateway.reporting.prometheus_families import DURATION_BOUNDS
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode
 from api_gateway.system.build import variant
