@@ -3,6 +3,7 @@
 `load_certificates` blocks and changes nothing: an error leaves the certificates in force.
 """
 
+import os
 import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from api_gateway.system.x509 import PRIVATE_KEY, CertificateFacts, facts_of_pem,
 ALPN = ["http/1.1"]
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 _READABLE = 0o077  # permissions of others than the owner
+_BY_ANYONE = 0o007
 _WILDCARD = "*."
 
 
@@ -127,10 +129,12 @@ def readable_keys(section: ServerTlsSection) -> Iterator[tuple[tuple[str, ...], 
     for number, pair in enumerate(section.certificates):
         key = pair.key or pair.certificate
         try:
-            mode = key.stat().st_mode & 0o777
+            status = key.stat()
         except OSError:
             continue  # an error, which `load_certificates` reports
-        if mode & _READABLE:
+        mode = status.st_mode & 0o777
+        # A key of another user, such as a credential of systemd (0440), may reach the gateway by its group only.
+        if mode & (_READABLE if status.st_uid == os.geteuid() else _BY_ANYONE):
             message = f"others than its owner have access to the key; use chmod 600, got '{key}' with {mode:04o}"
             yield ("certificates", str(number), "certificate" if pair.key is None else "key"), message
 

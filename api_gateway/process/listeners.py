@@ -204,10 +204,15 @@ def watched(sockets: Iterable[socket.socket]) -> Iterator[list[socket.socket]]:
     accepts several, and their requests proceed side by side: that takes 0.9 of the CPU time of a request on a new
     connection. An accept on an empty queue, of which a lone connection causes three, takes less than a microsecond.
     """
+    listening = list(sockets)
+    for sock in listening:
+        # `dup` repeats the timeout of the object. A blocking one would make `accept` block in every process that
+        # shares the socket, and their event loops with it.
+        sock.setblocking(False)
     with ExitStack() as stack:
         yield [
             one
-            for sock in sockets
+            for sock in listening
             for one in (sock, *(stack.enter_context(sock.dup()) for _ in range(ACCEPTED_PER_TURN - 1)))
         ]
 

@@ -269,3 +269,11 @@ def test_several_connections_are_accepted_in_one_turn_of_the_loop() -> None:
         sock.close()
         with pytest.raises(ConnectionRefusedError):
             connect(port, 1)
+
+
+def test_a_worker_that_starts_does_not_make_a_shared_socket_blocking_for_the_others() -> None:
+    """Otherwise `accept` on an empty queue blocks the event loop of a worker that already serves."""
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        passed.setblocking(False)  # as the service manager and the workers that serve have set it
+        with socket.socket(fileno=os.dup(passed.fileno())) as inherited, watched([inherited]):
+            assert not os.get_blocking(passed.fileno())
