@@ -1,4 +1,4 @@
-"""What a start takes: CPU time and memory until the first response, beside the import of the required packages.
+"""What a start takes: CPU time and memory until the first response, as ratios to the import of the required packages.
 
 `python -m benchmarks.start` starts each in turn, `--rounds` times, and prints the least CPU time, which other programs
 disturb least, and the median of the resident memory. Wall time is not measured.
@@ -121,8 +121,8 @@ def _own(pid: int) -> Figures:
 
 
 MEASURED: dict[str, Callable[[], Figures]] = {
-    "import of fastapi, uvicorn, httpx, pydantic and pydantic-settings": lambda: import_figures(FRAMEWORK),
     "import of all required packages": lambda: import_figures(REQUIRED),
+    "import of fastapi, uvicorn, httpx, pydantic and pydantic-settings": lambda: import_figures(FRAMEWORK),
     "gateway with one upstream": start_figures,
     "gateway with the demo services": lambda: start_figures(is_demo=True),
     "the gateway with one upstream, and the first `/metrics`": lambda: view_figures(VIEWS[0]),

@@ -24,7 +24,8 @@ from api_gateway.eventloop import late_imports
 from tests.processes import ROOT, START
 
 VIEWS = ("metrics", "health", "circuit-breakers", "clients", "limits", "tiers", "audit", "history", "configuration")
-# Serves a request and prints all modules that the process then has; then the status of each view, asked for at once.
+# Serves a request and prints all modules that the process then has, and again after health checks; then the status of
+# each view, asked for at once.
 SCRIPT = f"""
     import os, signal, sys, threading, time
     from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,8 @@ SCRIPT = f"""
             else:
                 break
         print("modules", *sys.modules, flush=True)
+        print("health", *map(status, ["health", "healthz", "readyz"]), flush=True)
+        print("probed", *sys.modules, flush=True)
         with ThreadPoolExecutor(16) as pool:
             print("views", *pool.map(status, {VIEWS * 2}), flush=True)
 
@@ -135,6 +138,12 @@ def test_a_start_without_configuration_imports_nothing_that_only_some_gateways_n
         if module == prefix or module.startswith(f"{prefix}.")
     }
     assert not needless
+
+
+def test_health_checks_do_not_import_the_framework(printed: dict[str, list[str]]) -> None:
+    assert printed["health"] == ["200"] * 3
+    assert "api_gateway.admin.health_view" in printed["probed"]
+    assert not {"fastapi", "starlette"} & set(printed["probed"])
 
 
 def test_first_requests_for_all_operator_endpoints_at_once_are_served(printed: dict[str, list[str]]) -> None:
