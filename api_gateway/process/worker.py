@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from api_gateway._version import __version__
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.process.listeners import WorkerSockets
@@ -26,6 +27,10 @@ def main(worker_config: dict[str, Any]) -> int:
 
 
 def _serve(worker_config: dict[str, Any]) -> int:
+    version = worker_config.get("version")  # missing if the supervisor is older than the check
+    if version != __version__:
+        logger.error("%s is installed, and the supervisor runs %s: restart the gateway", __version__, version)
+        return STARTUP_FAILED
     for number in (signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # only the supervisor handles them
     config = deserialized(worker_config["config"])

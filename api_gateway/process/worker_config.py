@@ -9,6 +9,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from api_gateway._version import __version__
+
 # Workers use the module search path of the supervisor, however that was started. `collection_paused` does the same.
 ENTRY = (
     "import gc, json, sys; gc.disable(); config = json.load(sys.stdin); sys.path[:] = config['path'];"
@@ -18,7 +20,10 @@ ENTRY = (
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """`config` is the result of `serialized`; `channel` and the listeners are file descriptors."""
+    """`config` is the result of `serialized`; `channel` and the listeners are file descriptors.
+
+    `version` is that of the supervisor. A worker of another one does not start: their messages may differ.
+    """
 
     number: int
     config: dict[str, Any]
@@ -26,6 +31,7 @@ class WorkerConfig:
     listeners: list[int]
     admin_listeners: list[int]
     redirect_listeners: list[int]
+    version: str = __version__
 
     def encode(self) -> bytes:
         """Return the JSON that `ENTRY` reads."""

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from api_gateway import __version__
 from api_gateway.config import load_config
 from api_gateway.demo import DemoUpstreams
+from api_gateway.errors import STARTUP_FAILED
+from api_gateway.process.worker import main
 from api_gateway.process.worker_config import WorkerConfig
 from api_gateway.reload.serialization import deserialized, serialized
 
@@ -59,3 +62,14 @@ def test_a_brief_travels_as_json() -> None:
     assert (config["listeners"], config["admin_listeners"]) == ([8, 9], [10])
     assert config["redirect_listeners"] == [11]
     assert config["path"]
+    assert config["version"] == __version__
+
+
+@pytest.mark.parametrize("sent", [{}, {"version": "0.0.1"}])
+def test_a_worker_of_another_release_than_its_supervisor_does_not_start(
+    sent: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their messages may differ. A rolling restart is then aborted, and the old workers continue to serve."""
+    assert main(sent) == STARTUP_FAILED
+    expected = f"{__version__} is installed, and the supervisor runs {sent.get('version')}: restart the gateway"
+    assert caplog.messages == [expected]
