@@ -9,7 +9,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.errors import ChangeUnconfirmed
@@ -426,6 +426,7 @@ def test_a_charge_from_before_a_change_of_the_period_does_not_begin_counts_in_th
 # Against the counters in memory
 
 
+@example(16503)  # the clock steps back to before the end of a counter that has expired
 @given(seed=st.integers(0, 2**32))
 @settings(deadline=None)
 def test_the_script_decides_as_the_counters_in_memory_do(seed: int) -> None:
@@ -457,7 +458,9 @@ def test_the_script_decides_as_the_counters_in_memory_do(seed: int) -> None:
         passed_ns += max(step, 0) * NANOSECONDS
         held = memory.counters.counters.get(f"{period.name}:a")
         if held is not None and is_past(held, store.now_us // MICROSECONDS):
-            del memory.counters.counters[f"{period.name}:a"]  # as the store does, also if the clock steps back again
+            # As the store does, also if the clock steps back again. The process may have asked it nothing meanwhile.
+            del memory.counters.counters[f"{period.name}:a"]
+            machine.limiter.known.pop(f"{period.name}:a", None)
         kind = source.random()
         if kind < 0.6:
             cost = source.choice((0, 0.5, 1, 1, 2, 5, 30))
