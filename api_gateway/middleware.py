@@ -25,7 +25,7 @@ from api_gateway.models import Decision, Exchange, HeaderList
 from api_gateway.printable_text import shown_method
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.path_table import PATH_PREFIX, is_placeholder
-from api_gateway.proxy.problem_response import send_problem
+from api_gateway.proxy.problem_response import instance_in, send_problem
 from api_gateway.proxy.route_table import Route
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class _Closed:
 
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
-    await send_problem(not_started(), send, instance=scope["path"], request_id=None, headers=[])
+    await send_problem(not_started(), send, instance=instance_in(scope), request_id=None, headers=[])
 
 
 class ExchangeRecords:

@@ -3,7 +3,7 @@
 from api_gateway.errors import NoRoute
 from api_gateway.http1.asgi import ADMIN, ASGIApp, Receive, Scope, Send
 from api_gateway.middleware import is_proxied
-from api_gateway.proxy.problem_response import send_problem
+from api_gateway.proxy.problem_response import instance_in, send_problem
 
 
 class AdminListener:
@@ -16,6 +16,6 @@ class AdminListener:
         """Serve one request; paths of the data plane get status 404."""
         if is_proxied(scope["path"]):
             error = NoRoute("The admin listener proxies nothing; send this request to the gateway's public address.")
-            await send_problem(error, send, instance=scope["path"], request_id=None, headers=[])
+            await send_problem(error, send, instance=instance_in(scope), request_id=None, headers=[])
         else:
             await self._app({**scope, ADMIN: True}, receive, send)

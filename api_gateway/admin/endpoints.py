@@ -32,7 +32,8 @@ from api_gateway.errors import (
 )
 from api_gateway.eventloop.late_imports import import_gently
 from api_gateway.http1.asgi import ASGIApp, Receive, Scope, Send
-from api_gateway.http1.request_paths import first_segment, path_as_sent
+from api_gateway.http1.request_paths import first_segment
+from api_gateway.proxy.problem_response import instance_in
 from api_gateway.settings.error_words import error_words
 
 # Words for mistakes in bodies and parameters that differ from those for mistakes in files.
@@ -189,7 +190,7 @@ async def _error_response(request: Request, raised: Exception) -> Response:
             return Response(status_code=204, headers=error.headers)
     request.app.state.refused[error.reason] += 1
     return Response(
-        without_keys(_encode(problem(error, instance=path_as_sent(request.scope)))),
+        without_keys(_encode(problem(error, instance=instance_in(request.scope)))),
         status_code=error.status,
         headers={**error.headers, "cache-control": "no-store"},
         media_type="application/problem+json",

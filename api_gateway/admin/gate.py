@@ -40,7 +40,7 @@ from api_gateway.http1.plain_types import complete_scope
 from api_gateway.http1.request_paths import RequestTarget, first_segment, path_as_sent, target_of
 from api_gateway.middleware import respond_to_server_options
 from api_gateway.proxy.cors import CorsPolicy
-from api_gateway.proxy.problem_response import send_problem
+from api_gateway.proxy.problem_response import instance_in, send_problem
 from api_gateway.proxy.request_id import given_request_id, new_request_id
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class OperatorGate:
             self._refused[error.reason] += 1
             if framing(fields) is not None:  # the unread body would be taken for the next request
                 error.headers["connection"] = "close"
-            await send_problem(error, send, instance=path_as_sent(scope), request_id=None, headers=[])
+            await send_problem(error, send, instance=instance_in(scope), request_id=None, headers=[])
 
     async def _serve(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
         target = target_of(scope)

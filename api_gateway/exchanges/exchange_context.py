@@ -16,7 +16,7 @@ from api_gateway.proxy.extension_stages import ResponseHooks
 from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.mirroring import Mirrors
 from api_gateway.proxy.open_exchanges import OpenExchanges
-from api_gateway.proxy.problem_response import problem_message
+from api_gateway.proxy.problem_response import instance_of, problem_message
 from api_gateway.router import Router
 
 
@@ -89,7 +89,11 @@ class ExchangeContext:
             b"\r\n" if keep_alive or closes else b"\r\nconnection: close\r\n",
         )
         head, body = problem_message(
-            error, instance=exchange.path, request_id=exchange.id, lines=lines, trace=exchange.trace
+            error,
+            instance=instance_of(exchange.path, plan.raw_target),
+            request_id=exchange.id,
+            lines=lines,
+            trace=exchange.trace,
         )
         exchange.bytes_out = len(body)
         return head if exchange.method == "HEAD" else head + body, keep_alive and not closes

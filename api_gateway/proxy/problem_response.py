@@ -1,21 +1,39 @@
 """Problem details (RFC 9457) as a response in HTTP/1.1 format, and as ASGI messages."""
 
 import json
+import re
 from functools import lru_cache
+from urllib.parse import quote
 
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.errors import GatewayError, problem
-from api_gateway.http1.asgi import Send
+from api_gateway.http1.asgi import Scope, Send
+from api_gateway.http1.request_paths import path_as_sent
 from api_gateway.http1.serializer import render_fields, status_line
 from api_gateway.limits.limit_reached import LimitReached
 from api_gateway.models import HeaderList, Trace
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
+_IN_PATHS = "/%:@!$&'()*+,;=~"  # besides letters, digits and `-._`, see RFC 3986 section 3.3
+_is_plain = re.compile(rb"[A-Za-z0-9._/:@!$&'()*+,;=~-]*+(?:\?|\Z)").match  # of the path in a target
+
+
+def instance_of(path: str, raw_target: bytes) -> str:
+    """Return the path of a request as a URI reference (RFC 9457 section 3.1.5), as it was sent, without the query."""
+    if _is_plain(raw_target) is not None:
+        return path
+    return quote(raw_target.partition(b"?")[0], safe=_IN_PATHS)
+
+
+def instance_in(scope: Scope) -> str:
+    """Return the path of an ASGI request, see `instance_of`."""
+    return instance_of(scope["path"], path_as_sent(scope).encode("latin-1"))
 
 
 def problem_body(error: GatewayError, *, instance: str, request_id: str | None, trace: Trace | None = None) -> bytes:
     """Return the problem details of `error` in JSON; `trace` is that of the exchange, None if tracing is off.
 
+    `instance` is a URI reference.
     A key in the path or in a value that is refused is not shown: clients log errors.
     """
     if isinstance(error, LimitReached) and request_id is not None:

@@ -447,7 +447,7 @@ async def test_an_error_becomes_a_response_with_its_reason(world: World) -> None
     client = await ask(world, http("GET", (b"x-request-id", b"id-1"), path="/api/ü"))
     body = json.loads(client.body)
     assert (client.status, client.is_complete, client.all(b"retry-after")) == (429, True, [b"3"])
-    assert (body["reason"], body["detail"], body["instance"]) == ("rate_limited", "Wait.", "/api/ü")
+    assert (body["reason"], body["detail"], body["instance"]) == ("rate_limited", "Wait.", "/api/%C3%BC")
     assert (body["request_id"], client.all(b"x-request-id")) == ("id-1", [b"id-1"])
     exchange = world.exchange
     assert (exchange.status, exchange.source, exchange.bytes_out) == (429, "gateway", len(client.body))

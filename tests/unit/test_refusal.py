@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import re
 from collections.abc import MutableMapping
 from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
 
 import pytest
 from hypothesis import example, given
@@ -14,7 +16,7 @@ from api_gateway.http1.serializer import refuse_hidden_lines, render_response_he
 from api_gateway.limits.concurrency import ConcurrencyQuota
 from api_gateway.limits.refusal import _BY_BUCKET, MOST_REMEMBERED_REFUSALS, refusal
 from api_gateway.models import NANOSECONDS, Client, Decision, Exchange, Quota
-from api_gateway.proxy.problem_response import problem_body, problem_message, send_problem
+from api_gateway.proxy.problem_response import instance_in, instance_of, problem_body, problem_message, send_problem
 from api_gateway.rate_limiter import NEVER_NS
 from tests.cases import each
 
@@ -159,3 +161,32 @@ def test_lines_are_refused_exactly_if_one_hides_another(lines: list[bytes]) -> N
             refuse_hidden_lines(lines)
     else:
         refuse_hidden_lines(lines)
+
+
+PATHS_AS_SENT = [
+    (b"/api/users", "/api/users"),
+    (b"/api/users?name=ada", "/api/users"),
+    (b"/api/~a-b_c.d/(1)*;v=1,2!'", "/api/~a-b_c.d/(1)*;v=1,2!'"),
+    (b"/api/a%2Fb", "/api/a%2Fb"),
+    (b"/api/100%25", "/api/100%25"),
+    (b"/api/%C3%BC", "/api/%C3%BC"),
+    ("/api/\u00fc".encode(), "/api/%C3%BC"),
+    (b'/api/"<a>"?b', "/api/%22%3Ca%3E%22"),
+    (b"/api/{a}|b^c`d\\e", "/api/%7Ba%7D%7Cb%5Ec%60d%5Ce"),
+    (b"/api/a#b", "/api/a%23b"),
+    (b"/api/[1]", "/api/%5B1%5D"),
+]
+
+
+@each(("raw", "instance"), PATHS_AS_SENT)
+def test_the_instance_is_the_path_as_sent_as_a_uri_reference(raw: bytes, instance: str) -> None:
+    sent, _, _ = raw.partition(b"?")
+    path = unquote(sent.decode())
+    assert instance_of(path, raw) == instance
+    assert instance_in({"path": path, "raw_path": sent}) == instance
+
+
+@given(st.binary())
+def test_an_instance_has_no_character_that_a_uri_reference_excludes(raw: bytes) -> None:
+    path = unquote_to_bytes(raw.partition(b"?")[0]).decode("utf-8", "replace")
+    assert re.fullmatch(r"[!$%&'()*+,./0-9:;=@A-Z_a-z~-]*", instance_of(path, raw))
