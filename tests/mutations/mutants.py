@@ -22,6 +22,7 @@ _REFUSED_BY_OTHER = (
 )
 _LATE = "test_a_late_reply_tells_whether_the_store_is_still_to_be_charged"
 _LOST_REPORTS = "test_reports_of_outages_that_are_late_or_lost_stay_within_the_bound"
+_LEASES = "tests/store/test_concurrency_leases.py"
 _SLOTS = "tests/unit/test_concurrency.py"
 _NAMES_ALL = "test_a_refusal_for_lack_of_a_slot_names_the_limits_without_tokens"
 _NO_SLOT = "test_what_a_share_admits_is_charged_if_a_late_reply_tells_that_no_slot_was_free"
@@ -325,7 +326,7 @@ MUTANTS = (
         (
             "            learn_late(self._limiter, self._charges, is_charged=False)\n",
             "            pass\n",
-            f"tests/store/test_concurrency_leases.py::{_NO_SLOT}",
+            f"{_LEASES}::{_NO_SLOT}",
         ),
     ),
     *of(
@@ -356,7 +357,7 @@ MUTANTS = (
         (
             "is_charged = may_be_charged and not is_unanswered",
             "is_charged = not is_unanswered",
-            f"tests/store/test_concurrency_leases.py::{_NO_SLOT}",
+            f"{_LEASES}::{_NO_SLOT}",
         ),
         ("        if self.is_sent and decision.allowed:\n", "        if False:\n", f"{_LOST}::{_LATE}"),
         (
@@ -383,7 +384,40 @@ MUTANTS = (
         (
             "self._on_full(totals, refused)",
             "self._on_full(totals, None)",
-            f"tests/store/test_concurrency_leases.py::{_NAMES_ALL}",
+            f"{_LEASES}::{_NAMES_ALL}",
+        ),
+        (
+            "changed = [slot.key for slot, is_same in self._with_epochs() if not is_same]",
+            "changed: list[str] = []",
+            f"{_LEASES}::test_a_request_whose_lease_is_set_while_the_store_is_asked_counts",
+        ),
+        (
+            "if total < 0 and is_same:",
+            "if total < 0:",
+            f"{_LEASES}::test_a_claim_that_a_new_epoch_has_overtaken_begins_no_other",
+        ),
+        (
+            "is_quiet = self._key not in self._port.under_way",
+            "is_quiet = True",
+            f"{_LEASES}::test_a_renewal_compares_the_number_of_requests_only_while_no_operation_is_under_way",
+        ),
+        (
+            "is_quiet = self._key not in self._port.under_way",
+            "is_quiet = False",
+            f"{_LEASES}::test_a_renewal_corrects_a_wrong_number_of_requests",
+        ),
+    ),
+    *of(
+        "limits/concurrency_leases.py",
+        (
+            "            if slot.key in self.unwritten:\n                continue\n",
+            "",
+            f"{_LEASES}::test_a_request_that_ends_before_its_lease_is_written_is_returned_once",
+        ),
+        (
+            "batcher.submit(ReturnOp(self, slot.key))\n            else:\n                self.mark(slot.key)",
+            "batcher.submit(ReturnOp(self, slot.key))",
+            f"{_LEASES}::test_a_request_that_ends_during_an_outage_is_returned_after_it",
         ),
     ),
     *of(

@@ -15,7 +15,7 @@ import pytest
 
 from api_gateway.limits.concurrency import ConcurrencyQuota, SlottedCharges, SlotUse
 from api_gateway.limits.concurrency_leases import RENEWAL_INTERVAL, LeasedSlots
-from api_gateway.limits.concurrency_ops import LEASE
+from api_gateway.limits.concurrency_ops import LEASE, LEASE_MS
 from api_gateway.limits.periods import Calendar
 from api_gateway.limits.quota_state import PeriodQuota
 from api_gateway.limits.script_batcher import ScriptOp, _call
@@ -395,6 +395,80 @@ def test_what_a_share_admits_is_charged_if_a_late_reply_tells_that_no_slot_was_f
     if with_quotas:
         assert store.values[one.charging.counter_key("q:acme")][0].split()[3] == "1000"
         assert one.charging.owed == {}
+
+
+def test_a_request_that_ends_before_its_lease_is_written_is_returned_once(store: LuaStore) -> None:
+    """The operation that sets the lease has the number without it, so another one would return a slot of others."""
+    worker = Worker(store, 1)
+    first, _ = worker.ask(FIVE), worker.ask(FIVE)
+    worker.wire.all_at_once()
+    worker.slots.mark(FIVE.key)
+    worker.end(first)
+    worker.wire.all_at_once()
+    assert total(worker) == worker.in_flight["five"] == 1
+
+
+def test_a_request_that_ends_during_an_outage_is_returned_after_it(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    exchange = worker.ask(FIVE)
+    worker.wire.all_at_once()
+    worker.wire.is_up = False
+    worker.end(exchange)
+    worker.wire.is_up = True
+    worker.beat()
+    worker.wire.all_at_once()
+    assert total(worker) == 0
+
+
+def test_a_request_whose_lease_is_set_while_the_store_is_asked_counts(store: LuaStore) -> None:
+    """The lease is set between the claim and its reply, to a number without the request."""
+    worker = Worker(store, 1)
+    worker.ask(FIVE)
+    worker.wire.send()
+    worker.wire.execute_one(0)
+    worker.slots.mark(FIVE.key)
+    worker.wire.all_at_once()
+    assert total(worker) == worker.in_flight["five"] == 1
+
+
+def test_a_claim_that_a_new_epoch_has_overtaken_begins_no_other(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    worker.ask(FIVE)
+    worker.wire.send()
+    worker.slots.mark(FIVE.key)
+    epoch = worker.slots.epoch(FIVE.key)
+    worker.wire.send()
+    worker.wire.execute_one(1)  # the lease is set before the claim arrives, which is void
+    worker.wire.deliver_one(0)
+    worker.wire.all_at_once()
+    assert total(worker) == worker.in_flight["five"] == 1
+    assert worker.slots.epoch(FIVE.key) == epoch
+
+
+def test_a_renewal_compares_the_number_of_requests_only_while_no_operation_is_under_way(store: LuaStore) -> None:
+    """With a claim under way, the numbers differ although both are right."""
+    worker = Worker(store, 1)
+    worker.ask(FIVE)
+    worker.wire.all_at_once()
+    worker.ask(FIVE)
+    worker.wire.send()
+    worker.wire.execute_one(0)
+    epoch = worker.slots.epoch(FIVE.key)
+    worker.beat()
+    worker.wire.all_at_once()
+    assert (total(worker), worker.slots.epoch(FIVE.key)) == (2, epoch), "nothing has to be set"
+
+
+def test_a_renewal_corrects_a_wrong_number_of_requests(store: LuaStore) -> None:
+    worker = Worker(store, 1)
+    worker.ask(FIVE)
+    worker.wire.all_at_once()
+    slots = worker.slots
+    store.call([slots.lease_key(FIVE.key)], "return", slots.worker, LEASE_MS, 1, slots.epoch(FIVE.key))
+    assert total(worker) == 0
+    worker.beat()
+    worker.wire.all_at_once()
+    assert total(worker) == 1
 
 
 def test_while_the_store_is_unavailable_each_worker_has_its_share(store: LuaStore) -> None:
