@@ -49,6 +49,7 @@ from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 from tests.kit import soon, turns
+from tests.virtual_time import in_virtual_time
 
 FREE = Quota.per_second("FREE", 1, 10)
 LAST: Message = {"type": "http.request", "body": b"", "more_body": False}
@@ -390,6 +391,7 @@ async def test_a_body_is_not_received_faster_than_the_upstream_takes_it(tmp_path
     assert world.exchange.reason == "draining"
 
 
+@in_virtual_time
 async def test_a_response_is_not_read_faster_than_the_client_reads(tmp_path: Path) -> None:
     world = World(tmp_path, Stub("dripping"))
     gate = asyncio.Event()
@@ -478,6 +480,7 @@ async def test_a_cause_is_logged_and_not_sent_to_the_client(world: World) -> Non
 
 
 @pytest.mark.parametrize("kind", ["silent", "failing"])
+@in_virtual_time
 async def test_the_total_limit_ends_waiting_and_retrying(tmp_path: Path, kind: str) -> None:
     world = World(tmp_path, Stub(kind), total=0.1)
     client = await ask(world, http())
@@ -486,6 +489,7 @@ async def test_the_total_limit_ends_waiting_and_retrying(tmp_path: Path, kind: s
     assert world.exchange.status == client.status
 
 
+@in_virtual_time
 async def test_the_total_limit_ends_a_body_without_end(tmp_path: Path) -> None:
     """What has begun remains incomplete, and the server gets a message and an error that make it close."""
     world, client = World(tmp_path, Stub("dripping"), total=0.1), Client()
@@ -501,6 +505,7 @@ async def test_the_total_limit_ends_a_body_without_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["silent", "dripping"])
 @pytest.mark.parametrize("has_body", [False, True])
+@in_virtual_time
 async def test_a_client_that_disconnects_ends_the_exchange_without_a_fault(
     tmp_path: Path, kind: str, *, has_body: bool
 ) -> None:
@@ -520,6 +525,7 @@ async def test_a_client_that_disconnects_ends_the_exchange_without_a_fault(
     await soon(lambda: not RUNNING, "the call has ended")
 
 
+@in_virtual_time
 async def test_polling_for_a_disconnect_yields_to_the_loop(world: World) -> None:
     """Another server, or a middleware, may say again and again that the body is complete."""
     asked = 0
@@ -564,6 +570,7 @@ async def test_only_the_task_that_called_sends_and_no_task_is_left(world: World)
     assert asyncio.all_tasks() - before <= RUNNING
 
 
+@in_virtual_time
 async def test_no_receiver_is_left_behind_an_early_response(tmp_path: Path) -> None:
     world, receiving, ended = World(tmp_path, Stub("early")), list[str](), list[str]()
 
@@ -603,6 +610,7 @@ async def test_context_variables_of_middleware_hold_where_it_receives_and_sends(
 
 
 @pytest.mark.parametrize("kind", ["silent", "dripping"])
+@in_virtual_time
 async def test_cancel_scopes_of_anyio_work_around_and_within(tmp_path: Path, kind: str) -> None:
     """A scope of a middleware ends the exchange; one that is entered for a message is left by the same task."""
     world, client = World(tmp_path, Stub(kind)), Client()

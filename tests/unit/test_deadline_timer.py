@@ -178,6 +178,7 @@ def test_it_shows_its_state(alarm: DeadlineTimer) -> None:
 
 
 async def test_it_fires_on_a_real_loop() -> None:
+    """The loop and its clock are the subject, so the test waits 50 ms of real time."""
     loop = asyncio.get_running_loop()
     rung = asyncio.Event()
     alarm = DeadlineTimer(loop, rung.set)

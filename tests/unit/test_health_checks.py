@@ -13,6 +13,7 @@ from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, Hea
 from api_gateway.upstreams.target import Target
 from tests.cases import each
 from tests.kit import FakeClock, soon
+from tests.virtual_time import in_virtual_time
 
 POLICY = HealthPolicy("/health", 0.001, 5, healthy_threshold=2, unhealthy_threshold=3, statuses=(range(200, 400),))
 ONE_IS_ENOUGH = replace(POLICY, healthy_threshold=1, unhealthy_threshold=1)
@@ -140,6 +141,7 @@ async def test_a_check_finds(ask: SendProbe, is_good: bool, finding: str) -> Non
     assert (target.is_healthy, target.checks.finding) == (is_good, finding)
 
 
+@in_virtual_time
 async def test_silence_is_found_after_the_timeout() -> None:
     judge, target = judged()
     assert not await check(judge, replace(POLICY, timeout=0.001), URL, silent, CLOCK)
@@ -202,6 +204,7 @@ def scripted(statuses: Sequence[int]) -> tuple[SendProbe, asyncio.Event]:
     return ask, done
 
 
+@in_virtual_time
 async def test_a_change_of_health_is_reported_once() -> None:
     target = Target(URL)
     told: list[bool] = []
@@ -211,6 +214,7 @@ async def test_a_change_of_health_is_reported_once() -> None:
     assert told == [False, True]
 
 
+@in_virtual_time
 async def test_a_change_is_reported_for_its_target() -> None:
     good, bad = Target("http://good"), Target("http://bad")
     told: list[Target] = []
@@ -229,6 +233,7 @@ async def test_a_change_is_reported_for_its_target() -> None:
     assert (good.is_healthy, bad.is_healthy) == (True, False)
 
 
+@in_virtual_time
 async def test_a_slow_target_delays_no_other() -> None:
     asked: Counter[str] = Counter()
     enough = asyncio.Event()
@@ -294,6 +299,7 @@ async def test_first_checks_spread_over_the_first_interval(monkeypatch: pytest.M
     assert all(70 < quarters[quarter] < 130 for quarter in range(4))
 
 
+@in_virtual_time
 async def test_a_target_is_never_asked_twice_at_once() -> None:
     """Also when its response takes longer than the interval."""
     running = most = done = 0
@@ -315,6 +321,7 @@ async def test_a_target_is_never_asked_twice_at_once() -> None:
     assert most == 1
 
 
+@in_virtual_time
 async def test_new_targets_are_checked_and_those_that_are_gone_no_more() -> None:
     asked: Counter[str] = Counter()
     stays, goes, comes = (Target(f"http://{name}") for name in ("stays", "goes", "comes"))
@@ -333,6 +340,7 @@ async def test_new_targets_are_checked_and_those_that_are_gone_no_more() -> None
     assert set(asked) == {"stays", "comes"}
 
 
+@in_virtual_time
 async def test_a_resolved_target_is_asked_by_its_name() -> None:
     asked: list[str] = []
 

@@ -7,6 +7,7 @@ import pytest
 
 from api_gateway.eventloop.tasks import cancel_and_wait, run_to_completion
 from tests.kit import turns
+from tests.virtual_time import in_virtual_time
 
 
 async def deaf(times: int) -> None:
@@ -17,6 +18,7 @@ async def deaf(times: int) -> None:
     await asyncio.sleep(60)
 
 
+@in_virtual_time
 async def test_several_tasks_are_ended_and_those_that_have_ended_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api_gateway.eventloop.tasks._AGAIN_AFTER", 0.01)
     tasks = [asyncio.create_task(deaf(times)) for times in (0, 1, 2)]
@@ -27,6 +29,7 @@ async def test_several_tasks_are_ended_and_those_that_have_ended_are_left(monkey
     assert not done.cancelled()
 
 
+@in_virtual_time
 async def test_it_goes_through_with_it_when_it_is_cancelled_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api_gateway.eventloop.tasks._AGAIN_AFTER", 0.01)
     task = asyncio.create_task(deaf(2))
