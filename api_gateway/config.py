@@ -48,6 +48,7 @@ from api_gateway.settings.rules import Finding, find_errors
 from api_gateway.settings.secret import Unusable, noting_exposed, without_passwords
 from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
 from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName, path_of_file
+from api_gateway.settings.source_merging import merged_tiers, merged_values, with_upper_tiers
 from api_gateway.settings.store import StoreSection
 from api_gateway.settings.tracing import TracingSection
 from api_gateway.settings.upstreams import UpstreamSection
@@ -195,7 +196,7 @@ class GatewayConfig(BaseSettings):
         read = _read.get()
         values = _of_environment() if read is None else read.values
         given = [init_settings(), *values]
-        return tuple(InitSettingsSource(settings_cls, _with_upper_tiers(values)) for values in given)
+        return tuple(InitSettingsSource(settings_cls, with_upper_tiers(values)) for values in given)
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +206,7 @@ class GatewayConfig(BaseSettings):
             given = given | {"state_dir": _default_state_dir()}
         tiers = given.get("tiers", {})
         if isinstance(tiers, Mapping):
-            given = given | {"tiers": _merge_tiers(tiers)}
+            given = given | {"tiers": merged_tiers(DEFAULT_TIERS, tiers)}
         upstreams = given.get("upstreams")
         if isinstance(upstreams, Mapping) and not given.get("routes"):
             given = given | {"routes": list(map(default_route, upstreams))}
@@ -274,7 +275,7 @@ def read_config(
     for line in (*deprecated, *file.warnings):
         warn(line)
     read = _Read(file.path, (current.values, file.values))
-    merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, current.values, sources.overrides)])
+    merged = merged_values([with_upper_tiers(dict(one)) for one in (file.values, current.values, sources.overrides)])
     contradictions += [f"{sources.origin(place)}{path_text(place)}: {message}" for place, message in current.errors]
     found = [*file.problems, *problems, *contradictions, *_emptiness(merged, sources)]
     exposed: dict[Path, int] = {}
@@ -303,7 +304,16 @@ def read_config(
             found.append(sources.without_values(finding.path, line))
     if config is None or found:
         raise ConfigError(found)
+    _warn_of_demo(config, file.path, warn)
     return LoadedConfig(config.with_origins(sources.origins), sources)
+
+
+def _warn_of_demo(config: GatewayConfig, file: Path | None, warn: Callable[[str], None]) -> None:
+    if config.is_demo and file is not None:
+        warn(
+            f"{file}: configures no upstream and no route, so the demo services are the upstreams; configure upstreams"
+            " for services of your own"
+        )
 
 
 def from_values(values: Mapping[str, Any]) -> GatewayConfig:
@@ -366,34 +376,3 @@ def _of_environment() -> tuple[dict[str, Any], ...]:
     if problems:
         raise ConfigError(problems)
     return (values,)
-
-
-def _merged(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge sources recursively; later ones take precedence."""
-    merged: dict[str, Any] = {}
-    for values in sources:
-        for name, value in values.items():
-            below = merged.get(name)
-            is_nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-            merged[name] = _merged([below, value]) if is_nested else value  # type: ignore[list-item]  # both are mappings
-    return merged
-
-
-def _with_upper_tiers(values: dict[str, Any]) -> dict[str, Any]:
-    tiers = values.get("tiers")
-    if not isinstance(tiers, Mapping):
-        return values
-    return values | {"tiers": {str(name).upper(): terms for name, terms in tiers.items()}}
-
-
-def _merge_tiers(given: Mapping[str, Any]) -> dict[str, Any]:
-    merged: dict[str, Any] = dict(DEFAULT_TIERS)
-    for name, terms in given.items():
-        upper = str(name).upper()
-        if terms is None:
-            merged.pop(upper, None)
-        elif isinstance(terms, Mapping) and isinstance(merged.get(upper), Mapping):
-            merged[upper] = {**merged[upper], **terms}
-        else:
-            merged[upper] = terms
-    return merged

@@ -19,6 +19,11 @@ from api_gateway.settings.diagnostics import ConfigError
 logger = logging.getLogger(__name__)
 
 MAX_LOGGED = 50  # changes
+# A file that an editor has written in part may be valid without them.
+NO_DEMO = (
+    "upstreams, routes: none is configured any more, and a reload does not replace services by the demo; configure an"
+    " upstream, or restart the gateway for the demo"
+)
 
 
 class ApplyError(Exception):
@@ -86,6 +91,11 @@ class Reloader:
             read = await asyncio.to_thread(self._read)
         except ConfigError as error:
             return ReloadOutcome(ReloadResult.INVALID, problems=tuple(error.problems))
+        if read.is_demo and not self.config.is_demo:
+            return ReloadOutcome(ReloadResult.INVALID, problems=(NO_DEMO,))
+        return await self._put_into_force(read)
+
+    async def _put_into_force(self, read: GatewayConfig) -> ReloadOutcome:
         config, needs_restart = keep_restart_settings(self.config, read)
         changes = tuple(changes_between(self.config, read))
         try:

@@ -324,6 +324,22 @@ def test_a_wrong_configuration_changes_nothing_and_shows(tmp_path: Path, workers
     up.close()
 
 
+def test_a_half_written_file_does_not_replace_services_by_the_demo(tmp_path: Path) -> None:
+    """A file that is cut before its upstreams may be valid; its requests would get responses of the demo."""
+    up = RawUpstream(reply(b"own"))
+    with site(tmp_path, in_front_of(up.url)) as one:
+        for cut in ({"server": {"drain_timeout": 7}}, {"tiers": one.sections["tiers"]}, {"state_dir": None}):
+            one.file.write_text(json.dumps(cut))
+            answer = one.operate("/reload", "POST")
+            assert (answer.status, answer.json()["reason"]) == (422, "invalid_value"), cut
+            assert "does not replace services by the demo" in answer.json()["errors"][0]
+            assert ask(f"{one.running.url}/api/users").body == b"own"
+        one.running.signal(signal.SIGHUP)
+        eventually(lambda: "configuration not reloaded (SIGHUP)" in one.running.errors, "it is refused", LONG)
+        assert ask(f"{one.running.url}/api/users").body == b"own"
+    up.close()
+
+
 def test_settings_that_need_a_restart_are_named_and_stay_and_secrets_are_not_shown(tmp_path: Path) -> None:
     up = RawUpstream()
     with site(tmp_path, in_front_of(up.url)) as one:

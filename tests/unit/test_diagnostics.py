@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.config import load_config
+from api_gateway.config import load_config, read_config
 from api_gateway.settings.diagnostics import ConfigError, SettingsFile, Sources
 from api_gateway.settings.suggestions import nearest
 from api_gateway.settings.yaml_file import read_yaml
@@ -105,6 +105,18 @@ def test_an_empty_file_configures_nothing(tmp_path: Path, text: str) -> None:
     assert read_yaml(path) == SettingsFile(path, {}, {})
     (line,) = problems_of(path)
     assert line.startswith(f"{path}: configures nothing, so the demo services would start")
+
+
+def test_a_file_without_upstreams_starts_the_demo_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    said: list[str] = []
+    path.write_text("tiers: {FREE: {rate: 2, capacity: 4}}\n", encoding="utf-8")
+    assert read_config(path, warn=said.append).config.is_demo
+    (line,) = said
+    assert line.startswith(f"{path}: configures no upstream and no route, so the demo services are the upstreams;")
+    path.write_text("upstreams: {a: 'http://127.0.0.1:1'}\n", encoding="utf-8")
+    assert not read_config(path, warn=said.append).config.is_demo
+    assert len(said) == 1
 
 
 def problems_of(path: Path) -> list[str]:
