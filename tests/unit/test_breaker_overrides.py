@@ -226,6 +226,7 @@ async def test_each_change_is_logged_with_who_and_why(file: OverrideFile, caplog
 
 
 async def test_it_looks_several_times_a_second(file: OverrideFile) -> None:
+    # The file is read in a thread, so this test waits in real time.
     worker = Worker(file, FakeClock(WALL))
     assert OVERRIDES_POLL_INTERVAL < 0.5
     following = asyncio.create_task(worker.try_handle.follow_file())

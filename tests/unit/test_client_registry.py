@@ -30,6 +30,7 @@ from api_gateway.errors import StoreUnavailable
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Client, Quota
 from tests.kit import FakeClock, soon
+from tests.virtual_time import in_virtual_time
 
 TIERS = {
     name: Quota.per_second(name, rate, capacity)
@@ -598,6 +599,7 @@ async def test_what_is_late_counts_as_not_registered_until_it_comes() -> None:
         assert registry.version > version, "who went by the default looks again"
 
 
+@in_virtual_time
 async def test_a_look_up_that_failed_is_made_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api_gateway.clients.lookup_batcher.LATE_RETRY_DELAY", 0.05)
     store = HeldStore()
@@ -612,6 +614,7 @@ async def test_a_look_up_that_failed_is_made_again_later(monkeypatch: pytest.Mon
         assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
 
 
+@in_virtual_time
 async def test_while_the_store_is_known_to_be_unavailable_no_request_waits_for_it() -> None:
     store = HeldStore()
     await crowded(store, 25)
@@ -742,6 +745,7 @@ async def test_a_grant_ends_on_time_on_every_process_and_one_of_them_clears_it()
     assert store.ended == 1
 
 
+@in_virtual_time
 async def test_a_grant_ends_by_itself() -> None:
     clock = FakeClock(1000)
     async with following(HeldStore(clock), wall_clock=clock) as registry:
@@ -777,6 +781,7 @@ async def test_a_tier_and_a_grant_are_changed_each_by_itself() -> None:
         assert (view(before), view(after)) == (("PREMIUM", "granted"), ("BASIC", "registered"))
 
 
+@in_virtual_time
 async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
     clock = FakeClock(3000)
     store = HeldStore(clock)
@@ -786,6 +791,7 @@ async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
         await soon(lambda: store.records["acme"].is_empty, "it is cleared")
 
 
+@in_virtual_time
 async def test_a_grant_ends_on_time_while_the_store_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api_gateway.clients.grant_timer.CLEAR_RETRY_DELAY", 0.02)
     clock = FakeClock(1000)
