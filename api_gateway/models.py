@@ -25,6 +25,7 @@ KEY_PREFIX = "agw_"  # of API keys, see `clients.api_keys`
 # Source of a decision: buckets in this process; the store; the cache of refusals that are certain by the store's last
 # reading; or, while the store is unavailable, the policy for outages.
 DecisionSource = Literal["memory", "store", "deny_cache", "local_share", "deny", "allow"]
+WITHOUT_STORE: frozenset[DecisionSource] = frozenset({"local_share", "deny", "allow"})  # while it is unavailable
 
 BreakerMode = Literal["auto", "observe", "forced_closed", "forced_open"]
 

@@ -14,7 +14,7 @@ from api_gateway.admin.utc_times import wall_time
 from api_gateway.clients.api_keys import without_keys
 from api_gateway.eventloop.steps import Steps
 from api_gateway.limits.concurrency import slot_share
-from api_gateway.models import NANOSECONDS, Clock
+from api_gateway.models import NANOSECONDS, WITHOUT_STORE, Clock
 from api_gateway.observability.request_history import RequestHistory
 from api_gateway.observability.request_record import (
     ChargeRecord,
@@ -256,6 +256,7 @@ def _limits(decision: DecisionRecord) -> list[Members]:
                 "allowed": allowed,
                 "tokens_before": None if state.before is None else round(state.before, 6),
                 "tokens_after": None if state.after is None else round(state.after, 6),
+                "confirmed": decision.source not in WITHOUT_STORE,
                 "retry_after_seconds": _seconds_to_wait(wait_ns),
                 "processes": state.processes if decision.source == "local_share" else None,
                 "concurrent": None,
@@ -275,6 +276,7 @@ def _slot(decision: DecisionRecord, name: str, concurrent: int | None) -> Member
         concurrent = slot_share(concurrent, processes)
     wait = _seconds_to_wait(decision.wait_ns) if name == decision.limit else None
     row = {"limit": name, "cost": 1, "allowed": name not in decision.refusing, "retry_after_seconds": wait}
+    row |= {"confirmed": decision.source not in WITHOUT_STORE}
     return row | {"concurrent": concurrent, "processes": processes} | dict.fromkeys(names)
 
 

@@ -177,6 +177,9 @@ def _show_request(request: JsonObject) -> None:
         ]
         show_all(table(header, rows), "  ")
         show_all(share_lines(request["limits"], "was"), "  ")
+        unconfirmed = [one["limit"] for one in request["limits"] if one.get("confirmed") is False]
+        if unconfirmed:
+            show(f"  not confirmed by the store, which was unavailable: {', '.join(unconfirmed)}")
     for limit in request["limits"]:
         if limit["spent_by"] is not None:
             _show_spending(limit["limit"], limit["spent_by"])

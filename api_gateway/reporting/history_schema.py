@@ -93,6 +93,10 @@ class LimitDecided(Body):
         " `allow` look at no tokens, and some refusals only at those of the limits that refuse."
     )
     tokens_after: float | None
+    confirmed: bool = Field(
+        description="False if the store was unavailable: then the state decided on is that in the gateway's memory, or"
+        " none by the policies `deny` and `allow`. On a cluster, false for all limits if one was not confirmed."
+    )
     retry_after_seconds: float | None = Field(description="null if it allows the request, or never would.")
     processes: int | None = Field(
         description="While the store is unavailable, by `local_share`: the number of processes that share the limit."

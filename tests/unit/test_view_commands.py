@@ -56,6 +56,7 @@ EXPLAINED = ROW | {
             "allowed": False,
             "tokens_before": 0.25,
             "tokens_after": 0.25,
+            "confirmed": False,
             "retry_after_seconds": 0.75,
             "processes": 3,
             "concurrent": None,
@@ -66,7 +67,7 @@ EXPLAINED = ROW | {
             },
         },
         dict.fromkeys(("capacity", "tokens_before", "tokens_after", "processes", "spent_by", "retry_after_seconds"))
-        | {"limit": "parallel", "cost": 1, "allowed": True, "concurrent": 4},
+        | {"limit": "parallel", "cost": 1, "allowed": True, "confirmed": True, "concurrent": 4},
     ],
     "upstream_attempts": [
         {
@@ -187,6 +188,7 @@ def test_an_explained_request_shows_all_that_is_known(
         "A worker did not respond in time",
         "parallel  -              1     -             4 in flight  allowed",
         "the store was unavailable: the figures are those of the share of one of 3 processes",
+        "not confirmed by the store, which was unavailable: free\n",
     ):
         assert part in out, part
 

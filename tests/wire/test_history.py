@@ -82,6 +82,7 @@ def test_a_refusal_names_the_requests_that_had_spent_the_tokens(tmp_path: Path, 
             "allowed": False,
             "tokens_before": 0.25,
             "tokens_after": 0.25,
+            "confirmed": True,
             "retry_after_seconds": 0.75,
             "processes": None,
             "concurrent": None,
@@ -250,6 +251,7 @@ def test_while_the_store_is_unavailable_the_figures_are_those_of_the_share_of_th
         assert figures(before["wide"], *names) == [5, 0.5, 5, 0, None, 2]
         assert figures(after["free"], *names) == [1.5, 0.5, 0.5, 0.5, 1, 2]
         assert figures(after["wide"], *names) == [5, 0.5, 0, 0, 10, 2]
+        assert not [one for one in (*before.values(), *after.values()) if one["confirmed"] is not False]
         for one in after.values():
             assert figures(one["spent_by"], "complete", "missing_tokens") == [True, 0]
             assert [row["tokens_before"] for row in one["spent_by"]["requests"]] == [one["capacity"]]
@@ -268,6 +270,7 @@ def test_a_policy_that_looks_at_no_tokens_states_none(tmp_path: Path, up: RawUps
             assert told["buckets"][0]["allowed"] is request["decision"]["allowed"] is (policy == "allow")
             (row,) = request["limits"]
             assert figures(row, "tokens_before", "tokens_after", "processes", "spent_by") == [None] * 4
+            assert row["confirmed"] is False
 
 
 def test_quotas_and_concurrency_limits_are_shown_with_what_was_left_also_if_another_limit_decides(

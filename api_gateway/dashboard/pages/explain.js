@@ -138,6 +138,7 @@ function recorded(one, index) {
     steps.push(step(limit.allowed ? "ok" : "fail", `Limit ${limit.limit}`, limit.allowed ? "allowed" : "refused",
       isKnown && h("div", { class: "bar" }, h("i", { class: limit.allowed ? "" : "fail", style: { width: `${Math.max(0, Math.min(1, limit.tokens_before / limit.capacity)) * 100}%` } })),
       isKnown ? `had ${number(limit.tokens_before)} of ${number(limit.capacity)} tokens${share(limit.processes, "was")}, the request ${limit.allowed ? "took" : "costs"} ${number(limit.cost)}` : limit.concurrent ? `allows ${plural(limit.concurrent, "request")} in flight${share(limit.processes, "was")}; how many there were is not kept` : "its state is not kept with this decision",
+      limit.confirmed === false ? "The store was unavailable and has not confirmed this state." : null,
       limit.retry_after_seconds ? `It would have been allowed ${duration(limit.retry_after_seconds)} later.` : null,
       limit.spent_by && spenders(limit.spent_by, `${limit.limit}${index ? `, request ${index + 1}` : ""}`)));
   }
