@@ -2,11 +2,10 @@
 
 import importlib
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
 
 from api_gateway.errors import StartupError
-from api_gateway.proxy.compression import GZIP, ZSTD, Compression, ContentEncoder, GzipEncoder, NewEncoder, ZstdEncoder
+from api_gateway.proxy.compression import GZIP, ZSTD, Compression, GzipEncoder, NewEncoder, ZstdContexts
 from api_gateway.proxy.direct_responses import DirectResponse
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
 from api_gateway.proxy.mirroring import Mirroring
@@ -106,7 +105,7 @@ def _zstd(route: str, level: int) -> NewEncoder:
     level = _ZSTD_LEVEL_OF_GZIP[level]
     for name in ("compression.zstd", "zstandard"):
         try:
-            return partial(_new_zstd, importlib.import_module(name), level)
+            return _zstd_contexts(name, level).encoder
         except ImportError:
             continue
     raise StartupError(
@@ -114,10 +113,7 @@ def _zstd(route: str, level: int) -> NewEncoder:
     )
 
 
-def _new_zstd(module: Any, level: int, flushes: bool) -> ContentEncoder:  # noqa: FBT001 - see `NewEncoder`
-    compressor_type = module.ZstdCompressor
-    if hasattr(compressor_type, "FLUSH_BLOCK"):
-        compressor = compressor_type(level=level)
-        return ZstdEncoder(compressor, compressor_type.FLUSH_BLOCK, compressor_type.FLUSH_FRAME, flushes)
-    compressor = compressor_type(level=level).compressobj()
-    return ZstdEncoder(compressor, module.COMPRESSOBJ_FLUSH_BLOCK, module.COMPRESSOBJ_FLUSH_FINISH, flushes)
+@lru_cache
+def _zstd_contexts(module: str, level: int) -> ZstdContexts:
+    """Return the contexts that all routes of a level share, also after a reload."""
+    return ZstdContexts(importlib.import_module(module), level)

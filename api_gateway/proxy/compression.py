@@ -10,12 +10,14 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from api_gateway.http1.headers import BODILESS, Fields
 from api_gateway.models import HeaderList
 
 GZIP, ZSTD = b"gzip", b"zstd"
+_MODES_OF_PACKAGE = "COMPRESSOBJ_FLUSH_BLOCK", "COMPRESSOBJ_FLUSH_FINISH"
 _GZIP_WINDOW = 31  # of zlib: the largest, in the gzip format
 _PARTIAL = 206
 NOT_MODIFIED = 304
@@ -69,11 +71,15 @@ class GzipEncoder:
 class ZstdEncoder:
     """Compresses by Zstandard. `flushes` as for `GzipEncoder`."""
 
-    def __init__(self, compressor: Any, flush_block: int, flush_frame: int, flushes: bool) -> None:  # noqa: FBT001
-        """`compressor` has `compress(piece)` and `flush(mode)`: of Python 3.14, or of the package zstandard."""
+    def __init__(self, compressor: Any, modes: tuple[int, int], flushes: bool, on_end: Callable[[], None]) -> None:  # noqa: FBT001
+        """`compressor` has `compress(piece)` and `flush(mode)`: of Python 3.14, or of the package zstandard.
+
+        `modes` are those that end a block and a frame. `on_end` is called when the frame is complete.
+        """
         self._compressor = compressor
-        self._block, self._frame = flush_block, flush_frame
+        self._block, self._frame = modes
         self._flushes = flushes
+        self._on_end = on_end
 
     def encode(self, piece: bytes) -> bytes:
         """See `ContentEncoder`."""
@@ -82,8 +88,42 @@ class ZstdEncoder:
 
     def end(self) -> bytes:
         """See `ContentEncoder`."""
-        rest: bytes = self._compressor.flush(self._frame)
+        compressor, self._compressor = self._compressor, None  # another response may use it from now on
+        rest: bytes = compressor.flush(self._frame)
+        self._on_end()
         return rest
+
+
+class ZstdContexts:
+    """Makes encoders by Zstandard of one level, with up to `MOST_FREE` contexts that responses have released.
+
+    To create a context takes longer than to compress a short response. Only a complete response releases its context:
+    that of an aborted one still has its bytes, and is dropped.
+    """
+
+    MOST_FREE = 4  # of 1.4 to 8.1 MB, by level
+
+    def __init__(self, module: Any, level: int) -> None:
+        """`module` is `compression.zstd` of Python 3.14, or the package zstandard."""
+        self._new = partial(module.ZstdCompressor, level=level)
+        self._is_standard = hasattr(module.ZstdCompressor, "FLUSH_BLOCK")
+        modes = module.ZstdCompressor if self._is_standard else module
+        names = ("FLUSH_BLOCK", "FLUSH_FRAME") if self._is_standard else _MODES_OF_PACKAGE
+        self._modes: tuple[int, int] = (getattr(modes, names[0]), getattr(modes, names[1]))
+        self._free: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"<ZstdContexts [{len(self._free)} free]>"
+
+    def encoder(self, flushes: bool) -> ContentEncoder:  # noqa: FBT001 - see `NewEncoder`
+        """Return the encoder of one response."""
+        context = self._free.pop() if self._free else self._new()
+        compressor = context if self._is_standard else context.compressobj()
+        return ZstdEncoder(compressor, self._modes, flushes, partial(self._release, context))
+
+    def _release(self, context: Any) -> None:
+        if len(self._free) < self.MOST_FREE:
+            self._free.append(context)
 
 
 NewEncoder = Callable[[bool], ContentEncoder]  # the argument: whether it flushes each piece

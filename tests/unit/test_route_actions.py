@@ -19,7 +19,7 @@ from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import fields_of
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.selected_lines import at_level, by_route
-from api_gateway.proxy.compression import GZIP, VARIES, ZSTD, Compression, GzipEncoder, weights_of
+from api_gateway.proxy.compression import GZIP, VARIES, ZSTD, Compression, GzipEncoder, ZstdContexts, weights_of
 from api_gateway.proxy.direct_responses import DirectResponse
 from api_gateway.proxy.edited_lines import NOTHING_EDITED
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
@@ -253,6 +253,38 @@ POLICY = Compression(((ZSTD, gzip_encoder), (GZIP, gzip_encoder)), frozenset({b"
 def test_the_coding_is_the_one_with_the_highest_weight(accepted: list[bytes], expected: bytes | None) -> None:
     found = POLICY.coding(accepted)
     assert (None if found is None else found[0]) == expected
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_a_zstd_context_is_used_again_after_a_complete_response_only(*, flushes: bool) -> None:
+    """An aborted response leaves its bytes in its context, which no other client may receive."""
+    zstandard = pytest.importorskip("zstandard")
+    contexts = ZstdContexts(zstandard, 3)
+
+    def decoded(sent: bytes) -> bytes:
+        decompressor = zstandard.ZstdDecompressor().decompressobj()
+        content: bytes = decompressor.decompress(sent)
+        assert (decompressor.eof, decompressor.unused_data) == (True, b"")
+        return content
+
+    aborted = contexts.encoder(flushes)
+    aborted.encode(b"secret" * 100)
+    assert repr(contexts) == "<ZstdContexts [0 free]>"
+    first, second = contexts.encoder(flushes), contexts.encoder(flushes)
+    parts = [first.encode(b"one"), second.encode(b"two")]
+    assert decoded(parts[0] + first.end()) == b"one"
+    third = contexts.encoder(flushes)
+    assert repr(contexts) == "<ZstdContexts [0 free]>", "the context of the first response"
+    with pytest.raises(AttributeError):
+        first.encode(b"of a response that has ended")
+    with pytest.raises(AttributeError):
+        first.end()
+    assert decoded(third.encode(b"three") + third.end()) == b"three"
+    assert decoded(parts[1] + second.end()) == b"two"
+    assert repr(contexts) == "<ZstdContexts [2 free]>"
+    many = [contexts.encoder(flushes) for _ in range(ZstdContexts.MOST_FREE + 2)]
+    assert [decoded(one.encode(b"x" * 5_000) + one.end()) for one in many] == [b"x" * 5_000] * len(many)
+    assert repr(contexts) == f"<ZstdContexts [{ZstdContexts.MOST_FREE} free]>"
 
 
 def test_weights_are_limited_to_valid_ones() -> None:
