@@ -8,7 +8,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.extensions.fields import REQUEST_FIXED, RESPONSE_FIXED, checked_changes
 from api_gateway.extensions.hooks import Hook, HookPolicy, OnCall
-from api_gateway.extensions.interface import Identity, Respond, checked_cost, checked_identity
+from api_gateway.extensions.interface import Identity, Respond, checked_cost, checked_identity, checked_response
 from api_gateway.extensions.loading import ExtensionError, hooks_of, load_extension
 from api_gateway.extensions.trial import try_extension
 from api_gateway.settings.extensions import ExtensionSection, HookName
@@ -75,10 +75,10 @@ def _policy(section: ExtensionSection, name: HookName) -> HookPolicy:
 
 def _identity(tiers: frozenset[str], result: object) -> Identity:
     identity = checked_identity(result)
-    if identity.tier is not None and str(identity.tier).upper() not in tiers:
+    if identity.tier is not None and identity.tier.upper() not in tiers:
         raise ValueError(f"there is no tier {identity.tier!r}; the tiers are {', '.join(sorted(tiers))}")
     return identity
 
 
 def _request_result(result: Any) -> Any:
-    return result if isinstance(result, Respond) else checked_changes(result, REQUEST_FIXED)
+    return checked_response(result) if isinstance(result, Respond) else checked_changes(result, REQUEST_FIXED)

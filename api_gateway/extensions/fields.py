@@ -66,9 +66,10 @@ def checked_changes(changes: FieldChanges, fixed: frozenset[bytes]) -> list[Fiel
     if not isinstance(changes, Mapping):
         raise TypeError(f"changes of header fields must be a mapping or None, got {type(changes).__name__}")
     found: list[FieldChange] = []
-    for name, value in changes.items():
-        if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-            raise ValueError(f"{name!r} is not the name of a header field")
+    for given, value in changes.items():
+        if not isinstance(given, str) or _NAME.fullmatch(given) is None:
+            raise ValueError(f"{given!r} is not the name of a header field")
+        name = str.__str__(given)  # the methods of a subclass are code of the extension
         if name.lower().encode() in fixed:
             raise ValueError(f"the header field {name} cannot be changed: it belongs to the connection or the gateway")
         found.append((name.encode(), None if value is None else _checked_value(name, value)))
@@ -80,7 +81,7 @@ def _checked_value(name: str, value: object) -> bytes:
         raise TypeError(f"the value of the header field {name} must be text or None, got {type(value).__name__}")
     if _VALUE.fullmatch(value) is None:
         raise ValueError(f"the value of the header field {name} has a line break, a control character or outer space")
-    return value.encode("latin-1")
+    return str.__str__(value).encode("latin-1")
 
 
 def changed_pairs(pairs: HeaderList, changes: list[FieldChange]) -> HeaderList:

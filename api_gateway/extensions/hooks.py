@@ -3,6 +3,9 @@
 A coroutine is cancelled when its budget is used up, and its request goes on, whether it ends or not. A function cannot
 be interrupted: its time is measured, and one that exceeds its budget is counted and logged, but its result is used,
 because it has already cost its time.
+
+Whatever a hook raises is its failure, also KeyboardInterrupt: the servers handle SIGINT by a handler of their own,
+which raises nothing. And however the task of a coroutine ends, its request gets a reply.
 """
 
 import asyncio
@@ -70,9 +73,7 @@ class Hook:
             if inspect.isawaitable(result):
                 return HookCall(self, result, began)
             found = None if result is None else self._check(result)
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as error:  # noqa: BLE001 - whatever the code of an extension raises, such as SystemExit
+        except BaseException as error:  # noqa: BLE001 - see the first lines of this module
             return self.failed(began, "error", error)
         self._note(began)
         return found
@@ -81,7 +82,7 @@ class Hook:
         """Count a call of a coroutine, and return its checked result. Raises ExtensionFailed."""
         try:
             found = None if result is None else self._check(result)
-        except Exception as error:  # noqa: BLE001 - as above
+        except BaseException as error:  # noqa: BLE001 - as above
             return self.failed(began, "error", error)
         self._on_call(self.extension, self.name, "ok", time.perf_counter_ns() - began)
         return found
@@ -172,11 +173,12 @@ class HookCall:
         self._reply(partial(self._hook.failed, self._began, "timeout", TimeoutError()))
 
     def _on_done(self, task: asyncio.Task[Any]) -> None:
+        if self._on_reply is None:  # replied already, when the budget was used up
+            return
         if self._timer is not None:
             self._timer.cancel()
-        if self._on_reply is None or task.cancelled():  # replied already, or at the end of the event loop
-            return
-        result, error = task.result()
+        # The task is cancelled if the hook cancels it and then returns, and at the end of the event loop.
+        result, error = (None, asyncio.CancelledError()) if task.cancelled() else task.result()
         if error is None:
             self._reply(partial(self._hook.finished, self._began, result))
         else:
@@ -193,13 +195,8 @@ class HookCall:
 
 
 async def _contained(awaited: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """Return the result of a hook, or what it raises: nothing else may end the task, such as SystemExit."""
+    """Return the result of a hook, or what it raises: asyncio passes some exceptions of tasks on to the event loop."""
     try:
         return await awaited, None
-    except (KeyboardInterrupt, GeneratorExit):
-        raise
-    except BaseException as error:
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-            raise  # any other cancellation is a failure within the hook
+    except BaseException as error:  # noqa: BLE001 - see the first lines of this module
         return None, error

@@ -1,9 +1,8 @@
 """The public interface of extensions: views of requests and responses, and the results of hooks."""
 
-import math
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from api_gateway.extensions.fields import RESPONSE_FIXED, FieldChanges, FieldsView, checked_changes
 from api_gateway.http1.headers import BODILESS
@@ -92,6 +91,14 @@ class Respond:
         return given if self.status in BODILESS else [*given, (b"content-length", b"%d" % len(self.content))]
 
 
+class CheckedResponse(NamedTuple):
+    """What is sent for a `Respond`."""
+
+    status: int
+    fields: HeaderList
+    content: bytes
+
+
 class IdentifyHook(Protocol):
     """An extension that determines the client; None leaves it to the next one, and to the gateway."""
 
@@ -120,20 +127,35 @@ class ResponseHook(Protocol):
     ) -> FieldChanges | Awaitable[FieldChanges | None] | None: ...
 
 
+# The checks return values of the exact types. The methods of a subclass are code of the extension, so they are called
+# within the check, where an exception is a failure of the hook.
+
+
 def checked_identity(result: object) -> Identity:
     """Return the result of `identify`. Raises TypeError or ValueError."""
     if not isinstance(result, Identity):
         raise TypeError(f"identify must return an Identity or None, got {type(result).__name__}")
-    is_id = isinstance(result.id, str) and 1 <= len(result.id) <= 128 and result.id.isascii()  # noqa: PLR2004 - see CLIENT_ID
-    if not is_id or not result.id.isprintable() or " " in result.id:
+    if not isinstance(result.id, str) or not isinstance(result.tier, str | None):
+        raise TypeError("the id and the tier of an Identity must be text")
+    client_id = str.__str__(result.id)
+    is_id = 1 <= len(client_id) <= 128 and client_id.isascii()  # noqa: PLR2004 - see CLIENT_ID
+    if not is_id or not client_id.isprintable() or " " in client_id:
         raise ValueError("the id of an Identity must be 1 to 128 visible ASCII characters")
-    return result
+    return Identity(client_id, None if result.tier is None else str.__str__(result.tier))
 
 
 def checked_cost(result: object) -> float:
     """Return the result of `cost`. Raises TypeError or ValueError."""
     if isinstance(result, bool) or not isinstance(result, int | float):
         raise TypeError(f"cost must return a number or None, got {type(result).__name__}")
-    if not math.isfinite(result) or not 0 <= result <= _MAX_COST:
+    cost = int(result) if isinstance(result, int) else float(result)
+    if not 0 <= cost <= _MAX_COST:  # also NaN
         raise ValueError(f"a cost must be 0 to {_MAX_COST}, got {result}")
-    return result
+    return cost
+
+
+def checked_response(result: Respond) -> CheckedResponse:
+    """Return what is sent for a result of `on_request`. Raises TypeError or ValueError."""
+    body = str.__str__(result.body) if isinstance(result.body, str) else bytes(result.body)
+    plain = Respond(int(result.status), body, dict(result.headers))
+    return CheckedResponse(plain.status, plain.fields(), plain.content)

@@ -12,7 +12,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import ExtensionFailed, GatewayError
 from api_gateway.extensions.fields import FieldChange, FieldsView, changed_lines
 from api_gateway.extensions.hooks import Hook, HookCall
-from api_gateway.extensions.interface import Identity, RequestClient, RequestView, Respond, ResponseView
+from api_gateway.extensions.interface import CheckedResponse, Identity, RequestClient, RequestView, ResponseView
 from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.models import Client
 from api_gateway.proxy.admission import ExtensionCall, RequestPlan, Stage, StageResponse, StageResult, Wait
@@ -177,9 +177,9 @@ class ExtensionRequestStage(HookStage):
         plan.extension_calls.extend(calls)
         return None
 
-    def _take(self, plan: RequestPlan, step: _Step, found: Respond | list[FieldChange]) -> StageResult | _Step:
-        if isinstance(found, Respond):
-            return StageResponse(found.status, with_cors_fields(plan.exchange.cors, found.fields()), found.content)
+    def _take(self, plan: RequestPlan, step: _Step, found: CheckedResponse | list[FieldChange]) -> StageResult | _Step:
+        if isinstance(found, CheckedResponse):
+            return StageResponse(found.status, with_cors_fields(plan.exchange.cors, found.fields), found.content)
         plan.headers = plan.headers._replace(sent=changed_lines(plan.headers.sent, found))
         return step._replace(view=replace(step.view, headers=step.view.headers.changed(found)))
 
