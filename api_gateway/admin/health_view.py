@@ -16,6 +16,7 @@ from api_gateway.reporting.upstream_schema import (
     HealthView,
     LagView,
     ResourceView,
+    StateView,
     StoreView,
     TlsView,
 )
@@ -28,11 +29,12 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
     """Return the health of the gateway, its upstreams and stores.
 
     Status `fail`: all upstreams fail. `warn`: an upstream has a status other than `pass`, limits are not exact, the
-    client store has an error, the last reload failed, a certificate expires or could not be loaded, the keys of an
-    issuer cannot be fetched, or a resource is short.
+    client store has an error, state could not be written, the last reload failed, a certificate expires or could not
+    be loaded, the keys of an issuer cannot be fetched, or a resource is short.
     """
     snapshot = await aggregator.gather()
     now = clocks.now()
+    unwritten = {name: error for name, error in snapshot.unwritten.items() if error is not None}
     views = each(
         snapshot.upstreams.items(),
         lambda name, upstream: upstream_view(upstream, now, concurrency_view(snapshot.recorder, name, upstream)),
@@ -45,6 +47,7 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
     elif (
         not snapshot.limiter.is_whole
         or snapshot.client_store_error is not None
+        or unwritten
         or snapshot.configuration.problems
         or snapshot.tls.problems
         or any(issuer.status == "warn" for issuer in snapshot.issuers.values())
@@ -61,6 +64,7 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
         client_store=ClientStoreView(
             status="pass" if snapshot.client_store_error is None else "warn", error=snapshot.client_store_error
         ),
+        state=StateView(status="warn" if unwritten else "pass", errors=unwritten),
         configuration=configuration_view(snapshot.configuration),
         tls=tls_view(snapshot.tls),
         issuers=issuer_views(snapshot.issuers, now) or None,

@@ -208,6 +208,7 @@ def snapshot_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
         client_store_error=gateway.clients.store_error,
+        unwritten=_unwritten(gateway),
         histories=histories,
         lag=gateway.event_loop_shedder.lag,
         tasks=len(asyncio.all_tasks()),
@@ -216,6 +217,17 @@ def snapshot_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         issuers={name: IssuerSnapshot(one.count, one.fetched_at, one.error) for name, one in issuers.items()},
         history=_history_figures(gateway),
     )
+
+
+def _unwritten(gateway: Gateway) -> dict[str, str | None]:
+    """Return why the last write of each kind of state failed; the kinds are those of `unwritten_state`."""
+    return {
+        "quotas": gateway.keeping.error,
+        "usage": None if gateway.usage is None else gateway.usage.error,
+        "webhook_events": gateway.keeping.events_error,
+        "required_proofs": gateway.clients.proofs_error,
+        "key_uses": gateway.clients.keys.uses_error,
+    }
 
 
 def _history_figures(gateway: Gateway) -> dict[str, int]:

@@ -62,6 +62,11 @@ class QuotaKeeping:
         """Why quotas are not stored, None if they are."""
         return self._journal.error
 
+    @property
+    def events_error(self) -> str | None:
+        """Why events of the webhook are not stored, None if they are."""
+        return self._events.error
+
     def book(self) -> QuotaBook:
         """Return where operators read and change counters."""
         if self._in_store is not None:

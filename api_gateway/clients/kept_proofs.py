@@ -114,7 +114,7 @@ class KeptProofs:
         self._is_changed = False
         self._writing: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
-        self._error = ""  # of the last write
+        self.error: str | None = None  # of the last write
 
     def __repr__(self) -> str:
         count = "unknown" if self._ids is None else len(self._ids)
@@ -223,21 +223,21 @@ class KeptProofs:
                 self._note_error(error)
                 self._is_changed = not self._closing.is_set()
             else:
-                self._error = ""
+                self.error = None
             with suppress(TimeoutError):
-                async with asyncio.timeout(_RETRY_INTERVAL if self._error else _WRITE_INTERVAL):
+                async with asyncio.timeout(_RETRY_INTERVAL if self.error else _WRITE_INTERVAL):
                     await self._closing.wait()
         self._writing = None
 
     def _note_error(self, error: OSError) -> None:
-        if str(error) != self._error:
+        if str(error) != self.error:
             logger.warning(
                 "%s cannot be written, so a start without the client store would use its former content: %s; free"
                 " space, or set state_dir to a folder that this user can write",
                 PROOFS_FILE,
                 error,
             )
-        self._error = str(error)
+        self.error = str(error)
 
     async def close(self) -> None:
         """Write what has changed."""

@@ -92,6 +92,7 @@ class KeyDirectory:
         self._hold = on_lookup
         self._just_absent: str | None = None  # digest of the last look-up, if no client has that key
         self._uses: dict[str, int] = {}  # not yet stored
+        self.uses_error: str | None = None  # of the last write of them
         self._lookups = LookupBatcher[KnownKey | KeyState](
             store.look_up_keys, self._on_lookup, self._now, bump_version, limit=limit + LOOKUP_BATCH, deadline=deadline
         )
@@ -254,15 +255,17 @@ class KeyDirectory:
             return
         try:
             await self._store.note_key_uses(uses)
-        except OSError:
+        except OSError as error:
             self._uses = uses | self._uses
+            self.uses_error = str(error)
             raise
+        self.uses_error = None
 
     async def store_uses_periodically(self) -> None:
         """Write the last uses to the store every `_FLUSH_INTERVAL` seconds, until cancelled."""
         while True:
             await asyncio.sleep(_FLUSH_INTERVAL)
-            with suppress(OSError):  # `follow` reports that the store is unavailable
+            with suppress(OSError):  # `uses_error` shows it
                 await self.store_uses()
 
     # Outages of the store

@@ -190,6 +190,11 @@ class ClientRegistry:
             await asyncio.sleep(pause * self._random.uniform(0.5, 1))
             pause = min(2 * pause, longest)
 
+    @property
+    def proofs_error(self) -> str | None:
+        """Why the ids that need a credential are not stored, None if they are."""
+        return self._proofs.error
+
     async def close(self) -> None:
         """Cancel timers, tasks and look-ups, and close the store."""
         await self._endings.close()

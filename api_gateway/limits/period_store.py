@@ -16,6 +16,7 @@ from api_gateway.limits.period_counters import PeriodCounters
 from api_gateway.limits.periods import UNITS
 from api_gateway.limits.quota_state import QuotaCount, QuotaCounter, past_at
 from api_gateway.models import Clock
+from api_gateway.printable_text import counted
 from api_gateway.storage.sqlite_file import SqliteFile
 from api_gateway.storage.sqlite_schema import Schema
 from api_gateway.storage.sqlite_transaction import transaction
@@ -146,6 +147,9 @@ class PeriodJournal:
             await cancel_and_wait(self._task)
             self._task = None
             await self.write()
+            if self.error is not None:
+                lost = counted(len(self.counters.changed), "counter")
+                logger.error("quotas: the last charges of %s were not stored and are lost: %s", lost, self.error)
         await self.store.close()
 
     async def write(self) -> None:

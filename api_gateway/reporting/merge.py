@@ -17,6 +17,7 @@ from api_gateway.reporting.snapshot import (
 )
 from api_gateway.reporting.tls_snapshot import merge_tls
 from api_gateway.reporting.transitions import last_transitions
+from api_gateway.reporting.unwritten_state import merged_errors
 from api_gateway.resilience.breaker_history import TransitionRecord
 from api_gateway.resilience.breaker_policy import Mode, State
 from api_gateway.resilience.concurrency_limit import ConcurrencyState
@@ -49,6 +50,7 @@ def merge(snapshots: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
     merged.client_store_error = next(
         (it.client_store_error for it in snapshots if it.client_store_error and not it.is_over), None
     )
+    merged.unwritten = merged_errors(snapshot.unwritten for snapshot in snapshots if not snapshot.is_over)
     merged.resources = merge_states(state for snapshot in snapshots for state in snapshot.resources)
     merged.tls = merge_tls(snapshot.tls for snapshot in snapshots if not snapshot.is_over)
     merged.issuers = merge_issuers(snapshot.issuers for snapshot in snapshots if not snapshot.is_over)

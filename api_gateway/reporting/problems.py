@@ -15,6 +15,7 @@ from api_gateway.printable_text import counted
 from api_gateway.reporting.issuer_snapshot import IssuerSnapshot
 from api_gateway.reporting.snapshot import Status, TargetSnapshot, UpstreamSnapshot, WorkerSnapshot
 from api_gateway.reporting.traffic_history import Point
+from api_gateway.reporting.unwritten_state import KINDS
 from api_gateway.resilience.breaker_policy import Mode, State
 
 MAX_PROBLEMS = 100  # shown; the last entry then counts the others
@@ -144,7 +145,7 @@ def _of_traffic(points: Sequence[Point]) -> Iterator[Alert]:
 
 
 def _of_records(snapshot: WorkerSnapshot, points: Sequence[Point]) -> Iterator[Alert]:
-    """Yield the problems of traces, logs and the audit log: missing spans, lines and entries."""
+    """Yield the problems of traces, logs, files of state and the audit log: what is missing in them."""
     spans, lines = (
         sum(point["lost"].get(name, 0) for point in points[-RECENT_POINTS:]) for name in ("spans", "lines")
     )
@@ -154,6 +155,9 @@ def _of_records(snapshot: WorkerSnapshot, points: Sequence[Point]) -> Iterator[A
     if lines:
         text = f"{lines} lines of the access log or the log were not written in the last minute."
         yield Alert("warn", text, "#/configuration/log")
+    for name, error in snapshot.unwritten.items():
+        if error is not None:
+            yield Alert("warn", f"{KINDS[name].consequence}: {_short(error)}.", KINDS[name].link)
     changes = snapshot.recorder.dropped_lines[AUDIT]
     if changes:
         text = f"{changes} changes by operators since the start are in the log alone: the audit log was not writable."

@@ -403,6 +403,14 @@ class PrometheusExposition:
             for value, count in counts.items():
                 family.add_metric([value], count)
             yield family
+        writes = GaugeMetricFamily(
+            "gateway_state_last_write_successful",
+            "1 unless the last write to the state folder failed, by kind of state.",
+            labels=["state"],
+        )
+        for state, error in self._snapshot.unwritten.items():
+            writes.add_metric([state], error is None)
+        yield writes
         yield from history_families(self._snapshot.history, self._snapshot.recorder.requests_not_kept)
 
     def _shares(self) -> Iterator[Metric]:

@@ -256,6 +256,7 @@ class WorkerSnapshot:
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
     client_store_error: str | None = None  # why the client store is unavailable
+    unwritten: dict[str, str | None] = field(default_factory=dict)  # see `unwritten_state`
     histories: dict[str, list[TransitionRecord]] = field(default_factory=dict)  # by upstream, oldest first
     is_over: bool = False
     lag: float = 0.0  # seconds of event loop lag
@@ -303,6 +304,7 @@ class WorkerSnapshot:
             "overflowed": self.overflowed,
             "limiter": asdict(self.limiter),
             "client_store_error": self.client_store_error,
+            "unwritten": self.unwritten,
             "histories": {name: records for name, records in histories.items() if records},
             "lag": self.lag,
             "tasks": self.tasks,
@@ -329,6 +331,7 @@ class WorkerSnapshot:
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
         self.client_store_error = state["client_store_error"]
+        self.unwritten = state["unwritten"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
         self.process = state["process"]

@@ -264,6 +264,13 @@ class ClientStoreView(Body):
     error: str | None
 
 
+class StateView(Body):
+    """The state that is written in the background. `warn`: the last write of a kind failed, which has the cause."""
+
+    status: Literal["pass", "warn"]
+    errors: dict[str, str]
+
+
 class CertificateView(Body):
     """A certificate of the listener for clients."""
 
@@ -298,6 +305,7 @@ class HealthView(BaseModel):
     upstreams: dict[str, UpstreamView] | None = None
     store: StoreView | None = None
     client_store: ClientStoreView | None = None
+    state: StateView | None = None
     tls: TlsView | None = None
     issuers: dict[str, IssuerView] | None = Field(default=None, description="By name; null if tokens are no source.")
     event_loop: LagView | None = None

@@ -176,7 +176,7 @@ class WaitingEvents:
         self._taking: asyncio.Future[list[WebhookEvent]] | None = None  # of the file, until it is read
         self._writing: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._error: str | None = None
+        self.error: str | None = None  # why they are not stored
 
     def __repr__(self) -> str:
         return f"<WaitingEvents [{len(self._queue)}, in {self._file!r}]>"
@@ -226,7 +226,7 @@ class WaitingEvents:
         await cancel_and_wait(task)
         await self._read()
         await self._write(self._file)
-        if self._queue and self._error is None:
+        if self._queue and self.error is None:
             logger.warning("webhook: %d events wait, and are sent after the next start", len(self._queue))
         elif self._queue:
             logger.error("webhook: %d events were not delivered: %s", len(self._queue), self._queue[0].id)
@@ -278,9 +278,9 @@ class WaitingEvents:
             self._changed.set()
             raise
         else:
-            self._error = None
+            self.error = None
 
     def _report(self, error: OSError) -> None:
-        if self._error is None:
+        if self.error is None:
             logger.error("webhook: waiting events are not kept for a restart: %s", error)
-        self._error = str(error)
+        self.error = str(error)

@@ -62,7 +62,7 @@ class UsageLedger:
         self._retention_days = retention_days
         self._file = SqliteFile(self.path, USAGE_SCHEMA, thread_name="usage", synchronous="NORMAL")
         self._pruned_day = -1
-        self._error = ""  # of the last write
+        self.error: str | None = None  # of the last write
 
     def __repr__(self) -> str:
         return f"<UsageLedger [{self.path}, {self._counts!r}]>"
@@ -90,11 +90,11 @@ class UsageLedger:
             await self._file.run(self._add, rows)
         except OSError as error:
             self._counts.put_back(rows)
-            if str(error) != self._error:
+            if str(error) != self.error:
                 logger.warning("usage: %s; it is kept in memory until it can be written", error)
-            self._error = str(error)
+            self.error = str(error)
         else:
-            self._error = ""
+            self.error = None
 
     async def ask(self, question: UsageQuestion) -> list[dict[str, Any]]:
         """Write what has been counted; return the rows of a question, in order. Raises OSError and TooManyRows."""
@@ -105,6 +105,8 @@ class UsageLedger:
         """Write what has been counted and close the file."""
         if self._file.is_open:
             await self.flush()
+            if self.error is not None:
+                logger.error("usage: the last counts were not stored and are lost: %s", self.error)
         await self._file.close()
 
     # In the thread

@@ -124,6 +124,13 @@ CASES: list[tuple[WorkerSnapshot, list[dict[str, Any]], str, str, str]] = [
         "The keys of issuer 'sso' cannot be fetched; the last ones are still used: timeout.",
         "#/configuration/identity",
     ),
+    (
+        snapshot(unwritten={"quotas": "disk full", "usage": None}),
+        [],
+        "warn",
+        "Charges of quotas are not stored, so a restart forgets what clients have used since: disk full.",
+        "#/clients",
+    ),
     (snapshot(client_store_error="locked"), [], "warn", "The client store is unavailable", "#/clients"),
     (
         snapshot(configuration=ReloadState(problems=("gateway.yaml:3: bad", "x"))),

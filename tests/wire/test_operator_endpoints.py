@@ -314,6 +314,7 @@ def test_health_shows_the_status_word_only_to_others(tokened: RunningGateway) ->
         "upstreams",
         "store",
         "client_store",
+        "state",
         "tls",
         "issuers",
         "event_loop",
