@@ -16,16 +16,13 @@ from api_gateway.clients.key_directory import USE_PRECISION, KeyDirectory, KeySt
 from api_gateway.errors import CredentialsInsufficient, CredentialsInvalid, GatewayError, StoreUnavailable
 from api_gateway.http1.headers import Fields, spellings
 from api_gateway.models import KEY_PREFIX, NANOSECONDS
+from api_gateway.proxy.basic_credentials import leniently_decoded, marks_in_base64
 from api_gateway.proxy.identity_sources import NO_EXPIRY, Claim, CredentialQuery, Proof, Verification
 from api_gateway.proxy.route_table import Route
 
 _PREFIX = KEY_PREFIX.encode()
-# The prefix behind a multiple of 3 bytes, and 0, 1 or 2 more: the characters that what surrounds it does not change.
-_IN_BASE64 = tuple(
-    [base64.b64encode(before + _PREFIX)[a:b] for before, a, b in ((b"", 0, 5), (b"-", 2, 6), (b"--", 3, 8))]
-)
+_IN_BASE64 = marks_in_base64(_PREFIX)
 _PREFIX_IN_BASE64 = _IN_BASE64[0]
-_NO_BASE64 = re.compile(rb"[^A-Za-z0-9+/]+")
 _AUTHORIZATION = b"authorization"
 _USUAL = b"x-api-key"  # where clients send keys unless another field is configured
 _RETRY_AFTER = 1.0  # seconds
@@ -181,14 +178,9 @@ def _user_of_basic(credentials: bytes) -> bytes | None:
 
 def _has_key_within(credentials: bytes) -> bool:
     """Return whether Basic credentials have a key in another place than that of the user name, as the password is."""
-    return any(part in credentials for part in _IN_BASE64) and has_plain_key(_leniently_decoded(credentials))
+    return any(part in credentials for part in _IN_BASE64) and has_plain_key(leniently_decoded(credentials))
 
 
 def _is_read_as_key(credentials: bytes) -> bool:
     """Return whether a decoder that ignores what is not base64 would find a key, or its beginning."""
-    return _leniently_decoded(credentials).startswith(_PREFIX)
-
-
-def _leniently_decoded(credentials: bytes) -> bytes:
-    found = _NO_BASE64.sub(b"", credentials)
-    return base64.b64decode(found[: len(found) // 4 * 4])
+    return leniently_decoded(credentials).startswith(_PREFIX)

@@ -22,6 +22,7 @@ from api_gateway.errors import (
 from api_gateway.http1.headers import Fields
 from api_gateway.models import Clock
 from api_gateway.proxy.admission import RequestPlan, StageResult
+from api_gateway.proxy.basic_credentials import marks_in_base64, within_basic
 from api_gateway.proxy.header_facts import HeaderFacts
 from api_gateway.proxy.identity_sources import Claim, CredentialCheck, CredentialQuery, Proof, Verification
 from api_gateway.proxy.requirements import Requirement
@@ -56,7 +57,7 @@ class JwtSource:
 
     name = "jwt"
     fields = frozenset({AUTHORIZATION})
-    markers = (MARKER,)
+    markers = (MARKER, *marks_in_base64(MARKER))
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class JwtSource:
         """
         values = fields.get(AUTHORIZATION, ())
         for value in values:
-            found = self._reader.find(value)
+            found = self._reader.find(value) or self._reader.find(within_basic(value))
             if found is not None:
                 text, token = found
                 if len(values) > 1:

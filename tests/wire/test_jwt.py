@@ -1,6 +1,7 @@
 """Tokens as identities, on the wire: who is identified, what is refused and how, rotation and failures of issuers."""
 
 import asyncio
+import base64
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -359,6 +360,10 @@ OTHER_FORMS = {
     "a character within the signature": "Bearer {}*",
     "a second word": "Bearer {} x",
     "a list": "Bearer {}, Bearer x",
+    "the user name of Basic": "Basic {basic[0]}",
+    "the password of Basic": "basic {basic[1]}",
+    "the password of a longer user name": "BASIC {basic[2]}",
+    "a tab behind Basic": "Basic\t{basic[0]}",
     "behind a token of others": f"Bearer {signed(claims_of(iss='https://elsewhere.test')).decode()} {{}}",
 }
 
@@ -369,7 +374,10 @@ def test_a_token_in_another_form_is_refused(running: RunningGateway, up: RawUpst
     """An upstream might accept it, while the gateway would count the request for another client."""
     with RawClient(running.port) as client:
         for _ in range(2):
-            client.request(method, headers=(f"Authorization: {form.format(signed().decode())}", "X-Client-ID: other"))
+            token = signed()
+            basic = [base64.b64encode(user + token).decode() for user in (b"", b"u:", b"us:")]
+            value = form.format(token.decode(), basic=basic)
+            client.request(method, headers=(f"Authorization: {value}", "X-Client-ID: other"))
             answer = client.answer()
             assert reason(answer) == (401, "credentials_invalid")
             assert b"not in the form" in answer.body
