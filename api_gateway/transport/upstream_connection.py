@@ -322,7 +322,10 @@ class UpstreamConnection(SendingConnection):
             self._fail(response, "an unsupported transfer coding")  # its hop-by-hop field would not reach the client
             return
         response.set_head(status, reason, headers, fields)
-        response.version, response.keeps_alive = self._parser.get_http_version(), self._parser.should_keep_alive()
+        version = self._parser.get_http_version()
+        # HTTP/1.0 does not define the coding: the framing counts as faulty (RFC 9112 section 6.1).
+        is_framed = codings is None or version != "1.0"
+        response.version, response.keeps_alive = version, is_framed and self._parser.should_keep_alive()
         if b"keep-alive" in fields:
             self._obey_keep_alive(b",".join(fields[b"keep-alive"]))
         self.timer.clear()

@@ -415,6 +415,24 @@ def test_a_chunked_response_arrives_whole(client: RawClient, up: RawUpstream) ->
     assert (answer.body, answer.is_complete) == (b"abcde", True)
 
 
+def test_a_chunked_response_of_http_1_0_arrives_whole_and_ends_its_connection(
+    client: RawClient, up: RawUpstream
+) -> None:
+    """HTTP/1.0 does not define the coding, so what follows on that connection is not trusted."""
+    head = b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n"
+    for framing, connections in (
+        (b"Content-Length: 2\r\n\r\nok", 0),
+        (b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", 2),
+    ):
+        up.behave = raw(head + framing)
+        answer = ask(client, "GET")
+        before = len(up.wires)
+        for _ in range(2):
+            answer = ask(client, "GET")
+            assert (answer.body, answer.is_complete) == (b"ok", True)
+        assert len(up.wires) == before + connections
+
+
 def test_a_response_that_ends_with_its_connection_arrives_whole(client: RawClient, up: RawUpstream) -> None:
     """The client is told the end by the framing, and its own connection stays."""
     up.behave = raw(b"HTTP/1.0 200 OK\r\n\r\nall of it", closes=True)
