@@ -117,7 +117,10 @@ class ZstdContexts:
 
     def encoder(self, flushes: bool) -> ContentEncoder:  # noqa: FBT001 - see `NewEncoder`
         """Return the encoder of one response."""
-        context = self._free.pop() if self._free else self._new()
+        try:
+            context = self._free.pop()
+        except IndexError:
+            context = self._new()
         compressor = context if self._is_standard else context.compressobj()
         return ZstdEncoder(compressor, self._modes, flushes, partial(self._release, context))
 
