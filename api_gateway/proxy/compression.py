@@ -17,6 +17,7 @@ from api_gateway.http1.headers import BODILESS, Fields
 from api_gateway.models import HeaderList
 
 GZIP, ZSTD = b"gzip", b"zstd"
+MOST_FREE_CONTEXTS = 4  # of Zstandard, by level: of 1.4 to 8.1 MB each
 _MODES_OF_PACKAGE = "COMPRESSOBJ_FLUSH_BLOCK", "COMPRESSOBJ_FLUSH_FINISH"
 _GZIP_WINDOW = 31  # of zlib: the largest, in the gzip format
 _PARTIAL = 206
@@ -95,13 +96,11 @@ class ZstdEncoder:
 
 
 class ZstdContexts:
-    """Makes encoders by Zstandard of one level, with up to `MOST_FREE` contexts that responses have released.
+    """Makes encoders by Zstandard of one level, with the contexts that responses have released.
 
     To create a context takes longer than to compress a short response. Only a complete response releases its context:
     that of an aborted one still has its bytes, and is dropped.
     """
-
-    MOST_FREE = 4  # of 1.4 to 8.1 MB, by level
 
     def __init__(self, module: Any, level: int) -> None:
         """`module` is `compression.zstd` of Python 3.14, or the package zstandard."""
@@ -125,7 +124,7 @@ class ZstdContexts:
         return ZstdEncoder(compressor, self._modes, flushes, partial(self._release, context))
 
     def _release(self, context: Any) -> None:
-        if len(self._free) < self.MOST_FREE:
+        if len(self._free) < MOST_FREE_CONTEXTS:
             self._free.append(context)
 
 

@@ -19,7 +19,16 @@ from api_gateway.http1.fast_parser import pairs_of
 from api_gateway.http1.headers import fields_of
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.observability.selected_lines import at_level, by_route
-from api_gateway.proxy.compression import GZIP, VARIES, ZSTD, Compression, GzipEncoder, ZstdContexts, weights_of
+from api_gateway.proxy.compression import (
+    GZIP,
+    MOST_FREE_CONTEXTS,
+    VARIES,
+    ZSTD,
+    Compression,
+    GzipEncoder,
+    ZstdContexts,
+    weights_of,
+)
 from api_gateway.proxy.direct_responses import DirectResponse
 from api_gateway.proxy.edited_lines import NOTHING_EDITED
 from api_gateway.proxy.head_editing import HeadEditor, HeaderEdits
@@ -282,9 +291,9 @@ def test_a_zstd_context_is_used_again_after_a_complete_response_only(*, flushes:
     assert decoded(third.encode(b"three") + third.end()) == b"three"
     assert decoded(parts[1] + second.end()) == b"two"
     assert repr(contexts) == "<ZstdContexts [2 free]>"
-    many = [contexts.encoder(flushes) for _ in range(ZstdContexts.MOST_FREE + 2)]
+    many = [contexts.encoder(flushes) for _ in range(MOST_FREE_CONTEXTS + 2)]
     assert [decoded(one.encode(b"x" * 5_000) + one.end()) for one in many] == [b"x" * 5_000] * len(many)
-    assert repr(contexts) == f"<ZstdContexts [{ZstdContexts.MOST_FREE} free]>"
+    assert repr(contexts) == f"<ZstdContexts [{MOST_FREE_CONTEXTS} free]>"
 
 
 def test_weights_are_limited_to_valid_ones() -> None:
