@@ -252,8 +252,10 @@ async def test_what_could_not_be_written_is_said_once_and_written_later(
     async with following(HeldStore(), proof_file=file) as registry:
         await registry.keys.create("acme", key(1), verified_only=UNCHANGED)
         await soon(lambda: attempts > 3, "it is tried again")
+        assert registry.proofs_error is not None
         place.unlink()
         await kept_soon(file, {"acme"})
+        await soon(lambda: registry.proofs_error is None, "it is stored")
         place.rename(tmp_path / "moved")
         place.touch()
         await registry.keys.create("last", key(2), verified_only=UNCHANGED)

@@ -1,9 +1,10 @@
 """API keys in both stores: durable, found by digest, changed as a whole, and followed by other gateways."""
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -25,7 +26,7 @@ from api_gateway.clients.records import (
 )
 from api_gateway.clients.redis_store import RedisClientStore
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.clients.sqlite_store import CLIENTS_FILE, SqliteClientStore
 from api_gateway.storage.redis_session import StoreSession
 from tests.kit import FakeClock, soon
 from tests.store_kit import CALM, StoreServer
@@ -182,6 +183,19 @@ async def test_last_uses_are_kept_until_a_key_is_revoked(opened: Open) -> None:
         await store.write("acme", Change(keys=KeyChange(remove=(ONE.digest,))))
         assert await store.key_uses([ONE.digest]) == {}
         assert await store.key_uses([]) == {}
+
+
+async def test_why_last_uses_are_not_stored_is_known_until_they_are(tmp_path: Path) -> None:
+    async with following(SqliteClientStore(tmp_path)) as registry:
+        await registry.keys.create("acme", ONE, verified_only=UNCHANGED)
+        registry.keys.note_use(ONE.digest)
+        for old, new in (("key_uses", "away"), ("away", "key_uses")):
+            with closing(sqlite3.connect(tmp_path / CLIENTS_FILE)) as connection:
+                connection.execute(f"ALTER TABLE {old} RENAME TO {new}")
+            with suppress(OSError):
+                await registry.keys.store_uses()
+            assert (registry.keys.uses_error is None) == (new == "key_uses")
+        assert await registry.keys.last_uses([ONE]) != {}
 
 
 async def test_another_gateway_accepts_and_refuses_a_key_within_a_second(opened: Open) -> None:

@@ -224,6 +224,18 @@ async def test_a_folder_that_cannot_be_written_is_named_and_events_are_still_sen
     assert "webhook: waiting events are not kept for a restart" in caplog.text
 
 
+async def test_why_events_are_not_stored_is_known_until_they_are(tmp_path: Path) -> None:
+    waiting = WaitingEvents(tmp_path)
+    waiting.start()
+    await soon(lambda: waiting._taking is None, "it has a file")
+    (tmp_path / "webhook-0.new").mkdir()
+    waiting.add(event(5))
+    await soon(lambda: "webhook-0.new" in str(waiting.error), "it cannot write")
+    (tmp_path / "webhook-0.new").rmdir()
+    await soon(lambda: waiting.error is None, "it has written")
+    await waiting.close()
+
+
 @each("secret", ["", "whsec_", "whsec_c2hvcnQ=", "not base64 at all!", "A" * 200])
 def test_a_secret_that_is_none_is_refused_without_showing_it(secret: str) -> None:
     with pytest.raises(ValueError, match=r"^must be 24 to 64 random bytes in base64, optionally after whsec_$"):
