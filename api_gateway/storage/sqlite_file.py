@@ -2,8 +2,10 @@
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -14,6 +16,7 @@ Result = TypeVar("Result")
 Connection = sqlite3.Connection
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process
+_WITH_LOG = "PRAGMA journal_mode = WAL"
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
@@ -78,17 +81,38 @@ class SqliteFile:
 
     def _open(self) -> Connection:
         make_private(self.path.parent)
-        create_private(self.path)  # SQLite creates its other files with the same permissions
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=BUSY_TIMEOUT, check_same_thread=False)
+        if not self.path.exists():
+            _create(self.path)
+        if self.path.stat().st_size == 0:  # SQLite would take it for a new one
+            remedy = self._remedy or "restore a backup, or remove the file to begin with a new one"
+            raise OSError(f"{self.path}: the file is empty, as after a failure of the disk or a restore; {remedy}")
+        connection = _connected(self.path)
         try:
             check_schema(connection, self.path, self._schema)  # before anything is changed
-            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(_WITH_LOG)
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             migrate(connection, self.path, self._schema)
         except BaseException:
             connection.close()
             raise
         return connection
+
+
+def _create(path: Path) -> None:
+    """Create a file of SQLite without tables. It is never empty, even if the process is killed at any moment."""
+    draft = path.with_name(f".{path.name}.{threading.get_native_id()}.new")
+    for suffix in ("", "-journal", "-wal", "-shm"):  # of a process that was killed
+        draft.with_name(f"{draft.name}{suffix}").unlink(missing_ok=True)
+    create_private(draft)  # SQLite creates its other files with the same permissions
+    with closing(_connected(draft)) as connection:
+        connection.execute(_WITH_LOG)  # writes the first page; at once, two processes cannot change the mode
+    with suppress(FileExistsError):  # another process was faster
+        path.hardlink_to(draft)
+    draft.unlink()
+
+
+def _connected(path: Path) -> Connection:
+    return sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT, check_same_thread=False)
 
 
 def _is_of_corrupt_file(error: Exception) -> bool:

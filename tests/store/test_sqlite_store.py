@@ -20,6 +20,9 @@ from api_gateway.clients.records import NO_CURSOR, Change, ClientRecord, Cursor,
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import _IS_BARE, CLIENTS_FILE, CLIENTS_SCHEMA, EPOCH, SqliteClientStore
 from api_gateway.errors import StoreUnavailable
+from api_gateway.limits.period_store import QUOTAS_FILE, PeriodStore
+from api_gateway.storage.sqlite_file import SqliteFile
+from api_gateway.usage.ledger import USAGE_FILE, UsageLedger
 from tests.kit import soon
 from tests.unit.test_client_registry import TIERS, following, tier_of
 
@@ -354,6 +357,40 @@ async def test_a_file_that_is_no_database_is_refused_and_let_go(
             connection.execute("SELECT 1")
     finally:
         connection.close()
+
+
+def drafts(folder: Path) -> list[Path]:
+    return list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", [CLIENTS_FILE, QUOTAS_FILE, USAGE_FILE])
+async def test_an_empty_file_is_refused_instead_of_taken_for_a_new_one(tmp_path: Path, name: str) -> None:
+    """A restore or a disk may leave one; a start would forget what operators have granted and clients have used."""
+    file = {
+        CLIENTS_FILE: SqliteClientStore(tmp_path)._file,
+        QUOTAS_FILE: PeriodStore(tmp_path)._file,
+        USAGE_FILE: UsageLedger(tmp_path, time.time, max_unregistered=1, retention_days=1)._file,
+    }[name]
+    (tmp_path / name).touch()
+    with pytest.raises(OSError, match=rf"{name}: the file is empty.*backup"):
+        await file.open()
+    (tmp_path / name).unlink()
+    await file.open()
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+    assert not drafts(tmp_path)
+    await file.close()
+
+
+async def test_processes_that_create_a_file_at_once_use_the_same(tmp_path: Path) -> None:
+    files = [SqliteFile(tmp_path / CLIENTS_FILE, CLIENTS_SCHEMA, thread_name=f"test-{n}") for n in range(4)]
+    await asyncio.gather(*(file.open() for file in files))
+    for number, file in enumerate(files):
+        statement = f"INSERT INTO clients (id, version, changed_at) VALUES ('{number}', {number}, 1)"  # noqa: S608 - numbers
+        await file.run(file.connection.execute, statement)
+    with closing(sqlite3.connect(tmp_path / CLIENTS_FILE)) as connection:
+        assert connection.execute("SELECT count(*) FROM clients").fetchone() == (4,)
+    for file in files:
+        await file.close()
 
 
 async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

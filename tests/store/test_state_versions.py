@@ -287,7 +287,13 @@ def files_are_old_or_new(folder: Path) -> None:
         assert tiers_of(copy / CLIENTS_FILE) == CLIENTS
 
 
+def clients_are_absent_or_a_database(folder: Path) -> None:
+    path = folder / "state" / CLIENTS_FILE
+    assert not path.exists() or path.stat().st_size, "an empty file is refused"
+
+
 ACTIONS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
+    "creation": (migrate_clients, clients_are_absent_or_a_database),
     "migration": (migrate_clients, clients_are_old_or_new),
     "folder": (take_over_folder, files_are_old_or_new),
 }
@@ -323,7 +329,7 @@ def kill_at_each_step(kind: str, place: Path) -> int:
         folder = place / str(number)
         if kind == "folder":
             shutil.copytree(FORMER / "0250753", folder)
-        else:
+        elif kind == "migration":
             folder.mkdir()
             state_of("0250753", folder)
         child = os.fork()
@@ -336,14 +342,14 @@ def kill_at_each_step(kind: str, place: Path) -> int:
         check(folder)
         action(folder)
         check(folder)
-        assert tiers_of(folder / "state" / CLIENTS_FILE) == CLIENTS
+        assert tiers_of(folder / "state" / CLIENTS_FILE) == ({} if kind == "creation" else CLIENTS)
         shutil.rmtree(folder)
         if status == 0:
             return number - 1
     raise AssertionError("it does not end")
 
 
-@pytest.mark.parametrize(("kind", "least"), [("migration", 20), ("folder", 8)])
+@pytest.mark.parametrize(("kind", "least"), [("creation", 10), ("migration", 20), ("folder", 8)])
 def test_kill_9_at_any_step_leaves_the_old_content_or_the_new_one(kind: str, least: int, tmp_path: Path) -> None:
     program = "import sys, pathlib; from tests.store.test_state_versions import kill_at_each_step as kill\n"
     program += "print(kill(sys.argv[1], pathlib.Path(sys.argv[2])))"
