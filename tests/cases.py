@@ -28,6 +28,8 @@ def each(
     assert cases, "a table without cases"
 
     def decorated(test: TestFunction) -> TestFunction:
+        assert not inspect.iscoroutinefunction(test), "a coroutine would not be awaited: use asyncio.run in the test"
+
         @wraps(test)
         def run(**others: Any) -> None:
             failures: list[Exception] = []

@@ -100,6 +100,7 @@ WRONG: Mapping[str, Callable[[Worker, int], None]] = {
     "GatewayResourceAlmostExhausted": _sets(resources=[ResourceState("connections", None, 100, 95, 0)]),
     "GatewayFileDescriptorsAlmostExhausted": _sets(process={"process_open_fds": 900.0, "process_max_fds": 1000.0}),
     "GatewayReloadFailed": _sets(configuration=ReloadState(problems=("line 3: wrong",))),
+    "GatewayStateNotWritten": _sets(unwritten={"quotas": "disk is full", "usage": None}),
     "GatewayDefect: connection": _count("illegal_events", "data"),
     "GatewayDefect: exchange": _count("illegal_exchange_events", ("admitting", "data")),
     "GatewayOutputLost": _count("dropped_lines", "stdout"),
