@@ -35,7 +35,7 @@ from api_gateway.proxy.head_editing import HeadEditor, ResponseEditor
 from api_gateway.proxy.sse import EventBoundaries, is_event_stream
 from api_gateway.proxy.url_rewriting import NO_AUTHORITIES, Authorities, UrlRewriter
 from api_gateway.transport.error_mapping import translate
-from api_gateway.transport.response import NoListener
+from api_gateway.transport.response import NoListener, ResponseSource
 from api_gateway.upstreams.upstream import Attempt
 
 _MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
@@ -157,10 +157,19 @@ class RelayingExchange(ExchangeLife):
             self.response = PAUSED
             connection.pause_reading()
             connection.timer.clear()
+        elif self.is_watched:  # reading or compressing the content takes time: others are served before the next piece
+            self.response = FLOWING
+            connection.pause_reading()
+            self._client.loop.call_soon(self._read_on, connection)
+            connection.set_timer("idle")
         else:
             self.response = FLOWING
             connection.resume_reading()  # a large read pauses it
             connection.set_timer("idle")
+
+    def _read_on(self, connection: ResponseSource) -> None:
+        if self.connection is connection and self.response == FLOWING:
+            connection.resume_reading()
 
     def _go_on(self, now: float) -> None:
         """Forward the rest of a response whose head was sent later than it arrived.
@@ -275,6 +284,7 @@ class RelayingExchange(ExchangeLife):
         if route is not None and route.content_cost is not None:
             on_cost = partial(self._context.router.on_content_cost, self.exchange)
             self.scan = route.content_cost.scan(self.fields, on_cost)
+            self.is_relayed = False  # so that no more is scanned at once than READ_SIZE
             self.is_pending = True
 
     def _take_piece(self) -> bytes:

@@ -15,10 +15,12 @@ from api_gateway.proxy.json_scanner import JsonScanner
 
 MAX_CONTENT_COST = 1_000_000_000  # tokens
 MAX_DECODED = 8_388_608  # bytes of a compressed response, after decompression, that are scanned
-_SLICE = 16_384  # bytes that are decompressed at once
-# Steps of the scanner, of some 1 µs each, that a compressed response may take at once, and that each byte of it adds.
-# Without a limit, 8 KB that decompress to 8 MiB of small values would take seconds, in which nothing else is served.
-_STEPS_AT_ONCE, _STEPS_PER_BYTE = 50_000, 20
+_SLICE = 16_384  # bytes that are decompressed or scanned at once
+# Steps of the scanner, of some 1 µs each, that a response may take at once, and that each byte of it adds. Without a
+# limit, 8 KB that decompress to 8 MiB of small values would take seconds, in which nothing else is served. Usual JSON
+# and events take a tenth of a step for each byte of text.
+_STEPS_AT_ONCE, _STEPS_PER_BYTE = 20_000, 0.5
+_STEPS_AT_ONCE_OF_COMPRESSED, _STEPS_PER_COMPRESSED_BYTE = 50_000, 20
 _WINDOW = 47  # of zlib: the largest, for gzip and zlib formats
 _CODINGS = frozenset({b"gzip", b"x-gzip", b"deflate"})
 
@@ -76,7 +78,7 @@ class ContentScan:
         self._on_cost = on_cost
         self._decompressor = zlib.decompressobj(_WINDOW) if is_compressed else None
         self._decoded = 0
-        self._steps = _STEPS_AT_ONCE  # that may be taken; of a compressed response
+        self._steps = _STEPS_AT_ONCE_OF_COMPRESSED if is_compressed else _STEPS_AT_ONCE  # that may be taken
         self.is_over = False
 
     def __repr__(self) -> str:
@@ -87,25 +89,40 @@ class ContentScan:
         if self._scanner is None:
             return
         if self._decompressor is None:
-            self._scanner.feed(piece)
+            self._feed_plain(piece)
             return
         try:
             self._feed_compressed(piece)
         except zlib.error:
             self._scanner = None
 
+    def _feed_plain(self, piece: bytes) -> None:
+        for at in range(0, len(piece), _SLICE):
+            content = piece[at : at + _SLICE]
+            self._steps = min(self._steps + int(len(content) * _STEPS_PER_BYTE), _STEPS_AT_ONCE)
+            self._scan(content)
+            if self._scanner is None:
+                return
+
+    def _scan(self, content: bytes) -> None:
+        """Scan content; give up if it takes more steps than are left."""
+        if self._scanner is None:
+            return
+        before = self._scanner.steps
+        self._scanner.feed(content)
+        self._steps -= self._scanner.steps - before
+        if self._steps < 0:
+            self._scanner = None
+
     def _feed_compressed(self, piece: bytes) -> None:
-        self._steps = min(self._steps + len(piece) * _STEPS_PER_BYTE, _STEPS_AT_ONCE)
+        self._steps = min(self._steps + len(piece) * _STEPS_PER_COMPRESSED_BYTE, _STEPS_AT_ONCE_OF_COMPRESSED)
         while piece and self._scanner is not None and self._decompressor is not None:
             content = self._decompressor.decompress(piece, _SLICE)
             self._decoded += len(content)
-            before = self._scanner.steps
-            if self._decoded <= MAX_DECODED:
-                self._scanner.feed(content)
-            self._steps -= self._scanner.steps - before
-            if self._decoded > MAX_DECODED or self._steps < 0:
+            if self._decoded > MAX_DECODED:
                 self._scanner = None
                 return
+            self._scan(content)
             piece = self._decompressor.unconsumed_tail
             if self._decompressor.eof:  # another member may follow (RFC 1952)
                 piece, self._decompressor = self._decompressor.unused_data, zlib.decompressobj(_WINDOW)

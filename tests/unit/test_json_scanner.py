@@ -306,6 +306,35 @@ def test_the_work_for_a_compressed_response_is_limited(media_type: bytes, text: 
     assert found == [(None, True)] * 2
 
 
+@each("line", [b"\n", b"\r\n", b":\n", b"data\n", b"id:1\r\n\r\n", b"data: \n\n"])
+def test_lines_of_a_stream_without_effect_take_no_step_each(line: bytes) -> None:
+    """Reads end anywhere, also within a line end; the number before and after the lines is found."""
+    for before in (b"", b'data: {"usage":{"total_tokens":7}}\n\n', b'data: {"usage":\n'):
+        scanner = EventScanner(("usage", "total_tokens"))
+        scanner.feed(before)
+        text = line * 50_000 if not before.endswith(b":\n") else b": comment\r\n" * 20_000
+        pieces = [text[at : at + 16_383] for at in range(0, len(text), 16_383)]
+        for piece in pieces:
+            scanner.feed(piece)
+        assert scanner.steps < 100 + 20 * len(pieces)
+        scanner.feed(b'data: {"total_tokens":9}}\n\n' if before.endswith(b":\n") else b"\ndata: [DONE]\n\n")
+        expected = {b"": None, b'data: {"usage":\n': 9.0}
+        assert scanner.finish() == expected.get(before, 7.0)
+
+
+def test_content_of_tiny_values_is_scanned_within_a_limit_and_then_given_up() -> None:
+    found: list[float | None] = []
+    scan = ContentCost(("9", "9")).scan({b"content-type": [b"application/json"]}, lambda *args: found.append(args[1]))
+    scanner = scan._scanner
+    assert scanner is not None
+    text = b'[1,1,1,1,1,1,1,1,1,{"9":5}' + b",1" * 1_000_000 + b"]"
+    for at in range(0, len(text), 65_536):
+        scan.feed(text[at : at + 65_536])
+    assert scanner.steps < 400_000
+    scan.end(is_complete=True)
+    assert found == [None]
+
+
 def test_a_long_compressed_stream_of_events_is_read() -> None:
     compressor, found = zlib.compressobj(wbits=31), []
     scan = ContentCost(PATH).scan(

@@ -3,13 +3,16 @@
 import gzip
 import json
 import re
+import threading
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from api_gateway.config import GatewayConfig
 from api_gateway.downstream import listener
+from api_gateway.eventloop.receive_buffer import READ_SIZE, RELAY_SIZE
 from tests.cases import each
 from tests.kit import (
     RawAnswer,
@@ -296,3 +299,40 @@ def test_a_mistake_in_the_setting_is_named_with_its_place(cost_from: dict[str, A
     with pytest.raises(ValueError, match="cost_from") as raised:
         GatewayConfig.model_validate(config)
     assert re.search(message, str(raised.value), re.DOTALL)
+
+
+LONG = b": comment\n" * 400_000
+FRAMINGS = {
+    "counted": b"Content-Length: %d\r\n\r\n%b" % (len(LONG), LONG),
+    "until close": b"Connection: close\r\n\r\n" + LONG,
+    "in chunks": b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(LONG), LONG),
+}
+
+
+@pytest.mark.parametrize("framed", FRAMINGS.values(), ids=FRAMINGS)
+def test_one_read_of_content_that_is_scanned_is_taken_in_a_turn_of_the_event_loop(
+    gateway: StartGateway, upstream: StartUpstream, framed: bytes
+) -> None:
+    """Other connections are served in between: an event loop that is ready to read reads megabytes at once."""
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + framed)
+        return b"close" not in framed[:20]
+
+    up = upstream(behave)
+    running = gateway(configuration(up.url))
+    loop, sent, is_over = running.server._loop, [0], threading.Event()
+
+    def note() -> None:
+        """Note in each turn how much was sent to the client."""
+        exchanges = [getattr(one, "exchange", None) for one in running.server.server_state.connections]
+        sent.append(max([one.exchange.bytes_out for one in exchanges if one is not None], default=sent[-1]))
+        if not is_over.is_set():
+            loop.call_soon(note)
+
+    loop.call_soon_threadsafe(note)
+    answer = get(running)
+    is_over.set()
+    assert (answer.is_complete, len(answer.body)) == (True, len(LONG))
+    assert len(set(sent)) >= (len(LONG) - RELAY_SIZE) // READ_SIZE
+    assert max(after - before for before, after in pairwise(sent)) <= RELAY_SIZE, "before the head, it is not known"
