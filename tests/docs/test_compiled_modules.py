@@ -150,6 +150,7 @@ SLICES = {
     "data[start:end]": "the end is behind the start, and not behind the end of the data",
     "fields[_RANDOM_START:_RANDOM_END]": "the line is complete",
     "head[13:head.index(b'\\r')]": "a plain status line has a space after the status, the 13th byte",
+    "piece[at:at + _SLICE]": "the start is within the piece",
     "piece[at:end]": "the end is that of a match from `at` on",
     "piece[at:end if found is None else found.start()]": "the end is searched from `at` on, which is before the last",
     "received[start:end + 2]": "the end is searched from the start on",
