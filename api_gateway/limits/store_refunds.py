@@ -5,7 +5,7 @@ from collections.abc import Callable
 from api_gateway.models import NANOSECONDS
 from api_gateway.rate_limiter import Refund, Refunds
 
-_MOST_DIGITS = 20  # of a number of resets; `int` refuses thousands
+_MOST_DIGITS = 20  # of a number in a notification; `int` refuses thousands
 KEPT_NS = 600 * NANOSECONDS  # usually longer than the time between a charge and its settlement
 
 
@@ -48,7 +48,7 @@ class StoreRefunds:
         name, _, rest = rest.partition(" ")
         resets, _, key = rest.partition(" ")
         is_other = kind == "reset" and name != self.name and key
-        return (key, int(resets)) if is_other and resets.isdecimal() and len(resets) <= _MOST_DIGITS else None
+        return (key, int(resets)) if is_other and _is_number(resets) else None
 
     def read(self, message: str) -> str | None:
         """Return the key of the bucket that a notification is about, None if it is invalid; record the refund.
@@ -60,10 +60,14 @@ class StoreRefunds:
         name, _, rest = rest.partition(" ")
         at, _, rest = rest.partition(" ")
         tat, _, key = rest.partition(" ")
-        if not given.isdecimal() or not refunded:
+        if not _is_number(given) or not refunded:
             return None
-        if given == "0" or not key or not all(number.isdecimal() for number in (made, at, tat)):
+        if given == "0" or not key or not all(map(_is_number, (made, at, tat))):
             return refunded
         if name != self.name:
             self.note(key, Refund(int(at), int(tat), int(made) * 1000, int(given)))
         return key
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _MOST_DIGITS

@@ -4,6 +4,7 @@ from api_gateway.limits.store_refunds import StoreRefunds, invalidation
 from api_gateway.rate_limiter import Refund
 from tests.cases import each
 
+MANY_DIGITS = "1" * 5000  # more than `int` takes
 KEYS = ["client:a", "limit:team:a b  c", "1 2 3 4", " ", "ä|{}"]
 
 
@@ -41,12 +42,12 @@ def test_a_reset_is_heard_of_by_others_and_is_no_refund(key: str) -> None:
         f"300 5 {one.message(key, Refund(1, 2, 0, 0))}",
         "reset one 1 ",
         "reset",
-        f"reset one {'1' * 5000} a",
+        f"reset one {MANY_DIGITS} a",
     ):
         assert other.read_reset(no_reset) is None
 
 
-@each("message", ["", " ", "x", "x a", "0", "300", "-3 5 one 1 2 a", "3e9 5 one 1 2 a"])
+@each("message", ["", " ", "x", "x a", "0", "300", "-3 5 one 1 2 a", "3e9 5 one 1 2 a", f"{MANY_DIGITS} 5 one 1 2 a"])
 def test_what_is_no_notification_is_ignored(message: str) -> None:
     some = refunds("other")
     assert some.read(message) is None
@@ -58,6 +59,13 @@ def test_a_refund_of_a_gateway_of_an_earlier_version_is_an_invalidation(key: str
     """It states no charge; readings of the bucket are dropped all the same."""
     some = refunds("other")
     assert some.read(f"300 {key}") == key
+    assert len(some.recent) == 0
+
+
+@each("numbers", ["{} one 1 2", "5 one {} 2", "5 one 1 {}"])
+def test_a_refund_with_a_number_of_too_many_digits_is_an_invalidation(numbers: str) -> None:
+    some, rest = refunds("other"), f"{numbers.format(MANY_DIGITS)} a"
+    assert some.read(f"300 {rest}") == rest
     assert len(some.recent) == 0
 
 
