@@ -5,7 +5,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -106,9 +106,13 @@ def _create(path: Path) -> None:
     create_private(draft)  # SQLite creates its other files with the same permissions
     with closing(_connected(draft)) as connection:
         connection.execute(_WITH_LOG)  # writes the first page; at once, two processes cannot change the mode
-    with suppress(FileExistsError):  # another process was faster
+    try:
         path.hardlink_to(draft)
-    draft.unlink()
+    except FileExistsError:  # another process was faster
+        pass
+    except OSError:  # the file system has no hard links
+        draft.rename(path)
+    draft.unlink(missing_ok=True)
 
 
 def _connected(path: Path) -> Connection:

@@ -381,6 +381,20 @@ async def test_an_empty_file_is_refused_instead_of_taken_for_a_new_one(tmp_path:
     await file.close()
 
 
+async def test_a_file_is_created_where_the_file_system_has_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(_path: Path, _target: Path) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    file = SqliteFile(tmp_path / CLIENTS_FILE, CLIENTS_SCHEMA, thread_name="test")
+    await file.open()
+    assert file.connection.execute("SELECT count(*) FROM clients").fetchone() == (0,)
+    assert not drafts(tmp_path)
+    await file.close()
+
+
 async def test_processes_that_create_a_file_at_once_use_the_same(tmp_path: Path) -> None:
     files = [SqliteFile(tmp_path / CLIENTS_FILE, CLIENTS_SCHEMA, thread_name=f"test-{n}") for n in range(4)]
     await asyncio.gather(*(file.open() for file in files))
