@@ -199,7 +199,7 @@ async def test_a_framework_that_cannot_be_imported_is_tried_again_and_then_kept(
                 await client.get("/metrics")
         assert "admin.endpoints is gone" in caplog.text
         answers = await asyncio.gather(*(client.get("/metrics") for _ in range(3)))
-        assert [answer.status_code for answer in answers] == [403] * 3, "it is there, and refuses who is no operator"
+        assert [answer.status_code for answer in answers] == [403] * 3, "the endpoint exists, for operators only"
         present = framework._app
         await client.get("/metrics")
         assert framework._app is present
