@@ -37,10 +37,11 @@ from api_gateway.errors import CredentialsRequired, GatewayError, InvalidValue, 
 from api_gateway.http1.fast_parser import lines_of
 from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.http1.request_head import RequestHead
 from api_gateway.limits.concurrency import SlotUse
 from api_gateway.limits.limit import Limit
 from api_gateway.middleware import API_PREFIX, proxied_paths
-from api_gateway.models import Client, ClientCertificate, Clock, Exchange, Quota
+from api_gateway.models import Client, ClientCertificate, Clock, Exchange, HeaderList, Quota
 from api_gateway.proxy.admission import Admission, ExtensionCall, RequestPlan, Wait
 from api_gateway.proxy.credential_stages import CredentialStage
 from api_gateway.proxy.extension_stages import NO_RESULT, ExtensionIdentityStage
@@ -122,7 +123,7 @@ class Explainer:
         facts = self._headers.read(peer, fields, version)
         exchange = Exchange("", "GET", "", facts.client_address, self._clock())
         plan = RequestPlan(exchange, facts, b"", self._clock_ns())
-        plan.headers = RewrittenHeaders(_lines(fields), facts, b"")
+        plan.headers = RewrittenHeaders(lines_of(_pairs(fields)), facts, b"")
         result = self._identification.decide(plan)
         while isinstance(result, Wait):
             result = Admission.resume(plan, result, await result.reply(), self._clock_ns())
@@ -154,7 +155,10 @@ class Explainer:
         path = unquote(request.path.partition("?")[0])
         if not self._is_proxied(path):
             raise InvalidValue(f"path: must be below {API_PREFIX} or the path of a route, got {path!r}.")
-        facts = self._headers.read(request.address, self._fields(request), "1.1")
+        target = request.path.encode("ascii")
+        head = RequestHead(request.method, target, _pairs(self._fields(request)), "1.1", 0, keep_alive=True)
+        headers = self._headers.read_head(request.address, "http", head)
+        facts = headers.facts
         if request.key_id is not None:
             facts.claim = self._claim_of_key(request.key_id)
             if facts.claim is None:
@@ -164,8 +168,8 @@ class Explainer:
         if request.certificate is not None:
             self._headers.certify(facts, _certificate(request.certificate))
         facts.keyed = {**facts.keyed, **_described(request)}
-        plan = Admission.plan(facts, request.method, path, request.path.encode("ascii"), self._clock_ns())
-        plan.headers = RewrittenHeaders(_lines(self._fields(request)), facts, b"")
+        plan = Admission.plan(facts, request.method, path, target, self._clock_ns())
+        plan.headers = headers
         error = await self._admission.inspect(plan)
         exchange, route, client = plan.exchange, plan.route, plan.exchange.client
         if client is None:
@@ -334,8 +338,8 @@ class Explainer:
         )
 
 
-def _lines(fields: Fields) -> bytes:
-    return lines_of([(name, value) for name, values in fields.items() for value in values])
+def _pairs(fields: Fields) -> HeaderList:
+    return [(name, value) for name, values in fields.items() for value in values]
 
 
 def _described(request: ExplainRequest) -> dict[bytes, str]:

@@ -1,6 +1,6 @@
 """The stages of admission for requests with a credential. They do not concern other requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -97,9 +97,8 @@ class CredentialStage:
         if isinstance(found, Proof) or (isinstance(found, GatewayError) and not self._is_enforced):
             return self._settle(plan, found, chain)
         plan.exchange.client = self._clients.by_address(address_key(plan.facts.client_address))
-        if chain.is_charged:
-            return self._charge(plan, partial(self._proceed, plan, found, chain))
-        return self._proceed(plan, found, chain)
+        charge = self._charge if chain.is_charged else self._inspect_charge
+        return charge(plan, partial(self._proceed, plan, found, chain))
 
     def _proceed(
         self, plan: RequestPlan, found: GatewayError | CredentialQuery | CredentialCheck, chain: "_Chain"
@@ -193,6 +192,15 @@ class CredentialStage:
             return Wait(partial(self._ask, charges, plan.now_ns), partial(_on_decision, proceed=proceed))
         return _on_decision(plan, decision, proceed=proceed)
 
+    def _inspect_charge(self, plan: RequestPlan, proceed: Callable[[], StageResult]) -> StageResult:
+        """Find out whether the address could be charged."""
+        charges = self._charges_of_address(plan.facts.client_address)
+        if not charges:
+            return proceed()
+        plan.exchange.cost = 1.0
+        inspect = partial(self._limiter.inspect, charges, plan.now_ns)
+        return Wait.on(inspect, partial(_on_inspected, proceed=proceed))
+
     def _ask(self, charges: list[Charge], now_ns: int, on_reply: OnReply) -> None:
         self._limiter.decide_async(charges, now_ns, on_reply)
 
@@ -224,6 +232,13 @@ def _on_decision(plan: RequestPlan, decision: Decision, *, proceed: Callable[[],
         return proceed()
     exchange.decision = decision
     return refusal(exchange, decision)
+
+
+def _on_inspected(
+    plan: RequestPlan, decisions: Sequence[Decision], *, proceed: Callable[[], StageResult]
+) -> StageResult:
+    (decision,) = decisions
+    return proceed() if decision.allowed else refusal(plan.exchange, decision)
 
 
 class CredentialRouteStage:

@@ -129,8 +129,8 @@ class ExtensionIdentityStage(HookStage):
         return None if plan.exchange.credential is not None else super().decide(plan)
 
     def inspect(self, plan: RequestPlan) -> StageResult:
-        """See `HookStage`."""
-        return None if plan.exchange.credential is not None else super().inspect(plan)
+        """See `HookStage`. A refused credential has left its request to the client's address."""
+        return super().inspect(plan) if plan.exchange.client is None else None
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`."""

@@ -101,8 +101,8 @@ class IdentityStage(ReadOnlyStage):
             )
 
     def inspect(self, plan: RequestPlan) -> StageResult:
-        """See `Stage`; nothing is counted."""
-        return self._silent.decide(plan)
+        """See `Stage`; nothing is counted. A refused credential has left its request to the client's address."""
+        return self._silent.decide(plan) if plan.exchange.client is None else None
 
     def concerns(self, facts: HeaderFacts) -> bool:
         """See `Stage`. `CredentialStage` determines the client of a request with a credential, or refuses it."""
