@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
+from api_gateway.http1.request_paths import is_unusual, matching_path, readings
 from api_gateway.limits.concurrency import LocalSlots, SlottedCharges, SlotUse
 from api_gateway.limits.limit import LIMIT_PREFIX
 from api_gateway.metrics import Recorder
 from api_gateway.models import Charge, Client, ConcurrencySlot, Decision, Exchange, Quota
-from api_gateway.proxy.route_table import Route
+from api_gateway.proxy.route_table import Route, without_case
 from api_gateway.rate_limiter import RateLimiter
 
 _MOST_REMEMBERED = 4096  # charges in force, of some hundred bytes each
@@ -40,7 +41,7 @@ class CandidateLimits:
         self._clock_ns = clock_ns
         self._recorder = recorder
         self._candidates = dict(candidates)
-        self._routes = {route.name: route for route in routes if route.has_candidate}
+        self._routes = {route.name: CandidateCost(route) for route in routes if route.has_candidate}
         self._slots = slots
         self._quota_of_slots = lru_cache(maxsize=1024)(self._candidate_quota)
         # By the identity of the charges in force, which are kept beside the candidate's.
@@ -112,9 +113,9 @@ class CandidateLimits:
         quotas = [client.quota, *(charge.quota for charge in further), *(slot.quota for slot in held)]
         if not self._routes and all(quota.name not in self._candidates for quota in quotas):
             return []
-        cost, route = exchange.cost, self._routes.get(exchange.route or "")
-        if route is not None:
-            candidate = route.candidate_cost_of(exchange.method.upper(), exchange.path)
+        cost, found = exchange.cost, self._routes.get(exchange.route or "")
+        if found is not None:
+            candidate = found.of(exchange.method.upper(), exchange.path)
             cost = cost if candidate is None else candidate
         own = Charge(client.key, client.quota, 0)
         charges = [self._candidate_charge(charge, cost) for charge in (own, *further)]
@@ -144,3 +145,25 @@ class CandidateLimits:
                 self._recorder.candidate_refusals[quota.policy.removesuffix(" candidate"), client.quota.name] += 1
         elif result.allowed and not decision.allowed:
             self._recorder.would_allow[client.quota.name] += 1
+
+
+class CandidateCost:
+    """The candidate cost of requests of one route."""
+
+    __slots__ = ("_folded", "_route")
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._folded = without_case(route)
+
+    def __repr__(self) -> str:
+        return f"<CandidateCost of {self._route.name}>"
+
+    def of(self, method: str, path: str) -> float | None:
+        """Return the cost of a request's most expensive reading, in tokens; None if no reading has a candidate."""
+        found = [matching_path(path), *readings(path, is_decoded=True)] if is_unusual(path) else [path]
+        costs = [self._route.both_costs(method, one) for one in found]
+        costs += [self._folded.both_costs(method, one.casefold()) for one in found]
+        if all(candidate is None for _, candidate in costs):
+            return None
+        return max(cost if candidate is None else candidate for cost, candidate in costs)

@@ -133,16 +133,6 @@ class Route:
                 return rule
         return None
 
-    def candidate_cost_of(self, method: str, path: str) -> float | None:
-        """Return the candidate cost of a request's most expensive reading, in tokens; None if no reading has one."""
-        found = [matching_path(path), *readings(path, is_decoded=True)] if is_unusual(path) else [path]
-        costs = [self.both_costs(method, one) for one in found]
-        folded = without_case(self)
-        costs += [folded.both_costs(method, one.casefold()) for one in found]
-        if all(candidate is None for _, candidate in costs):
-            return None
-        return max(cost if candidate is None else candidate for cost, candidate in costs)
-
     def both_costs(self, method: str, path: str) -> tuple[float, float | None]:
         """Return cost and candidate cost of one reading of a path."""
         rule = self._rule_of(method, path)

@@ -16,7 +16,7 @@ from api_gateway.config import GatewayConfig, load_config
 from api_gateway.limits.concurrency import LocalSlots
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota
-from api_gateway.proxy.candidate_limits import CandidateLimits
+from api_gateway.proxy.candidate_limits import CandidateCost, CandidateLimits
 from api_gateway.proxy.route_table import CostRule, Route
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.diagnostics import ConfigError
@@ -132,10 +132,10 @@ def test_a_candidate_cost_counts_what_the_bucket_would_no_longer_hold(path: str)
     [("GET", "/api/x/export", None), ("POST", "/api/x/export", 8.0), ("POST", "/api/x", None)],
 )
 def test_a_candidate_cost_is_its_rules(method: str, path: str, cost: float | None) -> None:
-    assert ROUTE.candidate_cost_of(method, path) == cost
+    assert CandidateCost(ROUTE).of(method, path) == cost
     assert ROUTE.has_candidate
     assert not Route("r", "/api/x", "up", costs=(CostRule(None, None, 5),)).has_candidate
-    assert Route("r", "/api/x", "up", candidate_cost=0).candidate_cost_of("GET", "/api/x") == 0
+    assert CandidateCost(Route("r", "/api/x", "up", candidate_cost=0)).of("GET", "/api/x") == 0
 
 
 def test_a_candidate_cost_above_the_capacity_would_limit() -> None:
