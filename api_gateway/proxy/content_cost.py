@@ -128,12 +128,13 @@ class ContentScan:
                 piece, self._decompressor = self._decompressor.unused_data, zlib.decompressobj(_WINDOW)
 
     def end(self, *, is_complete: bool) -> None:
-        """Report the cost at the end of the response; if it was cut off, the last complete number."""
+        """Report the cost at the end of the response; if it or its JSON text was cut off, the last complete number."""
         if self.is_over:
             return
         self.is_over = True
         value = None
         is_complete = is_complete or (isinstance(self._scanner, EventScanner) and self._scanner.is_done)
         if self._scanner is not None:
-            value = self._scanner.finish() if is_complete else self._scanner.value
+            is_complete = is_complete and self._scanner.finish()
+            value = self._scanner.value
         self._on_cost(self._cost, self._cost.cost_of(value), is_complete)

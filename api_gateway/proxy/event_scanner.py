@@ -84,10 +84,10 @@ class EventScanner:
         self._is_after_return = at < end == len(piece) and piece.endswith(b"\r")
         return end
 
-    def finish(self) -> float | None:
-        """Follow the end of the stream, which also ends an event; return the number."""
+    def finish(self) -> bool:
+        """Follow the end of the stream, which also ends an event; return True, because it may end anywhere."""
         self._end_event()
-        return self.value
+        return True
 
     def _line_part(self, part: bytes, *, is_over: bool) -> None:
         self._lines += 1
@@ -119,9 +119,8 @@ class EventScanner:
 
     def _end_event(self) -> None:
         self._lines += _EVENT_STEPS
-        value = self._json.finish()
-        if value is not None:
-            self.value = value
+        if self._json.finish() and self._json.value is not None:
+            self.value = self._json.value
         self.is_done = self.is_done or self._begun.strip() == _DONE
         self._begun = b""
         self._json.restart()

@@ -85,11 +85,11 @@ class JsonScanner:
             steps += 1
         self.steps += steps
 
-    def finish(self) -> float | None:
-        """Follow the end of the text; return the number at the pointer."""
-        if self._state is _State.SCALAR:
+    def finish(self) -> bool:
+        """Follow the end of the text; return whether the text is whole."""
+        if self._state is _State.SCALAR and not self._indices:
             self._end_scalar()
-        return self.value
+        return self._state is _State.END
 
     # Steps: each follows a part of a piece from an index on, and returns the index of the rest.
 

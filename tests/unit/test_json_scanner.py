@@ -45,7 +45,8 @@ def scanned(text: bytes, path: tuple[str, ...], *cuts: int) -> float | None:
     scanner = JsonScanner(path)
     for begin, end in zip((0, *cuts), (*cuts, len(text)), strict=True):
         scanner.feed(text[begin:end])
-    return scanner.finish()
+    scanner.finish()
+    return scanner.value
 
 
 def spelled(value: Any, draw: Any) -> str:
@@ -120,7 +121,8 @@ def test_its_state_is_bounded_whatever_the_text() -> None:
     assert len(scanner._indices) <= len(PATH)
     deep = JsonScanner(PATH)
     deep.feed(b'{"a":' * 100_000 + b"1" + b"}" * 99_999 + b',"usage":{"total_tokens":3}}')
-    assert deep.finish() == 3
+    assert deep.finish()
+    assert deep.value == 3
 
 
 @each(
@@ -169,8 +171,18 @@ STREAMS = {
     "a byte order mark before data": ('\ufeffdata: {"usage":{"total_tokens":5}}\n\n', 5),
     "a byte order mark later": ('\n\ufeffdata: {"usage":{"total_tokens":5}}\n\n', None),
     "two byte order marks": ('\ufeff\ufeffdata: {"usage":{"total_tokens":5}}\n\n', None),
+    "without its end": ('data: {"usage":{"total_tokens":5}\n\n', None),
     "no space": ('data:{"usage":{"total_tokens":5}}\n\n', 5),
 }
+
+
+def test_a_text_whose_end_is_missing_is_not_whole() -> None:
+    text = b' {"a": [1, {"b": "x"}], "usage": {"total_tokens": 57}} '
+    for cut in range(len(text)):
+        scanner = JsonScanner(PATH)
+        scanner.feed(text[:cut])
+        assert scanner.finish() == (cut == len(text) - 1)
+        assert scanner.value == (57 if cut > text.index(b"57") + 2 else None)
 
 
 @each(("stream", "expected"), STREAMS.values(), ids=STREAMS)
@@ -180,11 +192,13 @@ def test_the_last_event_with_a_number_counts(stream: str, expected: float | None
         scanner = EventScanner(PATH)
         scanner.feed(text[:cut])
         scanner.feed(text[cut:])
-        assert scanner.finish() == expected
+        assert scanner.finish()
+        assert scanner.value == expected
     scanner = EventScanner(PATH)
     for at in range(len(text)):
         scanner.feed(text[at : at + 1])
-    assert scanner.finish() == expected
+    assert scanner.finish()
+    assert scanner.value == expected
 
 
 def test_an_event_that_was_cut_off_does_not_count() -> None:
@@ -319,7 +333,8 @@ def test_lines_of_a_stream_without_effect_take_no_step_each(line: bytes) -> None
         assert scanner.steps < 100 + 20 * len(pieces)
         scanner.feed(b'data: {"total_tokens":9}}\n\n' if before.endswith(b":\n") else b"\ndata: [DONE]\n\n")
         expected = {b"": None, b'data: {"usage":\n': 9.0}
-        assert scanner.finish() == expected.get(before, 7.0)
+        assert scanner.finish()
+        assert scanner.value == expected.get(before, 7.0)
 
 
 def test_content_of_tiny_values_is_scanned_within_a_limit_and_then_given_up() -> None:

@@ -163,6 +163,16 @@ def test_a_response_that_breaks_off_costs_no_less_than_is_stated_otherwise(
     eventually(lambda: left(running) == pytest.approx(CAPACITY - cost, abs=0.1), "it is settled")
 
 
+@pytest.mark.parametrize(("text", "cost"), [(usage(1500)[:-4], 3), (usage(7000)[:-4], 3), (usage(7000)[:-1], 7)])
+def test_a_json_text_without_its_end_costs_no_less_than_is_stated_otherwise(
+    gateway: StartGateway, upstream: StartUpstream, text: bytes, cost: float
+) -> None:
+    up = upstream(as_json(text))
+    running = gateway(configuration(up.url, otherwise=3))
+    assert get(running).is_complete
+    assert left(running) == pytest.approx(CAPACITY - cost, abs=0.1)
+
+
 @both_ways
 def test_a_client_that_leaves_after_the_event_that_ends_a_stream_pays_what_it_states(
     gateway: StartGateway, upstream: StartUpstream, way: str
