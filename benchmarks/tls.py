@@ -221,6 +221,9 @@ def create_certificates(folder: Path) -> Path:
             .not_valid_after(now + timedelta(days=1))
             .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(own.public_key()), critical=False)
+            .add_extension(_key_usage(is_authority=is_authority), critical=True)
             .sign(own, hashes.SHA256())
         )
         (folder / f"{name}.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
@@ -238,6 +241,20 @@ def create_certificates(folder: Path) -> Path:
     ):
         save(name, x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key, is_authority=False)
     return folder / "authority.pem"
+
+
+def _key_usage(*, is_authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not is_authority,
+        key_cert_sign=is_authority,
+        crl_sign=is_authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 class _Origin(asyncio.Protocol):

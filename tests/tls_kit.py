@@ -16,6 +16,18 @@ from cryptography.x509.oid import NameOID
 from tests.kit import PATIENCE, RawClient, Wire
 
 HOST = "a.test"
+# What an authority's key is for.
+_USES = x509.KeyUsage(
+    key_cert_sign=True,
+    crl_sign=True,
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    encipher_only=False,
+    decipher_only=False,
+)
 
 
 @dataclass(frozen=True)
@@ -42,13 +54,17 @@ class Pair:
 class Authority:
     """An authority whose certificates and keys are files of one folder."""
 
-    def __init__(self, folder: Path, name: str = "ca") -> None:
+    def __init__(self, folder: Path, name: str = "ca", *, is_plain: bool = False) -> None:
+        """`is_plain`: its certificates lack the extensions that Python's default contexts demand since 3.13."""
         self.folder = folder
+        self._is_plain = is_plain
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         certificate = self._builder(self._name, self._key.public_key(), 90).add_extension(
             x509.BasicConstraints(ca=True, path_length=None), critical=True
         )
+        if not is_plain:
+            certificate = certificate.add_extension(_USES, critical=True)
         self.certificate = certificate.sign(self._key, hashes.SHA256())
         self.file = folder / f"{name}.pem"
         self.file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
@@ -111,7 +127,7 @@ class Authority:
 
     def _builder(self, subject: x509.Name, public: Any, days: float) -> x509.CertificateBuilder:
         now = datetime.now(UTC)
-        return (
+        builder = (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
@@ -120,6 +136,11 @@ class Authority:
             .not_valid_before(now - timedelta(days=100))
             .not_valid_after(now + timedelta(days=days))
         )
+        if self._is_plain:
+            return builder
+        own = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        subject_key = x509.SubjectKeyIdentifier.from_public_key(public)
+        return builder.add_extension(subject_key, critical=False).add_extension(own, critical=False)
 
 
 class TlsClient(RawClient):

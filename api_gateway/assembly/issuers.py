@@ -20,6 +20,7 @@ from api_gateway.models import Clock
 from api_gateway.proxy.jwt_source import JwtSource
 from api_gateway.settings.jwt import IssuerSection, JwtSection
 from api_gateway.system.clocks import Clocks
+from api_gateway.system.x509 import verifying_context
 from api_gateway.transport.document_fetch import MAX_DOCUMENT_BYTES, DocumentUnavailable, fetch_document, shown_url
 
 MISSING_EXTRA = (
@@ -222,7 +223,7 @@ class _Remote:
     ) -> None:
         self._section, self._parse, self._fetch = section, parse, fetch
         try:
-            self._context = ssl.create_default_context(cafile=section.ca_file)
+            self._context = verifying_context(section.ca_file)
         except (OSError, ValueError) as error:
             raise StartupError(f"{place}.ca_file: cannot be used: {error}, got '{section.ca_file}'") from error
 

@@ -21,6 +21,7 @@ from api_gateway.observability.trace_sender import OtlpSender
 from api_gateway.observability.tracing import Parent, Sampling, Tracer
 from api_gateway.settings.tracing import TRACES_PATH, TracingSection, collector_url, decoded_pairs, header_pairs
 from api_gateway.system.clocks import Clocks
+from api_gateway.system.x509 import verifying_context
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class Tracing:
             paths={route.name: route.path for route in config.routes},
             has_client=section.client_attributes,
         )
-        sender = OtlpSender(plan.endpoint, plan.headers, section.timeout, plan.encoder.rejected_spans)
+        read = plan.encoder.rejected_spans
+        sender = OtlpSender(plan.endpoint, plan.headers, section.timeout, read, verifying_context)
         if self._exporter is None:
             self._exporter = TraceExporter(
                 encoder,

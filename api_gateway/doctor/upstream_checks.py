@@ -17,7 +17,7 @@ from api_gateway.doctor.checks import Check, CheckResult, Level, broken, doubtfu
 from api_gateway.doctor.machine_checks import validity
 from api_gateway.settings.jwt import IssuerSection
 from api_gateway.settings.upstreams import HealthCheckSection, UpstreamSection
-from api_gateway.system.x509 import facts_of_der
+from api_gateway.system.x509 import facts_of_der, verifying_context
 from api_gateway.transport.document_fetch import DocumentUnavailable, fetch_document
 from api_gateway.transport.http1_transport import tls_context
 
@@ -123,7 +123,7 @@ def issuer_checks(config: GatewayConfig) -> Iterator[Check]:
 async def _issuer(about: str, section: IssuerSection) -> list[CheckResult]:
     remedy = "Correct the URL, or let this machine reach it; tokens of this issuer are refused until then."
     try:
-        context = await asyncio.to_thread(ssl.create_default_context, cafile=section.ca_file)
+        context = await asyncio.to_thread(verifying_context, section.ca_file)
         url = section.document_url or ""
         document = json.loads(await fetch_document(url, context))
         if section.jwks_url is None:

@@ -30,11 +30,17 @@ class OtlpSender:
     """Posts to one URL, over one connection that is kept open."""
 
     def __init__(
-        self, url: str, headers: Mapping[str, str], timeout: float, read: Callable[[bytes], tuple[int, str]]
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        timeout: float,
+        read: Callable[[bytes], tuple[int, str]],
+        make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
     ) -> None:
         """`timeout` is in seconds, for connecting and for each part of a response.
 
         `read` returns, by the body of a successful response, the number of spans that were rejected, and why.
+        `make_context` creates the TLS context of a connection.
         """
         parts = urlsplit(url)
         self.url = url
@@ -45,6 +51,7 @@ class OtlpSender:
         self._headers = {"Content-Type": "application/x-protobuf", "User-Agent": "api-gateway", **headers}
         self._timeout = timeout
         self._read = read
+        self._make_context = make_context
         self._connection: http.client.HTTPConnection | None = None
 
     def __repr__(self) -> str:
@@ -91,8 +98,7 @@ class OtlpSender:
 
     def _open(self, timeout: float) -> http.client.HTTPConnection:
         if self._is_tls:
-            context = ssl.create_default_context()
-            return http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=context)
+            return http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=self._make_context())
         return http.client.HTTPConnection(self._host, self._port, timeout=timeout)
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from api_gateway.settings.rules import Finding
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.embedded_server import NoServer, find_server
 from api_gateway.system.state_folder import StateError, check_folder_version, lock_holder, own_folder
-from api_gateway.system.x509 import PRIVATE_KEY, load_pair
+from api_gateway.system.x509 import PRIVATE_KEY, load_pair, verifying_context
 
 _PRIVILEGED = 1024
 _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
@@ -180,7 +180,7 @@ def _pem_problems(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
 def _pem_contents(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     if "ca_file" in files:
         try:
-            ssl.create_default_context(cafile=files["ca_file"])
+            verifying_context(files["ca_file"])
         except ssl.SSLError as error:
             yield "ca_file", f"contains no PEM certificate ({_reason(error)}), got '{files['ca_file']}'"
     if "cert_file" not in files:

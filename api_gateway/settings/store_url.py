@@ -5,6 +5,7 @@ expected, and quote nothing.
 """
 
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -102,7 +103,7 @@ def _options(query: str, *, is_tls: bool) -> dict[str, Any]:
             raise ValueError(
                 f"has an unknown parameter after '?'; known are db, and with TLS {', '.join(_TLS_FILES)}; {_RESERVED}"
             )
-    return options | ({"ssl": True} if is_tls else {})
+    return options | ({"ssl": True, "ssl_exclude_verify_flags": [ssl.VERIFY_X509_STRICT]} if is_tls else {})
 
 
 def _credentials(netloc: str) -> dict[str, str]:

@@ -39,7 +39,7 @@ from api_gateway.eventloop.tasks import check_cancelled, run_to_completion
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.evictions import Evictions
 from api_gateway.storage.store_connections import StoreClient, close_client, make_prompt
-from api_gateway.system.x509 import load_pair
+from api_gateway.system.x509 import load_pair, verifying_context
 
 logger = logging.getLogger(__name__)
 
@@ -330,7 +330,7 @@ def _check_files(options: Mapping[str, Any]) -> None:
     if not named:  # creating a context is slow
         return
     try:
-        context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+        context = verifying_context(options.get("ssl_ca_certs"))
     except ssl.SSLError as error:
         raise OSError(f"{options['ssl_ca_certs']}: {error}") from error
     if "ssl_certfile" in options:

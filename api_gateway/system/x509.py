@@ -35,6 +35,18 @@ class CertificateFacts:
     not_after: float
 
 
+def verifying_context(ca_file: StrPath | None = None) -> ssl.SSLContext:
+    """Return a context that verifies servers by the system's authorities, or by those in a PEM file. Blocks.
+
+    Python's default demands, since 3.13, extensions that many private authorities lack, such as one that
+    `openssl req -x509` creates. Here they are verified alike by all versions, as OpenSSL does by default. Raises
+    OSError (ssl.SSLError is a subclass) if the file cannot be used.
+    """
+    context = ssl.create_default_context(cafile=ca_file)
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
 def load_pair(context: ssl.SSLContext, certificate: StrPath, key: StrPath | None = None) -> None:
     """Load a certificate and its key into a context. An encrypted key is an error (ssl.SSLError).
 

@@ -20,7 +20,7 @@ import httpx
 
 from api_gateway.ip_addresses import is_address
 from api_gateway.resilience.fair_shares import FairShares
-from api_gateway.system.x509 import load_pair
+from api_gateway.system.x509 import load_pair, verifying_context
 from api_gateway.transport.happy_eyeballs import FailedAddresses, connect_to_name
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
@@ -199,7 +199,7 @@ def tls_context(
     `certificate` (with `key`, if that is a separate file) is the client certificate for upstreams that request one.
     Files are PEM. Raises OSError (ssl.SSLError is a subclass) if a file cannot be used.
     """
-    context = ssl.create_default_context(cafile=ca_file)
+    context = verifying_context(ca_file)
     if certificate is not None:
         load_pair(context, certificate, key)
     return context

@@ -16,6 +16,7 @@ import httpx
 
 from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Clock
+from api_gateway.system.x509 import verifying_context
 from api_gateway.transport.webhook_events import WaitingEvents, WebhookEvent
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Webhook:
     async def _run(self) -> None:
         waiting = self.waiting
         async with httpx.AsyncClient(
-            transport=self._transport, timeout=WEBHOOK_TIMEOUT, follow_redirects=False
+            verify=verifying_context(), transport=self._transport, timeout=WEBHOOK_TIMEOUT, follow_redirects=False
         ) as client:
             while True:
                 while (event := waiting.first) is None:

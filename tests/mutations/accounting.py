@@ -150,7 +150,7 @@ ACCOUNTING = (
             f"{_SCANNERS}::test_the_unit_is_divided_and_a_number_out_of_range_is_none",
         ),
         (
-            "self._scanner.finish() if is_complete else self._scanner.value",
+            "is_complete and self._scanner.finish()",
             "self._scanner.finish()",
             f"{_SCANNERS}::test_a_response_that_was_cut_off_has_what_was_complete",
         ),
@@ -185,12 +185,15 @@ ACCOUNTING = (
             _SCANNERS,
         ),
         ("at + self._depth)", "end_of(piece))", _SCANNERS),
+        ("return self._state is _State.END", "return True", _SCANNERS),
+        ("is _State.SCALAR and not self._indices", "is _State.SCALAR", _SCANNERS),
     ),
     *of(
         "proxy/event_scanner.py",
         ("self._is_after_return = at == end", "self._is_after_return = False", _SCANNERS),
         ('        self._begun = b""\n        self._json.restart()', "        self._json.restart()", _SCANNERS),
-        ("        if value is not None:\n            self.value = value\n", "        self.value = value\n", _SCANNERS),
+        (" and self._json.value is not None", "", _SCANNERS),
+        ("self._json.finish() and ", "not self._json.finish() or ", _SCANNERS),
     ),
     *of(
         "limits/periods.py",

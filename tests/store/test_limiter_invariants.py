@@ -905,7 +905,8 @@ class Remembering(RuleBasedStateMachine):
         self.open: list[tuple[int, list[Charge], Decision]] = []
         self.left_ns = LONGEST_LAG_NS  # until the deadline of what is under way
         self.charged: dict[str, int] = dict.fromkeys(self.held, 0)  # how often
-        self.under_way: dict[int, deque[dict[str, int]]] = {number: deque() for number in range(3)}
+        # By gateway: of each bucket that a reply tells of, how often it was charged, and when the gateway had asked.
+        self.under_way: dict[int, deque[dict[str, tuple[int, int]]]] = {number: deque() for number in range(3)}
         self.known: dict[tuple[int, str], int] = {}  # how often when a gateway last heard of the bucket
 
     numbers = st.sampled_from((0, 0, 0, 1, 2))
@@ -952,16 +953,25 @@ class Remembering(RuleBasedStateMachine):
         for part, owed_ns in zip(parts, before, strict=True):
             self.charged[part.key] += self.fleet.owed(part) > owed_ns
         if batch:
-            told = {one.key for question in batch if isinstance(question, ChargeOp) for one in question._charges}
-            told -= {question._charge.key for question in batch if isinstance(question, SettleOp | RefundOp)}
-            self.under_way[number].append({key: self.charged[key] for key in told})
+            told = {
+                one.key: (self.charged[one.key], question._asked_ns)
+                for question in batch
+                if isinstance(question, ChargeOp)
+                for one in question._charges
+            }
+            for question in batch:
+                if isinstance(question, SettleOp | RefundOp):
+                    told.pop(question._charge.key, None)
+            self.under_way[number].append(told)
 
     @rule(number=numbers)
     def deliver(self, number: int) -> None:
-        self.fleet.limiters[number].wire.deliver()
+        limiter = self.fleet.limiters[number]
+        limiter.wire.deliver()
         if self.under_way[number]:
-            heard = self.under_way[number].popleft()
-            self.known |= {(number, key): charged for key, charged in heard.items()}
+            for key, (charged, asked_ns) in self.under_way[number].popleft().items():
+                if asked_ns > limiter.cache._valid_from_ns:  # else a refund may have come between, and it is ignored
+                    self.known[number, key] = charged
 
     def settle_down(self) -> None:
         for number, queue in self.under_way.items():

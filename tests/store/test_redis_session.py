@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import ssl
 from collections.abc import Iterator
 
 import pytest
@@ -124,6 +125,7 @@ def test_a_url_is_taken_apart() -> None:
         "password": "p@ss",
         "db": 2,
         "ssl": True,
+        "ssl_exclude_verify_flags": [ssl.VERIFY_X509_STRICT],
         "ssl_ca_certs": "/etc/ca.pem",
     }
     assert StoreUrl.parse("unix:///run/a%20b?db=1").path == "/run/a b"

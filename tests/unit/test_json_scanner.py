@@ -369,6 +369,9 @@ def test_a_response_that_was_cut_off_has_what_was_complete() -> None:
     assert cost_of(TEXT[:-1], is_complete=False) == 1500
     assert cost_of(TEXT[:-2], is_complete=False) is None  # the number may go on
     assert cost_of(b"", is_complete=False) is None
+    stream = (b"content-type", b"text/event-stream")
+    assert cost_of(b"data: " + TEXT, stream, is_complete=False) is None  # the event may go on
+    assert cost_of(b"data: " + TEXT, stream) == 1500
 
 
 def test_reprs() -> None:

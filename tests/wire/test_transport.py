@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
 
 from api_gateway.transport import sending_connection
 from api_gateway.transport.http1_transport import UpstreamTransport, tls_context
@@ -25,6 +27,7 @@ from api_gateway.transport.sending_connection import MAX_REST
 from api_gateway.transport.upstream_connection import UpstreamConnection
 from tests.cases import each
 from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, case, reply, soon, turns
+from tests.tls_kit import Authority
 from tests.transport_kit import Outgoing, fetch, pieces_of, read, send
 
 StartUpstream = Callable[..., RawUpstream]
@@ -1194,6 +1197,13 @@ async def test_an_upstream_whose_certificate_is_trusted_is_served_over_tls(certi
     answers, connections = await tls_exchange(certificates, "here", trusting(certificates, "here"), count=3)
     assert answers == [b"ok"] * 3
     assert connections == 1
+
+
+async def test_an_authority_without_the_extensions_of_strict_verification_is_trusted(tmp_path: Path) -> None:
+    authority = Authority(tmp_path, is_plain=True)
+    authority.issue("here", x509.IPAddress(IPv4Address("127.0.0.1")))
+    answers, _ = await tls_exchange(tmp_path, "here", tls_context(authority.file))
+    assert answers == [b"ok"]
 
 
 async def test_a_certificate_of_an_unknown_authority_is_a_connect_error(certificates: Path) -> None:
