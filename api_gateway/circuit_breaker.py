@@ -1,8 +1,8 @@
 """The circuit breaker of an upstream or of one of its targets: admission of calls, and transitions by their outcomes.
 
 Synchronous; `now` (monotonic seconds) is an argument; no logging, no waiting. Admission returns a ticket with the
-generation of the state. An outcome whose ticket has an older generation is ignored, so that a slow failure from before
-an outage cannot reopen a breaker that has recovered.
+generation of the state. An outcome from before the last transition is ignored, so that a slow failure from before an
+outage cannot reopen a breaker that has recovered.
 
 Long because it is one state machine: every method reads or changes the same state.
 """
@@ -45,7 +45,8 @@ class CircuitBreaker:
 
     States CLOSED, OPEN and HALF_OPEN with the transitions of TRANSITIONS; the mode is independent of them, see `Mode`.
     `ramp` is set only while CLOSED in a mode that is not forced; `probes_in_flight` is above 0 only while HALF_OPEN.
-    Every transition and change of mode begins a new generation, which invalidates all tickets.
+    Every transition and change of mode begins a new generation, which invalidates all tickets. So does the loss of all
+    probes, but only their permits are lost: outcomes of all generations since `_oldest_generation` count.
     """
 
     __slots__ = (
@@ -60,6 +61,7 @@ class CircuitBreaker:
         "_last_idempotent_at",
         "_last_probe_at",
         "_meter",
+        "_oldest_generation",
         "_open_time",
         "_principals",
         "_probe_successes",
@@ -113,7 +115,7 @@ class CircuitBreaker:
         self._is_streak_shared = False  # they are of several principals, or no principal can have caused one of them
         self._meter = RateMeter()
         self._failures: deque[FailedCall] = deque(maxlen=MAX_RECORDED_FAILURES)
-        self._generation = 0
+        self._generation = self._oldest_generation = 0
         self._closed_ticket = Ticket(0, is_probe=False)  # shared by all calls of a generation
         self._probe_successes = 0
         self._last_probe_at = self._last_idempotent_at = now
@@ -204,7 +206,7 @@ class CircuitBreaker:
                 self.ramp.take(now)
             return self._closed_ticket
         if self.probes_in_flight >= self.policy.half_open_max_calls:
-            # Probes without an outcome by now count as lost, so that they cannot block the breaker.
+            # Probes without an outcome by now lose their permits, so that they cannot block the breaker.
             self._generation += 1
             self.probes_in_flight = 0
         self.probes_in_flight += 1
@@ -278,7 +280,8 @@ class CircuitBreaker:
             if ticket.generation == self._generation and self.state is State.HALF_OPEN:
                 self.probes_in_flight -= 1
                 self._vacant_since = now
-            return None
+            if ticket.generation < self._oldest_generation or outcome is Outcome.IGNORED:
+                return None
         is_slow = duration is not None and duration >= self.slow_after
         if outcome is Outcome.SUCCESS and not is_slow and self.state is State.CLOSED:
             self._window.record(now, is_failure=False)
@@ -288,6 +291,8 @@ class CircuitBreaker:
             self.slow_total += is_slow
             self._failures.append(FailedCall(now, detail or _slowness(duration), duration, route, request_id))
         if self.state is State.HALF_OPEN:
+            if ticket.generation == self._generation:
+                self.probes_in_flight -= 1
             self._failed_prober = None if outcome is Outcome.SUCCESS and not is_slow else principal
             self._reopened_by = self._failed_prober or self._reopened_by
             return self._settle_probe(outcome, now, detail, duration if is_slow else None)
@@ -457,7 +462,6 @@ class CircuitBreaker:
         return None
 
     def _settle_probe(self, outcome: Outcome, now: float, detail: str, slow: float | None) -> Transition | None:
-        self.probes_in_flight -= 1
         if outcome is Outcome.FAILURE:
             return self._transition(Event.PROBE_FAILED, now, f"probe failed: {detail}" if detail else "probe failed")
         if slow is not None:
@@ -524,6 +528,7 @@ class CircuitBreaker:
     def _begin_generation(self) -> None:
         """Invalidate all tickets."""
         self._generation += 1
+        self._oldest_generation = self._generation
         self._closed_ticket = Ticket(self._generation, is_probe=False)
         self.probes_in_flight = 0
 

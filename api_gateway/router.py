@@ -141,6 +141,6 @@ class Router:
         return decision
 
     def settle_probe_soon(self, attempt: Attempt, loop: asyncio.AbstractEventLoop) -> asyncio.TimerHandle:
-        """Schedule a success for a probe whose response has begun: one that is not settled in time counts as lost."""
+        """Schedule a success for a probe whose response has begun: one not settled in time loses its permit."""
         seconds = min(PROBE_SETTLES_AFTER, attempt.upstream.breaker.policy.recovery_timeout / 2)
         return loop.call_later(seconds, self.outcomes.settle_success, attempt)

@@ -301,15 +301,43 @@ def test_a_lost_probe_is_replaced_after_the_recovery_timeout() -> None:
     assert breaker.settle(replacement, SUCCESS, now + 31) is not None
 
 
-@each("outcome", Outcome)
-def test_the_late_outcome_of_a_lost_probe_changes_nothing(outcome: Outcome) -> None:
-    """Its permit has gone to another; giving it back again would let two through at once."""
+def test_an_upstream_that_responds_later_than_the_recovery_timeout_recovers() -> None:
+    """Each probe has lost its permit by the time it succeeds, as long as further requests arrive."""
+    breaker, now = probing(2)
+    first, second = admitted(breaker, now), admitted(breaker, now)
+    admitted(breaker, now + 30)
+    assert breaker.settle(first, SUCCESS, now + 45) is None
+    assert breaker.settle(second, SUCCESS, now + 45) == Transition(now + 45, HALF_OPEN, CLOSED, "2 probes succeeded")
+
+
+def test_a_probe_opens_the_breaker_again_although_it_has_lost_its_permit() -> None:
     breaker, now = probing()
     lost = admitted(breaker, now)
     admitted(breaker, now + 30)
+    assert breaker.settle(lost, FAILURE, now + 45) == Transition(now + 45, HALF_OPEN, OPEN, "probe failed")
+
+
+@each("outcome", [SUCCESS, IGNORED])
+def test_the_late_outcome_of_a_probe_does_not_free_the_permit_that_another_one_has(outcome: Outcome) -> None:
+    """Giving it back again would let two through at once."""
+    breaker, now = probing(2)
+    lost = admitted(breaker, now)
+    admitted(breaker, now)
+    admitted(breaker, now + 30)
+    admitted(breaker, now + 30)
     assert breaker.settle(lost, outcome, now + 31) is None
-    assert breaker.probes_in_flight == 1
+    assert breaker.probes_in_flight == 2
     assert breaker.admit(now + 31) is None
+
+
+@each("outcome", Outcome)
+def test_the_late_outcome_of_a_probe_from_before_a_change_of_mode_changes_nothing(outcome: Outcome) -> None:
+    breaker, now = probing()
+    lost = admitted(breaker, now)
+    admitted(breaker, now + 30)
+    breaker.set_mode(Mode.OBSERVE, now + 31)
+    assert breaker.settle(lost, outcome, now + 32) is None
+    assert breaker.state is HALF_OPEN
 
 
 # Slow calls
@@ -752,7 +780,7 @@ class Model:
     state: State = CLOSED
     moves: list[tuple[float, State]] = field(default_factory=list)  # when, and where to
     calls: list[tuple[float, bool]] = field(default_factory=list)  # when, and whether it failed; since the last move
-    probes: list[Try] = field(default_factory=list)  # out and not lost
+    probes: list[Try] = field(default_factory=list)  # out, with a permit
     last_probe: float = NOW
     rejected: int = 0
 
@@ -773,7 +801,7 @@ class Model:
         if self.state is HALF_OPEN and len(self.probes) == self.policy.half_open_max_calls:
             if self.now - self.last_probe < self.policy.recovery_timeout:
                 return False
-            self.probes = []  # the youngest is that old, so all are lost
+            self.probes = []  # the youngest is that old, so all lose their permits
         return self.state is not OPEN
 
     def streak(self) -> int:
@@ -860,7 +888,7 @@ class Walk(RuleBasedStateMachine):
     def settle(self, tried: Try, outcome: Outcome) -> None:
         model, before = self.model, self.breaker.state
         move = self.breaker.settle(tried.ticket, outcome, model.now)
-        counts = tried.era == len(model.moves) and (model.state is CLOSED or tried in model.probes)
+        counts = tried.era == len(model.moves)  # also if it was a probe and has lost its permit
         if tried in model.probes:
             model.probes.remove(tried)
         if counts:

@@ -65,7 +65,8 @@ class Walk(RuleBasedStateMachine):
         self.policy = policy
         self.breaker = CircuitBreaker(policy, NOW, random.Random(seed))
         self.mode, self.changes = Mode.AUTO, 0
-        self.probes: list[Try] = []  # out, of this recovery, and not lost
+        self.probes: list[Try] = []  # out, of this recovery, with a permit
+        self.replaced: list[Try] = []  # out, of this recovery, whose permits others have got
         self.seen: list[TransitionRecord] = []
         self.ramp: RampUp | None = None
         self.ramped: list[float] = []  # when calls passed on the present ramp
@@ -83,6 +84,7 @@ class Walk(RuleBasedStateMachine):
         number = self.seen[-1].number if self.seen else 0
         self.seen += [record for record in breaker.records if record.number > number]
         self.probes = [probe for probe in self.probes if probe.era == self.era]
+        self.replaced = [probe for probe in self.replaced if probe.era == self.era]
         if breaker.ramp is not self.ramp:
             self.ramp, self.ramped = breaker.ramp, []
 
@@ -120,6 +122,7 @@ class Walk(RuleBasedStateMachine):
             return multiple()
         admitted = Try(ticket, self.era)
         if breaker.state is HALF_OPEN and ticket.generation == breaker._generation:
+            self.replaced += [p for p in self.probes if p.ticket.generation != ticket.generation]
             self.probes = [p for p in self.probes if p.ticket.generation == ticket.generation] + [admitted]
             assert ticket.is_probe == (breaker.mode is Mode.AUTO)
             assert len(self.probes) <= self.policy.half_open_max_calls
@@ -134,11 +137,14 @@ class Walk(RuleBasedStateMachine):
     )
     def settle(self, tried: Try, outcome: Outcome, duration: float | None) -> None:
         breaker = self.breaker
-        is_late = tried.era != self.era or (breaker.state is HALF_OPEN and tried not in self.probes)
+        is_counted = breaker.state is not HALF_OPEN or tried in self.probes or tried in self.replaced
+        is_late = tried.era != self.era or not is_counted
         before = self.shown()
         move = breaker.settle(tried.ticket, outcome, self.now, "status 500", duration=duration)
         if tried in self.probes:
             self.probes.remove(tried)
+        elif tried in self.replaced:
+            self.replaced.remove(tried)
         if is_late:
             assert move is None
             assert self.shown() == before, "a result of another generation changes nothing"
