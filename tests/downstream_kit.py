@@ -182,6 +182,7 @@ class FakeExchange:
         self._parts = parts
         self.number = number
         self.keep_alive = b"close" not in parts[3]
+        self.is_last = not self.keep_alive
         self.is_head_sent = False
         length = re.search(rb"(?i)content-length: (\d+)", parts[3])
         self.left = (int(length[1]) if length else 0) - len(parts[4])
@@ -289,7 +290,8 @@ class FakeFastPath:
         if exchange.left < 0 or (exchange.body is not None and parts[1][1:2] != b"e"):
             return False
         if parts[1][1:2] == b"w":
-            client.write_response(b"".join(response(exchange.number)), keep_alive=exchange.keep_alive)
+            whole = b"".join(response(exchange.number))
+            client.write_response(whole, keep_alive=exchange.keep_alive, is_last=exchange.is_last)
         else:
             exchange.begin()
         return True

@@ -67,6 +67,17 @@ def break_off(owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
         close_connection(owner)
 
 
+def end_connection(owner: ConnectionOwner, *, is_complete: bool) -> None:
+    """End the connection after its last response.
+
+    `is_complete`: the client has sent everything, and has announced that it sends nothing more.
+    """
+    if is_complete:
+        close_connection(owner)
+    else:
+        linger(owner)
+
+
 def linger(owner: ConnectionOwner) -> None:
     """Half-close and discard input for LINGER_TIMEOUT, so that no reset destroys the last response.
 
@@ -77,10 +88,11 @@ def linger(owner: ConnectionOwner) -> None:
     owner.stop_input()
     if owner.receiving is not None:
         owner.receiving.discard_body()  # no more of it is parsed
-    if not owner.transport.can_write_eof():
+    transport = owner.transport
+    if owner.state.is_half_closed or transport.is_closing() or not transport.can_write_eof():
         close_connection(owner)
         return
-    owner.transport.write_eof()
+    transport.write_eof()
     owner.resume_reading()
     owner.timer.set(LINGER_TIMEOUT)
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 
 from api_gateway.downstream.asgi_scope import ScopeBuilder, peer_of
 from api_gateway.downstream.client_certificate import certificate_of
-from api_gateway.downstream.closing import break_off, close_connection, linger, refuse_request
+from api_gateway.downstream.closing import break_off, close_connection, end_connection, refuse_request
 from api_gateway.downstream.draining import drain, drain_idle, owes_response
 from api_gateway.downstream.listener_state import ListenerState
 from api_gateway.downstream.pipeline import HeldInput, Pipeline
@@ -297,6 +297,7 @@ class DownstreamConnection:
         scope[SERVER_EXTENSION] = cycle = RequestResponseCycle(self, scope, head.target)
         cycle.is_http10 = head.version == "1.0"
         cycle.keep_alive = head.keep_alive
+        cycle.is_last = not head.keep_alive
         cycle.upgrade = head.upgrade
         return cycle
 
@@ -330,7 +331,7 @@ class DownstreamConnection:
 
     def end_exchange(self, *, keep_alive: bool) -> None:
         """Process the next request after a complete response, or close the connection."""
-        self.exchange = None
+        exchange, self.exchange = self.exchange, None
         self._server.state.total_requests += 1
         if keep_alive and (self._held is None or not self._held.data):
             self.move(_EXCHANGE_ENDED)
@@ -343,10 +344,9 @@ class DownstreamConnection:
         if keep_alive:
             self.held.replay_soon(self)
             self.timeouts.apply(self)
-        elif self.receiving is None:
-            close_connection(self)
         else:
-            linger(self)
+            is_last = exchange is not None and exchange.is_last
+            end_connection(self, is_complete=is_last and self.receiving is None)
 
     def receive_body(self, body: BodyReceiver, left: int) -> None:
         """Pass the rest of the body of the exchange in flight to `body`: `left` bytes, or (0) what is parsed."""
@@ -357,7 +357,7 @@ class DownstreamConnection:
         """True once the server has begun to stop."""
         return self.state.is_draining
 
-    def write_response(self, response: bytes, *, keep_alive: bool) -> None:
+    def write_response(self, response: bytes, *, keep_alive: bool, is_last: bool) -> None:
         """Send a complete response to a request for which `begin_exchange` was not called."""
         self.transport.write(response)
         self._server.state.total_requests += 1
@@ -365,7 +365,7 @@ class DownstreamConnection:
         if keep_alive:
             self.become_idle()
         else:
-            self.close()
+            end_connection(self, is_complete=is_last)
 
     def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
         """Send 101 for the exchange in flight and give up the transport, see `detach_transport`."""
@@ -401,10 +401,7 @@ class DownstreamConnection:
         """Process the next request after a complete response, or close the connection."""
         self._server.state.total_requests += 1
         if not cycle.keep_alive and not self.state.is_ending:
-            if cycle.is_body_complete:
-                close_connection(self)
-            else:
-                linger(self)
+            end_connection(self, is_complete=cycle.is_last and cycle.is_body_complete)
             return
         self.move(ConnectionEvent.RESPONSE if self.pipeline.waiting else ConnectionEvent.LAST_RESPONSE)
         if self.state.is_ending:

@@ -65,6 +65,7 @@ class RequestResponseCycle:
     is_stopping = False
     is_cut = False
     keep_alive = True
+    is_last = False  # the client has announced that it sends no further request
     is_http10 = False
     is_body_complete = False
     body_rate: float | None = None  # minimum bytes per second, if not the connection's limit; 0 for none

@@ -332,7 +332,7 @@ class AsgiDownstream:
         if self._is_ended and self._extension is not None and body is not None and not body.is_body_continued:
             self._extension.discard_body()
 
-    def write_response(self, response: bytes, *, keep_alive: bool) -> None:  # noqa: ARG002 - as in `end_exchange`
+    def write_response(self, response: bytes, *, keep_alive: bool, is_last: bool) -> None:  # noqa: ARG002 - as above
         """Send a complete response."""
         self.write(response)
         self._is_ended = True

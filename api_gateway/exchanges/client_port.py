@@ -71,8 +71,11 @@ class Downstream(Protocol):
         """Read from the client again, unless input is held."""
         ...
 
-    def write_response(self, response: bytes, *, keep_alive: bool) -> None:
-        """Send a complete response to a request for which `begin_exchange` was not called."""
+    def write_response(self, response: bytes, *, keep_alive: bool, is_last: bool) -> None:
+        """Send a complete response to a request for which `begin_exchange` was not called.
+
+        `is_last`: the client has announced that it sends no further request.
+        """
         ...
 
     def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:

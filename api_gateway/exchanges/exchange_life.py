@@ -146,6 +146,11 @@ class ExchangeLife(ProxyExchange):
         return f"<HttpExchange {self.exchange.method} {self.exchange.path} [{self.states}]>"
 
     @property
+    def is_last(self) -> bool:
+        """True if the client has announced that it sends no further request."""
+        return not self.plan.facts.keep_alive
+
+    @property
     def is_head_sent(self) -> bool:
         """True once the head of the response has been sent, and with it the `Connection` field."""
         return self.response != NONE

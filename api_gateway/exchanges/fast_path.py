@@ -237,7 +237,7 @@ class FastPath(ExchangeContext):
         """Refuse a request for which `begin_exchange` was not called."""
         exchange = plan.exchange
         response, keep_alive = self.refusal(plan, error, keep_alive=plan.facts.keep_alive)
-        client.write_response(response, keep_alive=keep_alive)
+        client.write_response(response, keep_alive=keep_alive, is_last=not plan.facts.keep_alive)
         self.record.end(exchange, self.clock())
 
 

@@ -44,6 +44,11 @@ class InFlight(Protocol):
     is_handshake: bool  # whether the request asks for another protocol, which follows it then
 
     @property
+    def is_last(self) -> bool:
+        """True if the client has announced that it sends no further request."""
+        ...
+
+    @property
     def is_head_sent(self) -> bool:
         """True once the head of the response has been sent, and with it the `Connection` field."""
         ...

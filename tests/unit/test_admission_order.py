@@ -207,7 +207,7 @@ class OwnClient:
     def write(self, data: bytes) -> None:
         self.sent += data
 
-    def write_response(self, data: bytes, *, keep_alive: bool) -> None:
+    def write_response(self, data: bytes, *, keep_alive: bool, is_last: bool) -> None:
         self.sent += data
 
     def begin_exchange(self, _exchange: object) -> None:

@@ -390,3 +390,42 @@ if __name__ == "__main__":
     logging.disable()  # of applications that fail, as they are asked to
     arrived = sum(live(one) for one in range(first, first + amount))
     print(f"{amount} lives, from number {first}, {arrived} requests: no response to a wrong request, nothing left")
+
+
+@pytest.mark.parametrize("kind", [b"e", b"g"], ids=["fast-path", "asgi"])
+def test_a_client_that_has_not_announced_its_end_may_still_be_sending_at_a_close(kind: bytes) -> None:
+    """The gateway ends its own side first, as a close with unread input would destroy the response (RFC 9112 9.6)."""
+    with Harness(LIFE) as harness:
+        harness.client.receive(get(1, kind).data)
+        harness.turn()
+        harness.connection.shutdown()
+        respond(harness, kind)
+        assert harness.client.transport.has_eof
+        assert not harness.client.transport.is_closing()
+        harness.client.receive(get(2, kind).data)
+        harness.client.end()
+        harness.turn()
+        assert harness.client.transport.is_lost
+        assert harness.client.sent.count(b"HTTP/1.1 200") == 1
+
+
+@pytest.mark.parametrize("kind", [b"e", b"g"], ids=["fast-path", "asgi"])
+def test_a_connection_is_closed_at_once_behind_the_request_that_its_client_has_announced_as_the_last(
+    kind: bytes,
+) -> None:
+    with Harness(LIFE) as harness:
+        harness.client.receive(get(1, kind, lines=b"Connection: close\r\n").data)
+        harness.turn()
+        respond(harness, kind)
+        assert harness.client.transport.is_lost
+        assert not harness.client.transport.has_eof
+
+
+def respond(harness: Harness, kind: bytes) -> None:
+    """Respond to the request in flight."""
+    if kind == b"e":
+        exchange = harness.app.fast_path.current.exchanges[0]
+        exchange.finish()
+    else:
+        harness.open_gates()
+    harness.turn(5)

@@ -306,7 +306,7 @@ class FakeDownstream:
         self.exchange = None
         self.ends.append(keep_alive)
 
-    def write_response(self, response: bytes, *, keep_alive: bool) -> None:
+    def write_response(self, response: bytes, *, keep_alive: bool, is_last: bool) -> None:
         raise AssertionError("the exchange has begun")
 
     def receive_body(self, body: BodyReceiver, left: int) -> None:

@@ -315,6 +315,19 @@ def test_a_client_that_sends_a_too_large_body_can_read_the_response(
     assert not any(request.is_complete for request in up.requests)
 
 
+def test_a_client_whose_pipeline_has_a_too_large_body_can_read_all_responses(
+    client: RawClient, up: RawUpstream
+) -> None:
+    """That body has arrived as a whole, and further requests behind it are not read."""
+    post = b"POST /api/x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (MAX_BODY + 1) + bytes(MAX_BODY + 1)
+    client.send(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" + b"GET /api/x HTTP/1.1\r\nHost: a\r\n\r\n" + 8 * post)
+    assert [client.answer().status for _ in range(3)] == [200, 200, 413]
+    for _ in range(4):
+        client.send(PIECE)
+    assert client.sock.recv(1) == b"", "a regular end, no reset"
+    assert len(up.requests) == 1
+
+
 def test_a_client_that_never_stops_sending_is_disconnected(client: RawClient) -> None:
     client.send(b"garbage\r\n\r\n")
     sent = 0
