@@ -396,6 +396,7 @@ async def test_a_subscription_that_ends_silently_is_detected(store: StoreServer)
     """No other connection fails. For 2 * MAX_QUIET at most a refill is missed, and then nothing told before counts."""
     async with Proxy(store) as proxy, gateways(proxy.url, SLOW) as (deafened,), gateways(store.url, SLOW) as (other,):
         await serving([deafened, other])
+        before = deafened.batcher.failures  # an attempt to connect may have taken too long
         await decided(deafened, 10)
         assert await told(deafened)
         async with Lateness() as lateness:
@@ -406,7 +407,7 @@ async def test_a_subscription_that_ends_silently_is_detected(store: StoreServer)
         assert (await decided(deafened, 10)).allowed
         await serving([deafened])
         assert await told(deafened)
-        assert deafened.batcher.failures == 0
+        assert deafened.batcher.failures == before
 
 
 async def test_a_subscription_with_nothing_to_hear_lasts(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,13 +531,14 @@ async def test_a_bucket_that_cannot_be_read_is_empty_and_heals(
     quota = Quota.per_second("brisk", 20, 10)
     async with gateways(store.url, quota, SLOW) as (limiter,):
         await serving([limiter])
+        before = limiter.batcher.failures  # an attempt to connect may have taken too long
         spoil(store, limiter.store_key("client"))
         spoiled, other = await asyncio.gather(decided(limiter, 1, quota), decided(limiter, 1, SLOW, "other"))
         assert (other.allowed, other.remaining, other.source) == (True, 9, "store")
         assert (spoiled.allowed, spoiled.remaining, spoiled.source) == (False, 0, "store")
         await asyncio.sleep(0.06)
         assert (await decided(limiter, 1, quota)).allowed
-        assert limiter.batcher.failures == 0
+        assert limiter.batcher.failures == before
         assert 0 < store.admin.pttl(limiter.store_key("client")) <= 501
 
 
