@@ -150,12 +150,16 @@ def hop_address(node: bytes) -> str | None:
     """
     text = node.decode("latin-1")
     found = _NODE.fullmatch(text)
-    address = text if found is None else found["six"] or found["four"]
+    address = _unquoted(text) if found is None else found["six"] or found["four"]
     try:
         ip_address(address)  # with its zone, which must be valid too
         return str(parse_address(address))
     except ValueError:
         return None
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 # What is sent on

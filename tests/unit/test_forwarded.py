@@ -106,11 +106,23 @@ def x_spelt(draw: st.DrawFn, addresses: st.SearchStrategy[object]) -> tuple[str,
     port = draw(PORTS)
     if address.version == 4:
         text = draw(
-            st.sampled_from([f"{address}", f"::ffff:{address}", f"[::ffff:{address}]{port}", f"{address}{port}"])
+            st.sampled_from(
+                [
+                    f"{address}",
+                    f'"{address}{port}"',
+                    f"::ffff:{address}",
+                    f"[::ffff:{address}]{port}",
+                    f"{address}{port}",
+                ]
+            )
         )
     else:
         spelling = draw(st.sampled_from([str(address), address.exploded, address.compressed.upper()]))
-        text = draw(st.sampled_from([spelling, f"[{spelling}]", f"[{spelling}]{port}", f'"[{spelling}]{port}"']))
+        text = draw(
+            st.sampled_from(
+                [spelling, f"[{spelling}]", f"[{spelling}]{port}", f'"[{spelling}]{port}"', f'"{spelling}"']
+            )
+        )
     blank = draw(st.sampled_from(["", " ", "\t", "  "]))
     return str(address), f"{blank}{text}{draw(st.sampled_from(['', ' ']))}".encode()
 
