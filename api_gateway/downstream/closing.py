@@ -39,10 +39,12 @@ def refuse_request(owner: ConnectionOwner, error: GatewayError, head: RequestHea
         return
     due = owner.pipeline.due
     owner.listener.refused[error.reason] += 1
-    if due is not None and (due is not owner.receiving or due.is_started):
-        close_connection(owner)
-    else:
+    if due is None or (due is owner.receiving and not due.is_started):
         _respond(owner, error, due or head)
+    elif due.is_started:
+        break_off(owner, due)
+    else:
+        linger(owner)
     if due is not None:
         due.disconnect()
 
@@ -63,8 +65,9 @@ def break_off(owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
         _respond(owner, InternalError("The gateway failed to generate a response."), cycle)
     elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
         reset_connection(owner.transport)
-    else:
         close_connection(owner)
+    else:
+        linger(owner)
 
 
 def end_connection(owner: ConnectionOwner, *, is_complete: bool) -> None:

@@ -103,6 +103,6 @@ class ConnectionTimeouts:
         elif request.body_due is not None and request.body_due > now:  # the deadline was extended
             owner.timer.set(request.body_due - now)
         elif request.is_started:
-            owner.transport.abort()
+            reset_connection(owner.transport)
         else:
             owner.refuse(self._body.lateness(request))

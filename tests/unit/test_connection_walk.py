@@ -429,3 +429,15 @@ def respond(harness: Harness, kind: bytes) -> None:
     else:
         harness.open_gates()
     harness.turn(5)
+
+
+def test_a_malformed_request_does_not_destroy_the_responses_before_it_by_a_reset() -> None:
+    """The response that is still due is not sent, but those that have been sent can be read."""
+    with Harness(LIFE) as harness:
+        harness.client.receive(get(1, b"l", lines=b"X:1\r\n").data + get(2, b"g").data + b"garbage\r\n\r\n")
+        harness.turn()
+        assert harness.client.transport.has_eof
+        assert not harness.client.transport.is_closing()
+        harness.client.end()
+        harness.turn()
+        assert harness.client.transport.is_lost

@@ -135,6 +135,19 @@ def test_a_body_that_stalls_is_a_408(
     eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends")
 
 
+def test_a_response_to_http_1_0_that_an_overdue_body_cuts_does_not_appear_complete(
+    gateway: StartGateway, up: RawUpstream
+) -> None:
+    """Its end would be that of the connection, so the connection is reset."""
+    up.behave, up.reads_body = says(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"), False
+    server = {"min_body_rate": MIB, "min_body_rate_grace": 0.3, "drain_timeout": 1}
+    with RawClient(gateway(in_front_of(up.url) | {"server": server}).port) as client:
+        client.send(b"POST /api/x HTTP/1.0\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+        assert client.read_until(b"half") is not None
+        with pytest.raises(ConnectionResetError):
+            client.sock.recv(1)
+
+
 def test_a_body_that_keeps_coming_may_take_its_time(running: RunningGateway, up: RawUpstream) -> None:
     longest, status = IDLE, 0
     while longest >= IDLE:  # a busy machine may stop this thread for longer, which says nothing

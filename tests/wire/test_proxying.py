@@ -648,6 +648,23 @@ def test_a_response_that_breaks_off_is_reset_where_its_end_is_that_of_the_connec
         list(iter(partial(client.sock.recv, 65_536), b""))
 
 
+def test_a_response_to_http_1_0_that_a_malformed_request_cuts_does_not_appear_complete(
+    client: RawClient, up: RawUpstream
+) -> None:
+    """`keep-alive` lets the gateway read what follows the request, although it serves one request only."""
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+        wire.read_until(b"\r\n")  # until the gateway closes
+
+    up.behave = behave
+    client.send(b"GET /api/x HTTP/1.0\r\nHost: gateway.test\r\nConnection: keep-alive\r\n\r\n")
+    assert client.read_until(b"half") is not None
+    client.send(b"garbage\r\n\r\n")
+    with pytest.raises(ConnectionResetError):
+        list(iter(partial(client.sock.recv, 65_536), b""))
+
+
 @pytest.mark.parametrize(
     "answer",
     [
