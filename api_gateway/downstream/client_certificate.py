@@ -1,7 +1,7 @@
 """The certificate of a client, as `ssl` describes one that it has verified."""
 
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -37,13 +37,17 @@ def _names(peer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if len(common) == 1:  # of several, none is the name
         yield "common_name", as_client_id(common[0])
     if parts:
-        text = ",".join(f"{_SHORT.get(name, name)}={_escaped(value)}" for name, value in reversed(parts))
-        yield "subject", as_client_id(text)
+        yield "subject", as_client_id(",".join(_relative(one) for one in reversed(peer["subject"])))
 
 
 def as_client_id(name: str) -> str:
     """Return a name of the subject with what a client id cannot contain, and `%`, percent-encoded."""
     return quote(name, safe=_VISIBLE)
+
+
+def _relative(pairs: Sequence[tuple[str, str]]) -> str:
+    """Return a relative distinguished name, which may have several attributes (RFC 4514 section 2.2)."""
+    return "+".join(f"{_SHORT.get(name, name)}={_escaped(value)}" for name, value in reversed(pairs))
 
 
 def _escaped(value: str) -> str:

@@ -209,3 +209,13 @@ def test_names_of_certificates_are_ids_without_ambiguity() -> None:
     assert twice.first("common_name") is None
     assert certificate_of(None) is None
     assert certificate_of({}) is None
+
+
+def test_two_names_of_the_subject_in_one_part_or_in_two_are_two_clients() -> None:
+    """RFC 4514 section 2.2 joins the attributes of one part by a plus sign."""
+    unit, name = ("organizationalUnitName", "b"), ("commonName", "a")
+    found = [
+        certificate_of({"subject": subject, "notAfter": "Jan  5 09:34:43 2030 GMT"})
+        for subject in (((unit,), (name,)), ((unit, name),))
+    ]
+    assert [one and one.first("subject") for one in found] == ["CN=a,OU=b", "CN=a+OU=b"]
