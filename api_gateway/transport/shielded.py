@@ -8,7 +8,8 @@ cancelled; a response that arrives after a cancellation is closed.
 import asyncio
 import importlib.util
 import ssl
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import httpx
@@ -143,7 +144,7 @@ class Http2Transport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self, limits: httpx.Limits, tls: ssl.SSLContext | None) -> None:
-        self._inner = httpx.AsyncHTTPTransport(
+        self._inner: httpx.AsyncBaseTransport = httpx.AsyncHTTPTransport(
             http1=False, http2=True, limits=limits, verify=True if tls is None else tls
         )
 
@@ -153,11 +154,52 @@ class Http2Transport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request`. Raises NoHttp2 if the target does not offer HTTP/2."""
         request.extensions = {**request.extensions, "trace": _check_protocol}
-        return await self._inner.handle_async_request(request)
+        with _blaming_the_target():
+            response = await self._inner.handle_async_request(request)
+        stream: Any = response.stream
+        return httpx.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=_Http2Body(stream),
+            extensions=response.extensions,
+        )
 
     async def aclose(self) -> None:
         """Close all connections."""
         await self._inner.aclose()
+
+
+class _Http2Body(httpx.AsyncByteStream):
+    """A response body of HTTP/2, whose errors are those of the target."""
+
+    def __init__(self, stream: httpx.AsyncByteStream) -> None:
+        self._stream = stream
+
+    def __repr__(self) -> str:
+        return f"<_Http2Body {self._stream!r}>"
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield the body piece by piece. Raises httpx.TransportError."""
+        with _blaming_the_target():
+            async for piece in self._stream:
+                yield piece
+
+    async def aclose(self) -> None:
+        """Close the body."""
+        await self._stream.aclose()
+
+
+@contextmanager
+def _blaming_the_target() -> Iterator[None]:
+    """Raise RemoteProtocolError for what httpcore takes for an error of the request.
+
+    It reports frames that break HTTP/2 as LocalProtocolError, and a status that is no number as ValueError. The
+    request is not the cause: its head was checked, and its body has the announced length.
+    """
+    try:
+        yield
+    except (httpx.LocalProtocolError, ValueError) as error:
+        raise httpx.RemoteProtocolError(str(error)) from error
 
 
 async def _check_protocol(event: str, info: dict[str, Any]) -> None:

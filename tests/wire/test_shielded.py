@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from api_gateway import GatewayConfig, create_app
-from api_gateway.errors import StartupError
+from api_gateway.errors import StartupError, UpstreamProtocolError
 from api_gateway.settings.upstreams import UpstreamSection
 from api_gateway.transport.error_mapping import translate
-from api_gateway.transport.shielded import NoHttp2, ShieldedTransport, http2_transport
+from api_gateway.transport.shielded import Http2Transport, NoHttp2, ShieldedTransport, http2_transport
 from tests.kit import RawRequest, RawUpstream, Wire, in_front_of, reply, turns
 
 
@@ -244,6 +244,50 @@ async def test_http2_without_its_package_does_not_start_and_says_what_to_install
     with pytest.raises(StartupError, match=r"upstreams\.up\.http2: .*pip install 'httpx\[http2\]'"):
         async with gateway.router.lifespan_context(gateway):
             pass
+
+
+class Breaking(httpx.AsyncBaseTransport, httpx.AsyncByteStream):
+    """Raises an error before the head of a response, or within its body."""
+
+    def __init__(self, error: Exception, *, within_body: bool) -> None:
+        self.error = error
+        self.within_body = within_body
+        self.is_closed = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if not self.within_body:
+            raise self.error
+        return httpx.Response(200, stream=self, extensions={"http_version": b"HTTP/2"})
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"first"
+        raise self.error
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("within_body", [False, True])
+@pytest.mark.parametrize(
+    "error", [httpx.LocalProtocolError("Expected 5 bytes, received 2"), ValueError("invalid literal: 'abc'")]
+)
+async def test_a_response_that_breaks_http2_is_the_upstreams_error(error: Exception, *, within_body: bool) -> None:
+    """The library takes it for an error of the request, which would be a 400 for the client."""
+    transport = Http2Transport(httpx.Limits(), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    transport._inner = breaking = Breaking(error, within_body=within_body)
+    with pytest.raises(httpx.RemoteProtocolError, match=str(error)) as raised:
+        await read(ShieldedTransport(transport))
+    assert isinstance(translate(raised.value, "up"), UpstreamProtocolError)
+    assert breaking.is_closed == within_body
+
+
+async def read(transport: httpx.AsyncBaseTransport) -> bytes:
+    """Send a request; return the body of the response, which is closed."""
+    response = await transport.handle_async_request(httpx.Request("GET", "https://up.test/"))
+    try:
+        return await response.aread()
+    finally:
+        await response.aclose()
 
 
 @pytest.mark.parametrize("offered", [None, ["http/1.1"], ["h2", "http/1.1"]], ids=["nothing", "http/1.1", "both"])
