@@ -62,6 +62,7 @@ from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
+from tests import virtual_time
 from tests.cases import each
 from tests.kit import PATIENCE, case
 
@@ -814,7 +815,7 @@ def test_an_event_in_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, si
 
     for event in EVENTS:
         with case(situation, event):
-            asyncio.run(run(event))
+            virtual_time.run(run(event))
 
 
 def illegal_events(situation: str, body: Body) -> Iterator[str]:
@@ -876,7 +877,7 @@ def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
     for event in illegal_events(situation, body):
         with case(situation, event):
             caplog.clear()
-            asyncio.run(run(event))
+            virtual_time.run(run(event))
             assert caplog.text.count("is not allowed while") in (1, 2), "each state and event once"
 
 
@@ -900,7 +901,7 @@ def test_the_end_of_connecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             check_resources(world, exchange)
         assert exchange.phase == (states.DONE if is_open else states.BACKING_OFF)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @each("is_open", [True, False])
@@ -933,7 +934,7 @@ def test_a_connection_that_was_closed_while_idle_is_replaced_once(
         assert world.outcomes == FAILURE
         check_resources(world, exchange)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @BODIES
@@ -972,7 +973,7 @@ def test_the_end_of_a_delay(
         assert Counter(world.outcomes) == Counter(first + SUCCESS if is_available else first)
         check_resources(world, exchange)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 def test_a_delay_and_a_deadline_of_an_ended_exchange_do_nothing(
@@ -997,7 +998,7 @@ def test_a_delay_and_a_deadline_of_an_ended_exchange_do_nothing(
         assert len(world.ended) == 1
         check_resources(world, exchange)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @BODIES
@@ -1015,7 +1016,7 @@ def test_a_connection_that_opens_as_the_client_leaves_is_returned(
         assert all(connection.is_closed for connection in world.upstream)
         assert world.pool.is_empty
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @BODIES
@@ -1044,7 +1045,7 @@ def test_a_late_reply_of_the_store_is_dropped_in_every_state(
         assert not world.recorder.illegal_exchange_events
         check_resources(world, exchange)
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 @each("event", ["the client leaves", "the drain ends"])
@@ -1064,7 +1065,7 @@ def test_a_reply_to_an_exchange_that_was_aborted_meanwhile_is_dropped(
         assert not world.limiter.settled
         assert not world.recorder.illegal_exchange_events
 
-    asyncio.run(run())
+    virtual_time.run(run())
 
 
 if __name__ == "__main__":
