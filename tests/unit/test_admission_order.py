@@ -384,7 +384,7 @@ def request_of(changes: Mapping[str, Any]) -> ExplainRequest:
     values = {"client_id": None, "address": "192.0.2.7", "below": "/api/", **changes}
     name = values.pop("name", "-".join(sorted(values.pop("part", ()))) or "plain")
     values.pop("is_late", None)
-    return ExplainRequest(path=values.pop("below") + name, **{key: values[key] for key in values if key != "part"})
+    return ExplainRequest(path=values.pop("below") + name, **values)
 
 
 def assert_agree(told: Figures, protocol: Figures, asgi: Figures) -> None:
