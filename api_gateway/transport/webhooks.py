@@ -81,9 +81,9 @@ class Webhook:
             self._task = None
 
     async def _run(self) -> None:
-        waiting = self.waiting
+        waiting, context = self.waiting, await asyncio.to_thread(verifying_context)
         async with httpx.AsyncClient(
-            verify=verifying_context(), transport=self._transport, timeout=WEBHOOK_TIMEOUT, follow_redirects=False
+            verify=context, transport=self._transport, timeout=WEBHOOK_TIMEOUT, follow_redirects=False
         ) as client:
             while True:
                 while (event := waiting.first) is None:
